@@ -1,0 +1,49 @@
+"""rayk distils large language models into small ones on a Ray cluster.
+
+Names are loaded when first used: settings and the command line need neither torch nor ray.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayk import losses
+    from rayk.config import RunConfig, TeacherConfig, TransformersEngine, load_config
+    from rayk.data import make_batches
+    from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
+    from rayk.run import Result, distill
+    from rayk.signal import SignalBatch
+    from rayk.support import Logprob, TopK
+    from rayk.teachers import Completion, Teacher, connect_teacher, serve_teacher
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "losses": "rayk.losses",
+    **dict.fromkeys(("RunConfig", "TeacherConfig", "TransformersEngine", "load_config"), "rayk.config"),
+    **dict.fromkeys(("Result", "distill"), "rayk.run"),
+    **dict.fromkeys(("InputError", "RaykError", "RunFailed", "TeacherUnavailable"), "rayk.errors"),
+    **dict.fromkeys(("Logprob", "TopK"), "rayk.support"),
+    **dict.fromkeys(("Completion", "Teacher", "connect_teacher", "serve_teacher"), "rayk.teachers"),
+    "SignalBatch": "rayk.signal",
+    "make_batches": "rayk.data",
+}
+
+__all__ = [
+    "Completion", "InputError", "Logprob", "RaykError", "Result", "RunConfig", "RunFailed", "SignalBatch", "Teacher",
+    "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngine", "connect_teacher", "distill", "load_config",
+    "losses", "make_batches", "serve_teacher",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rayk' has no attribute '{name}'")
+    home = importlib.import_module(_HOMES[name])
+    value = home if name == "losses" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

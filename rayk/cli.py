@@ -1,0 +1,217 @@
+"""The `rayk` command: parse, call, print. Exit 0 done, 1 failed while running, 2 the input is wrong, 130 interrupted.
+
+Heavy imports stand inside the commands, so that `rayk --help` needs neither torch nor ray.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rayk.config import load_config
+from rayk.environment import set_threading
+from rayk.errors import InputError, RaykError
+
+if TYPE_CHECKING:
+    from rayk.run import Watcher
+
+app = typer.Typer(
+    help="Distil large language models into small ones on a Ray cluster.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+console = Console(stderr=True, highlight=False)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; see jobs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change one setting; may be repeated.")
+]
+Output = Annotated[str | None, typer.Option("--output", help="The run directory, instead of the config's.")]
+
+
+@app.command()
+def quickstart(
+    output: Annotated[str, typer.Option("--output", help="Where the run directories and the report go.")] = "runs/quickstart",
+) -> None:
+    """Watch a small model learn from a bigger one that Ray Serve hosts; needs nothing but this machine."""
+    from rayk.quickstart import run_quickstart
+
+    result = run_quickstart(Path(output), watcher())
+    _print(comparison(result.summaries))
+    console.print(f"\nThe report: [bold]{result.report}[/bold]")
+
+
+@app.command()
+def run(
+    config: ConfigPath, overrides: Overrides = None, output: Output = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
+) -> None:  # fmt: skip
+    """Run a config from data to trained student."""
+    settings = load_config(config, overrides, output=output)
+    from rayk.run import distill
+
+    result = distill(settings, resume=resume, watcher=watcher())
+    _print(comparison([result.summary]))
+    console.print(f"\nThe student: [bold]{result.model}[/bold]\nThe report:  [bold]{result.output / 'report.html'}[/bold]")
+
+
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Bring up a config's teachers as Serve applications and keep them up until interrupted."""
+    settings = load_config(config, overrides)
+    from rayk.cluster import start_ray
+    from rayk.run import cpus_needed, located
+    from rayk.teachers import serve_teacher
+
+    settings = located(settings)
+    if not settings.teachers:
+        raise InputError(f"{config} has no teachers to serve; add one under 'teachers'.")
+    start_ray(cpus_needed(settings))
+    with contextlib.ExitStack() as stack:
+        for teacher in settings.teachers:
+            console.print(f"Bringing up {teacher.name} ({teacher.model}) …")
+            served = stack.enter_context(serve_teacher(teacher))
+            console.print(
+                f"Teacher [bold]{served.name}[/bold] is up: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
+                f"{served.info.device}. Attach with `attach: true`, or rayk.connect_teacher('{served.name}')."
+            )
+        console.print("Ctrl-C takes them down.")
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath, overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model to measure; by default the run's student.")] = None,
+) -> None:  # fmt: skip
+    """Measure a trained student (or any model) on the config's evaluation rows."""
+    settings = load_config(config, overrides)
+    from rayk.run import evaluate_model
+
+    summary = evaluate_model(settings, model, watcher())
+    _print(comparison([summary]))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Run directories; several are compared.")],
+    output: Annotated[Path | None, typer.Option("--output", help="The HTML file; by default in the first run.")] = None,
+) -> None:
+    """Write the HTML report of one run, or one that compares several."""
+    from rayk.evaluation.report import write_report
+
+    path = output or runs[0] / "report.html"
+    write_report(runs, path)
+    console.print(f"The report: [bold]{path}[/bold]")
+
+
+@app.command()
+def methods() -> None:
+    """List the ways of learning: what each needs from a teacher and what that costs."""
+    from rayk.methods import METHODS
+
+    table = Table("method.kind", "what it does", "paper", "needs from a teacher", box=None, pad_edge=False)
+    for kind, method in METHODS.items():
+        table.add_row(kind, method.summary, method.paper, method.needs)
+    _print(table)
+
+
+@app.command()
+def doctor(config: Annotated[str | None, typer.Argument(metavar="[CONFIG]")] = None, overrides: Overrides = None) -> None:
+    """Check this machine, and a config's settings, data, models and teachers, without running anything."""
+    from rayk.doctor import examine
+
+    failed = False
+    for check in examine(config, overrides):
+        mark = {"ok": "[green]✓[/green]", "note": "[yellow]•[/yellow]", "wrong": "[red]✗[/red]"}[check.state]
+        console.print(f"{mark} {check.text}", soft_wrap=True)
+        failed |= check.state == "wrong"
+    if failed:
+        raise typer.Exit(2)
+
+
+def comparison(summaries: list[dict[str, Any]]) -> Table:
+    """The final table: the teacher and each student, a row each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "accuracy", "loss", "forward KL", "reverse KL", "agreement", "tokens/s", "teacher wait"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = [("teacher", summaries[0]["teacher"], None)] if summaries and summaries[0]["teacher"] else []
+    rows += [(summary["name"], summary["student"], summary) for summary in summaries]
+    for name, metrics, summary in rows:
+        cells = [_cell(metrics, "accuracy", "{:.1%}"), _cell(metrics, "loss", "{:.3f}")]
+        cells += [_cell(metrics, "forward_kl", "{:.4f}"), _cell(metrics, "reverse_kl", "{:.4f}")]
+        cells += [_cell(metrics, "agreement", "{:.1%}")]
+        cells += [_cell(summary or {}, "tokens_per_second", "{:,.0f}"), _cell(summary or {}, "teacher_wait_share", "{:.1%}")]
+        table.add_row(name, *cells)
+    return table
+
+
+def _cell(values: dict[str, Any], name: str, form: str) -> str:
+    return form.format(values[name]) if name in values else "–"
+
+
+def _print(table: Table) -> None:
+    """To standard output, and not folded where that is a file."""
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def watcher() -> "Watcher":
+    """Progress on a terminal as a bar, elsewhere as a line now and then."""
+    from rayk.progress import TerminalWatcher
+
+    return TerminalWatcher(console)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    yield
+
+
+def main() -> None:
+    """The console script: commands, with errors as sentences and exit codes."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    set_threading()
+    try:
+        with _terminated_as_interrupted():
+            code = app(standalone_mode=False) or 0
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except RaykError as error:
+        code = _fail(str(error), 1)
+    except KeyboardInterrupt:
+        code = _fail("Interrupted; what was checkpointed can be continued with --resume.", 130)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            code = _fail(str(getattr(error, "message", error)), 2)
+        elif os.environ.get("RAYK_VERBOSE"):
+            raise
+        else:
+            code = _fail(f"{type(error).__name__}: {error} (RAYK_VERBOSE=1 shows where.)", 1)
+    sys.exit(code)
+
+
+def _fail(sentence: str, code: int) -> int:
+    console.print(f"[red]rayk:[/red] {sentence}" if console.is_terminal else f"rayk: {sentence}", soft_wrap=True, markup=console.is_terminal)
+    return code
+
+
+if __name__ == "__main__":
+    main()

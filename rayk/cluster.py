@@ -1,0 +1,46 @@
+"""The Ray cluster of this process: the one RAY_ADDRESS names (as in a submitted job), else one of its own."""
+
+import logging
+import os
+
+import ray
+
+from rayk.environment import THREADING
+
+_LOCAL_OBJECT_STORE_BYTES = 1 << 30
+
+
+def start_ray(num_cpus: float = 0) -> None:
+    """Connect to Ray unless this process already is.
+
+    A cluster of this process's own gets at least `num_cpus` logical CPUs: on a laptop a run that asks for more than
+    there are should be slow, not wait for ever.
+    """
+    if ray.is_initialized():
+        return
+    verbose = os.environ.get("RAYK_VERBOSE", "") not in ("", "0")
+    common = {
+        "runtime_env": {"env_vars": THREADING},
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
+    if not verbose:
+        for name in ("ray", "ray.serve", "ray.train", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **common,
+    )
+
+
+def gpus_each(requested: float | None) -> float:
+    """GPUs for one replica or worker: as requested, else one if the cluster has any."""
+    if requested is not None:
+        return requested
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0

@@ -1,0 +1,27 @@
+"""Rows in, batches out: reading sources, tokenising with counted positions, and dealing rows to steps and ranks."""
+
+from rayk.data.batches import (
+    Batch,
+    BatchSampler,
+    collate,
+    make_batches,
+    micro_batches,
+    pad_id_of,
+)
+from rayk.data.examples import Example, ExampleTable, RowTokenizer, tokenize
+from rayk.data.sources import Row, read_rows
+
+__all__ = [
+    "Batch",
+    "BatchSampler",
+    "Example",
+    "ExampleTable",
+    "Row",
+    "RowTokenizer",
+    "collate",
+    "make_batches",
+    "micro_batches",
+    "pad_id_of",
+    "read_rows",
+    "tokenize",
+]

@@ -1,0 +1,240 @@
+"""Examples into batches: padded tensors, which rows each step takes, each rank's share of them, and micro-batches."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rayk.config import DataConfig, DataSource
+from rayk.data.examples import RowTokenizer, collect
+from rayk.data.sources import Row, read_rows
+from rayk.errors import InputError
+from rayk.sequences import Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences as right-padded tensors.
+
+    Attributes:
+        input_ids: int64 [rows, length].
+        attention_mask: int64 [rows, length], 1 where there is a token; made from lengths, since pad may be EOS.
+        counted_mask: bool [rows, length], True at the counted tokens.
+        targets: int64 [tokens], the counted tokens, row after row.
+        offsets: int64 [rows + 1]; row r's counted tokens are targets[offsets[r]:offsets[r + 1]].
+        positions: int64 [tokens], where in the flattened [rows * length] each counted token is predicted.
+        sequences: the rows unpadded, as a teacher is asked about them.
+        pad_id: what stands behind the shorter rows.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    counted_mask: Tensor
+    targets: Tensor
+    offsets: Tensor
+    positions: Tensor
+    sequences: list[Sequence]
+    pad_id: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def counted_tokens(self) -> int:
+        """How many tokens count."""
+        return len(self.targets)
+
+    def counted(self, x: Tensor) -> Tensor:
+        """Of x [rows, length, ...] the entries that predict the counted tokens, [tokens, ...], row after row.
+
+        The token at position t is predicted at t - 1.
+
+        Raises:
+            ValueError: x is of another shape.
+        """
+        if x.shape[:2] != self.input_ids.shape:
+            raise ValueError(f"x must begin with {list(self.input_ids.shape)} [rows, length], not {list(x.shape)}")
+        return x.flatten(0, 1).index_select(0, self.positions)
+
+    def select(self, rows: Rows[int]) -> "Batch":
+        """The given rows, in the given order, padded to the longest of them."""
+        return collate([self.sequences[row] for row in rows], self.pad_id).to(self.input_ids.device)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        names = ("input_ids", "attention_mask", "counted_mask", "targets", "offsets", "positions")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+def collate(examples: Iterable[Sequence], pad_id: int) -> Batch:
+    """A batch of at least one example, on the CPU."""
+    sequences = list(examples)
+    assert sequences, "a batch needs at least one row"
+    lengths = np.array([len(each) for each in sequences])
+    present = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(present.shape, pad_id, dtype=np.int64)
+    ids[present] = np.concatenate([each.input_ids for each in sequences])
+    counted = np.zeros(present.shape, dtype=np.bool_)
+    counted[present] = np.concatenate([each.counted for each in sequences])
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(present.astype(np.int64)),
+        counted_mask=torch.from_numpy(counted),
+        targets=torch.from_numpy(ids[counted]),
+        offsets=torch.from_numpy(np.concatenate(([0], np.cumsum(counted.sum(1))))),
+        positions=torch.from_numpy(np.flatnonzero(counted) - 1),  # never -1: position 0 does not count
+        sequences=sequences,
+        pad_id=pad_id,
+    )
+
+
+class BatchSampler:
+    """Which rows each step takes: a permutation per epoch, all of them end to end, cut into equal batches.
+
+    Stateless: a step's rows follow from (seed, step) alone, so a resumed run, with however many workers, goes on where
+    the first stopped. A batch may reach across the border of two epochs.
+
+    Args:
+        lengths: tokens of each row of the data.
+        batch_size: rows of a step, over all ranks.
+        seed: not negative.
+        steps: how many batches iteration gives.
+    """
+
+    def __init__(self, lengths: Rows[int] | np.ndarray, batch_size: int, seed: int, steps: int) -> None:
+        if len(lengths) == 0:
+            raise InputError("There is no row to make batches of; give data with at least one.")
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.seed, self.steps = batch_size, seed, steps
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.rows(step) for step in range(self.steps))
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of step `step` (from 0), int64 [batch_size]."""
+        total = len(self.lengths)
+        taken = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = np.divmod(taken, total)
+        parts = [self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def share(self, step: int, rank: int, world: int) -> np.ndarray:
+        """The rows of `step` that rank `rank` of `world` takes, int64, longest first.
+
+        Rows are dealt out by length, there and back, so that ranks carry near-equal numbers of tokens.
+
+        Raises:
+            InputError: there are more ranks than rows in a batch.
+        """
+        if self.batch_size < world:
+            raise InputError(
+                f"training.batch_size is {self.batch_size} but there are {world} workers, and each needs a row; raise "
+                f"the batch size or lower training.workers."
+            )
+        rows = self.rows(step)
+        dealt = rows[np.argsort(-self.lengths[rows], kind="stable")]
+        turn, seat = np.divmod(np.arange(len(rows)), world)
+        return dealt[np.where(turn % 2 == 0, seat, world - 1 - seat) == rank]
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) from which the first row of `step` comes."""
+        return step * self.batch_size // len(self.lengths)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            # numpy promises that raw streams never change, which it does not of Generator.permutation
+            raw = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
+            kept = {last: self._permutations[last] for last in (epoch - 1,) if last in self._permutations}
+            self._permutations = kept | {epoch: np.argsort(raw, kind="stable")}
+        return self._permutations[epoch]
+
+
+def micro_batches(lengths: Rows[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Rows in groups whose padded size, rows times longest, is at most `max_tokens`; the longest rows come first.
+
+    A row longer than `max_tokens` makes a group of its own. Every row is in exactly one group.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
+            groups.append([])
+            longest = int(lengths[row])
+        groups[-1].append(row)
+    return groups
+
+
+def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The tokenizer's padding id, or EOS where it has none: masks come from lengths, so either will do."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def make_batches(
+    rows: Iterable[Mapping[str, Any]] | DataSource | str,
+    tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int,
+    *,
+    shuffle_seed: int | None = None,
+    max_prompt_tokens: int = 1024,
+    max_tokens: int = 2048,
+    too_long: Literal["error", "skip", "truncate"] = "error",
+    chat_template: bool = False,
+    prompts_only: bool = False,
+    **source_settings: Any,
+) -> list[Batch]:
+    """Batches for a loop of one's own; the last may be smaller.
+
+    Args:
+        rows: dicts, or a source, or the path of one.
+        tokenizer: the student's.
+        batch_size: rows of a batch.
+        shuffle_seed: the order of the rows; None keeps it.
+        source_settings: of `DataSource`, such as `prompt_field="question"`; not with a `DataSource`.
+
+    Raises:
+        InputError: rows cannot be read, lack their fields, or are too long.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give at least 1.")
+    if isinstance(rows, DataSource) and source_settings:
+        raise InputError(f"{', '.join(source_settings)} cannot be given beside a DataSource; set them in it.")
+    try:
+        path = rows if isinstance(rows, str) else "rows"
+        source = rows if isinstance(rows, DataSource) else DataSource(path=path, **source_settings)
+        data = DataConfig(
+            train=source,
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+            too_long=too_long,
+            chat_template=chat_template,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{'.'.join(map(str, first['loc'])) or 'make_batches'}: {first['msg']}.") from error
+    read = read_rows(source) if isinstance(rows, DataSource | str) else _rows_of(rows)
+    table = collect(RowTokenizer(source, data, tokenizer, prompts_only=prompts_only, section=""), read, source.path)
+    order = np.arange(len(table))
+    if shuffle_seed is not None:
+        order = BatchSampler(table.lengths, len(table), shuffle_seed, 1).rows(0)
+    cuts = range(0, len(order), batch_size)
+    return [collate([table[i] for i in order[cut : cut + batch_size]], pad_id_of(tokenizer)) for cut in cuts]
+
+
+def _rows_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for number, fields in enumerate(rows, start=1):
+        if not isinstance(fields, Mapping):
+            raise InputError(f"Row {number} is a {type(fields).__name__}, not a mapping of fields; give dicts.")
+        yield Row(fields, f"row {number}")

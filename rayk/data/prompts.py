@@ -1,0 +1,143 @@
+"""Rows into text: which fields make the prompt and the completion, templates, and the roles of messages."""
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rayk.config import DataSource
+from rayk.data.sources import Row
+from rayk.errors import InputError
+
+Format = Literal["prompt_completion", "messages", "text"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """Reads the texts of rows as a source's settings say.
+
+    Attributes:
+        source: the fields and templates.
+        section: how errors name the settings, such as "data.train."; empty for the Python API's keyword arguments.
+    """
+
+    source: DataSource
+    section: str = "data.train."
+
+    def __post_init__(self) -> None:
+        for setting in ("prompt_template", "completion_template"):
+            template = getattr(self.source, setting)
+            if template is not None:
+                _check_template(template, self.section + setting)
+
+    def format_of(self, row: Row, *, prompts_only: bool = False) -> Format:
+        """The source's format; where that is `auto`, what the fields of this (the first) row say.
+
+        Raises:
+            InputError: the row has none of the fields that any format needs.
+        """
+        source, fields = self.source, row.fields
+        if source.format != "auto":
+            return source.format
+        prompt = source.prompt_template is not None or source.prompt_field in fields
+        completion = source.completion_template is not None or source.completion_field in fields
+        if (prompt and completion) or source.prompt_template or source.completion_template:
+            return "prompt_completion"
+        if source.messages_field in fields:
+            return "messages"
+        if prompt and prompts_only:
+            return "prompt_completion"
+        if source.text_field in fields:
+            return "text"
+        raise InputError(
+            f"{row.where} has neither '{source.prompt_field}' with '{source.completion_field}', nor "
+            f"'{source.messages_field}', nor '{source.text_field}' (it has: {_names(fields)}); set {self.section}"
+            f"prompt_field and {self.section}completion_field, or a prompt_template."
+        )
+
+    def prompt(self, row: Row) -> str:
+        """The prompt of a prompt/completion row."""
+        return self._text(row, "prompt")
+
+    def completion(self, row: Row) -> str:
+        """The completion of a prompt/completion row."""
+        return self._text(row, "completion")
+
+    def text(self, row: Row) -> str:
+        """The text of a text row."""
+        return self._text(row, "text")
+
+    def messages(self, row: Row) -> list[dict[str, Any]]:
+        """The messages of a row, roles and contents checked, null entries left out.
+
+        Raises:
+            InputError: they are not a list of messages whose roles and contents are known.
+        """
+        field = self.source.messages_field
+        messages = self._value(row, field, "messages_field")
+        if not isinstance(messages, list) or not messages:
+            raise InputError(f"{row.where}: '{field}' must be a list of at least one message with role and content.")
+        return [_message(message, f"{row.where}: message {i}") for i, message in enumerate(messages, start=1)]
+
+    def _text(self, row: Row, part: str) -> str:
+        template = getattr(self.source, f"{part}_template", None)
+        if template is not None:
+            setting = f"{part}_template"
+            names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+            return template.format_map({name: self._string(row, name, setting) for name in names})
+        return self._string(row, getattr(self.source, f"{part}_field"), f"{part}_field")
+
+    def _string(self, row: Row, field: str, setting: str) -> str:
+        value = self._value(row, field, setting)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            what = "nothing" if value is None else f"a {type(value).__name__}"
+            raise InputError(f"{row.where} has {what} in field '{field}' where text is needed; correct the row.")
+        _check_unicode(value, f"{row.where}: field '{field}'")
+        return value
+
+    def _value(self, row: Row, field: str, setting: str) -> Any:
+        if field not in row.fields:
+            raise InputError(
+                f"{row.where} has no field '{field}' (it has: {_names(row.fields)}); set {self.section}{setting}."
+            )
+        return row.fields[field]
+
+
+def _check_template(template: str, setting: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"{setting} is not a template: {error}; write {{{{ and }}}} for literal braces.") from error
+    for _, name, options, conversion in parts:
+        if name is not None and (not name or name.isdigit() or set(name) & set(".[]") or options or conversion):
+            raise InputError(f"{setting} may hold plain {{field}} names only, not '{{{name}}}' with more in it.")
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is a {type(message).__name__}, not an object with role and content.")
+    given = {key: value for key, value in message.items() if value is not None}
+    if given.get("role") not in ROLES:
+        has = f"the role {given['role']!r}" if "role" in given else f"no role (it has: {_names(given)})"
+        raise InputError(f"{where} has {has}; the roles are {', '.join(ROLES)}.")
+    if "content" not in given and given["role"] == "assistant" and given.get("tool_calls"):
+        return given | {"content": ""}
+    if not isinstance(given.get("content"), str):
+        raise InputError(f"{where} has no content that is text; give its content as a string.")
+    _check_unicode(given["content"], where)
+    return given
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half a Unicode character (a lone surrogate); correct the row.") from error
+
+
+def _names(fields: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, fields)) or "no fields at all"

@@ -1,0 +1,76 @@
+"""`rayk doctor`: what a run would stumble over, found without running anything."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from rayk.config import RunConfig, load_config
+from rayk.errors import RaykError
+
+_PACKAGES = ("ray", "torch", "transformers", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `ok`, a `note` worth knowing, or something `wrong`."""
+
+    state: Literal["ok", "note", "wrong"]
+    text: str
+
+
+def examine(config: str | None, overrides: list[str] | None = None) -> Iterator[Check]:
+    """Check this machine, then the config, as far as one check lets the next be made."""
+    yield from _machine()
+    if config is None:
+        return
+    try:
+        settings = load_config(config, overrides)
+        yield Check("ok", f"{config}: the settings are well-formed ({settings.method.kind}).")
+        yield from _run(settings)
+    except RaykError as error:
+        yield Check("wrong", str(error))
+
+
+def _machine() -> Iterator[Check]:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    yield Check("ok", f"Python {platform.python_version()}, {versions}")
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Check("ok", f"{len(names)} GPU(s) here: {', '.join(names)}")
+    else:
+        yield Check("note", f"No GPU in this process; {os.cpu_count()} CPU cores.")
+    address = os.environ.get("RAY_ADDRESS")
+    yield Check("ok" if address else "note", f"Ray: {address or 'RAY_ADDRESS is not set, so a run starts its own local cluster.'}")
+
+
+def _run(settings: RunConfig) -> Iterator[Check]:
+    from rayk.run import attached_teachers, cpus_needed, located, read_inputs
+
+    settings = located(settings)
+    if settings.output_path.joinpath("config.yaml").exists():
+        yield Check("note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output.")
+    attached = attached_teachers(settings)
+    for teacher in attached.values():
+        yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
+    inputs = read_inputs(settings, attached)
+    yield Check("ok", f"Tokenizer {inputs.tokenizer_name}: teachers and student agree.")
+    for what, table in (("train", inputs.train), ("evaluation", inputs.evaluation)):
+        if table is None:
+            continue
+        skipped = sum(table.skipped.values())
+        text = f"data.{what}: {len(table):,} rows, {int(table.counted_tokens.sum()):,} counted tokens, longest {table.lengths.max()}"
+        yield Check("note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else "."))
+    yield from _signal_size(settings)
+    yield Check("ok", f"The run asks Ray for {cpus_needed(settings):g} CPUs.")
+
+
+def _signal_size(settings: RunConfig) -> Iterator[Check]:
+    from rayk.methods import METHODS
+
+    yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
+

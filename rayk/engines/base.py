@@ -1,0 +1,71 @@
+"""What every engine offers: a model that scores token sequences and generates completions, without Ray."""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rayk.sequences import Sequence
+from rayk.signal import SignalBatch
+from rayk.support import Support
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a client must know of a model before it asks."""
+
+    model: str
+    vocab_size: int
+    """Real tokens, without the padding of the embedding."""
+    max_tokens: int
+    """Longest sequence the model takes."""
+    tokenizer_fingerprint: str
+    dtype: str
+    device: str
+    supports: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How to continue a prompt. `temperature` 0 is greedy; the same seed gives the same text whatever else is asked."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One continuation: its token ids (EOS included where it ended so), their log-probs under the model at temperature 1
+    without truncation (nats), and `finish_reason`: 'stop' or 'length'."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """A model in this process. Calls may come concurrently; the engine merges them into batches that suit it."""
+
+    info: EngineInfo
+
+    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+        """The teacher's signals at the counted positions, a row a sequence, in order."""
+        ...
+
+    async def generate(
+        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+    ) -> list[Generated]:
+        """One continuation a prompt, in order."""
+        ...
+
+    async def warm_up(self) -> None:
+        """Answer something small, so that the first real request does not pay for compilation and allocation."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raise if the engine can no longer answer."""
+        ...

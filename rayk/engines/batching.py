@@ -1,0 +1,77 @@
+"""Merging concurrent requests into batches of near-equal length under a budget of padded tokens."""
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False)
+class _Job:
+    key: Hashable
+    item: Any
+    length: int
+    done: asyncio.Future = field(repr=False)
+
+
+class MicroBatcher:
+    """Runs items in batches on one thread of its own, so that the event loop stays free.
+
+    The oldest waiting item always goes next; those nearest to it in length fill the batch, so short sequences are not
+    padded to long ones and nobody starves. Items wait only while a batch is running.
+    """
+
+    def __init__(self, run: Callable[[Hashable, list[Any]], list[Any]], budget_tokens: int):
+        """`run(key, items)` returns one result an item; only items of equal `key` share a batch."""
+        self._run = run
+        self._budget = budget_tokens
+        self._waiting: list[_Job] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._worker: asyncio.Task | None = None
+
+    async def submit(self, key: Hashable, items: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+        """The items' results, in order; the first error of any of their batches is raised."""
+        loop = asyncio.get_running_loop()
+        jobs = [_Job(key, item, length, loop.create_future()) for item, length in zip(items, lengths, strict=True)]
+        self._waiting.extend(jobs)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        try:
+            return await asyncio.gather(*(job.done for job in jobs))
+        finally:
+            # A caller that went away (cancelled, or another of its batches failed) must not cost compute.
+            leaving = {id(job) for job in jobs if job.done.cancelled() or not job.done.done()}
+            self._waiting = [job for job in self._waiting if id(job) not in leaving]
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            jobs = self._next_batch()
+            try:
+                results = await loop.run_in_executor(self._thread, self._run, jobs[0].key, [job.item for job in jobs])
+            except Exception as error:
+                for job in jobs:
+                    if not job.done.done():
+                        job.done.set_exception(error)
+                        job.done.exception()  # its asker may be gone; that is no unhandled error
+            else:
+                for job, result in zip(jobs, results, strict=True):
+                    if not job.done.done():
+                        job.done.set_result(result)
+
+    def _next_batch(self) -> list[_Job]:
+        oldest = self._waiting[0]
+        alike = sorted(
+            (job for job in self._waiting if job.key == oldest.key), key=lambda job: abs(job.length - oldest.length)
+        )
+        batch: list[_Job] = []
+        longest = 0
+        for job in alike:
+            longest = max(longest, job.length)
+            if batch and longest * (len(batch) + 1) > self._budget:
+                break
+            batch.append(job)
+        taken = {id(job) for job in batch}
+        self._waiting = [job for job in self._waiting if id(job) not in taken]
+        return batch

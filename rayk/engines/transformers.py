@@ -1,0 +1,251 @@
+"""The transformers engine: any causal LM that `AutoModelForCausalLM` loads, scoring and generating in this process.
+
+Scoring runs the body over whole sequences but the head only where a position counts, a chunk of positions at a time,
+so no [positions, vocab] block of a batch is ever whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayk.config import TransformersEngine as Settings
+from rayk.engines.base import EngineInfo, Generated, SamplingParameters
+from rayk.engines.batching import MicroBatcher
+from rayk.errors import InputError
+from rayk.models import (
+    final_hidden,
+    head_of,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    real_vocab_size,
+)
+from rayk.sequences import Sequence
+from rayk.signal import SignalBatch, concatenate
+from rayk.support import Support, TopK
+
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+
+
+class TransformersEngine:
+    """See `rayk.engines.base.Engine`."""
+
+    def __init__(self, model: str, settings: Settings | None = None, *, trust_remote_code: bool = False):
+        settings = settings or Settings()
+        self.device = pick_device(settings.device)
+        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        self.model = load_model(
+            model, dtype=settings.dtype, device=self.device, trust_remote_code=trust_remote_code
+        ).requires_grad_(False)
+        self._head = head_of(self.model).first(real_vocab_size(self.tokenizer))
+        self._fatal: Exception | None = None
+        self._batcher = MicroBatcher(self._run, settings.batch_tokens)
+        self.info = EngineInfo(
+            model=model,
+            vocab_size=self._head.vocab_size,
+            max_tokens=int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
+            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=self.device,
+            supports=("topk", "logprob"),
+        )
+
+    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+        check_request(self.info, sequences, support)
+        results = await self._batcher.submit(("score", support), sequences, [len(s) for s in sequences])
+        batches = list({id(batch): batch for batch, _ in results}.values())
+        starts = dict(zip(map(id, batches), np.cumsum([0, *map(len, batches)]), strict=False))
+        return concatenate(batches).select([starts[id(batch)] + row for batch, row in results])
+
+    async def generate(
+        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+    ) -> list[Generated]:
+        longest = max(map(len, prompts), default=0) + parameters.max_new_tokens
+        if longest > self.info.max_tokens:
+            raise InputError(
+                f"A prompt and its continuation may take {longest} tokens, but {self.info.model} holds "
+                f"{self.info.max_tokens}; lower max_new_tokens or shorten the prompts."
+            )
+        lengths = [len(prompt) + parameters.max_new_tokens for prompt in prompts]
+        return await self._batcher.submit(("generate", parameters), list(zip(prompts, seeds, strict=True)), lengths)
+
+    async def warm_up(self) -> None:
+        length = min(64, self.info.max_tokens)
+        await self.score([Sequence(np.zeros(length, np.int32), np.arange(length) > 0)], TopK(1))
+
+    async def check_health(self) -> None:
+        if self._fatal is not None:
+            raise RuntimeError(f"The device failed: {self._fatal}")
+
+    @torch.inference_mode()
+    def _run(self, key, items: list) -> list:
+        kind, parameters = key
+        try:
+            if kind == "generate":
+                prompts, seeds = zip(*items, strict=True)
+                return generate(self.model, self._head.vocab_size, self.tokenizer, prompts, parameters, seeds)
+            signals = self._score(items, parameters)
+        except torch.AcceleratorError as error:
+            self._fatal = error  # a CUDA context does not recover: the health check has the replica replaced
+            raise
+        return [(signals, row) for row in range(len(items))]
+
+    def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        counted = torch.zeros(len(sequences), longest, dtype=torch.bool)
+        mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.from_numpy(sequence.input_ids.astype(np.int64))
+            counted[row, : len(sequence)] = torch.from_numpy(np.array(sequence.counted))
+            mask[row, : len(sequence)] = 1
+        device = self.model.device
+        hidden = final_hidden(self.model, ids.to(device), mask.to(device))
+        rows, columns = counted.nonzero(as_tuple=True)
+        hidden = hidden[rows.to(device), columns.to(device) - 1]
+        targets = ids[rows, columns].to(device)
+        chunk = max(16, _CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * self._head.vocab_size))
+        parts = [
+            summarise(self._head.logits(h), t, support)
+            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), counted.sum(1).cumsum(0)])
+        columns_of = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+        return SignalBatch(support, offsets, columns_of[0], self.info.vocab_size, *columns_of[1:])
+
+
+def summarise(logits: Tensor, targets: Tensor, support: Support) -> tuple[Tensor, ...]:
+    """What `support` keeps of float32 logits [tokens, vocab], which are overwritten.
+
+    Returns target_logprobs [tokens], and for `topk` also ids and logprobs [tokens, k] and log_tails [tokens, T].
+    """
+    target_logits = logits.gather(1, targets[:, None])[:, 0]
+    if not isinstance(support, TopK):
+        return (target_logits - logits.logsumexp(1),)
+    values, ids = logits.topk(support.k)
+    unselected = logits.scatter_(1, ids, float("-inf"))
+    tail = unselected.logsumexp(1)
+    normaliser = torch.logaddexp(values.logsumexp(1), tail)
+    tails = [
+        (tail if t == 1.0 else (unselected / t).logsumexp(1)) - normaliser / t for t in support.temperatures
+    ]
+    return target_logits - normaliser, ids, values - normaliser[:, None], torch.stack(tails, dim=1)
+
+
+class _SeededSampler:
+    """Chooses each row's next token with that row's own random stream, inside transformers' generation loop.
+
+    It leaves only the chosen token's score finite, so the loop's greedy step takes it; caching, stopping and padding
+    stay transformers' own. A row's draws depend on its seed and the step alone, not on who shares its batch.
+    """
+
+    def __init__(self, parameters: SamplingParameters, seeds: Ordered[int], vocab_size: int):
+        from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+        self._temperature = parameters.temperature
+        self._vocab_size = vocab_size
+        self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        self._warpers = []
+        if parameters.top_k:
+            self._warpers.append(TopKLogitsWarper(parameters.top_k))
+        if parameters.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(parameters.top_p))
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logprobs = scores[:, : self._vocab_size].float().log_softmax(-1)
+        if self._temperature == 0:
+            chosen = logprobs.argmax(-1, keepdim=True)
+        else:
+            warped = logprobs / self._temperature
+            for warper in self._warpers:
+                warped = warper(input_ids, warped)
+            cumulative = warped.double().softmax(-1).cumsum(-1)
+            coins = torch.tensor([[stream.random()] for stream in self._streams], device=scores.device)
+            chosen = torch.searchsorted(cumulative, coins.double() * cumulative[:, -1:], right=True)
+            chosen = chosen.clamp(max=self._vocab_size - 1)
+        self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+def generate(
+    model, vocab_size: int, tokenizer, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+) -> list[Generated]:
+    """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
+        mask[row, longest - len(prompt) :] = 1
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    ends = np.atleast_1d([] if eos is None else eos)
+    # What is left unset here transformers would take from the model's own generation settings.
+    settings = GenerationConfig(
+        max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=int(ends[0]) if len(ends)
+        else 0, eos_token_id=eos, stop_strings=list(parameters.stop) or None, repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )  # fmt: skip
+    sampler = _SeededSampler(parameters, seeds, vocab_size)
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([sampler]),
+        tokenizer=tokenizer if parameters.stop else None,
+    )[:, longest:].cpu()
+    logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()
+    generated = []
+    for row_ids, row_logprobs in zip(output.numpy(), logprobs, strict=True):
+        length, reason = _end(row_ids, ends, parameters.stop, tokenizer)
+        generated.append(Generated(row_ids[:length].astype(np.int32), row_logprobs[:length].astype(np.float32), reason))
+    return generated
+
+
+def _end(ids: np.ndarray, ends: np.ndarray, stops: tuple[str, ...], tokenizer) -> tuple[int, str]:
+    """Where a row of a finished batch really ends (the batch pads rows that stop early), and why."""
+    found = np.flatnonzero(np.isin(ids, ends))
+    length, reason = (int(found[0]) + 1, "stop") if len(found) else (len(ids), "length")
+    for shorter in range(1, length + 1 if stops else 0):
+        text = tokenizer.decode(ids[:shorter])
+        if any(stop in text for stop in stops):
+            return shorter, "stop"
+    return length, reason
+
+
+def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Support) -> None:
+    """Refuse what this model cannot answer.
+
+    Raises:
+        InputError: unknown support, k beyond the vocabulary, a sequence too long or with ids out of range.
+    """
+    if support.kind not in info.supports:
+        raise InputError(f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports)}.")
+    if isinstance(support, TopK) and support.k > info.vocab_size:
+        raise InputError(
+            f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k."
+        )
+    for sequence in sequences:
+        if len(sequence) > info.max_tokens:
+            raise InputError(
+                f"A sequence of {len(sequence)} tokens is longer than {info.model} takes ({info.max_tokens}); "
+                "lower data.max_tokens."
+            )
+        if len(sequence) and int(sequence.input_ids.max()) >= info.vocab_size:
+            raise InputError(
+                f"Token id {int(sequence.input_ids.max())} is beyond {info.model}'s vocabulary of {info.vocab_size}; "
+                "student and teacher must share a tokenizer."
+            )
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of the token-to-id map: equal for tokenizers that give every token the same id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]

@@ -1,0 +1,17 @@
+"""The errors rayk raises on purpose. Each message is a sentence that names the field or file and what to do."""
+
+
+class RaykError(Exception):
+    """Base of rayk's own errors."""
+
+
+class InputError(RaykError, ValueError):
+    """What the user gave is wrong (a setting, a file, a row, a model); the command line exits with 2."""
+
+
+class TeacherUnavailable(RaykError):
+    """No replica of a teacher answered before the deadline."""
+
+
+class RunFailed(RaykError):
+    """A run stopped after it had started; its last step is checkpointed where that was possible."""

@@ -1,0 +1,64 @@
+"""Scoring answers: the task's own truth against what a model wrote."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rayk.config import EvaluationConfig
+from rayk.data.examples import Example
+from rayk.errors import InputError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered prompt, as the report shows it."""
+
+    where: str
+    prompt: str
+    truth: str
+    text: str
+    correct: bool
+    finish_reason: str
+    tokens: int
+
+
+class AnswerScorer:
+    """Compares what `evaluation.answer_pattern` finds in a completion with what it finds in the truth."""
+
+    def __init__(self, settings: EvaluationConfig, tokenizer):
+        self._settings = settings
+        self._tokenizer = tokenizer
+
+    def score(self, example: Example, text: str, finish_reason: str, tokens: int) -> Answer:
+        """
+        Raises:
+            InputError: the row's truth is missing or has no answer in it.
+        """
+        truth = self._truth(example)
+        expected = self._extract(truth)
+        if expected is None:
+            raise InputError(
+                f"{example.where}: evaluation.answer_pattern {self._settings.answer_pattern!r} finds nothing in the "
+                f"truth {truth[-60:]!r}."
+            )
+        prompt = self._tokenizer.decode(example.prompt_ids, skip_special_tokens=True)
+        correct = self._extract(text) == expected
+        return Answer(example.where, prompt, truth, text, correct, finish_reason, tokens)
+
+    def _truth(self, example: Example) -> str:
+        field = self._settings.answer_field
+        if field is None:
+            return self._tokenizer.decode(example.input_ids[example.prompt_tokens :], skip_special_tokens=True)
+        fields: Mapping = example.fields
+        if field not in fields:
+            raise InputError(f"{example.where} has no field '{field}'; set evaluation.answer_field.")
+        return str(fields[field])
+
+    def _extract(self, text: str) -> str | None:
+        """The answer in `text`, white space folded; None where the pattern finds none."""
+        if self._settings.answer_pattern:
+            found = re.findall(self._settings.answer_pattern, text)
+            if not found:
+                return None
+            text = found[-1]
+        return " ".join(text.split())

@@ -1,0 +1,195 @@
+"""How good a student is: its loss, its distance to the teacher on the data's tokens, and its answers to the prompts.
+
+Every number is a sum over tokens or answers divided once at the end, so shares measured by different workers merge
+exactly.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rayk.config import EvaluationConfig
+from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
+from rayk.data.examples import Example
+from rayk.engines.base import SamplingParameters
+from rayk.engines.transformers import generate
+from rayk.evaluation.answers import Answer, AnswerScorer
+from rayk.losses import linear_divergence, linear_log_probs
+from rayk.models import Head, real_vocab_size
+from rayk.signal import SignalBatch
+from rayk.support import Logprob, TopK
+from rayk.teachers import Teacher
+
+_ARGMAX_CHUNK_ELEMENTS = 1 << 23
+
+
+@dataclass
+class Evaluation:
+    """Sums over what was measured, and some of the answers."""
+
+    sums: Counter = field(default_factory=Counter)
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means: nats a token for losses and divergences, shares for the rest."""
+        means = {}
+        for name, (total, count) in _MEANS.items():
+            if self.sums[count]:
+                means[name] = self.sums[total] / self.sums[count]
+        return means
+
+    @staticmethod
+    def merge(parts: Iterable["Evaluation | None"]) -> "Evaluation":
+        """The evaluation of all parts' rows together; answers in the order of the parts."""
+        whole = Evaluation()
+        for part in parts:
+            if part is not None:
+                whole.sums.update(part.sums)
+                whole.answers.extend(part.answers)
+        return whole
+
+
+# metric: (sum, divided by)
+_MEANS = {
+    "loss": ("cross_entropy", "tokens"),
+    "forward_kl": ("forward_kl", "signal_tokens"),
+    "reverse_kl": ("reverse_kl", "signal_tokens"),
+    "agreement": ("agreement", "signal_tokens"),
+    "teacher_entropy": ("teacher_entropy", "signal_tokens"),
+    "teacher_mass": ("teacher_mass", "signal_tokens"),
+    "student_mass": ("student_mass", "signal_tokens"),
+    "accuracy": ("correct", "answers"),
+    "answer_tokens": ("answer_tokens", "answers"),
+    "stopped": ("stopped", "answers"),
+}
+
+
+class Evaluator:
+    """Measures a student on fixed rows. The teacher is asked once; its signals are kept for the next time."""
+
+    def __init__(
+        self, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, teacher: Teacher | None,
+        micro_batch_tokens: int,
+    ):  # fmt: skip
+        self._settings = settings
+        self._examples = examples
+        self._tokenizer = tokenizer
+        self._teacher = teacher
+        self._budget = micro_batch_tokens
+        self._signals: list[SignalBatch | None] = []
+
+    @torch.no_grad()
+    def run(self, student, answers: bool) -> Evaluation:
+        """Measure `student` (`.hidden(batch)`, `.head`, `.model`), also its answers to the prompts if asked and set."""
+        batches = list(self._batches(self._examples))
+        if not self._signals:
+            self._signals = self._ask(batches)
+        parts = [
+            measure(student, batch.to(student.model.device), signals)
+            for batch, signals in zip(batches, self._signals, strict=True)
+        ]
+        if answers and self._settings.generation:
+            parts.append(self._answers(student.model))
+        return Evaluation.merge(parts)
+
+    def _ask(self, batches: list[Batch]) -> list[SignalBatch | None]:
+        if self._teacher is None:
+            return [None] * len(batches)
+        return [signals for _, signals in self._teacher.stream(batches, fitting(self._settings.support, self._teacher))]
+
+    def _answers(self, model) -> Evaluation:
+        settings = self._settings.generation
+        assert settings is not None
+        examples = [e for e in self._examples if e.prompt_tokens][: settings.rows]
+        parameters = SamplingParameters(settings.max_new_tokens, settings.temperature)
+        scorer = AnswerScorer(self._settings, self._tokenizer)
+        evaluation = Evaluation()
+        lengths = [example.prompt_tokens + settings.max_new_tokens for example in examples]
+        for rows in micro_batches(lengths, self._budget):
+            prompts = [examples[row].prompt_ids for row in rows]
+            seeds = range(len(rows))
+            vocab_size = real_vocab_size(self._tokenizer)
+            for row, written in zip(
+                rows, generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds), strict=True
+            ):
+                text = self._tokenizer.decode(written.token_ids, skip_special_tokens=True)
+                add_answer(evaluation, scorer.score(examples[row], text, written.finish_reason, len(written.token_ids)))
+        return evaluation
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        for rows in micro_batches([len(example) for example in examples], self._budget):
+            yield collate([examples[row] for row in rows], pad_id_of(self._tokenizer))
+
+
+def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
+    """Sums of losses and divergences over one batch."""
+    hidden, head = student.hidden(batch), student.head
+    evaluation = Evaluation(Counter(tokens=batch.counted_tokens))
+    sums = evaluation.sums
+    if signals is None:
+        none = batch.targets.new_zeros(batch.counted_tokens, 0)
+        sums["cross_entropy"] = -float(linear_log_probs(hidden, head, none, batch.targets)[2].sum())
+        return evaluation
+    signals = signals.to(hidden.device)
+    forward, cross_entropy = linear_divergence(hidden, head, signals, "forward_kl", targets=batch.targets)
+    log_p, log_tail = signals.at_temperature()
+    log_q, _, _ = linear_log_probs(hidden, head, signals.ids)
+    values = {
+        "signal_tokens": torch.ones_like(forward),
+        "cross_entropy": cross_entropy,
+        "forward_kl": forward,
+        "reverse_kl": linear_divergence(hidden, head, signals, "reverse_kl"),
+        "agreement": (_top_tokens(hidden, head) == signals.ids[:, 0]).float(),
+        "teacher_entropy": -torch.xlogy(log_p.exp(), log_p.exp()).sum(1) - torch.xlogy(log_tail.exp(), log_tail.exp()),
+        "teacher_mass": log_p.exp().sum(1),
+        "student_mass": log_q.exp().sum(1),
+    }
+    for name, value in values.items():
+        sums[name] = float(value.double().sum())
+    return evaluation
+
+
+def evaluate_teacher(
+    teacher: Teacher, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192
+) -> Evaluation:
+    """The teacher's own loss and answers, for comparison; asked through its service."""
+    rows_of = micro_batches([len(example) for example in examples], batch_tokens)
+    batches = (collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of)
+    evaluation = Evaluation()
+    for batch, signals in teacher.stream(batches, Logprob()):
+        evaluation.sums.update(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
+    if settings.generation:
+        asked = [example for example in examples if example.prompt_tokens][: settings.generation.rows]
+        scorer = AnswerScorer(settings, tokenizer)
+        completions = teacher.generate(
+            [example.prompt_ids for example in asked],
+            max_new_tokens=settings.generation.max_new_tokens,
+            temperature=settings.generation.temperature,
+        )
+        for example, written in zip(asked, completions, strict=True):
+            add_answer(evaluation, scorer.score(example, written.text, written.finish_reason, len(written.token_ids)))
+    return evaluation
+
+
+def add_answer(evaluation: Evaluation, answer: Answer) -> None:
+    """Count one answer and keep it."""
+    evaluation.answers.append(answer)
+    evaluation.sums.update(
+        answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop"
+    )
+
+
+def fitting(support, teacher: Teacher):
+    """`support` with k no larger than the teacher's vocabulary: for measuring, all of a small one will do."""
+    if isinstance(support, TopK) and support.k > teacher.info.vocab_size:
+        return TopK(teacher.info.vocab_size, support.temperatures)
+    return support
+
+
+def _top_tokens(hidden: Tensor, head: Head) -> Tensor:
+    chunk = max(1, _ARGMAX_CHUNK_ELEMENTS // head.vocab_size)
+    return torch.cat([head.logits(part).argmax(1) for part in hidden.split(chunk)])

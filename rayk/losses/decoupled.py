@@ -1,0 +1,173 @@
+"""Decoupled distillation: the gold token and everything else as two lessons (DKD, arXiv 2203.08679; ATKD, 2402.11890).
+
+With y the gold token, b = (p_y, 1 − p_y), p̂ the teacher's distribution over the other tokens, and q for the student:
+
+    TCKD = KL(b_p ‖ b_q)        how sure of the gold token
+    NCKD = KL(p̂ ‖ q̂)           how the others compare
+    KL(p‖q) = TCKD + (1 − p_y)·NCKD
+
+On signals the other tokens are the ids without gold and the tail without gold, so NCKD is coarse-grained as every
+divergence here, and the identity holds for the coarse forward KL with gold as an outcome of its own.
+"""
+
+import torch
+from torch import Tensor
+
+from rayk.errors import InputError
+from rayk.losses.divergences import (
+    DIVERGENCES,
+    EXCLUDED,
+    LOG_FLOOR,
+    Teacher,
+    fit_teacher,
+    log_probs,
+    signal_outcomes,
+)
+from rayk.signal import SignalBatch
+from rayk.support import TopK
+
+
+def decoupled_kl(
+    student_logits: Tensor,
+    teacher: Teacher,
+    targets: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """α·TCKD + β·NCKD at one temperature, without T² and without cross-entropy: the method adds those it wants.
+
+    A gold token outside a signal's ids is split off its tail with the signal's own log-prob of it, which is known at
+    temperature 1 only; `targets` must then be the tokens the signal was made for. Where the teacher gives the other
+    tokens less than e^-5000 together, it says nothing about them and NCKD is 0.
+
+    Args:
+        student_logits: [tokens, vocab].
+        teacher: logits [tokens, vocab or fewer], or signals of the same tokens with ids.
+        targets: int64 [tokens], the gold tokens (the sampled ones, on-policy).
+
+    Returns:
+        Nats per token, [tokens].
+
+    Raises:
+        InputError: as `forward_kl`; temperature ≠ 1 with a gold token outside the signal's ids.
+    """
+    gold, others = _decoupled(student_logits, teacher, targets, temperature)
+    return alpha * gold + beta * others
+
+
+def adaptive_teaching(
+    student_logits: Tensor,
+    teacher: Teacher,
+    targets: Tensor,
+    *,
+    alpha: float = 0.2,
+    threshold: float | Tensor | None = None,
+    counts: tuple[float | Tensor, float | Tensor] | None = None,
+) -> Tensor:
+    """ATKD (arXiv 2402.11890): easy tokens teach NCKD, hard ones TCKD + NCKD; α·mean_easy + (1 − α)·mean_hard.
+
+    A token is easy where the teacher's `gold_uncertainty` is below `threshold`. The means are taken here: **the sum of
+    the result is the loss**, to be added over micro-batches and workers and not divided again. An empty group adds 0.
+    Temperature 1, as in the paper.
+
+    Args:
+        student_logits: [tokens, vocab].
+        teacher: logits [tokens, vocab or fewer], or signals of the same tokens with ids.
+        targets: int64 [tokens], the gold tokens.
+        alpha: the easy group's share.
+        threshold: the median of `gold_uncertainty` over the *global* batch; by default over these tokens.
+        counts: how many tokens of the *global* batch are (easy, hard); by default of these tokens.
+
+    Returns:
+        Nats, already divided by the group sizes, [tokens].
+
+    Raises:
+        InputError: as `forward_kl`.
+    """
+    gold, others = _decoupled(student_logits, teacher, targets, 1.0)
+    uncertainty = gold_uncertainty(teacher, targets)
+    if threshold is None:
+        threshold = uncertainty.median() if len(uncertainty) else 0.0
+    easy = uncertainty < threshold
+    easy_count, hard_count = (easy.sum(), (~easy).sum()) if counts is None else counts
+    share = torch.where(easy, alpha / _at_least_one(easy_count, gold), (1 - alpha) / _at_least_one(hard_count, gold))
+    return share * (others + torch.where(easy, 0.0, gold))
+
+
+def gold_uncertainty(teacher: Teacher, targets: Tensor) -> Tensor:
+    """UNC = 1 − p(gold) at temperature 1, [tokens], of logits [tokens, vocab] or any signal; no gradient.
+
+    Summed over the other tokens rather than subtracted from 1, which would tie all confident tokens at 0 in float32
+    and make the median meaningless (ALGORITHMS §25.8).
+    """
+    if not isinstance(teacher, SignalBatch):
+        log_p = log_probs(teacher.detach())
+        return _without(log_p, targets)[1].exp()
+    if not isinstance(teacher.support, TopK) or 1.0 not in teacher.support.temperatures:
+        return -teacher.target_logprobs.detach().expm1().clamp(max=0.0)
+    log_p, place = _signal_with_gold(teacher, targets, teacher.vocab_size, len(targets), 1.0)
+    return _without(log_p, place)[1].exp()
+
+
+def _decoupled(student_logits: Tensor, teacher: Teacher, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(TCKD, NCKD), nats per token, each [tokens]."""
+    log_q = log_probs(student_logits, temperature)
+    if isinstance(teacher, SignalBatch):
+        log_p, place = _signal_with_gold(teacher, targets, log_q.shape[1], len(log_q), temperature)
+        assert teacher.ids is not None
+        gold = log_q.gather(1, targets[:, None])
+        rest = log_q.scatter(1, teacher.ids, EXCLUDED).scatter(1, targets[:, None], EXCLUDED)
+        tail = rest.logsumexp(dim=1, keepdim=True).clamp(min=LOG_FLOOR)
+        own_column = (place == teacher.ids.shape[1])[:, None]
+        log_q = torch.cat([log_q.gather(1, teacher.ids), torch.where(own_column, gold, LOG_FLOOR), tail], dim=1)
+    else:
+        log_p, place = log_probs(fit_teacher(teacher, *student_logits.shape), temperature), targets
+    kl = DIVERGENCES["forward_kl"]
+    gold_p, rest_p, others_p = _without(log_p, place)
+    gold_q, rest_q, others_q = _without(log_q, place)
+    binary = kl(torch.stack([gold_p, rest_p], dim=1), torch.stack([gold_q, rest_q], dim=1))
+    return binary, torch.where(rest_p > LOG_FLOOR / 2, kl(others_p, others_q), 0.0)
+
+
+def _without(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of the outcome at `place`, of all others together, and each of them given that it is not the first."""
+    others = log_probs.scatter(1, place[:, None], EXCLUDED)
+    rest = others.logsumexp(dim=1)
+    one = log_probs.gather(1, place[:, None])[:, 0]
+    return one, rest.clamp(min=LOG_FLOOR), (others - rest[:, None]).clamp(min=LOG_FLOOR)
+
+
+def _signal_with_gold(
+    signals: SignalBatch, targets: Tensor, vocab_size: int, tokens: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probs over (ids, gold where it is not among them, tail), [tokens, k + 2], and gold's column."""
+    outcomes = signal_outcomes(signals, vocab_size, tokens, temperature)
+    assert signals.ids is not None and signals.log_tails is not None
+    assert isinstance(signals.support, TopK)
+    k = signals.ids.shape[1]
+    is_gold = signals.ids == targets[:, None]
+    among = is_gold.any(dim=1)
+    place = torch.where(among, is_gold.int().argmax(dim=1), k)
+    if temperature != 1.0 and not bool(among.all()):
+        raise InputError(
+            f"{int((~among).sum())} gold tokens are not among the signal's ids, and their log-prob is known at "
+            f"temperature 1 only, not at {temperature:g}; use temperature 1, a larger k, or dense logits."
+        )
+    floor = outcomes.new_full((tokens, 1), LOG_FLOOR)
+    if temperature != 1.0:
+        return torch.cat([outcomes[:, :k], floor, outcomes[:, k:]], dim=1), place
+    # Subtract before normalising: both numbers come unrounded, while the normalised tail has moved with the ids' error.
+    tail = signals.log_tails[:, signals.support.temperatures.index(1.0)].detach()
+    gold = torch.minimum(signals.target_logprobs.detach(), tail)
+    left = torch.where(gold < tail, tail + torch.log(-torch.expm1(gold - tail)), LOG_FLOOR)
+    split = torch.cat([outcomes.new_zeros(tokens, k), gold[:, None], left[:, None]], dim=1)
+    assert signals.logprobs is not None
+    split[:, :k] = signals.logprobs.detach()
+    split = (split - split.logsumexp(dim=1, keepdim=True)).clamp(min=LOG_FLOOR)
+    return torch.where(among[:, None], torch.cat([outcomes[:, :k], floor, outcomes[:, k:]], dim=1), split), place
+
+
+def _at_least_one(count: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(count, dtype=like.dtype, device=like.device).clamp(min=1)

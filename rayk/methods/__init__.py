@@ -1,0 +1,9 @@
+"""Ways of learning, one file each. To add one, see CONTRIBUTING.md."""
+
+from rayk.methods.base import Experience, Loss, Method
+from rayk.methods.logit_kd import LogitKD
+from rayk.methods.supervised import Supervised
+
+METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD)}
+
+__all__ = ["METHODS", "Experience", "Loss", "LogitKD", "Method", "Supervised"]

@@ -1,0 +1,95 @@
+"""The protocol of a way of learning: `prepare` turns rows into an experience, `loss` says what a step learns from it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rayk.data.batches import Batch
+from rayk.models import Head
+from rayk.signal import SignalBatch
+from rayk.teachers import Teacher
+
+
+class Student(Protocol):
+    """What a method sees of the model that learns."""
+
+    head: Head
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states that predict the counted tokens, [tokens, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one step learns from: rows, and what was said about them. It can be cut into micro-batches by row."""
+
+    batch: Batch
+    signals: SignalBatch | None = None
+
+    @property
+    def count(self) -> int:
+        """Units the loss is averaged over, summed across micro-batches and workers: counted tokens."""
+        return self.batch.counted_tokens
+
+    def select(self, rows: list[int]) -> "Experience":
+        return replace(
+            self, batch=self.batch.select(rows), signals=None if self.signals is None else self.signals.select(rows)
+        )
+
+    def to(self, device: torch.device | str) -> "Experience":
+        return replace(
+            self, batch=self.batch.to(device), signals=None if self.signals is None else self.signals.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of each unit, nats [count], and the terms it is made of, for the metrics."""
+
+    per_token: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A way of learning. One file an implementation; `rayk.methods.METHODS` lists them."""
+
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for `rayk methods`."""
+    paper: ClassVar[str]
+    needs: ClassVar[str]
+    """What it asks of a teacher, with the cost."""
+
+    def __init__(self, settings: Any, teachers: Mapping[str, Teacher]):
+        self.settings = settings
+        self.teachers = teachers
+
+    @abstractmethod
+    async def prepare(self, batch: Batch) -> Experience:
+        """Rows to experience: asks teachers, samples. Runs ahead of the training step, on the background event loop."""
+
+    @abstractmethod
+    def loss(self, student: Student, experience: Experience) -> Loss:
+        """The loss of one micro-batch. Runs inside the wrapped student's forward, so that DDP and FSDP see the head."""
+
+    def modules(self) -> nn.Module | None:
+        """Modules of the method's own that train with the student."""
+        return None
+
+    def on_step(self, step: int) -> None:
+        """Called after each optimiser step."""
+
+    def on_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Called after each evaluation, with its numbers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the student: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""

@@ -1,0 +1,42 @@
+"""Word-level (logit) knowledge distillation: the student matches the teacher's next-token distribution at every
+counted position of the data (Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2016 §3.1; Sanh et al. 2019).
+
+    L = (1/N) Σ_t [ α·(−log q(y_t)) + (1−α)·T^s·D(p_T ‖ q_T)_t ],   s = 2 with `temperature_squared`, else 0
+
+p is the teacher, q the student, both softened by T in the divergence D only. On a top-k signal D is taken between the
+two distributions coarse-grained to the k tokens and one bucket for the rest (ALGORITHMS §22): a lower bound of the
+full divergence that grows to it with k.
+"""
+
+from rayk.data.batches import Batch
+from rayk.losses import linear_divergence
+from rayk.methods.base import Experience, Loss, Method, Student
+
+
+class LogitKD(Method):
+    """See the module's docstring; the settings are `rayk.config.LogitKDConfig`."""
+
+    kind = "logit_kd"
+    summary = "the student matches the teacher's distribution at every counted token"
+    paper = "Hinton et al. 2015; Kim & Rush 2016 §3.1"
+    needs = "topk: 4·k + 8 bytes a token (6·k + 8 beyond 65,536 tokens of vocabulary)"
+
+    async def prepare(self, batch: Batch) -> Experience:
+        teacher = self.teachers[self.settings.teacher or next(iter(self.teachers))]
+        return Experience(batch, await teacher.ascore(batch, self.settings.support))
+
+    def loss(self, student: Student, experience: Experience) -> Loss:
+        settings, batch = self.settings, experience.batch
+        divergence, cross_entropy = linear_divergence(
+            student.hidden(batch),
+            student.head,
+            experience.signals,
+            divergence=settings.divergence.name,
+            temperature=settings.temperature,
+            targets=batch.targets,
+            **settings.divergence.options,
+        )
+        soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
+        alpha = settings.hard_label_weight
+        per_token = alpha * cross_entropy + (1 - alpha) * soft
+        return Loss(per_token, {"cross_entropy": cross_entropy, settings.divergence.name: divergence})

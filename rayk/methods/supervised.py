@@ -1,0 +1,25 @@
+"""Supervised fine-tuning: cross-entropy on the data's own tokens, L = −(1/N) Σ_t log q(y_t | y_<t, x).
+
+On answers that a teacher wrote this is sequence-level distillation (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
+"""
+
+from rayk.data.batches import Batch
+from rayk.losses import linear_cross_entropy
+from rayk.methods.base import Experience, Loss, Method, Student
+
+
+class Supervised(Method):
+    """See the module's docstring."""
+
+    kind = "supervised"
+    summary = "cross-entropy on the data's own tokens"
+    paper = "Kim & Rush 2016 (as SeqKD, on a teacher's answers)"
+    needs = "no teacher"
+
+    async def prepare(self, batch: Batch) -> Experience:
+        return Experience(batch)
+
+    def loss(self, student: Student, experience: Experience) -> Loss:
+        batch = experience.batch
+        cross_entropy = linear_cross_entropy(student.hidden(batch), student.head, batch.targets)
+        return Loss(cross_entropy, {"cross_entropy": cross_entropy})

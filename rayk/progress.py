@@ -1,0 +1,58 @@
+"""How a run looks on a terminal, and in a log file."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from rayk.run import Watcher
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+class TerminalWatcher(Watcher):
+    """Stages as lines with the time since the start; steps as a bar on a terminal, else as a line now and then."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._began = time.monotonic()
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def stage(self, text: str) -> None:
+        self._close()
+        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s[/dim]  {text}", soft_wrap=True)
+
+    def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
+        row = rows[-1]
+        text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if "evaluation_loss" in row:
+            text += f"  evaluation loss {row['evaluation_loss']:.4f}"
+        if self._console.is_terminal:
+            self._draw(row["step"], total, text)
+        elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS or row["step"] == total:
+            self._last_line = time.monotonic()
+            self._console.print(f"         step {row['step']}/{total}  {text}", soft_wrap=True)
+        if row["step"] >= total:
+            self._close()
+
+    def _draw(self, step: int, total: int, text: str) -> None:
+        if self._bar is None:
+            columns = (TextColumn("        "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, description=text)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

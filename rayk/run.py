@@ -1,0 +1,365 @@
+"""One run from settings to result: inputs checked, teachers up, student trained, measured and reported."""
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rayk.cluster import start_ray
+from rayk.config import (
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    load_config,
+    parse_config,
+)
+from rayk.data.examples import ExampleTable, tokenize
+from rayk.engines.transformers import tokenizer_fingerprint
+from rayk.errors import InputError
+from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
+from rayk.evaluation.report import write_report
+from rayk.models import load_model_config, load_tokenizer, real_vocab_size
+from rayk.support import TopK
+from rayk.teachers import Teacher, connect_teacher, serve_teacher
+from rayk.training import evaluate_remotely, train
+from rayk.training.loop import Job, steps_of_epochs
+from rayk.training.recorder import read_lines
+
+# Settings that say where and how fast, not what is learned: they may change between a run and its resumption.
+_PLACEMENT = {
+    "training": {
+        "workers", "resources", "threads", "micro_batch_tokens", "prefetch", "checkpoint_every_steps", "checkpoints",
+        "keep_checkpoints", "max_failures", "collective_timeout_seconds",
+    },
+    "run": {"name", "output", "tracking", "teachers", "evaluation"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, and what `summary.json` says."""
+
+    output: Path
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        """The student with its tokenizer, for `AutoModelForCausalLM.from_pretrained`."""
+        return self.output / "model"
+
+
+class Watcher:
+    """What a run tells whoever watches; the command line draws it."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the run begins."""
+
+    def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
+        """Optimiser steps done since the last call."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs before anything is started, checked."""
+
+    tokenizer_name: str
+    tokenizer: Any
+    train: ExampleTable
+    evaluation: ExampleTable | None
+
+
+def distill(
+    config: RunConfig | str | os.PathLike, *, output: str | None = None, resume: bool = False,
+    watcher: Watcher | None = None,
+) -> Result:  # fmt: skip
+    """Run `config` (a `RunConfig` or the path of its YAML file) to the end.
+
+    Args:
+        output: the run directory, instead of the config's.
+        resume: go on with the run in that directory, if there is one.
+        watcher: is told how the run goes.
+
+    Raises:
+        InputError: the settings, data or models are wrong, or the directory holds another run.
+        TeacherUnavailable: a teacher did not answer in time; the last step is checkpointed.
+        RunFailed: training broke down; the latest checkpoint stands.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config, output=output)
+    config = located(config, output)
+    watcher = watcher or Watcher()
+    watcher.stage("Reading data and models")
+    with ExitStack() as stack:
+        attached = attached_teachers(config)
+        inputs = read_inputs(config, attached)
+        claim(config, resume)
+        start_ray(cpus_needed(config))
+        new = [teacher.name for teacher in config.teachers if not teacher.attach]
+        if new:
+            watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
+        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in config.teachers]
+        began = time.time()
+        teacher_evaluation = None
+        if teachers and inputs.evaluation is not None:
+            watcher.stage("Measuring the teacher")
+            teacher_evaluation = evaluate_teacher(
+                teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer
+            )
+        total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
+        watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
+        job = Job(
+            _by_name(config), inputs.tokenizer_name, inputs.train.table,
+            None if inputs.evaluation is None else inputs.evaluation.table,
+        )  # fmt: skip
+        with _watching(config.output_path, total, watcher):
+            outcome = train(job)
+    summary = summarise(config, inputs, outcome.evaluation, teacher_evaluation, time.time() - began)
+    _write_json(config.output_path / "summary.json", summary)
+    write_report([config.output_path], config.output_path / "report.html")
+    return Result(config.output_path, summary)
+
+
+def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Measure a model on the config's evaluation rows; by default the student this config has trained.
+
+    Returns:
+        A summary as `summary.json` holds it, as far as it applies.
+
+    Raises:
+        InputError: there are no evaluation rows or there is no such model.
+    """
+    config, watcher = located(config), watcher or Watcher()
+    if config.data.evaluation is None:
+        raise InputError("data.evaluation is missing; set it to the rows to measure on.")
+    measured = model or str(config.output_path / "model")
+    if model is None and not Path(measured).is_dir():
+        raise InputError(f"There is no trained student in '{measured}'; run the config first, or give --model.")
+    config = config.model_copy(update={"student": StudentConfig(model=measured)})
+    with ExitStack() as stack:
+        inputs = read_inputs(config, attached_teachers(config))
+        assert inputs.evaluation is not None
+        start_ray(cpus_needed(config))
+        watcher.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
+        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in config.teachers]
+        watcher.stage(f"Measuring {measured}")
+        job = Job(_by_name(config), inputs.tokenizer_name, None, inputs.evaluation.table)
+        evaluation = evaluate_remotely(job)
+        teacher = evaluate_teacher(teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer) if teachers else None
+    return {
+        "name": Path(measured).name if model else config.name,
+        "student": evaluation.metrics,
+        "teacher": teacher.metrics if teacher else {},
+    }
+
+
+def located(config: RunConfig, output: str | None = None) -> RunConfig:
+    """`config` with local paths made absolute: workers run in folders of their own."""
+    values = config.model_dump(mode="json")
+    values["output"] = output or str(config.output_path)
+    values["output"] = str(Path(values["output"]).expanduser().absolute())
+    for section, key in [
+        (values["student"], "model"), (values["student"], "config"), (values["student"], "tokenizer"),
+        (values["data"]["train"], "path"), (values["data"]["evaluation"] or {}, "path"),
+        *((teacher, "model") for teacher in values["teachers"]),
+    ]:  # fmt: skip
+        value = section.get(key)
+        if isinstance(value, str) and (value.startswith(("./", "../", "~")) or os.path.exists(value)):
+            section[key] = os.path.abspath(os.path.expanduser(value))
+    return parse_config(values)
+
+
+def read_inputs(config: RunConfig, attached: Mapping[str, Teacher]) -> Inputs:
+    """Load tokenizers and data and check that they and the models fit together, before anything costs time.
+
+    Raises:
+        InputError: one sentence on the first thing that is wrong.
+    """
+    name = tokenizer_of(config, attached)
+    tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
+    if isinstance(config.student.model, str):
+        load_model_config(config.student.model, trust_remote_code=config.student.trust_remote_code)
+    vocab_size = real_vocab_size(tokenizer)
+    for teacher in config.teachers:
+        _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
+    support = getattr(config.method, "support", None)
+    if isinstance(support, TopK) and support.k > vocab_size:
+        raise InputError(
+            f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at most."
+        )
+    train_table = tokenize(config.data.train, config.data, tokenizer)
+    evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
+    longest = int(max(table.lengths.max() for table in (train_table, evaluation) if table is not None))
+    for teacher in config.teachers:
+        if teacher.model:
+            _check_length(teacher.model, longest, teacher.trust_remote_code)
+    if config.student.model:
+        _check_length(config.student.model, longest, config.student.trust_remote_code)
+    return Inputs(name, tokenizer, train_table, evaluation)
+
+
+def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
+    """Where the student's tokenizer comes from."""
+    if config.student.tokenizer or config.student.model:
+        return config.student.tokenizer or str(config.student.model)
+    for teacher in config.teachers:
+        return teacher.model or attached[teacher.name].info.model
+    raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
+
+
+def _check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer, tokenizer_name: str) -> None:
+    if running is not None:
+        fingerprint = running.info.tokenizer_fingerprint
+    else:
+        assert teacher.model is not None
+        load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        theirs = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        fingerprint = tokenizer_fingerprint(theirs)
+    if fingerprint != tokenizer_fingerprint(tokenizer):
+        raise InputError(
+            f"Teacher '{teacher.name}' and the student's tokenizer '{tokenizer_name}' give tokens different ids; "
+            "their vocabularies must be the same for methods that compare distributions."
+        )
+
+
+def _check_length(model: str, longest: int, trust_remote_code: bool) -> None:
+    settings = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"The longest row has {longest} tokens, but '{model}' takes {limit}; lower data.max_tokens and set "
+            "data.too_long to 'skip' or 'truncate'."
+        )
+
+
+def claim(config: RunConfig, resume: bool) -> None:
+    """Make the run directory, or check that it holds this very run where `resume` is set.
+
+    Raises:
+        InputError: it holds another run, or something else.
+    """
+    folder, file = config.output_path, config.output_path / "config.yaml"
+    if file.exists():
+        if not resume:
+            raise InputError(
+                f"The output directory '{folder}' holds another run; continue it with --resume, or give another --output."
+            )
+        difference = _difference(load_config(file), config)
+        if difference:
+            raise InputError(
+                f"The run in '{folder}' was started with another '{difference}'; resume it with the same settings, or give "
+                "another --output."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"The output '{folder}' exists and is no run directory of rayk; give another --output.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"The output directory '{folder}' cannot be written: {error.strerror}.") from error
+
+
+def _difference(before: RunConfig, now: RunConfig) -> str | None:
+    """The first setting in which what is learned differs."""
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for section in old:
+        if section in _PLACEMENT["run"]:
+            continue
+        if section == "training":
+            for key in old[section]:
+                if key not in _PLACEMENT["training"] and old[section][key] != new[section][key]:
+                    return f"training.{key}"
+        elif old[section] != new[section]:
+            if isinstance(old[section], dict) and isinstance(new[section], dict):
+                return next((f"{section}.{k}" for k in old[section] if old[section][k] != new[section].get(k)), section)
+            return section
+    models = [[t["model"] for t in values["teachers"]] for values in (old, new)]
+    return None if models[0] == models[1] else "teachers.model"
+
+
+def cpus_needed(config: RunConfig) -> float:
+    """Logical CPUs the whole run asks Ray for."""
+    teachers = sum(t.resources.num_cpus * t.replicas.max for t in config.teachers if not t.attach)
+    return teachers + config.training.workers * config.training.resources.num_cpus + 1
+
+
+def attached_teachers(config: RunConfig) -> dict[str, Teacher]:
+    """The teachers that must already run, asked.
+
+    Raises:
+        InputError: one does not answer.
+    """
+    names = [teacher.name for teacher in config.teachers if teacher.attach]
+    if names:
+        start_ray(cpus_needed(config))
+    return {name: connect_teacher(name) for name in names}
+
+
+def _by_name(config: RunConfig) -> RunConfig:
+    """For workers, every teacher is one that already runs."""
+    teachers = [teacher.model_copy(update={"attach": True}) for teacher in config.teachers]
+    return config.model_copy(update={"teachers": teachers})
+
+
+def summarise(
+    config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None, seconds: float
+) -> dict[str, Any]:
+    """What a run came to, for `summary.json`."""
+    rows = read_lines(config.output_path / "metrics.jsonl")
+    spent = sum(row["step_seconds"] for row in rows) or 1.0
+    theirs = {answer.where: answer.text for answer in teacher.answers} if teacher else {}
+    samples = sorted(student.answers if student else [], key=lambda answer: answer.where)[: config.evaluation.samples]
+    return {
+        "name": config.name,
+        "method": config.method.kind,
+        "steps": len(rows),
+        "seconds": seconds,
+        "training_seconds": spent,
+        "tokens_per_second": sum(row["tokens"] for row in rows) / spent,
+        "teacher_wait_share": sum(row["teacher_wait_seconds"] for row in rows) / spent,
+        "rows": {
+            "train": len(inputs.train),
+            "evaluation": len(inputs.evaluation) if inputs.evaluation else 0,
+            "skipped": inputs.train.skipped,
+        },
+        "student": student.metrics if student else {},
+        "teacher": teacher.metrics if teacher else {},
+        "samples": [{**asdict(answer), "teacher": theirs.get(answer.where)} for answer in samples],
+        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+    }
+
+
+@contextmanager
+def _watching(folder: Path, total: int, watcher: Watcher) -> Iterator[None]:
+    """Tell the watcher of new rows in `metrics.jsonl` while training runs, wherever rank 0 is."""
+    done = threading.Event()
+
+    def tell() -> None:
+        seen = 0
+        while True:
+            finished = done.wait(0.5)
+            rows = read_lines(folder / "metrics.jsonl")
+            if len(rows) != seen:
+                watcher.steps(rows[seen:], total)
+                seen = len(rows)
+            if finished:
+                return
+
+    thread = threading.Thread(target=tell, name="rayk-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,356 @@
+"""The asker's side of a teacher: `Teacher`, used alike in scripts, notebooks and Train workers.
+
+All traffic runs on one background event loop per process, so a training step never waits for Python's network code
+and a notebook's own loop is left alone. What is in flight is bounded (credit), results come back in the order they were
+asked for, and a request that loses its replica is asked again: requests are pure functions of their content, so
+nothing is lost, doubled or reordered.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
+
+from rayk.cluster import start_ray
+from rayk.config import TeacherConfig
+from rayk.engines.base import EngineInfo, SamplingParameters
+from rayk.errors import InputError, RaykError, TeacherUnavailable
+from rayk.sequences import Sequence
+from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
+from rayk.support import Support, TopK
+from rayk.teachers import deployment
+from rayk.teachers.deployment import GenerateRequest, ScoreRequest
+
+# A replica or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask again.
+_RETRYABLE = (RayActorError, ObjectLostError, BackPressureError, DeploymentUnavailableError, CorruptSignal)
+_PROMPTS_A_CALL = 32
+T = TypeVar("T")
+
+
+class HasSequences(Protocol):
+    """What `score` takes besides plain sequences: a `rayk.data.Batch`."""
+
+    @property
+    def sequences(self) -> list[Sequence]: ...
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a teacher wrote after one prompt; `logprobs` (nats) are the model's own, at temperature 1, untruncated."""
+
+    text: str
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+
+
+@dataclass
+class Statistics:
+    """What a client has asked and got, since it was made."""
+
+    calls: int = 0
+    retries: int = 0
+    tokens: int = 0
+    """Counted positions whose signals arrived."""
+    bytes: int = 0
+    wait_seconds: float = 0.0
+    """How long `stream` and `score` held their caller."""
+
+
+class _Loop:
+    """One event loop on a daemon thread, shared by all teachers of this process."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="rayk-teachers", daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+
+_shared_loop: _Loop | None = None
+_shared_loop_lock = threading.Lock()
+
+
+def background(work: Coroutine[Any, Any, T]) -> "Future[T]":
+    """Run `work` on this process's background loop."""
+    global _shared_loop
+    with _shared_loop_lock:
+        if _shared_loop is None:
+            _shared_loop = _Loop()
+    return _shared_loop.run(work)
+
+
+def wait_for(future: "Future[T]") -> T:
+    """The result of background work; whatever interrupts the wait (Ctrl-C) cancels the work."""
+    try:
+        return future.result()
+    finally:
+        future.cancel()
+
+
+def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Iterator[T]:
+    """Results of `work` in order, up to `prefetch` pieces begun ahead; leaving early cancels what is under way."""
+    under_way: deque[Future[T]] = deque()
+    try:
+        for piece in work:
+            under_way.append(background(piece))
+            if len(under_way) > prefetch:
+                yield wait_for(under_way.popleft())
+        while under_way:
+            yield wait_for(under_way.popleft())
+    finally:
+        for future in under_way:
+            future.cancel()
+
+
+class Teacher:
+    """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`."""
+
+    def __init__(self, name: str, info: EngineInfo, settings: TeacherConfig):
+        self.name = name
+        self.info = info
+        self.settings = settings
+        self.statistics = Statistics()
+        self._handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name).options(_by_reference=True)
+        self._credit: asyncio.Semaphore | None = None
+
+    def score(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+        """The teacher's signals at the counted positions, a row a sequence, in order.
+
+        Raises:
+            InputError: the teacher cannot answer such a request.
+            TeacherUnavailable: no answer before the deadline.
+        """
+        return self._timed(background(self._score(_sequences_of(batch), support or TopK())))
+
+    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+        """`score`, awaitable on any event loop."""
+        return await asyncio.wrap_future(background(self._score(_sequences_of(batch), support or TopK())))
+
+    def stream(
+        self, batches: Iterable[Any], support: Support | None = None, prefetch: int = 4
+    ) -> Iterator[tuple[Any, SignalBatch]]:
+        """Pairs (batch, signals) in order, while up to `prefetch` later batches are being answered."""
+        asked: deque[Any] = deque()
+
+        def requests() -> Iterator[Coroutine[Any, Any, SignalBatch]]:
+            for batch in batches:
+                asked.append(batch)
+                yield self._score(_sequences_of(batch), support or TopK())
+
+        results = background_stream(requests(), prefetch)
+        while True:
+            began = time.perf_counter()
+            try:
+                signals = next(results)
+            except StopIteration:
+                return
+            self.statistics.wait_seconds += time.perf_counter() - began
+            yield asked.popleft(), signals
+
+    def generate(
+        self, prompts: Ordered[str] | Ordered[np.ndarray], *, max_new_tokens: int = 256, temperature: float = 1.0,
+        top_p: float = 1.0, top_k: int = 0, stop: Ordered[str] = (), seed: int = 0,
+    ) -> list[Completion]:  # fmt: skip
+        """One completion a prompt (text, or token ids), in order. `temperature` 0 is greedy; equal seeds, equal text.
+
+        Raises:
+            InputError: a prompt that leaves no room for `max_new_tokens`.
+            TeacherUnavailable: no answer before the deadline.
+        """
+        parameters = SamplingParameters(max_new_tokens, temperature, top_p, top_k, tuple(stop))
+        return self._timed(background(self._generate(list(prompts), parameters, seed)))
+
+    async def agenerate(self, prompts: Ordered[Any], parameters: SamplingParameters, seed: int = 0) -> list[Completion]:
+        """`generate`, awaitable on any event loop."""
+        return await asyncio.wrap_future(background(self._generate(list(prompts), parameters, seed)))
+
+    def _timed(self, future: "Future[T]") -> T:
+        began = time.perf_counter()
+        try:
+            return wait_for(future)
+        finally:
+            self.statistics.wait_seconds += time.perf_counter() - began
+
+    async def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
+        calls = _split([len(sequences[row]) for row in order], self.settings.call_tokens)
+        rows_of = [[order[i] for i in call] for call in calls]
+        parts = await _gather(
+            self._call("score", ScoreRequest.of([sequences[row] for row in rows], support), self._decoded)
+            for rows in rows_of
+        )
+        position = {row: i for i, row in enumerate(row for rows in rows_of for row in rows)}
+        signals = concatenate(parts).select([position[row] for row in range(len(sequences))])
+        expected = np.asarray([sequence.counted_tokens for sequence in sequences])
+        if not np.array_equal(signals.offsets.diff().numpy(), expected):
+            raise RaykError(f"Teacher '{self.name}' answered for other positions than it was asked about.")
+        try:
+            signals.check()
+        except CorruptSignal as error:
+            raise RaykError(f"Teacher '{self.name}' gave a signal that cannot be learned from: {error}") from error
+        self.statistics.tokens += signals.tokens
+        return signals
+
+    def _decoded(self, wire: np.ndarray) -> SignalBatch:
+        self.statistics.bytes += wire.nbytes
+        return decode(wire)
+
+    async def _generate(self, prompts: list[Any], parameters: SamplingParameters, seed: int) -> list[Completion]:
+        seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
+        starts = range(0, len(prompts), _PROMPTS_A_CALL)
+        parts = await _gather(
+            self._call(
+                "generate",
+                GenerateRequest(prompts[i : i + _PROMPTS_A_CALL], seeds[i : i + _PROMPTS_A_CALL], parameters),
+                list,
+            )
+            for i in starts
+        )
+        return [
+            Completion(text, g.token_ids, g.logprobs, g.finish_reason) for part in parts for g, text in part
+        ]
+
+    async def _call(self, method: str, request: Any, read) -> Any:
+        """One request, asked until a replica answers or the deadline passes."""
+        if self._credit is None:
+            self._credit = asyncio.Semaphore(self.settings.in_flight)
+        deadline = time.monotonic() + self.settings.deadline_seconds
+
+        def give_up(state: RetryCallState) -> Any:
+            reason = state.outcome.exception() if state.outcome else None
+            raise TeacherUnavailable(self._unavailable(reason)) from reason
+
+        async with self._credit:
+            self.statistics.calls += 1
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(_RETRYABLE),
+                wait=wait_exponential_jitter(initial=0.1, max=5.0),
+                stop=stop_after_delay(self.settings.deadline_seconds),
+                retry_error_callback=give_up,
+            ):
+                with attempt:
+                    if attempt.retry_state.attempt_number > 1:
+                        self.statistics.retries += 1
+                    return read(await self._attempt(method, request, deadline - time.monotonic()))
+
+    async def _attempt(self, method: str, request: Any, seconds: float) -> Any:
+        response = getattr(self._handle, method).remote(request)
+        try:
+            # Serve itself waits without end while no replica is up, hence our own clock.
+            async with asyncio.timeout(max(0.0, seconds)):
+                return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except TimeoutError as error:
+            response.cancel()
+            raise TeacherUnavailable(self._unavailable(None)) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise InputError(str(error.cause)) from None
+            if isinstance(error, _RETRYABLE):
+                raise
+            raise RaykError(f"Teacher '{self.name}' failed at {method}: {error.cause!r}") from error
+        except RayServeException as error:
+            if isinstance(error, _RETRYABLE):
+                raise
+            raise TeacherUnavailable(self._unavailable(error)) from error
+
+    def _unavailable(self, reason: BaseException | None) -> str:
+        because = f" ({type(reason).__name__})" if reason else ""
+        return (
+            f"Teacher '{self.name}' did not answer within {self.settings.deadline_seconds:g} s{because}; see that its "
+            "replicas run, or raise teachers.deadline_seconds."
+        )
+
+
+async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first failure cancels the rest and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(piece) for piece in work]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:
+    return list(getattr(batch, "sequences", batch))
+
+
+def _split(lengths: list[int], budget: int) -> list[list[int]]:
+    """Consecutive positions in groups of at most `budget` tokens, at least one each."""
+    groups: list[list[int]] = []
+    total = 0
+    for position, length in enumerate(lengths):
+        if not groups or total + length > budget:
+            groups.append([])
+            total = 0
+        groups[-1].append(position)
+        total += length
+    return groups
+
+
+def connect_teacher(name: str, settings: TeacherConfig | None = None) -> Teacher:
+    """Attach to the teacher that runs as Serve application `name` (from `rayk serve` or another process).
+
+    `settings`: credit and deadline of this asker; by default those the teacher was deployed with.
+
+    Raises:
+        InputError: no such teacher runs on this cluster.
+    """
+    start_ray()
+    try:
+        handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name)
+        info, deployed = handle.describe.remote().result(timeout_s=60)
+    except (KeyError, RayServeException, ray.exceptions.RayError, TimeoutError) as error:
+        raise InputError(
+            f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve`, or give its model instead of "
+            "'attach: true'."
+        ) from error
+    return Teacher(name, info, settings or TeacherConfig.model_validate(deployed))
+
+
+@contextmanager
+def serve_teacher(config: TeacherConfig) -> Iterator[Teacher]:
+    """Bring a teacher up on Ray Serve (starting Ray if need be), and take it down at the end.
+
+    With `attach: true` the teacher must already run, and is left running.
+
+    Raises:
+        InputError: it cannot be started or reached.
+    """
+    start_ray(num_cpus=config.resources.num_cpus * config.replicas.max + 1)
+    if config.attach:
+        yield connect_teacher(config.name, config)
+        return
+    deployment.deploy(config)
+    try:
+        yield connect_teacher(config.name, config)
+    finally:
+        deployment.remove(config.name)

@@ -1,0 +1,163 @@
+"""The Serve side of a teacher: replicas that hold an engine, and bringing them up and down."""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+from ray import serve
+
+from rayk.cluster import gpus_each
+from rayk.config import TeacherConfig
+from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters
+from rayk.environment import THREADING
+from rayk.errors import InputError
+from rayk.sequences import Sequence
+from rayk.signal import encode
+from rayk.support import Support
+
+DEPLOYMENT = "teacher"
+# Far above what credit-bound clients keep open; at Serve's default of 5 its router probes full replicas again and
+# again, and 200 calls in flight ran ten times slower than one by one (PLATFORM §4).
+_MAX_ONGOING_REQUESTS = 1000
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Sequences to score, packed: one array of ids for all rows and one bit a token for what counts."""
+
+    input_ids: np.ndarray
+    counted_bits: np.ndarray
+    lengths: np.ndarray
+    support: Support
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], support: Support) -> "ScoreRequest":
+        return cls(
+            np.concatenate([sequence.input_ids for sequence in sequences]),
+            np.packbits(np.concatenate([sequence.counted for sequence in sequences])),
+            np.asarray([len(sequence) for sequence in sequences]),
+            support,
+        )
+
+    def sequences(self) -> list[Sequence]:
+        counted = np.unpackbits(self.counted_bits, count=len(self.input_ids)).astype(bool)
+        ends = np.cumsum(self.lengths)[:-1]
+        return [Sequence(*row) for row in zip(np.split(self.input_ids, ends), np.split(counted, ends), strict=True)]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Prompts (text, or token ids) to continue, each with its own seed."""
+
+    prompts: list[str] | list[np.ndarray]
+    seeds: list[int]
+    parameters: SamplingParameters = field(default_factory=SamplingParameters)
+
+
+class TeacherReplica:
+    """One copy of a teacher. Requests are pure functions of their content (generation is seeded), so a client may ask
+    another replica again after a death without harm."""
+
+    async def __init__(self, settings: dict):
+        config = TeacherConfig.model_validate(settings)
+        self._settings = settings
+        self._engine = build_engine(config)
+        await self._engine.warm_up()
+
+    async def describe(self) -> tuple[EngineInfo, dict]:
+        return self._engine.info, self._settings
+
+    async def score(self, request: ScoreRequest) -> np.ndarray:
+        """The signals' wire form (`rayk.signal.decode`)."""
+        return encode(await self._engine.score(request.sequences(), request.support))
+
+    async def generate(self, request: GenerateRequest) -> list[tuple[Generated, str]]:
+        """A continuation and its text (special tokens left out) for each prompt."""
+        tokenizer = self._engine.tokenizer
+        prompts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in request.prompts]
+        generated = await self._engine.generate(prompts, request.parameters, request.seeds)
+        texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
+        return list(zip(generated, texts, strict=True))
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+
+def build_engine(config: TeacherConfig) -> Engine:
+    """The engine `config.engine.kind` names, in this process."""
+    import torch
+
+    from rayk.engines.transformers import TransformersEngine
+
+    assert config.model is not None
+    threads = config.engine.threads or max(1, int(config.resources.num_cpus))
+    if config.engine.device == "cpu" or not torch.cuda.is_available():
+        torch.set_num_threads(threads)
+    return TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+
+
+def deploy(config: TeacherConfig) -> None:
+    """Start the Serve application `config.name` and wait until every replica is warm.
+
+    Raises:
+        InputError: an application of that name with other settings already runs, or the model cannot be loaded.
+    """
+    if config.model is None:
+        raise InputError(f"Teacher '{config.name}' has no model to deploy; set teachers.model.")
+    if config.model.startswith((".", "~")) or os.path.isdir(config.model):
+        config = config.model_copy(update={"model": os.path.abspath(os.path.expanduser(config.model))})
+    serve.start(proxy_location="Disabled")
+    options = {
+        "name": DEPLOYMENT,
+        "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
+        "health_check_period_s": 5,
+        "graceful_shutdown_timeout_s": 5,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": 3,
+        "ray_actor_options": {
+            "num_cpus": config.resources.num_cpus,
+            "num_gpus": gpus_each(config.resources.num_gpus),
+            "resources": config.resources.custom,
+            "runtime_env": {"env_vars": THREADING},
+        },
+    }
+    if config.replicas.min == config.replicas.max:
+        options["num_replicas"] = config.replicas.min
+    else:
+        options["autoscaling_config"] = {
+            "min_replicas": config.replicas.min,
+            "max_replicas": config.replicas.max,
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 60,
+        }
+    application = serve.deployment(TeacherReplica).options(**options).bind(config.model_dump(mode="json"))
+    try:
+        serve.run(application, name=config.name, route_prefix=None, logging_config={"log_level": "WARNING"})
+    except RuntimeError as error:
+        reason = failure_of(config.name) or str(error)
+        remove(config.name)
+        raise InputError(f"Teacher '{config.name}' did not start: {reason}") from error
+
+
+def failure_of(name: str) -> str:
+    """Why application `name` is not healthy, as its replicas said it; empty when nothing is known."""
+    application = serve.status().applications.get(name)
+    if application is None:
+        return ""
+    texts = [application.message, *(d.message for d in application.deployments.values())]
+    for text in texts:
+        for line in reversed(text.splitlines()):
+            if "Error: " in line:
+                return line.split("Error: ", 1)[1].strip()
+    return ""
+
+
+def running(name: str) -> bool:
+    """Whether a Serve application of this name exists."""
+    return name in serve.status().applications
+
+
+def remove(name: str) -> None:
+    """Take application `name` down; nothing happens where it does not exist."""
+    serve.delete(name)

@@ -1,0 +1,119 @@
+"""Checkpoints: files first, manifest last. What has no manifest, or does not match it, does not exist.
+
+Ray Train's own checkpoint bookkeeping is one file written in place, readable only by the same Ray version, and absent
+in its local mode; a run directory should outlive all three. So files go to `step-NNNNNNNN/` on any file system that
+pyarrow knows (local, shared, s3://, gs://).
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyarrow import fs
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on after `step` steps. Schedule, data order and random streams are functions of the
+    run's seed and the step, so the step restores them."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    method: list[dict[str, Any]]
+    """The method's state, one entry a worker."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, under one folder or URI."""
+
+    def __init__(self, place: str):
+        self._fs, self._folder = fs.FileSystem.from_uri(place) if "://" in place else (fs.LocalFileSystem(), place)
+
+    def save(self, checkpoint: Checkpoint, keep: int) -> None:
+        """Write one, then delete all but the newest `keep`."""
+        folder = f"{self._folder}/step-{checkpoint.step:08d}"
+        self._delete(folder)  # a torn one of the same step
+        self._fs.create_dir(folder, recursive=True)
+        files = {
+            "model.safetensors": save_tensors({name: t.contiguous() for name, t in checkpoint.model.items()}),
+            "optimizer.pt": _pack(checkpoint.optimizer),
+            "method.pt": _pack(checkpoint.method),
+        }
+        for name, data in files.items():
+            self._write(f"{folder}/{name}", data)
+        sums = {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
+        self._write(f"{folder}/{_MANIFEST}.part", json.dumps({"step": checkpoint.step, "files": sums}).encode())
+        self._fs.move(f"{folder}/{_MANIFEST}.part", f"{folder}/{_MANIFEST}")
+        for step in self.steps()[:-keep]:
+            # The manifest goes first, so that a half-deleted checkpoint is none.
+            self._fs.delete_file(f"{self._folder}/step-{step:08d}/{_MANIFEST}")
+            self._delete(f"{self._folder}/step-{step:08d}")
+
+    def steps(self) -> list[int]:
+        """Steps that have a manifest, ascending."""
+        selector = fs.FileSelector(self._folder, allow_not_found=True, recursive=True)
+        found = [info.path for info in self._fs.get_file_info(selector) if info.base_name == _MANIFEST]
+        return sorted(int(path.split("/")[-2].removeprefix("step-")) for path in found)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole."""
+        for step in reversed(self.steps()):
+            files = self._read_whole(f"{self._folder}/step-{step:08d}")
+            if files is not None:
+                return Checkpoint(
+                    step,
+                    load_tensors(files["model.safetensors"]),
+                    _unpack(files["optimizer.pt"]),
+                    _unpack(files["method.pt"]),
+                )
+        return None
+
+    def _read_whole(self, folder: str) -> dict[str, bytes] | None:
+        files = {}
+        for name, expected in json.loads(self._read(f"{folder}/{_MANIFEST}"))["files"].items():
+            try:
+                data = self._read(f"{folder}/{name}")
+            except FileNotFoundError:
+                return None
+            if len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]:
+                return None
+            files[name] = data
+        return files
+
+    def _read(self, path: str) -> bytes:
+        with self._fs.open_input_stream(path) as stream:
+            return stream.read()
+
+    def _write(self, path: str, data: bytes) -> None:
+        with self._fs.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def _delete(self, folder: str) -> None:
+        if self._fs.get_file_info(folder).type == fs.FileType.Directory:
+            self._fs.delete_dir(folder)
+
+
+def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with each tensor once: tied weights share storage, which safetensors refuses."""
+    first_names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    return {name: tensor for name, tensor in state.items() if first_names[tensor.data_ptr()] == name}
+
+
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -1,0 +1,355 @@
+"""What one Ray Train worker does: prepare, step, measure, checkpoint, until the last step.
+
+The result does not depend on the number of workers or on micro-batching: step i learns from the same rows whoever
+takes them, and every token weighs 1 / (the step's counted tokens over all workers).
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayk.config import RunConfig, TrainingConfig
+from rayk.data.batches import BatchSampler, collate, micro_batches, pad_id_of
+from rayk.data.examples import ExampleTable
+from rayk.errors import RaykError
+from rayk.evaluation.evaluate import Evaluation, Evaluator
+from rayk.losses import token_mean
+from rayk.methods import METHODS, Experience, Method
+from rayk.models import load_tokenizer, pick_device
+from rayk.teachers.client import Teacher, background_stream, connect_teacher
+from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
+from rayk.training.recorder import Recorder
+from rayk.training.student import Step, Student, make_model, save_model, wrap
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker. Tables travel through Ray's object store, teachers by name."""
+
+    config: RunConfig
+    tokenizer: str
+    train_table: Any
+    evaluation_table: Any
+
+    @property
+    def checkpoints(self) -> str:
+        return self.config.training.checkpoints or str(self.config.output_path / "checkpoints")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker group returns: how far it came, the last evaluation, or why it had to stop."""
+
+    step: int
+    total_steps: int
+    evaluation: Evaluation | None = None
+    problem: RaykError | None = None
+
+
+class StopTogether(Exception):
+    """Some rank cannot go on; every rank has been told and leaves the loop between two steps."""
+
+    def __init__(self, problem: RaykError):
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+class Ranks:
+    """This worker among its group: agreement and sums. With one worker there is nobody to ask."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.local_world = context.get_local_world_size()
+
+    def agree(self, problem: BaseException | None) -> None:
+        """Raise StopTogether on every rank if any has a problem. One small all-reduce, so that no rank waits in a
+        later collective for one that has left."""
+        if self.world == 1:
+            if problem is not None:
+                raise StopTogether(_as_rayk_error(problem)) from problem
+            return
+        troubled = torch.tensor([problem is not None], dtype=torch.int32, device=_collective_device())
+        dist.all_reduce(troubled)
+        if troubled.item():
+            said: list[Any] = [None] * self.world
+            dist.all_gather_object(said, None if problem is None else (type(_as_rayk_error(problem)), str(problem)))
+            kind, text = next(each for each in said if each is not None)
+            raise StopTogether(kind(text)) from problem
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Each value summed over the ranks."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def train_worker(job: Job) -> Outcome:
+    """Train Worker's function: runs one rank from the latest checkpoint to the last step."""
+    ranks = Ranks()
+    trainer: Trainer | None = None
+    problem: Exception | None = None
+    _use_threads(job.config.training, ranks)
+    try:
+        trainer = Trainer(job, ranks)
+    except Exception as error:
+        problem = error
+    with ExitStack() as stack:
+        try:
+            ranks.agree(problem)
+            assert trainer is not None
+            stack.callback(trainer.close)
+            return trainer.run()
+        except StopTogether as stop:
+            # Returned, not raised: Ray Train would start the group again, and again.
+            step, total = (trainer.step, trainer.total_steps) if trainer is not None else (0, 0)
+            return Outcome(step, total, problem=stop.problem)
+
+
+def evaluate_worker(job: Job) -> Evaluation:
+    """Measure the job's student as it is, on all evaluation rows."""
+    config = job.config
+    tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
+    model = make_model(config.student, tokenizer, config.seed, pick_device())
+    teacher = next((connect_teacher(teacher.name, teacher) for teacher in config.teachers), None)
+    examples = list(ExampleTable(_fetched(job.evaluation_table)))
+    evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
+    return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
+
+
+class Trainer:
+    """One rank's state and its loop."""
+
+    def __init__(self, job: Job, ranks: Ranks):
+        config = job.config
+        self.config, self.settings, self.ranks = config, config.training, ranks
+        self.device = _device()
+        self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
+        self.table = ExampleTable(_fetched(job.train_table))
+        teachers = {teacher.name: connect_teacher(teacher.name, teacher) for teacher in config.teachers}
+        self.teachers: Mapping[str, Teacher] = teachers
+        self.method: Method = METHODS[config.method.kind](config.method, teachers)
+        model = make_model(config.student, self.tokenizer, config.seed, self.device)
+        self.student = Student(model, self.settings.precision)
+        self.wrapped = wrap(Step(self.student, self.method).to(self.device))
+        self.parameters = [p for p in self.wrapped.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(self.parameters, self.settings.weight_decay),
+            lr=self.settings.learning_rate,
+            betas=self.settings.betas,
+            fused=True,
+        )
+        self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))
+        self.sampler = BatchSampler(self.table.lengths, self.settings.batch_size, config.seed, self.total_steps)
+        self.store = CheckpointStore(job.checkpoints)
+        self.step = 0
+        self._restore()
+        self._saved = self.step
+        teacher = next(iter(teachers.values()), None)
+        self.evaluator: Evaluator | None = None
+        if job.evaluation_table is not None:
+            rows = ExampleTable(_fetched(job.evaluation_table))
+            mine = [rows[i] for i in range(ranks.rank, len(rows), ranks.world)]
+            self.evaluator = Evaluator(config.evaluation, mine, self.tokenizer, teacher, self.settings.micro_batch_tokens)
+        self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
+
+    def run(self) -> Outcome:
+        evaluation = None
+        pad_id = pad_id_of(self.tokenizer)
+
+        async def prepared(step: int) -> Experience:
+            rows = self.sampler.share(step, self.ranks.rank, self.ranks.world)
+            return await self.method.prepare(collate([self.table[int(row)] for row in rows], pad_id))
+
+        experiences = background_stream(
+            (prepared(step) for step in range(self.step, self.total_steps)), self.settings.prefetch
+        )
+        try:
+            for step in range(self.step, self.total_steps):
+                row = self._step(step, experiences)
+                self.step = step + 1
+                last = self.step == self.total_steps
+                if self.evaluator and (last or self.step % (self.config.evaluation.every_steps or math.inf) == 0):
+                    evaluation = self._evaluate(last)
+                    row |= {f"evaluation_{name}": value for name, value in evaluation.metrics.items()}
+                if self.recorder:
+                    self.recorder.record(row)
+                if last or self.step % self.settings.checkpoint_every_steps == 0:
+                    self._checkpoint()
+        except StopTogether:
+            if self.step > self._saved:
+                self._checkpoint()
+            raise
+        finally:
+            experiences.close()
+        if self.ranks.rank == 0:
+            save_model(self.student.model, self.tokenizer, self.config.output_path / "model")
+        if evaluation is None and self.evaluator:  # resumed after the last step
+            evaluation = self._evaluate(last=True)
+        return Outcome(self.step, self.total_steps, evaluation)
+
+    def close(self) -> None:
+        if self.recorder:
+            self.recorder.close()
+
+    def _step(self, step: int, experiences: Iterator[Experience]) -> dict[str, Any]:
+        """One optimiser step; its row of metrics."""
+        began = time.perf_counter()
+        experience, problem = None, None
+        try:
+            experience = next(experiences)
+        except Exception as error:
+            problem = error
+        waited = time.perf_counter() - began
+        self.ranks.agree(problem)
+        assert experience is not None
+        lengths = [len(sequence) for sequence in experience.batch.sequences]
+        count, tokens = self.ranks.sums([experience.count, sum(lengths)])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step, self.ranks.rank]).generate_state(1)[0]))
+        sums = self._backward(experience, lengths, count)
+        names = sorted(sums)
+        totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
+        self.ranks.agree(
+            None if math.isfinite(float(norm)) else RaykError(f"The gradient is not finite at step {step + 1}.")
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.method.on_step(step + 1)
+        seconds = time.perf_counter() - began
+        return {
+            "step": step + 1,
+            "epoch": (step + 1) * self.settings.batch_size / len(self.table),
+            **{name: total / max(count, 1) for name, total in totals.items()},
+            "learning_rate": learning_rate_at(step, self.total_steps, self.settings),
+            "gradient_norm": float(norm),
+            "tokens": int(tokens),
+            "counted_tokens": int(count),
+            "tokens_per_second": tokens / seconds,
+            "teacher_wait_seconds": waited,
+            "step_seconds": seconds,
+        }
+
+    def _backward(self, experience: Experience, lengths: list[int], count: float) -> dict[str, float]:
+        """Gradients of the whole step's loss; sums of the loss and its terms over this rank's units."""
+        groups = micro_batches(lengths, self.settings.micro_batch_tokens)
+        sums: dict[str, Tensor] = {}
+        for number, rows in enumerate(groups, start=1):
+            part = experience.select(rows).to(self.device)
+            quiet = self.wrapped.no_sync() if self.ranks.world > 1 and number < len(groups) else nullcontext()
+            with quiet:
+                per_token, terms = self.wrapped(part)
+                # DDP averages over ranks what we want summed.
+                (token_mean(per_token, count) * self.ranks.world).backward()
+            for name, term in {"loss": per_token.detach(), **terms}.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term.sum()
+        return {name: float(value) for name, value in sums.items()}
+
+    def _evaluate(self, last: bool) -> Evaluation:
+        assert self.evaluator is not None
+        evaluation, problem = None, None
+        self.student.eval()
+        try:
+            evaluation = self.evaluator.run(self.student, answers=last)
+        except Exception as error:
+            problem = error
+        self.student.train()
+        self.ranks.agree(problem)
+        whole = Evaluation.merge(self.ranks.gather(evaluation))
+        self.method.on_evaluation(whole.metrics)
+        return whole
+
+    def _checkpoint(self) -> None:
+        self._saved = self.step
+        states = self.ranks.gather(self.method.state_dict())
+        problem = None
+        if self.ranks.rank == 0:
+            step = self.wrapped.module if hasattr(self.wrapped, "module") else self.wrapped
+            state = Checkpoint(self.step, unshared(step.state_dict()), self.optimizer.state_dict(), states)
+            try:
+                self.store.save(state, self.settings.keep_checkpoints)
+            except OSError as error:
+                problem = RaykError(f"The checkpoint of step {self.step} could not be written: {error}")
+        self.ranks.agree(problem)
+
+    def _restore(self) -> None:
+        checkpoint = self.store.latest()
+        if checkpoint is None:
+            return
+        step = self.wrapped.module if hasattr(self.wrapped, "module") else self.wrapped
+        missing, unexpected = step.load_state_dict(checkpoint.model, strict=False)
+        if unexpected or set(missing) & set(unshared(step.state_dict())):
+            raise RaykError(f"The checkpoint of step {checkpoint.step} belongs to another student; use another output.")
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
+        self.step = checkpoint.step
+
+
+def steps_of_epochs(settings: TrainingConfig, rows: int) -> int:
+    """Optimiser steps in `settings.epochs` passes over `rows` rows, at least one."""
+    assert settings.epochs is not None
+    return max(1, round(settings.epochs * rows / settings.batch_size))
+
+
+def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> float:
+    """The rate of step `step` (from 0): linear warm-up, then the schedule down to `final_learning_rate`."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
+    return settings.learning_rate * (settings.final_learning_rate + (1 - settings.final_learning_rate) * share)
+
+
+def _decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: norms and biases have no direction to shrink."""
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _use_threads(settings: TrainingConfig, ranks: Ranks) -> None:
+    if settings.workers > 0 or settings.threads:
+        torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
+
+
+def _device() -> str:
+    return str(ray.train.torch.get_device()) if torch.cuda.is_available() else "cpu"
+
+
+def _collective_device() -> str:
+    return _device() if dist.get_backend() == "nccl" else "cpu"
+
+
+def _fetched(table: Any) -> pa.Table:
+    return ray.get(table) if isinstance(table, ray.ObjectRef) else table
+
+
+def _as_rayk_error(problem: BaseException) -> RaykError:
+    if isinstance(problem, RaykError):
+        return problem
+    return RaykError(f"{type(problem).__name__}: {problem}")

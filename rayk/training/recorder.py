@@ -1,0 +1,52 @@
+"""`metrics.jsonl` and TensorBoard, written by rank 0 as training goes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rayk.config import TrackingConfig
+
+
+class Recorder:
+    """Appends one row a step. Opened at step n it drops what lies beyond, so that each step of the surviving history
+    counts once."""
+
+    def __init__(self, folder: Path, step: int, tracking: TrackingConfig):
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in read_lines(self._path) if line["step"] <= step]
+        part = self._path.with_suffix(".jsonl.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._writer = None
+        if tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def record(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._writer:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file; a last one cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,120 @@
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.config import DataSource
+from rayk.data.sources import read_rows
+from rayk.errors import InputError
+
+ROWS = [{"prompt": f"été {i}?", "completion": f"line\u2028sep 🎈 {i}"} for i in range(5)]
+
+
+def rows_of(path, **settings):
+    return list(read_rows(DataSource(path=str(path), **settings)))
+
+
+def write_lines(path: Path, rows, end="\n") -> Path:
+    path.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode() + end.encode())
+    return path
+
+
+def test_jsonl_json_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ROWS)
+    write_lines(tmp_path / "lines.json", ROWS)
+    (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=2)
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": saved, "test": saved.select([1])}).save_to_disk(tmp_path / "splits")
+    for name in ("a.jsonl", "lines.json", "list.json", "a.parquet", "saved", "splits"):
+        assert [row.fields for row in rows_of(tmp_path / name)] == ROWS, name
+    assert [row.fields for row in rows_of(tmp_path / "splits", split="test")] == ROWS[1:2]
+    with pytest.raises(InputError, match="has no split 'dev' \\(it has: train, test\\)"):
+        rows_of(tmp_path / "splits", split="dev")
+
+
+def test_rows_say_where_they_are_from(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": "x\\ry"}\r\n{"a": 3}')
+    assert [(row.fields["a"], row.where) for row in rows_of(path)] == [
+        (1, f"{path}, line 1"),
+        ("x\ry", f"{path}, line 4"),
+        (3, f"{path}, line 5"),
+    ]
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=2)
+    assert [row.where for row in rows_of(tmp_path / "a.parquet")][3] == f"row 4 of {tmp_path}/a.parquet"
+
+
+def test_only_the_first_rows_are_read_when_asked(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ROWS)
+    with open(path, "ab") as file:
+        file.write(b"broken")
+    assert [row.fields for row in rows_of(path, rows=5)] == ROWS
+    with pytest.raises(InputError):
+        rows_of(path)
+
+
+def test_globs_and_folders_read_their_files_in_order(tmp_path):
+    write_lines(tmp_path / "part-1.jsonl", ROWS[3:])
+    write_lines(tmp_path / "part-0.jsonl", ROWS[:3])
+    (tmp_path / "readme.md").write_text("x")
+    assert [row.fields for row in rows_of(tmp_path)] == ROWS
+    assert [row.fields for row in rows_of(tmp_path / "part-*.jsonl")] == ROWS
+
+
+def test_a_folder_gives_only_the_files_of_the_split(tmp_path):
+    write_lines(tmp_path / "train.jsonl", ROWS[:3])
+    write_lines(tmp_path / "test.jsonl", ROWS[3:])
+    assert [row.fields for row in rows_of(tmp_path)] == ROWS[:3]
+    assert [row.fields for row in rows_of(tmp_path, split="test")] == ROWS[3:]
+    with pytest.raises(InputError, match="no file for the split 'validation' \\(it has: test.jsonl, train.jsonl\\)"):
+        rows_of(tmp_path, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'{"a": 1}\n\n{"a": \n', r"a\.jsonl, line 3 is not JSON: Expecting value \(column 6\)"),
+        (b'{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2 is a list, not an object with fields"),
+        (b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8 text; save the file as UTF-8"),
+        (b"[" * 100_000, r"a\.jsonl, line 1 is not JSON"),
+        (b"", r"a\.jsonl' has no rows; give a source"),
+        (b"\n \r\n", r"a\.jsonl' has no rows; give a source"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, content, sentence):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        rows_of(tmp_path / "a.jsonl")
+
+
+def test_what_is_missing_or_unreadable_is_named(tmp_path):
+    with pytest.raises(InputError, match="folder '/nowhere/a.jsonl' does not exist; check the path"):
+        read_rows(DataSource(path="/nowhere/a.jsonl"))
+    with pytest.raises(InputError, match="No file matches"):
+        read_rows(DataSource(path=str(tmp_path / "*.jsonl")))
+    with pytest.raises(InputError, match="holds no .jsonl, .json, .parquet file"):
+        read_rows(DataSource(path=str(tmp_path)))
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(InputError, match="not a kind of file rayk reads"):
+        read_rows(DataSource(path=str(tmp_path / "a.csv")))
+    (tmp_path / "a.parquet").write_text("not parquet")
+    with pytest.raises(InputError, match="not a Parquet file that can be read"):
+        rows_of(tmp_path / "a.parquet")
+    (tmp_path / "list.json").write_text('[{"a": 1},\n {"a": }]')
+    with pytest.raises(InputError, match=r"list.json is not JSON: Expecting value \(line 2, column 8\)"):
+        rows_of(tmp_path / "list.json")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="has no rows"):
+        rows_of(tmp_path / "empty.parquet")
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="No dataset 'nobody/nothing' .split 'train'. could be loaded") as caught:
+        read_rows(DataSource(path="nobody/nothing"))
+    assert "\n" not in str(caught.value)

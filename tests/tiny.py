@@ -1,0 +1,108 @@
+"""Tiny tokenizers and models for the tests: made on the spot from a seed, never fetched."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAD, EOS, BOS, END = "<pad>", "<eos>", "<bos>", "<|end|>"
+
+SENTENCES = (
+    "Question: Natalia sold 48 clips in April. How many clips did she sell in May?",
+    "Answer: She sold 48/2 = 24 clips in May. #### 24",
+    "the cat sat on the mat and the dog sat on the log",
+    "user assistant system: what is the answer? The answer is 72.",
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""Role markers, an end-of-turn token and a newline after it, as in Qwen's and Phi's templates."""
+
+
+def tiny_tokenizer(
+    folder: Path | str | None = None,
+    *,
+    vocab_size: int = 384,
+    sentences: tuple[str, ...] = SENTENCES,
+    bos: bool = False,
+    pad_is_eos: bool = False,
+    eos: bool = True,
+    chat_template: str | None = CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that reads any text, saved to `folder` if given.
+
+    `vocab_size` below 262 (256 bytes and the special tokens) cannot be had; other sentences give other merges, so two
+    tokenizers with different `sentences` disagree about token boundaries.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, BOS, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS if eos else None,
+        pad_token=EOS if pad_is_eos else PAD,
+        bos_token=BOS if bos else None,
+    )
+    fast.chat_template = chat_template
+    if folder is not None:
+        fast.save_pretrained(folder)
+    return fast
+
+
+def tiny_model(
+    folder: Path | str | None = None,
+    *,
+    architecture: str = "llama",
+    vocab_size: int = 384,
+    hidden: int = 32,
+    layers: int = 2,
+    seed: int = 0,
+    tie: bool = False,
+    peaked: float = 1.0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    positions: int = 512,
+) -> torch.nn.Module:
+    """A causal LM with random weights in eval mode, saved to `folder` (with `tokenizer`) if given.
+
+    `architecture`: llama, gpt2, qwen2, gemma2 (soft-cap), granite and cohere (logit scales). `peaked` multiplies the
+    head's weights (with `tie` also the embeddings'), so that distributions are less flat.
+    """
+    settings: dict[str, Any] = {"vocab_size": vocab_size, "tie_word_embeddings": tie}
+    settings |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if architecture == "gpt2":
+        settings |= {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": positions}
+    else:
+        settings |= {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+        settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions}
+    settings |= {
+        "gemma2": {"head_dim": hidden // 4, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": hidden // 4},
+        "granite": {"logits_scaling": 4.0},
+        "cohere": {"logit_scale": 0.25},
+    }.get(architecture, {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings)).eval()
+        with torch.no_grad():
+            # transformers starts heads at a standard deviation of 0.02, which makes every distribution uniform.
+            head = model.get_output_embeddings().weight
+            head.normal_(std=peaked * hidden**-0.5)
+    if folder is not None:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return model
