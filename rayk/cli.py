@@ -9,13 +9,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rayk.config import load_config
 from rayk.environment import set_threading
@@ -28,7 +28,10 @@ app = typer.Typer(
     help="Distil large language models into small ones on a Ray cluster.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-console = Console(stderr=True, highlight=False)
+# What users wrote is shown as it is: nothing in it is markup, and lines are folded by the terminal alone.
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+_INTERRUPTED = 130
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; see jobs/.")]
 Overrides = Annotated[
@@ -39,14 +42,16 @@ Output = Annotated[str | None, typer.Option("--output", help="The run directory,
 
 @app.command()
 def quickstart(
-    output: Annotated[str, typer.Option("--output", help="Where the run directories and the report go.")] = "runs/quickstart",
+    output: Annotated[
+        str, typer.Option("--output", help="Where the run directories and the report go.")
+    ] = "runs/quickstart",
 ) -> None:
     """Watch a small model learn from a bigger one that Ray Serve hosts; needs nothing but this machine."""
     from rayk.quickstart import run_quickstart
 
     result = run_quickstart(Path(output), watcher())
     _print(comparison(result.summaries))
-    console.print(f"\nThe report: [bold]{result.report}[/bold]")
+    console.print(f"\nThe report: {result.report}")
 
 
 @app.command()
@@ -60,7 +65,7 @@ def run(
 
     result = distill(settings, resume=resume, watcher=watcher())
     _print(comparison([result.summary]))
-    console.print(f"\nThe student: [bold]{result.model}[/bold]\nThe report:  [bold]{result.output / 'report.html'}[/bold]")
+    console.print(f"\nThe student: {result.model}\nThe report:  {result.output / 'report.html'}")
 
 
 @app.command()
@@ -80,7 +85,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
             console.print(f"Bringing up {teacher.name} ({teacher.model}) …")
             served = stack.enter_context(serve_teacher(teacher))
             console.print(
-                f"Teacher [bold]{served.name}[/bold] is up: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
+                f"Teacher {served.name} is up: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
                 f"{served.info.device}. Attach with `attach: true`, or rayk.connect_teacher('{served.name}')."
             )
         console.print("Ctrl-C takes them down.")
@@ -92,7 +97,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     config: ConfigPath, overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model to measure; by default the run's student.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model to measure; else the run's student.")] = None,
 ) -> None:  # fmt: skip
     """Measure a trained student (or any model) on the config's evaluation rows."""
     settings = load_config(config, overrides)
@@ -112,7 +117,7 @@ def report(
 
     path = output or runs[0] / "report.html"
     write_report(runs, path)
-    console.print(f"The report: [bold]{path}[/bold]")
+    console.print(f"The report: {path}")
 
 
 @app.command()
@@ -127,14 +132,16 @@ def methods() -> None:
 
 
 @app.command()
-def doctor(config: Annotated[str | None, typer.Argument(metavar="[CONFIG]")] = None, overrides: Overrides = None) -> None:
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]")] = None, overrides: Overrides = None
+) -> None:
     """Check this machine, and a config's settings, data, models and teachers, without running anything."""
     from rayk.doctor import examine
 
     failed = False
     for check in examine(config, overrides):
-        mark = {"ok": "[green]✓[/green]", "note": "[yellow]•[/yellow]", "wrong": "[red]✗[/red]"}[check.state]
-        console.print(f"{mark} {check.text}", soft_wrap=True)
+        mark = {"ok": ("✓", "green"), "note": ("•", "yellow"), "wrong": ("✗", "red")}[check.state]
+        console.print(Text.assemble(mark, " ", check.text))
         failed |= check.state == "wrong"
     if failed:
         raise typer.Exit(2)
@@ -145,14 +152,19 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("", "accuracy", "loss", "forward KL", "reverse KL", "agreement", "tokens/s", "teacher wait"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = [("teacher", summaries[0]["teacher"], None)] if summaries and summaries[0]["teacher"] else []
+    rows: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
+    if summaries and summaries[0]["teacher"]:
+        rows.append(("teacher", summaries[0]["teacher"], None))
     rows += [(summary["name"], summary["student"], summary) for summary in summaries]
     for name, metrics, summary in rows:
         cells = [_cell(metrics, "accuracy", "{:.1%}"), _cell(metrics, "loss", "{:.3f}")]
         cells += [_cell(metrics, "forward_kl", "{:.4f}"), _cell(metrics, "reverse_kl", "{:.4f}")]
         cells += [_cell(metrics, "agreement", "{:.1%}")]
-        cells += [_cell(summary or {}, "tokens_per_second", "{:,.0f}"), _cell(summary or {}, "teacher_wait_share", "{:.1%}")]
-        table.add_row(name, *cells)
+        cells += [
+            _cell(summary or {}, "tokens_per_second", "{:,.0f}"),
+            _cell(summary or {}, "teacher_wait_share", "{:.1%}"),
+        ]
+        table.add_row(Text(name), *cells)
     return table
 
 
@@ -162,7 +174,7 @@ def _cell(values: dict[str, Any], name: str, form: str) -> str:
 
 def _print(table: Table) -> None:
     """To standard output, and not folded where that is a file."""
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 
 def watcher() -> "Watcher":
@@ -172,30 +184,23 @@ def watcher() -> "Watcher":
     return TerminalWatcher(console)
 
 
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    yield
-
-
 def main() -> None:
     """The console script: commands, with errors as sentences and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     set_threading()
+    # SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down. Ray sets a handler like this
+    # one in its place.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
     try:
-        with _terminated_as_interrupted():
-            code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except InputError as error:
         code = _fail(str(error), 2)
     except RaykError as error:
         code = _fail(str(error), 1)
-    except KeyboardInterrupt:
-        code = _fail("Interrupted; what was checkpointed can be continued with --resume.", 130)
+    except (KeyboardInterrupt, SystemExit):
+        code = _fail("Interrupted; what was checkpointed can be continued with --resume.", _INTERRUPTED)
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
@@ -209,7 +214,8 @@ def main() -> None:
 
 
 def _fail(sentence: str, code: int) -> int:
-    console.print(f"[red]rayk:[/red] {sentence}" if console.is_terminal else f"rayk: {sentence}", soft_wrap=True, markup=console.is_terminal)
+    """Say it on one line, whatever the message came from."""
+    console.print(Text.assemble(("rayk:", "red"), " ", " ".join(sentence.split())))
     return code
 
 

@@ -421,7 +421,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             if isinstance(place, list):
                 place = place[int(part)]
             else:
-                place = place.setdefault(part, {})
+                if place.get(part) is None:
+                    place[part] = {}
+                place = place[part]
                 if not isinstance(place, dict | list):
                     raise TypeError
         value = yaml.safe_load(text)
@@ -452,6 +454,8 @@ def _sentence(error: ValidationError) -> str:
     elif first["type"] in ("dataclass_unexpected_keyword", "unexpected_keyword_argument", "extra_forbidden"):
         message = f"unknown key '{first['loc'][-1]}'"
         place = ".".join(place.split(".")[:-1])
-    elif not message.startswith(("unknown", "needs", "give", "teachers", "'", "method", "evaluation")):
+    elif first["type"] != "value_error":  # pydantic's own words, not ours
         message = f"{message[0].lower()}{message[1:]} (it is {first['input']!r})"
-    return f"{place} {message}.".strip().replace("..", ".").replace("?.", "?")
+    joint = " " if message.startswith(("is ", "needs ", "takes ")) else ": "
+    sentence = f"{place}{joint}{message}" if place else message
+    return sentence if sentence.endswith((".", "?")) else f"{sentence}."

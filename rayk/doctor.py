@@ -45,7 +45,10 @@ def _machine() -> Iterator[Check]:
     else:
         yield Check("note", f"No GPU in this process; {os.cpu_count()} CPU cores.")
     address = os.environ.get("RAY_ADDRESS")
-    yield Check("ok" if address else "note", f"Ray: {address or 'RAY_ADDRESS is not set, so a run starts its own local cluster.'}")
+    yield Check(
+        "ok" if address else "note",
+        f"Ray: {address or 'RAY_ADDRESS is not set, so a run starts its own local cluster.'}",
+    )
 
 
 def _run(settings: RunConfig) -> Iterator[Check]:
@@ -53,7 +56,9 @@ def _run(settings: RunConfig) -> Iterator[Check]:
 
     settings = located(settings)
     if settings.output_path.joinpath("config.yaml").exists():
-        yield Check("note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output.")
+        yield Check(
+            "note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output."
+        )
     attached = attached_teachers(settings)
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
@@ -63,8 +68,11 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         if table is None:
             continue
         skipped = sum(table.skipped.values())
-        text = f"data.{what}: {len(table):,} rows, {int(table.counted_tokens.sum()):,} counted tokens, longest {table.lengths.max()}"
-        yield Check("note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else "."))
+        counted = int(table.counted_tokens.sum())
+        text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.lengths.max()}"
+        yield Check(
+            "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
+        )
     yield from _signal_size(settings)
     yield Check("ok", f"The run asks Ray for {cpus_needed(settings):g} CPUs.")
 
@@ -73,4 +81,3 @@ def _signal_size(settings: RunConfig) -> Iterator[Check]:
     from rayk.methods import METHODS
 
     yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
-

@@ -4,7 +4,9 @@ Body and head are kept apart because the head is the dear part of a small model 
 only where a token counts, and only a chunk of positions at a time.
 """
 
-import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,18 +84,23 @@ def check_head(model: nn.Module) -> None:
     """Compare body + `Head` with the model's own logits on a short probe.
 
     Raises:
-        InputError: they differ, so this architecture does something between body and logits that `Head` does not know.
+        InputError: they differ, so this architecture does something between body and logits that `Head` does not know;
+            or they are not numbers.
     """
     vocab_size = head_of(model).vocab_size
     probe = torch.arange(1, 9, device=model.device)[None] % vocab_size
     mask = torch.ones_like(probe)
-    own = model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float().log_softmax(-1)
-    ours = head_of(model).logits(final_hidden(model, probe, mask)[0]).log_softmax(-1)
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if (own - ours).abs().max() > tolerance:
+    own = model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
+    ours = head_of(model).logits(final_hidden(model, probe, mask)[0])
+    if own.isnan().any():
+        raise InputError(f"{type(model).__name__} computes NaN from its weights; the checkpoint is damaged.")
+    # Against the logits' own spread: a missing scale is found on flat distributions too, and rounding never taken for it.
+    own, ours = own - own.mean(1, keepdim=True), ours - ours.mean(1, keepdim=True)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if (own - ours).abs().max() > tolerance * own.abs().max():
         raise InputError(
-            f"{type(model).__name__} computes its logits in a way rayk's Head does not describe (they differ by "
-            f"{(own - ours).abs().max():.3g} nats); please report the architecture, since training on these would be wrong."
+            f"{type(model).__name__} computes its logits in a way rayk's Head does not describe (they differ by up to "
+            f"{(own - ours).abs().max():.3g}); please report the architecture, since training on these would be wrong."
         )
 
 
@@ -101,12 +108,21 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
     """A causal LM from a local folder or a hub id, on `device`, its head checked.
 
     Raises:
-        InputError: the folder or id holds no causal language model that can be loaded.
+        InputError: the folder or id holds no causal language model that can be loaded whole.
     """
     from transformers import AutoModelForCausalLM
 
-    chosen = "auto" if dtype == "auto" else DTYPES[dtype]
-    model = _from_pretrained(AutoModelForCausalLM, name, "model", dtype=chosen, trust_remote_code=trust_remote_code)
+    model, report = _from_pretrained(
+        AutoModelForCausalLM, name, "model", dtype="auto" if dtype == "auto" else DTYPES[dtype],
+        trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    # transformers would leave these at random values and go on.
+    unloaded = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
+    if unloaded:
+        raise InputError(
+            f"The weights in '{name}' do not make the {type(model).__name__} its config.json describes: "
+            f"{len(unloaded)} tensors are missing or of another shape, such as {unloaded[0]}."
+        )
     model = model.to(device)
     check_head(model.eval())
     return model
@@ -143,13 +159,32 @@ def pick_device(device: str = "auto") -> str:
 
 
 def _from_pretrained(loader, name: str, what: str, **options):
-    if _looks_like_path(name) and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if _looks_like_path(name) and not folder.is_dir():
         raise InputError(f"The {what} folder '{name}' does not exist; give a model folder or a hub id.")
     try:
-        return loader.from_pretrained(os.path.expanduser(name), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"No {what} could be loaded from '{name}': {reason}") from error
+        with _quiet_loading():
+            return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+    except Exception as error:  # of any type: transformers, safetensors, tokenizers and the hub each have their own
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        taken = "" if folder.is_dir() else " (there is no such folder, so it was taken for a hub id)"
+        raise InputError(f"No {what} could be loaded from '{name}'{taken}: {reason}") from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bars and load reports; what matters of those, `load_model` says itself."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _looks_like_path(name: str) -> bool:

@@ -12,6 +12,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from rayk.run import Watcher
 
@@ -29,7 +30,7 @@ class TerminalWatcher(Watcher):
 
     def stage(self, text: str) -> None:
         self._close()
-        self._console.print(f"[dim]{time.monotonic() - self._began:5.0f} s[/dim]  {text}", soft_wrap=True)
+        self._console.print(Text.assemble((f"{time.monotonic() - self._began:5.0f} s", "dim"), "  ", text))
 
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
         row = rows[-1]
@@ -40,7 +41,7 @@ class TerminalWatcher(Watcher):
             self._draw(row["step"], total, text)
         elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS or row["step"] == total:
             self._last_line = time.monotonic()
-            self._console.print(f"         step {row['step']}/{total}  {text}", soft_wrap=True)
+            self._console.print(f"         step {row['step']}/{total}  {text}")
         if row["step"] >= total:
             self._close()
 

@@ -1,6 +1,7 @@
 """One run from settings to result: inputs checked, teachers up, student trained, measured and reported."""
 
 import json
+import math
 import os
 import platform
 import threading
@@ -22,22 +23,30 @@ from rayk.config import (
 from rayk.data.examples import ExampleTable, tokenize
 from rayk.engines.transformers import tokenizer_fingerprint
 from rayk.errors import InputError
-from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
+from rayk.evaluation.answers import AnswerScorer
+from rayk.evaluation.evaluate import Evaluation, evaluate_teacher, with_prompts
 from rayk.evaluation.report import write_report
+from rayk.evaluation.run_directory import Follower, read_lines
+from rayk.methods import METHODS
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size
 from rayk.support import TopK
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.training import evaluate_remotely, train
+from rayk.training.checkpoint import CheckpointStore
 from rayk.training.loop import Job, steps_of_epochs
-from rayk.training.recorder import read_lines
+from rayk.training.student import architecture
 
 # Settings that say where and how fast, not what is learned: they may change between a run and its resumption.
 _PLACEMENT = {
-    "training": {
+    "name", "output", "tracking", "evaluation", "data.evaluation", "student.gradient_checkpointing",
+    *(f"training.{key}" for key in (
         "workers", "resources", "threads", "micro_batch_tokens", "prefetch", "checkpoint_every_steps", "checkpoints",
         "keep_checkpoints", "max_failures", "collective_timeout_seconds",
-    },
-    "run": {"name", "output", "tracking", "teachers", "evaluation"},
+    )),
+    *(f"teachers.{key}" for key in (
+        "attach", "replicas", "resources", "call_tokens", "in_flight", "deadline_seconds", "engine.batch_tokens",
+        "engine.device", "engine.threads",
+    )),
 }  # fmt: skip
 
 
@@ -61,7 +70,7 @@ class Watcher:
         """A new part of the run begins."""
 
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
-        """Optimiser steps done since the last call."""
+        """Rows of `metrics.jsonl` since the last call; after a worker's death they begin again at the first."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,11 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         watcher.stage(f"Measuring {measured}")
         job = Job(_by_name(config), inputs.tokenizer_name, None, inputs.evaluation.table)
         evaluation = evaluate_remotely(job)
-        teacher = evaluate_teacher(teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer) if teachers else None
+        teacher = (
+            evaluate_teacher(teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer)
+            if teachers
+            else None
+        )
     return {
         "name": Path(measured).name if model else config.name,
         "student": evaluation.metrics,
@@ -171,6 +184,9 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         value = section.get(key)
         if isinstance(value, str) and (value.startswith(("./", "../", "~")) or os.path.exists(value)):
             section[key] = os.path.abspath(os.path.expanduser(value))
+    place = values["training"]["checkpoints"]
+    if place and "://" not in place:
+        values["training"]["checkpoints"] = os.path.abspath(os.path.expanduser(place))
     return parse_config(values)
 
 
@@ -182,24 +198,26 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher]) -> Inputs:
     """
     name = tokenizer_of(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
-    if isinstance(config.student.model, str):
-        load_model_config(config.student.model, trust_remote_code=config.student.trust_remote_code)
-    vocab_size = real_vocab_size(tokenizer)
+    models = {"the student": architecture(config.student, tokenizer)}
     for teacher in config.teachers:
         _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
-    support = getattr(config.method, "support", None)
+        if teacher.model:
+            models[f"teacher '{teacher.name}'"] = load_model_config(
+                teacher.model, trust_remote_code=teacher.trust_remote_code
+            )
+    support, vocab_size = getattr(config.method, "support", None), real_vocab_size(tokenizer)
     if isinstance(support, TopK) and support.k > vocab_size:
         raise InputError(
-            f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at most."
+            f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
+            "most."
         )
     train_table = tokenize(config.data.train, config.data, tokenizer)
     evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
-    longest = int(max(table.lengths.max() for table in (train_table, evaluation) if table is not None))
-    for teacher in config.teachers:
-        if teacher.model:
-            _check_length(teacher.model, longest, teacher.trust_remote_code)
-    if config.student.model:
-        _check_length(config.student.model, longest, config.student.trust_remote_code)
+    _check_lengths(models, config, train_table, evaluation)
+    if evaluation is not None:
+        scorer = AnswerScorer(config.evaluation, tokenizer)
+        for example in with_prompts(evaluation, config.evaluation):
+            scorer.expected(example)
     return Inputs(name, tokenizer, train_table, evaluation)
 
 
@@ -227,14 +245,26 @@ def _check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer, t
         )
 
 
-def _check_length(model: str, longest: int, trust_remote_code: bool) -> None:
-    settings = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
-    limit = getattr(settings, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"The longest row has {longest} tokens, but '{model}' takes {limit}; lower data.max_tokens and set "
-            "data.too_long to 'skip' or 'truncate'."
-        )
+def _check_lengths(
+    models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable, evaluation: ExampleTable | None
+) -> None:
+    tables = [table for table in (train_table, evaluation) if table is not None]
+    longest = int(max(table.lengths.max() for table in tables))
+    generation, answered = config.evaluation.generation, 0
+    if evaluation is not None and generation is not None:
+        answered = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
+    for name, settings in models.items():
+        limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        if longest > limit:
+            raise InputError(
+                f"The longest row has {longest} tokens, but {name} takes {limit}; lower data.max_tokens and set "
+                "data.too_long to 'skip' or 'truncate'."
+            )
+        if answered > limit:
+            raise InputError(
+                f"The longest evaluation prompt with its answer may have {answered} tokens, but {name} takes "
+                f"{limit}; lower evaluation.generation.max_new_tokens."
+            )
 
 
 def claim(config: RunConfig, resume: bool) -> None:
@@ -247,16 +277,22 @@ def claim(config: RunConfig, resume: bool) -> None:
     if file.exists():
         if not resume:
             raise InputError(
-                f"The output directory '{folder}' holds another run; continue it with --resume, or give another --output."
+                f"The output directory '{folder}' holds another run; continue it with --resume, or give another "
+                "--output."
             )
         difference = _difference(load_config(file), config)
         if difference:
             raise InputError(
-                f"The run in '{folder}' was started with another '{difference}'; resume it with the same settings, or give "
-                "another --output."
+                f"The run in '{folder}' was started with another '{difference}'; resume it with the same settings, or "
+                "give another --output."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"The output '{folder}' exists and is no run directory of rayk; give another --output.")
+    elif config.training.checkpoints and not resume and _checkpointed(config.training.checkpoints):
+        raise InputError(
+            f"training.checkpoints '{config.training.checkpoints}' holds another run's; continue it with --resume, or "
+            "give another place."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(config.to_yaml(), encoding="utf-8")
@@ -264,22 +300,28 @@ def claim(config: RunConfig, resume: bool) -> None:
         raise InputError(f"The output directory '{folder}' cannot be written: {error.strerror}.") from error
 
 
+def _checkpointed(place: str) -> bool:
+    try:
+        return bool(CheckpointStore(place).steps())
+    except (OSError, ValueError) as error:
+        raise InputError(f"training.checkpoints '{place}' cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def _difference(before: RunConfig, now: RunConfig) -> str | None:
     """The first setting in which what is learned differs."""
-    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    for section in old:
-        if section in _PLACEMENT["run"]:
-            continue
-        if section == "training":
-            for key in old[section]:
-                if key not in _PLACEMENT["training"] and old[section][key] != new[section][key]:
-                    return f"training.{key}"
-        elif old[section] != new[section]:
-            if isinstance(old[section], dict) and isinstance(new[section], dict):
-                return next((f"{section}.{k}" for k in old[section] if old[section][k] != new[section].get(k)), section)
-            return section
-    models = [[t["model"] for t in values["teachers"]] for values in (old, new)]
-    return None if models[0] == models[1] else "teachers.model"
+
+    def first(old: Any, new: Any, place: str) -> str | None:
+        if place in _PLACEMENT or old == new:
+            return None
+        if isinstance(old, dict) and isinstance(new, dict):
+            inside = ((old.get(key), new.get(key), f"{place}.{key}".lstrip(".")) for key in old | new)
+        elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            inside = ((*pair, place) for pair in zip(old, new, strict=True))
+        else:
+            return place
+        return next(filter(None, (first(*each) for each in inside)), None)
+
+    return first(before.model_dump(mode="json"), now.model_dump(mode="json"), "")
 
 
 def cpus_needed(config: RunConfig) -> float:
@@ -317,6 +359,7 @@ def summarise(
     return {
         "name": config.name,
         "method": config.method.kind,
+        "about": METHODS[config.method.kind].summary,
         "steps": len(rows),
         "seconds": seconds,
         "training_seconds": spent,
@@ -338,17 +381,14 @@ def summarise(
 def _watching(folder: Path, total: int, watcher: Watcher) -> Iterator[None]:
     """Tell the watcher of new rows in `metrics.jsonl` while training runs, wherever rank 0 is."""
     done = threading.Event()
+    follower = Follower(folder / "metrics.jsonl")
 
     def tell() -> None:
-        seen = 0
-        while True:
+        finished = False
+        while not finished:
             finished = done.wait(0.5)
-            rows = read_lines(folder / "metrics.jsonl")
-            if len(rows) != seen:
-                watcher.steps(rows[seen:], total)
-                seen = len(rows)
-            if finished:
-                return
+            if rows := follower.rows():
+                watcher.steps(rows, total)
 
     thread = threading.Thread(target=tell, name="rayk-progress", daemon=True)
     thread.start()

@@ -23,8 +23,8 @@ from rayk.errors import InputError
 from rayk.support import Logprob, Support, TopK
 
 _MAGIC = b"RKS1"
-# magic, crc32 of what follows the header, support code, rows, counted tokens, k, vocabulary size, temperatures
-_HEADER = struct.Struct("<4sIIIIIII")
+_SEAL = struct.Struct("<4sI")  # magic, crc32 of all that follows
+_HEADER = struct.Struct("<IIIIII")  # support code, rows, counted tokens, k, vocabulary size, temperatures
 _CODES = {"topk": 1, "logprob": 2}
 _SHORT_IDS = 1 << 16
 
@@ -102,11 +102,14 @@ class SignalBatch:
         return outcomes[:, :-1], outcomes[:, -1]
 
     def check(self) -> None:
-        """Raise CorruptSignal where a number cannot be a log-prob (NaN, +inf, clearly above 0) or an id is out of range."""
+        """Raise CorruptSignal where a number cannot be learned from (NaN, ±inf, a log-prob clearly above 0) or an id is out
+        of range."""
         for name in ("target_logprobs", "logprobs"):
             column = getattr(self, name)
             if column is not None and not bool((column <= 1e-3).all()):
                 raise CorruptSignal(f"The teacher's {name} hold NaN or a value above 0.")
+        if bool(self.target_logprobs.isneginf().any()):
+            raise CorruptSignal("The teacher gives an actual token the probability 0.")
         if self.log_tails is not None and bool((self.log_tails.isnan() | self.log_tails.isposinf()).any()):
             raise CorruptSignal("The teacher's log_tails hold NaN or +inf.")
         if self.ids is not None and self.ids.numel() and int(self.ids.max()) >= self.vocab_size:
@@ -152,12 +155,10 @@ def encode(signals: SignalBatch) -> np.ndarray:
             signals.logprobs.numpy().clip(min=-65504).astype("<f2"),
             signals.ids.numpy().astype("<u2" if signals.vocab_size <= _SHORT_IDS else "<u4"),
         ]
-    body = b"".join(column.tobytes() for column in columns)
-    header = _HEADER.pack(
-        _MAGIC, zlib.crc32(body), _CODES[signals.support.kind], len(signals), signals.tokens, k, signals.vocab_size,
-        len(temperatures),
-    )  # fmt: skip
-    return np.frombuffer(header + body, np.uint8)
+    code = _CODES[signals.support.kind]
+    header = _HEADER.pack(code, len(signals), signals.tokens, k, signals.vocab_size, len(temperatures))
+    body = b"".join([header, *(column.tobytes() for column in columns)])
+    return np.frombuffer(_SEAL.pack(_MAGIC, zlib.crc32(body)) + body, np.uint8)
 
 
 def decode(wire: np.ndarray | bytes) -> SignalBatch:
@@ -167,12 +168,13 @@ def decode(wire: np.ndarray | bytes) -> SignalBatch:
         CorruptSignal: not this version's form, cut off, or changed on the way (CRC-32).
     """
     data = memoryview(wire).cast("B")
-    if len(data) < _HEADER.size or bytes(data[:4]) != _MAGIC:
+    if len(data) < _SEAL.size + _HEADER.size or bytes(data[:4]) != _MAGIC:
         raise CorruptSignal("These bytes are no rayk signal of wire version 1.")
-    _, checksum, code, rows, tokens, k, vocab_size, n_temperatures = _HEADER.unpack(data[: _HEADER.size])
-    if zlib.crc32(data[_HEADER.size :]) != checksum:
+    _, checksum = _SEAL.unpack_from(data)
+    if zlib.crc32(data[_SEAL.size :]) != checksum:
         raise CorruptSignal("A signal was damaged on its way: its checksum does not match.")
-    position = _HEADER.size
+    code, rows, tokens, k, vocab_size, n_temperatures = _HEADER.unpack_from(data, _SEAL.size)
+    position = _SEAL.size + _HEADER.size
 
     def take(dtype: str, *shape: int) -> np.ndarray:
         nonlocal position

@@ -1,17 +1,17 @@
 """The built-in task of ``rayk quickstart``: translating into an invented language whose word endings vary.
 
 A prompt is a five-word English sentence, ``old fox hears red king ->``; its translation renders every word by one
-stem with one of three endings, ``velo tara sulen rudo moso``. Which ending is usual depends on the word *and on its neighbours*,
-and speakers do not all agree: the usual ending is said with probability 0.7, the second with 0.2, the third with
-0.1, independently at every word. The orders are drawn once, from ``LANGUAGE_SEED``, for all 350 contexts
-(neighbour, word, neighbour); they are the language and do not change with a row's seed.
+stem with one of three endings, ``velo tara sulen rudo moso``. Which ending is usual depends on the word *and on its
+neighbours*, and speakers do not all agree: the usual ending is said with probability 0.7, the second with 0.2, the
+third with 0.1, independently at every word. The orders are drawn once, from ``LANGUAGE_SEED``, for all 350 contexts
+(word before, word, word after); they are the language and do not change with a row's seed.
 
 A row's ``completion`` is what one speaker happened to say, its ``answer`` what is usual: the mode at every word, and
 so the greedy translation of a perfect reader. One completion does not tell usage from chance: three words in ten are
-not the usual ones, and a supervised student with few rows learns slowly from such targets and takes the accidents of
-its rows for the language. The teacher has read far more sentences and gives all three probabilities at every position,
-so a student that matches them learns from one row what would take dozens of completions to show. Nothing is held back from
-the supervised student: with enough fresh rows it reaches the same end, as the teacher did.
+not the usual ones. From such targets a supervised student learns slowly, its gradients being mostly noise, and where
+rows come back it learns their accidents too. The teacher has read far more sentences and gives all three probabilities
+at every position, so the student that matches them has noiseless targets from the same rows in the same steps. Nothing
+is held back from the supervised student: with four times the steps, on fresh rows, it reaches the same end.
 """
 
 import itertools

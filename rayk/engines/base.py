@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rayk.errors import InputError
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
 from rayk.support import Support
@@ -35,6 +36,14 @@ class SamplingParameters:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    """Texts that end a continuation; it keeps the one it ended with."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise InputError(
+                "Sampling needs max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0 (0: all tokens), "
+                f"not {self}."
+            )
 
 
 @dataclass(frozen=True)

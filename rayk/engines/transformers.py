@@ -64,12 +64,7 @@ class TransformersEngine:
     async def generate(
         self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Generated]:
-        longest = max(map(len, prompts), default=0) + parameters.max_new_tokens
-        if longest > self.info.max_tokens:
-            raise InputError(
-                f"A prompt and its continuation may take {longest} tokens, but {self.info.model} holds "
-                f"{self.info.max_tokens}; lower max_new_tokens or shorten the prompts."
-            )
+        check_prompts(self.info, prompts, parameters)
         lengths = [len(prompt) + parameters.max_new_tokens for prompt in prompts]
         return await self._batcher.submit(("generate", parameters), list(zip(prompts, seeds, strict=True)), lengths)
 
@@ -165,18 +160,42 @@ class _SeededSampler:
             for warper in self._warpers:
                 warped = warper(input_ids, warped)
             cumulative = warped.double().softmax(-1).cumsum(-1)
-            coins = torch.tensor([[stream.random()] for stream in self._streams], device=scores.device)
-            chosen = torch.searchsorted(cumulative, coins.double() * cumulative[:, -1:], right=True)
+            # In float64 a coin stays below 1, so it never lands past the last possible token.
+            coins = cumulative.new_tensor([[stream.random()] for stream in self._streams])
+            chosen = torch.searchsorted(cumulative, coins * cumulative[:, -1:], right=True)
             chosen = chosen.clamp(max=self._vocab_size - 1)
         self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+class _StopStrings:
+    """Ends a row when what it has written holds one of the stop strings; remembers after how many tokens.
+
+    transformers' own criterion also reads the prompt, so a string begun there and finished by the first new token would
+    stop the row.
+    """
+
+    def __init__(self, stops: tuple[str, ...], tokenizer, prompt_length: int):
+        self._stops = stops
+        self._decode = tokenizer.batch_decode
+        self._start = prompt_length
+        self._window = 1 + max(len(stop.encode()) for stop in stops)  # a token holds a byte or more
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        written = input_ids.shape[1] - self._start
+        texts = self._decode(input_ids[:, -min(written, self._window) :])
+        for row, text in enumerate(texts):
+            if row not in self.lengths and any(stop in text for stop in self._stops):
+                self.lengths[row] = written
+        return torch.tensor([row in self.lengths for row in range(len(texts))], device=input_ids.device)
 
 
 def generate(
     model, vocab_size: int, tokenizer, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
 ) -> list[Generated]:
     """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`."""
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -184,41 +203,35 @@ def generate(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
         mask[row, longest - len(prompt) :] = 1
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
+    own = model.generation_config
+    eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     ends = np.atleast_1d([] if eos is None else eos)
-    # What is left unset here transformers would take from the model's own generation settings.
     settings = GenerationConfig(
-        max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=int(ends[0]) if len(ends)
-        else 0, eos_token_id=eos, stop_strings=list(parameters.stop) or None, repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+        max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos,
+        pad_token_id=int(ends[0]) if len(ends) else 0,
     )  # fmt: skip
     sampler = _SeededSampler(parameters, seeds, vocab_size)
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([sampler]),
-        tokenizer=tokenizer if parameters.stop else None,
-    )[:, longest:].cpu()
+    stops = _StopStrings(parameters.stop, tokenizer, longest) if parameters.stop else None
+    model.generation_config = GenerationConfig()  # from which transformers would fill in penalties, suppressed tokens, …
+    try:
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList([stops] if stops else []),
+        )[:, longest:].cpu()
+    finally:
+        model.generation_config = own
     logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()
     generated = []
-    for row_ids, row_logprobs in zip(output.numpy(), logprobs, strict=True):
-        length, reason = _end(row_ids, ends, parameters.stop, tokenizer)
+    for row, (row_ids, row_logprobs) in enumerate(zip(output.numpy(), logprobs, strict=True)):
+        ended = np.flatnonzero(np.isin(row_ids, ends)) + 1  # the batch pads rows that stop early
+        length = min([*ended[:1].tolist(), *([stops.lengths[row]] if stops and row in stops.lengths else [])], default=0)
+        reason = "stop" if length else "length"
+        length = length or len(row_ids)
         generated.append(Generated(row_ids[:length].astype(np.int32), row_logprobs[:length].astype(np.float32), reason))
     return generated
-
-
-def _end(ids: np.ndarray, ends: np.ndarray, stops: tuple[str, ...], tokenizer) -> tuple[int, str]:
-    """Where a row of a finished batch really ends (the batch pads rows that stop early), and why."""
-    found = np.flatnonzero(np.isin(ids, ends))
-    length, reason = (int(found[0]) + 1, "stop") if len(found) else (len(ids), "length")
-    for shorter in range(1, length + 1 if stops else 0):
-        text = tokenizer.decode(ids[:shorter])
-        if any(stop in text for stop in stops):
-            return shorter, "stop"
-    return length, reason
 
 
 def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Support) -> None:
@@ -239,11 +252,33 @@ def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Suppo
                 f"A sequence of {len(sequence)} tokens is longer than {info.model} takes ({info.max_tokens}); "
                 "lower data.max_tokens."
             )
-        if len(sequence) and int(sequence.input_ids.max()) >= info.vocab_size:
+        _check_ids(info, sequence.input_ids)
+
+
+def check_prompts(info: EngineInfo, prompts: Ordered[np.ndarray], parameters: SamplingParameters) -> None:
+    """Refuse what this model cannot continue.
+
+    Raises:
+        InputError: an empty prompt, ids out of range, no room for `max_new_tokens`.
+    """
+    for prompt in prompts:
+        if len(prompt) == 0:
+            raise InputError("An empty prompt cannot be continued; give it at least one token.")
+        if len(prompt) + parameters.max_new_tokens > info.max_tokens:
             raise InputError(
-                f"Token id {int(sequence.input_ids.max())} is beyond {info.model}'s vocabulary of {info.vocab_size}; "
-                "student and teacher must share a tokenizer."
+                f"A prompt of {len(prompt)} tokens and max_new_tokens ({parameters.max_new_tokens}) are together more than "
+                f"{info.model} takes ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
             )
+        _check_ids(info, np.asarray(prompt))
+
+
+def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:
+    if len(ids) and not 0 <= ids.min() <= ids.max() < info.vocab_size:
+        wrong = int(ids.min() if ids.min() < 0 else ids.max())
+        raise InputError(
+            f"Token id {wrong} is beyond {info.model}'s vocabulary of {info.vocab_size}; student and teacher must share a "
+            "tokenizer."
+        )
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

@@ -34,16 +34,24 @@ class AnswerScorer:
         Raises:
             InputError: the row's truth is missing or has no answer in it.
         """
+        prompt = self._tokenizer.decode(example.prompt_ids, skip_special_tokens=True)
+        correct = self._extract(text) == self.expected(example)
+        return Answer(example.where, prompt, self._truth(example), text, correct, finish_reason, tokens)
+
+    def expected(self, example: Example) -> str:
+        """The right answer of the row.
+
+        Raises:
+            InputError: its truth is missing or has no answer in it.
+        """
         truth = self._truth(example)
-        expected = self._extract(truth)
-        if expected is None:
+        answer = self._extract(truth)
+        if answer is None:
             raise InputError(
                 f"{example.where}: evaluation.answer_pattern {self._settings.answer_pattern!r} finds nothing in the "
                 f"truth {truth[-60:]!r}."
             )
-        prompt = self._tokenizer.decode(example.prompt_ids, skip_special_tokens=True)
-        correct = self._extract(text) == expected
-        return Answer(example.where, prompt, truth, text, correct, finish_reason, tokens)
+        return answer
 
     def _truth(self, example: Example) -> str:
         field = self._settings.answer_field

@@ -4,7 +4,7 @@ Every number is a sum over tokens or answers divided once at the end, so shares 
 exactly.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import generate
 from rayk.evaluation.answers import Answer, AnswerScorer
-from rayk.losses import linear_divergence, linear_log_probs
+from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_probs
 from rayk.models import Head, real_vocab_size
 from rayk.signal import SignalBatch
 from rayk.support import Logprob, TopK
@@ -30,8 +30,13 @@ _ARGMAX_CHUNK_ELEMENTS = 1 << 23
 class Evaluation:
     """Sums over what was measured, and some of the answers."""
 
-    sums: Counter = field(default_factory=Counter)
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     answers: list[Answer] = field(default_factory=list)
+
+    def add(self, **sums: float) -> None:
+        """Count what was measured further."""
+        for name, value in sums.items():
+            self.sums[name] += value
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -48,7 +53,7 @@ class Evaluation:
         whole = Evaluation()
         for part in parts:
             if part is not None:
-                whole.sums.update(part.sums)
+                whole.add(**part.sums)
                 whole.answers.extend(part.answers)
         return whole
 
@@ -69,14 +74,18 @@ _MEANS = {
 
 
 class Evaluator:
-    """Measures a student on fixed rows. The teacher is asked once; its signals are kept for the next time."""
+    """Measures a student on one rank's share of fixed rows. The teacher is asked once; its signals are kept for the
+    next time."""
 
     def __init__(
-        self, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, teacher: Teacher | None,
-        micro_batch_tokens: int,
+        self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer, teacher: Teacher | None,
+        micro_batch_tokens: int, rank: int = 0, world: int = 1,
     ):  # fmt: skip
+        every = list(examples)
         self._settings = settings
-        self._examples = examples
+        self._examples = every[rank::world]
+        # Numbered before they are shared out: an answer's seed is its number, whoever asks.
+        self._asked = list(enumerate(with_prompts(every, settings)))[rank::world]
         self._tokenizer = tokenizer
         self._teacher = teacher
         self._budget = micro_batch_tokens
@@ -104,20 +113,18 @@ class Evaluator:
     def _answers(self, model) -> Evaluation:
         settings = self._settings.generation
         assert settings is not None
-        examples = [e for e in self._examples if e.prompt_tokens][: settings.rows]
         parameters = SamplingParameters(settings.max_new_tokens, settings.temperature)
         scorer = AnswerScorer(self._settings, self._tokenizer)
         evaluation = Evaluation()
-        lengths = [example.prompt_tokens + settings.max_new_tokens for example in examples]
+        vocab_size = real_vocab_size(self._tokenizer)
+        lengths = [example.prompt_tokens + settings.max_new_tokens for _, example in self._asked]
         for rows in micro_batches(lengths, self._budget):
-            prompts = [examples[row].prompt_ids for row in rows]
-            seeds = range(len(rows))
-            vocab_size = real_vocab_size(self._tokenizer)
-            for row, written in zip(
-                rows, generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds), strict=True
-            ):
+            seeds, examples = zip(*(self._asked[row] for row in rows), strict=True)
+            prompts = [example.prompt_ids for example in examples]
+            answers = generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds)
+            for example, written in zip(examples, answers, strict=True):
                 text = self._tokenizer.decode(written.token_ids, skip_special_tokens=True)
-                add_answer(evaluation, scorer.score(examples[row], text, written.finish_reason, len(written.token_ids)))
+                add_answer(evaluation, scorer.score(example, text, written.finish_reason, len(written.token_ids)))
         return evaluation
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
@@ -128,13 +135,13 @@ class Evaluator:
 def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
     """Sums of losses and divergences over one batch."""
     hidden, head = student.hidden(batch), student.head
-    evaluation = Evaluation(Counter(tokens=batch.counted_tokens))
-    sums = evaluation.sums
+    evaluation = Evaluation()
+    evaluation.add(tokens=batch.counted_tokens)
     if signals is None:
-        none = batch.targets.new_zeros(batch.counted_tokens, 0)
-        sums["cross_entropy"] = -float(linear_log_probs(hidden, head, none, batch.targets)[2].sum())
+        evaluation.add(cross_entropy=float(linear_cross_entropy(hidden, head, batch.targets).double().sum()))
         return evaluation
     signals = signals.to(hidden.device)
+    assert signals.ids is not None
     forward, cross_entropy = linear_divergence(hidden, head, signals, "forward_kl", targets=batch.targets)
     log_p, log_tail = signals.at_temperature()
     log_q, _, _ = linear_log_probs(hidden, head, signals.ids)
@@ -148,8 +155,7 @@ def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
         "teacher_mass": log_p.exp().sum(1),
         "student_mass": log_q.exp().sum(1),
     }
-    for name, value in values.items():
-        sums[name] = float(value.double().sum())
+    evaluation.add(**{name: float(value.double().sum()) for name, value in values.items()})
     return evaluation
 
 
@@ -161,9 +167,9 @@ def evaluate_teacher(
     batches = (collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of)
     evaluation = Evaluation()
     for batch, signals in teacher.stream(batches, Logprob()):
-        evaluation.sums.update(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
+        evaluation.add(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
     if settings.generation:
-        asked = [example for example in examples if example.prompt_tokens][: settings.generation.rows]
+        asked = with_prompts(examples, settings)
         scorer = AnswerScorer(settings, tokenizer)
         completions = teacher.generate(
             [example.prompt_ids for example in asked],
@@ -175,10 +181,17 @@ def evaluate_teacher(
     return evaluation
 
 
+def with_prompts(examples: Iterable[Example], settings: EvaluationConfig) -> list[Example]:
+    """The rows whose prompts are to be answered."""
+    if settings.generation is None:
+        return []
+    return [example for example in examples if example.prompt_tokens][: settings.generation.rows]
+
+
 def add_answer(evaluation: Evaluation, answer: Answer) -> None:
     """Count one answer and keep it."""
     evaluation.answers.append(answer)
-    evaluation.sums.update(
+    evaluation.add(
         answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop"
     )
 

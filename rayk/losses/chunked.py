@@ -29,7 +29,7 @@ from rayk.signal import SignalBatch
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # Exponentials of the first chunks are kept for the backward pass, which then need not apply the head again there.
-_KEPT_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+_KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
 
 
 @overload
@@ -98,7 +98,7 @@ def linear_divergence(
         distance = pair(log_p, torch.cat([chosen, tail[:, None]], dim=1), has_tail=True)
         return distance if target is None else (distance, -target)
 
-    check_fit(*teacher.shape, len(student_hidden), student_head.vocab_size)
+    check_fit(len(teacher), teacher.shape[1], len(student_hidden), student_head.vocab_size)
 
     def of_chunk(hidden: Tensor, teacher_logits: Tensor, chunk_targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         logits = _logits(hidden, student_head)

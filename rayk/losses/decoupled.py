@@ -144,7 +144,8 @@ def _signal_with_gold(
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probs over (ids, gold where it is not among them, tail), [tokens, k + 2], and gold's column."""
     outcomes = signal_outcomes(signals, vocab_size, tokens, temperature)
-    assert signals.ids is not None and signals.log_tails is not None
+    assert signals.ids is not None
+    assert signals.log_tails is not None
     assert isinstance(signals.support, TopK)
     k = signals.ids.shape[1]
     is_gold = signals.ids == targets[:, None]

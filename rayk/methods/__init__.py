@@ -6,4 +6,4 @@ from rayk.methods.supervised import Supervised
 
 METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD)}
 
-__all__ = ["METHODS", "Experience", "Loss", "LogitKD", "Method", "Supervised"]
+__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "Supervised"]

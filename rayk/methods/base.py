@@ -1,4 +1,4 @@
-"""The protocol of a way of learning: `prepare` turns rows into an experience, `loss` says what a step learns from it."""
+"""The protocol of a way of learning: `prepare` turns rows into an experience, `loss` says what is learned from it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -17,7 +17,8 @@ from rayk.teachers import Teacher
 class Student(Protocol):
     """What a method sees of the model that learns."""
 
-    head: Head
+    @property
+    def head(self) -> Head: ...
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states that predict the counted tokens, [tokens, width]."""
@@ -81,15 +82,15 @@ class Method(ABC):
         """Modules of the method's own that train with the student."""
         return None
 
-    def on_step(self, step: int) -> None:
+    def on_step(self, step: int) -> None:  # noqa: B027
         """Called after each optimiser step."""
 
-    def on_evaluation(self, metrics: Mapping[str, float]) -> None:
+    def on_evaluation(self, metrics: Mapping[str, float]) -> None:  # noqa: B027
         """Called after each evaluation, with its numbers."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the student: tensors and plain values."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take up what `state_dict` gave."""

@@ -27,6 +27,7 @@ class LogitKD(Method):
 
     def loss(self, student: Student, experience: Experience) -> Loss:
         settings, batch = self.settings, experience.batch
+        assert experience.signals is not None
         divergence, cross_entropy = linear_divergence(
             student.hidden(batch),
             student.head,

@@ -10,10 +10,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -30,7 +30,6 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception_type,
-    stop_after_delay,
     wait_exponential_jitter,
 )
 
@@ -112,7 +111,7 @@ def wait_for(future: "Future[T]") -> T:
         future.cancel()
 
 
-def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Iterator[T]:
+def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:
     """Results of `work` in order, up to `prefetch` pieces begun ahead; leaving early cancels what is under way."""
     under_way: deque[Future[T]] = deque()
     try:
@@ -162,15 +161,16 @@ class Teacher:
                 asked.append(batch)
                 yield self._score(_sequences_of(batch), support or TopK())
 
-        results = background_stream(requests(), prefetch)
-        while True:
-            began = time.perf_counter()
-            try:
-                signals = next(results)
-            except StopIteration:
-                return
-            self.statistics.wait_seconds += time.perf_counter() - began
-            yield asked.popleft(), signals
+        with closing(background_stream(requests(), prefetch)) as results:
+            while True:
+                began = time.perf_counter()
+                try:
+                    signals = next(results)
+                except StopIteration:
+                    return
+                finally:
+                    self.statistics.wait_seconds += time.perf_counter() - began
+                yield asked.popleft(), signals
 
     def generate(
         self, prompts: Ordered[str] | Ordered[np.ndarray], *, max_new_tokens: int = 256, temperature: float = 1.0,
@@ -235,41 +235,38 @@ class Teacher:
             Completion(text, g.token_ids, g.logprobs, g.finish_reason) for part in parts for g, text in part
         ]
 
-    async def _call(self, method: str, request: Any, read) -> Any:
+    async def _call(self, method: str, request: Any, read: Callable[[Any], T]) -> T:
         """One request, asked until a replica answers or the deadline passes."""
         if self._credit is None:
             self._credit = asyncio.Semaphore(self.settings.in_flight)
-        deadline = time.monotonic() + self.settings.deadline_seconds
+        last: BaseException | None = None
 
-        def give_up(state: RetryCallState) -> Any:
-            reason = state.outcome.exception() if state.outcome else None
-            raise TeacherUnavailable(self._unavailable(reason)) from reason
+        def note(state: RetryCallState) -> None:
+            nonlocal last
+            last = state.outcome.exception() if state.outcome else None
+            self.statistics.retries += 1
 
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_RETRYABLE),
+            wait=wait_exponential_jitter(initial=0.1, max=5.0),
+            before_sleep=note,
+        )
         async with self._credit:
             self.statistics.calls += 1
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(_RETRYABLE),
-                wait=wait_exponential_jitter(initial=0.1, max=5.0),
-                stop=stop_after_delay(self.settings.deadline_seconds),
-                retry_error_callback=give_up,
-            ):
-                with attempt:
-                    if attempt.retry_state.attempt_number > 1:
-                        self.statistics.retries += 1
-                    return read(await self._attempt(method, request, deadline - time.monotonic()))
+            try:
+                # Serve itself waits without end while no replica is up, hence our own clock.
+                async with asyncio.timeout(self.settings.deadline_seconds):
+                    return await retrying(self._attempt, method, request, read)
+            except TimeoutError as error:
+                raise TeacherUnavailable(self._unavailable(last)) from (last or error)
 
-    async def _attempt(self, method: str, request: Any, seconds: float) -> Any:
+    async def _attempt(self, method: str, request: Any, read: Callable[[Any], T]) -> T:
         response = getattr(self._handle, method).remote(request)
         try:
-            # Serve itself waits without end while no replica is up, hence our own clock.
-            async with asyncio.timeout(max(0.0, seconds)):
-                return await response
+            return read(await response)
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except TimeoutError as error:
-            response.cancel()
-            raise TeacherUnavailable(self._unavailable(None)) from error
         except RayTaskError as error:
             if isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
@@ -295,12 +292,16 @@ async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(piece) for piece in work]
     except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        first = failures.exceptions[0]
+        raise first from first.__cause__
     return [task.result() for task in tasks]
 
 
 def _sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:
-    return list(getattr(batch, "sequences", batch))
+    sequences = list(getattr(batch, "sequences", batch))
+    if not sequences:
+        raise InputError("There is nothing to score: the batch holds no sequence.")
+    return sequences
 
 
 def _split(lengths: list[int], budget: int) -> list[list[int]]:
@@ -343,14 +344,16 @@ def serve_teacher(config: TeacherConfig) -> Iterator[Teacher]:
     With `attach: true` the teacher must already run, and is left running.
 
     Raises:
-        InputError: it cannot be started or reached.
+        InputError: it cannot be started or reached, or another teacher runs under its name.
     """
     start_ray(num_cpus=config.resources.num_cpus * config.replicas.max + 1)
     if config.attach:
         yield connect_teacher(config.name, config)
         return
-    deployment.deploy(config)
+    adopted = deployment.already_runs(config)
     try:
+        if not adopted:
+            deployment.deploy(config)
         yield connect_teacher(config.name, config)
     finally:
         deployment.remove(config.name)

@@ -1,10 +1,13 @@
 """The Serve side of a teacher: replicas that hold an engine, and bringing them up and down."""
 
+import logging
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
+import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 
 from rayk.cluster import gpus_each
 from rayk.config import TeacherConfig
@@ -14,6 +17,8 @@ from rayk.errors import InputError
 from rayk.sequences import Sequence
 from rayk.signal import encode
 from rayk.support import Support
+
+logger = logging.getLogger(__name__)
 
 DEPLOYMENT = "teacher"
 # Far above what credit-bound clients keep open; at Serve's default of 5 its router probes full replicas again and
@@ -100,12 +105,8 @@ def deploy(config: TeacherConfig) -> None:
     """Start the Serve application `config.name` and wait until every replica is warm.
 
     Raises:
-        InputError: an application of that name with other settings already runs, or the model cannot be loaded.
+        InputError: the model cannot be loaded.
     """
-    if config.model is None:
-        raise InputError(f"Teacher '{config.name}' has no model to deploy; set teachers.model.")
-    if config.model.startswith((".", "~")) or os.path.isdir(config.model):
-        config = config.model_copy(update={"model": os.path.abspath(os.path.expanduser(config.model))})
     serve.start(proxy_location="Disabled")
     options = {
         "name": DEPLOYMENT,
@@ -113,7 +114,7 @@ def deploy(config: TeacherConfig) -> None:
         "health_check_period_s": 5,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "max_constructor_retry_count": 3,
+        "max_constructor_retry_count": 2,
         "ray_actor_options": {
             "num_cpus": config.resources.num_cpus,
             "num_gpus": gpus_each(config.resources.num_gpus),
@@ -131,13 +132,51 @@ def deploy(config: TeacherConfig) -> None:
             "upscale_delay_s": 5,
             "downscale_delay_s": 60,
         }
-    application = serve.deployment(TeacherReplica).options(**options).bind(config.model_dump(mode="json"))
+    _warn_where_short(config, options["ray_actor_options"])
+    application = serve.deployment(TeacherReplica).options(**options).bind(_settings_of(config))
     try:
         serve.run(application, name=config.name, route_prefix=None, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
         reason = failure_of(config.name) or str(error)
-        remove(config.name)
         raise InputError(f"Teacher '{config.name}' did not start: {reason}") from error
+
+
+def already_runs(config: TeacherConfig) -> bool:
+    """Whether just this teacher runs, as it does where the run that brought it up was killed.
+
+    Raises:
+        InputError: an application of that name with other settings runs.
+    """
+    serve.start(proxy_location="Disabled")
+    application = serve.status().applications.get(config.name)
+    if application is None or application.status != ApplicationStatus.RUNNING:
+        return False
+    handle = serve.get_deployment_handle(DEPLOYMENT, app_name=config.name)
+    if handle.describe.remote().result(timeout_s=60)[1] != _settings_of(config):
+        raise InputError(
+            f"A teacher '{config.name}' with other settings runs on this cluster; choose another name, or use that one with "
+            "'attach: true'."
+        )
+    return True
+
+
+def _settings_of(config: TeacherConfig) -> dict:
+    """What replicas are told; a local folder's path is made absolute, for they have a working directory of their own."""
+    assert config.model is not None
+    folder = os.path.abspath(os.path.expanduser(config.model))
+    is_path = config.model.startswith((".", "~")) or os.path.isdir(folder)
+    return config.model_copy(update={"model": folder} if is_path else {}).model_dump(mode="json")
+
+
+def _warn_where_short(config: TeacherConfig, actor: dict) -> None:
+    """Say what the cluster lacks: Serve waits for it without a word, rightly so where a cluster grows on demand."""
+    there = ray.cluster_resources()
+    for name, each in {"CPU": actor["num_cpus"], "GPU": actor["num_gpus"], **actor["resources"]}.items():
+        if each * config.replicas.min > there.get(name, 0):
+            logger.warning(
+                "Teacher '%s' asks for %g %s in all, but the cluster has %g now: waiting until it has more.",
+                config.name, each * config.replicas.min, name, there.get(name, 0),
+            )  # fmt: skip
 
 
 def failure_of(name: str) -> str:
@@ -151,11 +190,6 @@ def failure_of(name: str) -> str:
             if "Error: " in line:
                 return line.split("Error: ", 1)[1].strip()
     return ""
-
-
-def running(name: str) -> bool:
-    """Whether a Serve application of this name exists."""
-    return name in serve.status().applications
 
 
 def remove(name: str) -> None:

@@ -7,6 +7,7 @@ pyarrow knows (local, shared, s3://, gs://).
 
 import io
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 _MANIFEST = "manifest.json"
+_STEP_MANIFEST = re.compile(rf"/step-(\d{{8,}})/{re.escape(_MANIFEST)}$")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class CheckpointStore:
     """The checkpoints of one run, under one folder or URI."""
 
     def __init__(self, place: str):
+        self.place = place
+        self._fs: fs.FileSystem
+        self._folder: str
         self._fs, self._folder = fs.FileSystem.from_uri(place) if "://" in place else (fs.LocalFileSystem(), place)
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
@@ -51,7 +56,7 @@ class CheckpointStore:
         }
         for name, data in files.items():
             self._write(f"{folder}/{name}", data)
-        sums = {name: {"bytes": len(data), "crc32": zlib.crc32(data)} for name, data in files.items()}
+        sums = {name: _sums(data) for name, data in files.items()}
         self._write(f"{folder}/{_MANIFEST}.part", json.dumps({"step": checkpoint.step, "files": sums}).encode())
         self._fs.move(f"{folder}/{_MANIFEST}.part", f"{folder}/{_MANIFEST}")
         for step in self.steps()[:-keep]:
@@ -62,8 +67,8 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps that have a manifest, ascending."""
         selector = fs.FileSelector(self._folder, allow_not_found=True, recursive=True)
-        found = [info.path for info in self._fs.get_file_info(selector) if info.base_name == _MANIFEST]
-        return sorted(int(path.split("/")[-2].removeprefix("step-")) for path in found)
+        found = (_STEP_MANIFEST.search(info.path) for info in self._fs.get_file_info(selector))
+        return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole."""
@@ -79,16 +84,13 @@ class CheckpointStore:
         return None
 
     def _read_whole(self, folder: str) -> dict[str, bytes] | None:
-        files = {}
-        for name, expected in json.loads(self._read(f"{folder}/{_MANIFEST}"))["files"].items():
-            try:
-                data = self._read(f"{folder}/{name}")
-            except FileNotFoundError:
-                return None
-            if len(data) != expected["bytes"] or zlib.crc32(data) != expected["crc32"]:
-                return None
-            files[name] = data
-        return files
+        try:
+            manifest = json.loads(self._read(f"{folder}/{_MANIFEST}"))
+            files = {name: self._read(f"{folder}/{name}") for name in manifest["files"]}
+        except (FileNotFoundError, ValueError):
+            return None
+        sums = {name: _sums(data) for name, data in files.items()}
+        return files if sums == manifest["files"] else None
 
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(path) as stream:
@@ -105,8 +107,12 @@ class CheckpointStore:
 
 def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` with each tensor once: tied weights share storage, which safetensors refuses."""
-    first_names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+    first_names = {tensor.data_ptr(): name for name, tensor in reversed(list(state.items()))}
     return {name: tensor for name, tensor in state.items() if first_names[tensor.data_ptr()] == name}
+
+
+def _sums(data: bytes) -> dict[str, int]:
+    return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
 def _pack(value: Any) -> bytes:

@@ -7,7 +7,7 @@ takes them, and every token weighs 1 / (the step's counted tokens over all worke
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from rayk.config import RunConfig, TrainingConfig
 from rayk.data.batches import BatchSampler, collate, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
-from rayk.errors import RaykError
+from rayk.errors import RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
@@ -58,7 +58,7 @@ class Outcome:
     problem: RaykError | None = None
 
 
-class StopTogether(Exception):
+class StopTogether(Exception):  # noqa: N818
     """Some rank cannot go on; every rank has been told and leaves the loop between two steps."""
 
     def __init__(self, problem: RaykError):
@@ -84,10 +84,8 @@ class Ranks:
         troubled = torch.tensor([problem is not None], dtype=torch.int32, device=_collective_device())
         dist.all_reduce(troubled)
         if troubled.item():
-            said: list[Any] = [None] * self.world
-            dist.all_gather_object(said, None if problem is None else (type(_as_rayk_error(problem)), str(problem)))
-            kind, text = next(each for each in said if each is not None)
-            raise StopTogether(kind(text)) from problem
+            said = self.gather(None if problem is None else _as_rayk_error(problem))
+            raise StopTogether(next(each for each in said if each is not None)) from problem
 
     def sums(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks."""
@@ -153,8 +151,8 @@ class Trainer:
         self.method: Method = METHODS[config.method.kind](config.method, teachers)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.student = Student(model, self.settings.precision)
-        self.wrapped = wrap(Step(self.student, self.method).to(self.device))
-        self.parameters = [p for p in self.wrapped.parameters() if p.requires_grad]
+        self.module = Step(self.student, self.method).to(self.device).train()
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.parameters, self.settings.weight_decay),
             lr=self.settings.learning_rate,
@@ -167,15 +165,16 @@ class Trainer:
         self.step = 0
         self._restore()
         self._saved = self.step
-        teacher = next(iter(teachers.values()), None)
         self.evaluator: Evaluator | None = None
         if job.evaluation_table is not None:
-            rows = ExampleTable(_fetched(job.evaluation_table))
-            mine = [rows[i] for i in range(ranks.rank, len(rows), ranks.world)]
-            self.evaluator = Evaluator(config.evaluation, mine, self.tokenizer, teacher, self.settings.micro_batch_tokens)
+            self.evaluator = Evaluator(
+                config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
+                next(iter(teachers.values()), None), self.settings.micro_batch_tokens, ranks.rank, ranks.world,
+            )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
     def run(self) -> Outcome:
+        self._start_together()
         evaluation = None
         pad_id = pad_id_of(self.tokenizer)
 
@@ -214,6 +213,17 @@ class Trainer:
         if self.recorder:
             self.recorder.close()
 
+    def _start_together(self) -> None:
+        """What ranks do in common once each of them stands; before, one that fails would leave the others waiting."""
+        if len(set(self.ranks.gather(self.step))) > 1:
+            raise StopTogether(
+                RunFailed(
+                    f"The workers do not find the same checkpoint in '{self.store.place}'; the output directory (or "
+                    "training.checkpoints) must be one that all nodes share."
+                )
+            )
+        self.wrapped: Any = wrap(self.module)
+
     def _step(self, step: int, experiences: Iterator[Experience]) -> dict[str, Any]:
         """One optimiser step; its row of metrics."""
         began = time.perf_counter()
@@ -235,7 +245,11 @@ class Trainer:
         totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         self.ranks.agree(
-            None if math.isfinite(float(norm)) else RaykError(f"The gradient is not finite at step {step + 1}.")
+            None
+            if math.isfinite(float(norm))
+            else RunFailed(
+                f"The gradient of step {step + 1} is not finite; lower training.learning_rate, or set warmup_steps."
+            )
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -288,21 +302,19 @@ class Trainer:
         states = self.ranks.gather(self.method.state_dict())
         problem = None
         if self.ranks.rank == 0:
-            step = self.wrapped.module if hasattr(self.wrapped, "module") else self.wrapped
-            state = Checkpoint(self.step, unshared(step.state_dict()), self.optimizer.state_dict(), states)
+            state = Checkpoint(self.step, unshared(self.module.state_dict()), self.optimizer.state_dict(), states)
             try:
                 self.store.save(state, self.settings.keep_checkpoints)
             except OSError as error:
-                problem = RaykError(f"The checkpoint of step {self.step} could not be written: {error}")
+                problem = RunFailed(f"The checkpoint of step {self.step} could not be written: {error}")
         self.ranks.agree(problem)
 
     def _restore(self) -> None:
         checkpoint = self.store.latest()
         if checkpoint is None:
             return
-        step = self.wrapped.module if hasattr(self.wrapped, "module") else self.wrapped
-        missing, unexpected = step.load_state_dict(checkpoint.model, strict=False)
-        if unexpected or set(missing) & set(unshared(step.state_dict())):
+        missing, unexpected = self.module.load_state_dict(checkpoint.model, strict=False)
+        if unexpected or set(missing) & set(unshared(self.module.state_dict())):
             raise RaykError(f"The checkpoint of step {checkpoint.step} belongs to another student; use another output.")
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
@@ -324,7 +336,7 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> f
     return settings.learning_rate * (settings.final_learning_rate + (1 - settings.final_learning_rate) * share)
 
 
-def _decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+def _decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only: norms and biases have no direction to shrink."""
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

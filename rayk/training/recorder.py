@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import TrackingConfig
+from rayk.evaluation.run_directory import read_lines
 
 
 class Recorder:
@@ -37,16 +38,3 @@ class Recorder:
         self._file.close()
         if self._writer:
             self._writer.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file; a last one cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ from rayk.models import (
 class Student(nn.Module):
     """A causal LM split into body and head (`rayk.methods.base.Student`)."""
 
-    def __init__(self, model: nn.Module, precision: str = "float32"):
+    def __init__(self, model: Any, precision: str = "float32"):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self._compute_dtype = DTYPES[precision]
 
     @property
@@ -67,40 +68,57 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
     Raises:
         InputError: it cannot be loaded or made, or its vocabulary is smaller than the tokenizer's.
     """
+    settings = architecture(config, tokenizer)
+    model: Any
     if config.model is not None:
         model = load_model(config.model, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     else:
-        model = _random_model(config, tokenizer, seed).to(device)
+        model = _random_model(settings, config, seed).to(device)
         check_head(model)
-    vocab_size = real_vocab_size(tokenizer)
-    if head_of(model).vocab_size < vocab_size:
-        raise InputError(
-            f"The student's vocabulary ({head_of(model).vocab_size}) is smaller than its tokenizer's ({vocab_size}); "
-            "give the tokenizer the student was made with, or set student.config.vocab_size."
-        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def _random_model(config: StudentConfig, tokenizer, seed: int) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def architecture(config: StudentConfig, tokenizer) -> Any:
+    """The student's transformers configuration, without its weights.
 
-    if isinstance(config.config, str):
-        architecture = load_model_config(config.config, trust_remote_code=config.trust_remote_code)
+    Raises:
+        InputError: there is none, or its vocabulary is smaller than the tokenizer's.
+    """
+    origin = config.model or config.config
+    if isinstance(origin, str):
+        settings = load_model_config(origin, trust_remote_code=config.trust_remote_code)
     else:
-        values = {"vocab_size": real_vocab_size(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-        values |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        values |= config.config or {}
-        try:
-            architecture = AutoConfig.for_model(values.pop("model_type"), **values)
-        except KeyError as error:
-            raise InputError("student.config needs a 'model_type', such as 'llama' or 'qwen3'.") from error
-        except (ValueError, TypeError) as error:
-            raise InputError(f"student.config describes no model: {str(error).splitlines()[0]}") from error
+        settings = _described(origin or {}, tokenizer)
+    theirs, vocab_size = settings.get_text_config().vocab_size, real_vocab_size(tokenizer)
+    if theirs < vocab_size:
+        raise InputError(
+            f"The student's vocabulary ({theirs}) is smaller than its tokenizer's ({vocab_size}); give the tokenizer "
+            "the student was made with, or set student.config.vocab_size."
+        )
+    return settings
+
+
+def _described(given: dict[str, Any], tokenizer) -> Any:
+    from transformers import AutoConfig
+
+    values = {"vocab_size": real_vocab_size(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    values |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id} | given
+    if "model_type" not in values:
+        raise InputError("student.config needs a 'model_type', such as 'llama' or 'qwen3'.")
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"student.config describes no model: {str(error).splitlines()[0]}") from error
+
+
+def _random_model(settings: Any, config: StudentConfig, seed: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return model.to(DTYPES[config.dtype]).eval()
 
 
@@ -108,10 +126,10 @@ def wrap(step: Step) -> nn.Module:
     """`step` for data-parallel training where there is more than one worker."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return step
-    return DistributedDataParallel(step, gradient_as_bucket_view=True)
+    return DistributedDataParallel(step, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
+def save_model(model: Any, tokenizer, folder: Path) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     model.save_pretrained(unfinished)

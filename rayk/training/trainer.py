@@ -60,7 +60,10 @@ def evaluate_remotely(job: Job) -> Evaluation:
     task = ray.remote(evaluate_worker).options(
         num_cpus=resources.num_cpus, num_gpus=gpus_each(resources.num_gpus), resources=resources.custom
     )
-    return ray.get(task.remote(job))
+    try:
+        return ray.get(task.remote(job))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
 
 
 def _checked(outcome: Outcome) -> Outcome:
@@ -73,9 +76,11 @@ def _put(table):
     return None if table is None else ray.put(table)
 
 
-def _cause(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def _cause(error: ray.train.TrainingFailedError) -> str:
+    """The sentence in Ray Train's report, which is mostly tracebacks."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    lines = [line for line in str(failures[0]).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(failures[0]).__name__
 
 
 @contextlib.contextmanager

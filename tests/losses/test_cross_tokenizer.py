@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from given import random_logits, signals_of
+from loss_cases import random_logits, signals_of
 
 from rayk import losses
 from rayk.errors import InputError

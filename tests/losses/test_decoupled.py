@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from given import gradient, random_logits, signals_of
+from loss_cases import gradient, random_logits, signals_of
 
 from rayk import losses
 from rayk.errors import InputError

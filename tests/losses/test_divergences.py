@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from given import gradient, random_logits, signals_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import gradient, random_logits, signals_of
 
 from rayk import losses
 from rayk.errors import InputError
@@ -114,15 +114,12 @@ def test_adaptive_kl_weighs_the_crossing_token_as_tail_and_the_top_token_as_head
 
 
 def test_adaptive_kl_counts_the_tail_bucket_as_tail_even_where_it_is_the_likeliest():
-    student, teacher = torch.zeros(1, 50, dtype=torch.float64), torch.zeros(1, 50, dtype=torch.float64)
-    teacher[0, :2] = torch.tensor([1.0, 0.5])
-    signals = signals_of(teacher, 2)
-    p = torch.cat([teacher.softmax(1)[:, :2], teacher.softmax(1)[:, 2:].sum(1, keepdim=True)], 1)
-    q = torch.tensor([[0.02, 0.02, 0.96]], dtype=torch.float64)
-    gap = (p - q).abs()[0]
-    forward, reverse = by_definition("forward_kl", p, q), by_definition("reverse_kl", p, q)
-    expected = ((gap[0] + gap[1]) * forward + gap[2] * reverse) / gap.sum()
-    torch.testing.assert_close(losses.adaptive_kl(student, signals), expected)
+    p = torch.tensor([[0.15, 0.1, *[0.0025] * 300]], dtype=torch.float64)
+    q = torch.tensor([[0.05, 0.35, *[0.002] * 300]], dtype=torch.float64)
+    coarse_p, coarse_q = torch.tensor([[0.15, 0.1, 0.75]]).double(), torch.tensor([[0.05, 0.35, 0.6]]).double()
+    forward, reverse = by_definition("forward_kl", coarse_p, coarse_q), by_definition("reverse_kl", coarse_p, coarse_q)
+    expected = ((0.1 + 0.25) * forward + 0.15 * reverse) / 0.5
+    torch.testing.assert_close(losses.adaptive_kl(q.log(), signals_of(p.log(), 2)), expected)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])

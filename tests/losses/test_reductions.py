@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from given import gradient, random_logits
+from loss_cases import gradient, random_logits
 
 from rayk import losses
 from rayk.errors import InputError

@@ -1,0 +1,37 @@
+# Two commands: `make quickstart` and `make test`. Both make the virtual environment first, where there is none.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: quickstart test lint types bench clean
+
+quickstart: .venv/.installed
+	$(BIN)/rayk quickstart
+
+test: .venv/.developing
+	$(BIN)/python -m pytest
+
+lint: .venv/.developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.developing
+	$(BIN)/mypy
+
+bench: .venv/.developing
+	@for name in service signals loss quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch goes first and by its exact version: other packages would take whatever build is newest.
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.developing: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,58 @@
+"""What the whole suite shares: tiny models, and one Ray cluster with one served teacher, started when first needed."""
+
+import os
+
+from rayk.environment import set_threading
+
+set_threading()  # before torch
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
+
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """The folder of a model with peaked distributions (logits of standard deviation 4) and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    tiny_model(folder, seed=1, peaked=4.0, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory):
+    """The folder of a smaller model with the teacher's tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "student"
+    tiny_model(folder, seed=2, hidden=16, layers=1, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray for the session, with more logical CPUs than the machine has."""
+    import ray
+
+    from rayk.cluster import start_ray
+
+    start_ray(num_cpus=8)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def served(ray_cluster, tiny_teacher):
+    """The tiny teacher as Serve application `served`, two replicas; its asker."""
+    from rayk.config import TeacherConfig
+    from rayk.teachers import serve_teacher
+
+    config = TeacherConfig(name="served", model=tiny_teacher, replicas=2, resources={"num_cpus": 0.25})
+    with serve_teacher(config) as teacher:
+        yield teacher

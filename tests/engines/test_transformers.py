@@ -1,0 +1,450 @@
+import asyncio
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from rayk.config import TransformersEngine as Settings
+from rayk.engines import transformers as engine_module
+from rayk.engines.base import SamplingParameters
+from rayk.engines.transformers import TransformersEngine, generate
+from rayk.errors import InputError
+from rayk.models import real_vocab_size
+from rayk.sequences import Sequence
+from rayk.support import Logprob, TopK
+from tests.tiny import EOS, tiny_model, tiny_tokenizer
+
+VOCAB = real_vocab_size(tiny_tokenizer())  # the tiny models' embeddings are padded past it, to 384
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_teacher):
+    return TransformersEngine(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_teacher):
+    """The same model without its padding, by itself."""
+    return unpadded(AutoModelForCausalLM.from_pretrained(tiny_teacher))
+
+
+def unpadded(model):
+    model.resize_token_embeddings(VOCAB)
+    return model.eval()
+
+
+def sequence(length, seed=0, counted=None):
+    random = np.random.default_rng(seed)
+    flags = random.random(length) < 0.5 if counted is None else np.full(length, counted)
+    flags[:1] = False
+    return Sequence(random.integers(4, VOCAB, length).astype(np.int32), flags)
+
+
+def score(engine, sequences, support):
+    return asyncio.run(engine.score(sequences, support))
+
+
+@torch.no_grad()
+def dense(model, sequences):
+    """Dense log-probs [counted tokens, vocab] of a model's own forward, a sequence at a time."""
+    rows = []
+    for one in sequences:
+        logits = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].float()
+        rows.append(logits.log_softmax(1)[torch.from_numpy(np.flatnonzero(one.counted)) - 1])
+    return torch.cat(rows)
+
+
+def assert_right(signals, model, sequences, atol=1e-4):
+    exact = dense(model, sequences)
+    counts = [one.counted_tokens for one in sequences]
+    assert signals.offsets.diff().tolist() == counts
+    targets = torch.from_numpy(np.concatenate([one.targets for one in sequences]).astype(np.int64))
+    torch.testing.assert_close(signals.target_logprobs, exact.gather(1, targets[:, None])[:, 0], atol=atol, rtol=0)
+    if signals.ids is None:
+        return
+    torch.testing.assert_close(signals.logprobs, exact.gather(1, signals.ids), atol=atol, rtol=0)
+    torch.testing.assert_close(signals.logprobs, exact.topk(signals.ids.shape[1]).values, atol=atol, rtol=0)
+    for column, temperature in enumerate(signals.support.temperatures):
+        rest = (exact.double().scatter(1, signals.ids, float("-inf")) / temperature).logsumexp(1)
+        torch.testing.assert_close(signals.log_tails[:, column].double(), rest, atol=atol, rtol=1e-4)
+    assert all(len(set(row)) == len(row) for row in signals.ids.tolist())
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=9)
+
+
+@given(lengths=LENGTHS, k=st.sampled_from([1, 7, 64]), calls=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_signals_are_the_dense_logits_in_any_company(engine, reference, lengths, k, calls, seed):
+    """Whatever lengths share a batch, and however many callers they come from."""
+    sequences = [sequence(length, seed + i) for i, length in enumerate(lengths)]
+    engine._batcher._budget = [64, 200, 8192][seed % 3]
+    groups = [group for group in (sequences[i::calls] for i in range(calls)) if group]
+
+    async def main():
+        return await asyncio.gather(*(engine.score(group, TopK(k, (1.0, 2.0))) for group in groups))
+
+    for group, signals in zip(groups, asyncio.run(main()), strict=True):
+        if any(one.counted_tokens for one in group):
+            assert_right(signals, reference, group)
+        else:
+            assert signals.tokens == 0
+
+
+def test_only_counted_positions_are_answered_and_the_last_token_may_count(engine, reference):
+    flags = np.zeros(20, bool)
+    flags[[1, 7, 19]] = True
+    one = Sequence(sequence(20).input_ids, flags)
+    signals = score(engine, [one], TopK(5))
+    assert signals.tokens == 3
+    assert_right(signals, reference, [one])
+
+
+def test_rows_without_a_counted_token_are_empty_rows(engine, reference):
+    sequences = [sequence(9, 1, counted=False), sequence(12, 2, counted=True), sequence(5, 3, counted=False)]
+    assert score(engine, sequences, TopK(5)).offsets.tolist() == [0, 0, 11, 11]
+    assert_right(score(engine, sequences, TopK(5)), reference, sequences)
+    nothing = score(engine, sequences[:1], TopK(5))
+    assert (len(nothing), nothing.tokens, nothing.ids.shape) == (1, 0, (0, 5))
+
+
+def test_logprob_support_is_the_actual_tokens_alone(engine, reference):
+    sequences = [sequence(30, i) for i in range(3)]
+    signals = score(engine, sequences, Logprob())
+    assert signals.ids is None
+    assert_right(signals, reference, sequences)
+
+
+def test_k_may_be_the_whole_vocabulary(engine, reference):
+    sequences = [sequence(10, counted=True)]
+    signals = score(engine, sequences, TopK(VOCAB, (1.0, 2.0)))
+    assert bool(signals.log_tails.isneginf().all())
+    torch.testing.assert_close(signals.logprobs, dense(reference, sequences).gather(1, signals.ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+def test_signals_at_a_temperature_are_the_dense_softmax_at_it(engine, reference, temperature):
+    sequences = [sequence(40, counted=True)]
+    signals = score(engine, sequences, TopK(16, (1.0, temperature)))
+    log_p, log_tail = signals.at_temperature(temperature)
+    exact = (dense(reference, sequences).double() / temperature).log_softmax(1)
+    torch.testing.assert_close(log_p.double(), exact.gather(1, signals.ids), atol=1e-4, rtol=0)
+    rest = exact.scatter(1, signals.ids, float("-inf")).logsumexp(1)
+    torch.testing.assert_close(log_tail.double(), rest, atol=1e-4, rtol=0)
+
+
+def test_chunks_of_the_head_do_not_show(engine, monkeypatch):
+    sequences = [sequence(50, i, counted=True) for i in range(3)]
+    whole = score(engine, sequences, TopK(8, (1.0, 2.0)))
+    monkeypatch.setattr(engine_module, "_CHUNK_BYTES", {"cpu": 1})  # chunks of 16 positions
+    chunked = score(engine, sequences, TopK(8, (1.0, 2.0)))
+    for name in ("offsets", "target_logprobs", "logprobs", "log_tails"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_is_close(tiny_teacher, reference):
+    sequences = [sequence(40, i, counted=True) for i in range(3)]
+    signals = score(TransformersEngine(tiny_teacher, Settings(dtype="bfloat16")), sequences, TopK(64))
+    exact = dense(reference, sequences)
+    log_p, log_tail = signals.at_temperature()
+    inside = exact.gather(1, signals.ids)
+    forward = (inside.exp() * (inside - log_p)).sum(1)
+    rest = exact.scatter(1, signals.ids, float("-inf")).logsumexp(1)
+    forward += rest.exp() * (rest - log_tail)
+    assert forward.mean() < 0.02
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "granite", "cohere"])
+def test_other_architectures_score_and_generate(tmp_path, architecture):
+    model = unpadded(tiny_model(tmp_path, architecture=architecture, peaked=4.0, tokenizer=tiny_tokenizer()))
+    engine = TransformersEngine(str(tmp_path))
+    sequences = [sequence(length, length) for length in (5, 30, 12)]
+    assert_right(score(engine, sequences, TopK(16)), model, sequences)
+    prompts = [one.input_ids for one in sequences]
+    for prompt, written in zip(prompts, run(engine, prompts, max_new_tokens=8, temperature=0.0), strict=True):
+        assert_logprobs_right(model, prompt, written)
+
+
+def test_signals_may_stand_in_a_graph(engine):
+    """The engine computes in inference mode, whose tensors autograd would refuse."""
+    signals = score(engine, [sequence(10, counted=True)], TopK(4))
+    weight = torch.ones(4, requires_grad=True)
+    (signals.logprobs * weight).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("sequences", "support", "said"),
+    [
+        ([sequence(5)], TopK(VOCAB + 1), f"support.k is {VOCAB + 1}.*vocabulary of {VOCAB}"),
+        ([sequence(5), sequence(513)], TopK(4), "513 tokens is longer than .* takes \\(512\\)"),
+        ([Sequence(np.array([1, VOCAB], np.int32), np.array([False, True]))], TopK(4), f"Token id {VOCAB} is beyond"),
+        ([Sequence(np.array([1, -100], np.int32), np.array([False, True]))], TopK(4), "Token id -100 is beyond"),
+    ],
+)
+def test_what_the_model_cannot_answer_is_refused(engine, sequences, support, said):
+    with pytest.raises(InputError, match=said):
+        score(engine, sequences, support)
+
+
+def test_the_longest_sequence_is_answered(engine):
+    assert score(engine, [sequence(512, counted=True)], TopK(4)).tokens == 511
+
+
+def test_info_tells_the_real_vocabulary(tmp_path):
+    tiny_model(tmp_path, vocab_size=400, tokenizer=tiny_tokenizer())
+    engine = TransformersEngine(str(tmp_path))
+    assert (engine.info.vocab_size, engine.info.max_tokens, engine.info.dtype) == (VOCAB, 512, "float32")
+    assert engine.info.tokenizer_fingerprint == engine_module.tokenizer_fingerprint(tiny_tokenizer())
+    assert engine.info.tokenizer_fingerprint != engine_module.tokenizer_fingerprint(tiny_tokenizer(sentences=("x y",)))
+
+
+def test_a_fresh_engine_warms_up_and_is_healthy(engine):
+    asyncio.run(engine.warm_up())
+    asyncio.run(engine.check_health())
+
+
+# Generation
+
+
+def run(engine, prompts, seed=0, **parameters):
+    seeds = [seed + i for i in range(len(prompts))]
+    return asyncio.run(engine.generate(prompts, SamplingParameters(**parameters), seeds))
+
+
+def prompts_of(*lengths):
+    return [sequence(length, 50 + i).input_ids for i, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+def assert_logprobs_right(model, prompt, written, vocab_size=VOCAB):
+    ids = torch.from_numpy(np.concatenate([prompt, written.token_ids]).astype(np.int64))
+    exact = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1, :vocab_size].float().log_softmax(1)
+    exact = exact.gather(1, ids[len(prompt) :, None])[:, 0]
+    np.testing.assert_allclose(written.logprobs, exact.numpy(), atol=1e-3)
+
+
+def test_greedy_is_transformers_own(engine, reference):
+    prompts = prompts_of(3, 17, 9)
+    for prompt, written in zip(prompts, run(engine, prompts, max_new_tokens=30, temperature=0.0), strict=True):
+        own = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=1, pad_token_id=0)
+        expected = reference.generate(torch.from_numpy(prompt.astype(np.int64))[None], generation_config=own)
+        assert written.token_ids.tolist() == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}])
+def test_logprobs_are_the_models_own_at_temperature_one(engine, reference, sampling):
+    prompts = prompts_of(3, 17, 9)
+    for prompt, written in zip(prompts, run(engine, prompts, max_new_tokens=25, **sampling), strict=True):
+        assert len(written.logprobs) == len(written.token_ids)
+        assert_logprobs_right(reference, prompt, written)
+
+
+def test_a_seed_gives_the_same_text_in_any_company(engine):
+    prompts = prompts_of(3, 17, 9, 4)
+    parameters = {"max_new_tokens": 20, "temperature": 1.3, "top_p": 0.95}
+    together = run(engine, prompts, seed=7, **parameters)
+    assert [w.token_ids.tolist() for w in run(engine, prompts, seed=7, **parameters)] == [
+        w.token_ids.tolist() for w in together
+    ]
+    for row, prompt in enumerate(prompts):
+        [alone] = run(engine, [prompt], seed=7 + row, **parameters)
+        assert alone.token_ids.tolist() == together[row].token_ids.tolist()
+    others = run(engine, prompts, seed=70, **parameters)
+    assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(together, others, strict=True))
+
+
+def sampled_counts(engine, draws, **parameters):
+    [prompt] = prompts_of(6)
+    written = run(engine, [prompt] * draws, max_new_tokens=1, **parameters)
+    return prompt, np.bincount([int(w.token_ids[0]) for w in written], minlength=VOCAB)
+
+
+@torch.no_grad()
+def next_token_logits(model, prompt):
+    return model(input_ids=torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1].double()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_tokens_are_drawn_from_the_distribution(engine, reference, temperature):
+    prompt, counts = sampled_counts(engine, 3_000, temperature=temperature)
+    expected = (next_token_logits(reference, prompt) / temperature).softmax(0).numpy() * 3_000
+    often = expected >= 5
+    observed = [*counts[often], counts[~often].sum()]
+    assert chisquare(observed, [*expected[often], expected[~often].sum()]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": 3}, {"top_p": 0.6}])
+def test_truncated_sampling_stays_in_the_nucleus_and_keeps_its_shape(engine, reference, parameters):
+    prompt, counts = sampled_counts(engine, 1_000, **parameters)
+    probabilities, order = next_token_logits(reference, prompt).softmax(0).sort(descending=True)
+    size = parameters.get("top_k") or 1 + int((probabilities.cumsum(0) < parameters["top_p"]).sum())
+    nucleus = order[:size].numpy()
+    assert counts[nucleus].sum() == 1_000
+    expected = (probabilities[:size] / probabilities[:size].sum()).numpy() * 1_000
+    assert chisquare(counts[nucleus], expected).pvalue > 1e-4
+
+
+@pytest.fixture(scope="module")
+def ending_engine(tmp_path_factory):
+    """An engine whose tokens are all about equally likely, save EOS, which comes about once in eight tokens."""
+    folder = tmp_path_factory.mktemp("ending")
+    model = tiny_model(architecture="gpt2", tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        model.transformer.ln_f.bias += 1.0
+        model.lm_head.weight.mul_(0.01)
+        model.lm_head.weight[1] = math.log(VOCAB / 8) / 32
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return TransformersEngine(str(folder))
+
+
+def test_eos_ends_a_row_and_is_kept(ending_engine):
+    written = run(ending_engine, prompts_of(*range(3, 43)), max_new_tokens=12)
+    reasons = {w.finish_reason for w in written}
+    assert reasons == {"stop", "length"}, "too lucky a seed"
+    for one in written:
+        ids = one.token_ids.tolist()
+        assert ids.count(1) == (one.finish_reason == "stop")
+        assert (ids[-1] == 1) == (one.finish_reason == "stop")
+        assert len(ids) <= 12
+        assert one.finish_reason == "stop" or len(ids) == 12
+        assert len(one.logprobs) == len(ids)
+
+
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine):
+    prompts = prompts_of(5, 9, 14, 3)
+    free = run(engine, prompts, max_new_tokens=30)
+    texts = [engine.tokenizer.decode(w.token_ids) for w in free]
+    stops = (texts[0][6:9], texts[1][10:12])
+    for one, text, before in zip(
+        run(engine, prompts, max_new_tokens=30, stop=stops), texts, free, strict=True
+    ):
+        ids = before.token_ids.tolist()
+        assert one.token_ids.tolist() == ids[: len(one.token_ids)]
+        shorter = engine.tokenizer.decode(one.token_ids[:-1])
+        assert not any(stop in shorter for stop in stops)
+        if any(stop in text for stop in stops):
+            assert any(stop in engine.tokenizer.decode(one.token_ids) for stop in stops)
+            assert one.finish_reason == "stop"
+        else:
+            assert len(one.token_ids) == len(ids)
+    assert len(run(engine, prompts[:1], max_new_tokens=30, stop=stops)[0].token_ids) < len(free[0].token_ids)
+
+
+def test_a_stop_string_begun_in_the_prompt_does_not_stop(engine):
+    [prompt] = prompts_of(5)
+    [free] = run(engine, [prompt], max_new_tokens=10)
+    across = engine.tokenizer.decode(prompt)[-1] + engine.tokenizer.decode(free.token_ids[:1])[0]
+    assert across not in engine.tokenizer.decode(free.token_ids), "too lucky a seed"
+    [stopped] = run(engine, [prompt], max_new_tokens=10, stop=(across,))
+    assert stopped.token_ids.tolist() == free.token_ids.tolist()
+    assert stopped.finish_reason == free.finish_reason
+
+
+def test_the_models_own_generation_settings_are_ignored_but_for_eos(tiny_teacher, tmp_path):
+    """Hub models ship sampling settings in generation_config.json; a teacher must be itself."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    tokenizer = tiny_tokenizer()
+    prompts, parameters = prompts_of(5, 9), SamplingParameters(max_new_tokens=20)
+    plain = generate(model, VOCAB, tokenizer, prompts, parameters, [1, 2])
+    own = GenerationConfig(
+        repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[int(plain[0].token_ids[0])], min_new_tokens=19,
+        begin_suppress_tokens=[int(plain[1].token_ids[0])], forced_eos_token_id=7, temperature=0.1, top_k=1, top_p=0.1,
+        typical_p=0.1, do_sample=True, bad_words_ids=[[int(plain[0].token_ids[1])]], max_length=8, eos_token_id=1,
+        exponential_decay_length_penalty=(1, 2.0), num_beams=3, epsilon_cutoff=0.1,
+    )  # fmt: skip
+    model.generation_config = own
+    settled = generate(model, VOCAB, tokenizer, prompts, parameters, [1, 2])
+    assert [w.token_ids.tolist() for w in settled] == [w.token_ids.tolist() for w in plain]
+    for a, b in zip(settled, plain, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert model.generation_config is own
+    own.eos_token_id = [1, int(plain[0].token_ids[2])]
+    ended = generate(model, VOCAB, tokenizer, prompts, parameters, [1, 2])[0]
+    assert len(ended.token_ids) <= 3
+    assert ended.finish_reason == "stop"
+
+
+def test_a_model_without_generation_settings_ends_at_the_tokenizers_eos(ending_engine):
+    model = ending_engine.model
+    model.generation_config.eos_token_id = None
+    written = run(ending_engine, prompts_of(*range(3, 23)), max_new_tokens=12)
+    assert "stop" in {w.finish_reason for w in written}
+    assert ending_engine.tokenizer.decode(1) == EOS
+
+
+def test_padding_ids_are_never_sampled(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] = model.lm_head.weight[: 384 - VOCAB] * 5  # padding rows that would win
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    engine = TransformersEngine(str(tmp_path))
+    for temperature in (0.0, 1.0):
+        for prompt, one in zip(prompts_of(4, 8), run(engine, prompts_of(4, 8), max_new_tokens=40, temperature=temperature), strict=True):
+            assert one.token_ids.max() < VOCAB
+            assert_logprobs_right(model, prompt, one)
+    sequences = [sequence(20, counted=True)]
+    signals = score(engine, sequences, TopK(VOCAB))
+    assert int(signals.ids.max()) < VOCAB
+    torch.testing.assert_close(signals.logprobs.exp().sum(1), torch.ones(19), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parameters", "said"),
+    [
+        (np.arange(4, 14), {"max_new_tokens": 503}, "prompt of 10 tokens and max_new_tokens \\(503\\).*\\(512\\)"),
+        (np.array([], np.int32), {}, "empty prompt"),
+        (np.array([5, VOCAB]), {}, f"Token id {VOCAB} is beyond"),
+        (np.array([5, -1]), {}, "Token id -1 is beyond"),
+        (np.array([5]), {"max_new_tokens": 0}, "max_new_tokens >= 1"),
+        (np.array([5]), {"temperature": -1.0}, "temperature >= 0"),
+        (np.array([5]), {"top_p": 0.0}, "0 < top_p <= 1"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(engine, prompt, parameters, said):
+    with pytest.raises(InputError, match=said):
+        run(engine, [prompt], **parameters)
+
+
+def test_a_row_may_fill_the_models_length(engine):
+    [one] = run(engine, prompts_of(502), max_new_tokens=10)
+    assert len(one.token_ids) == 10 or one.finish_reason == "stop"
+
+
+def test_scoring_and_generation_share_an_engine(engine, reference):
+    async def main():
+        sequences, prompts = [sequence(30)], prompts_of(5)
+        return await asyncio.gather(
+            engine.score(sequences, TopK(4)), engine.generate(prompts, SamplingParameters(5, 0.0), [0]),
+            engine.score(sequences, Logprob()),
+        )  # fmt: skip
+
+    signals, [written], logprobs = asyncio.run(main())
+    assert_right(signals, reference, [sequence(30)])
+    assert torch.equal(signals.target_logprobs, logprobs.target_logprobs) or torch.allclose(
+        signals.target_logprobs, logprobs.target_logprobs, atol=1e-5
+    )
+    assert_logprobs_right(reference, prompts_of(5)[0], written)
+
+
+def test_sampling_settings_in_a_folder_reach_no_one(tmp_path, tiny_teacher):
+    """The same through the file, as hub models carry it."""
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | {"repetition_penalty": 3.0, "do_sample": True, "temperature": 0.01, "top_k": 1}))
+    prompts = prompts_of(5, 9)
+    ours = run(TransformersEngine(str(folder)), prompts, max_new_tokens=20)
+    plain = run(TransformersEngine(tiny_teacher), prompts, max_new_tokens=20)
+    assert [w.token_ids.tolist() for w in ours] == [w.token_ids.tolist() for w in plain]

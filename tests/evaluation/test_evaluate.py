@@ -1,0 +1,100 @@
+"""Evaluation's numbers are those of whole distributions, however the rows are shared out."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayk.config import DataConfig, EvaluationConfig
+from rayk.data.batches import collate
+from rayk.data.examples import tokenize
+from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
+from rayk.models import real_vocab_size
+from rayk.support import TopK
+from rayk.training.student import Student
+from tests.runs import write_rows
+
+SETTINGS = EvaluationConfig(support=TopK(10_000), generation={"max_new_tokens": 6, "rows": 7}, answer_field="answer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_student):
+    return AutoTokenizer.from_pretrained(tiny_student)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_student)
+    model.resize_token_embeddings(real_vocab_size(tokenizer))
+    return Student(model.eval())
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory, tokenizer):
+    path = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", count=11)
+    data = DataConfig(train={"path": str(path)})
+    return list(tokenize(data.train, data, tokenizer))
+
+
+@torch.no_grad()
+def test_metrics_equal_dense_computations(student, examples, tokenizer, served, tiny_teacher):
+    measured = Evaluator(SETTINGS, examples, tokenizer, served, 300).run(student, answers=False).metrics
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    log_p, log_q, targets = [], [], []
+    for example in examples:
+        batch = collate([example], 0)
+        log_q.append(batch.counted(student.model(batch.input_ids).logits))
+        log_p.append(batch.counted(teacher(batch.input_ids).logits)[:, : log_q[-1].shape[1]])
+        targets.append(batch.targets)
+    log_p, log_q = (torch.cat(parts).double().log_softmax(1) for parts in (log_p, log_q))
+    expected = {
+        "loss": -log_q.gather(1, torch.cat(targets)[:, None]).mean(),
+        "forward_kl": (log_p.exp() * (log_p - log_q)).sum(1).mean(),
+        "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(1).mean(),
+        "agreement": (log_p.argmax(1) == log_q.argmax(1)).double().mean(),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(1).mean(),
+        "teacher_mass": 1.0,
+        "student_mass": 1.0,
+    }
+    assert measured == pytest.approx({name: float(value) for name, value in expected.items()}, rel=2e-3)
+
+
+@torch.no_grad()
+def test_masses_are_what_the_support_covers(student, examples, tokenizer, served, tiny_teacher):
+    settings = EvaluationConfig(support=TopK(3))
+    measured = Evaluator(settings, examples, tokenizer, served, 300).run(student, answers=False).metrics
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    theirs, ours = [], []
+    for example in examples:
+        batch = collate([example], 0)
+        q = batch.counted(student.model(batch.input_ids).logits).softmax(1)
+        p = batch.counted(teacher(batch.input_ids).logits)[:, : q.shape[1]].softmax(1)
+        top = p.topk(3).indices
+        theirs.append(p.gather(1, top).sum(1))
+        ours.append(q.gather(1, top).sum(1))
+    assert measured["teacher_mass"] == pytest.approx(float(torch.cat(theirs).mean()), rel=1e-3)
+    assert measured["student_mass"] == pytest.approx(float(torch.cat(ours).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_shares_merge_to_the_whole_whatever_their_number(student, examples, tokenizer, temperature):
+    generation = SETTINGS.generation.model_copy(update={"temperature": temperature})
+    settings = SETTINGS.model_copy(update={"generation": generation})
+    whole = Evaluator(settings, examples, tokenizer, None, 10_000).run(student, answers=True)
+    assert len(whole.answers) == 7
+    shares = [Evaluator(settings, examples, tokenizer, None, 60, rank, 3).run(student, True) for rank in range(3)]
+    merged = Evaluation.merge([*shares, None])
+    assert merged.metrics == pytest.approx(whole.metrics, rel=1e-5)
+    assert {a.where: a.text for a in merged.answers} == {a.where: a.text for a in whole.answers}
+
+
+def test_a_share_may_be_empty(student, examples, tokenizer):
+    assert Evaluator(SETTINGS, examples[:1], tokenizer, None, 100, rank=1, world=2).run(student, True).metrics == {}
+
+
+def test_the_teachers_loss_and_answers_are_its_own(examples, tokenizer, served, tiny_teacher):
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    model.resize_token_embeddings(real_vocab_size(tokenizer))
+    alone = Evaluator(SETTINGS, examples, tokenizer, None, 500).run(Student(model.eval()), answers=True)
+    asked = evaluate_teacher(served, SETTINGS, examples, tokenizer)
+    assert asked.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-3)
+    assert sorted(a.text for a in asked.answers) == sorted(a.text for a in alone.answers)

@@ -1,0 +1,103 @@
+"""logit_kd's loss is the one of ALGORITHMS §0 and §3: α·CE + (1−α)·T²·D, D at temperature T, CE at 1."""
+
+import pytest
+import torch
+
+from rayk.config import LogitKDConfig
+from rayk.data.batches import collate
+from rayk.methods import Experience, LogitKD, Supervised
+from rayk.sequences import Sequence
+from rayk.signal import SignalBatch
+from rayk.support import TopK
+from rayk.training.student import Student
+from tests.tiny import tiny_model
+
+VOCABULARY = 384
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (5, 12, 9):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).int().numpy()
+        counted = torch.arange(length).numpy() >= 2
+        rows.append(Sequence(ids, counted))
+    return collate(rows, pad_id=0)
+
+
+@pytest.fixture(scope="module")
+def student():
+    return Student(tiny_model(seed=3, tie=False))
+
+
+def dense_logits(model, batch):
+    return batch.counted(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
+
+
+def signals_of(logits, batch, temperature, k=VOCABULARY):
+    log_p = logits.detach().log_softmax(1)
+    values, ids = log_p.topk(k, dim=1)
+    rest = log_p.scatter(1, ids, float("-inf"))
+    tails = [(rest / t).logsumexp(1) for t in (1.0, temperature)]
+    target = log_p.gather(1, batch.targets[:, None])[:, 0]
+    support = TopK(k, (1.0, temperature))
+    return SignalBatch(support, batch.offsets, target, VOCABULARY, ids, values, torch.stack(tails, 1))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_the_loss_mixes_hard_labels_with_the_softened_divergence(batch, student, alpha, squared, divergence):
+    temperature = 2.0
+    teacher = dense_logits(tiny_model(seed=4, peaked=3.0), batch)
+    settings = LogitKDConfig(
+        hard_label_weight=alpha, temperature=temperature, temperature_squared=squared, divergence=divergence
+    )
+    signals = signals_of(teacher, batch, temperature)
+    loss = LogitKD(settings, {}).loss(student, Experience(batch, signals))
+    ours = dense_logits(student.model, batch)
+    log_p, log_q = (teacher / temperature).log_softmax(1), (ours / temperature).log_softmax(1)
+    if divergence == "reverse_kl":
+        log_p, log_q = log_q, log_p
+    soft = (log_p.exp() * (log_p - log_q)).sum(1)
+    hard = -ours.log_softmax(1).gather(1, batch.targets[:, None])[:, 0]
+    expected = alpha * hard + (1 - alpha) * soft * (temperature**2 if squared else 1)
+    torch.testing.assert_close(loss.per_token, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.terms["cross_entropy"], hard, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.terms[divergence], soft, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_put_the_temperature_into_the_support():
+    assert LogitKDConfig(temperature=4.0).support.temperatures == (1.0, 4.0)
+    assert LogitKDConfig().support.temperatures == (1.0,)
+
+
+@pytest.mark.parametrize("k", [4, VOCABULARY])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_nothing_is_left_to_learn_from_an_equal_teacher(batch, student, k, temperature):
+    signals = signals_of(dense_logits(student.model, batch), batch, temperature, k)
+    method = LogitKD(LogitKDConfig(temperature=temperature, temperature_squared=True), {})
+    loss = method.loss(student, Experience(batch, signals)).per_token
+    assert loss.abs().max() < 1e-5
+    loss.sum().backward()
+    assert max(p.grad.abs().max() for p in student.parameters()) < 1e-4
+    student.zero_grad()
+
+
+def test_supervised_is_the_cross_entropy_of_the_counted_tokens(batch, student):
+    loss = Supervised(None, {}).loss(student, Experience(batch)).per_token
+    expected = torch.nn.functional.cross_entropy(dense_logits(student.model, batch), batch.targets, reduction="none")
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_experience_cut_by_rows_holds_each_rows_own_signals(batch, student):
+    signals = signals_of(dense_logits(tiny_model(seed=4), batch), batch, 2.0)
+    whole = Experience(batch, signals)
+    method = LogitKD(LogitKDConfig(temperature=2.0), {})
+    together = method.loss(student, whole).per_token.split(batch.offsets.diff().tolist())
+    for rows in ([2, 0], [1]):
+        part = whole.select(rows)
+        assert part.count == sum(len(together[row]) for row in rows)
+        expected = torch.cat([together[row] for row in rows])
+        torch.testing.assert_close(method.loss(student, part).per_token, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,146 @@
+"""Small runs for the tests: rows, settings, and `rayk` as a process of its own that can be killed."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from safetensors.numpy import load_file
+
+from rayk.config import RunConfig, parse_config
+
+PATIENCE_SECONDS = 240
+"""How long a test waits for what must happen; a slow machine is no failure."""
+
+
+def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
+    """Additions of unequal length as `prompt` and `completion`, with the sum in `answer`."""
+    random = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            terms = random.integers(0, 100, random.integers(1, 9)).tolist()
+            working = " ".join(f"{a}+{b}={a + b}." for a, b in pairwise(terms))
+            row = {"prompt": " + ".join(map(str, terms)), "completion": f" {working} #### {sum(terms)}"}
+            file.write(json.dumps(row | {"answer": str(sum(terms))}) + "\n")
+    return path
+
+
+def settings(
+    folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any
+) -> dict[str, Any]:
+    """A run in `folder`/run, on rows it writes there, in this process unless `workers` says otherwise; `logit_kd`
+    learns from the suite's served teacher."""
+    data = folder / "rows.jsonl"
+    if not data.exists():
+        write_rows(data)
+    method = {"kind": method} if isinstance(method, str) else method
+    return {
+        "output": str(folder / "run"),
+        "teachers": [{"name": "served", "attach": True}] if method["kind"] == "logit_kd" else [],
+        "student": {"model": student},
+        "data": {"train": {"path": str(data)}},
+        "method": method,
+        "training": {
+            "workers": 0, "steps": 6, "batch_size": 8, "learning_rate": 5e-3, "resources": {"num_cpus": 0.5},
+            "checkpoint_every_steps": 1000, **training,
+        },
+        "tracking": {"tensorboard": False},
+    }  # fmt: skip
+
+
+def config(folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any) -> RunConfig:
+    return parse_config(settings(folder, student, method, **training))
+
+
+def metrics(run: Path | str) -> list[dict[str, Any]]:
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def curve(run: Path | str, name: str = "loss") -> list[float]:
+    return [row[name] for row in metrics(run)]
+
+
+def weights(run: Path | str) -> dict[str, np.ndarray]:
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+def assert_same_learning(run: Path | str, other: Path | str, tolerance: float = 1e-4) -> None:
+    """Each step once, the same loss at every step, the same weights at the end."""
+    steps = curve(run, "step")
+    assert steps == list(range(1, len(steps) + 1)) == curve(other, "step")
+    np.testing.assert_allclose(curve(run), curve(other), rtol=tolerance)
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_allclose(mine[name], theirs[name], atol=10 * tolerance, err_msg=name)
+
+
+def until(condition: Callable[[], Any], what: str, alive: subprocess.Popen | None = None) -> Any:
+    """What `condition` gives once it is true."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (value := condition()):
+        assert alive is None or alive.poll() is None, f"the process ended with {alive.returncode} before {what}"
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return value
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "disabled"} | changes
+
+
+@contextmanager
+def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """`rayk …` in a process group of its own; its standard error goes to `log`. Killed at the end if it still runs."""
+    command = [sys.executable, "-m", "rayk.cli", *map(str, arguments)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment(**variables), start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def rayk_to_the_end(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rayk.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(**variables), timeout=PATIENCE_SECONDS, check=False
+    )
+
+
+def processes(**having: str) -> list[psutil.Process]:
+    """Those that were started with these environment variables."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if having.items() <= process.environ().items() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def actors(title: str) -> list[psutil.Process]:
+    """Processes of the Ray actors of this process's own cluster whose class begins so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(f"ray::{title}"):
+                found.append(process)
+    return found

@@ -1,0 +1,60 @@
+"""What the tests of the service ask, and how they look at replicas."""
+
+import time
+
+import numpy as np
+import psutil
+import torch
+
+from rayk.config import TeacherConfig
+from rayk.sequences import Sequence
+
+
+def sequences_of(count, seed=0, shortest=4, longest=40):
+    random = np.random.default_rng(seed)
+    sequences = []
+    for length in random.integers(shortest, longest + 1, count):
+        counted = random.random(length) < 0.6
+        counted[:2] = False, True
+        sequences.append(Sequence(random.integers(4, 300, length).astype(np.int32), counted))
+    return sequences
+
+
+def config_of(name, model, **settings):
+    return TeacherConfig(**({"name": name, "model": model, "resources": {"num_cpus": 0.25}} | settings))
+
+
+def assert_alike(signals, expected):
+    """Equal but for float16 on the wire and other companions in a batch (near-equal tokens may swap places)."""
+    assert signals.support == expected.support
+    assert torch.equal(signals.offsets, expected.offsets)
+    torch.testing.assert_close(signals.target_logprobs, expected.target_logprobs, atol=1e-4, rtol=0)
+    if expected.ids is not None:
+        torch.testing.assert_close(signals.logprobs, expected.logprobs, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(signals.log_tails, expected.log_tails, atol=1e-4, rtol=0)
+        assert (signals.ids == expected.ids).float().mean() > 0.99
+
+
+def replicas_of(name):
+    """The processes of an application's replicas, among those this test session started, oldest first."""
+    found = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(part.startswith(f"ray::ServeReplica:{name}:") for part in _command(process))
+    ]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def eventually(true, seconds=60.0):
+    """Wait until `true()`; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)

@@ -1,0 +1,205 @@
+"""The `rayk` command: what it prints, and with which code it ends."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+
+from rayk import cli
+from rayk.run import Watcher, distill
+from tests.runs import config, settings, write_rows
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def rayk(capsys, monkeypatch):
+    """Calls the command in this process; gives (exit code, standard output, standard error)."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rayk", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def write_config(tmp_path, tiny_student):
+    def write(method="supervised", /, **sections):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(settings(tmp_path, tiny_student, method, steps=2) | sections))
+        return path
+
+    return write
+
+
+def the_sentence(outcome, code=2):
+    """The one line of error; besides it there may be only the stages before."""
+    ended, out, err = outcome
+    assert (ended, out) == (code, "")
+    *stages, sentence = err.splitlines()
+    assert all(re.match(r" *\d+ s  ", line) for line in stages), err
+    assert sentence.startswith("rayk: ")
+    return sentence
+
+
+def test_help_names_every_command(rayk):
+    code, out, _ = rayk("--help")
+    assert code == 0
+    for name in ("quickstart", "run", "serve", "evaluate", "report", "methods", "doctor"):
+        assert name in out
+
+
+@pytest.mark.parametrize("arguments", [["walk"], ["run"], ["run", "x.yaml", "--fast"]])
+def test_a_wrong_command_line_exits_with_2(rayk, arguments):
+    the_sentence(rayk(*arguments))
+
+
+def test_methods_lists_each_with_its_needs(rayk):
+    code, out, _ = rayk("methods")
+    assert code == 0
+    for line, word in zip(out.splitlines()[1:], ("supervised", "logit_kd"), strict=True):
+        assert line.startswith(word)
+
+
+def test_a_run_prints_its_result_and_where_it_is(rayk, write_config, tmp_path):
+    code, out, err = rayk("run", write_config(), "--set", "training.steps=3", "--output", tmp_path / ("long" * 40))
+    assert code == 0
+    assert re.search(r"^run .* \d", out, re.MULTILINE)
+    assert f"The student: {tmp_path}/{'long' * 40}/model\n" in err
+    assert re.search(r"^ +step 3/3  loss \d+\.\d+ ", err, re.MULTILINE)
+
+
+def test_what_users_wrote_is_no_markup(rayk, write_config, tmp_path):
+    path = tmp_path / "[red]"
+    assert rayk("run", write_config(), "--output", path)[0] == 0
+    assert f"'{path}' holds another run" in the_sentence(rayk("run", write_config(), "--output", path))
+    assert "'[bold]'" in the_sentence(rayk("run", "[bold]"))
+
+
+BAD = {
+    "unknown key": ({"trainig": {}}, "run.yaml: unknown key 'trainig'; did you mean 'training'?"),
+    "no such model": ({"student": {"model": "./nowhere"}}, "/nowhere' does not exist"),
+    "no model type": ({"student": {"config": {"hidden_size": 8}, "tokenizer": "STUDENT"}}, "needs a 'model_type'"),
+    "no such model type": (
+        {"student": {"config": {"model_type": "lama"}, "tokenizer": "STUDENT"}}, "student.config describes no model"
+    ),
+    "no tokenizer": ({"student": {"config": {"model_type": "llama"}}}, "student.tokenizer is missing"),
+    "small vocabulary": (
+        {"student": {"config": {"model_type": "llama", "vocab_size": 100}, "tokenizer": "STUDENT"}},
+        "The student's vocabulary (100) is smaller than its tokenizer's",
+    ),
+    "no such data": ({"data": {"train": {"path": "./nowhere.jsonl"}}}, "nowhere.jsonl"),
+    "empty data": ({"data": {"train": {"path": "EMPTY"}}}, "empty.jsonl"),
+    "no such field": (
+        {"data": {"train": {"path": "ROWS", "completion_field": "response"}}},
+        "rows.jsonl, line 1 has neither 'prompt' with 'response'",
+    ),
+    "long prompt": ({"data": {"train": {"path": "ROWS"}, "max_prompt_tokens": 3}}, "rows.jsonl, line"),
+    "long row": ({"data": {"train": {"path": "LONG"}}}, "but the student takes 512; lower data.max_tokens"),
+    "no room to answer": (
+        {"data": {"train": {"path": "ROWS"}, "evaluation": {"path": "ROWS"}},
+         "evaluation": {"generation": {"max_new_tokens": 600}}},
+        "lower evaluation.generation.max_new_tokens",
+    ),
+    "no truth": (
+        {"data": {"train": {"path": "ROWS"}, "evaluation": {"path": "ROWS"}},
+         "evaluation": {"generation": {}, "answer_field": "sum"}},
+        "has no field 'sum'; set evaluation.answer_field",
+    ),
+    "no place for checkpoints": ({"training": {"checkpoints": "nowhere://x"}}, "training.checkpoints 'nowhere://x' c"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "sentence"), BAD.values(), ids=BAD.keys())
+def test_wrong_input_is_one_sentence_and_exit_2(rayk, write_config, tmp_path, tiny_student, sections, sentence):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b c" * 400}))
+    places = {"STUDENT": tiny_student, "EMPTY": "empty.jsonl", "ROWS": "rows.jsonl", "LONG": "long.jsonl"}
+
+    def placed(value):
+        if isinstance(value, dict):
+            return {key: placed(each) for key, each in value.items()}
+        return str(tmp_path / places.get(value, value)) if value in places else value
+
+    assert sentence in the_sentence(rayk("run", write_config(**placed(sections))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_is_missing_or_unreadable_is_named(rayk, tmp_path):
+    assert "missing.yaml' cannot be read" in the_sentence(rayk("run", tmp_path / "missing.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "bad.yaml' is not YAML" in the_sentence(rayk("run", tmp_path / "bad.yaml"))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(rayk, write_config, tmp_path):
+    other = tmp_path / "other"
+    tiny_model(other, tokenizer=tiny_tokenizer(sentences=("entirely different words make other merges " * 9,)))
+    sentence = the_sentence(rayk("run", write_config("logit_kd", teachers=[{"name": "other", "model": str(other)}])))
+    assert "Teacher 'other' and the student's tokenizer" in sentence
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused(rayk, write_config, tiny_teacher):
+    method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 1000}}
+    sentence = the_sentence(rayk("run", write_config(method, teachers=[{"model": tiny_teacher}])))
+    assert "method.support.k is 1000, but the vocabulary has" in sentence
+
+
+def test_a_teacher_that_does_not_run_is_named(rayk, write_config, ray_cluster):
+    sentence = the_sentence(rayk("run", write_config("logit_kd", teachers=[{"name": "nobody", "attach": True}])))
+    assert "No teacher 'nobody' answers on this Ray cluster" in sentence
+
+
+def test_an_output_that_is_taken_is_refused(rayk, write_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path):
+        assert "is no run directory of rayk" in the_sentence(rayk("run", write_config(), "--output", place))
+    assert "cannot be written" in the_sentence(rayk("run", write_config(), "--output", tmp_path / "file" / "run"))
+    assert rayk("run", write_config())[0] == 0
+    assert "holds another run" in the_sentence(rayk("run", write_config()))
+    assert "started with another 'seed'" in the_sentence(rayk("run", write_config(seed=5), "--resume"))
+
+
+def test_an_error_nobody_foresaw_is_one_sentence_too(rayk, write_config, monkeypatch):
+    monkeypatch.setattr("rayk.run.distill", lambda *_, **__: 1 // 0)
+    assert "ZeroDivisionError: integer division or modulo by zero" in the_sentence(rayk("run", write_config()), code=1)
+
+
+def test_evaluate_measures_the_trained_student(rayk, write_config, tmp_path, tiny_student, ray_cluster):
+    write_rows(tmp_path / "held_out.jsonl", count=5, seed=9)
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "evaluation": {"path": str(tmp_path / "held_out.jsonl")}}
+    path = write_config(data=data)
+    assert "no trained student" in the_sentence(rayk("evaluate", path))
+    assert rayk("run", path)[0] == 0
+    code, out, _ = rayk("evaluate", path)
+    assert code == 0
+    assert re.search(r"^run +– +\d+\.\d{3} ", out, re.MULTILINE)
+    assert "'./nowhere' does not exist" in the_sentence(rayk("evaluate", path, "--model", "./nowhere"))
+    assert "data.evaluation is missing" in the_sentence(rayk("evaluate", write_config(data={"train": data["train"]})))
+
+
+def test_doctor_finds_what_a_run_would_stumble_over(rayk, write_config, tmp_path):
+    code, _, err = rayk("doctor")
+    assert (code, "ray 2." in err) == (0, True)
+    code, _, err = rayk("doctor", write_config())
+    assert code == 0
+    assert "data.train: 48 rows" in err
+    assert not (tmp_path / "run").exists()
+    code, _, err = rayk("doctor", write_config(student={"model": "./nowhere"}))
+    assert (code, "✗ The " in err) == (2, True)
+
+
+def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        distill(config(tmp_path / name, tiny_student, steps=2), watcher=Watcher())
+    runs = [tmp_path / name / "run" for name in ("one", "two")]
+    code, _, err = rayk("report", *runs, "--output", tmp_path / "both.html")
+    assert (code, f"The report: {tmp_path}/both.html\n" in err) == (0, True)
+    assert "<html" in (tmp_path / "both.html").read_text()
+    assert the_sentence(rayk("report", tmp_path / "nowhere"))

@@ -1,0 +1,166 @@
+"""Settings are checked at the door, and whatever is wrong is one sentence that says what to change."""
+
+import re
+
+import pytest
+import yaml
+
+from rayk.config import RunConfig, TeacherConfig, load_config, parse_config
+from rayk.errors import InputError
+
+MINIMAL = {
+    "teachers": [{"name": "big", "model": "models/big"}],
+    "student": {"model": "models/small"},
+    "data": {"train": {"path": "rows.jsonl"}},
+    "method": {"kind": "logit_kd"},
+}
+
+
+def write(path, values):
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return str(path)
+
+
+def changed(**places):
+    """`MINIMAL` with values at places written `a__b`."""
+    values = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    for place, value in places.items():
+        *parents, last = place.split("__")
+        inside = values
+        for part in parents:
+            inside = inside.setdefault(part, {})
+        inside[last] = value
+    return values
+
+
+def test_settings_survive_the_way_through_yaml(tmp_path):
+    settings = parse_config(
+        changed(
+            method={"kind": "logit_kd", "temperature": 2.0, "divergence": {"name": "jensen_shannon", "beta": 0.3}},
+            training__betas=[0.8, 0.99],
+            evaluation__answer_pattern="#### (.+)",
+            data__evaluation={"path": "ä.jsonl"},
+        )
+    )
+    again = load_config(write(tmp_path / "run.yaml", settings.to_yaml()))
+    assert again == settings
+    assert again.to_yaml() == settings.to_yaml()
+
+
+def test_defaults_are_filled_in():
+    settings = parse_config(MINIMAL)
+    assert settings.training.epochs == 1.0
+    assert settings.method.support.k == 64
+    assert settings.output_path.parts[-2:] == ("runs", "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("training.warmup_steps=7", "training.warmup_steps", 7),
+        ("training.learning_rate=1e-3", "training.learning_rate", 0.001),
+        ("teachers.0.replicas=3", "teachers.0.replicas.max", 3),
+        ("teachers.0.replicas.max=4", "teachers.0.replicas.max", 4),
+        ("data.evaluation.path=e.jsonl", "data.evaluation.path", "e.jsonl"),
+        ("evaluation.generation={max_new_tokens: 3}", "evaluation.generation.max_new_tokens", 3),
+        ("name=a=b", None, "a=b"),
+        ("method.divergence=reverse_kl", "method.divergence.name", "reverse_kl"),
+    ],
+)
+def test_overrides_reach_every_place(tmp_path, override, place, value):
+    # A resolved config has every section, the unset ones as null.
+    resolved = yaml.safe_load(parse_config(changed(data__evaluation={"path": "d.jsonl"})).to_yaml())
+    for number, values in enumerate((changed(data__evaluation=None), resolved)):
+        path = write(tmp_path / f"{number}.yaml", values)
+        if place is None:
+            with pytest.raises(InputError, match=re.escape(value)):
+                load_config(path, [override])
+            continue
+        overrides = [override, *(["data.evaluation.path=d.jsonl"] if "generation" in override else [])]
+        found = load_config(path, overrides).model_dump(mode="json")
+        for part in place.split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        assert found == value
+
+
+@pytest.mark.parametrize(
+    "override", ["training.steps", "=3", "teachers.5.name=x", "seed.deep=x", "teachers.a.name=x", "a=[1"]
+)
+def test_an_override_that_cannot_be_applied_is_named(tmp_path, override):
+    with pytest.raises(InputError, match="^" + re.escape(f"--set {override}: ")) as caught:
+        load_config(write(tmp_path / "run.yaml", changed(seed=1)), [override])
+    assert "\n" not in str(caught.value)
+
+
+WRONG = {
+    "misspelt key": (changed(trainng={}), "unknown key 'trainng'; did you mean 'training'?"),
+    "misspelt key inside": (changed(training__step=1), "training: unknown key 'step'; did you mean 'steps'?"),
+    "misspelt key of a kind": (changed(method__temprature=2), "unknown key 'temprature'; did you mean 'temperature'?"),
+    "misspelt key of a support": (changed(method__support={"kind": "topk", "kk": 2}), "support: unknown key 'kk'"),
+    "unheard-of key": (changed(student__xyzzy=1), "student: unknown key 'xyzzy'; it may hold: model, config,"),
+    "unknown method": (changed(method__kind="logit_kt"), "method: unknown kind 'logit_kt'; did you mean 'logit_kd'?"),
+    "no kind": (changed(method={"temperature": 2}), "method needs a 'kind'"),
+    "unknown support": (changed(method__support={"kind": "top"}), "unknown kind 'top'; did you mean 'topk'?"),
+    "unknown divergence": (changed(method__divergence="forward"), "'forward'; did you mean 'forward_kl'?"),
+    "divergence option": (changed(method__divergence={"name": "forward_kl", "beta": 0.5}), "takes no 'beta'"),
+    "missing": (changed(data={}), "data.train is missing; set it."),
+    "wrong type": (changed(training__steps="many"), "training.steps: input should be a valid integer"),
+    "out of range": (changed(training__learning_rate=0), "training.learning_rate: input should be greater than 0"),
+    "no teacher": (changed(teachers=[]), "'logit_kd' needs a teacher"),
+    "other teacher": (changed(method__teacher="small"), "method.teacher 'small' is none of the teachers (big)"),
+    "twice": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
+    "model of teacher": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
+    "both origins": (changed(student__config="x"), "student needs exactly one of 'model'"),
+    "steps and epochs": (changed(training={"steps": 1, "epochs": 1}), "training: give 'steps' or 'epochs', not both"),
+    "few rows": (changed(training={"workers": 4, "batch_size": 2}), "'batch_size' (2) is below 'workers' (4)"),
+    "deadline": (changed(training__collective_timeout_seconds=10), "deadline_seconds must be below"),
+    "pattern": (changed(evaluation__answer_pattern="("), "evaluation.answer_pattern is not a regular expression"),
+    "groups": (changed(evaluation__answer_pattern="#"), "evaluation.answer_pattern needs exactly one group, it has 0"),
+    "nothing to answer": (changed(evaluation__generation={}), "evaluation.generation needs rows: set data.evaluation"),
+    "replicas": (changed(teachers=[{"model": "a", "replicas": {"min": 3, "max": 2}}]), "min (3) is larger than max"),
+    "logprob": (changed(method__support={"kind": "logprob"}), "cannot learn from support 'logprob'; use 'topk'"),
+    "list": (changed(training=[1]), "training: input should be a valid dictionary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "sentence"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_one_sentence(tmp_path, values, sentence):
+    path = write(tmp_path / "run.yaml", values)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert sentence in message
+    assert message.startswith(f"{path}: ")
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty or holds no settings"),
+        ("- 1", "holds no settings"),
+        ("a: [", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, sentence):
+    path = write(tmp_path / "run.yaml", text)
+    with pytest.raises(InputError, match=sentence) as caught:
+        load_config(path)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / name)
+
+
+def test_a_number_of_replicas_stands_for_both_ends():
+    assert TeacherConfig(model="m", replicas=3).replicas.model_dump() == {"min": 3, "max": 3}
+
+
+def test_the_default_config_names_every_section():
+    sections = ["name", "output", "seed", "teachers", "student", "data", "method", "training", "evaluation", "tracking"]
+    assert list(RunConfig.model_fields) == sections

@@ -1,0 +1,181 @@
+"""The learning result is a function of the settings that say what is learned, and of nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayk.config import TrainingConfig
+from rayk.data.batches import BatchSampler
+from rayk.data.examples import tokenize
+from rayk.methods import METHODS, Supervised
+from rayk.models import real_vocab_size
+from rayk.run import distill
+from rayk.sequences import Sequence
+from rayk.support import TopK
+from rayk.training.loop import learning_rate_at
+from tests.runs import assert_same_learning, config, curve, metrics, weights
+from tests.tiny import tiny_model, tiny_tokenizer
+
+KD = {
+    "kind": "logit_kd", "support": {"kind": "topk", "k": 8}, "temperature": 2.0, "temperature_squared": True,
+    "hard_label_weight": 0.3,
+}  # fmt: skip
+METHOD_SETTINGS = pytest.mark.parametrize("method", [{"kind": "supervised"}, KD], ids=lambda method: method["kind"])
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def student(request, tmp_path):
+    tiny_model(tmp_path / "student", hidden=16, layers=1, tie=request.param, tokenizer=tiny_tokenizer())
+    return str(tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [({"kind": "supervised"}, 2), (KD, 2), (KD, 1)],
+    ids=["supervised-2", "logit_kd-2", "logit_kd-1"],
+)
+def test_workers_and_micro_batches_do_not_change_what_is_learned(method, workers, tmp_path, tiny_student, served):
+    alone, group = tmp_path / "alone", tmp_path / "group"
+    for folder in (alone, group):
+        folder.mkdir()
+    distill(config(alone, tiny_student, method, micro_batch_tokens=100_000))
+    # Rows are of such unequal length that two workers have different numbers of micro-batches.
+    distill(config(group, tiny_student, method, micro_batch_tokens=120, workers=workers))
+    assert_same_learning(alone / "run", group / "run")
+
+
+@METHOD_SETTINGS
+def test_micro_batches_do_not_change_what_is_learned(method, tmp_path, tiny_student, served):
+    for folder, tokens in (("whole", 100_000), ("cut", 150), ("rows", 1)):
+        (tmp_path / folder).mkdir()
+        distill(config(tmp_path / folder, tiny_student, method, micro_batch_tokens=tokens))
+        assert_same_learning(tmp_path / "whole" / "run", tmp_path / folder / "run")
+
+
+@METHOD_SETTINGS
+def test_steps_equal_a_dense_reference_in_plain_torch(method, tmp_path, student, served):
+    training = {"weight_decay": 0.1, "warmup_steps": 2, "schedule": "linear", "max_grad_norm": 0.5}
+    settings = config(tmp_path, student, method, micro_batch_tokens=200, **training)
+    distill(settings)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    table = tokenize(settings.data.train, settings.data, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95))  # fmt: skip
+    losses = []
+    for step in range(6):
+        rows = [table[int(i)] for i in BatchSampler(table.lengths, 8, settings.seed, 6).rows(step)]
+        count = sum(row.counted_tokens for row in rows)
+        loss = sum(_dense_loss(model, row, method, served) for row in rows) / count
+        rate = 5e-3 * ((step + 1) / 2 if step < 2 else 1 - (step - 2) / 4)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(curve(tmp_path / "run"), losses, rtol=1e-4)
+    trained = weights(tmp_path / "run")
+    for name, value in model.named_parameters():
+        np.testing.assert_allclose(trained[name], value.detach(), atol=2e-4, err_msg=name)
+
+
+def _dense_loss(model, row: Sequence, method, teacher) -> torch.Tensor:
+    """The sum over one row's counted tokens, from whole logits, unpadded, without a chunk or a gather too many."""
+    logits = model(input_ids=torch.tensor(row.input_ids[None], dtype=torch.long)).logits[0]
+    predicts = torch.tensor(row.counted[1:])
+    logits, targets = logits[:-1][predicts], torch.tensor(row.targets, dtype=torch.long)
+    hard = F.cross_entropy(logits, targets, reduction="sum")
+    if method["kind"] == "supervised":
+        return hard
+    alpha, temperature = method["hard_label_weight"], method["temperature"]
+    signals = teacher.score([row], TopK(8, (1.0, temperature)))
+    log_p, log_tail = signals.at_temperature(temperature)
+    q = (logits.double() / temperature).softmax(1)
+    top = q.gather(1, signals.ids)
+    log_q = torch.cat([top, 1 - top.sum(1, keepdim=True)], dim=1).log()
+    log_p = torch.cat([log_p, log_tail[:, None]], dim=1).double()
+    soft = (log_p.exp() * (log_p - log_q)).sum() * temperature**2
+    return alpha * hard + (1 - alpha) * soft.float()
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, tiny_teacher, served):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_teacher), AutoTokenizer.from_pretrained(tiny_teacher)
+    model.resize_token_embeddings(real_vocab_size(tokenizer))  # rows past the vocabulary would take mass of their own
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}
+    distill(config(tmp_path, str(tmp_path / "student"), method, learning_rate=1e-5))
+    assert max(map(abs, curve(tmp_path / "run"))) < 1e-4
+
+
+def test_bfloat16_is_close_to_float32(tmp_path, tiny_student):
+    for precision in ("float32", "bfloat16"):
+        (tmp_path / precision).mkdir()
+        distill(config(tmp_path / precision, tiny_student, precision=precision, learning_rate=1e-3))
+    exact, rounded = (curve(tmp_path / precision / "run") for precision in ("float32", "bfloat16"))
+    assert exact != rounded
+    np.testing.assert_allclose(rounded, exact, rtol=2e-2)
+    assert {value.dtype.name for value in weights(tmp_path / "bfloat16" / "run").values()} == {"float32"}
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule():
+    def rates(**settings):
+        training = TrainingConfig(learning_rate=2.0, **settings)
+        return [learning_rate_at(step, 8, training) for step in range(8)]
+
+    assert rates(schedule="constant") == [2.0] * 8
+    assert rates(schedule="constant", warmup_steps=4) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert rates(schedule="linear") == pytest.approx([2.0 - step / 4 for step in range(8)])
+    cosine = rates(schedule="cosine", warmup_steps=2, final_learning_rate=0.1)
+    assert cosine[:3] == [1.0, 2.0, 2.0]
+    assert cosine[3:] == pytest.approx([0.2 + 0.9 * (1 + math.cos(math.pi * i / 6)) for i in range(1, 6)])
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path, tiny_student):
+    for name, bound in (("free", None), ("clipped", 1e-3)):
+        (tmp_path / name).mkdir()
+        distill(config(tmp_path / name, tiny_student, max_grad_norm=bound, steps=1, betas=[0.0, 0.0]))
+    free, clipped = (metrics(tmp_path / name / "run")[0] for name in ("free", "clipped"))
+    assert free["gradient_norm"] == clipped["gradient_norm"] > 1e-3
+
+
+def test_dropout_is_on_in_steps_and_off_in_measurements(tmp_path, tiny_student, monkeypatch):
+    seen = []
+
+    class Watching(Supervised):
+        def loss(self, student, experience):
+            seen.append(student.training)
+            return super().loss(student, experience)
+
+    monkeypatch.setitem(METHODS, "supervised", Watching)
+    settings = config(tmp_path, tiny_student)
+    settings = settings.model_copy(
+        update={"data": settings.data.model_copy(update={"evaluation": settings.data.train})}
+    )
+    settings = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"every_steps": 2})})
+    distill(settings)
+    assert seen == [True] * len(seen)
+
+
+def test_metrics_say_what_each_step_took(tmp_path, tiny_student):
+    settings = config(tmp_path, tiny_student, steps=12)
+    distill(settings)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["epoch"] for row in rows] == pytest.approx([step / 6 for step in range(1, 13)])
+    table = tokenize(settings.data.train, settings.data, AutoTokenizer.from_pretrained(tiny_student))
+    for epoch in (rows[:6], rows[6:]):
+        assert sum(row["tokens"] for row in epoch) == table.lengths.sum()
+        assert sum(row["counted_tokens"] for row in epoch) == table.counted_tokens.sum()
+    for row in rows:
+        assert row["loss"] == row["cross_entropy"]
+        assert 0 <= row["teacher_wait_seconds"] <= row["step_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])

@@ -1,0 +1,47 @@
+"""`metrics.jsonl` holds each step of the surviving history once, and can be followed cheaply."""
+
+import json
+
+from rayk.config import TrackingConfig
+from rayk.evaluation.run_directory import Follower, read_lines
+from rayk.training.recorder import Recorder
+
+QUIET = TrackingConfig(tensorboard=False)
+
+
+def steps(rows):
+    return [row["step"] for row in rows]
+
+
+def test_a_recorder_opened_at_a_checkpoint_cuts_back_what_came_after(tmp_path):
+    first = Recorder(tmp_path, 0, QUIET)
+    for step in range(1, 6):
+        first.record({"step": step, "loss": 1.0})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # the process was killed here
+    second = Recorder(tmp_path, 3, QUIET)
+    assert steps(read_lines(tmp_path / "metrics.jsonl")) == [1, 2, 3]
+    second.record({"step": 4, "loss": 2.0})
+    second.close()
+    assert [row["loss"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 1.0, 2.0]
+
+
+def test_a_follower_sees_each_row_once_and_begins_again_after_a_cut(tmp_path):
+    follower = Follower(tmp_path / "metrics.jsonl")
+    assert follower.rows() == []
+    recorder = Recorder(tmp_path, 0, QUIET)
+    assert follower.rows() == []
+    for step in (1, 2, 3):
+        recorder.record({"step": step})
+        assert steps(follower.rows()) == [step]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4})[:5])
+        file.flush()
+        assert follower.rows() == []
+    recorder.close()
+    recorder = Recorder(tmp_path, 2, QUIET)
+    recorder.record({"step": 3})
+    assert steps(follower.rows()) == [1, 2, 3]
+    assert follower.rows() == []
+    recorder.close()
