@@ -89,7 +89,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
                 f"{served.info.device}. Attach with `attach: true`, or rayk.connect_teacher('{served.name}')."
             )
         console.print("Ctrl-C takes them down.")
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
             while True:
                 time.sleep(3600)
 
@@ -188,8 +188,8 @@ def main() -> None:
     """The console script: commands, with errors as sentences and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     set_threading()
-    # SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down. Ray sets a handler like this
-    # one in its place.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would run into ours
+    # SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
     try:
         code = app(standalone_mode=False) or 0

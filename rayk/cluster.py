@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import threading
+from typing import Any
 
 import ray
 
@@ -19,7 +22,7 @@ def start_ray(num_cpus: float = 0) -> None:
     if ray.is_initialized():
         return
     verbose = os.environ.get("RAYK_VERBOSE", "") not in ("", "0")
-    common = {
+    common: dict[str, Any] = {
         "runtime_env": {"env_vars": THREADING},
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
@@ -27,16 +30,18 @@ def start_ray(num_cpus: float = 0) -> None:
     if not verbose:
         for name in ("ray", "ray.serve", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**common)
-        return
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(num_cpus + 0.999)),
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **common,
-    )
+    if not os.environ.get("RAY_ADDRESS"):
+        common |= {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, int(num_cpus + 0.999)),
+            "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    ours = signal.getsignal(signal.SIGTERM)
+    ray.init(**common)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's native handler aborts the process three seconds after SIGTERM, whatever is still to be taken down.
+        signal.signal(signal.SIGTERM, ours if callable(ours) else signal.getsignal(signal.SIGTERM))
 
 
 def gpus_each(requested: float | None) -> float:

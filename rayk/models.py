@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayk.errors import InputError
+
+CausalLM = Any
+"""A transformers causal language model (transformers' classes carry no types to check against)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,10 +54,12 @@ class Head:
         """The head of the first `vocab_size` tokens: rows past the tokenizer's last id are padding, not vocabulary."""
         if vocab_size >= self.vocab_size:
             return self
-        return replace(self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size])
+        return replace(
+            self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
+        )
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: CausalLM) -> Head:
     """The head of a transformers causal LM, sharing its parameters.
 
     Raises:
@@ -73,14 +79,14 @@ def head_of(model: nn.Module) -> Head:
     return Head(projection.weight, getattr(projection, "bias", None), scale, softcap)
 
 
-def final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states after the final norm, [rows, length, width], of right-padded rows."""
     body = getattr(model, model.base_model_prefix)
     return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: CausalLM) -> None:
     """Compare body + `Head` with the model's own logits on a short probe.
 
     Raises:
@@ -94,7 +100,7 @@ def check_head(model: nn.Module) -> None:
     ours = head_of(model).logits(final_hidden(model, probe, mask)[0])
     if own.isnan().any():
         raise InputError(f"{type(model).__name__} computes NaN from its weights; the checkpoint is damaged.")
-    # Against the logits' own spread: a missing scale is found on flat distributions too, and rounding never taken for it.
+    # Against the logits' own spread: a missing scale shows on flat distributions too, and rounding looks like none.
     own, ours = own - own.mean(1, keepdim=True), ours - ours.mean(1, keepdim=True)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     if (own - ours).abs().max() > tolerance * own.abs().max():
@@ -104,7 +110,7 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
+def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> CausalLM:
     """A causal LM from a local folder or a hub id, on `device`, its head checked.
 
     Raises:

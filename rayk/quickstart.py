@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.cluster import start_ray
-from rayk.config import RunConfig, TeacherConfig, parse_config
+from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_config
 from rayk.data import generated
 from rayk.errors import InputError
 from rayk.evaluation.report import write_report
@@ -100,7 +100,8 @@ def teacher_model(home: Path, watcher: Watcher) -> Path:
 
 def teacher_config(model: Path, replicas: int = 2) -> TeacherConfig:
     """The served teacher."""
-    return TeacherConfig(name=_TEACHER, model=str(model), replicas=replicas, resources={"num_cpus": 0.5})
+    copies = Replicas(min=replicas, max=replicas)
+    return TeacherConfig(name=_TEACHER, model=str(model), replicas=copies, resources=Resources(num_cpus=0.5))
 
 
 def student_config(

@@ -1,5 +1,6 @@
 """One run from settings to result: inputs checked, teachers up, student trained, measured and reported."""
 
+import hashlib
 import json
 import math
 import os
@@ -108,11 +109,13 @@ def distill(
         attached = attached_teachers(config)
         inputs = read_inputs(config, attached)
         claim(config, resume)
-        start_ray(cpus_needed(config))
+        if config.teachers or config.training.workers:
+            start_ray(cpus_needed(config))
         new = [teacher.name for teacher in config.teachers if not teacher.attach]
         if new:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
-        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in config.teachers]
+        applications = applications_of(config)
+        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in _renamed(config, applications)]
         began = time.time()
         teacher_evaluation = None
         if teachers and inputs.evaluation is not None:
@@ -123,7 +126,7 @@ def distill(
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(
-            _by_name(config), inputs.tokenizer_name, inputs.train.table,
+            config, inputs.tokenizer_name, applications, inputs.train.table,
             None if inputs.evaluation is None else inputs.evaluation.table,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
@@ -155,9 +158,10 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         assert inputs.evaluation is not None
         start_ray(cpus_needed(config))
         watcher.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
-        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in config.teachers]
+        applications = applications_of(config)
+        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in _renamed(config, applications)]
         watcher.stage(f"Measuring {measured}")
-        job = Job(_by_name(config), inputs.tokenizer_name, None, inputs.evaluation.table)
+        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table)
         evaluation = evaluate_remotely(job)
         teacher = (
             evaluate_teacher(teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer)
@@ -342,10 +346,15 @@ def attached_teachers(config: RunConfig) -> dict[str, Teacher]:
     return {name: connect_teacher(name) for name in names}
 
 
-def _by_name(config: RunConfig) -> RunConfig:
-    """For workers, every teacher is one that already runs."""
-    teachers = [teacher.model_copy(update={"attach": True}) for teacher in config.teachers]
-    return config.model_copy(update={"teachers": teachers})
+def applications_of(config: RunConfig) -> dict[str, str]:
+    """Each teacher's Serve application. A run's own teachers are named after its output, so that two runs on a cluster
+    do not take each other's, and a resumed run finds what a killed one has left."""
+    owner = hashlib.sha256(str(config.output_path).encode()).hexdigest()[:8]
+    return {t.name: t.name if t.attach else f"{t.name}-{owner}" for t in config.teachers}
+
+
+def _renamed(config: RunConfig, applications: Mapping[str, str]) -> list[TeacherConfig]:
+    return [teacher.model_copy(update={"name": applications[teacher.name]}) for teacher in config.teachers]
 
 
 def summarise(

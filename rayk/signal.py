@@ -12,7 +12,7 @@ on peaked rows (ALGORITHMS §22).
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -102,8 +102,8 @@ class SignalBatch:
         return outcomes[:, :-1], outcomes[:, -1]
 
     def check(self) -> None:
-        """Raise CorruptSignal where a number cannot be learned from (NaN, ±inf, a log-prob clearly above 0) or an id is out
-        of range."""
+        """Raise CorruptSignal where a number cannot be learned from (NaN, ±inf, a log-prob clearly above 0) or an id
+        is out of range."""
         for name in ("target_logprobs", "logprobs"):
             column = getattr(self, name)
             if column is not None and not bool((column <= 1e-3).all()):
@@ -113,12 +113,23 @@ class SignalBatch:
         if self.log_tails is not None and bool((self.log_tails.isnan() | self.log_tails.isposinf()).any()):
             raise CorruptSignal("The teacher's log_tails hold NaN or +inf.")
         if self.ids is not None and self.ids.numel() and int(self.ids.max()) >= self.vocab_size:
-            raise CorruptSignal(f"The teacher names token id {int(self.ids.max())}, beyond its {self.vocab_size} tokens.")
+            raise CorruptSignal(
+                f"The teacher names token id {int(self.ids.max())}, beyond its {self.vocab_size} tokens."
+            )
 
-    def _map(self, change, offsets: Tensor) -> "SignalBatch":
-        columns = {name: getattr(self, name) for name in ("target_logprobs", "ids", "logprobs", "log_tails")}
-        changed = {name: None if column is None else change(column) for name, column in columns.items()}
-        return replace(self, offsets=offsets.to(changed["target_logprobs"].device), **changed)
+    def _map(self, change: Callable[[Tensor], Tensor], offsets: Tensor) -> "SignalBatch":
+        def changed(column: Tensor | None) -> Tensor | None:
+            return None if column is None else change(column)
+
+        target_logprobs = change(self.target_logprobs)
+        return replace(
+            self,
+            offsets=offsets.to(target_logprobs.device),
+            target_logprobs=target_logprobs,
+            ids=changed(self.ids),
+            logprobs=changed(self.logprobs),
+            log_tails=changed(self.log_tails),
+        )
 
 
 def concatenate(batches: Sequence[SignalBatch]) -> SignalBatch:
@@ -147,7 +158,9 @@ def encode(signals: SignalBatch) -> np.ndarray:
     ]
     k, temperatures = 0, np.zeros(0, "<f8")
     if isinstance(signals.support, TopK):
-        assert signals.ids is not None and signals.logprobs is not None and signals.log_tails is not None
+        assert signals.ids is not None
+        assert signals.logprobs is not None
+        assert signals.log_tails is not None
         k, temperatures = signals.ids.shape[1], np.asarray(signals.support.temperatures, "<f8")
         columns += [
             temperatures,
@@ -167,7 +180,7 @@ def decode(wire: np.ndarray | bytes) -> SignalBatch:
     Raises:
         CorruptSignal: not this version's form, cut off, or changed on the way (CRC-32).
     """
-    data = memoryview(wire).cast("B")
+    data = memoryview(wire.data if isinstance(wire, np.ndarray) else wire).cast("B")
     if len(data) < _SEAL.size + _HEADER.size or bytes(data[:4]) != _MAGIC:
         raise CorruptSignal("These bytes are no rayk signal of wire version 1.")
     _, checksum = _SEAL.unpack_from(data)

@@ -1,4 +1,4 @@
-"""Supports: which part of the teacher's distribution a signal carries. Plain data, no torch, so settings can hold them."""
+"""Supports: which part of the teacher's distribution a signal carries. Plain data, so that settings can hold them."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -6,7 +6,9 @@ from rayk.environment import set_threading
 
 set_threading()  # before torch
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
+os.environ["RAY_AUTH_MODE"] = (
+    "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
+)
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest  # noqa: E402

@@ -4,9 +4,18 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from rayk.errors import InputError
-from rayk.models import check_head, final_hidden, head_of, load_model, load_model_config, load_tokenizer, real_vocab_size
+from rayk.models import (
+    check_head,
+    final_hidden,
+    head_of,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    real_vocab_size,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]
@@ -27,7 +36,9 @@ def test_body_and_head_equal_the_models_own_logits(architecture, tie):
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tie
     ids, mask = probe(model)
     ours = head_of(model).logits(final_hidden(model, ids, mask)[mask.bool()])
-    torch.testing.assert_close(ours, model(input_ids=ids, attention_mask=mask).logits[mask.bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours, model(input_ids=ids, attention_mask=mask).logits[mask.bool()], atol=1e-5, rtol=1e-5
+    )
     check_head(model)
     check_head(model.bfloat16())
 
@@ -168,7 +179,8 @@ def test_a_corrupt_tokenizer_is_one_sentence(folder):
     refusal(load_tokenizer, folder)
 
 
-def test_loading_prints_nothing(folder, capfd):
+def test_loading_prints_nothing(folder, capfd, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)  # the suite turns it off
     load_model(str(folder))
     load_tokenizer(str(folder))
     assert capfd.readouterr() == ("", "")

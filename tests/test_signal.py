@@ -48,7 +48,9 @@ def batches(draw):
     temperatures = draw(st.sampled_from([(1.0,), (1.0, 2.0), (0.5, 1.0, 4.0)]))
     k = draw(st.integers(1, min(vocab_size, 12)))
     support = draw(st.sampled_from([TopK(k, temperatures), Logprob()]))
-    logits = logits_of(sum(lengths), vocab_size, draw(st.sampled_from(list(SPREADS.values()))), draw(st.integers(0, 99)))
+    logits = logits_of(
+        sum(lengths), vocab_size, draw(st.sampled_from(list(SPREADS.values()))), draw(st.integers(0, 99))
+    )
     return signals_of(logits, support, lengths)
 
 
@@ -141,7 +143,7 @@ def test_temperature_of_a_sparse_support_is_the_coarse_grained_softmax(temperatu
 
 def test_temperature_the_signal_does_not_carry_is_refused():
     signals = signals_of(logits_of(3, 10, 1.0), TopK(4, (1.0, 2.0)))
-    with pytest.raises(InputError, match="does not carry temperature 3 .*has 1, 2.*'temperatures'"):
+    with pytest.raises(InputError, match=r"does not carry temperature 3 .*has 1, 2.*'temperatures'"):
         signals.at_temperature(3.0)
 
 

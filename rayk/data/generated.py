@@ -18,7 +18,7 @@ import itertools
 import json
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -53,8 +53,8 @@ _LLAMA = {
 TEACHER_MODEL = _LLAMA | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
 STUDENT_MODEL = _LLAMA | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _OPTIMIZER = {"learning_rate": 2e-3, "weight_decay": 0.01, "warmup_steps": 50, "max_gradient_norm": 1.0}
-TEACHER_TRAINING = _OPTIMIZER | {"rows": 64_000, "steps": 500, "batch_size": 128}
-STUDENT_TRAINING = _OPTIMIZER | {"rows": 2000, "steps": 500, "batch_size": 32}
+TEACHER_TRAINING: dict[str, Any] = _OPTIMIZER | {"rows": 64_000, "steps": 500, "batch_size": 128}
+STUDENT_TRAINING: dict[str, Any] = _OPTIMIZER | {"rows": 2000, "steps": 500, "batch_size": 32}
 
 
 def _language() -> dict[tuple[str, str, str], list[str]]:
@@ -91,7 +91,8 @@ def prompts(split: Split) -> list[str]:
 def generate_rows(count: int, seed: int, split: Split = "train") -> list[dict[str, str]]:
     """``count`` rows, the first of the seed's endless stream; a sentence returns only after all others of its split."""
     draw = random.Random(f"{seed}-{split}")
-    sentences, rows = prompts(split), []
+    sentences = prompts(split)
+    rows: list[dict[str, str]] = []
     while len(rows) < count:
         draw.shuffle(sentences)
         rows += [_row(prompt, draw) for prompt in sentences[: count - len(rows)]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,8 +48,8 @@ class SamplingParameters:
 
 @dataclass(frozen=True)
 class Generated:
-    """One continuation: its token ids (EOS included where it ended so), their log-probs under the model at temperature 1
-    without truncation (nats), and `finish_reason`: 'stop' or 'length'."""
+    """One continuation: its token ids (EOS included where it ended so), their log-probs under the model at temperature
+    1 without truncation (nats), and `finish_reason`: 'stop' or 'length'."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -60,6 +60,7 @@ class Engine(Protocol):
     """A model in this process. Calls may come concurrently; the engine merges them into batches that suit it."""
 
     info: EngineInfo
+    tokenizer: Any
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order."""

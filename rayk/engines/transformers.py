@@ -125,9 +125,7 @@ def summarise(logits: Tensor, targets: Tensor, support: Support) -> tuple[Tensor
     unselected = logits.scatter_(1, ids, float("-inf"))
     tail = unselected.logsumexp(1)
     normaliser = torch.logaddexp(values.logsumexp(1), tail)
-    tails = [
-        (tail if t == 1.0 else (unselected / t).logsumexp(1)) - normaliser / t for t in support.temperatures
-    ]
+    tails = [(tail if t == 1.0 else (unselected / t).logsumexp(1)) - normaliser / t for t in support.temperatures]
     return target_logits - normaliser, ids, values - normaliser[:, None], torch.stack(tails, dim=1)
 
 
@@ -212,7 +210,9 @@ def generate(
     )  # fmt: skip
     sampler = _SeededSampler(parameters, seeds, vocab_size)
     stops = _StopStrings(parameters.stop, tokenizer, longest) if parameters.stop else None
-    model.generation_config = GenerationConfig()  # from which transformers would fill in penalties, suppressed tokens, …
+    model.generation_config = (
+        GenerationConfig()
+    )  # from which transformers would fill in penalties, suppressed tokens, …
     try:
         output = model.generate(
             ids.to(model.device),
@@ -227,7 +227,9 @@ def generate(
     generated = []
     for row, (row_ids, row_logprobs) in enumerate(zip(output.numpy(), logprobs, strict=True)):
         ended = np.flatnonzero(np.isin(row_ids, ends)) + 1  # the batch pads rows that stop early
-        length = min([*ended[:1].tolist(), *([stops.lengths[row]] if stops and row in stops.lengths else [])], default=0)
+        length = min(
+            [*ended[:1].tolist(), *([stops.lengths[row]] if stops and row in stops.lengths else [])], default=0
+        )
         reason = "stop" if length else "length"
         length = length or len(row_ids)
         generated.append(Generated(row_ids[:length].astype(np.int32), row_logprobs[:length].astype(np.float32), reason))
@@ -243,9 +245,7 @@ def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Suppo
     if support.kind not in info.supports:
         raise InputError(f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports)}.")
     if isinstance(support, TopK) and support.k > info.vocab_size:
-        raise InputError(
-            f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k."
-        )
+        raise InputError(f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k.")
     for sequence in sequences:
         if len(sequence) > info.max_tokens:
             raise InputError(
@@ -266,8 +266,8 @@ def check_prompts(info: EngineInfo, prompts: Ordered[np.ndarray], parameters: Sa
             raise InputError("An empty prompt cannot be continued; give it at least one token.")
         if len(prompt) + parameters.max_new_tokens > info.max_tokens:
             raise InputError(
-                f"A prompt of {len(prompt)} tokens and max_new_tokens ({parameters.max_new_tokens}) are together more than "
-                f"{info.model} takes ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
+                f"A prompt of {len(prompt)} tokens and max_new_tokens ({parameters.max_new_tokens}) are together more "
+                f"than {info.model} takes ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
             )
         _check_ids(info, np.asarray(prompt))
 
@@ -276,8 +276,8 @@ def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:
     if len(ids) and not 0 <= ids.min() <= ids.max() < info.vocab_size:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise InputError(
-            f"Token id {wrong} is beyond {info.model}'s vocabulary of {info.vocab_size}; student and teacher must share a "
-            "tokenizer."
+            f"Token id {wrong} is beyond {info.model}'s vocabulary of {info.vocab_size}; student and teacher must "
+            "share a tokenizer."
         )
 
 

@@ -1,4 +1,4 @@
-"""A run directory as it stands on disk: `config.yaml`, `metrics.jsonl`, `summary.json`, of finished and unfinished runs."""
+"""A run directory as it stands on disk: `config.yaml`, `metrics.jsonl`, `summary.json`, finished or not."""
 
 import json
 import math

@@ -231,9 +231,7 @@ class Teacher:
             )
             for i in starts
         )
-        return [
-            Completion(text, g.token_ids, g.logprobs, g.finish_reason) for part in parts for g, text in part
-        ]
+        return [Completion(text, g.token_ids, g.logprobs, g.finish_reason) for part in parts for g, text in part]
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T]) -> T:
         """One request, asked until a replica answers or the deadline passes."""
@@ -298,7 +296,7 @@ async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:
-    sequences = list(getattr(batch, "sequences", batch))
+    sequences = list(batch if isinstance(batch, Ordered) else batch.sequences)
     if not sequences:
         raise InputError("There is nothing to score: the batch holds no sequence.")
     return sequences
@@ -331,8 +329,8 @@ def connect_teacher(name: str, settings: TeacherConfig | None = None) -> Teacher
         info, deployed = handle.describe.remote().result(timeout_s=60)
     except (KeyError, RayServeException, ray.exceptions.RayError, TimeoutError) as error:
         raise InputError(
-            f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve`, or give its model instead of "
-            "'attach: true'."
+            f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve`, or give its model instead "
+            "of 'attach: true'."
         ) from error
     return Teacher(name, info, settings or TeacherConfig.model_validate(deployed))
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import ray
@@ -63,7 +64,7 @@ class TeacherReplica:
     """One copy of a teacher. Requests are pure functions of their content (generation is seeded), so a client may ask
     another replica again after a death without harm."""
 
-    async def __init__(self, settings: dict):
+    async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
         config = TeacherConfig.model_validate(settings)
         self._settings = settings
         self._engine = build_engine(config)
@@ -108,19 +109,20 @@ def deploy(config: TeacherConfig) -> None:
         InputError: the model cannot be loaded.
     """
     serve.start(proxy_location="Disabled")
-    options = {
+    actor = {
+        "num_cpus": config.resources.num_cpus,
+        "num_gpus": gpus_each(config.resources.num_gpus),
+        "resources": config.resources.custom,
+        "runtime_env": {"env_vars": THREADING},
+    }
+    options: dict[str, Any] = {
         "name": DEPLOYMENT,
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
         "health_check_period_s": 5,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_constructor_retry_count": 2,
-        "ray_actor_options": {
-            "num_cpus": config.resources.num_cpus,
-            "num_gpus": gpus_each(config.resources.num_gpus),
-            "resources": config.resources.custom,
-            "runtime_env": {"env_vars": THREADING},
-        },
+        "ray_actor_options": actor,
     }
     if config.replicas.min == config.replicas.max:
         options["num_replicas"] = config.replicas.min
@@ -132,7 +134,7 @@ def deploy(config: TeacherConfig) -> None:
             "upscale_delay_s": 5,
             "downscale_delay_s": 60,
         }
-    _warn_where_short(config, options["ray_actor_options"])
+    _warn_where_short(config, actor)
     application = serve.deployment(TeacherReplica).options(**options).bind(_settings_of(config))
     try:
         serve.run(application, name=config.name, route_prefix=None, logging_config={"log_level": "WARNING"})
@@ -154,14 +156,14 @@ def already_runs(config: TeacherConfig) -> bool:
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=config.name)
     if handle.describe.remote().result(timeout_s=60)[1] != _settings_of(config):
         raise InputError(
-            f"A teacher '{config.name}' with other settings runs on this cluster; choose another name, or use that one with "
-            "'attach: true'."
+            f"A teacher '{config.name}' with other settings runs on this cluster; choose another name, or use that one "
+            "with 'attach: true'."
         )
     return True
 
 
 def _settings_of(config: TeacherConfig) -> dict:
-    """What replicas are told; a local folder's path is made absolute, for they have a working directory of their own."""
+    """What replicas are told; a folder's path is made absolute, for they have a working directory of their own."""
     assert config.model is not None
     folder = os.path.abspath(os.path.expanduser(config.model))
     is_path = config.model.startswith((".", "~")) or os.path.isdir(folder)

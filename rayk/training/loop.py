@@ -40,8 +40,14 @@ class Job:
 
     config: RunConfig
     tokenizer: str
+    applications: Mapping[str, str]
+    """The Serve application of each teacher."""
     train_table: Any
     evaluation_table: Any
+
+    def teachers(self) -> dict[str, Teacher]:
+        """Each teacher by its name in the settings, asked once whether it answers."""
+        return {t.name: connect_teacher(self.applications[t.name], t) for t in self.config.teachers}
 
     @property
     def checkpoints(self) -> str:
@@ -58,7 +64,7 @@ class Outcome:
     problem: RaykError | None = None
 
 
-class StopTogether(Exception):  # noqa: N818
+class StopTogether(Exception):
     """Some rank cannot go on; every rank has been told and leaves the loop between two steps."""
 
     def __init__(self, problem: RaykError):
@@ -131,7 +137,7 @@ def evaluate_worker(job: Job) -> Evaluation:
     config = job.config
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
     model = make_model(config.student, tokenizer, config.seed, pick_device())
-    teacher = next((connect_teacher(teacher.name, teacher) for teacher in config.teachers), None)
+    teacher = next(iter(job.teachers().values()), None)
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
     evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
     return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
@@ -146,7 +152,7 @@ class Trainer:
         self.device = _device()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
         self.table = ExampleTable(_fetched(job.train_table))
-        teachers = {teacher.name: connect_teacher(teacher.name, teacher) for teacher in config.teachers}
+        teachers = job.teachers()
         self.teachers: Mapping[str, Teacher] = teachers
         self.method: Method = METHODS[config.method.kind](config.method, teachers)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)

@@ -1,9 +1,11 @@
 """Starting the worker group: Ray Train for one or more workers, its local mode for none."""
 
 import contextlib
+import logging
 import signal
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -25,9 +27,10 @@ def train(job: Job) -> Outcome:
     """
     settings = job.config.training
     if settings.workers == 0:
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would announce its local mode
         trainer = TorchTrainer(lambda: train_worker(job), scaling_config=ScalingConfig(num_workers=0))
         return _checked(trainer.fit().return_value)
-    shared = Job(job.config, job.tokenizer, ray.put(job.train_table), _put(job.evaluation_table))
+    shared = replace(job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table))
     gpus = gpus_each(settings.resources.num_gpus)
     trainer = TorchTrainer(
         lambda given: train_worker(given["job"]),

@@ -1,1 +1,1 @@
-"""Measured claims: each module is one command (`python -m tests.benchmarks.NAME`) that prints; `make bench` runs all."""
+"""Measured claims: each module is a command (`python -m tests.benchmarks.NAME`) that prints; `make bench` runs all."""

@@ -1,4 +1,4 @@
-"""The chunked loss against dense logits: extra memory and time, forward and backward (python -m tests.benchmarks.loss)."""
+"""The chunked loss against dense logits: extra memory and time of both passes (python -m tests.benchmarks.loss)."""
 
 import argparse
 import multiprocessing

@@ -13,7 +13,8 @@ def machine() -> str:
     """One line about this machine."""
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    return f"{os.cpu_count()} cores ({model}), torch {torch.__version__} on {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    threads = f"torch {torch.__version__} on {torch.get_num_threads()} threads"
+    return f"{os.cpu_count()} cores ({model}), {threads}, Python {platform.python_version()}"
 
 
 def median_seconds(*works: Callable[[], object], runs: int = 5) -> list[float]:

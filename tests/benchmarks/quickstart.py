@@ -1,8 +1,8 @@
 """The quickstart's comparison over several seeds (python -m tests.benchmarks.quickstart --seeds 5).
 
 Each seed draws new student weights, rows and order, the same for both methods; the teacher, the task and every setting
-(those of `rayk quickstart`, learning rate chosen for the supervised student) stay. Prints means, standard deviations and
-paired differences with their 95 % interval.
+(those of `rayk quickstart`, learning rate chosen for the supervised student) stay. Prints means, standard deviations
+and paired differences with their 95 % interval.
 """
 
 import argparse
@@ -36,8 +36,9 @@ def main() -> None:
         for seed in seeds:
             for method in METHODS:
                 config = student_config(home, Path(folder) / str(seed), method, seed)
-                results[method].append(distill(config).summary["student"])
-                print(f"seed {seed} {method:12}", {name: round(results[method][-1][name], 4) for name in MEASURES}, flush=True)
+                student = distill(config).summary["student"]
+                results[method].append(student)
+                print(f"seed {seed} {method:12}", {name: round(student[name], 4) for name in MEASURES}, flush=True)
     for name in MEASURES:
         values = {method: [result[name] for result in results[method]] for method in METHODS}
         differences = [kd - plain for kd, plain in zip(values["logit_kd"], values["supervised"], strict=True)]

@@ -143,7 +143,9 @@ def measure_signal(vocab_size: int, spread: float, tokens: int = 512) -> tuple[f
     wire = encode(signals)
     log_p, log_tail = decode(wire).at_temperature()
     assert signals.ids is not None
-    p = torch.cat([exact.gather(1, signals.ids), exact.scatter(1, signals.ids, -torch.inf).logsumexp(1)[:, None]], dim=1)
+    p = torch.cat(
+        [exact.gather(1, signals.ids), exact.scatter(1, signals.ids, -torch.inf).logsumexp(1)[:, None]], dim=1
+    )
     q = torch.cat([log_p, log_tail[:, None]], dim=1).double()
     forward, reverse = ((a.exp() * (a - b)).sum(1).mean().item() for a, b in ((p, q), (q, p)))
     return len(wire) / tokens, forward, reverse

@@ -323,9 +323,7 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine):
     free = run(engine, prompts, max_new_tokens=30)
     texts = [engine.tokenizer.decode(w.token_ids) for w in free]
     stops = (texts[0][6:9], texts[1][10:12])
-    for one, text, before in zip(
-        run(engine, prompts, max_new_tokens=30, stop=stops), texts, free, strict=True
-    ):
+    for one, text, before in zip(run(engine, prompts, max_new_tokens=30, stop=stops), texts, free, strict=True):
         ids = before.token_ids.tolist()
         assert one.token_ids.tolist() == ids[: len(one.token_ids)]
         shorter = engine.tokenizer.decode(one.token_ids[:-1])
@@ -388,7 +386,9 @@ def test_padding_ids_are_never_sampled(tmp_path):
     tiny_tokenizer(tmp_path)
     engine = TransformersEngine(str(tmp_path))
     for temperature in (0.0, 1.0):
-        for prompt, one in zip(prompts_of(4, 8), run(engine, prompts_of(4, 8), max_new_tokens=40, temperature=temperature), strict=True):
+        for prompt, one in zip(
+            prompts_of(4, 8), run(engine, prompts_of(4, 8), max_new_tokens=40, temperature=temperature), strict=True
+        ):
             assert one.token_ids.max() < VOCAB
             assert_logprobs_right(model, prompt, one)
     sequences = [sequence(20, counted=True)]
@@ -443,7 +443,9 @@ def test_sampling_settings_in_a_folder_reach_no_one(tmp_path, tiny_teacher):
     shutil.copytree(tiny_teacher, folder)
     path = folder / "generation_config.json"
     values = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(values | {"repetition_penalty": 3.0, "do_sample": True, "temperature": 0.01, "top_k": 1}))
+    path.write_text(
+        json.dumps(values | {"repetition_penalty": 3.0, "do_sample": True, "temperature": 0.01, "top_k": 1})
+    )
     prompts = prompts_of(5, 9)
     ours = run(TransformersEngine(str(folder)), prompts, max_new_tokens=20)
     plain = run(TransformersEngine(tiny_teacher), prompts, max_new_tokens=20)

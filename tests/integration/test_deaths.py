@@ -122,6 +122,7 @@ def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(tmp_p
 
     whole, stopped = (prepared(tmp_path, name, tiny_student, "logit_kd") for name in ("whole", "stopped"))
     distill(of(whole, "served"))
+    stopped["training"]["workers"] = 2
     settings = of(stopped, "mortal", deadline_seconds=3)
     watcher = Striking(20, lambda: serve.delete("mortal"))
     with serve_teacher(mortal), pytest.raises(TeacherUnavailable, match="Teacher 'mortal' did not answer within 3 s"):
@@ -129,6 +130,7 @@ def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(tmp_p
     reached = curve(stopped["output"], "step")[-1]
     assert 20 <= reached < 80
     assert CheckpointStore(f"{stopped['output']}/checkpoints").steps()[-1] == reached
+    stopped["training"]["workers"] = 0
     with serve_teacher(mortal):
-        distill(settings, resume=True)
+        distill(of(stopped, "mortal"), resume=True)
     assert_same_learning(whole["output"], stopped["output"])

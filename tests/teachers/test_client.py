@@ -66,7 +66,12 @@ def spare(spares, ray_cluster, tmp_path_factory):
         model.save_pretrained(folder)
         tiny_tokenizer(folder)
     config = config_of(
-        "spare", str(folder), replicas={"min": 1, "max": 2}, engine={"batch_tokens": 1}, in_flight=200, deadline_seconds=30
+        "spare",
+        str(folder),
+        replicas={"min": 1, "max": 2},
+        engine={"batch_tokens": 1},
+        in_flight=200,
+        deadline_seconds=30,
     )
     return spares.enter_context(serve_teacher(config))
 
@@ -147,11 +152,10 @@ def test_waiting_is_counted(served):
 
 def test_an_error_in_a_stream_comes_in_its_place(served):
     batches = [*batches_of(2), Batch(sequences_of(1, longest=600, shortest=600)), *batches_of(2)]
-    received = []
+    stream = served.stream(batches, TopK(8))
+    assert [next(stream)[0], next(stream)[0]] == batches[:2]
     with pytest.raises(InputError, match="600 tokens is longer"):
-        for batch, _ in served.stream(batches, TopK(8)):
-            received.append(batch)
-    assert received == batches[:2]
+        next(stream)
 
 
 def test_asking_from_inside_a_running_event_loop(served, engine):
@@ -290,7 +294,10 @@ def test_attaching_leaves_the_teacher_running(served):
 
 
 def test_another_teacher_under_a_name_that_runs_is_refused_and_harms_none(served, tiny_student):
-    with pytest.raises(InputError, match="'served' with other settings runs"), serve_teacher(config_of("served", tiny_student)):
+    with (
+        pytest.raises(InputError, match="'served' with other settings runs"),
+        serve_teacher(config_of("served", tiny_student)),
+    ):
         pass
     assert served.score(sequences_of(2), TopK(4)).tokens
 
@@ -299,8 +306,8 @@ def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_clust
     with pytest.raises(InputError) as caught, serve_teacher(config_of("broken", str(tmp_path / "none"))):
         pass
     assert str(caught.value) == (
-        f"Teacher 'broken' did not start: The tokenizer folder '{tmp_path / 'none'}' does not exist; give a model folder or "
-        "a hub id."
+        f"Teacher 'broken' did not start: The tokenizer folder '{tmp_path / 'none'}' does not exist; give a model "
+        "folder or a hub id."
     )
     assert "broken" not in serve.status().applications
 
@@ -310,7 +317,7 @@ def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):
     assert spare.score([well], TopK(4)).tokens
     ids = well.input_ids.copy()
     ids[0] = 300
-    with pytest.raises(RaykError, match="Teacher 'spare' gave a signal that cannot be learned from: .*NaN"):
+    with pytest.raises(RaykError, match=r"Teacher 'spare' gave a signal that cannot be learned from: .*NaN"):
         spare.score([Sequence(ids, well.counted)], TopK(4))
     assert spare.statistics.retries == 0
 
