@@ -210,9 +210,8 @@ def generate(
     )  # fmt: skip
     sampler = _SeededSampler(parameters, seeds, vocab_size)
     stops = _StopStrings(parameters.stop, tokenizer, longest) if parameters.stop else None
-    model.generation_config = (
-        GenerationConfig()
-    )  # from which transformers would fill in penalties, suppressed tokens, …
+    # From the model's own settings transformers would fill in penalties, suppressed tokens and the like.
+    model.generation_config = GenerationConfig()
     try:
         output = model.generate(
             ids.to(model.device),

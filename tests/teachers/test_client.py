@@ -18,7 +18,7 @@ from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.sequences import Sequence
 from rayk.support import Logprob, TopK
 from rayk.teachers import client, connect_teacher, serve_teacher
-from tests.teachers.asking import assert_alike, config_of, eventually, replicas_of, sequences_of
+from tests.teachers.asking import assert_alike, config_of, eventually, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -56,7 +56,7 @@ def spares():
 
 @pytest.fixture
 def spare(spares, ray_cluster, tmp_path_factory):
-    """A teacher to be hard on: one replica that may become two, a sequence a batch, NaN where token 300 is read. It is
+    """A teacher to be hard on: one replica that may become two, NaN where token 300 is read. It is
     brought up again for the test after the one that took it down."""
     folder = tmp_path_factory.getbasetemp() / "damaged"
     if not folder.exists():
@@ -242,15 +242,17 @@ def background_tasks():
 
 
 def test_leaving_a_stream_early_leaves_nothing_running(watched):
-    for _ in watched.stream(batches_of(100), TopK(8), prefetch=20):
+    batches = batches_of(200)
+    for _ in watched.stream(batches, TopK(8), prefetch=150):
         break
     eventually(lambda: not background_tasks() and watched.open == 0)
+    assert watched.statistics.calls < 150, "what had been begun was asked for after all"
     assert watched.score(sequences_of(1), TopK(8)).tokens > 0
 
 
 def test_a_cancelled_ascore_leaves_nothing_running(watched):
     async def main():
-        asking = asyncio.create_task(watched.ascore(sequences_of(200), TopK(8)))
+        asking = asyncio.create_task(watched.ascore(sequences_of(1_000), TopK(8)))
         while not watched.open:
             await asyncio.sleep(0.001)
         asking.cancel()
@@ -259,21 +261,26 @@ def test_a_cancelled_ascore_leaves_nothing_running(watched):
 
     asyncio.run(main())
     eventually(lambda: not background_tasks() and watched.open == 0)
+    assert watched.statistics.calls < 150, "what had been begun was asked for after all"
 
 
-def test_a_replica_stops_working_for_who_has_left(spare):
-    """Hours of generation asked for and given up: what waited is dropped, only batches under way end."""
-    prompts = [np.full(4, 9)] * 6_000
-    parameters = client.SamplingParameters(max_new_tokens=200, temperature=1.0)
+def test_a_replica_drops_what_waited_for_who_has_left(served):
+    """Many minutes of generation, asked of both replicas and given up. They answer the oldest first, so the next asker
+    would have to wait for all of it."""
+    leaving = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
+    prompts = [np.full(4, 4 + i % 300) for i in range(6_000)]
+    parameters = client.SamplingParameters(max_new_tokens=500, temperature=1.0)
 
     async def main():
-        asking = asyncio.create_task(spare.agenerate(prompts, parameters))
-        while spare.statistics.calls < 100:
+        asking = asyncio.create_task(leaving.agenerate(prompts, parameters))
+        while leaving.statistics.calls < 188:
             await asyncio.sleep(0.01)
+        await asyncio.sleep(2)  # let them arrive
         asking.cancel()
 
     asyncio.run(main())
-    eventually(lambda: all(replica.cpu_percent(interval=1.0) < 25 for replica in replicas_of("spare")))
+    next_asker = connect_teacher("served", served.settings.model_copy(update={"deadline_seconds": 60}))
+    assert len(next_asker.generate(["the cat"], max_new_tokens=2)) == 1
 
 
 def test_a_missing_teacher_is_one_sentence(ray_cluster):

@@ -150,7 +150,7 @@ def test_dropout_is_on_in_steps_and_off_in_measurements(tmp_path, tiny_student, 
 
     class Watching(Supervised):
         def loss(self, student, experience):
-            seen.append(student.training)
+            seen.append(student.model.training)
             return super().loss(student, experience)
 
     monkeypatch.setitem(METHODS, "supervised", Watching)
