@@ -77,7 +77,7 @@ def test_a_run_prints_its_result_and_where_it_is(rayk, write_config, tmp_path):
 
 def test_what_users_wrote_is_no_markup(rayk, write_config, tmp_path):
     path = tmp_path / "[red]"
-    assert rayk("run", write_config(), "--output", path)[0] == 0
+    assert f"The report:  {path}/report.html\n" in rayk("run", write_config(), "--output", path)[2]
     assert f"'{path}' holds another run" in the_sentence(rayk("run", write_config(), "--output", path))
     assert "'[bold]'" in the_sentence(rayk("run", "[bold]"))
 
