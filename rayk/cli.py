@@ -91,7 +91,8 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
         console.print("Ctrl-C takes them down.")
         with contextlib.suppress(KeyboardInterrupt, SystemExit):
             while True:
-                time.sleep(3600)
+                # Short, for the kernel may hand the signal to another thread, which does not end this thread's sleep.
+                time.sleep(0.5)
 
 
 @app.command()

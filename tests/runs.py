@@ -100,7 +100,11 @@ def until(condition: Callable[[], Any], what: str, alive: subprocess.Popen | Non
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "disabled"} | changes
+    return (
+        os.environ
+        | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_AUTH_MODE": "disabled", "PYTHONFAULTHANDLER": "1"}
+        | changes
+    )
 
 
 @contextmanager
@@ -115,7 +119,12 @@ def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGABRT)  # has faulthandler say where it hangs
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            print(log.read_text())
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
