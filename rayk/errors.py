@@ -13,5 +13,16 @@ class TeacherUnavailable(RaykError):
     """No replica of a teacher answered before the deadline."""
 
 
+class UnusableSignal(RaykError):
+    """A teacher's signals for some rows cannot be learned from (NaN, infinities); `rows`: their places in the batch."""
+
+    def __init__(self, message: str, rows: list[int]):
+        super().__init__(message, rows)
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class RunFailed(RaykError):
     """A run stopped after it had started; its last step is checkpointed where that was possible."""

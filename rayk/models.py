@@ -7,7 +7,7 @@ only where a token counts, and only a chunk of positions at a time.
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,6 @@ class Head:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def first(self, vocab_size: int) -> "Head":
-        """The head of the first `vocab_size` tokens: rows past the tokenizer's last id are padding, not vocabulary."""
-        if vocab_size >= self.vocab_size:
-            return self
-        return replace(
-            self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
-        )
 
 
 def head_of(model: CausalLM) -> Head:
@@ -167,7 +159,9 @@ def pick_device(device: str = "auto") -> str:
 def _from_pretrained(loader, name: str, what: str, **options):
     folder = Path(name).expanduser()
     if _looks_like_path(name) and not folder.is_dir():
-        raise InputError(f"The {what} folder '{name}' does not exist; give a model folder or a hub id.")
+        raise InputError(
+            f"The folder '{name}' does not exist, so no {what} can be loaded; give a model folder or a hub id."
+        )
     try:
         with _quiet_loading():
             return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)

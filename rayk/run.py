@@ -51,6 +51,9 @@ _PLACEMENT = {
 }  # fmt: skip
 
 
+_ROWS = "data.fingerprint"
+
+
 @dataclass(frozen=True)
 class Result:
     """A finished run: its folder, and what `summary.json` says."""
@@ -80,7 +83,8 @@ class Inputs:
 
     tokenizer_name: str
     tokenizer: Any
-    train: ExampleTable
+    train: ExampleTable | None
+    """None where nothing is to be trained."""
     evaluation: ExampleTable | None
 
 
@@ -108,21 +112,20 @@ def distill(
     with ExitStack() as stack:
         attached = attached_teachers(config)
         inputs = read_inputs(config, attached)
-        claim(config, resume)
+        assert inputs.train is not None
+        claim(config, resume, inputs.train.fingerprint)
         if config.teachers or config.training.workers:
             start_ray(cpus_needed(config))
         new = [teacher.name for teacher in config.teachers if not teacher.attach]
         if new:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
         applications = applications_of(config)
-        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in _renamed(config, applications)]
+        teachers = _serve_all(config, applications, stack)
         began = time.time()
         teacher_evaluation = None
         if teachers and inputs.evaluation is not None:
-            watcher.stage("Measuring the teacher")
-            teacher_evaluation = evaluate_teacher(
-                teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer
-            )
+            watcher.stage(f"Measuring teacher {config.compared_teacher}")
+            teacher_evaluation = _measured(config, teachers, inputs)
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(
@@ -154,20 +157,16 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         raise InputError(f"There is no trained student in '{measured}'; run the config first, or give --model.")
     config = config.model_copy(update={"student": StudentConfig(model=measured)})
     with ExitStack() as stack:
-        inputs = read_inputs(config, attached_teachers(config))
+        inputs = read_inputs(config, attached_teachers(config), training=False)
         assert inputs.evaluation is not None
         start_ray(cpus_needed(config))
         watcher.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
         applications = applications_of(config)
-        teachers = [stack.enter_context(serve_teacher(teacher)) for teacher in _renamed(config, applications)]
+        teachers = _serve_all(config, applications, stack)
         watcher.stage(f"Measuring {measured}")
         job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table)
         evaluation = evaluate_remotely(job)
-        teacher = (
-            evaluate_teacher(teachers[0], config.evaluation, list(inputs.evaluation), inputs.tokenizer)
-            if teachers
-            else None
-        )
+        teacher = _measured(config, teachers, inputs) if teachers else None
     return {
         "name": Path(measured).name if model else config.name,
         "student": evaluation.metrics,
@@ -194,7 +193,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
     return parse_config(values)
 
 
-def read_inputs(config: RunConfig, attached: Mapping[str, Teacher]) -> Inputs:
+def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
     """Load tokenizers and data and check that they and the models fit together, before anything costs time.
 
     Raises:
@@ -215,7 +214,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher]) -> Inputs:
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
             "most."
         )
-    train_table = tokenize(config.data.train, config.data, tokenizer)
+    train_table = tokenize(config.data.train, config.data, tokenizer) if training else None
     evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
     _check_lengths(models, config, train_table, evaluation)
     if evaluation is not None:
@@ -250,7 +249,7 @@ def _check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer, t
 
 
 def _check_lengths(
-    models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable, evaluation: ExampleTable | None
+    models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable | None, evaluation: ExampleTable | None
 ) -> None:
     tables = [table for table in (train_table, evaluation) if table is not None]
     longest = int(max(table.lengths.max() for table in tables))
@@ -271,8 +270,10 @@ def _check_lengths(
             )
 
 
-def claim(config: RunConfig, resume: bool) -> None:
+def claim(config: RunConfig, resume: bool, rows: str) -> None:
     """Make the run directory, or check that it holds this very run where `resume` is set.
+
+    `rows` is the fingerprint of the training rows, so that a resumed run is not given others under the same path.
 
     Raises:
         InputError: it holds another run, or something else.
@@ -290,6 +291,11 @@ def claim(config: RunConfig, resume: bool) -> None:
                 f"The run in '{folder}' was started with another '{difference}'; resume it with the same settings, or "
                 "give another --output."
             )
+        if (folder / _ROWS).exists() and (folder / _ROWS).read_text(encoding="utf-8") != rows:
+            raise InputError(
+                f"The rows of data.train '{config.data.train.path}' are not those the run in '{folder}' was started "
+                "with; give it those back, or another --output."
+            )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"The output '{folder}' exists and is no run directory of rayk; give another --output.")
     elif config.training.checkpoints and not resume and _checkpointed(config.training.checkpoints):
@@ -300,6 +306,7 @@ def claim(config: RunConfig, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(config.to_yaml(), encoding="utf-8")
+        (folder / _ROWS).write_text(rows, encoding="utf-8")
     except OSError as error:
         raise InputError(f"The output directory '{folder}' cannot be written: {error.strerror}.") from error
 
@@ -353,14 +360,27 @@ def applications_of(config: RunConfig) -> dict[str, str]:
     return {t.name: t.name if t.attach else f"{t.name}-{owner}" for t in config.teachers}
 
 
-def _renamed(config: RunConfig, applications: Mapping[str, str]) -> list[TeacherConfig]:
-    return [teacher.model_copy(update={"name": applications[teacher.name]}) for teacher in config.teachers]
+def _serve_all(config: RunConfig, applications: Mapping[str, str], stack: ExitStack) -> dict[str, Teacher]:
+    """The run's teachers by name, up until `stack` closes."""
+    return {
+        teacher.name: stack.enter_context(
+            serve_teacher(teacher.model_copy(update={"name": applications[teacher.name]}))
+        )
+        for teacher in config.teachers
+    }
+
+
+def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
+    assert inputs.evaluation is not None
+    teacher = teachers[config.compared_teacher]
+    return evaluate_teacher(teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer)
 
 
 def summarise(
     config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None, seconds: float
 ) -> dict[str, Any]:
     """What a run came to, for `summary.json`."""
+    assert inputs.train is not None
     rows = read_lines(config.output_path / "metrics.jsonl")
     spent = sum(row["step_seconds"] for row in rows) or 1.0
     theirs = {answer.where: answer.text for answer in teacher.answers} if teacher else {}

@@ -101,21 +101,24 @@ class SignalBatch:
         outcomes = outcomes - outcomes.logsumexp(dim=1, keepdim=True)
         return outcomes[:, :-1], outcomes[:, -1]
 
-    def check(self) -> None:
-        """Raise CorruptSignal where a number cannot be learned from (NaN, ±inf, a log-prob clearly above 0) or an id
-        is out of range."""
-        for name in ("target_logprobs", "logprobs"):
-            column = getattr(self, name)
-            if column is not None and not bool((column <= 1e-3).all()):
-                raise CorruptSignal(f"The teacher's {name} hold NaN or a value above 0.")
-        if bool(self.target_logprobs.isneginf().any()):
-            raise CorruptSignal("The teacher gives an actual token the probability 0.")
-        if self.log_tails is not None and bool((self.log_tails.isnan() | self.log_tails.isposinf()).any()):
-            raise CorruptSignal("The teacher's log_tails hold NaN or +inf.")
-        if self.ids is not None and self.ids.numel() and int(self.ids.max()) >= self.vocab_size:
-            raise CorruptSignal(
-                f"The teacher names token id {int(self.ids.max())}, beyond its {self.vocab_size} tokens."
+    def unusable(self) -> dict[int, str]:
+        """The rows that cannot be learned from, and why: NaN, ±inf, a log-prob clearly above 0, an id out of range."""
+        wrong = {
+            "an actual token with a log-prob of NaN, of -inf, or above 0": (
+                ~(self.target_logprobs <= 1e-3) | self.target_logprobs.isneginf()
             )
+        }
+        if self.logprobs is not None:
+            wrong["a log-prob of NaN or above 0"] = ~(self.logprobs <= 1e-3).all(1)
+        if self.log_tails is not None:
+            wrong["a tail of NaN or +inf"] = (self.log_tails.isnan() | self.log_tails.isposinf()).any(1)
+        if self.ids is not None:
+            wrong[f"a token id beyond the vocabulary of {self.vocab_size}"] = (self.ids >= self.vocab_size).any(1)
+        found: dict[int, str] = {}
+        for reason, entries in wrong.items():
+            for row in torch.searchsorted(self.offsets, entries.nonzero()[:, 0], right=True).sub(1).tolist():
+                found.setdefault(row, reason)
+        return found
 
     def _map(self, change: Callable[[Tensor], Tensor], offsets: Tensor) -> "SignalBatch":
         def changed(column: Tensor | None) -> Tensor | None:

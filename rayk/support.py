@@ -32,5 +32,7 @@ class Logprob:
     kind: Literal["logprob"] = "logprob"
 
 
+SUPPORTS = (TopK, Logprob)
+
 Support = Annotated[TopK | Logprob, Field(discriminator="kind")]
 """Any support, told apart by `kind`."""

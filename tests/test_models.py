@@ -80,15 +80,6 @@ def test_a_softcap_that_head_does_not_know_is_refused():
         check_head(model)
 
 
-def test_rows_past_the_vocabulary_are_not_part_of_the_head():
-    model = tiny_model(architecture="gpt2", vocab_size=400)
-    hidden = torch.randn(5, 32)
-    whole, real = head_of(model), head_of(model).first(384)
-    assert (whole.vocab_size, real.vocab_size) == (400, 384)
-    torch.testing.assert_close(real.logits(hidden), whole.logits(hidden)[:, :384])
-    assert whole.first(1_000) is whole
-
-
 def test_the_tokenizers_highest_id_ends_the_vocabulary():
     assert real_vocab_size(tiny_tokenizer(vocab_size=300)) == 300
 

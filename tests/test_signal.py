@@ -22,7 +22,7 @@ def signals_of(logits, support, lengths=None):
     """The signals an engine would make of dense logits [tokens, vocab]; the target of entry i is token i mod vocab."""
     tokens, vocab_size = logits.shape
     targets = torch.arange(tokens) % vocab_size
-    columns = summarise(logits.clone(), targets, support)
+    columns = summarise(logits.clone(), targets, support, vocab_size)
     offsets = torch.tensor([0, *np.cumsum(lengths if lengths is not None else [tokens])])
     return SignalBatch(support, offsets, columns[0], vocab_size, *columns[1:])
 
@@ -58,7 +58,7 @@ def batches(draw):
 @settings(max_examples=60, deadline=None)
 def test_round_trip_keeps_everything_but_rounding(signals):
     back = decode(encode(signals))
-    back.check()
+    assert not back.unusable()
     assert equal(replace(back, logprobs=None), replace(signals, logprobs=None))
     if signals.logprobs is not None:
         torch.testing.assert_close(back.logprobs, signals.logprobs, rtol=2**-11, atol=2**-24)
@@ -180,28 +180,30 @@ def test_a_read_only_wire_gives_writable_signals():
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("target_logprobs", float("nan"), "target_logprobs hold NaN"),
-        ("target_logprobs", float("-inf"), "probability 0"),
+        ("target_logprobs", float("nan"), "an actual token with a log-prob of NaN"),
+        ("target_logprobs", float("-inf"), "an actual token with a log-prob of NaN, of -inf"),
         ("target_logprobs", 0.5, "above 0"),
-        ("logprobs", float("nan"), "logprobs hold NaN"),
-        ("log_tails", float("nan"), "log_tails hold NaN"),
-        ("log_tails", float("inf"), "log_tails hold NaN or"),
-        ("ids", 30, "token id 30, beyond its 30 tokens"),
+        ("logprobs", float("nan"), "a log-prob of NaN"),
+        ("log_tails", float("nan"), "a tail of NaN"),
+        ("log_tails", float("inf"), "a tail of NaN or +inf"),
+        ("ids", 30, "a token id beyond the vocabulary of 30"),
     ],
 )
-def test_numbers_nothing_can_be_learned_from_are_refused(column, value, said):
-    signals = signals_of(logits_of(5, 30, 2.0), TopK(6))
-    signals.check()
+@pytest.mark.parametrize(("entry", "row"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 4)])
+def test_numbers_nothing_can_be_learned_from_are_found_in_their_row(column, value, said, entry, row):
+    signals = signals_of(logits_of(6, 30, 2.0), TopK(6), [2, 0, 3, 0, 1])
+    assert not signals.unusable()
     damaged = getattr(signals, column).clone()
-    damaged[-1] = value
-    with pytest.raises(CorruptSignal, match=said):
-        decode(encode(replace(signals, **{column: damaged}))).check()
+    damaged[entry] = value
+    [(found, reason)] = decode(encode(replace(signals, **{column: damaged}))).unusable().items()
+    assert found == row
+    assert said in reason
 
 
 def test_impossible_tokens_stay_finite_on_the_wire():
     logits = logits_of(4, 10, 1.0)
     logits[:, 5:] = float("-inf")
     back = decode(encode(signals_of(logits, TopK(8))))
-    back.check()
+    assert not back.unusable()
     assert bool(back.logprobs.isfinite().all())
     assert bool((back.at_temperature()[0].exp().sum(1) - 1 < 1e-5).all())

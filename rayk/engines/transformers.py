@@ -41,12 +41,12 @@ class TransformersEngine:
         self.model = load_model(
             model, dtype=settings.dtype, device=self.device, trust_remote_code=trust_remote_code
         ).requires_grad_(False)
-        self._head = head_of(self.model).first(real_vocab_size(self.tokenizer))
+        self._head = head_of(self.model)
         self._fatal: Exception | None = None
         self._batcher = MicroBatcher(self._run, settings.batch_tokens)
         self.info = EngineInfo(
             model=model,
-            vocab_size=self._head.vocab_size,
+            vocab_size=min(self._head.vocab_size, real_vocab_size(self.tokenizer)),
             max_tokens=int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype=str(self.model.dtype).removeprefix("torch."),
@@ -82,7 +82,7 @@ class TransformersEngine:
         try:
             if kind == "generate":
                 prompts, seeds = zip(*items, strict=True)
-                return generate(self.model, self._head.vocab_size, self.tokenizer, prompts, parameters, seeds)
+                return generate(self.model, self.info.vocab_size, self.tokenizer, prompts, parameters, seeds)
             signals = self._score(items, parameters)
         except torch.AcceleratorError as error:
             self._fatal = error  # a CUDA context does not recover: the health check has the replica replaced
@@ -105,7 +105,7 @@ class TransformersEngine:
         targets = ids[rows, columns].to(device)
         chunk = max(16, _CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * self._head.vocab_size))
         parts = [
-            summarise(self._head.logits(h), t, support)
+            summarise(self._head.logits(h), t, support, self.info.vocab_size)
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counted.sum(1).cumsum(0)])
@@ -113,15 +113,18 @@ class TransformersEngine:
         return SignalBatch(support, offsets, columns_of[0], self.info.vocab_size, *columns_of[1:])
 
 
-def summarise(logits: Tensor, targets: Tensor, support: Support) -> tuple[Tensor, ...]:
-    """What `support` keeps of float32 logits [tokens, vocab], which are overwritten.
+def summarise(logits: Tensor, targets: Tensor, support: Support, vocab_size: int) -> tuple[Tensor, ...]:
+    """What `support` keeps of float32 logits [tokens, columns], which are overwritten.
+
+    Only the first `vocab_size` columns are tokens, and only they are named. The rest is the embedding's padding: it
+    counts in the normaliser and the tail, as it does in a student of the same padding.
 
     Returns target_logprobs [tokens], and for `topk` also ids and logprobs [tokens, k] and log_tails [tokens, T].
     """
     target_logits = logits.gather(1, targets[:, None])[:, 0]
     if not isinstance(support, TopK):
         return (target_logits - logits.logsumexp(1),)
-    values, ids = logits.topk(support.k)
+    values, ids = logits[:, :vocab_size].topk(support.k)
     unselected = logits.scatter_(1, ids, float("-inf"))
     tail = unselected.logsumexp(1)
     normaliser = torch.logaddexp(values.logsumexp(1), tail)
@@ -150,7 +153,8 @@ class _SeededSampler:
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprobs = scores[:, : self._vocab_size].float().log_softmax(-1)
+        # Never a padding column, though those count in the normaliser as in `summarise`.
+        logprobs = scores.float().log_softmax(-1)[:, : self._vocab_size]
         if self._temperature == 0:
             chosen = logprobs.argmax(-1, keepdim=True)
         else:

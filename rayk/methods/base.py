@@ -31,6 +31,8 @@ class Experience:
 
     batch: Batch
     signals: SignalBatch | None = None
+    skipped: int = 0
+    """Rows left out, since nothing could be learned from what was said about them."""
 
     @property
     def count(self) -> int:
@@ -72,7 +74,12 @@ class Method(ABC):
 
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:
-        """Rows to experience: asks teachers, samples. Runs ahead of the training step, on the background event loop."""
+        """Rows to experience: asks teachers, samples. Runs ahead of the training step, on the background event loop.
+
+        Raises:
+            UnusableSignal: nothing can be learned from some rows; where the settings say so, the caller leaves them out
+                and prepares the rest.
+        """
 
     @abstractmethod
     def loss(self, student: Student, experience: Experience) -> Loss:

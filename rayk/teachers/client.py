@@ -36,7 +36,7 @@ from tenacity import (
 from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
 from rayk.engines.base import EngineInfo, SamplingParameters
-from rayk.errors import InputError, RaykError, TeacherUnavailable
+from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
 from rayk.support import Support, TopK
@@ -143,6 +143,7 @@ class Teacher:
         Raises:
             InputError: the teacher cannot answer such a request.
             TeacherUnavailable: no answer before the deadline.
+            UnusableSignal: a row's signal holds numbers that cannot be learned from; the error names the rows.
         """
         return self._timed(background(self._score(_sequences_of(batch), support or TopK())))
 
@@ -209,10 +210,13 @@ class Teacher:
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
         if not np.array_equal(signals.offsets.diff().numpy(), expected):
             raise RaykError(f"Teacher '{self.name}' answered for other positions than it was asked about.")
-        try:
-            signals.check()
-        except CorruptSignal as error:
-            raise RaykError(f"Teacher '{self.name}' gave a signal that cannot be learned from: {error}") from error
+        if unusable := signals.unusable():
+            row, reason = next(iter(unusable.items()))
+            place = getattr(sequences[row], "where", "") or f"row {row} of the batch"
+            raise UnusableSignal(
+                f"Teacher '{self.name}' gave a signal that cannot be learned from for {place}: {reason}.",
+                list(unusable),
+            )
         self.statistics.tokens += signals.tokens
         return signals
 

@@ -4,12 +4,13 @@ The result does not depend on the number of workers or on micro-batching: step i
 takes them, and every token weighs 1 / (the step's counted tokens over all workers).
 """
 
+import logging
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayk.config import RunConfig, TrainingConfig
-from rayk.data.batches import BatchSampler, collate, micro_batches, pad_id_of
+from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
-from rayk.errors import RaykError, RunFailed
+from rayk.errors import RaykError, RunFailed, UnusableSignal
 from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
@@ -32,6 +33,8 @@ from rayk.teachers.client import Teacher, background_stream, connect_teacher
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.recorder import Recorder
 from rayk.training.student import Step, Student, make_model, save_model, wrap
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def evaluate_worker(job: Job) -> Evaluation:
     config = job.config
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
     model = make_model(config.student, tokenizer, config.seed, pick_device())
-    teacher = next(iter(job.teachers().values()), None)
+    teacher = job.teachers().get(config.compared_teacher)
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
     evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
     return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
@@ -175,7 +178,7 @@ class Trainer:
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
                 config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
-                next(iter(teachers.values()), None), self.settings.micro_batch_tokens, ranks.rank, ranks.world,
+                teachers.get(config.compared_teacher), self.settings.micro_batch_tokens, ranks.rank, ranks.world,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
@@ -186,7 +189,7 @@ class Trainer:
 
         async def prepared(step: int) -> Experience:
             rows = self.sampler.share(step, self.ranks.rank, self.ranks.world)
-            return await self.method.prepare(collate([self.table[int(row)] for row in rows], pad_id))
+            return await self._prepare(collate([self.table[int(row)] for row in rows], pad_id))
 
         experiences = background_stream(
             (prepared(step) for step in range(self.step, self.total_steps)), self.settings.prefetch
@@ -215,6 +218,19 @@ class Trainer:
             evaluation = self._evaluate(last=True)
         return Outcome(self.step, self.total_steps, evaluation)
 
+    async def _prepare(self, batch: Batch) -> Experience:
+        try:
+            return await self.method.prepare(batch)
+        except UnusableSignal as error:
+            usable = [row for row in range(batch.rows) if row not in error.rows]
+            if self.settings.unusable_rows == "stop":
+                raise RunFailed(f"{error} Set training.unusable_rows to skip to go on without such rows.") from error
+            if not usable:
+                raise RunFailed(f"{error} No row of the step is left.") from error
+            logger.warning("%s Left out, with %d rows in all.", error, len(error.rows))
+            rest = await self._prepare(batch.select(usable))
+            return replace(rest, skipped=rest.skipped + len(error.rows))
+
     def close(self) -> None:
         if self.recorder:
             self.recorder.close()
@@ -242,7 +258,7 @@ class Trainer:
         self.ranks.agree(problem)
         assert experience is not None
         lengths = [len(sequence) for sequence in experience.batch.sequences]
-        count, tokens = self.ranks.sums([experience.count, sum(lengths)])
+        count, tokens, skipped = self.ranks.sums([experience.count, sum(lengths), experience.skipped])
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step, self.ranks.rank]).generate_state(1)[0]))
@@ -269,6 +285,7 @@ class Trainer:
             "gradient_norm": float(norm),
             "tokens": int(tokens),
             "counted_tokens": int(count),
+            "skipped_rows": int(skipped),
             "tokens_per_second": tokens / seconds,
             "teacher_wait_seconds": waited,
             "step_seconds": seconds,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from rayk import losses
 from rayk.config import TransformersEngine as Settings
 from rayk.engines import transformers as engine_module
 from rayk.engines.base import SamplingParameters
@@ -30,13 +31,8 @@ def engine(tiny_teacher):
 
 @pytest.fixture(scope="module")
 def reference(tiny_teacher):
-    """The same model without its padding, by itself."""
-    return unpadded(AutoModelForCausalLM.from_pretrained(tiny_teacher))
-
-
-def unpadded(model):
-    model.resize_token_embeddings(VOCAB)
-    return model.eval()
+    """The same model by itself."""
+    return AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
 
 
 def sequence(length, seed=0, counted=None):
@@ -52,7 +48,7 @@ def score(engine, sequences, support):
 
 @torch.no_grad()
 def dense(model, sequences):
-    """Dense log-probs [counted tokens, vocab] of a model's own forward, a sequence at a time."""
+    """Dense log-probs [counted tokens, padded vocab] of a model's own forward, a sequence at a time."""
     rows = []
     for one in sequences:
         logits = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].float()
@@ -69,7 +65,7 @@ def assert_right(signals, model, sequences, atol=1e-4):
     if signals.ids is None:
         return
     torch.testing.assert_close(signals.logprobs, exact.gather(1, signals.ids), atol=atol, rtol=0)
-    torch.testing.assert_close(signals.logprobs, exact.topk(signals.ids.shape[1]).values, atol=atol, rtol=0)
+    torch.testing.assert_close(signals.logprobs, exact[:, :VOCAB].topk(signals.ids.shape[1]).values, atol=atol, rtol=0)
     for column, temperature in enumerate(signals.support.temperatures):
         rest = (exact.double().scatter(1, signals.ids, float("-inf")) / temperature).logsumexp(1)
         torch.testing.assert_close(signals.log_tails[:, column].double(), rest, atol=atol, rtol=1e-4)
@@ -121,11 +117,23 @@ def test_logprob_support_is_the_actual_tokens_alone(engine, reference):
     assert_right(signals, reference, sequences)
 
 
-def test_k_may_be_the_whole_vocabulary(engine, reference):
+def test_k_may_be_the_whole_vocabulary(engine, reference, tmp_path):
     sequences = [sequence(10, counted=True)]
-    signals = score(engine, sequences, TopK(VOCAB, (1.0, 2.0)))
+    support = TopK(VOCAB, (1.0, 2.0))
+    assert_right(score(engine, sequences, support), reference, sequences)  # the tail is the embedding's padding
+    model = tiny_model(tmp_path, vocab_size=VOCAB, peaked=4.0, tokenizer=tiny_tokenizer())
+    signals = score(TransformersEngine(str(tmp_path)), sequences, support)
     assert bool(signals.log_tails.isneginf().all())
-    torch.testing.assert_close(signals.logprobs, dense(reference, sequences).gather(1, signals.ids), atol=1e-4, rtol=0)
+    torch.testing.assert_close(signals.logprobs, dense(model, sequences).gather(1, signals.ids), atol=1e-4, rtol=0)
+
+
+def test_a_student_equal_to_the_teacher_has_nothing_to_learn_though_the_embedding_is_padded(engine, reference):
+    sequences = [sequence(30, counted=True)]
+    log_q = dense(reference, sequences)
+    for support in (TopK(16, (1.0, 2.0)), TopK(VOCAB, (1.0, 2.0))):
+        signals = score(engine, sequences, support)
+        for temperature in support.temperatures:
+            assert losses.forward_kl(log_q, signals, temperature=temperature).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
@@ -162,7 +170,7 @@ def test_bfloat16_is_close(tiny_teacher, reference):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "granite", "cohere"])
 def test_other_architectures_score_and_generate(tmp_path, architecture):
-    model = unpadded(tiny_model(tmp_path, architecture=architecture, peaked=4.0, tokenizer=tiny_tokenizer()))
+    model = tiny_model(tmp_path, architecture=architecture, peaked=4.0, tokenizer=tiny_tokenizer())
     engine = TransformersEngine(str(tmp_path))
     sequences = [sequence(length, length) for length in (5, 30, 12)]
     assert_right(score(engine, sequences, TopK(16)), model, sequences)
@@ -223,18 +231,20 @@ def prompts_of(*lengths):
 
 
 @torch.no_grad()
-def assert_logprobs_right(model, prompt, written, vocab_size=VOCAB):
+def assert_logprobs_right(model, prompt, written):
     ids = torch.from_numpy(np.concatenate([prompt, written.token_ids]).astype(np.int64))
-    exact = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1, :vocab_size].float().log_softmax(1)
+    exact = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(1)
     exact = exact.gather(1, ids[len(prompt) :, None])[:, 0]
     np.testing.assert_allclose(written.logprobs, exact.numpy(), atol=1e-3)
 
 
-def test_greedy_is_transformers_own(engine, reference):
+def test_greedy_is_transformers_own(engine, tiny_teacher):
+    unpadded = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    unpadded.resize_token_embeddings(VOCAB)
     prompts = prompts_of(3, 17, 9)
     for prompt, written in zip(prompts, run(engine, prompts, max_new_tokens=30, temperature=0.0), strict=True):
         own = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=1, pad_token_id=0)
-        expected = reference.generate(torch.from_numpy(prompt.astype(np.int64))[None], generation_config=own)
+        expected = unpadded.generate(torch.from_numpy(prompt.astype(np.int64))[None], generation_config=own)
         assert written.token_ids.tolist() == expected[0, len(prompt) :].tolist()
 
 
@@ -394,7 +404,7 @@ def test_padding_ids_are_never_sampled(tmp_path):
     sequences = [sequence(20, counted=True)]
     signals = score(engine, sequences, TopK(VOCAB))
     assert int(signals.ids.max()) < VOCAB
-    torch.testing.assert_close(signals.logprobs.exp().sum(1), torch.ones(19), atol=1e-4, rtol=0)
+    assert_right(signals, model, sequences)
 
 
 @pytest.mark.parametrize(

@@ -313,8 +313,8 @@ def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_clust
     with pytest.raises(InputError) as caught, serve_teacher(config_of("broken", str(tmp_path / "none"))):
         pass
     assert str(caught.value) == (
-        f"Teacher 'broken' did not start: The tokenizer folder '{tmp_path / 'none'}' does not exist; give a model "
-        "folder or a hub id."
+        f"Teacher 'broken' did not start: The folder '{tmp_path / 'none'}' does not exist, so no tokenizer can be "
+        "loaded; give a model folder or a hub id."
     )
     assert "broken" not in serve.status().applications
 
@@ -324,7 +324,9 @@ def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):
     assert spare.score([well], TopK(4)).tokens
     ids = well.input_ids.copy()
     ids[0] = 300
-    with pytest.raises(RaykError, match=r"Teacher 'spare' gave a signal that cannot be learned from: .*NaN"):
+    with pytest.raises(
+        RaykError, match=r"Teacher 'spare' gave a signal that cannot be learned from for row 0 of the batch: .*NaN"
+    ):
         spare.score([Sequence(ids, well.counted)], TopK(4))
     assert spare.statistics.retries == 0
 

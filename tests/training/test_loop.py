@@ -1,5 +1,6 @@
 """The learning result is a function of the settings that say what is learned, and of nothing else."""
 
+import json
 import math
 
 import numpy as np
@@ -8,16 +9,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayk.config import TrainingConfig
+from rayk.config import TeacherConfig, TrainingConfig, parse_config
 from rayk.data.batches import BatchSampler
 from rayk.data.examples import tokenize
+from rayk.errors import RunFailed
 from rayk.methods import METHODS, Supervised
-from rayk.models import real_vocab_size
 from rayk.run import distill
 from rayk.sequences import Sequence
 from rayk.support import TopK
+from rayk.teachers import serve_teacher
 from rayk.training.loop import learning_rate_at
-from tests.runs import assert_same_learning, config, curve, metrics, weights
+from tests.runs import assert_same_learning, config, curve, metrics, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KD = {
@@ -105,13 +107,42 @@ def _dense_loss(model, row: Sequence, method, teacher) -> torch.Tensor:
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, tiny_teacher, served):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_teacher), AutoTokenizer.from_pretrained(tiny_teacher)
-    model.resize_token_embeddings(real_vocab_size(tokenizer))  # rows past the vocabulary would take mass of their own
-    model.save_pretrained(tmp_path / "student")
-    tokenizer.save_pretrained(tmp_path / "student")
     method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}
-    distill(config(tmp_path, str(tmp_path / "student"), method, learning_rate=1e-5))
+    distill(config(tmp_path, tiny_teacher, method, learning_rate=1e-5))
     assert max(map(abs, curve(tmp_path / "run"))) < 1e-4
+
+
+@pytest.fixture
+def broken(ray_cluster, tmp_path):
+    """A teacher that computes NaN for every row with an '8' in it, and how `teachers` names it."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(seed=1, peaked=4.0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("8").input_ids[0]] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    settings = TeacherConfig(name="broken", model=str(tmp_path / "broken"), resources={"num_cpus": 0.25})
+    with serve_teacher(settings):
+        yield [{"name": "broken", "attach": True}]
+
+
+def test_rows_without_a_usable_signal_stop_the_run_or_are_left_out(tmp_path, tiny_student, served, broken):
+    values = settings(tmp_path, tiny_student, KD, batch_size=16, steps=3) | {"teachers": broken}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    well = [row for row in rows if "8" not in row["prompt"] + row["completion"]]
+    assert 6 < len(well) < len(rows) - 6
+    with pytest.raises(RunFailed, match=r"'broken' gave .* for .*rows.jsonl:\d+: .* NaN.* training.unusable_rows"):
+        distill(parse_config(values))
+    values["output"] = str(tmp_path / "skipping")
+    values["training"]["unusable_rows"] = "skip"
+    distill(parse_config(values))
+    taken = metrics(tmp_path / "skipping")
+    assert sum(row["skipped_rows"] for row in taken) == len(rows) - len(well)
+    data = parse_config(values).data
+    table = tokenize(data.train, data, AutoTokenizer.from_pretrained(tiny_student))
+    expected = [one.counted_tokens for one in table if "8" not in str(one.fields)]
+    assert sum(row["counted_tokens"] for row in taken) == sum(expected)
+    assert all(math.isfinite(row["loss"]) for row in taken)
 
 
 def test_bfloat16_is_close_to_float32(tmp_path, tiny_student):

@@ -1,0 +1,37 @@
+"""Every setting of a run, checked once at the door. Imports neither torch nor ray, so `rayk --help` is instant.
+
+A run's YAML file is one `RunConfig`. Unknown keys are errors that name the nearest right one; `load_config` turns
+whatever is wrong into one sentence.
+"""
+
+from rayk.config.base import Settings
+from rayk.config.data import DataConfig, DataSource
+from rayk.config.evaluation import EvaluationConfig, GenerationConfig
+from rayk.config.loading import load_config, parse_config
+from rayk.config.methods import DIVERGENCE_OPTIONS, Divergence, LogitKDConfig, MethodConfig, SupervisedConfig
+from rayk.config.run import RunConfig, TrackingConfig
+from rayk.config.teachers import Replicas, Resources, TeacherConfig, TransformersEngine
+from rayk.config.training import StudentConfig, TrainingConfig
+
+__all__ = [
+    "DIVERGENCE_OPTIONS",
+    "DataConfig",
+    "DataSource",
+    "Divergence",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "LogitKDConfig",
+    "MethodConfig",
+    "Replicas",
+    "Resources",
+    "RunConfig",
+    "Settings",
+    "StudentConfig",
+    "SupervisedConfig",
+    "TeacherConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "TransformersEngine",
+    "load_config",
+    "parse_config",
+]

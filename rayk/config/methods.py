@@ -1,0 +1,82 @@
+"""The ways of learning and their settings, told apart by `kind`."""
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from rayk.config.base import Settings, Share
+from rayk.support import Support, TopK
+
+DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "forward_kl": (),
+    "reverse_kl": (),
+    "jensen_shannon": ("beta",),
+    "total_variation": (),
+    "symmetric_kl": ("weight",),
+    "skew_forward_kl": ("alpha",),
+    "skew_reverse_kl": ("alpha",),
+    "adaptive_kl": ("mu",),
+}
+
+
+class Divergence(Settings):
+    """One of `rayk.losses`' divergences with its option; a bare name will do where it has none."""
+
+    name: str = "forward_kl"
+    beta: Share | None = None
+    weight: Share | None = None
+    alpha: Share | None = None
+    mu: Share | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> "Divergence":
+        if self.name not in DIVERGENCE_OPTIONS:
+            near = difflib.get_close_matches(self.name, DIVERGENCE_OPTIONS, n=1, cutoff=0.4)
+            hint = f"did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"unknown divergence '{self.name}'; {hint} Known: {', '.join(DIVERGENCE_OPTIONS)}.")
+        for option in self.options:
+            if option not in DIVERGENCE_OPTIONS[self.name]:
+                raise ValueError(f"'{self.name}' takes no '{option}'")
+        return self
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The keyword arguments for the loss function."""
+        given = {name: getattr(self, name) for name in ("beta", "weight", "alpha", "mu")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class SupervisedConfig(Settings):
+    """Cross-entropy on the data's own tokens."""
+
+    kind: Literal["supervised"] = "supervised"
+
+
+class LogitKDConfig(Settings):
+    """The student matches the teacher's distribution at every counted position."""
+
+    kind: Literal["logit_kd"] = "logit_kd"
+    teacher: str | None = None
+    """Which of `teachers`; by default the first."""
+    divergence: Annotated[
+        Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    ] = Field(default_factory=Divergence)
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature of both sides in the soft term."""
+    temperature_squared: bool = False
+    """Multiply the soft term by T² (Hinton's scaling); repositories disagree, see ALGORITHMS §25.11."""
+    hard_label_weight: Share = 0.0
+    """α in α·cross-entropy + (1−α)·divergence."""
+    support: Support = TopK()
+
+    @model_validator(mode="after")
+    def _support_carries_temperature(self) -> "LogitKDConfig":
+        if not isinstance(self.support, TopK):
+            raise ValueError(f"logit_kd cannot learn from support '{self.support.kind}'; use 'topk'")
+        if self.temperature not in self.support.temperatures:
+            object.__setattr__(self, "support", TopK(self.support.k, (*self.support.temperatures, self.temperature)))
+        return self
+
+
+MethodConfig = Annotated[SupervisedConfig | LogitKDConfig, Field(discriminator="kind")]

@@ -1,0 +1,69 @@
+"""One run: all sections together, and what must hold between them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, model_validator
+
+from rayk.config.base import Settings
+from rayk.config.data import DataConfig
+from rayk.config.evaluation import EvaluationConfig
+from rayk.config.methods import LogitKDConfig, MethodConfig
+from rayk.config.teachers import TeacherConfig
+from rayk.config.training import StudentConfig, TrainingConfig
+
+
+class TrackingConfig(Settings):
+    """Where curves go besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+
+
+class RunConfig(Settings):
+    """One run: who teaches, who learns, from what, how."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    output: str | None = None
+    """The run directory; by default runs/NAME. On several nodes it must be a path that all of them share."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    teachers: list[TeacherConfig] = Field(default_factory=list)
+    student: StudentConfig
+    data: DataConfig
+    method: MethodConfig
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "RunConfig":
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers: two share a name ({', '.join(names)})")
+        wanted = getattr(self.method, "teacher", None)
+        if isinstance(self.method, LogitKDConfig) and not names:
+            raise ValueError("method.kind 'logit_kd' needs a teacher; add one under 'teachers'")
+        if wanted is not None and wanted not in names:
+            raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
+        for teacher in self.teachers:
+            if teacher.deadline_seconds >= self.training.collective_timeout_seconds:
+                raise ValueError(
+                    f"teacher '{teacher.name}': deadline_seconds must be below training.collective_timeout_seconds "
+                    f"({self.training.collective_timeout_seconds:g})"
+                )
+        if self.evaluation.generation and not self.data.evaluation:
+            raise ValueError("evaluation.generation needs rows: set data.evaluation")
+        return self
+
+    @property
+    def compared_teacher(self) -> str:
+        """The teacher that evaluation measures the student against: the method's, or the first; "" without any."""
+        return getattr(self.method, "teacher", None) or next((teacher.name for teacher in self.teachers), "")
+
+    @property
+    def output_path(self) -> Path:
+        return Path(self.output or f"runs/{self.name}").expanduser().absolute()
+
+    def to_yaml(self) -> str:
+        """The resolved settings, as `rayk run` reads them."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,74 @@
+"""Who teaches: the model, the engine that runs it, and how many copies of it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from rayk.config.base import Positive, Settings
+
+
+class TransformersEngine(Settings):
+    """A transformers causal LM in the replica's own process."""
+
+    kind: Literal["transformers"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the teacher computes in; `auto` is what its checkpoint was saved in."""
+    device: str = "auto"
+    """`auto`: the first GPU the replica was given, else the CPU."""
+    batch_tokens: Positive = 8192
+    """Padded tokens in one forward pass."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of one replica; by default the replica's `num_cpus`, at least 1."""
+
+
+class Replicas(Settings):
+    """How many copies of a teacher run. `min == max` is a fixed number."""
+
+    min: Positive = 1
+    max: Positive = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Replicas":
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is larger than max ({self.max})")
+        return self
+
+
+class Resources(Settings):
+    """What Ray sets aside for one replica or worker; fractions share a device."""
+
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    """`null`: one GPU if the cluster has any, else none."""
+    custom: dict[str, float] = Field(default_factory=dict)
+    """Ray custom resources, for placing on chosen nodes."""
+
+
+def _replicas(value: Any) -> Any:
+    return {"min": value, "max": value} if isinstance(value, int) else value
+
+
+class TeacherConfig(Settings):
+    """A named Serve application with one model behind it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "teacher"
+    model: str | None = None
+    """A local model folder or a hub id."""
+    attach: bool = False
+    """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
+    engine: TransformersEngine = Field(default_factory=TransformersEngine)
+    replicas: Annotated[Replicas, BeforeValidator(_replicas)] = Field(default_factory=Replicas)
+    resources: Resources = Field(default_factory=Resources)
+    trust_remote_code: bool = False
+    call_tokens: Positive = 8192
+    """Tokens sent to a replica in one call; also what one replica is given at a time by one asker."""
+    in_flight: Positive = 8
+    """Calls one asker may have open at a time, across all replicas."""
+    deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long one request may take, retries and replica restarts included, before the run stops."""
+
+    @model_validator(mode="after")
+    def _has_model(self) -> "TeacherConfig":
+        if self.model is None and not self.attach:
+            raise ValueError("needs 'model' (a folder or hub id), or 'attach: true' for a teacher that already runs")
+        return self
