@@ -384,7 +384,8 @@ def summarise(
     rows = read_lines(config.output_path / "metrics.jsonl")
     spent = sum(row["step_seconds"] for row in rows) or 1.0
     theirs = {answer.where: answer.text for answer in teacher.answers} if teacher else {}
-    samples = sorted(student.answers if student else [], key=lambda answer: answer.where)[: config.evaluation.samples]
+    places = {example.where: place for place, example in enumerate(inputs.evaluation or ())}
+    answers = sorted(student.answers if student else [], key=lambda answer: places[answer.where])
     return {
         "name": config.name,
         "method": config.method.kind,
@@ -401,7 +402,9 @@ def summarise(
         },
         "student": student.metrics if student else {},
         "teacher": teacher.metrics if teacher else {},
-        "samples": [{**asdict(answer), "teacher": theirs.get(answer.where)} for answer in samples],
+        "samples": [
+            {**asdict(answer), "teacher": theirs.get(answer.where)} for answer in answers[: config.evaluation.samples]
+        ],
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
     }
 

@@ -163,6 +163,9 @@ def test_an_output_that_is_taken_is_refused(rayk, write_config, tmp_path):
     assert rayk("run", write_config())[0] == 0
     assert "holds another run" in the_sentence(rayk("run", write_config()))
     assert "started with another 'seed'" in the_sentence(rayk("run", write_config(seed=5), "--resume"))
+    write_rows(tmp_path / "rows.jsonl", seed=5)
+    sentence = the_sentence(rayk("run", write_config(), "--resume"))
+    assert f"The rows of data.train '{tmp_path}/rows.jsonl' are not those the run" in sentence
 
 
 def test_an_error_nobody_foresaw_is_one_sentence_too(rayk, write_config, monkeypatch):
@@ -176,6 +179,7 @@ def test_evaluate_measures_the_trained_student(rayk, write_config, tmp_path, tin
     path = write_config(data=data)
     assert "no trained student" in the_sentence(rayk("evaluate", path))
     assert rayk("run", path)[0] == 0
+    (tmp_path / "rows.jsonl").unlink()  # what was learned from is not needed any more
     code, out, _ = rayk("evaluate", path)
     assert code == 0
     assert re.search(r"^run +– +\d+\.\d{3} ", out, re.MULTILINE)

@@ -214,8 +214,7 @@ class Teacher:
             row, reason = next(iter(unusable.items()))
             place = getattr(sequences[row], "where", "") or f"row {row} of the batch"
             raise UnusableSignal(
-                f"Teacher '{self.name}' gave a signal that cannot be learned from for {place}: {reason}.",
-                list(unusable),
+                f"Teacher '{self.name}' gave a signal for {place} that cannot be learned from: {reason}.", [*unusable]
             )
         self.statistics.tokens += signals.tokens
         return signals

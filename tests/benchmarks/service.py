@@ -138,7 +138,7 @@ def measure_signal(vocab_size: int, spread: float, tokens: int = 512) -> tuple[f
     """Bytes a token, and the mean forward and reverse KL (nats) that the wire adds, of coarse-grained distributions."""
     logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(0)) * spread
     exact = logits.double().log_softmax(1)
-    columns = summarise(logits, torch.arange(tokens), TopK(K))
+    columns = summarise(logits, torch.arange(tokens), TopK(K), logits.shape[1])
     signals = SignalBatch(TopK(K), torch.tensor([0, tokens]), columns[0], vocab_size, *columns[1:])
     wire = encode(signals)
     log_p, log_tail = decode(wire).at_temperature()
