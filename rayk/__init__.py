@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
     from rayk.run import Result, distill
     from rayk.signal import SignalBatch
-    from rayk.support import Logprob, TopK
+    from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
     from rayk.teachers import Completion, Teacher, connect_teacher, serve_teacher
 
 __version__ = "0.1.0"
@@ -23,16 +23,16 @@ _HOMES = {
     **dict.fromkeys(("RunConfig", "TeacherConfig", "TransformersEngine", "load_config"), "rayk.config"),
     **dict.fromkeys(("Result", "distill"), "rayk.run"),
     **dict.fromkeys(("InputError", "RaykError", "RunFailed", "TeacherUnavailable"), "rayk.errors"),
-    **dict.fromkeys(("Logprob", "TopK"), "rayk.support"),
+    **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.support"),
     **dict.fromkeys(("Completion", "Teacher", "connect_teacher", "serve_teacher"), "rayk.teachers"),
     "SignalBatch": "rayk.signal",
     "make_batches": "rayk.data",
 }
 
 __all__ = [
-    "Completion", "InputError", "Logprob", "RaykError", "Result", "RunConfig", "RunFailed", "SignalBatch", "Teacher",
-    "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngine", "connect_teacher", "distill", "load_config",
-    "losses", "make_batches", "serve_teacher",
+    "Completion", "Hidden", "InputError", "Logprob", "RaykError", "Requested", "Result", "RunConfig", "RunFailed",
+    "Sampled", "SignalBatch", "Teacher", "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngine",
+    "connect_teacher", "distill", "load_config", "losses", "make_batches", "serve_teacher",
 ]  # fmt: skip
 
 

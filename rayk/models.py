@@ -5,12 +5,14 @@ only where a token counts, and only a chunk of positions at a time.
 """
 
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,10 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
+    def to(self, device: torch.device | str) -> "Head":
+        """The same head on `device`."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in `hidden`'s dtype."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
@@ -49,6 +55,32 @@ class Head:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def pack_head(head: Head) -> dict[str, Any]:
+    """`head` as plain values and byte arrays, which Ray shares between processes without copying."""
+    tensors = {"weight": head.weight, "bias": head.bias}
+    packed = {
+        name: None if tensor is None else tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        for name, tensor in tensors.items()
+    }
+    return packed | {"dtype": str(head.weight.dtype), "scale": head.scale, "softcap": head.softcap}
+
+
+def unpack_head(packed: dict[str, Any]) -> Head:
+    """What `pack_head` made; the tensors share the arrays' memory and must not be written to."""
+    dtype = next(each for each in DTYPES.values() if str(each) == packed["dtype"])
+
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        if array is None:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the array is read-only
+            return torch.from_numpy(array).view(dtype)
+
+    weight = tensor(packed["weight"])
+    assert weight is not None
+    return Head(weight, tensor(packed["bias"]), packed["scale"], packed["softcap"])
 
 
 def head_of(model: CausalLM) -> Head:

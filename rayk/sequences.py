@@ -12,6 +12,8 @@ class Sequence:
     Attributes:
         input_ids: int32 [length].
         counted: bool [length], True where the token is to be predicted; never at position 0, which nothing predicts.
+        requested: int32 [counted tokens, m], ids at which a teacher is asked for log-probs (support `requested`); -1
+            stands for none.
 
     Raises:
         ValueError: the shapes differ, or position 0 is counted.
@@ -19,6 +21,7 @@ class Sequence:
 
     input_ids: np.ndarray
     counted: np.ndarray
+    requested: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 1 or self.input_ids.shape != self.counted.shape:
@@ -28,6 +31,11 @@ class Sequence:
             )
         if len(self.counted) and self.counted[0]:
             raise ValueError("position 0 of a sequence cannot be counted: nothing comes before it to predict it from")
+        if self.requested is not None and (self.requested.ndim != 2 or len(self.requested) != self.counted_tokens):
+            raise ValueError(
+                f"a sequence with {self.counted_tokens} counted tokens needs requested ids of shape "
+                f"[{self.counted_tokens}, m], not {list(self.requested.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -24,7 +24,7 @@ def signals_of(logits, support, lengths=None):
     targets = torch.arange(tokens) % vocab_size
     columns = summarise(logits.clone(), targets, support, vocab_size)
     offsets = torch.tensor([0, *np.cumsum(lengths if lengths is not None else [tokens])])
-    return SignalBatch(support, offsets, columns[0], vocab_size, *columns[1:])
+    return SignalBatch(support, offsets, vocab_size=vocab_size, **columns)
 
 
 def equal(a, b):

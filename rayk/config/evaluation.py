@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from rayk.config.base import Positive, Settings
-from rayk.support import Support, TopK
+from rayk.support import TopK
 
 
 class GenerationConfig(Settings):
@@ -24,7 +24,7 @@ class EvaluationConfig(Settings):
 
     every_steps: Positive | None = None
     """Loss and divergences this often; always at the end."""
-    support: Support = TopK()
+    support: TopK = TopK()
     """What the teacher is asked for the divergences."""
     generation: GenerationConfig | None = None
     """Also answer the prompts and score the answers; `null` measures only losses."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Settings, Share
-from rayk.support import Support, TopK
+from rayk.support import Logprob, Requested, Sampled, Support, TopK
 
 DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
     "forward_kl": (),
@@ -72,9 +72,11 @@ class LogitKDConfig(Settings):
 
     @model_validator(mode="after")
     def _support_carries_temperature(self) -> "LogitKDConfig":
-        if not isinstance(self.support, TopK):
-            raise ValueError(f"logit_kd cannot learn from support '{self.support.kind}'; use 'topk'")
-        if self.temperature not in self.support.temperatures:
+        if isinstance(self.support, Requested | Logprob):
+            raise ValueError(f"logit_kd cannot learn from support '{self.support.kind}'; use 'topk' or 'hidden'")
+        if isinstance(self.support, Sampled) and (self.divergence.name != "forward_kl" or self.temperature != 1.0):
+            raise ValueError("support 'sampled' estimates forward_kl at temperature 1 only; use 'hidden' or 'topk'")
+        if isinstance(self.support, TopK) and self.temperature not in self.support.temperatures:
             object.__setattr__(self, "support", TopK(self.support.k, (*self.support.temperatures, self.temperature)))
         return self
 

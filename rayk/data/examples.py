@@ -197,7 +197,7 @@ class RowTokenizer:
         elif not self.prompts_only and not counted.any():
             self._skip(row, "no counted token")
         else:
-            return Example(ids, counted, tokens.prompt_tokens, row.where, row.fields)
+            return Example(ids, counted, None, tokens.prompt_tokens, row.where, row.fields)
         return None
 
     def _too_long(self, row: Row, what: str, setting: str, ways: str) -> None:
@@ -247,7 +247,7 @@ class ExampleTable:
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
         where, fields = (self.table.column(name)[index].as_py() for name in ("where", "fields"))
         counted = self._counted.slice(start, end - start).to_numpy(zero_copy_only=False)
-        return Example(self._ids[start:end], counted, int(self.prompt_tokens[index]), where, json.loads(fields))
+        return Example(self._ids[start:end], counted, None, int(self.prompt_tokens[index]), where, json.loads(fields))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rayk.errors import InputError
+from rayk.models import Head
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
 from rayk.support import Support
@@ -25,6 +26,8 @@ class EngineInfo:
     dtype: str
     device: str
     supports: tuple[str, ...]
+    hidden_size: int = 0
+    """Width of the final hidden states; 0 where the engine does not give them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class Engine(Protocol):
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order."""
+        ...
+
+    def head(self) -> Head:
+        """What makes logits of the hidden states that support `hidden` sends."""
         ...
 
     async def generate(

@@ -7,6 +7,7 @@ so no [positions, vocab] block of a batch is ever whole.
 import hashlib
 import json
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from rayk.engines.base import EngineInfo, Generated, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.errors import InputError
 from rayk.models import (
+    DTYPES,
+    Head,
     final_hidden,
     head_of,
     load_model,
@@ -25,8 +28,8 @@ from rayk.models import (
     real_vocab_size,
 )
 from rayk.sequences import Sequence
-from rayk.signal import SignalBatch, concatenate
-from rayk.support import Support, TopK
+from rayk.signal import SignalBatch, concatenate, distinct_fill
+from rayk.support import Hidden, Requested, Sampled, Support, TopK
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
@@ -51,7 +54,8 @@ class TransformersEngine:
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=self.device,
-            supports=("topk", "logprob"),
+            supports=("topk", "requested", "sampled", "hidden", "logprob"),
+            hidden_size=self._head.weight.shape[1],
         )
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
@@ -89,6 +93,9 @@ class TransformersEngine:
             raise
         return [(signals, row) for row in range(len(items))]
 
+    def head(self) -> Head:
+        return self._head
+
     def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -103,33 +110,99 @@ class TransformersEngine:
         rows, columns = counted.nonzero(as_tuple=True)
         hidden = hidden[rows.to(device), columns.to(device) - 1]
         targets = ids[rows, columns].to(device)
+        asked = None if (own := _asked(sequences, support)) is None else own.to(device)
         chunk = max(16, _CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * self._head.vocab_size))
-        parts = [
-            summarise(self._head.logits(h), t, support, self.info.vocab_size)
-            for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
+        parts = []
+        for start in range(0, max(1, len(hidden)), chunk):
+            at = slice(start, start + chunk)
+            logits = self._head.logits(hidden[at])
+            parts.append(
+                summarise(logits, targets[at], support, self.info.vocab_size, None if asked is None else asked[at])
+            )
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counted.sum(1).cumsum(0)])
-        columns_of = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-        return SignalBatch(support, offsets, columns_of[0], self.info.vocab_size, *columns_of[1:])
+        found: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        if isinstance(support, Hidden):
+            found["hidden"] = hidden.to(DTYPES[support.dtype]).cpu()
+        return SignalBatch(support, offsets, vocab_size=self.info.vocab_size, **found)
 
 
-def summarise(logits: Tensor, targets: Tensor, support: Support, vocab_size: int) -> tuple[Tensor, ...]:
-    """What `support` keeps of float32 logits [tokens, columns], which are overwritten.
+def _asked(sequences: list[Sequence], support: Support) -> Tensor | None:
+    """What is asked of each counted position: its requested ids, int64 [tokens, m], or its coins, [tokens, draws]."""
+    if isinstance(support, Requested):
+        return torch.from_numpy(np.concatenate([s.requested for s in sequences if s.requested is not None]).astype(int))
+    if isinstance(support, Sampled):
+        return torch.from_numpy(np.concatenate([_coins(sequence, support) for sequence in sequences]))
+    return None
+
+
+def _coins(sequence: Sequence, support: Sampled) -> np.ndarray:
+    """Uniform numbers [counted tokens, draws] that follow from the seed and the sequence alone."""
+    own = hashlib.blake2b(sequence.input_ids.astype("<i4").tobytes() + np.packbits(sequence.counted).tobytes())
+    stream = np.random.Philox(np.random.SeedSequence([support.seed, int.from_bytes(own.digest()[:8], "little")]))
+    return np.random.Generator(stream).random((sequence.counted_tokens, support.draws))
+
+
+def summarise(
+    logits: Tensor, targets: Tensor, support: Support, vocab_size: int, asked: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What `support` keeps of float32 logits [tokens, columns], which are overwritten: columns of a `SignalBatch`.
 
     Only the first `vocab_size` columns are tokens, and only they are named. The rest is the embedding's padding: it
     counts in the normaliser and the tail, as it does in a student of the same padding.
 
-    Returns target_logprobs [tokens], and for `topk` also ids and logprobs [tokens, k] and log_tails [tokens, T].
+    Args:
+        asked: for `requested` the ids, int64 [tokens, m], -1 for none; for `sampled` uniform numbers [tokens, draws].
     """
     target_logits = logits.gather(1, targets[:, None])[:, 0]
-    if not isinstance(support, TopK):
-        return (target_logits - logits.logsumexp(1),)
-    values, ids = logits[:, :vocab_size].topk(support.k)
+    real = logits[:, :vocab_size]
+    if isinstance(support, TopK):
+        ids = real.topk(support.k).indices
+    elif isinstance(support, Requested):
+        assert asked is not None
+        likeliest = real.argmax(1, keepdim=True)
+        named = torch.where(asked < 0, likeliest, asked)
+        width = min(support.k + asked.shape[1], vocab_size)
+        ids = real.scatter(1, named, float("inf")).topk(width).indices
+        ids = ids.gather(1, real.gather(1, ids).argsort(dim=1, descending=True))
+    else:
+        normaliser = logits.logsumexp(1)
+        columns = {"target_logprobs": target_logits - normaliser}
+        if isinstance(support, Sampled):
+            assert asked is not None
+            columns |= _drawn(logits, normaliser, support, vocab_size, asked)
+        return columns
+    values = logits.gather(1, ids)
     unselected = logits.scatter_(1, ids, float("-inf"))
     tail = unselected.logsumexp(1)
     normaliser = torch.logaddexp(values.logsumexp(1), tail)
     tails = [(tail if t == 1.0 else (unselected / t).logsumexp(1)) - normaliser / t for t in support.temperatures]
-    return target_logits - normaliser, ids, values - normaliser[:, None], torch.stack(tails, dim=1)
+    return {
+        "target_logprobs": target_logits - normaliser,
+        "ids": ids,
+        "logprobs": values - normaliser[:, None],
+        "log_tails": torch.stack(tails, dim=1),
+    }
+
+
+def _drawn(logits: Tensor, normaliser: Tensor, support: Sampled, vocab_size: int, coins: Tensor) -> dict[str, Tensor]:
+    """Different ids among the draws from p^τ, their weights (count/draws · p/proposal), and the entropy of p.
+
+    p and the proposal are those among the real tokens, so padding is never drawn.
+    """
+    logprobs = logits - normaliser[:, None]
+    entropies = -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(1)
+    real = logprobs[:, :vocab_size].double()
+    proposal = (support.tau * real).log_softmax(1)
+    cumulative = proposal.exp().cumsum(1)
+    draws = torch.searchsorted(cumulative, coins * cumulative[:, -1:], right=True).clamp(max=vocab_size - 1)
+    draws = draws.sort(1).values
+    group = torch.cat([torch.zeros_like(draws[:, :1]), (draws[:, 1:] != draws[:, :-1]).long()], dim=1).cumsum(1)
+    counts = torch.zeros_like(draws).scatter_add_(1, group, torch.ones_like(draws))
+    ids = torch.zeros_like(draws).scatter_(1, group, draws)
+    weights = counts.double() / support.draws
+    if support.tau != 1.0:
+        weights *= (real.log_softmax(1) - proposal).gather(1, ids).exp()
+    return {"ids": distinct_fill(ids, counts > 0), "weights": weights.float(), "entropies": entropies}
 
 
 class _SeededSampler:
@@ -249,13 +322,34 @@ def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Suppo
         raise InputError(f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports)}.")
     if isinstance(support, TopK) and support.k > info.vocab_size:
         raise InputError(f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k.")
+    if isinstance(support, Sampled) and support.draws > info.vocab_size:
+        raise InputError(
+            f"support.draws is {support.draws}, but {info.model} has a vocabulary of {info.vocab_size}; lower draws."
+        )
     for sequence in sequences:
+        if isinstance(support, Requested):
+            _check_requested(info, sequence, sequences[0])
         if len(sequence) > info.max_tokens:
             raise InputError(
                 f"A sequence of {len(sequence)} tokens is longer than {info.model} takes ({info.max_tokens}); "
                 "lower data.max_tokens."
             )
         _check_ids(info, sequence.input_ids)
+
+
+def _check_requested(info: EngineInfo, sequence: Sequence, first: Sequence) -> None:
+    if sequence.requested is None or first.requested is None:
+        raise InputError("Support 'requested' needs the ids: give every sequence 'requested' [counted tokens, m].")
+    if sequence.requested.shape[1] != first.requested.shape[1]:
+        raise InputError(
+            f"The sequences of one request name {first.requested.shape[1]} and {sequence.requested.shape[1]} ids a "
+            "position; give all the same number, with -1 for none."
+        )
+    if sequence.requested.size and not -1 <= sequence.requested.min() <= sequence.requested.max() < info.vocab_size:
+        raise InputError(
+            f"A requested id is beyond {info.model}'s vocabulary of {info.vocab_size}; give ids of real tokens, or -1 "
+            "for none."
+        )
 
 
 def check_prompts(info: EngineInfo, prompts: Ordered[np.ndarray], parameters: SamplingParameters) -> None:

@@ -19,13 +19,17 @@ from rayk.errors import InputError
 from rayk.losses.divergences import (
     LOG_FLOOR,
     check_fit,
+    check_sampled,
     find_divergence,
     fit_teacher,
+    hidden_logits,
     log_probs,
+    sampled_forward_kl,
     signal_outcomes,
 )
 from rayk.models import Head
 from rayk.signal import SignalBatch
+from rayk.support import Hidden, Sampled
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # Exponentials of the first chunks are kept for the backward pass, which then need not apply the head again there.
@@ -76,7 +80,7 @@ def linear_divergence(
     Args:
         student_hidden: [tokens, width], after the final norm, at counted positions only.
         student_head: the head that would make the logits.
-        teacher: signals with ids, or dense logits [tokens, vocab].
+        teacher: signals (any support but `logprob`), or dense logits [tokens, vocab].
         divergence: a name in `DIVERGENCES`; `options` are its own (beta, alpha, ...).
         temperature: divides both sides' logits.
         targets: int64 [tokens]; where given, the cross-entropy on them (at temperature 1) comes from the same pass.
@@ -89,7 +93,14 @@ def linear_divergence(
         InputError: as `forward_kl`, and for an unknown divergence or option.
     """
     pair = find_divergence(divergence, **options)
-    if isinstance(teacher, SignalBatch):
+    if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
+        check_sampled(teacher, divergence, temperature)
+        check_fit(teacher.tokens, teacher.vocab_size, len(student_hidden), student_head.vocab_size)
+        assert teacher.ids is not None
+        chosen, _, target = linear_log_probs(student_hidden, student_head, teacher.ids, targets, 1.0, chunk_tokens)
+        distance = sampled_forward_kl(teacher, chosen)
+        return distance if target is None else (distance, -target)
+    if isinstance(teacher, SignalBatch) and not isinstance(teacher.support, Hidden):
         log_p = signal_outcomes(teacher, student_head.vocab_size, len(student_hidden), temperature)
         assert teacher.ids is not None
         chosen, tail, target = linear_log_probs(
@@ -98,11 +109,21 @@ def linear_divergence(
         distance = pair(log_p, torch.cat([chosen, tail[:, None]], dim=1), has_tail=True)
         return distance if target is None else (distance, -target)
 
-    check_fit(len(teacher), teacher.shape[1], len(student_hidden), student_head.vocab_size)
+    teacher_tokens, teacher_vocab = (
+        (teacher.tokens, teacher.vocab_size) if isinstance(teacher, SignalBatch) else teacher.shape
+    )
+    check_fit(teacher_tokens, teacher_vocab, len(student_hidden), student_head.vocab_size)
 
-    def of_chunk(hidden: Tensor, teacher_logits: Tensor, chunk_targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def of_chunk(
+        hidden: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         logits = _logits(hidden, student_head)
-        log_p = log_probs(fit_teacher(teacher_logits, *logits.shape), temperature)
+        with torch.no_grad():
+            if isinstance(chunk_teacher, SignalBatch):
+                teacher_logits = hidden_logits(chunk_teacher, logits.shape[1])
+            else:
+                teacher_logits = fit_teacher(chunk_teacher, *logits.shape)
+            log_p = log_probs(teacher_logits, temperature)
         distance = pair(log_p, log_probs(logits, temperature))
         if chunk_targets is None:
             return distance, None
@@ -113,7 +134,7 @@ def linear_divergence(
         checkpoint(
             of_chunk,
             student_hidden[start : start + size],
-            teacher[start : start + size],
+            _positions(teacher, slice(start, start + size)),
             None if targets is None else targets[start : start + size],
             use_reentrant=False,
             preserve_rng_state=False,
@@ -122,6 +143,10 @@ def linear_divergence(
     ]
     distance = torch.cat([part[0] for part in parts])
     return distance if targets is None else (distance, torch.cat([part[1] for part in parts]))
+
+
+def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalBatch:
+    return teacher.entries(chosen) if isinstance(teacher, SignalBatch) else teacher[chosen]
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:

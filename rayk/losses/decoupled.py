@@ -20,11 +20,12 @@ from rayk.losses.divergences import (
     LOG_FLOOR,
     Teacher,
     fit_teacher,
+    hidden_logits,
     log_probs,
     signal_outcomes,
 )
 from rayk.signal import SignalBatch
-from rayk.support import TopK
+from rayk.support import Hidden, Requested, TopK
 
 
 def decoupled_kl(
@@ -102,10 +103,12 @@ def gold_uncertainty(teacher: Teacher, targets: Tensor) -> Tensor:
     Summed over the other tokens rather than subtracted from 1, which would tie all confident tokens at 0 in float32
     and make the median meaningless (ALGORITHMS §25.8).
     """
-    if not isinstance(teacher, SignalBatch):
-        log_p = log_probs(teacher.detach())
+    dense = _dense(teacher)
+    if dense is not None:
+        log_p = log_probs(dense)
         return _without(log_p, targets)[1].exp()
-    if not isinstance(teacher.support, TopK) or 1.0 not in teacher.support.temperatures:
+    assert isinstance(teacher, SignalBatch)
+    if not isinstance(teacher.support, TopK | Requested) or 1.0 not in teacher.support.temperatures:
         return -teacher.target_logprobs.detach().expm1().clamp(max=0.0)
     log_p, place = _signal_with_gold(teacher, targets, teacher.vocab_size, len(targets), 1.0)
     return _without(log_p, place)[1].exp()
@@ -114,7 +117,9 @@ def gold_uncertainty(teacher: Teacher, targets: Tensor) -> Tensor:
 def _decoupled(student_logits: Tensor, teacher: Teacher, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(TCKD, NCKD), nats per token, each [tokens]."""
     log_q = log_probs(student_logits, temperature)
-    if isinstance(teacher, SignalBatch):
+    dense = _dense(teacher, log_q.shape[1])
+    if dense is None:
+        assert isinstance(teacher, SignalBatch)
         log_p, place = _signal_with_gold(teacher, targets, log_q.shape[1], len(log_q), temperature)
         assert teacher.ids is not None
         gold = log_q.gather(1, targets[:, None])
@@ -123,12 +128,21 @@ def _decoupled(student_logits: Tensor, teacher: Teacher, targets: Tensor, temper
         own_column = (place == teacher.ids.shape[1])[:, None]
         log_q = torch.cat([log_q.gather(1, teacher.ids), torch.where(own_column, gold, LOG_FLOOR), tail], dim=1)
     else:
-        log_p, place = log_probs(fit_teacher(teacher, *student_logits.shape), temperature), targets
+        log_p, place = log_probs(fit_teacher(dense, *student_logits.shape), temperature), targets
     kl = DIVERGENCES["forward_kl"]
     gold_p, rest_p, others_p = _without(log_p, place)
     gold_q, rest_q, others_q = _without(log_q, place)
     binary = kl(torch.stack([gold_p, rest_p], dim=1), torch.stack([gold_q, rest_q], dim=1))
     return binary, torch.where(rest_p > LOG_FLOOR / 2, kl(others_p, others_q), 0.0)
+
+
+def _dense(teacher: Teacher, columns: int | None = None) -> Tensor | None:
+    """Logits over the whole vocabulary where the teacher gives them, detached."""
+    if not isinstance(teacher, SignalBatch):
+        return teacher.detach()
+    if not isinstance(teacher.support, Hidden):
+        return None
+    return teacher.logits().detach() if columns is None else hidden_logits(teacher, columns)
 
 
 def _without(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +160,7 @@ def _signal_with_gold(
     outcomes = signal_outcomes(signals, vocab_size, tokens, temperature)
     assert signals.ids is not None
     assert signals.log_tails is not None
-    assert isinstance(signals.support, TopK)
+    assert isinstance(signals.support, TopK | Requested)
     k = signals.ids.shape[1]
     is_gold = signals.ids == targets[:, None]
     among = is_gold.any(dim=1)

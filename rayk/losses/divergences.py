@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rayk.errors import InputError
 from rayk.signal import SignalBatch
+from rayk.support import Hidden, Sampled
 
 LOG_FLOOR = -1e4
 """Log-probs below this count as this, with no gradient: a token masked with -inf costs 10,000 nats at most, not inf.
@@ -110,8 +111,13 @@ def divergence(
         InputError: no such name or option, or as `forward_kl`.
     """
     pair = find_divergence(name, **options)
+    if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
+        check_sampled(teacher, name, temperature)
+        check_fit(teacher.tokens, teacher.vocab_size, *student_logits.shape)
+        assert teacher.ids is not None
+        return sampled_forward_kl(teacher, log_probs(student_logits).gather(1, teacher.ids))
     log_p, log_q = outcomes(student_logits, teacher, temperature)
-    return pair(log_p, log_q, has_tail=isinstance(teacher, SignalBatch))
+    return pair(log_p, log_q, has_tail=isinstance(teacher, SignalBatch) and teacher.ids is not None)
 
 
 def find_divergence(name: str, **options: float) -> Callable[..., Tensor]:
@@ -135,9 +141,12 @@ def find_divergence(name: str, **options: float) -> Callable[..., Tensor]:
 def outcomes(student_logits: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Teacher's and student's floored log-probs over the same outcomes, [tokens, vocab] or [tokens, k + 1].
 
-    The teacher's are detached. With signals the last outcome is the tail bucket: all tokens not in their ids.
+    The teacher's are detached. With signals that have ids the last outcome is the tail bucket: all other tokens.
     """
     log_q = log_probs(student_logits, temperature)
+    if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Hidden):
+        check_fit(teacher.tokens, teacher.vocab_size, *student_logits.shape)
+        return log_probs(hidden_logits(teacher, student_logits.shape[1]), temperature), log_q
     if isinstance(teacher, SignalBatch):
         log_p = signal_outcomes(teacher, student_logits.shape[1], len(student_logits), temperature)
         assert teacher.ids is not None
@@ -169,6 +178,34 @@ def fit_teacher(logits: Tensor, tokens: int, vocab_size: int) -> Tensor:
     check_fit(len(logits), logits.shape[1], tokens, vocab_size)
     missing = vocab_size - logits.shape[1]
     return F.pad(logits.detach(), (0, missing), value=-torch.inf) if missing else logits.detach()
+
+
+def hidden_logits(signals: SignalBatch, columns: int) -> Tensor:
+    """The logits of a `hidden` signal, detached, in a student's number of columns: what either side's embedding is
+    padded by beyond the other's has no probability on the other side."""
+    logits = signals.logits().detach()[:, :columns]
+    return F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
+
+
+def check_sampled(signals: SignalBatch, name: str, temperature: float) -> None:
+    """Raise InputError where random draws cannot estimate the divergence without bias."""
+    if name != "forward_kl" or temperature != 1.0:
+        raise InputError(
+            f"A 'sampled' signal estimates forward_kl at temperature 1 only, not {name} at {temperature:g}; ask the "
+            "teacher for support 'hidden' (exact) or 'topk'."
+        )
+
+
+def sampled_forward_kl(signals: SignalBatch, log_q: Tensor) -> Tensor:
+    """Σ w·(−log q) − H(p): an unbiased estimate of KL(p‖q), as is its gradient (arXiv 2503.16870); may be below 0.
+
+    Args:
+        signals: with support `sampled`.
+        log_q: the student's log-probs at the signal's ids, [tokens, k].
+    """
+    assert signals.weights is not None
+    assert signals.entropies is not None
+    return -(signals.weights * log_q).sum(dim=1) - signals.entropies
 
 
 def check_fit(teacher_tokens: int, teacher_vocab: int, tokens: int, vocab_size: int) -> None:

@@ -7,18 +7,20 @@ nothing is lost, doubled or reordered.
 """
 
 import asyncio
+import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
+import torch
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import (
@@ -37,15 +39,17 @@ from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
 from rayk.engines.base import EngineInfo, SamplingParameters
 from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
+from rayk.models import Head, unpack_head
 from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
-from rayk.support import Support, TopK
+from rayk.support import Hidden, Support, TopK
 from rayk.teachers import deployment
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
 # A replica or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask again.
 _RETRYABLE = (RayActorError, ObjectLostError, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 _PROMPTS_A_CALL = 32
+_CHECKED_POSITIONS = 8
 T = TypeVar("T")
 
 
@@ -136,6 +140,7 @@ class Teacher:
         self.statistics = Statistics()
         self._handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name).options(_by_reference=True)
         self._credit: asyncio.Semaphore | None = None
+        self._head: Future[Head] | None = None
 
     def score(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order.
@@ -210,6 +215,9 @@ class Teacher:
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
         if not np.array_equal(signals.offsets.diff().numpy(), expected):
             raise RaykError(f"Teacher '{self.name}' answered for other positions than it was asked about.")
+        if isinstance(support, Hidden):
+            signals = replace(signals, head=await self.ahead())
+            self._check_head(signals, np.concatenate([sequence.targets for sequence in sequences]))
         if unusable := signals.unusable():
             row, reason = next(iter(unusable.items()))
             place = getattr(sequences[row], "where", "") or f"row {row} of the batch"
@@ -218,6 +226,36 @@ class Teacher:
             )
         self.statistics.tokens += signals.tokens
         return signals
+
+    async def ahead(self) -> Head:
+        """The teacher's head, fetched when first asked for; processes of a node share its memory."""
+        if self._head is None:
+            self._head = background(self._call("head", None, _head_of))
+        return await asyncio.wrap_future(self._head)
+
+    def _check_head(self, signals: SignalBatch, targets: np.ndarray) -> None:
+        """Hold some positions of a reply against the actual tokens' log-probs, which the teacher made with its own
+        head: a wrong head, scale or soft-cap is off by nats.
+
+        Raises:
+            RaykError: they do not agree.
+        """
+        assert signals.head is not None
+        assert isinstance(signals.support, Hidden)
+        some = torch.arange(0, signals.tokens, max(1, signals.tokens // _CHECKED_POSITIONS))[:_CHECKED_POSITIONS]
+        if not len(some):
+            return
+        probe = replace(signals, hidden=signals.hidden[some])  # type: ignore[index]
+        chosen = torch.from_numpy(targets[some.numpy()].astype(np.int64))[:, None]
+        ours = probe.logits().log_softmax(1).gather(1, chosen)[:, 0]
+        theirs = signals.target_logprobs[some]
+        coarse = "bfloat16" in (signals.support.dtype, self.info.dtype)
+        tolerance = (0.3 if coarse else 0.05) + 0.02 * theirs.abs()
+        if bool(((ours - theirs).abs() > tolerance).any()):
+            raise RaykError(
+                f"The hidden states of teacher '{self.name}' and its head do not make its own log-probs (off by up to "
+                f"{(ours - theirs).abs().max():.2g} nats); use support 'topk', and please report the architecture."
+            )
 
     def _decoded(self, wire: np.ndarray) -> SignalBatch:
         self.statistics.bytes += wire.nbytes
@@ -236,7 +274,7 @@ class Teacher:
         )
         return [Completion(text, g.token_ids, g.logprobs, g.finish_reason) for part in parts for g, text in part]
 
-    async def _call(self, method: str, request: Any, read: Callable[[Any], T]) -> T:
+    async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         """One request, asked until a replica answers or the deadline passes."""
         if self._credit is None:
             self._credit = asyncio.Semaphore(self.settings.in_flight)
@@ -261,10 +299,11 @@ class Teacher:
             except TimeoutError as error:
                 raise TeacherUnavailable(self._unavailable(last)) from (last or error)
 
-    async def _attempt(self, method: str, request: Any, read: Callable[[Any], T]) -> T:
+    async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         response = getattr(self._handle, method).remote(request)
         try:
-            return read(await response)
+            result = read(await response)
+            return await result if inspect.isawaitable(result) else result
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -285,6 +324,10 @@ class Teacher:
             f"Teacher '{self.name}' did not answer within {self.settings.deadline_seconds:g} s{because}; see that its "
             "replicas run, or raise teachers.deadline_seconds."
         )
+
+
+async def _head_of(references: list[ray.ObjectRef]) -> Head:
+    return unpack_head(await references[0])
 
 
 async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -15,9 +15,10 @@ from rayk.config import TeacherConfig
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters
 from rayk.environment import THREADING
 from rayk.errors import InputError
+from rayk.models import pack_head
 from rayk.sequences import Sequence
 from rayk.signal import encode
-from rayk.support import Support
+from rayk.support import Requested, Support
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class ScoreRequest:
     counted_bits: np.ndarray
     lengths: np.ndarray
     support: Support
+    requested: np.ndarray | None = None
 
     @classmethod
     def of(cls, sequences: list[Sequence], support: Support) -> "ScoreRequest":
@@ -43,12 +45,19 @@ class ScoreRequest:
             np.packbits(np.concatenate([sequence.counted for sequence in sequences])),
             np.asarray([len(sequence) for sequence in sequences]),
             support,
+            np.concatenate([s.requested for s in sequences if s.requested is not None])
+            if isinstance(support, Requested) and sequences[0].requested is not None
+            else None,
         )
 
     def sequences(self) -> list[Sequence]:
         counted = np.unpackbits(self.counted_bits, count=len(self.input_ids)).astype(bool)
         ends = np.cumsum(self.lengths)[:-1]
-        return [Sequence(*row) for row in zip(np.split(self.input_ids, ends), np.split(counted, ends), strict=True)]
+        rows = zip(np.split(self.input_ids, ends), np.split(counted, ends), strict=True)
+        if self.requested is None:
+            return [Sequence(*row) for row in rows]
+        asked = np.cumsum([np.count_nonzero(each) for each in np.split(counted, ends)])[:-1]
+        return [Sequence(*row, each) for row, each in zip(rows, np.split(self.requested, asked), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class TeacherReplica:
         config = TeacherConfig.model_validate(settings)
         self._settings = settings
         self._engine = build_engine(config)
+        self._head: ray.ObjectRef | None = None
         await self._engine.warm_up()
 
     async def describe(self) -> tuple[EngineInfo, dict]:
@@ -76,6 +86,12 @@ class TeacherReplica:
     async def score(self, request: ScoreRequest) -> np.ndarray:
         """The signals' wire form (`rayk.signal.decode`)."""
         return encode(await self._engine.score(request.sequences(), request.support))
+
+    async def head(self, _request: None = None) -> list[ray.ObjectRef]:
+        """The teacher's head, put into the object store once: a node's processes then share one copy."""
+        if self._head is None:
+            self._head = ray.put(pack_head(self._engine.head()))
+        return [self._head]
 
     async def generate(self, request: GenerateRequest) -> list[tuple[Generated, str]]:
         """A continuation and its text (special tokens left out) for each prompt."""

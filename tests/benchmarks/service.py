@@ -139,7 +139,7 @@ def measure_signal(vocab_size: int, spread: float, tokens: int = 512) -> tuple[f
     logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(0)) * spread
     exact = logits.double().log_softmax(1)
     columns = summarise(logits, torch.arange(tokens), TopK(K), logits.shape[1])
-    signals = SignalBatch(TopK(K), torch.tensor([0, tokens]), columns[0], vocab_size, *columns[1:])
+    signals = SignalBatch(TopK(K), torch.tensor([0, tokens]), vocab_size=vocab_size, **columns)
     wire = encode(signals)
     log_p, log_tail = decode(wire).at_temperature()
     assert signals.ids is not None

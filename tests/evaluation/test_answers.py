@@ -15,7 +15,7 @@ TOKENIZER = tiny_tokenizer()
 def example(prompt="2 + 2 =", completion=" so it is\n#### 4", **fields):
     prompt_ids, ids = TOKENIZER(prompt).input_ids, TOKENIZER(prompt + completion).input_ids
     counted = np.arange(len(ids)) >= len(prompt_ids)
-    return Example(np.asarray(ids, np.int32), counted, len(prompt_ids), "rows.jsonl, line 1", fields)
+    return Example(np.asarray(ids, np.int32), counted, None, len(prompt_ids), "rows.jsonl, line 1", fields)
 
 
 def score(text, row=None, **settings):
