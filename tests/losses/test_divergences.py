@@ -315,7 +315,7 @@ def test_wrong_input_is_refused_in_a_sentence():
         losses.forward_kl(student, signals_of(random_logits(N, 12), 3))
     with pytest.raises(InputError, match="does not carry temperature 2"):
         losses.forward_kl(student, signals_of(teacher, 3), temperature=2.0)
-    with pytest.raises(InputError, match="'logprob' signal has no distribution"):
+    with pytest.raises(InputError, match="'logprob' signal has no top-k distribution"):
         losses.reverse_kl(student, SignalBatch(Logprob(), torch.tensor([0, N]), torch.zeros(N), V))
     with pytest.raises(InputError, match="temperature is 0"):
         losses.forward_kl(student, teacher, temperature=0.0)
