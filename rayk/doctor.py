@@ -79,5 +79,13 @@ def _run(settings: RunConfig) -> Iterator[Check]:
 
 def _signal_size(settings: RunConfig) -> Iterator[Check]:
     from rayk.methods import METHODS
+    from rayk.models import load_model_config
+    from rayk.support import bytes_a_token
 
     yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
+    support = getattr(settings.method, "support", None)
+    for teacher in settings.teachers:
+        if support is not None and teacher.name == settings.compared_teacher and teacher.model is not None:
+            model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()
+            size = bytes_a_token(support, model.vocab_size, model.hidden_size)
+            yield Check("ok", f"Support {support.kind} of teacher '{teacher.name}': about {size:,.0f} bytes a token.")

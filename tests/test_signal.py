@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from rayk.engines.transformers import summarise
 from rayk.errors import InputError
-from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode, encode
-from rayk.support import Logprob, TopK
+from rayk.models import DTYPES
+from rayk.signal import _COLUMNS, CorruptSignal, SignalBatch, concatenate, decode, encode
+from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
 
 SPREADS = {"flat": 0.02, "moderate": 2.0, "peaked": 8.0, "one-hot": 60.0}
 
@@ -22,14 +23,21 @@ def signals_of(logits, support, lengths=None):
     """The signals an engine would make of dense logits [tokens, vocab]; the target of entry i is token i mod vocab."""
     tokens, vocab_size = logits.shape
     targets = torch.arange(tokens) % vocab_size
-    columns = summarise(logits.clone(), targets, support, vocab_size)
     offsets = torch.tensor([0, *np.cumsum(lengths if lengths is not None else [tokens])])
+    if isinstance(support, Hidden):
+        hidden = (logits[:, :5] if vocab_size > 5 else logits).to(DTYPES[support.dtype])
+        return SignalBatch(support, offsets, logits.log_softmax(1)[:, 0], vocab_size, hidden=hidden)
+    asked, generator = None, torch.Generator().manual_seed(0)
+    if isinstance(support, Requested):
+        asked = torch.randint(-1, vocab_size, (tokens, 3), generator=generator)
+    if isinstance(support, Sampled):
+        asked = torch.rand(tokens, support.draws, generator=generator, dtype=torch.float64)
+    columns = summarise(logits.clone(), targets, support, vocab_size, asked)
     return SignalBatch(support, offsets, vocab_size=vocab_size, **columns)
 
 
 def equal(a, b):
-    columns = ("offsets", "target_logprobs", "ids", "logprobs", "log_tails")
-    pairs = [(getattr(a, name), getattr(b, name)) for name in columns]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("offsets", *_COLUMNS)]
     same = all(x is y or torch.equal(x, y) for x, y in pairs)
     return same and a.support == b.support and a.vocab_size == b.vocab_size
 
@@ -47,7 +55,11 @@ def batches(draw):
     lengths = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
     temperatures = draw(st.sampled_from([(1.0,), (1.0, 2.0), (0.5, 1.0, 4.0)]))
     k = draw(st.integers(1, min(vocab_size, 12)))
-    support = draw(st.sampled_from([TopK(k, temperatures), Logprob()]))
+    supports = [
+        TopK(k, temperatures), Logprob(), Requested(k - 1, temperatures), Sampled(k), Sampled(k, tau=0.8, seed=7),
+        Hidden("float16"), Hidden("bfloat16"), Hidden("float32"),
+    ]  # fmt: skip
+    support = draw(st.sampled_from(supports))
     logits = logits_of(
         sum(lengths), vocab_size, draw(st.sampled_from(list(SPREADS.values()))), draw(st.integers(0, 99))
     )
@@ -55,7 +67,7 @@ def batches(draw):
 
 
 @given(batches())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_round_trip_keeps_everything_but_rounding(signals):
     back = decode(encode(signals))
     assert not back.unusable()
@@ -74,7 +86,7 @@ def test_select_and_concatenate_move_whole_rows(signals, data):
     for position, row in enumerate(rows):
         entries = slice(signals.offsets[row], signals.offsets[row + 1])
         mine = slice(chosen.offsets[position], chosen.offsets[position + 1])
-        for name in ("target_logprobs", "ids", "logprobs", "log_tails"):
+        for name in _COLUMNS:
             if getattr(signals, name) is not None:
                 assert torch.equal(getattr(chosen, name)[mine], getattr(signals, name)[entries])
     apart = [signals.select([row]) for row in range(len(signals))]

@@ -170,6 +170,8 @@ def signal_outcomes(signals: SignalBatch, vocab_size: int, tokens: int, temperat
     """The teacher's floored log-probs of its ids and the tail bucket, [tokens, k + 1]; they must fit the student."""
     log_p, log_tail = signals.at_temperature(temperature)
     check_fit(signals.tokens, signals.vocab_size, tokens, vocab_size)
+    if log_p.shape[1] == vocab_size:  # the student has nothing else, not even the padding the teacher may have
+        log_p, log_tail = log_p - log_p.logsumexp(dim=1, keepdim=True), torch.full_like(log_tail, -torch.inf)
     return torch.cat([log_p, log_tail[:, None]], dim=1).detach().clamp(min=LOG_FLOOR)
 
 

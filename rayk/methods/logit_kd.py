@@ -5,7 +5,8 @@ counted position of the data (Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2
 
 p is the teacher, q the student, both softened by T in the divergence D only. On a top-k signal D is taken between the
 two distributions coarse-grained to the k tokens and one bucket for the rest (ALGORITHMS §22): a lower bound of the
-full divergence that grows to it with k.
+full divergence that grows to it with k. On hidden states it is the divergence over the whole vocabulary; on random
+draws an unbiased estimate of forward KL.
 """
 
 from rayk.data.batches import Batch
@@ -19,7 +20,10 @@ class LogitKD(Method):
     kind = "logit_kd"
     summary = "the student matches the teacher's distribution at every counted token"
     paper = "Hinton et al. 2015; Kim & Rush 2016 §3.1"
-    needs = "topk: 4·k + 8 bytes a token (6·k + 8 beyond 65,536 tokens of vocabulary)"
+    needs = (
+        "topk: 4·k + 8 bytes a token (6·k + 8 beyond 65,536 tokens of vocabulary); or hidden: 2·width + 4, exact; or "
+        "sampled: about 45 (70), forward KL only"
+    )
 
     async def prepare(self, batch: Batch) -> Experience:
         teacher = self.teachers[self.settings.teacher or next(iter(self.teachers))]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from rayk.config import TeacherConfig
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.sequences import Sequence
-from rayk.support import Logprob, TopK
+from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.teachers import client, connect_teacher, serve_teacher
 from tests.teachers.asking import assert_alike, config_of, eventually, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -317,6 +317,40 @@ def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_clust
         "loaded; give a model folder or a hub id."
     )
     assert "broken" not in serve.status().applications
+
+
+def asking(sequences, m=3):
+    random = np.random.default_rng(0)
+    return [
+        Sequence(s.input_ids, s.counted, random.integers(-1, 300, (s.counted_tokens, m)).astype(np.int32))
+        for s in sequences
+    ]
+
+
+@pytest.mark.parametrize("support", [Requested(4, (1.0, 2.0)), Sampled(12), Sampled(12, 0.9, 5), Hidden()], ids=str)
+def test_every_support_comes_through_the_service(served, engine, support):
+    sequences = asking(sequences_of(20))
+    signals, expected = served.score(sequences, support), asyncio.run(engine.score(sequences, support))
+    assert signals.support == expected.support
+    assert torch.equal(signals.offsets, expected.offsets)
+    torch.testing.assert_close(signals.target_logprobs, expected.target_logprobs, atol=1e-4, rtol=0)
+    if signals.ids is not None:
+        assert (signals.ids == expected.ids).float().mean() > 0.99
+    if signals.hidden is not None:
+        exact = asyncio.run(engine.score(sequences, TopK(16)))
+        log_p = signals.logits().log_softmax(1)
+        torch.testing.assert_close(log_p.gather(1, exact.ids), exact.logprobs, atol=0.02, rtol=0.01)
+
+
+def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
+    teacher = connect_teacher("served")
+    head = engine.head()
+    for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
+        teacher._head = client.background(asyncio.sleep(0, wrong))
+        with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not make its own"):
+            teacher.score(sequences_of(8), Hidden())
+    teacher._head = None
+    assert teacher.score(sequences_of(8), Hidden()).logits().shape[1] == 384
 
 
 def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):

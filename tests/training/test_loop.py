@@ -111,6 +111,23 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, tiny_teac
     assert max(map(abs, curve(tmp_path / "run"))) < 1e-4
 
 
+def test_hidden_signals_teach_what_the_whole_vocabulary_would(tmp_path, served):
+    student = str(tmp_path / "student")  # without padding, which would be one outcome to `topk` but many to `hidden`
+    tiny_model(student, vocab_size=served.info.vocab_size, hidden=16, layers=1, tokenizer=tiny_tokenizer())
+    curves = {}
+    for name, support in {
+        "hidden": {"kind": "hidden", "dtype": "float32"},
+        "topk": {"kind": "topk", "k": served.info.vocab_size},
+        "sampled": {"kind": "sampled", "draws": 40},
+    }.items():
+        (tmp_path / name).mkdir()
+        method = {"kind": "logit_kd", "support": support, "divergence": "forward_kl"}
+        distill(config(tmp_path / name, student, method, micro_batch_tokens=200))
+        curves[name] = curve(tmp_path / name / "run")
+    np.testing.assert_allclose(curves["hidden"], curves["topk"], atol=1e-3)
+    np.testing.assert_allclose(curves["sampled"], curves["topk"], rtol=0.1)
+
+
 @pytest.fixture
 def broken(ray_cluster, tmp_path):
     """A teacher that computes NaN for every row with an '8' in it, and how `teachers` names it."""

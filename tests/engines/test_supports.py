@@ -1,0 +1,181 @@
+"""Every support the transformers engine gives, against the model's own dense logits."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+from rayk import losses
+from rayk.engines.transformers import TransformersEngine
+from rayk.errors import InputError
+from rayk.models import pack_head, real_vocab_size, unpack_head
+from rayk.sequences import Sequence
+from rayk.support import Hidden, Requested, Sampled, TopK
+from tests.tiny import tiny_model, tiny_tokenizer
+
+VOCAB = real_vocab_size(tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_teacher):
+    return TransformersEngine(tiny_teacher)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_teacher):
+    return AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+
+
+def score(engine, sequences, support):
+    signals = asyncio.run(engine.score(sequences, support))
+    return replace(signals, head=engine.head()) if isinstance(support, Hidden) else signals
+
+
+@torch.no_grad()
+def dense(model, sequences):
+    """Log-probs [counted tokens, columns], a sequence at a time."""
+    rows = []
+    for one in sequences:
+        logits = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].float()
+        rows.append(logits.log_softmax(1)[torch.from_numpy(np.flatnonzero(one.counted)) - 1])
+    return torch.cat(rows)
+
+
+def sequence(length, seed=0):
+    random = np.random.default_rng(seed)
+    counted = random.random(length) < 0.6
+    counted[:2] = False, True
+    return Sequence(random.integers(4, VOCAB, length).astype(np.int32), counted)
+
+
+SEQUENCES = [sequence(length, seed) for seed, length in enumerate((9, 40, 3, 17))]
+
+
+def asking(sequences, m, seed=0):
+    """The sequences with `m` ids a position: some named twice, some places left empty, one position with none."""
+    random, named = np.random.default_rng(seed), []
+    for one in sequences:
+        ids = random.integers(0, VOCAB, (one.counted_tokens, m)).astype(np.int32)
+        ids[:, -1] = ids[:, 0]
+        ids[random.random(ids.shape) < 0.2] = -1
+        ids[0] = -1
+        named.append(Sequence(one.input_ids, one.counted, ids))
+    return named
+
+
+@pytest.mark.parametrize("k", [0, 5, VOCAB])
+def test_requested_ids_are_united_with_the_likeliest(engine, reference, k):
+    sequences = asking(SEQUENCES, 6)
+    signals = score(engine, sequences, Requested(k, (1.0, 2.0)))
+    exact = dense(reference, sequences)
+    width = min(k + 6, VOCAB)
+    assert signals.ids.shape == (len(exact), width)
+    asked = np.concatenate([one.requested for one in sequences])
+    for ids, named, likeliest in zip(signals.ids, asked, exact[:, :VOCAB].topk(k).indices, strict=True):
+        assert len(set(ids.tolist())) == width
+        assert set(named[named >= 0]) | set(likeliest.tolist()) <= set(ids.tolist())
+    torch.testing.assert_close(signals.logprobs, exact.gather(1, signals.ids), atol=1e-4, rtol=0)
+    assert bool((signals.logprobs.diff(dim=1) <= 0).all())
+    for temperature in (1.0, 2.0):
+        ours = losses.reverse_kl(exact, signals, temperature=temperature)
+        assert ours.abs().max() < 1e-4
+    torch.testing.assert_close(signals.offsets.diff(), torch.tensor([one.counted_tokens for one in sequences]))
+
+
+def test_requested_ids_need_to_be_given_alike_and_real(engine):
+    for sequences, said in [
+        (SEQUENCES, "needs the ids"),
+        ([asking(SEQUENCES, 3)[0], asking(SEQUENCES, 4)[1]], "3 and 4 ids a position"),
+        ([Sequence(np.array([5, 6], np.int32), np.array([False, True]), np.array([[VOCAB]], np.int32))], "beyond"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            score(engine, sequences, Requested(4))
+    with pytest.raises(ValueError, match="requested ids of shape"):
+        Sequence(np.array([5, 6], np.int32), np.array([False, True]), np.zeros((2, 3), np.int32))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("tie", [False, True])
+def test_hidden_states_and_the_head_make_the_dense_logits(tmp_path, architecture, tie):
+    """Tied heads, heads with a scale (granite, cohere) and with a soft-cap (gemma2)."""
+    model = tiny_model(tmp_path, architecture=architecture, tie=tie, peaked=4.0, tokenizer=tiny_tokenizer())
+    engine = TransformersEngine(str(tmp_path))
+    exact = dense(model, SEQUENCES)
+    signals = score(engine, SEQUENCES, Hidden("float32"))
+    torch.testing.assert_close(signals.logits().log_softmax(1), exact, atol=1e-4, rtol=0)
+    packed = replace(signals, head=unpack_head(pack_head(engine.head())))
+    assert torch.equal(packed.logits(), signals.logits())
+    for dtype, bound in (("float16", 0.004), ("bfloat16", 0.03)):
+        rounded = score(engine, SEQUENCES, Hidden(dtype))
+        assert rounded.hidden.dtype == getattr(torch, dtype)
+        assert losses.forward_kl(exact, rounded).mean() < bound
+        assert losses.reverse_kl(exact, rounded).mean() < bound
+
+
+def test_coarser_signals_give_smaller_divergences(engine, tiny_student):
+    student = dense(AutoModelForCausalLM.from_pretrained(tiny_student).eval(), SEQUENCES)
+    for name in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation"):
+        exact = losses.divergence(name, student, score(engine, SEQUENCES, Hidden("float32")))
+        values = [
+            losses.divergence(name, student, score(engine, SEQUENCES, support)) for support in (TopK(4), TopK(64))
+        ]
+        ids = student[:, :VOCAB].topk(8).indices.numpy().astype(np.int32)
+        starts = np.cumsum([0, *(one.counted_tokens for one in SEQUENCES)])
+        asked = [
+            Sequence(one.input_ids, one.counted, ids[start:end])
+            for one, start, end in zip(SEQUENCES, starts, starts[1:], strict=False)
+        ]
+        united = losses.divergence(name, student, score(engine, asked, Requested(4)))
+        assert bool((values[0] <= values[1] + 1e-5).all())
+        assert bool((values[1] <= exact + 1e-4).all())
+        assert bool((values[0] <= united + 1e-5).all())
+        assert bool((united <= exact + 1e-4).all())
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.8, 1.2])
+def test_sampled_weights_are_unbiased(engine, reference, tau):
+    one = [sequence(6)]
+    exact = dense(reference, one).double()[:, :VOCAB].log_softmax(1).exp()
+    rounds, total, counts = 400, torch.zeros_like(exact), torch.zeros_like(exact)
+    for seed in range(rounds):
+        signals = score(engine, one, Sampled(50, tau, seed))
+        drawn = torch.zeros_like(exact).scatter(1, signals.ids, signals.weights.double())
+        assert bool((drawn > 0).sum(1).le(50).all())
+        total += drawn
+        if tau == 1.0:
+            torch.testing.assert_close(drawn.sum(1), torch.ones(len(exact)).double())
+            counts += drawn * 50
+    proposal = (tau * exact.log()).softmax(1)
+    # Standard error of a mean of `rounds * 50` draws of the weight p / proposal.
+    error = ((exact**2 / proposal - exact**2).clamp(min=1e-12) / (rounds * 50)).sqrt()
+    often = proposal * rounds * 50 >= 20  # else a mean is far from normal
+    assert bool(((total / rounds - exact).abs() < 5 * error)[often].all())
+    rare = (total / rounds * ~often).sum(1), (exact * ~often).sum(1)
+    torch.testing.assert_close(*rare, atol=5 * float((error**2 * ~often).sum(1).max().sqrt()), rtol=0)
+    if tau == 1.0:
+        for found, p in zip(counts, exact, strict=True):
+            expected = p.numpy() * rounds * 50
+            often = expected >= 5
+            observed = [*found.numpy()[often], found.numpy()[~often].sum()]
+            assert chisquare(observed, [*expected[often], expected[~often].sum()]).pvalue > 1e-4
+
+
+def test_draws_follow_from_the_seed_and_the_sequence_alone(engine):
+    support = Sampled(20, seed=3)
+    together, alone = score(engine, SEQUENCES, support), score(engine, SEQUENCES[1:2], support)
+    mine = together.select([1])
+    # Other companions in a batch move probabilities by rounding, and a coin on the edge with them.
+    assert (mine.ids == alone.ids).float().mean() > 0.98
+    others = score(engine, SEQUENCES, Sampled(20, seed=4))
+    assert not torch.equal(others.weights, together.weights)
+    assert len({tuple(row.tolist()) for row in together.ids}) > len(together.ids) // 2
+
+
+def test_sampled_signals_carry_the_teachers_entropy(engine, reference):
+    exact = dense(reference, SEQUENCES)
+    signals = score(engine, SEQUENCES, Sampled(10))
+    torch.testing.assert_close(signals.entropies, -(exact.exp() * exact).sum(1), atol=1e-4, rtol=0)
