@@ -30,8 +30,9 @@ from rayk.evaluation.report import write_report
 from rayk.evaluation.run_directory import Follower, read_lines
 from rayk.methods import METHODS
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size
-from rayk.support import TopK
-from rayk.teachers import Teacher, connect_teacher, serve_teacher
+from rayk.support import Hidden, TopK
+from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
+from rayk.teachers.ensemble import check_ensemble, name_for
 from rayk.training import evaluate_remotely, train
 from rayk.training.checkpoint import CheckpointStore
 from rayk.training.loop import Job, steps_of_epochs
@@ -124,7 +125,7 @@ def distill(
         began = time.time()
         teacher_evaluation = None
         if teachers and inputs.evaluation is not None:
-            watcher.stage(f"Measuring teacher {config.compared_teacher}")
+            watcher.stage("Measuring the teacher")
             teacher_evaluation = _measured(config, teachers, inputs)
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
@@ -217,6 +218,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     train_table = tokenize(config.data.train, config.data, tokenizer) if training else None
     evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
     _check_lengths(models, config, train_table, evaluation)
+    _check_many_teachers(config, [table for table in (train_table, evaluation) if table is not None])
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
         for example in with_prompts(evaluation, config.evaluation):
@@ -268,6 +270,18 @@ def _check_lengths(
                 f"The longest evaluation prompt with its answer may have {answered} tokens, but {name} takes "
                 f"{limit}; lower evaluation.generation.max_new_tokens."
             )
+
+
+def _check_many_teachers(config: RunConfig, tables: list[ExampleTable]) -> None:
+    support = getattr(config.method, "support", None)
+    if config.ensemble is not None and support is not None:
+        check_ensemble(support, config.ensemble.combine)
+    if config.route is None:
+        return
+    if isinstance(support, Hidden):
+        raise InputError("Hidden states of several teachers need several heads; use support 'topk' with 'route'.")
+    for row in (row for table in tables for row in table):
+        name_for(row, config.route)
 
 
 def claim(config: RunConfig, resume: bool, rows: str) -> None:
@@ -372,7 +386,8 @@ def _serve_all(config: RunConfig, applications: Mapping[str, str], stack: ExitSt
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
     assert inputs.evaluation is not None
-    teacher = teachers[config.compared_teacher]
+    teacher = scorer_of(config, teachers)
+    assert teacher is not None
     return evaluate_teacher(teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer)
 
 

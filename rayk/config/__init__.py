@@ -10,7 +10,7 @@ from rayk.config.evaluation import EvaluationConfig, GenerationConfig
 from rayk.config.loading import load_config, parse_config
 from rayk.config.methods import DIVERGENCE_OPTIONS, Divergence, LogitKDConfig, MethodConfig, SupervisedConfig
 from rayk.config.run import RunConfig, TrackingConfig
-from rayk.config.teachers import Replicas, Resources, TeacherConfig, TransformersEngine
+from rayk.config.teachers import EnsembleConfig, Replicas, Resources, RouteConfig, TeacherConfig, TransformersEngine
 from rayk.config.training import StudentConfig, TrainingConfig
 
 __all__ = [
@@ -18,12 +18,14 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "Divergence",
+    "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "LogitKDConfig",
     "MethodConfig",
     "Replicas",
     "Resources",
+    "RouteConfig",
     "RunConfig",
     "Settings",
     "StudentConfig",

@@ -10,7 +10,7 @@ from rayk.config.base import Settings
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
 from rayk.config.methods import LogitKDConfig, MethodConfig
-from rayk.config.teachers import TeacherConfig
+from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig
 from rayk.config.training import StudentConfig, TrainingConfig
 
 
@@ -28,6 +28,10 @@ class RunConfig(Settings):
     """The run directory; by default runs/NAME. On several nodes it must be a path that all of them share."""
     seed: Annotated[int, Field(ge=0)] = 0
     teachers: list[TeacherConfig] = Field(default_factory=list)
+    ensemble: EnsembleConfig | None = None
+    """Ask several teachers as one."""
+    route: RouteConfig | None = None
+    """Let a row's field choose its teacher."""
     student: StudentConfig
     data: DataConfig
     method: MethodConfig
@@ -45,6 +49,7 @@ class RunConfig(Settings):
             raise ValueError("method.kind 'logit_kd' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
             raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
+        self._many_teachers_fit(names, wanted)
         for teacher in self.teachers:
             if teacher.deadline_seconds >= self.training.collective_timeout_seconds:
                 raise ValueError(
@@ -54,6 +59,22 @@ class RunConfig(Settings):
         if self.evaluation.generation and not self.data.evaluation:
             raise ValueError("evaluation.generation needs rows: set data.evaluation")
         return self
+
+    def _many_teachers_fit(self, names: list[str], wanted: str | None) -> None:
+        if wanted is not None and (self.ensemble or self.route):
+            raise ValueError("method.teacher names one teacher, but 'ensemble' or 'route' is set; leave one out")
+        if self.ensemble is not None:
+            members = self.ensemble.teachers or names
+            if len(members) < 2:
+                raise ValueError("ensemble needs at least two teachers")
+            for name in [*members, *self.ensemble.weights]:
+                if name not in names:
+                    raise ValueError(f"ensemble: '{name}' is none of the teachers ({', '.join(names)})")
+        if self.route is not None:
+            known = [*names, "ensemble"] if self.ensemble else names
+            for name in [*self.route.teachers.values(), *filter(None, [self.route.default])]:
+                if name not in known:
+                    raise ValueError(f"route: '{name}' is none of the teachers ({', '.join(known)})")
 
     @property
     def compared_teacher(self) -> str:

@@ -48,6 +48,27 @@ def _replicas(value: Any) -> Any:
     return {"min": value, "max": value} if isinstance(value, int) else value
 
 
+class EnsembleConfig(Settings):
+    """Several teachers that are asked as one."""
+
+    teachers: list[str] = Field(default_factory=list)
+    """Their names; by default all of `teachers`."""
+    combine: Literal["probabilities", "logits"] = "probabilities"
+    """The mean of what; `logits` as in BabyLlama (arXiv 2308.02019)."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Each teacher's share in the mean, by name; 1 where not given. They need not sum to 1."""
+
+
+class RouteConfig(Settings):
+    """A teacher for each row, by one of its fields."""
+
+    field: str
+    teachers: dict[str, str]
+    """The teacher's name (or 'ensemble') for each value of the field."""
+    default: str | None = None
+    """Who teaches rows with any other value; without it such a row is an error."""
+
+
 class TeacherConfig(Settings):
     """A named Serve application with one model behind it."""
 

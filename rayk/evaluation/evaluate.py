@@ -21,7 +21,8 @@ from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_prob
 from rayk.models import Head, real_vocab_size
 from rayk.signal import SignalBatch
 from rayk.support import Logprob, TopK
-from rayk.teachers import Teacher
+from rayk.teachers import Scorer, Teacher
+from rayk.teachers.client import background_stream
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23
 
@@ -78,7 +79,7 @@ class Evaluator:
     next time."""
 
     def __init__(
-        self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer, teacher: Teacher | None,
+        self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer, teacher: Scorer | None,
         micro_batch_tokens: int, rank: int = 0, world: int = 1,
     ):  # fmt: skip
         every = list(examples)
@@ -108,7 +109,7 @@ class Evaluator:
     def _ask(self, batches: list[Batch]) -> list[SignalBatch | None]:
         if self._teacher is None:
             return [None] * len(batches)
-        return [signals for _, signals in self._teacher.stream(batches, fitting(self._settings.support, self._teacher))]
+        return list(_asked(self._teacher, batches, self._settings.support))
 
     def _answers(self, model) -> Evaluation:
         settings = self._settings.generation
@@ -160,15 +161,17 @@ def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
 
 
 def evaluate_teacher(
-    teacher: Teacher, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192
+    teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192
 ) -> Evaluation:
-    """The teacher's own loss and answers, for comparison; asked through its service."""
+    """The teacher's own loss and answers, for comparison; asked through its service. Several teachers as one have a
+    loss, but no answers of their own."""
     rows_of = micro_batches([len(example) for example in examples], batch_tokens)
-    batches = (collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of)
+    batches = [collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of]
     evaluation = Evaluation()
-    for batch, signals in teacher.stream(batches, Logprob()):
+    support = Logprob() if isinstance(teacher, Teacher) else settings.support
+    for batch, signals in zip(batches, _asked(teacher, batches, support), strict=True):
         evaluation.add(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
-    if settings.generation:
+    if settings.generation and isinstance(teacher, Teacher):
         asked = with_prompts(examples, settings)
         scorer = AnswerScorer(settings, tokenizer)
         completions = teacher.generate(
@@ -196,11 +199,11 @@ def add_answer(evaluation: Evaluation, answer: Answer) -> None:
     )
 
 
-def fitting(support, teacher: Teacher):
-    """`support` with k no larger than the teacher's vocabulary: for measuring, all of a small one will do."""
-    if isinstance(support, TopK) and support.k > teacher.info.vocab_size:
-        return TopK(teacher.info.vocab_size, support.temperatures)
-    return support
+def _asked(teacher: Scorer, batches: Iterable[Batch], support: TopK | Logprob) -> Iterator[SignalBatch]:
+    """The signals of each batch; k is at most the teacher's vocabulary, all of a small one will do."""
+    if isinstance(support, TopK) and support.k > teacher.vocab_size:
+        support = TopK(teacher.vocab_size, support.temperatures)
+    return background_stream((teacher.ascore(batch, support) for batch in batches), prefetch=4)
 
 
 def _top_tokens(hidden: Tensor, head: Head) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rayk.data.batches import Batch
 from rayk.models import Head
 from rayk.signal import SignalBatch
-from rayk.teachers import Teacher
+from rayk.teachers import Scorer
 
 
 class Student(Protocol):
@@ -68,9 +68,9 @@ class Method(ABC):
     needs: ClassVar[str]
     """What it asks of a teacher, with the cost."""
 
-    def __init__(self, settings: Any, teachers: Mapping[str, Teacher]):
+    def __init__(self, settings: Any, teacher: Scorer | None):
         self.settings = settings
-        self.teachers = teachers
+        self.teacher = teacher
 
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:

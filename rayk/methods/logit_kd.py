@@ -26,8 +26,8 @@ class LogitKD(Method):
     )
 
     async def prepare(self, batch: Batch) -> Experience:
-        teacher = self.teachers[self.settings.teacher or next(iter(self.teachers))]
-        return Experience(batch, await teacher.ascore(batch, self.settings.support))
+        assert self.teacher is not None
+        return Experience(batch, await self.teacher.ascore(batch, self.settings.support))
 
     def loss(self, student: Student, experience: Experience) -> Loss:
         settings, batch = self.settings, experience.batch

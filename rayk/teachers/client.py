@@ -142,6 +142,10 @@ class Teacher:
         self._credit: asyncio.Semaphore | None = None
         self._head: Future[Head] | None = None
 
+    @property
+    def vocab_size(self) -> int:
+        return self.info.vocab_size
+
     def score(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order.
 
@@ -150,11 +154,11 @@ class Teacher:
             TeacherUnavailable: no answer before the deadline.
             UnusableSignal: a row's signal holds numbers that cannot be learned from; the error names the rows.
         """
-        return self._timed(background(self._score(_sequences_of(batch), support or TopK())))
+        return self._timed(background(self._score(sequences_of(batch), support or TopK())))
 
     async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
         """`score`, awaitable on any event loop."""
-        return await asyncio.wrap_future(background(self._score(_sequences_of(batch), support or TopK())))
+        return await asyncio.wrap_future(background(self._score(sequences_of(batch), support or TopK())))
 
     def stream(
         self, batches: Iterable[Any], support: Support | None = None, prefetch: int = 4
@@ -165,7 +169,7 @@ class Teacher:
         def requests() -> Iterator[Coroutine[Any, Any, SignalBatch]]:
             for batch in batches:
                 asked.append(batch)
-                yield self._score(_sequences_of(batch), support or TopK())
+                yield self._score(sequences_of(batch), support or TopK())
 
         with closing(background_stream(requests(), prefetch)) as results:
             while True:
@@ -341,7 +345,12 @@ async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-def _sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:
+def sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:
+    """The sequences of a batch.
+
+    Raises:
+        InputError: there is none.
+    """
     sequences = list(batch if isinstance(batch, Ordered) else batch.sequences)
     if not sequences:
         raise InputError("There is nothing to score: the batch holds no sequence.")

@@ -29,7 +29,8 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import load_tokenizer, pick_device
-from rayk.teachers.client import Teacher, background_stream, connect_teacher
+from rayk.teachers import Teacher, connect_teacher, scorer_of
+from rayk.teachers.client import background_stream
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.recorder import Recorder
 from rayk.training.student import Step, Student, make_model, save_model, wrap
@@ -140,7 +141,7 @@ def evaluate_worker(job: Job) -> Evaluation:
     config = job.config
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
     model = make_model(config.student, tokenizer, config.seed, pick_device())
-    teacher = job.teachers().get(config.compared_teacher)
+    teacher = scorer_of(config, job.teachers())
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
     evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
     return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
@@ -155,9 +156,8 @@ class Trainer:
         self.device = _device()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
         self.table = ExampleTable(_fetched(job.train_table))
-        teachers = job.teachers()
-        self.teachers: Mapping[str, Teacher] = teachers
-        self.method: Method = METHODS[config.method.kind](config.method, teachers)
+        teacher = scorer_of(config, job.teachers())
+        self.method: Method = METHODS[config.method.kind](config.method, teacher)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
@@ -178,7 +178,7 @@ class Trainer:
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
                 config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
-                teachers.get(config.compared_teacher), self.settings.micro_batch_tokens, ranks.rank, ranks.world,
+                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 

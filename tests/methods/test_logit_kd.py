@@ -55,7 +55,7 @@ def test_the_loss_mixes_hard_labels_with_the_softened_divergence(batch, student,
         hard_label_weight=alpha, temperature=temperature, temperature_squared=squared, divergence=divergence
     )
     signals = signals_of(teacher, batch, temperature)
-    loss = LogitKD(settings, {}).loss(student, Experience(batch, signals))
+    loss = LogitKD(settings, None).loss(student, Experience(batch, signals))
     ours = dense_logits(student.model, batch)
     log_p, log_q = (teacher / temperature).log_softmax(1), (ours / temperature).log_softmax(1)
     if divergence == "reverse_kl":
@@ -77,7 +77,7 @@ def test_settings_put_the_temperature_into_the_support():
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_nothing_is_left_to_learn_from_an_equal_teacher(batch, student, k, temperature):
     signals = signals_of(dense_logits(student.model, batch), batch, temperature, k)
-    method = LogitKD(LogitKDConfig(temperature=temperature, temperature_squared=True), {})
+    method = LogitKD(LogitKDConfig(temperature=temperature, temperature_squared=True), None)
     loss = method.loss(student, Experience(batch, signals)).per_token
     assert loss.abs().max() < 1e-5
     loss.sum().backward()
@@ -86,7 +86,7 @@ def test_nothing_is_left_to_learn_from_an_equal_teacher(batch, student, k, tempe
 
 
 def test_supervised_is_the_cross_entropy_of_the_counted_tokens(batch, student):
-    loss = Supervised(None, {}).loss(student, Experience(batch)).per_token
+    loss = Supervised(None, None).loss(student, Experience(batch)).per_token
     expected = torch.nn.functional.cross_entropy(dense_logits(student.model, batch), batch.targets, reduction="none")
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -94,7 +94,7 @@ def test_supervised_is_the_cross_entropy_of_the_counted_tokens(batch, student):
 def test_an_experience_cut_by_rows_holds_each_rows_own_signals(batch, student):
     signals = signals_of(dense_logits(tiny_model(seed=4), batch), batch, 2.0)
     whole = Experience(batch, signals)
-    method = LogitKD(LogitKDConfig(temperature=2.0), {})
+    method = LogitKD(LogitKDConfig(temperature=2.0), None)
     together = method.loss(student, whole).per_token.split(batch.offsets.diff().tolist())
     for rows in ([2, 0], [1]):
         part = whole.select(rows)

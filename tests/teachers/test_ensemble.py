@@ -1,0 +1,201 @@
+"""Several teachers as one, against the dense mean of their models; and a teacher for each row."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayk import losses
+from rayk.config import RouteConfig, parse_config
+from rayk.data.examples import Example
+from rayk.engines.transformers import TransformersEngine
+from rayk.errors import InputError
+from rayk.run import distill
+from rayk.support import Hidden, Logprob, TopK
+from rayk.teachers import Ensemble, Route, serve_teacher
+from tests.runs import curve, metrics, settings
+from tests.teachers.asking import config_of, sequences_of
+from tests.tiny import tiny_model, tiny_tokenizer
+
+WEIGHTS = [1.0, 3.0]
+SEQUENCES = sequences_of(6)
+
+
+class Alone:
+    """An engine asked without a service."""
+
+    def __init__(self, model):
+        self.engine = TransformersEngine(model)
+        self.vocab_size = self.engine.info.vocab_size
+
+    async def ascore(self, batch, support=None):
+        signals = await self.engine.score(batch, support)
+        return replace(signals, head=self.engine.head()) if isinstance(support, Hidden) else signals
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "second"
+    tiny_model(folder, seed=5, hidden=16, peaked=3.0, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_teacher, second):
+    return [Alone(tiny_teacher), Alone(second)]
+
+
+@pytest.fixture(scope="module")
+def logits(tiny_teacher, second):
+    """Dense logits of both models at the counted positions, [2, tokens, columns]."""
+    found = []
+    for folder in (tiny_teacher, second):
+        model, rows = AutoModelForCausalLM.from_pretrained(folder).eval(), []
+        for one in SEQUENCES:
+            with torch.no_grad():
+                whole = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].double()
+            rows.append(whole[torch.from_numpy(np.flatnonzero(one.counted)) - 1])
+        found.append(torch.cat(rows))
+    return torch.stack(found)
+
+
+def asked(teachers, combine, support):
+    return asyncio.run(Ensemble(teachers, WEIGHTS, combine).ascore(SEQUENCES, support))
+
+
+def targets():
+    return torch.from_numpy(np.concatenate([one.targets for one in SEQUENCES]).astype(np.int64))[:, None]
+
+
+@pytest.mark.parametrize("k", [3, 16, 300])
+def test_the_mean_of_probabilities_is_exact_at_the_union_and_in_the_tail(teachers, logits, k):
+    signals = asked(teachers, "probabilities", TopK(k))
+    mean = (0.25 * logits[0].softmax(1) + 0.75 * logits[1].softmax(1)).log()
+    likeliest = logits[:, :, : teachers[0].vocab_size].topk(k).indices
+    for ids, *named in zip(signals.ids, *likeliest, strict=True):
+        assert len(set(ids.tolist())) == min(2 * k, teachers[0].vocab_size)
+        assert set(torch.cat(named).tolist()) <= set(ids.tolist())
+    torch.testing.assert_close(signals.logprobs.double(), mean.gather(1, signals.ids), atol=1e-4, rtol=0)
+    rest = mean.scatter(1, signals.ids, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(signals.log_tails[:, 0].double(), rest, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(signals.target_logprobs.double(), mean.gather(1, targets())[:, 0], atol=1e-4, rtol=0)
+    assert bool((signals.logprobs.diff(dim=1) <= 0).all())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_of_logits_is_exact_on_the_union_and_bounds_the_tail(teachers, logits, temperature):
+    mean = 0.25 * logits[0].log_softmax(1) + 0.75 * logits[1].log_softmax(1)
+    exact = (mean / temperature).log_softmax(1)
+    excess = []
+    for k in (4, 64, 150):
+        signals = asked(teachers, "logits", TopK(k, (1.0, temperature)))
+        log_p, log_tail = (part.double() for part in signals.at_temperature(temperature))
+        inside = exact.gather(1, signals.ids)
+        torch.testing.assert_close(log_p - log_p[:, :1], inside - inside[:, :1], atol=1e-4, rtol=0)
+        rest = exact.scatter(1, signals.ids, -torch.inf).logsumexp(1)
+        assert bool((log_tail >= rest - 1e-4).all())
+        excess.append(float((log_tail.exp() - rest.exp()).mean()))
+    assert excess == sorted(excess, reverse=True)
+    assert excess[-1] < 0.06
+
+
+def test_hidden_states_side_by_side_are_the_mean_of_logits(teachers, logits):
+    mean = (0.25 * logits[0] + 0.75 * logits[1]).float()
+    signals = asked(teachers, "logits", Hidden("float32"))
+    assert losses.forward_kl(mean, signals).abs().max() < 1e-5
+    expected = mean.log_softmax(1).gather(1, targets())[:, 0]
+    torch.testing.assert_close(signals.target_logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_an_ensemble_of_equals_is_its_member(teachers):
+    alone = asyncio.run(teachers[0].ascore(SEQUENCES, TopK(200)))
+    for combine in ("probabilities", "logits"):
+        signals = asyncio.run(Ensemble([teachers[0]] * 2, [1, 1], combine).ascore(SEQUENCES, TopK(200)))
+        dense = torch.full((alone.tokens, 384), -30.0)
+        dense.scatter_(1, signals.ids, signals.logprobs)
+        torch.testing.assert_close(dense.gather(1, alone.ids), alone.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("combine", "support"),
+    [("probabilities", Hidden()), ("logits", Logprob()), ("probabilities", TopK(4, (1.0, 2.0)))],
+    ids=str,
+)
+def test_means_that_cannot_be_made_are_refused(teachers, combine, support):
+    with pytest.raises(InputError, match="ensemble|mean of probabilities"):
+        asked(teachers, combine, support)
+
+
+def row(sequence, **fields):
+    return Example(sequence.input_ids, sequence.counted, None, 0, "rows.jsonl, line 7", fields)
+
+
+def test_a_rows_field_chooses_its_teacher(teachers):
+    rows = [row(one, domain=["math", "code", None][i % 3]) for i, one in enumerate(SEQUENCES)]
+    route = RouteConfig(field="domain", teachers={"math": "one", "code": "two"}, default="one")
+    signals = asyncio.run(Route(route, {"one": teachers[0], "two": teachers[1]}).ascore(rows, TopK(5)))
+    for i, one in enumerate(rows):
+        alone = asyncio.run(teachers[1 if i % 3 == 1 else 0].ascore([one], TopK(5)))
+        torch.testing.assert_close(signals.select([i]).logprobs, alone.logprobs, atol=1e-4, rtol=0)
+    route = route.model_copy(update={"default": None})
+    with pytest.raises(InputError, match="rows.jsonl, line 7 has 'None' in its field 'domain', which leads to no"):
+        asyncio.run(Route(route, {}).ascore(rows[2:3], TopK(5)))
+
+
+@pytest.fixture(scope="module")
+def another(ray_cluster, second):
+    with serve_teacher(config_of("another", second)) as teacher:
+        yield teacher
+
+
+def test_runs_learn_from_several_teachers(tmp_path, tiny_student, served, another):
+    method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}}
+    values = settings(tmp_path, tiny_student, method) | {
+        "teachers": [{"name": "served", "attach": True}, {"name": "another", "attach": True}]
+    }
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    lines = [json.dumps(each | {"domain": "ab"[i % 2]}) for i, each in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    values["data"]["evaluation"] = {"path": str(tmp_path / "rows.jsonl"), "rows": 6}
+    one_for_each = {"field": "domain", "teachers": {"a": "served", "b": "another"}}
+    for name, many in {
+        "one": {},
+        "equal": {"route": {"field": "domain", "teachers": {"a": "served"}, "default": "served"}},
+        "route": {"route": one_for_each},
+        "ensemble": {"ensemble": {"weights": {"another": 2}}},
+        "both": {"ensemble": {}, "route": one_for_each | {"default": "ensemble"}},
+    }.items():
+        summary = distill(parse_config(values | many | {"output": str(tmp_path / name)})).summary
+        assert summary["teacher"]["loss"] > 0
+        assert len(metrics(tmp_path / name)) == 6
+    np.testing.assert_allclose(curve(tmp_path / "equal"), curve(tmp_path / "one"), rtol=1e-5)
+    assert curve(tmp_path / "route") != curve(tmp_path / "one") != curve(tmp_path / "ensemble")
+    wrong = {"route": {"field": "domain", "teachers": {"a": "served"}}, "output": str(tmp_path / "wrong")}
+    with pytest.raises(InputError, match="line 2 has 'b' in its field 'domain', which leads to no teacher"):
+        distill(parse_config(values | wrong))
+
+
+@pytest.mark.parametrize(
+    ("many", "said"),
+    [
+        ({"ensemble": {"teachers": ["one", "three"]}}, "'three' is none of the teachers (one, two)"),
+        ({"ensemble": {"teachers": ["one"]}}, "ensemble needs at least two teachers"),
+        ({"ensemble": {"weights": {"tow": 1}}}, "'tow' is none of the teachers"),
+        ({"ensemble": {"weights": {"two": 0}}}, "ensemble.weights.two"),
+        ({"route": {"field": "a", "teachers": {"x": "nobody"}}}, "route: 'nobody' is none of the teachers (one, two)"),
+        ({"route": {"field": "a", "teachers": {"x": "ensemble"}}}, "route: 'ensemble' is none of the teachers"),
+        ({"ensemble": {}, "method": {"kind": "logit_kd", "teacher": "one"}}, "method.teacher names one teacher, but"),
+    ],
+)
+def test_settings_that_lead_to_no_teacher_are_named(many, said):
+    values = {
+        "teachers": [{"name": "one", "model": "m"}, {"name": "two", "model": "m"}],
+        "student": {"model": "m"}, "data": {"train": {"path": "p"}}, "method": {"kind": "logit_kd"},
+    }  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        parse_config(values | many)
+    assert said in str(caught.value)
