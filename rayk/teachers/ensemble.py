@@ -39,8 +39,9 @@ class Ensemble:
 
     - the mean of probabilities p̄ = Σ w·p is exact, tail included;
     - the mean of logits p̄ ∝ Π p^w is exact but for the tail, whose mass Σ_rest Π p^w is known only to be at most
-      Π (Σ_rest p)^w (Hölder); that bound is taken. So the tail comes out too heavy where teachers are flat and disagree
-      (by .02 to .4 of the mass for random models at k = 4), and right where the union holds most of the mass.
+      Π (Σ_rest p)^w (Hölder); that bound is taken. So the tail comes out too heavy where teachers are flat and
+      disagree (by .05 to .2 of all mass for two random models), and right where the union holds most of the mass;
+      `hidden` has no such bias.
 
     `hidden` with the mean of logits is exact: the teachers' heads, weighted, side by side are one head.
     """

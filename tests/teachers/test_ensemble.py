@@ -90,7 +90,6 @@ def test_the_mean_of_probabilities_is_exact_at_the_union_and_in_the_tail(teacher
 def test_the_mean_of_logits_is_exact_on_the_union_and_bounds_the_tail(teachers, logits, temperature):
     mean = 0.25 * logits[0].log_softmax(1) + 0.75 * logits[1].log_softmax(1)
     exact = (mean / temperature).log_softmax(1)
-    excess = []
     for k in (4, 64, 150):
         signals = asked(teachers, "logits", TopK(k, (1.0, temperature)))
         log_p, log_tail = (part.double() for part in signals.at_temperature(temperature))
@@ -98,9 +97,6 @@ def test_the_mean_of_logits_is_exact_on_the_union_and_bounds_the_tail(teachers, 
         torch.testing.assert_close(log_p - log_p[:, :1], inside - inside[:, :1], atol=1e-4, rtol=0)
         rest = exact.scatter(1, signals.ids, -torch.inf).logsumexp(1)
         assert bool((log_tail >= rest - 1e-4).all())
-        excess.append(float((log_tail.exp() - rest.exp()).mean()))
-    assert excess == sorted(excess, reverse=True)
-    assert excess[-1] < 0.06
 
 
 def test_hidden_states_side_by_side_are_the_mean_of_logits(teachers, logits):
