@@ -1,0 +1,176 @@
+"""Off-policy logit KD side by side with TRL's GKDTrainer on the same rows, and with the machine's own limit.
+
+    python -m tests.benchmarks.race --data train.jsonl --trl-python VENV/bin/python [--rounds 3]
+
+`--data`: JSONL rows with `question` and `answer` (GSM8K). `--trl-python`: a Python that has `trl==1.16.0` and the same
+torch. Teacher: llama of 40M parameters, student: 11M, V=32,000, batches of 8 rows, one machine for everything. Both
+sides count non-pad tokens a second over the steps after the first ten; the sides take turns, medians are printed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rayk.environment import set_threading
+
+set_threading()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from jobs.train_tokenizer import main as train_tokenizer  # noqa: E402
+from rayk.cluster import start_ray  # noqa: E402
+from rayk.config import parse_config  # noqa: E402
+from rayk.run import distill  # noqa: E402
+from tests.benchmarks.machine import machine, median_seconds  # noqa: E402
+
+VOCAB, BATCH, WARM_STEPS = 32_000, 8, 10
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SIZES: dict[str, dict[str, int]] = {
+    "teacher": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
+}
+# (what is raced, teacher's dtype, student's precision)
+RACES = {
+    "float32": ("float32", "float32"),
+    "bfloat16 teacher": ("bfloat16", "float32"),
+    "bfloat16 throughout": ("bfloat16", "bfloat16"),
+}
+
+
+def make_models(folder: Path, data: Path) -> None:
+    """Random models are as fast as trained ones."""
+    rows = [json.loads(line) for line in data.open(encoding="utf-8")]
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows:
+            turns = [("user", row["question"]), ("assistant", row["answer"])]
+            file.write(json.dumps({"messages": [{"role": who, "content": text} for who, text in turns]}) + "\n")
+    train_tokenizer(str(folder / "teacher"), str(VOCAB), str(data))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    tokenizer.chat_template = TEMPLATE
+    for name, size in SIZES.items():
+        settings = AutoConfig.for_model(
+            "llama", vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=1024, pad_token_id=0,
+            eos_token_id=1, **size,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(settings)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        print(f"{name}: {model.num_parameters() / 1e6:.1f}M parameters")
+
+
+def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, int], **settings: Any) -> dict[str, Any]:
+    """One run of rayk: tokens a second in steady state, and the seconds until the first step."""
+    teacher_dtype, precision = RACES[race]
+    config = {
+        "output": str(folder / f"ours-{number}"),
+        "teachers": [
+            {"name": "teacher", "model": str(folder / "teacher"),
+             "engine": {"dtype": teacher_dtype, "threads": threads[0]}, "resources": {"num_cpus": 1}},
+        ],
+        "student": {"model": str(folder / "student")},
+        "data": {"train": {"path": str(folder / "rows.jsonl"), "rows": steps * BATCH}},
+        "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": 64}},
+        "training": {
+            "workers": 1, "steps": steps, "batch_size": BATCH, "learning_rate": 1e-4, "schedule": "constant",
+            "precision": precision, "threads": threads[1], "checkpoint_every_steps": 10_000, "prefetch": 3,
+        },
+        "tracking": {"tensorboard": False},
+    }  # fmt: skip
+    began = time.time()
+    distill(parse_config(config | settings))
+    lines = (folder / f"ours-{number}" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    steady = rows[WARM_STEPS:]
+    spent = sum(row["step_seconds"] for row in steady)
+    return {
+        "tokens_per_second": sum(row["tokens"] for row in steady) / spent,
+        "wait": sum(row["teacher_wait_seconds"] for row in steady) / spent,
+        "started": time.time() - began - sum(row["step_seconds"] for row in rows),
+    }
+
+
+def theirs(folder: Path, python: str, race: str, steps: int, threads: int) -> float:
+    """One run of TRL: tokens a second in steady state."""
+    teacher_dtype, precision = RACES[race]
+    given = {
+        "teacher": str(folder / "teacher"), "student": str(folder / "student"), "rows": str(folder / "rows.jsonl"),
+        "teacher_dtype": teacher_dtype, "precision": precision, "steps": steps, "batch_size": BATCH, "threads": threads,
+        "output": str(folder / "theirs"),
+    }  # fmt: skip
+    (folder / "given.json").write_text(json.dumps(given))
+    script = Path(__file__).with_name("race_trl.py")
+    done = subprocess.run([python, str(script), str(folder / "given.json")], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    timed = json.loads(done.stdout.splitlines()[-1])[WARM_STEPS:]
+    return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed)
+
+
+def flops_a_token(folder: Path, counted: float) -> float:
+    """What must be computed a token: bodies on all tokens, heads where one counts, backward twice the forward."""
+    total = 0.0
+    for name, passes in (("teacher", 1), ("student", 3)):
+        size = SIZES[name]
+        width, layers = size["hidden_size"], size["num_hidden_layers"]
+        body = layers * (4 * width * width + 3 * width * size["intermediate_size"])
+        total += passes * 2 * (body + counted * width * VOCAB)
+    return total
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of large products in this process."""
+    a, b = torch.randn(1600, 1024, dtype=torch.float32).to(dtype), torch.randn(1024, 4096).to(dtype)
+    [seconds] = median_seconds(lambda: a @ b, runs=9)
+    return 2 * 1600 * 1024 * 4096 / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--trl-python", help="leave out to run our side only")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", default="1,1", help="of teacher and student; TRL's one process has their sum")
+    parser.add_argument("--races", default=",".join(RACES))
+    given = parser.parse_args()
+    threads = tuple(int(each) for each in given.threads.split(","))
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(f"{machine()}, load before {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_models(folder, given.data)
+        rates = {dtype: gemm_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+        print(", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items()))
+        number = 0
+        for race in given.races.split(","):
+            mine, peers = [], []
+            for _ in range(given.rounds):
+                number += 1
+                mine.append(ours(folder, number, race, given.steps, threads))
+                if given.trl_python:
+                    peers.append(theirs(folder, given.trl_python, race, given.steps, sum(threads)))
+            speed = statistics.median(run["tokens_per_second"] for run in mine)
+            text = f"{race}: rayk {speed:,.0f} tokens/s (waits {mine[-1]['wait']:.0%}, up in {mine[-1]['started']:.0f} s)"
+            if peers:
+                peer = statistics.median(peers)
+                text += f", TRL {peer:,.0f}: ratio {speed / peer:.2f}"
+            print(text, flush=True)
+
+
+if __name__ == "__main__":
+    start_ray(4)
+    main()

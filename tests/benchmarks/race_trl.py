@@ -1,0 +1,52 @@
+"""The peer's side of tests.benchmarks.race, run in an environment that has TRL: off-policy GKD in one process.
+
+    python race_trl.py SETTINGS.json      prints a line of JSON: [[non-pad tokens, seconds] of each step]
+"""
+
+import json
+import sys
+import time
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.utils import DataCollatorForChatML
+
+given = json.load(open(sys.argv[1]))
+torch.set_num_threads(given["threads"])
+tokenizer = AutoTokenizer.from_pretrained(given["student"])
+student = AutoModelForCausalLM.from_pretrained(given["student"], dtype=torch.float32)
+teacher = AutoModelForCausalLM.from_pretrained(given["teacher"], dtype=getattr(torch, given["teacher_dtype"]))
+rows = [json.loads(line) for line in open(given["rows"])][: given["steps"] * given["batch_size"]]
+collate, batches, steps = DataCollatorForChatML(tokenizer=tokenizer, max_length=1024), [], []
+
+
+def counting(examples):
+    batch = collate(examples)
+    batches.append(int(batch["attention_mask"].sum()))
+    return batch
+
+
+class Clock(TrainerCallback):
+    def on_train_begin(self, *_, **__):
+        self.last = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        now = time.perf_counter()
+        steps.append(now - self.last)
+        self.last = now
+
+
+arguments = GKDConfig(
+    output_dir=given["output"], lmbda=0.0, beta=0.0, max_length=1024, per_device_train_batch_size=given["batch_size"],
+    max_steps=given["steps"], learning_rate=1e-4, lr_scheduler_type="constant", save_strategy="no", report_to=[],
+    logging_steps=given["steps"], use_cpu=True, bf16=given["precision"] == "bfloat16", disable_tqdm=True,
+    gradient_checkpointing=False,
+)  # fmt: skip
+trainer = GKDTrainer(
+    model=student, teacher_model=teacher, args=arguments, data_collator=counting, processing_class=tokenizer,
+    train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows]), callbacks=[Clock()],
+)  # fmt: skip
+trainer.train()
+print(json.dumps([list(pair) for pair in zip(batches, steps, strict=False)]))
