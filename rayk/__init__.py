@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayk import losses
-    from rayk.config import RunConfig, TeacherConfig, TransformersEngine, load_config
+    from rayk.config import RunConfig, TeacherConfig, TransformersEngine, VLLMEngine, load_config
     from rayk.data import make_batches
     from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
     from rayk.run import Result, distill
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "losses": "rayk.losses",
-    **dict.fromkeys(("RunConfig", "TeacherConfig", "TransformersEngine", "load_config"), "rayk.config"),
+    **dict.fromkeys(("RunConfig", "TeacherConfig", "TransformersEngine", "VLLMEngine", "load_config"), "rayk.config"),
     **dict.fromkeys(("Result", "distill"), "rayk.run"),
     **dict.fromkeys(("InputError", "RaykError", "RunFailed", "TeacherUnavailable"), "rayk.errors"),
     **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.support"),
@@ -32,7 +32,7 @@ _HOMES = {
 __all__ = [
     "Completion", "Hidden", "InputError", "Logprob", "RaykError", "Requested", "Result", "RunConfig", "RunFailed",
     "Sampled", "SignalBatch", "Teacher", "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngine",
-    "connect_teacher", "distill", "load_config", "losses", "make_batches", "serve_teacher",
+    "VLLMEngine", "connect_teacher", "distill", "load_config", "losses", "make_batches", "serve_teacher",
 ]  # fmt: skip
 
 

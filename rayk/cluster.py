@@ -44,8 +44,8 @@ def start_ray(num_cpus: float = 0) -> None:
         signal.signal(signal.SIGTERM, ours if callable(ours) else signal.getsignal(signal.SIGTERM))
 
 
-def gpus_each(requested: float | None) -> float:
-    """GPUs for one replica or worker: as requested, else one if the cluster has any."""
+def gpus_each(requested: float | None, needed: float = 1.0) -> float:
+    """GPUs for one replica or worker: as requested, else `needed` if the cluster has any."""
     if requested is not None:
         return requested
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    return needed if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0

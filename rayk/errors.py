@@ -9,6 +9,10 @@ class InputError(RaykError, ValueError):
     """What the user gave is wrong (a setting, a file, a row, a model); the command line exits with 2."""
 
 
+class EngineDied(RaykError):
+    """An engine's own process is gone. Its replica is about to be replaced, so asking again helps."""
+
+
 class TeacherUnavailable(RaykError):
     """No replica of a teacher answered before the deadline."""
 

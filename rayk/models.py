@@ -4,6 +4,8 @@ Body and head are kept apart because the head is the dear part of a small model 
 only where a token counts, and only a chunk of positions at a time.
 """
 
+import hashlib
+import json
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -103,6 +105,51 @@ def head_of(model: CausalLM) -> Head:
     return Head(projection.weight, getattr(projection, "bias", None), scale, softcap)
 
 
+def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Head:
+    """The head of a local folder's or hub id's model, on the CPU, without loading the body.
+
+    Raises:
+        InputError: there are no safetensors that hold an output embedding under the name its architecture gives.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_model_config(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    head = head_of(model)
+    named = list(model.named_parameters(remove_duplicate=False))
+
+    def read(parameter: Tensor | None) -> Tensor | None:
+        # A tied head is saved under one of its names.
+        names = [key for key, each in named if each is parameter]
+        return None if parameter is None else _read_tensor(name, names).to(dtype)
+
+    weight = read(head.weight)
+    assert weight is not None
+    return replace(head, weight=weight, bias=read(head.bias))
+
+
+def _read_tensor(model: str, names: list[str]) -> Tensor:
+    """The tensor that `model`'s safetensors hold under one of `names`."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    files = json.loads(Path(index).read_text())["weight_map"] if index else dict.fromkeys(names, SAFE_WEIGHTS_NAME)
+    for name in names:
+        path = cached_file(model, files[name], _raise_exceptions_for_missing_entries=False) if name in files else None
+        if path is None:
+            continue
+        with safe_open(path, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                return tensors.get_tensor(name)
+    raise InputError(
+        f"The safetensors of '{model}' hold none of {', '.join(names)}, so its head cannot be read; leave "
+        "'engine.hidden' out."
+    )
+
+
 def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states after the final norm, [rows, length, width], of right-padded rows."""
     body = getattr(model, model.base_model_prefix)
@@ -179,6 +226,11 @@ def load_model_config(name: str, *, trust_remote_code: bool = False):
 def real_vocab_size(tokenizer) -> int:
     """One more than the tokenizer's highest id. Models often pad their embeddings past it."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of the token-to-id map: equal for tokenizers that give every token the same id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def pick_device(device: str = "auto") -> str:

@@ -22,14 +22,13 @@ from rayk.config import (
     parse_config,
 )
 from rayk.data.examples import ExampleTable, tokenize
-from rayk.engines.transformers import tokenizer_fingerprint
 from rayk.errors import InputError
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher, with_prompts
 from rayk.evaluation.report import write_report
 from rayk.evaluation.run_directory import Follower, read_lines
 from rayk.methods import METHODS
-from rayk.models import load_model_config, load_tokenizer, real_vocab_size
+from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.support import Hidden, TopK
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
 from rayk.teachers.ensemble import check_ensemble, name_for
@@ -47,7 +46,7 @@ _PLACEMENT = {
     )),
     *(f"teachers.{key}" for key in (
         "attach", "replicas", "resources", "call_tokens", "in_flight", "deadline_seconds", "engine.batch_tokens",
-        "engine.device", "engine.threads",
+        "engine.device", "engine.threads", "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
     )),
 }  # fmt: skip
 

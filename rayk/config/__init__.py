@@ -10,7 +10,15 @@ from rayk.config.evaluation import EvaluationConfig, GenerationConfig
 from rayk.config.loading import load_config, parse_config
 from rayk.config.methods import DIVERGENCE_OPTIONS, Divergence, LogitKDConfig, MethodConfig, SupervisedConfig
 from rayk.config.run import RunConfig, TrackingConfig
-from rayk.config.teachers import EnsembleConfig, Replicas, Resources, RouteConfig, TeacherConfig, TransformersEngine
+from rayk.config.teachers import (
+    EnsembleConfig,
+    Replicas,
+    Resources,
+    RouteConfig,
+    TeacherConfig,
+    TransformersEngine,
+    VLLMEngine,
+)
 from rayk.config.training import StudentConfig, TrainingConfig
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "TransformersEngine",
+    "VLLMEngine",
     "load_config",
     "parse_config",
 ]

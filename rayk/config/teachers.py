@@ -21,6 +21,36 @@ class TransformersEngine(Settings):
     """CPU threads of one replica; by default the replica's `num_cpus`, at least 1."""
 
 
+class VLLMEngine(Settings):
+    """vLLM's asynchronous engine: fast, on one or more GPUs of a node; top-k signals at temperature 1.
+
+    A replica asks Ray for `tensor_parallel_size` GPUs of one node unless `resources.num_gpus` says otherwise. For a
+    model over several nodes give `arguments` what vLLM's `ray` executor needs.
+    """
+
+    kind: Literal["vllm"] = "vllm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is vLLM's choice: as saved, but 16 bits for a checkpoint in float32."""
+    tensor_parallel_size: Positive = 1
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest sequence, prompt and continuation together; by default what the model takes. The cache must hold one."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each GPU's memory one engine takes; by default vLLM's. On a CPU, of the machine's memory; by default
+    the cache has 1 GiB there."""
+    hidden: bool = False
+    """Also give support `hidden`. vLLM needs a second engine for it, which loads the model once more: keep
+    `gpu_memory_utilization` below a half, with room for the head."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Anything else for vLLM's `AsyncEngineArgs`, under its names there."""
+
+
+def _engine(value: Any) -> Any:
+    return {"kind": "transformers"} | value if isinstance(value, dict) else value
+
+
+EngineConfig = Annotated[TransformersEngine | VLLMEngine, Field(discriminator="kind")]
+
+
 class Replicas(Settings):
     """How many copies of a teacher run. `min == max` is a fixed number."""
 
@@ -77,7 +107,8 @@ class TeacherConfig(Settings):
     """A local model folder or a hub id."""
     attach: bool = False
     """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
-    engine: TransformersEngine = Field(default_factory=TransformersEngine)
+    engine: Annotated[EngineConfig, BeforeValidator(_engine)] = Field(default_factory=TransformersEngine)
+    """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)
     trust_remote_code: bool = False

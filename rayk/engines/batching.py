@@ -1,10 +1,13 @@
-"""Merging concurrent requests into batches of near-equal length under a budget of padded tokens."""
+"""Concurrent requests: merging them into batches of near-equal length under a budget of padded tokens, and awaiting
+many."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -75,3 +78,14 @@ class MicroBatcher:
         taken = {id(job) for job in batch}
         self._waiting = [job for job in self._waiting if id(job) not in taken]
         return batch
+
+
+async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first failure cancels the rest and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(piece) for piece in work]
+    except BaseExceptionGroup as failures:
+        first = failures.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]

@@ -5,7 +5,6 @@ so no [positions, vocab] block of a batch is ever whole.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from rayk.config import TransformersEngine as Settings
 from rayk.engines.base import EngineInfo, Generated, SamplingParameters
 from rayk.engines.batching import MicroBatcher
-from rayk.errors import InputError
+from rayk.engines.checks import check_prompts, check_request
 from rayk.models import (
     DTYPES,
     Head,
@@ -26,6 +25,7 @@ from rayk.models import (
     load_tokenizer,
     pick_device,
     real_vocab_size,
+    tokenizer_fingerprint,
 )
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch, concatenate, distinct_fill
@@ -310,74 +310,3 @@ def generate(
         length = length or len(row_ids)
         generated.append(Generated(row_ids[:length].astype(np.int32), row_logprobs[:length].astype(np.float32), reason))
     return generated
-
-
-def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Support) -> None:
-    """Refuse what this model cannot answer.
-
-    Raises:
-        InputError: unknown support, k beyond the vocabulary, a sequence too long or with ids out of range.
-    """
-    if support.kind not in info.supports:
-        raise InputError(f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports)}.")
-    if isinstance(support, TopK) and support.k > info.vocab_size:
-        raise InputError(f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k.")
-    if isinstance(support, Sampled) and support.draws > info.vocab_size:
-        raise InputError(
-            f"support.draws is {support.draws}, but {info.model} has a vocabulary of {info.vocab_size}; lower draws."
-        )
-    for sequence in sequences:
-        if isinstance(support, Requested):
-            _check_requested(info, sequence, sequences[0])
-        if len(sequence) > info.max_tokens:
-            raise InputError(
-                f"A sequence of {len(sequence)} tokens is longer than {info.model} takes ({info.max_tokens}); "
-                "lower data.max_tokens."
-            )
-        _check_ids(info, sequence.input_ids)
-
-
-def _check_requested(info: EngineInfo, sequence: Sequence, first: Sequence) -> None:
-    if sequence.requested is None or first.requested is None:
-        raise InputError("Support 'requested' needs the ids: give every sequence 'requested' [counted tokens, m].")
-    if sequence.requested.shape[1] != first.requested.shape[1]:
-        raise InputError(
-            f"The sequences of one request name {first.requested.shape[1]} and {sequence.requested.shape[1]} ids a "
-            "position; give all the same number, with -1 for none."
-        )
-    if sequence.requested.size and not -1 <= sequence.requested.min() <= sequence.requested.max() < info.vocab_size:
-        raise InputError(
-            f"A requested id is beyond {info.model}'s vocabulary of {info.vocab_size}; give ids of real tokens, or -1 "
-            "for none."
-        )
-
-
-def check_prompts(info: EngineInfo, prompts: Ordered[np.ndarray], parameters: SamplingParameters) -> None:
-    """Refuse what this model cannot continue.
-
-    Raises:
-        InputError: an empty prompt, ids out of range, no room for `max_new_tokens`.
-    """
-    for prompt in prompts:
-        if len(prompt) == 0:
-            raise InputError("An empty prompt cannot be continued; give it at least one token.")
-        if len(prompt) + parameters.max_new_tokens > info.max_tokens:
-            raise InputError(
-                f"A prompt of {len(prompt)} tokens and max_new_tokens ({parameters.max_new_tokens}) are together more "
-                f"than {info.model} takes ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
-            )
-        _check_ids(info, np.asarray(prompt))
-
-
-def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < info.vocab_size:
-        wrong = int(ids.min() if ids.min() < 0 else ids.max())
-        raise InputError(
-            f"Token id {wrong} is beyond {info.model}'s vocabulary of {info.vocab_size}; student and teacher must "
-            "share a tokenizer."
-        )
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of the token-to-id map: equal for tokenizers that give every token the same id."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]

@@ -38,7 +38,8 @@ from tenacity import (
 from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
 from rayk.engines.base import EngineInfo, SamplingParameters
-from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
+from rayk.engines.batching import gather
+from rayk.errors import EngineDied, InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
 from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
@@ -46,8 +47,9 @@ from rayk.support import Hidden, Support, TopK
 from rayk.teachers import deployment
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
-# A replica or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask again.
-_RETRYABLE = (RayActorError, ObjectLostError, BackPressureError, DeploymentUnavailableError, CorruptSignal)
+# A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
+# again.
+_RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 _PROMPTS_A_CALL = 32
 _CHECKED_POSITIONS = 8
 T = TypeVar("T")
@@ -210,7 +212,7 @@ class Teacher:
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         calls = _split([len(sequences[row]) for row in order], self.settings.call_tokens)
         rows_of = [[order[i] for i in call] for call in calls]
-        parts = await _gather(
+        parts = await gather(
             self._call("score", ScoreRequest.of([sequences[row] for row in rows], support), self._decoded)
             for rows in rows_of
         )
@@ -268,7 +270,7 @@ class Teacher:
     async def _generate(self, prompts: list[Any], parameters: SamplingParameters, seed: int) -> list[Completion]:
         seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
         starts = range(0, len(prompts), _PROMPTS_A_CALL)
-        parts = await _gather(
+        parts = await gather(
             self._call(
                 "generate",
                 GenerateRequest(prompts[i : i + _PROMPTS_A_CALL], seeds[i : i + _PROMPTS_A_CALL], parameters),
@@ -332,17 +334,6 @@ class Teacher:
 
 async def _head_of(references: list[ray.ObjectRef]) -> Head:
     return unpack_head(await references[0])
-
-
-async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first failure cancels the rest and is raised as itself."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(piece) for piece in work]
-    except BaseExceptionGroup as failures:
-        first = failures.exceptions[0]
-        raise first from first.__cause__
-    return [task.result() for task in tasks]
 
 
 def sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:

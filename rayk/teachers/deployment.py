@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rayk.cluster import gpus_each
-from rayk.config import TeacherConfig
+from rayk.config import TeacherConfig, VLLMEngine
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters
 from rayk.environment import THREADING
 from rayk.errors import InputError
@@ -107,15 +107,20 @@ class TeacherReplica:
 
 def build_engine(config: TeacherConfig) -> Engine:
     """The engine `config.engine.kind` names, in this process."""
+    assert config.model is not None
+    if isinstance(config.engine, VLLMEngine):
+        from rayk.engines import vllm
+
+        return vllm.VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+
     import torch
 
-    from rayk.engines.transformers import TransformersEngine
+    from rayk.engines import transformers
 
-    assert config.model is not None
     threads = config.engine.threads or max(1, int(config.resources.num_cpus))
     if config.engine.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    return TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+    return transformers.TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
 
 
 def deploy(config: TeacherConfig) -> None:
@@ -127,7 +132,7 @@ def deploy(config: TeacherConfig) -> None:
     serve.start(proxy_location="Disabled")
     actor = {
         "num_cpus": config.resources.num_cpus,
-        "num_gpus": gpus_each(config.resources.num_gpus),
+        "num_gpus": gpus_each(config.resources.num_gpus, getattr(config.engine, "tensor_parallel_size", 1)),
         "resources": config.resources.custom,
         "runtime_env": {"env_vars": THREADING},
     }

@@ -113,7 +113,9 @@ def theirs(folder: Path, python: str, race: str, steps: int, threads: int) -> fl
     }  # fmt: skip
     (folder / "given.json").write_text(json.dumps(given))
     script = Path(__file__).with_name("race_trl.py")
-    done = subprocess.run([python, str(script), str(folder / "given.json")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, str(script), str(folder / "given.json")], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     timed = json.loads(done.stdout.splitlines()[-1])[WARM_STEPS:]
@@ -164,7 +166,9 @@ def main() -> None:
                 if given.trl_python:
                     peers.append(theirs(folder, given.trl_python, race, given.steps, sum(threads)))
             speed = statistics.median(run["tokens_per_second"] for run in mine)
-            text = f"{race}: rayk {speed:,.0f} tokens/s (waits {mine[-1]['wait']:.0%}, up in {mine[-1]['started']:.0f} s)"
+            text = (
+                f"{race}: rayk {speed:,.0f} tokens/s (waits {mine[-1]['wait']:.0%}, up in {mine[-1]['started']:.0f} s)"
+            )
             if peers:
                 peer = statistics.median(peers)
                 text += f", TRL {peer:,.0f}: ratio {speed / peer:.2f}"

@@ -1,6 +1,6 @@
 """The peer's side of tests.benchmarks.race, run in an environment that has TRL: off-policy GKD in one process.
 
-    python race_trl.py SETTINGS.json      prints a line of JSON: [[non-pad tokens, seconds] of each step]
+python race_trl.py SETTINGS.json      prints a line of JSON: [[non-pad tokens, seconds] of each step]
 """
 
 import json

@@ -16,7 +16,7 @@ from rayk.engines import transformers as engine_module
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine, generate
 from rayk.errors import InputError
-from rayk.models import real_vocab_size
+from rayk.models import real_vocab_size, tokenizer_fingerprint
 from rayk.sequences import Sequence
 from rayk.support import Logprob, TopK
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
@@ -209,8 +209,8 @@ def test_info_tells_the_real_vocabulary(tmp_path):
     tiny_model(tmp_path, vocab_size=400, tokenizer=tiny_tokenizer())
     engine = TransformersEngine(str(tmp_path))
     assert (engine.info.vocab_size, engine.info.max_tokens, engine.info.dtype) == (VOCAB, 512, "float32")
-    assert engine.info.tokenizer_fingerprint == engine_module.tokenizer_fingerprint(tiny_tokenizer())
-    assert engine.info.tokenizer_fingerprint != engine_module.tokenizer_fingerprint(tiny_tokenizer(sentences=("x y",)))
+    assert engine.info.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+    assert engine.info.tokenizer_fingerprint != tokenizer_fingerprint(tiny_tokenizer(sentences=("x y",)))
 
 
 def test_a_fresh_engine_warms_up_and_is_healthy(engine):
