@@ -22,6 +22,7 @@ from rayk.environment import set_threading
 from rayk.errors import InputError, RaykError
 
 if TYPE_CHECKING:
+    from rayk.fill import Filled
     from rayk.run import Watcher
 
 app = typer.Typer(
@@ -96,6 +97,26 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def cache(
+    config: ConfigPath, overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the cache instead; delete what is damaged (exit 1 if any was).")
+    ] = False,
+) -> None:  # fmt: skip
+    """Ask a config's teachers for all the signals its run needs, ahead of it."""
+    settings = load_config(config, overrides)
+    from rayk.fill import fill_cache, verify_cache
+
+    if not verify:
+        _print(filling(fill_cache(settings, watcher())))
+        return
+    found = verify_cache(settings)
+    console.print(f"{found.segments:,} segments hold {found.entries:,} signals in {found.bytes:,} bytes.")
+    if found.damaged:
+        raise RaykError(f"Damaged and deleted: {', '.join(found.damaged)}; their rows will be asked for again.")
+
+
+@app.command()
 def evaluate(
     config: ConfigPath, overrides: Overrides = None,
     model: Annotated[str | None, typer.Option("--model", help="The model to measure; else the run's student.")] = None,
@@ -166,6 +187,18 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
             _cell(summary or {}, "teacher_wait_share", "{:.1%}"),
         ]
         table.add_row(Text(name), *cells)
+    return table
+
+
+def filling(filled: "list[Filled]") -> Table:
+    """What a cache holds for a run: a row for each kind of rows and support."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "support", "rows", "tokens", "there before", "bytes", "bytes an entry"):
+        table.add_column(heading, justify="left" if heading in ("", "support") else "right")
+    for each in filled:
+        numbers = (each.rows, each.tokens, each.cached_tokens, each.bytes)
+        an_entry = "–" if each.bytes_an_entry is None else f"{each.bytes_an_entry:.2f}"
+        table.add_row(each.what, each.support.kind, *(f"{number:,}" for number in numbers), an_entry)
     return table
 
 

@@ -37,21 +37,27 @@ class TerminalWatcher(Watcher):
         text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
         if "evaluation_loss" in row:
             text += f"  evaluation loss {row['evaluation_loss']:.4f}"
+        self._show("step", row["step"], total, text)
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self._show("row", done, total, text)
+
+    def _show(self, unit: str, done: int, total: int, text: str) -> None:
         if self._console.is_terminal:
-            self._draw(row["step"], total, text)
-        elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS or row["step"] == total:
+            self._draw(done, total, text)
+        elif time.monotonic() - self._last_line > _LINE_EVERY_SECONDS or done == total:
             self._last_line = time.monotonic()
-            self._console.print(f"         step {row['step']}/{total}  {text}")
-        if row["step"] >= total:
+            self._console.print(f"         {unit} {done}/{total}  {text}")
+        if done >= total:
             self._close()
 
-    def _draw(self, step: int, total: int, text: str) -> None:
+    def _draw(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
             columns = (TextColumn("        "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._bar.add_task("", total=total)
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=step, description=text)
+        self._bar.update(self._bar.task_ids[0], completed=done, description=text)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -31,6 +31,7 @@ from rayk.methods import METHODS
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.support import Hidden, TopK
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
+from rayk.teachers.cache import SignalCache, opened
 from rayk.teachers.ensemble import check_ensemble, name_for
 from rayk.training import evaluate_remotely, train
 from rayk.training.checkpoint import CheckpointStore
@@ -39,7 +40,8 @@ from rayk.training.student import architecture
 
 # Settings that say where and how fast, not what is learned: they may change between a run and its resumption.
 _PLACEMENT = {
-    "name", "output", "tracking", "evaluation", "data.evaluation", "student.gradient_checkpointing",
+    "name", "output", "tracking", "evaluation", "data.evaluation", "student.gradient_checkpointing", "cache.path",
+    "cache.max_gigabytes",
     *(f"training.{key}" for key in (
         "workers", "resources", "threads", "micro_batch_tokens", "prefetch", "checkpoint_every_steps", "checkpoints",
         "keep_checkpoints", "max_failures", "collective_timeout_seconds",
@@ -75,6 +77,9 @@ class Watcher:
 
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
         """Rows of `metrics.jsonl` since the last call; after a worker's death they begin again at the first."""
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """So much of the current part is done."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,13 @@ def distill(
         if new:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
         applications = applications_of(config)
-        teachers = _serve_all(config, applications, stack)
-        began = time.time()
         teacher_evaluation = None
-        if teachers and inputs.evaluation is not None:
-            watcher.stage("Measuring the teacher")
-            teacher_evaluation = _measured(config, teachers, inputs)
+        with opened(config.cache) as cache:
+            teachers = serve_all(config, applications, stack, cache)
+            began = time.time()
+            if teachers and inputs.evaluation is not None:
+                watcher.stage("Measuring the teacher")
+                teacher_evaluation = _measured(config, teachers, inputs)
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(
@@ -162,7 +168,7 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         start_ray(cpus_needed(config))
         watcher.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
         applications = applications_of(config)
-        teachers = _serve_all(config, applications, stack)
+        teachers = serve_all(config, applications, stack, stack.enter_context(opened(config.cache)))
         watcher.stage(f"Measuring {measured}")
         job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table)
         evaluation = evaluate_remotely(job)
@@ -187,9 +193,10 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         value = section.get(key)
         if isinstance(value, str) and (value.startswith(("./", "../", "~")) or os.path.exists(value)):
             section[key] = os.path.abspath(os.path.expanduser(value))
-    place = values["training"]["checkpoints"]
-    if place and "://" not in place:
-        values["training"]["checkpoints"] = os.path.abspath(os.path.expanduser(place))
+    for section, key in [(values["training"], "checkpoints"), (values["cache"] or {}, "path")]:
+        place = section.get(key)
+        if place and "://" not in place:
+            section[key] = os.path.abspath(os.path.expanduser(place))
     return parse_config(values)
 
 
@@ -373,11 +380,13 @@ def applications_of(config: RunConfig) -> dict[str, str]:
     return {t.name: t.name if t.attach else f"{t.name}-{owner}" for t in config.teachers}
 
 
-def _serve_all(config: RunConfig, applications: Mapping[str, str], stack: ExitStack) -> dict[str, Teacher]:
+def serve_all(
+    config: RunConfig, applications: Mapping[str, str], stack: ExitStack, cache: SignalCache | None
+) -> dict[str, Teacher]:
     """The run's teachers by name, up until `stack` closes."""
     return {
         teacher.name: stack.enter_context(
-            serve_teacher(teacher.model_copy(update={"name": applications[teacher.name]}))
+            serve_teacher(teacher.model_copy(update={"name": applications[teacher.name]}), cache)
         )
         for teacher in config.teachers
     }

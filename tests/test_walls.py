@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "sequences"},
     {"models"},
     {"signal"},
-    {"losses"},
+    {"losses", "signal_codec"},
     {"engines", "data"},
     {"cluster"},
     {"teachers"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"methods"},
     {"training"},
     {"run"},
-    {"doctor", "quickstart", "progress"},
+    {"doctor", "quickstart", "progress", "fill"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -5,6 +5,7 @@ whatever is wrong into one sentence.
 """
 
 from rayk.config.base import Settings
+from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig, DataSource
 from rayk.config.evaluation import EvaluationConfig, GenerationConfig
 from rayk.config.loading import load_config, parse_config
@@ -23,6 +24,7 @@ from rayk.config.training import StudentConfig, TrainingConfig
 
 __all__ = [
     "DIVERGENCE_OPTIONS",
+    "CacheConfig",
     "DataConfig",
     "DataSource",
     "Divergence",

@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from rayk.config.base import Settings
+from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
 from rayk.config.methods import LogitKDConfig, MethodConfig
@@ -37,6 +38,8 @@ class RunConfig(Settings):
     method: MethodConfig
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    cache: CacheConfig | None = None
+    """Keep the teachers' signals on disk; `null`: ask every time."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")

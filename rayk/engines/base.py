@@ -28,6 +28,11 @@ class EngineInfo:
     supports: tuple[str, ...]
     hidden_size: int = 0
     """Width of the final hidden states; 0 where the engine does not give them."""
+    engine: str = "transformers"
+    """The engine's kind: another one computes slightly other numbers from the same weights."""
+    weights_fingerprint: str = ""
+    """Changes with the weights (`rayk.models.weights_fingerprint`); empty where they are not known, as behind an
+    endpoint."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from rayk.models import (
     pick_device,
     real_vocab_size,
     tokenizer_fingerprint,
+    weights_fingerprint,
 )
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch, concatenate, distinct_fill
@@ -56,6 +57,7 @@ class TransformersEngine:
             device=self.device,
             supports=("topk", "requested", "sampled", "hidden", "logprob"),
             hidden_size=self._head.weight.shape[1],
+            weights_fingerprint=weights_fingerprint(model, getattr(self.model.config, "_commit_hash", None)),
         )
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:

@@ -45,6 +45,7 @@ from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
 from rayk.support import Hidden, Support, TopK
 from rayk.teachers import deployment
+from rayk.teachers.cache import SignalCache, cacheable
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
 # A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
@@ -79,7 +80,9 @@ class Statistics:
     calls: int = 0
     retries: int = 0
     tokens: int = 0
-    """Counted positions whose signals arrived."""
+    """Counted positions whose signals arrived, from a replica or the cache."""
+    cached_tokens: int = 0
+    """Those of them that came from the cache."""
     bytes: int = 0
     wait_seconds: float = 0.0
     """How long `stream` and `score` held their caller."""
@@ -133,10 +136,14 @@ def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> 
 
 
 class Teacher:
-    """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`."""
+    """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`.
 
-    def __init__(self, name: str, info: EngineInfo, settings: TeacherConfig):
+    With a `cache` it is asked only for signals that are not kept there, and those it gives are.
+    """
+
+    def __init__(self, name: str, info: EngineInfo, settings: TeacherConfig, cache: SignalCache | None = None):
         self.name = name
+        self.cache = cache
         self.info = info
         self.settings = settings
         self.statistics = Statistics()
@@ -209,6 +216,31 @@ class Teacher:
             self.statistics.wait_seconds += time.perf_counter() - began
 
     async def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
+        if self.cache is not None and cacheable(self.info, support):
+            signals = await self._score_cached(self.cache, sequences, support)
+        else:
+            signals = await self._ask(sequences, range(len(sequences)), support)
+        if isinstance(support, Hidden):
+            signals = replace(signals, head=await self.ahead())
+            self._check_head(signals, np.concatenate([sequence.targets for sequence in sequences]))
+        self.statistics.tokens += signals.tokens
+        return signals
+
+    async def _score_cached(self, cache: SignalCache, sequences: list[Sequence], support: Support) -> SignalBatch:
+        """What the cache holds of `sequences`, after the replicas have been asked for the rest. Files and compression
+        are left to threads, for the loop has other requests to look after."""
+        rows = await asyncio.to_thread(cache.find, self.info, sequences, support)
+        self.statistics.cached_tokens += sum(found.tokens for found in rows.values())
+        missing = [row for row in range(len(sequences)) if row not in rows]
+        if missing:
+            asked = await self._ask(sequences, missing, support)
+            kept = await asyncio.to_thread(cache.add, self.info, [sequences[row] for row in missing], asked)
+            rows |= zip(missing, kept, strict=True)
+        return concatenate([rows[row] for row in range(len(sequences))])
+
+    async def _ask(self, batch: list[Sequence], chosen: Ordered[int], support: Support) -> SignalBatch:
+        """The replicas' signals for the `chosen` rows of `batch`."""
+        sequences = [batch[row] for row in chosen]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         calls = _split([len(sequences[row]) for row in order], self.settings.call_tokens)
         rows_of = [[order[i] for i in call] for call in calls]
@@ -221,16 +253,12 @@ class Teacher:
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
         if not np.array_equal(signals.offsets.diff().numpy(), expected):
             raise RaykError(f"Teacher '{self.name}' answered for other positions than it was asked about.")
-        if isinstance(support, Hidden):
-            signals = replace(signals, head=await self.ahead())
-            self._check_head(signals, np.concatenate([sequence.targets for sequence in sequences]))
-        if unusable := signals.unusable():
+        if unusable := {chosen[row]: reason for row, reason in signals.unusable().items()}:
             row, reason = next(iter(unusable.items()))
-            place = getattr(sequences[row], "where", "") or f"row {row} of the batch"
+            place = getattr(batch[row], "where", "") or f"row {row} of the batch"
             raise UnusableSignal(
                 f"Teacher '{self.name}' gave a signal for {place} that cannot be learned from: {reason}.", [*unusable]
             )
-        self.statistics.tokens += signals.tokens
         return signals
 
     async def ahead(self) -> Head:
@@ -361,10 +389,11 @@ def _split(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def connect_teacher(name: str, settings: TeacherConfig | None = None) -> Teacher:
+def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: SignalCache | None = None) -> Teacher:
     """Attach to the teacher that runs as Serve application `name` (from `rayk serve` or another process).
 
-    `settings`: credit and deadline of this asker; by default those the teacher was deployed with.
+    `settings`: credit and deadline of this asker; by default those the teacher was deployed with. `cache`: where its
+    signals are kept; by default nowhere.
 
     Raises:
         InputError: no such teacher runs on this cluster.
@@ -378,12 +407,13 @@ def connect_teacher(name: str, settings: TeacherConfig | None = None) -> Teacher
             f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve`, or give its model instead "
             "of 'attach: true'."
         ) from error
-    return Teacher(name, info, settings or TeacherConfig.model_validate(deployed))
+    return Teacher(name, info, settings or TeacherConfig.model_validate(deployed), cache)
 
 
 @contextmanager
-def serve_teacher(config: TeacherConfig) -> Iterator[Teacher]:
-    """Bring a teacher up on Ray Serve (starting Ray if need be), and take it down at the end.
+def serve_teacher(config: TeacherConfig, cache: SignalCache | None = None) -> Iterator[Teacher]:
+    """Bring a teacher up on Ray Serve (starting Ray if need be), and take it down at the end; `cache` as in
+    `connect_teacher`.
 
     With `attach: true` the teacher must already run, and is left running.
 
@@ -392,12 +422,12 @@ def serve_teacher(config: TeacherConfig) -> Iterator[Teacher]:
     """
     start_ray(num_cpus=config.resources.num_cpus * config.replicas.max + 1)
     if config.attach:
-        yield connect_teacher(config.name, config)
+        yield connect_teacher(config.name, config, cache)
         return
     adopted = deployment.already_runs(config)
     try:
         if not adopted:
             deployment.deploy(config)
-        yield connect_teacher(config.name, config)
+        yield connect_teacher(config.name, config, cache)
     finally:
         deployment.remove(config.name)

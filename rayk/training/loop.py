@@ -30,6 +30,7 @@ from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import load_tokenizer, pick_device
 from rayk.teachers import Teacher, connect_teacher, scorer_of
+from rayk.teachers.cache import SignalCache, opened
 from rayk.teachers.client import background_stream
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.recorder import Recorder
@@ -49,9 +50,9 @@ class Job:
     train_table: Any
     evaluation_table: Any
 
-    def teachers(self) -> dict[str, Teacher]:
+    def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
-        return {t.name: connect_teacher(self.applications[t.name], t) for t in self.config.teachers}
+        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.teachers}
 
     @property
     def checkpoints(self) -> str:
@@ -141,10 +142,11 @@ def evaluate_worker(job: Job) -> Evaluation:
     config = job.config
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
     model = make_model(config.student, tokenizer, config.seed, pick_device())
-    teacher = scorer_of(config, job.teachers())
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
-    evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
-    return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
+    with opened(config.cache) as cache:
+        teacher = scorer_of(config, job.teachers(cache))
+        evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
+        return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
 
 
 class Trainer:
@@ -156,7 +158,10 @@ class Trainer:
         self.device = _device()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
         self.table = ExampleTable(_fetched(job.train_table))
-        teacher = scorer_of(config, job.teachers())
+        self._closing = ExitStack()
+        self.teachers = job.teachers(self._closing.enter_context(opened(config.cache)))
+        self._cached_tokens = 0
+        teacher = scorer_of(config, self.teachers)
         self.method: Method = METHODS[config.method.kind](config.method, teacher)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.student = Student(model, self.settings.precision)
@@ -232,6 +237,7 @@ class Trainer:
             return replace(rest, skipped=rest.skipped + len(error.rows))
 
     def close(self) -> None:
+        self._closing.close()
         if self.recorder:
             self.recorder.close()
 
@@ -258,7 +264,9 @@ class Trainer:
         self.ranks.agree(problem)
         assert experience is not None
         lengths = [len(sequence) for sequence in experience.batch.sequences]
-        count, tokens, skipped = self.ranks.sums([experience.count, sum(lengths), experience.skipped])
+        count, tokens, skipped, cached = self.ranks.sums(
+            [experience.count, sum(lengths), experience.skipped, self._newly_cached()]
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step, self.ranks.rank]).generate_state(1)[0]))
@@ -286,10 +294,17 @@ class Trainer:
             "tokens": int(tokens),
             "counted_tokens": int(count),
             "skipped_rows": int(skipped),
+            "cached_tokens": int(cached),
             "tokens_per_second": tokens / seconds,
             "teacher_wait_seconds": waited,
             "step_seconds": seconds,
         }
+
+    def _newly_cached(self) -> int:
+        """Counted tokens that the cache has spared the teachers since the step before; they may be for later steps."""
+        before = self._cached_tokens
+        self._cached_tokens = sum(teacher.statistics.cached_tokens for teacher in self.teachers.values())
+        return self._cached_tokens - before
 
     def _backward(self, experience: Experience, lengths: list[int], count: float) -> dict[str, float]:
         """Gradients of the whole step's loss; sums of the loss and its terms over this rank's units."""

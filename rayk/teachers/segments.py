@@ -1,0 +1,306 @@
+"""Entries by key in a folder that many processes of many runs read and write at once, without locks.
+
+A writer collects entries and writes them as a *segment*, a file that never changes and is named after its content: the
+entries back to back, then an index (key, offset, length, checksum), then the index's own length and checksum. Whoever
+finds a segment reads its end and knows what is in it; any entry is then one ranged read, alike on a disk and in an
+object store. A segment appears whole (renamed from a temporary file, or one upload), so a killed writer loses the
+entries it had not written, and nothing else. What is damaged all the same counts as absent.
+
+Least recently used segments are deleted where a limit is set: beside each segment that is read lies an empty file
+`NAME.used`, renewed once an hour, whose time of writing is the time of use.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs
+
+from rayk.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+KEY_BYTES = 20
+_SUFFIX, _USED, _PART = ".rks", ".used", ".part"
+_INDEX = np.dtype([("key", f"V{KEY_BYTES}"), ("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")])
+INDEX_BYTES = _INDEX.itemsize
+_FOOTER = np.dtype([("entries", "<u8"), ("checksum", "<u4"), ("magic", "S4")])
+_MAGIC = b"RKC1"
+_SEGMENT_BYTES = 32 << 20
+_FLUSH_SECONDS = 15.0
+_REFRESH_SECONDS = 3.0
+_MARK_SECONDS = 3600.0
+_ABANDONED_SECONDS = 3600.0
+_PARALLEL_READS = 8
+
+
+class Damaged(Exception):
+    """A segment is cut off or does not match its checksums."""
+
+
+class _Place(NamedTuple):
+    segment: str
+    offset: int
+    length: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `verify` has seen: whole segments with their entries and bytes, and the names of those it deleted."""
+
+    segments: int
+    entries: int
+    bytes: int
+    damaged: list[str]
+
+
+class SegmentStore:
+    """The segments under one folder or URI (s3://…, gs://…), as one process sees them.
+
+    Args:
+        place: made where it does not exist.
+        max_bytes: what all segments together may take; a writer that exceeds it deletes the least recently used.
+
+    Raises:
+        InputError: the place cannot be used.
+    """
+
+    def __init__(self, place: str, max_bytes: int | None = None):
+        self.place = place
+        self._fs: fs.FileSystem
+        self._folder: str
+        try:
+            if "://" in place:
+                self._fs, self._folder = fs.FileSystem.from_uri(place)
+            else:
+                self._fs, self._folder = fs.LocalFileSystem(), os.path.abspath(place)
+            self._fs.create_dir(self._folder, recursive=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"The cache '{place}' cannot be used: {str(error).splitlines()[0]}") from error
+        self._max_bytes = max_bytes
+        self._segment_bytes = min(_SEGMENT_BYTES, max_bytes // 8) if max_bytes else _SEGMENT_BYTES
+        self._lock = threading.Lock()
+        self._readers = ThreadPoolExecutor(_PARALLEL_READS, "rayk-cache")
+        self._places: dict[bytes, _Place] = {}
+        self._known: set[str] = set()
+        self._listed = -_REFRESH_SECONDS
+        self._marked: dict[str, float] = {}
+        self._unwritten: dict[bytes, bytes] = {}
+        self._unwritten_bytes = 0
+        self._oldest_unwritten = 0.0
+
+    def read(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """The entries there are of `keys`."""
+        wanted = set(keys)
+        with self._lock:
+            if any(key not in self._places and key not in self._unwritten for key in wanted):
+                self._refresh()
+            found = {key: self._unwritten[key] for key in wanted & self._unwritten.keys()}
+            places = sorted((self._places[key], key) for key in wanted & self._places.keys() - found.keys())
+        groups = [(name, list(group)) for name, group in groupby(places, key=lambda each: each[0].segment)]
+        for entries in self._readers.map(lambda group: self._read_segment(*group), groups):
+            found |= entries
+        return found
+
+    def add(self, entries: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+        """Keep `entries`; the first to come under a key stays.
+
+        Returns:
+            what is kept under these keys.
+        """
+        found = self.read(entries)
+        with self._lock:
+            if not self._unwritten:
+                self._oldest_unwritten = time.monotonic()
+            for key in entries.keys() - found.keys() - self._unwritten.keys():
+                self._unwritten[key] = entries[key]
+                self._unwritten_bytes += len(entries[key])
+            kept = {key: found[key] if key in found else self._unwritten[key] for key in entries}
+            overdue = time.monotonic() - self._oldest_unwritten > _FLUSH_SECONDS
+            if overdue or self._unwritten_bytes >= self._segment_bytes:
+                self._write()
+        return kept
+
+    def flush(self) -> None:
+        """Write what is not yet written."""
+        with self._lock:
+            self._write()
+
+    def verify(self) -> Found:
+        """Read every segment whole; delete those that are damaged, and what killed writers have left."""
+        segments = entries = size = 0
+        damaged = []
+        infos = {info.base_name: info for info in self._list()}
+        for name, info in infos.items():
+            abandoned = name.endswith(_PART) and time.time() - info.mtime.timestamp() > _ABANDONED_SECONDS
+            if abandoned or (name.endswith(_USED) and name.removesuffix(_USED) not in infos):
+                self._delete(name)
+            if not name.endswith(_SUFFIX):
+                continue
+            try:
+                places = self._index(name)
+                with self._fs.open_input_file(self._path(name)) as file:
+                    for place in places.values():
+                        _entry(file, place)
+            except FileNotFoundError:
+                continue
+            except Damaged:
+                damaged.append(name)
+                self._delete(name)
+                continue
+            segments, entries, size = segments + 1, entries + len(places), size + info.size
+        return Found(segments, entries, size, damaged)
+
+    def _read_segment(self, name: str, wanted: list[tuple[_Place, bytes]]) -> dict[bytes, bytes]:
+        try:
+            with self._fs.open_input_file(self._path(name)) as file:
+                entries = {key: _entry(file, place) for place, key in wanted}
+        except FileNotFoundError:  # deleted to keep the limit
+            self._forget(name)
+            return {}
+        except (Damaged, OSError) as error:
+            self._forget(name)
+            self._warn(name, error)
+            return {}
+        self._mark(name)
+        return entries
+
+    def _refresh(self) -> None:
+        """Learn of segments that others have written since the last look."""
+        if time.monotonic() - self._listed < _REFRESH_SECONDS:
+            return
+        self._listed = time.monotonic()
+        names = {info.base_name for info in self._list() if info.base_name.endswith(_SUFFIX)}
+        for name in sorted(names - self._known):
+            self._known.add(name)
+            try:
+                for key, place in self._index(name).items():
+                    self._places.setdefault(key, place)
+            except FileNotFoundError:
+                continue
+            except (Damaged, OSError) as error:
+                self._warn(name, error)
+
+    def _index(self, name: str) -> dict[bytes, _Place]:
+        with self._fs.open_input_file(self._path(name)) as file:
+            size = file.size()
+            footer = _records(file, size - _FOOTER.itemsize, 1, _FOOTER)[0]
+            start = size - _FOOTER.itemsize - int(footer["entries"]) * _INDEX.itemsize
+            if footer["magic"] != _MAGIC or start < 0:
+                raise Damaged("it has no index at its end")
+            index = _records(file, start, int(footer["entries"]), _INDEX)
+        if zlib.crc32(index.tobytes()) != footer["checksum"]:
+            raise Damaged("its index does not match the checksum")
+        return _places_of(name, index)
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        entries = list(self._unwritten.items())
+        index = np.zeros(len(entries), _INDEX)
+        index["key"] = np.array([key for key, _ in entries], f"V{KEY_BYTES}")
+        index["length"] = [len(entry) for _, entry in entries]
+        index["offset"] = np.cumsum(index["length"], dtype=np.uint64) - index["length"]
+        index["checksum"] = [zlib.crc32(entry) for _, entry in entries]
+        footer = np.array([(len(entries), zlib.crc32(index.tobytes()), _MAGIC)], _FOOTER)
+        data = b"".join([*(entry for _, entry in entries), index.tobytes(), footer.tobytes()])
+        name = hashlib.blake2b(data, digest_size=16).hexdigest() + _SUFFIX
+        try:
+            self._put(name, data)
+            self._known.add(name)
+            self._places |= _places_of(name, index)
+            if self._max_bytes is not None:
+                self._evict(self._max_bytes)
+        except OSError as error:
+            logger.warning("The cache '%s' cannot be written, and some of it is lost: %s", self.place, error)
+        # Even then: kept in memory it would grow without end, and a run can do without.
+        self._unwritten, self._unwritten_bytes = {}, 0
+
+    def _put(self, name: str, data: bytes) -> None:
+        local = isinstance(self._fs, fs.LocalFileSystem)
+        path = self._path(f"{name}.{uuid.uuid4().hex}{_PART}" if local else name)
+        with self._fs.open_output_stream(path) as stream:
+            stream.write(data)
+        if local:
+            self._fs.move(path, self._path(name))
+
+    def _evict(self, max_bytes: int) -> None:
+        infos = {info.base_name: info for info in self._list()}
+        segments = [info for name, info in infos.items() if name.endswith(_SUFFIX)]
+
+        def last_used(info: fs.FileInfo) -> float:
+            mark = infos.get(info.base_name + _USED)
+            return max(each.mtime.timestamp() for each in (info, mark) if each is not None)
+
+        excess = sum(info.size for info in segments) - max_bytes
+        for info in sorted(segments, key=last_used):
+            if excess <= 0:
+                return
+            self._delete(info.base_name)
+            excess -= info.size
+
+    def _mark(self, name: str) -> None:
+        now = time.monotonic()
+        if now - self._marked.get(name, -_MARK_SECONDS) < _MARK_SECONDS:
+            return
+        self._marked[name] = now
+        try:
+            self._fs.open_output_stream(self._path(name + _USED)).close()
+        except OSError:  # a cache that can only be read
+            return
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._places = {key: place for key, place in self._places.items() if place.segment != name}
+
+    def _warn(self, name: str, error: Exception) -> None:
+        logger.warning(
+            "Segment %s of the cache '%s' is damaged (%s): its rows are asked for again. `rayk cache CONFIG --verify` "
+            "deletes such segments.", name, self.place, str(error).splitlines()[0],
+        )  # fmt: skip
+
+    def _delete(self, name: str) -> None:
+        for each in (name, name + _USED):
+            try:
+                self._fs.delete_file(self._path(each))
+            except FileNotFoundError:  # another writer was faster
+                continue
+
+    def _list(self) -> Iterator[fs.FileInfo]:
+        infos = self._fs.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
+        return (info for info in infos if info.is_file)
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+
+def _places_of(name: str, index: np.ndarray) -> dict[bytes, _Place]:
+    return {key: _Place(name, *place) for key, *place in index.tolist()}
+
+
+def _entry(file: pa.NativeFile, place: _Place) -> bytes:
+    entry = file.read_at(place.length, place.offset)
+    if zlib.crc32(entry) != place.checksum:
+        raise Damaged("an entry does not match its checksum")
+    return entry
+
+
+def _records(file: pa.NativeFile, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+    if offset < 0:
+        raise Damaged("it is cut off")
+    data = file.read_at(count * dtype.itemsize, offset)
+    if len(data) < count * dtype.itemsize:
+        raise Damaged("it is cut off")
+    return np.frombuffer(data, dtype)
