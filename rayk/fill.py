@@ -88,7 +88,7 @@ def _wanted(
         assert inputs.train is not None
         yield "training rows", compared, support, list(inputs.train)
     if inputs.evaluation is not None:
-        for each in (Logprob(), fitting(config.evaluation.support, compared)):
+        for each in (Logprob(), fitting(config.evaluation.support, compared.vocab_size)):
             yield "evaluation rows", compared, each, list(inputs.evaluation)
 
 

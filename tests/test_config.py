@@ -164,6 +164,6 @@ def test_a_number_of_replicas_stands_for_both_ends():
 def test_the_default_config_names_every_section():
     sections = [
         "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "method", "training",
-        "evaluation", "tracking",
+        "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections

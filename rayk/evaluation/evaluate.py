@@ -199,10 +199,15 @@ def add_answer(evaluation: Evaluation, answer: Answer) -> None:
     )
 
 
+def fitting(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:
+    """`support` with k no larger than the vocabulary: for measuring, all of a small one will do."""
+    if isinstance(support, TopK) and support.k > vocab_size:
+        return TopK(vocab_size, support.temperatures)
+    return support
+
+
 def _asked(teacher: Scorer, batches: Iterable[Batch], support: TopK | Logprob) -> Iterator[SignalBatch]:
-    """The signals of each batch; k is at most the teacher's vocabulary, all of a small one will do."""
-    if isinstance(support, TopK) and support.k > teacher.vocab_size:
-        support = TopK(teacher.vocab_size, support.temperatures)
+    support = fitting(support, teacher.vocab_size)
     return background_stream((teacher.ascore(batch, support) for batch in batches), prefetch=4)
 
 
