@@ -44,18 +44,37 @@ class VLLMEngine(Settings):
     """Anything else for vLLM's `AsyncEngineArgs`, under its names there."""
 
 
+class SimulatedEngine(Settings):
+    """Answers of the real size after the time a real teacher would take; no weights. For planning capacity."""
+
+    kind: Literal["simulated"] = "simulated"
+    tokens_per_second: Annotated[float, Field(gt=0)] = 10_000.0
+    """What one replica scores."""
+    generated_tokens_per_second: Annotated[float, Field(gt=0)] = 1_000.0
+    latency_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Added to each request, while others are computed."""
+    start_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """How long a replica takes until it answers."""
+
+
 def _engine(value: Any) -> Any:
     return {"kind": "transformers"} | value if isinstance(value, dict) else value
 
 
-EngineConfig = Annotated[TransformersEngine | VLLMEngine, Field(discriminator="kind")]
+EngineConfig = Annotated[TransformersEngine | VLLMEngine | SimulatedEngine, Field(discriminator="kind")]
 
 
 class Replicas(Settings):
-    """How many copies of a teacher run. `min == max` is a fixed number."""
+    """How many copies of a teacher run. `min == max` is a fixed number, else it follows what is waited for."""
 
-    min: Positive = 1
+    min: Annotated[int, Field(ge=0)] = 1
+    """0: none while nobody asks."""
     max: Positive = 1
+    waiting_tokens: Positive = 16_384
+    """Tokens that askers wait for, a replica: with more of them another one is started."""
+    up_seconds: Annotated[float, Field(ge=0)] = 5.0
+    """How long more replicas must be wanted before they are started; fewer, before one is stopped: `down_seconds`."""
+    down_seconds: Annotated[float, Field(ge=0)] = 60.0
 
     @model_validator(mode="after")
     def _ordered(self) -> "Replicas":
@@ -114,8 +133,8 @@ class TeacherConfig(Settings):
     trust_remote_code: bool = False
     call_tokens: Positive = 8192
     """Tokens sent to a replica in one call; also what one replica is given at a time by one asker."""
-    in_flight: Positive = 8
-    """Calls one asker may have open at a time, across all replicas."""
+    in_flight: Positive = 4
+    """Calls one asker may have open at a time for each replica that runs."""
     deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How long one request may take, retries and replica restarts included, before the run stops."""
 

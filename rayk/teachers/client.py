@@ -8,6 +8,8 @@ nothing is lost, doubled or reordered.
 
 import asyncio
 import inspect
+import os
+import socket
 import threading
 import time
 from collections import deque
@@ -45,6 +47,7 @@ from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
 from rayk.support import Hidden, Support, TopK
 from rayk.teachers import deployment
+from rayk.teachers.autoscaling import Asker
 from rayk.teachers.cache import SignalCache, cacheable
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
@@ -53,6 +56,7 @@ from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 _RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 _PROMPTS_A_CALL = 32
 _CHECKED_POSITIONS = 8
+_LOOK_SECONDS = 3.0
 T = TypeVar("T")
 
 
@@ -135,6 +139,60 @@ def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> 
             future.cancel()
 
 
+class _Credit:
+    """How many calls may be open: so many for each replica that runs. Used on the background loop only."""
+
+    def __init__(self, application: str, for_each: int):
+        self._application, self._for_each = application, for_each
+        self._replicas, self._looked = 1, -_LOOK_SECONDS
+        self._open = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._look: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        if self._open >= self._replicas * self._for_each or self._queue:
+            place = asyncio.get_running_loop().create_future()
+            self._queue.append(place)
+            self._look_again()
+            try:
+                await place
+            except asyncio.CancelledError:
+                if place.done() and not place.cancelled():  # it was let in just then
+                    self._leave()
+                raise
+        else:
+            self._open += 1
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+        self._look_again()
+
+    def _leave(self) -> None:
+        self._open -= 1
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._queue and self._open < self._replicas * self._for_each:
+            place = self._queue.popleft()
+            if not place.done():
+                self._open += 1
+                place.set_result(None)
+
+    def _look_again(self) -> None:
+        """While somebody waits, count the replicas now and then, off this loop."""
+        if self._queue and self._look is None and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._look = asyncio.create_task(self._count())
+
+    async def _count(self) -> None:
+        try:
+            self._replicas = max(1, await asyncio.to_thread(deployment.running_replicas, self._application))
+        except (ray.exceptions.RayError, RayServeException):
+            pass  # the controller restarts: as many as before
+        finally:
+            self._looked, self._look = time.monotonic(), None
+            self._let_in()
+
+
 class Teacher:
     """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`.
 
@@ -148,7 +206,9 @@ class Teacher:
         self.settings = settings
         self.statistics = Statistics()
         self._handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name).options(_by_reference=True)
-        self._credit: asyncio.Semaphore | None = None
+        self._credit = _Credit(name, settings.in_flight)
+        self._asker = f"{socket.gethostname()}-{os.getpid()}-{id(self)}"
+        self._waiting_tokens = 0
         self._head: Future[Head] | None = None
 
     @property
@@ -310,8 +370,6 @@ class Teacher:
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         """One request, asked until a replica answers or the deadline passes."""
-        if self._credit is None:
-            self._credit = asyncio.Semaphore(self.settings.in_flight)
         last: BaseException | None = None
 
         def note(state: RetryCallState) -> None:
@@ -324,17 +382,21 @@ class Teacher:
             wait=wait_exponential_jitter(initial=0.1, max=5.0),
             before_sleep=note,
         )
-        async with self._credit:
-            self.statistics.calls += 1
-            try:
+        tokens = getattr(request, "tokens", 0)
+        self._waiting_tokens += tokens
+        try:
+            async with self._credit:
+                self.statistics.calls += 1
                 # Serve itself waits without end while no replica is up, hence our own clock.
                 async with asyncio.timeout(self.settings.deadline_seconds):
                     return await retrying(self._attempt, method, request, read)
-            except TimeoutError as error:
-                raise TeacherUnavailable(self._unavailable(last)) from (last or error)
+        except TimeoutError as error:
+            raise TeacherUnavailable(self._unavailable(last)) from (last or error)
+        finally:
+            self._waiting_tokens -= tokens
 
     async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        response = getattr(self._handle, method).remote(request)
+        response = getattr(self._handle, method).remote(request, Asker(self._asker, self._waiting_tokens))
         try:
             result = read(await response)
             return await result if inspect.isawaitable(result) else result

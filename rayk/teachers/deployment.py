@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from rayk.cluster import gpus_each
-from rayk.config import TeacherConfig, VLLMEngine
+from rayk.config import SimulatedEngine, TeacherConfig, VLLMEngine
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters
 from rayk.environment import THREADING
 from rayk.errors import InputError
@@ -19,6 +19,7 @@ from rayk.models import pack_head
 from rayk.sequences import Sequence
 from rayk.signal import encode
 from rayk.support import Requested, Support
+from rayk.teachers.autoscaling import METRIC, Asker, Demand
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ DEPLOYMENT = "teacher"
 # Far above what credit-bound clients keep open; at Serve's default of 5 its router probes full replicas again and
 # again, and 200 calls in flight ran ten times slower than one by one (PLATFORM §4).
 _MAX_ONGOING_REQUESTS = 1000
+_LOOK_BACK_SECONDS = 10.5  # Serve wants more than 10
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class ScoreRequest:
             else None,
         )
 
+    @property
+    def tokens(self) -> int:
+        """Tokens to be read."""
+        return len(self.input_ids)
+
     def sequences(self) -> list[Sequence]:
         counted = np.unpackbits(self.counted_bits, count=len(self.input_ids)).astype(bool)
         ends = np.cumsum(self.lengths)[:-1]
@@ -68,6 +75,11 @@ class GenerateRequest:
     seeds: list[int]
     parameters: SamplingParameters = field(default_factory=SamplingParameters)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that may be written."""
+        return len(self.prompts) * self.parameters.max_new_tokens
+
 
 class TeacherReplica:
     """One copy of a teacher. Requests are pure functions of their content (generation is seeded), so a client may ask
@@ -78,31 +90,38 @@ class TeacherReplica:
         self._settings = settings
         self._engine = build_engine(config)
         self._head: ray.ObjectRef | None = None
+        self._demand = Demand()
         await self._engine.warm_up()
 
     async def describe(self) -> tuple[EngineInfo, dict]:
         return self._engine.info, self._settings
 
-    async def score(self, request: ScoreRequest) -> np.ndarray:
+    async def score(self, request: ScoreRequest, asker: Asker | None = None) -> np.ndarray:
         """The signals' wire form (`rayk.signal.decode`)."""
-        return encode(await self._engine.score(request.sequences(), request.support))
+        with self._demand.answering(asker, request.tokens):
+            return encode(await self._engine.score(request.sequences(), request.support))
 
-    async def head(self, _request: None = None) -> list[ray.ObjectRef]:
+    async def head(self, _request: None = None, _asker: Asker | None = None) -> list[ray.ObjectRef]:
         """The teacher's head, put into the object store once: a node's processes then share one copy."""
         if self._head is None:
             self._head = ray.put(pack_head(self._engine.head()))
         return [self._head]
 
-    async def generate(self, request: GenerateRequest) -> list[tuple[Generated, str]]:
+    async def generate(self, request: GenerateRequest, asker: Asker | None = None) -> list[tuple[Generated, str]]:
         """A continuation and its text (special tokens left out) for each prompt."""
         tokenizer = self._engine.tokenizer
         prompts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in request.prompts]
-        generated = await self._engine.generate(prompts, request.parameters, request.seeds)
+        with self._demand.answering(asker, request.tokens):
+            generated = await self._engine.generate(prompts, request.parameters, request.seeds)
         texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
         return list(zip(generated, texts, strict=True))
 
     async def check_health(self) -> None:
         await self._engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve passes to `rayk.teachers.autoscaling.WaitingTokensPolicy`."""
+        return {METRIC: float(self._demand.waiting_tokens())}
 
 
 def build_engine(config: TeacherConfig) -> Engine:
@@ -113,6 +132,10 @@ def build_engine(config: TeacherConfig) -> Engine:
 
         return vllm.VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
 
+    if isinstance(config.engine, SimulatedEngine):
+        from rayk.engines import simulated
+
+        return simulated.SimulatedEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
     import torch
 
     from rayk.engines import transformers
@@ -150,10 +173,15 @@ def deploy(config: TeacherConfig) -> None:
     else:
         options["autoscaling_config"] = {
             "min_replicas": config.replicas.min,
+            "initial_replicas": max(1, config.replicas.min),  # the model is to be seen to load
             "max_replicas": config.replicas.max,
-            "target_ongoing_requests": 2,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": 60,
+            "look_back_period_s": _LOOK_BACK_SECONDS,
+            "upscale_delay_s": config.replicas.up_seconds,
+            "downscale_delay_s": config.replicas.down_seconds,
+            "policy": {
+                "policy_function": "rayk.teachers.autoscaling:WaitingTokensPolicy",
+                "policy_kwargs": {"tokens_a_replica": config.replicas.waiting_tokens},
+            },
         }
     _warn_where_short(config, actor)
     application = serve.deployment(TeacherReplica).options(**options).bind(_settings_of(config))
@@ -213,6 +241,13 @@ def failure_of(name: str) -> str:
             if "Error: " in line:
                 return line.split("Error: ", 1)[1].strip()
     return ""
+
+
+def running_replicas(name: str) -> int:
+    """How many replicas of application `name` run."""
+    application = serve.status().applications.get(name)
+    deployments = application.deployments if application else {}
+    return sum(d.replica_states.get(ReplicaState.RUNNING, 0) for d in deployments.values())
 
 
 def remove(name: str) -> None:

@@ -6,6 +6,7 @@ python race_trl.py SETTINGS.json      prints a line of JSON: [[non-pad tokens, s
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
-given = json.load(open(sys.argv[1]))
+given = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(given["threads"])
 tokenizer = AutoTokenizer.from_pretrained(given["student"])
 student = AutoModelForCausalLM.from_pretrained(given["student"], dtype=torch.float32)
 teacher = AutoModelForCausalLM.from_pretrained(given["teacher"], dtype=getattr(torch, given["teacher_dtype"]))
-rows = [json.loads(line) for line in open(given["rows"])][: given["steps"] * given["batch_size"]]
+lines = Path(given["rows"]).read_text().splitlines()[: given["steps"] * given["batch_size"]]
+rows = [json.loads(line) for line in lines]
 collate, batches, steps = DataCollatorForChatML(tokenizer=tokenizer, max_length=1024), [], []
 
 

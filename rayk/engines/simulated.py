@@ -1,0 +1,82 @@
+"""The simulated engine: answers of the real size after the time a real teacher would take, for planning capacity.
+
+It loads a tokenizer and an architecture but no weights, and computes next to nothing, so one machine can stand for a
+cluster: how many replicas keep a student fed, what crosses the network, what autoscaling does. Its signals are
+well-formed and say nothing.
+"""
+
+import asyncio
+from collections.abc import Sequence as Ordered
+
+import numpy as np
+import torch
+
+from rayk.config import SimulatedEngine as Settings
+from rayk.engines.base import EngineInfo, Generated, SamplingParameters
+from rayk.engines.checks import check_prompts, check_request
+from rayk.errors import InputError
+from rayk.models import Head, load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.sequences import Sequence
+from rayk.signal import SignalBatch
+from rayk.support import Logprob, Support, TopK
+
+
+class SimulatedEngine:
+    """See `rayk.engines.base.Engine`. One request is computed at a time, at the given tokens a second; the latency of
+    the network is waited for apart from it."""
+
+    def __init__(self, model: str, settings: Settings, *, trust_remote_code: bool = False):
+        self.settings = settings
+        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        architecture = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
+        self.info = EngineInfo(
+            model=model,
+            vocab_size=min(architecture.vocab_size, real_vocab_size(self.tokenizer)),
+            max_tokens=int(getattr(architecture, "max_position_embeddings", None) or 1 << 30),
+            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            dtype="none",
+            device="none",
+            supports=("topk", "logprob"),
+            engine="simulated",
+        )
+        self._computing = asyncio.Lock()
+
+    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+        check_request(self.info, sequences, support)
+        await self._take(sum(map(len, sequences)) / self.settings.tokens_per_second)
+        counts = torch.tensor([sequence.counted_tokens for sequence in sequences])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+        tokens = int(offsets[-1])
+        logprobs = torch.full((tokens,), -2.0)
+        if isinstance(support, Logprob):
+            return SignalBatch(support, offsets, logprobs, self.info.vocab_size)
+        assert isinstance(support, TopK)
+        first = torch.arange(tokens)[:, None] * 7919  # other ids at every position, as a real teacher has
+        ids = (first + torch.arange(support.k)) % self.info.vocab_size
+        # A geometric distribution: half of what is left to each next token.
+        ladder = -(torch.arange(support.k) + 1.0) * float(np.log(2))
+        tails = torch.full((tokens, len(support.temperatures)), float(ladder[-1]))
+        return SignalBatch(support, offsets, logprobs, self.info.vocab_size, ids, ladder.expand(tokens, -1), tails)
+
+    async def generate(
+        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+    ) -> list[Generated]:
+        check_prompts(self.info, prompts, parameters)
+        length = parameters.max_new_tokens
+        await self._take(length * len(prompts) / self.settings.generated_tokens_per_second)
+        ids = [np.random.default_rng(seed).integers(0, self.info.vocab_size, length, np.int32) for seed in seeds]
+        return [Generated(row, np.full(length, -2.0, np.float32), "length") for row in ids]
+
+    def head(self) -> Head:
+        raise InputError("engine kind 'simulated' has no weights, so it cannot give hidden states; use 'topk'.")
+
+    async def warm_up(self) -> None:
+        await asyncio.sleep(self.settings.start_seconds)
+
+    async def check_health(self) -> None:
+        """Nothing here can break."""
+
+    async def _take(self, seconds: float) -> None:
+        await asyncio.sleep(self.settings.latency_seconds)
+        async with self._computing:
+            await asyncio.sleep(seconds)
