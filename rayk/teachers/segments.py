@@ -124,9 +124,10 @@ class SegmentStore:
         with self._lock:
             if not self._unwritten:
                 self._oldest_unwritten = time.monotonic()
-            for key in entries.keys() - found.keys() - self._unwritten.keys():
-                self._unwritten[key] = entries[key]
-                self._unwritten_bytes += len(entries[key])
+            for key, entry in entries.items():
+                if key not in found and key not in self._unwritten:
+                    self._unwritten[key] = entry
+                    self._unwritten_bytes += len(entry)
             kept = {key: found[key] if key in found else self._unwritten[key] for key in entries}
             overdue = time.monotonic() - self._oldest_unwritten > _FLUSH_SECONDS
             if overdue or self._unwritten_bytes >= self._segment_bytes:
@@ -182,7 +183,11 @@ class SegmentStore:
         if time.monotonic() - self._listed < _REFRESH_SECONDS:
             return
         self._listed = time.monotonic()
-        names = {info.base_name for info in self._list() if info.base_name.endswith(_SUFFIX)}
+        try:
+            names = {info.base_name for info in self._list() if info.base_name.endswith(_SUFFIX)}
+        except OSError as error:
+            logger.warning("The cache '%s' cannot be listed, so only a part of it is used: %s", self.place, error)
+            return
         for name in sorted(names - self._known):
             self._known.add(name)
             try:
