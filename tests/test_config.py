@@ -162,5 +162,5 @@ def test_a_number_of_replicas_stands_for_both_ends():
 
 
 def test_the_default_config_names_every_section():
-    sections = ["name", "output", "seed", "teachers", "student", "data", "method", "training", "evaluation", "tracking"]
-    assert list(RunConfig.model_fields) == sections
+    sections = ["name", "output", "seed", "teachers", "student", "data", "method", "training", "evaluation", "cache"]
+    assert list(RunConfig.model_fields) == [*sections, "tracking"]

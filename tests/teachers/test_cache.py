@@ -17,7 +17,7 @@ from rayk.run import Watcher, distill, located
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
 from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
-from rayk.teachers import connect_teacher
+from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 from tests.runs import curve, metrics, settings, weights, write_rows
 from tests.teachers.asking import assert_alike, sequences_of
@@ -130,11 +130,10 @@ def test_requested_ids_are_asked_for_every_time(ask):
     assert (teacher.statistics.calls, teacher.statistics.cached_tokens) == (2, 0)
 
 
-def test_a_teacher_of_unknown_weights_is_not_cached(ask):
-    teacher = ask()
-    teacher.info = replace(teacher.info, weights_fingerprint="")
+def test_a_teacher_of_unknown_weights_is_refused_at_once(served, place):
+    info = replace(served.info, weights_fingerprint="")
     with pytest.raises(InputError, match="does not say which weights it holds; remove 'cache'"):
-        teacher.score(sequences_of(1), TopK(8))
+        Teacher("served", info, served.settings, SignalCache(place))
 
 
 def cached_config(folder: Path, student: str, name: str, **changes):

@@ -90,6 +90,11 @@ def test_any_place_that_pyarrow_knows_will_do(folder):
     store.add(entries_of(1))
     store.flush()
     assert SegmentStore(str(folder)).read(entries_of(1)) == entries_of(1)
+    in_memory = SegmentStore("mock://cache")  # written in one upload, as to an object store
+    assert in_memory.add(entries_of(1, 2)) == entries_of(1, 2)
+    in_memory.flush()
+    assert in_memory.read(entries_of(1, 2, 3)) == entries_of(1, 2)
+    assert (in_memory.verify().entries, in_memory.verify().damaged) == (2, [])
     for place in (f"{segments(folder)[0]}/below", "nothing://there"):
         with pytest.raises(InputError, match="cannot be used"):
             SegmentStore(place)
