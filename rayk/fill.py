@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rayk.cluster import start_ray
 from rayk.config import CacheConfig, RunConfig
 from rayk.data.batches import micro_batches
-from rayk.data.examples import Example
+from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
 from rayk.evaluation.evaluate import fitting
 from rayk.run import Inputs, Watcher, applications_of, attached_teachers, cpus_needed, located, read_inputs, serve_all
@@ -16,6 +16,7 @@ from rayk.support import Logprob, Requested, Support, TopK
 from rayk.teachers import Teacher
 from rayk.teachers.cache import SignalCache
 from rayk.teachers.client import background_stream
+from rayk.teachers.ensemble import name_for
 from rayk.teachers.segments import Found
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled
     settings = _settings(config)
     if not config.teachers:
         raise InputError("There is no teacher to fill the cache from; add one under 'teachers'.")
+    if config.ensemble is not None:
+        raise InputError("An ensemble asks for ids that depend on all its members, which no cache holds; leave it out.")
     watcher.stage("Reading data and models")
     with ExitStack() as stack:
         inputs = read_inputs(config, attached_teachers(config))
@@ -82,14 +85,24 @@ def _settings(config: RunConfig) -> CacheConfig:
 def _wanted(
     config: RunConfig, inputs: Inputs, teachers: dict[str, Teacher]
 ) -> Iterable[tuple[str, Teacher, Support, list[Example]]]:
-    compared = teachers[config.compared_teacher]
+    def by_teacher(table: ExampleTable) -> Iterable[tuple[Teacher, list[Example]]]:
+        if config.route is None:
+            return [(teachers[config.compared_teacher], list(table))]
+        rows: dict[str, list[Example]] = {}
+        for example in table:
+            rows.setdefault(name_for(example, config.route), []).append(example)
+        return [(teachers[name], examples) for name, examples in rows.items()]
+
     support = getattr(config.method, "support", None)
     if support is not None and not isinstance(support, Requested):
         assert inputs.train is not None
-        yield "training rows", compared, support, list(inputs.train)
+        for teacher, examples in by_teacher(inputs.train):
+            yield "training rows", teacher, support, examples
     if inputs.evaluation is not None:
-        for each in (Logprob(), fitting(config.evaluation.support, compared.vocab_size)):
-            yield "evaluation rows", compared, each, list(inputs.evaluation)
+        for teacher, examples in by_teacher(inputs.evaluation):
+            yield "evaluation rows", teacher, fitting(config.evaluation.support, teacher.vocab_size), examples
+            if config.route is None:
+                yield "evaluation rows", teacher, Logprob(), examples
 
 
 def _fill(

@@ -115,6 +115,7 @@ def distill(
     watcher = watcher or Watcher()
     watcher.stage("Reading data and models")
     with ExitStack() as stack:
+        cache = stack.enter_context(opened(config.cache))
         attached = attached_teachers(config)
         inputs = read_inputs(config, attached)
         assert inputs.train is not None
@@ -125,13 +126,12 @@ def distill(
         if new:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
         applications = applications_of(config)
+        teachers = serve_all(config, applications, stack, cache)
+        began = time.time()
         teacher_evaluation = None
-        with opened(config.cache) as cache:
-            teachers = serve_all(config, applications, stack, cache)
-            began = time.time()
-            if teachers and inputs.evaluation is not None:
-                watcher.stage("Measuring the teacher")
-                teacher_evaluation = _measured(config, teachers, inputs)
+        if teachers and inputs.evaluation is not None:
+            watcher.stage("Measuring the teacher")
+            teacher_evaluation = _measured(config, teachers, inputs)
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(

@@ -51,7 +51,7 @@ def the_sentence(outcome, code=2):
 def test_help_names_every_command(rayk):
     code, out, _ = rayk("--help")
     assert code == 0
-    for name in ("quickstart", "run", "serve", "evaluate", "report", "methods", "doctor"):
+    for name in ("quickstart", "run", "serve", "cache", "evaluate", "report", "methods", "doctor"):
         assert name in out
 
 

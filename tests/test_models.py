@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -15,6 +16,7 @@ from rayk.models import (
     load_model_config,
     load_tokenizer,
     real_vocab_size,
+    weights_fingerprint,
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -180,3 +182,41 @@ def test_loading_prints_nothing(folder, capfd, monkeypatch):
 def test_tied_weights_are_not_taken_for_missing(tmp_path):
     tiny_model(tmp_path, tie=True)
     assert isinstance(load_model(str(tmp_path)), type(AutoModelForCausalLM.from_pretrained(tmp_path)))
+
+
+def fingerprint_after(folder, change):
+    """The fingerprint of a copy of `folder` whose weights `change` has altered."""
+    copy = folder.with_name(f"{folder.name}-{change.__name__}")
+    shutil.copytree(folder, copy)
+    path = copy / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    return weights_fingerprint(str(copy))
+
+
+@pytest.mark.parametrize("whole_bytes", [64 << 20, 4096], ids=["read-whole", "sampled"])
+def test_the_fingerprint_changes_with_any_tensor_and_not_with_the_place(tmp_path, monkeypatch, whole_bytes):
+    monkeypatch.setattr("rayk.models._HASHED_WHOLE_BYTES", whole_bytes)
+    tiny_model(tmp_path / "model", seed=1)
+    own = weights_fingerprint(str(tmp_path / "model"))
+
+    def nothing(weights):
+        pass
+
+    def one_norm(weights):
+        weights["model.layers.1.input_layernorm.weight"][-1] += 1e-3
+
+    def one_matrix(weights):
+        weights["model.layers.0.mlp.up_proj.weight"] *= 1.001
+
+    assert fingerprint_after(tmp_path / "model", nothing) == own
+    assert len({own, *(fingerprint_after(tmp_path / "model", change) for change in (one_norm, one_matrix))}) == 3
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert weights_fingerprint(str(tmp_path / "model")) != own
+
+
+def test_the_fingerprint_of_a_hub_model_is_its_commit():
+    assert weights_fingerprint("nobody/nothing", "0123abcd") == "0123abcd"
+    assert weights_fingerprint("nobody/nothing") == ""

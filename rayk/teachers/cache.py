@@ -22,7 +22,7 @@ from rayk.errors import InputError
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
 from rayk.signal_codec import CODEC_VERSION, pack, unpack
-from rayk.support import Requested, Support
+from rayk.support import Support
 from rayk.teachers.segments import INDEX_BYTES, KEY_BYTES, Found, SegmentStore
 
 
@@ -79,18 +79,17 @@ def opened(settings: CacheConfig | None) -> AbstractContextManager[SignalCache |
     return nullcontext() if settings is None else SignalCache(settings)
 
 
-def cacheable(teacher: EngineInfo, support: Support) -> bool:
-    """Whether what is asked can be kept: requested ids are other ones at every step.
+def check_cacheable(teacher: EngineInfo) -> None:
+    """See that a key can be made for what `teacher` says.
 
     Raises:
-        InputError: the engine cannot say which weights it holds.
+        InputError: the engine does not know its weights.
     """
     if not teacher.weights_fingerprint:
         raise InputError(
             f"The signals of '{teacher.model}' cannot be cached, since it does not say which weights it holds; remove "
             "'cache', or give the teacher's model as a local folder."
         )
-    return not isinstance(support, Requested)
 
 
 def _keys(teacher: EngineInfo, sequences: Ordered[Sequence], support: Support) -> list[bytes]:

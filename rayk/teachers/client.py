@@ -45,10 +45,10 @@ from rayk.errors import EngineDied, InputError, RaykError, TeacherUnavailable, U
 from rayk.models import Head, unpack_head
 from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
-from rayk.support import Hidden, Support, TopK
+from rayk.support import Hidden, Requested, Support, TopK
 from rayk.teachers import deployment
 from rayk.teachers.autoscaling import Asker
-from rayk.teachers.cache import SignalCache, cacheable
+from rayk.teachers.cache import SignalCache, check_cacheable
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
 # A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
@@ -196,10 +196,16 @@ class _Credit:
 class Teacher:
     """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`.
 
-    With a `cache` it is asked only for signals that are not kept there, and those it gives are.
+    With a `cache` it is asked only for signals that are not kept there, and those it gives are; all but `requested`
+    ones, whose ids are other ones at every step.
+
+    Raises:
+        InputError: there is a cache, but the engine does not know its weights.
     """
 
     def __init__(self, name: str, info: EngineInfo, settings: TeacherConfig, cache: SignalCache | None = None):
+        if cache is not None:
+            check_cacheable(info)
         self.name = name
         self.cache = cache
         self.info = info
@@ -276,7 +282,7 @@ class Teacher:
             self.statistics.wait_seconds += time.perf_counter() - began
 
     async def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
-        if self.cache is not None and cacheable(self.info, support):
+        if self.cache is not None and not isinstance(support, Requested):
             signals = await self._score_cached(self.cache, sequences, support)
         else:
             signals = await self._ask(sequences, range(len(sequences)), support)

@@ -4,12 +4,13 @@ A writer collects entries and writes them as a *segment*, a file that never chan
 entries back to back, then an index (key, offset, length, checksum), then the index's own length and checksum. Whoever
 finds a segment reads its end and knows what is in it; any entry is then one ranged read, alike on a disk and in an
 object store. A segment appears whole (renamed from a temporary file, or one upload), so a killed writer loses the
-entries it had not written, and nothing else. What is damaged all the same counts as absent.
+entries it had not written (some seconds' worth), and nothing else. What is damaged all the same counts as absent.
 
 Least recently used segments are deleted where a limit is set: beside each segment that is read lies an empty file
 `NAME.used`, renewed once an hour, whose time of writing is the time of use.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -124,9 +125,10 @@ class SegmentStore:
         with self._lock:
             if not self._unwritten:
                 self._oldest_unwritten = time.monotonic()
-            for key in entries.keys() - found.keys() - self._unwritten.keys():
-                self._unwritten[key] = entries[key]
-                self._unwritten_bytes += len(entries[key])
+            for key, entry in entries.items():
+                if key not in found and key not in self._unwritten:
+                    self._unwritten[key] = entry
+                    self._unwritten_bytes += len(entry)
             kept = {key: found[key] if key in found else self._unwritten[key] for key in entries}
             overdue = time.monotonic() - self._oldest_unwritten > _FLUSH_SECONDS
             if overdue or self._unwritten_bytes >= self._segment_bytes:
@@ -182,7 +184,11 @@ class SegmentStore:
         if time.monotonic() - self._listed < _REFRESH_SECONDS:
             return
         self._listed = time.monotonic()
-        names = {info.base_name for info in self._list() if info.base_name.endswith(_SUFFIX)}
+        try:
+            names = {info.base_name for info in self._list() if info.base_name.endswith(_SUFFIX)}
+        except OSError as error:
+            logger.warning("The cache '%s' cannot be listed, so only a part of it is used: %s", self.place, error)
+            return
         for name in sorted(names - self._known):
             self._known.add(name)
             try:
@@ -229,12 +235,21 @@ class SegmentStore:
         self._unwritten, self._unwritten_bytes = {}, 0
 
     def _put(self, name: str, data: bytes) -> None:
-        local = isinstance(self._fs, fs.LocalFileSystem)
-        path = self._path(f"{name}.{uuid.uuid4().hex}{_PART}" if local else name)
-        with self._fs.open_output_stream(path) as stream:
+        if not isinstance(self._fs, fs.LocalFileSystem):
+            self._write_file(name, data)
+            return
+        part = f"{name}.{uuid.uuid4().hex}{_PART}"
+        try:
+            self._write_file(part, data)
+            self._fs.move(self._path(part), self._path(name))
+        except OSError:
+            with contextlib.suppress(OSError):  # a full disk should not fill up with what did not fit
+                self._fs.delete_file(self._path(part))
+            raise
+
+    def _write_file(self, name: str, data: bytes) -> None:
+        with self._fs.open_output_stream(self._path(name)) as stream:
             stream.write(data)
-        if local:
-            self._fs.move(path, self._path(name))
 
     def _evict(self, max_bytes: int) -> None:
         infos = {info.base_name: info for info in self._list()}
@@ -256,10 +271,8 @@ class SegmentStore:
         if now - self._marked.get(name, -_MARK_SECONDS) < _MARK_SECONDS:
             return
         self._marked[name] = now
-        try:
-            self._fs.open_output_stream(self._path(name + _USED)).close()
-        except OSError:  # a cache that can only be read
-            return
+        with contextlib.suppress(OSError):  # of a cache that can only be read
+            self._write_file(name + _USED, b"")
 
     def _forget(self, name: str) -> None:
         with self._lock:
@@ -273,10 +286,8 @@ class SegmentStore:
 
     def _delete(self, name: str) -> None:
         for each in (name, name + _USED):
-            try:
+            with contextlib.suppress(FileNotFoundError):  # another writer was faster
                 self._fs.delete_file(self._path(each))
-            except FileNotFoundError:  # another writer was faster
-                continue
 
     def _list(self) -> Iterator[fs.FileInfo]:
         infos = self._fs.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))

@@ -1,0 +1,258 @@
+"""The signal cache between a run and its teacher: asked once, equal bit for bit, another teacher's never taken."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from rayk import cli
+from rayk.config import CacheConfig, parse_config
+from rayk.errors import InputError
+from rayk.fill import fill_cache, verify_cache
+from rayk.run import Watcher, distill, located
+from rayk.sequences import Sequence
+from rayk.signal import SignalBatch
+from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
+from rayk.teachers import Teacher, connect_teacher
+from rayk.teachers.cache import SignalCache
+from tests.runs import curve, metrics, settings, weights, write_rows
+from tests.teachers.asking import assert_alike, sequences_of
+from tests.test_signal_codec import assert_equal
+
+pytestmark = pytest.mark.cluster
+KD = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}, "temperature": 2.0}
+SUPPORTS = [TopK(8), TopK(8, (1.0, 2.0)), Sampled(20), Sampled(5, tau=0.7), Hidden(), Hidden("float32"), Logprob()]
+
+
+@pytest.fixture
+def place(tmp_path):
+    return CacheConfig(path=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def ask(served, place):
+    """A fresh asker of the served teacher on the cache's folder, as another process would be."""
+
+    def make() -> object:
+        return connect_teacher("served", served.settings, SignalCache(place))
+
+    return make
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=str)
+def test_cold_is_warm_bit_for_bit_and_near_the_teachers_own(served, ask, support):
+    sequences = sequences_of(20)
+    cold, warm = ask(), ask()
+    first = cold.score(sequences, support)
+    assert cold.statistics.calls and not cold.statistics.cached_tokens
+    assert_equal(cold.score(sequences, support), first)
+    cold.cache.flush()
+    assert_equal(warm.score(sequences, support), first)
+    assert warm.statistics.cached_tokens == warm.statistics.tokens == first.tokens
+    assert warm.statistics.calls == isinstance(support, Hidden), "only the head is asked for"
+    own = served.score(sequences, support)
+    if isinstance(support, TopK):
+        assert (own.logprobs - first.logprobs).abs().max() < 0.3
+        own = replace(own, logprobs=first.logprobs)
+    assert_alike(first, own)
+    if isinstance(support, Hidden):
+        torch.testing.assert_close(first.logits(), own.logits(), atol=0.05, rtol=0.01)
+
+
+def test_rows_come_from_both_sides_in_their_order(served, ask):
+    sequences = sequences_of(30)
+    teacher = ask()
+    known = teacher.score(sequences[::3], TopK(8))
+    both = teacher.score(sequences, TopK(8))
+    assert teacher.statistics.cached_tokens == known.tokens
+    assert_equal(both.select(range(0, 30, 3)), known)
+    assert_alike(replace(both, logprobs=None), replace(served.score(sequences, TopK(8)), logprobs=None))
+
+
+def test_a_row_that_comes_twice_is_the_same_twice(ask):
+    [one, other] = sequences_of(2)
+    signals = ask().score([one, other, one], TopK(8))
+    assert_equal(signals.select([0]), signals.select([2]))
+
+
+def test_threads_on_one_cache_agree(ask):
+    teacher, sequences = ask(), sequences_of(40)
+    answers: dict[int, SignalBatch] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: answers.update({n: teacher.score(sequences, TopK(8))})) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for signals in answers.values():
+        assert_equal(signals, answers[0])
+    teacher.cache.flush()
+    assert_equal(ask().score(sequences, TopK(8)), answers[0])
+
+
+def test_what_a_signal_depends_on_is_in_its_key(served, place):
+    sequence = sequences_of(1, shortest=10)[0]
+    cache, info = SignalCache(place), served.info
+    cache.add(info, [sequence], served.score([sequence], TopK(8, (1.0, 2.0))))
+    assert cache.find(info, [sequence], TopK(8, (1.0, 2.0)))
+    ids, counted = sequence.input_ids.copy(), sequence.counted.copy()
+    ids[-1] += 1
+    counted[-1] ^= True
+    for others in (Sequence(ids, sequence.counted), Sequence(sequence.input_ids, counted)):
+        assert not cache.find(info, [others], TopK(8, (1.0, 2.0)))
+    for support in (TopK(8), TopK(7, (1.0, 2.0)), TopK(8, (1.0, 3.0)), Logprob(), Hidden()):
+        assert not cache.find(info, [sequence], support)
+    for change in (
+        {"weights_fingerprint": "another"}, {"tokenizer_fingerprint": "another"}, {"dtype": "bfloat16"},
+        {"engine": "vllm"},
+    ):  # fmt: skip
+        assert not cache.find(replace(info, **change), [sequence], TopK(8, (1.0, 2.0)))
+    for one, other in [
+        (Sampled(5), Sampled(5, seed=1)),
+        (Sampled(5), Sampled(5, tau=0.5)),
+        (Hidden(), Hidden("float32")),
+    ]:
+        cache.add(info, [sequence], served.score([sequence], one))
+        assert cache.find(info, [sequence], one)
+        assert not cache.find(info, [sequence], other)
+
+
+def test_requested_ids_are_asked_for_every_time(ask):
+    teacher = ask()
+    sequences = [replace(s, requested=np.full((s.counted_tokens, 2), 5, np.int32)) for s in sequences_of(3)]
+    for _ in range(2):
+        teacher.score(sequences, Requested(4))
+    assert (teacher.statistics.calls, teacher.statistics.cached_tokens) == (2, 0)
+
+
+def test_a_teacher_of_unknown_weights_is_refused_at_once(served, place):
+    info = replace(served.info, weights_fingerprint="")
+    with pytest.raises(InputError, match="does not say which weights it holds; remove 'cache'"):
+        Teacher("served", info, served.settings, SignalCache(place))
+
+
+def cached_config(folder: Path, student: str, name: str, **changes):
+    values = settings(folder, student, KD, **changes) | {"output": str(folder / name)}
+    return values | {"cache": {"path": str(folder / "cache")}}
+
+
+def steps(run: Path) -> list[dict]:
+    timed = ("tokens_per_second", "teacher_wait_seconds", "step_seconds", "cached_tokens")
+    return [{name: value for name, value in row.items() if name not in timed} for row in metrics(run)]
+
+
+def test_a_second_run_asks_nothing_and_learns_the_same(tmp_path, tiny_student, served):
+    for name in ("cold", "warm"):
+        distill(parse_config(cached_config(tmp_path, tiny_student, name, steps=9)))  # 48 rows: 1.5 epochs
+    cold, warm = metrics(tmp_path / "cold"), metrics(tmp_path / "warm")
+    assert steps(tmp_path / "cold") == steps(tmp_path / "warm")
+    assert 0 < sum(row["cached_tokens"] for row in cold) < sum(row["counted_tokens"] for row in cold)
+    assert sum(row["cached_tokens"] for row in warm) == sum(row["counted_tokens"] for row in warm)
+    one, other = weights(tmp_path / "cold"), weights(tmp_path / "warm")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_another_divergence_or_temperature_the_support_names_asks_nothing(tmp_path, tiny_student, served):
+    support = {"kind": "topk", "k": 8, "temperatures": [1.0, 2.0]}
+    for name, method in {
+        "one": {"divergence": "forward_kl"},
+        "two": {"divergence": "reverse_kl", "temperature": 2.0},
+    }.items():
+        values = cached_config(tmp_path, tiny_student, name) | {
+            "method": {"kind": "logit_kd", "support": support} | method
+        }
+        distill(parse_config(values))
+    rows = metrics(tmp_path / "two")
+    assert sum(row["cached_tokens"] for row in rows) == sum(row["counted_tokens"] for row in rows)
+    assert curve(tmp_path / "one") != curve(tmp_path / "two")
+
+
+def test_a_worker_reads_what_was_filled_ahead(tmp_path, tiny_student, served):
+    seen = []
+
+    class Watching(Watcher):
+        def progress(self, done, total, text):
+            seen.append((done, total))
+
+    write_rows(tmp_path / "held_out.jsonl", count=5, seed=9)
+    values = cached_config(tmp_path, tiny_student, "worker", workers=1)
+    values["data"]["evaluation"] = {"path": str(tmp_path / "held_out.jsonl")}
+    config = parse_config(values)
+    filled = fill_cache(config, Watching())
+    assert [(each.what, each.rows, each.cached_tokens) for each in filled] == [
+        ("training rows", 48, 0), ("evaluation rows", 5, 0), ("evaluation rows", 5, 0),
+    ]  # fmt: skip
+    assert seen[-1] == (5, 5) and (48, 48) in seen
+    found = verify_cache(config)
+    assert (found.entries, found.damaged) == (48 + 5 + 5, [])
+    assert 0 <= found.bytes - sum(each.bytes for each in filled) <= 16 * found.segments
+    assert [each.tokens - each.cached_tokens for each in fill_cache(config)] == [0, 0, 0]
+    distill(config)
+    rows = metrics(tmp_path / "worker")
+    assert sum(row["cached_tokens"] for row in rows) >= sum(row["counted_tokens"] for row in rows)
+    (tmp_path / "alone").mkdir()
+    distill(parse_config(values | {"output": str(tmp_path / "alone"), "training": values["training"] | {"workers": 0}}))
+    np.testing.assert_allclose(curve(tmp_path / "worker"), curve(tmp_path / "alone"), rtol=1e-4)
+
+
+def test_a_resumed_run_may_find_its_cache_elsewhere_but_not_gone(tmp_path, tiny_student, served):
+    values = cached_config(tmp_path, tiny_student, "run")
+    distill(parse_config(values))
+    with pytest.raises(InputError, match="was started with another 'cache'"):
+        distill(parse_config(values | {"cache": None}), resume=True)
+    distill(parse_config(values | {"cache": {"path": str(tmp_path / "moved"), "max_gigabytes": 1}}), resume=True)
+    with pytest.raises(InputError, match="The cache '.*rows.jsonl/no' cannot be used"):
+        distill(parse_config(values | {"cache": {"path": str(tmp_path / "rows.jsonl" / "no")}}), resume=True)
+
+
+def test_a_relative_place_is_the_same_for_all_workers(tmp_path, tiny_student, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, meant in [("kept", str(tmp_path / "kept")), ("s3://bucket/kept", "s3://bucket/kept")]:
+        values = cached_config(tmp_path, tiny_student, "run") | {"cache": {"path": given}}
+        assert located(parse_config(values)).cache.path == meant
+
+
+def test_damage_is_never_learned_from(tmp_path, tiny_student, served):
+    distill(parse_config(cached_config(tmp_path, tiny_student, "cold")))
+    for path in (tmp_path / "cache").glob("*.rks"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 4
+        path.write_bytes(data)
+    distill(parse_config(cached_config(tmp_path, tiny_student, "mended")))
+    np.testing.assert_allclose(curve(tmp_path / "cold"), curve(tmp_path / "mended"), rtol=1e-4)
+    distill(parse_config(cached_config(tmp_path, tiny_student, "warm")))
+    assert steps(tmp_path / "mended") == steps(tmp_path / "warm")
+
+
+def test_the_command_fills_and_verifies(tmp_path, tiny_student, served, capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(cached_config(tmp_path, tiny_student, "run")))
+
+    def rayk(*arguments):
+        monkeypatch.setattr("sys.argv", ["rayk", "cache", str(path), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    code, out, err = rayk()
+    assert code == 0
+    assert "bytes an entry" in out and "training rows  topk" in out
+    assert "row 48/48" in err
+    code, _, err = rayk("--verify")
+    assert code == 0 and err.startswith("1 segments hold 48 signals in ")
+    [segment] = (tmp_path / "cache").glob("*.rks")
+    segment.write_bytes(segment.read_bytes()[:-3])
+    code, _, err = rayk("--verify")
+    assert code == 1 and f"Damaged and deleted: {segment.name}" in err
+    assert rayk("--verify")[0] == 0
+    assert rayk("--set", "cache=null")[::2] == (
+        2,
+        "rayk: cache is missing; set cache.path to the folder or URI that holds it.\n",
+    )
