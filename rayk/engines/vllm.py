@@ -238,7 +238,7 @@ class VLLMEngine:
 
     async def _last(self, outputs: AsyncIterator[Any]) -> Any:
         """The last of a request's outputs; errors as rayk's own, since vLLM's cannot be read where it is missing."""
-        from vllm.exceptions import VLLMClientError, VLLMError
+        from vllm.exceptions import VLLMError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -247,8 +247,6 @@ class VLLMEngine:
             return last
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's process for {self.info.model} is gone.") from error
-        except VLLMClientError as error:
-            raise InputError(f"vLLM refuses the request: {error}") from error
         except VLLMError as error:
             raise RuntimeError(f"vLLM failed: {error.__cause__ or error}") from error
 
@@ -296,8 +294,11 @@ def _start(model: str, settings: Settings, trust_remote_code: bool, hidden: bool
     }  # fmt: skip
     if settings.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"  # Ray has given this process the GPUs already
-    if current_platform.is_cpu() and settings.gpu_memory_utilization is None:
-        arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+    if current_platform.is_cpu():
+        # A seeded request whose prompt is read in parts ends the engine: "CPU Generator does not use offset".
+        arguments["enable_chunked_prefill"] = False
+        if settings.gpu_memory_utilization is None:
+            arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     arguments = {name: value for name, value in arguments.items() if value is not None} | settings.arguments
     if hidden:
         pooler = PoolerConfig(task="token_embed", pooling_type="ALL", use_activation=False)
