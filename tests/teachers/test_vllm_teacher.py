@@ -10,14 +10,14 @@ from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine
 from rayk.support import TopK
 from rayk.teachers import serve_teacher
-from tests.teachers.asking import assert_alike, config_of, replicas_of, sequences_of
+from tests.teachers.asking import assert_alike, config_of, eventually, replicas_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
 
 def test_a_vllm_teacher_answers_and_is_replaced_when_its_engine_is_killed(ray_cluster, tmp_path):
-    tiny_model(tmp_path, hidden=128, peaked=4.0, tokenizer=tiny_tokenizer())
+    tiny_model(tmp_path, hidden=128, tokenizer=tiny_tokenizer())
     engine = {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}
     sequences, prompts = sequences_of(20), [np.arange(4, 12), np.arange(20, 25)]
     twin = TransformersEngine(str(tmp_path))
@@ -36,3 +36,7 @@ def test_a_vllm_teacher_answers_and_is_replaced_when_its_engine_is_killed(ray_cl
         assert teacher.statistics.retries > 0
         [successor] = replicas_of("vllm")
         assert successor.pid != replica.pid
+
+        processes = psutil.Process(successor.pid).children(recursive=True)
+        successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
+        eventually(lambda: not any(each.is_running() for each in processes))
