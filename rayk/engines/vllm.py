@@ -186,8 +186,12 @@ class VLLMEngine:
         ids, logprobs = ids.reshape(shape)[at], logprobs.reshape(shape)[at]
         targets, ids, logprobs = logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]
         if asked is not None and named:
+            if (scores := output.prompt_token_id_logprobs) is None:
+                raise RuntimeError(
+                    "vLLM left the requested ids unanswered; lower 'in_flight', so that it preempts none."
+                )
             ids = np.concatenate([asked, ids], axis=1)
-            logprobs = np.concatenate([output.prompt_token_id_logprobs[at - at[0]], logprobs], axis=1)
+            logprobs = np.concatenate([scores[at - at[0]], logprobs], axis=1)
         return targets.copy(), ids, logprobs
 
     def _log_tails(self, logprobs: np.ndarray) -> np.ndarray:

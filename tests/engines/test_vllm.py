@@ -128,6 +128,19 @@ def test_hidden_states_and_the_head_make_the_dense_log_probs(engine, on_loop, mo
     torch.testing.assert_close(made, dense(model, sequences * 2), atol=1e-3, rtol=0)
 
 
+def test_an_answer_about_other_tokens_is_not_taken(engine, on_loop, monkeypatch):
+    last = engine._last
+
+    async def damaged(outputs):
+        output = await last(outputs)
+        output.prompt_logprobs.token_ids[0] += 1
+        return output
+
+    monkeypatch.setattr(engine, "_last", damaged)
+    with pytest.raises(RuntimeError, match="prompt_logprobs are not those of the tokens it was given"):
+        on_loop(engine.score([sequence(9, counted=True)], TopK(4)))
+
+
 def test_callers_at_once_get_their_own_answers(engine, on_loop):
     groups = [[sequence(10 + 7 * i + j, 10 * i + j) for j in range(3)] for i in range(8)]
     prompts = prompts_of(5, 9)
