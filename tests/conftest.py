@@ -10,6 +10,7 @@ os.environ["RAY_AUTH_MODE"] = (
     "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
 )
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

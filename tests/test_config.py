@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from rayk.config import RunConfig, TeacherConfig, load_config, parse_config
+from rayk.config import RunConfig, TeacherConfig, TransformersEngine, VLLMEngine, load_config, parse_config
 from rayk.errors import InputError
 
 MINIMAL = {
@@ -119,6 +119,14 @@ WRONG = {
     "nothing to answer": (changed(evaluation__generation={}), "evaluation.generation needs rows: set data.evaluation"),
     "replicas": (changed(teachers=[{"model": "a", "replicas": {"min": 3, "max": 2}}]), "min (3) is larger than max"),
     "logprob": (changed(method__support={"kind": "logprob"}), "cannot learn from support 'logprob'; use 'topk'"),
+    "unknown engine": (changed(teachers=[{"model": "a", "engine": {"kind": "vlm"}}]), "'vlm'; did you mean 'vllm'?"),
+    "key of no engine": (changed(teachers=[{"model": "a", "engine": {"dtpe": 1}}]), "engine: unknown key 'dtpe'; did"),
+    "key of the other engine": (
+        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "batch_tokens": 1}}]), "unknown key 'batch_tokens'"
+    ),
+    "value of an engine": (
+        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "max_model_len": 1}}]), "max_model_len: input"
+    ),
     "list": (changed(training=[1]), "training: input should be a valid dictionary"),
 }  # fmt: skip
 
@@ -159,6 +167,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
 
 def test_a_number_of_replicas_stands_for_both_ends():
     assert TeacherConfig(model="m", replicas=3).replicas.model_dump() == {"min": 3, "max": 3}
+
+
+def test_an_engine_is_transformers_unless_it_says_another_kind():
+    assert TeacherConfig(model="m").engine == TransformersEngine()
+    assert TeacherConfig(model="m", engine={"dtype": "bfloat16"}).engine == TransformersEngine(dtype="bfloat16")
+    given = {"kind": "vllm", "tensor_parallel_size": 2, "arguments": {"enforce_eager": True}}
+    config = TeacherConfig(model="m", engine=given)
+    assert config.engine == VLLMEngine(tensor_parallel_size=2, arguments={"enforce_eager": True})
+    assert TeacherConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_the_default_config_names_every_section():

@@ -12,6 +12,7 @@ from rayk.models import (
     check_head,
     final_hidden,
     head_of,
+    load_head,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -220,3 +221,23 @@ def test_the_fingerprint_changes_with_any_tensor_and_not_with_the_place(tmp_path
 def test_the_fingerprint_of_a_hub_model_is_its_commit():
     assert weights_fingerprint("nobody/nothing", "0123abcd") == "0123abcd"
     assert weights_fingerprint("nobody/nothing") == ""
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["whole", "sharded"])
+def test_a_head_is_read_without_its_body(tmp_path, architecture, tie, shard):
+    model = tiny_model(architecture=architecture, tie=tie, peaked=4.0)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    head, own = load_head(str(tmp_path), dtype=torch.float32), head_of(model)
+    assert torch.equal(head.weight, own.weight)
+    assert (head.bias, head.scale, head.softcap) == (None, own.scale, own.softcap)
+    assert load_head(str(tmp_path), dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_a_head_that_is_not_in_the_safetensors_is_one_sentence(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"hold none of lm_head.weight.*leave 'engine.hidden' out"):
+        load_head(str(tmp_path), dtype=torch.float32)

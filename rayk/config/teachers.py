@@ -24,8 +24,8 @@ class TransformersEngine(Settings):
 class VLLMEngine(Settings):
     """vLLM's asynchronous engine: fast, on one or more GPUs of a node; top-k signals at temperature 1.
 
-    A replica asks Ray for `tensor_parallel_size` GPUs of one node unless `resources.num_gpus` says otherwise. For a
-    model over several nodes give `arguments` what vLLM's `ray` executor needs.
+    A replica asks Ray for `tensor_parallel_size` GPUs of one node unless `resources.num_gpus` says otherwise, and vLLM
+    runs a process on each. One copy over several nodes would take a placement group, which replicas do not have.
     """
 
     kind: Literal["vllm"] = "vllm"

@@ -47,10 +47,11 @@ class SamplingParameters:
     """Texts that end a continuation; it keeps the one it ended with."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        numbers_fit = self.max_new_tokens >= 1 and self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0
+        if not numbers_fit or "" in self.stop:
             raise InputError(
-                "Sampling needs max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0 (0: all tokens), "
-                f"not {self}."
+                "Sampling needs max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1, top_k >= 0 (0: all tokens) and "
+                f"no empty stop, not {self}."
             )
 
 

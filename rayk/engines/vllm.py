@@ -22,7 +22,16 @@ from rayk.engines.base import EngineInfo, Generated, SamplingParameters
 from rayk.engines.batching import gather
 from rayk.engines.checks import check_prompts, check_request
 from rayk.errors import EngineDied, InputError
-from rayk.models import DTYPES, Head, load_head, load_tokenizer, pick_device, real_vocab_size, tokenizer_fingerprint
+from rayk.models import (
+    DTYPES,
+    Head,
+    load_head,
+    load_tokenizer,
+    pick_device,
+    real_vocab_size,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch, concatenate
 from rayk.support import Hidden, Logprob, Requested, Support, TopK
@@ -71,6 +80,10 @@ class VLLMEngine:
             device=config.device_config.device_type,
             supports=tuple(supports),
             hidden_size=self._head.weight.shape[1] if settings.hidden else 0,
+            engine="vllm",
+            weights_fingerprint=weights_fingerprint(
+                model, getattr(config.model_config.hf_config, "_commit_hash", None)
+            ),
         )
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
@@ -186,8 +199,12 @@ class VLLMEngine:
         ids, logprobs = ids.reshape(shape)[at], logprobs.reshape(shape)[at]
         targets, ids, logprobs = logprobs[:, 0], ids[:, 1:], logprobs[:, 1:]
         if asked is not None and named:
+            if (scores := output.prompt_token_id_logprobs) is None:
+                raise RuntimeError(
+                    "vLLM left the requested ids unanswered; lower 'in_flight', so that it preempts none."
+                )
             ids = np.concatenate([asked, ids], axis=1)
-            logprobs = np.concatenate([output.prompt_token_id_logprobs[at - at[0]], logprobs], axis=1)
+            logprobs = np.concatenate([scores[at - at[0]], logprobs], axis=1)
         return targets.copy(), ids, logprobs
 
     def _log_tails(self, logprobs: np.ndarray) -> np.ndarray:
@@ -238,7 +255,7 @@ class VLLMEngine:
 
     async def _last(self, outputs: AsyncIterator[Any]) -> Any:
         """The last of a request's outputs; errors as rayk's own, since vLLM's cannot be read where it is missing."""
-        from vllm.exceptions import VLLMClientError, VLLMError
+        from vllm.exceptions import VLLMError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
@@ -247,8 +264,6 @@ class VLLMEngine:
             return last
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's process for {self.info.model} is gone.") from error
-        except VLLMClientError as error:
-            raise InputError(f"vLLM refuses the request: {error}") from error
         except VLLMError as error:
             raise RuntimeError(f"vLLM failed: {error.__cause__ or error}") from error
 
@@ -296,8 +311,11 @@ def _start(model: str, settings: Settings, trust_remote_code: bool, hidden: bool
     }  # fmt: skip
     if settings.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"  # Ray has given this process the GPUs already
-    if current_platform.is_cpu() and settings.gpu_memory_utilization is None:
-        arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+    if current_platform.is_cpu():
+        # A seeded request whose prompt is read in parts ends the engine: "CPU Generator does not use offset".
+        arguments["enable_chunked_prefill"] = False
+        if settings.gpu_memory_utilization is None:
+            arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     arguments = {name: value for name, value in arguments.items() if value is not None} | settings.arguments
     if hidden:
         pooler = PoolerConfig(task="token_embed", pooling_type="ALL", use_activation=False)

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from rayk.cluster import gpus_each
-from rayk.config import SimulatedEngine, TeacherConfig, VLLMEngine
+from rayk.config import TeacherConfig
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters
 from rayk.environment import THREADING
 from rayk.errors import InputError
@@ -127,23 +127,24 @@ class TeacherReplica:
 def build_engine(config: TeacherConfig) -> Engine:
     """The engine `config.engine.kind` names, in this process."""
     assert config.model is not None
-    if isinstance(config.engine, VLLMEngine):
-        from rayk.engines import vllm
+    if config.engine.kind == "vllm":
+        from rayk.engines.vllm import VLLMEngine
 
-        return vllm.VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+        return VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
 
-    if isinstance(config.engine, SimulatedEngine):
-        from rayk.engines import simulated
+    if config.engine.kind == "simulated":
+        from rayk.engines.simulated import SimulatedEngine
 
-        return simulated.SimulatedEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+        return SimulatedEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+
     import torch
 
-    from rayk.engines import transformers
+    from rayk.engines.transformers import TransformersEngine
 
     threads = config.engine.threads or max(1, int(config.resources.num_cpus))
     if config.engine.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    return transformers.TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+    return TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
 
 
 def deploy(config: TeacherConfig) -> None:

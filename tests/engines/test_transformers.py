@@ -16,12 +16,19 @@ from rayk.engines import transformers as engine_module
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine, generate
 from rayk.errors import InputError
-from rayk.models import real_vocab_size, tokenizer_fingerprint
+from rayk.models import tokenizer_fingerprint
 from rayk.sequences import Sequence
 from rayk.support import Logprob, TopK
+from tests.engines.reference import (
+    VOCAB,
+    assert_logprobs_right,
+    assert_right,
+    dense,
+    next_token_logits,
+    prompts_of,
+    sequence,
+)
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
-
-VOCAB = real_vocab_size(tiny_tokenizer())  # the tiny models' embeddings are padded past it, to 384
 
 
 @pytest.fixture(scope="module")
@@ -35,41 +42,8 @@ def reference(tiny_teacher):
     return AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
 
 
-def sequence(length, seed=0, counted=None):
-    random = np.random.default_rng(seed)
-    flags = random.random(length) < 0.5 if counted is None else np.full(length, counted)
-    flags[:1] = False
-    return Sequence(random.integers(4, VOCAB, length).astype(np.int32), flags)
-
-
 def score(engine, sequences, support):
     return asyncio.run(engine.score(sequences, support))
-
-
-@torch.no_grad()
-def dense(model, sequences):
-    """Dense log-probs [counted tokens, padded vocab] of a model's own forward, a sequence at a time."""
-    rows = []
-    for one in sequences:
-        logits = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].float()
-        rows.append(logits.log_softmax(1)[torch.from_numpy(np.flatnonzero(one.counted)) - 1])
-    return torch.cat(rows)
-
-
-def assert_right(signals, model, sequences, atol=1e-4):
-    exact = dense(model, sequences)
-    counts = [one.counted_tokens for one in sequences]
-    assert signals.offsets.diff().tolist() == counts
-    targets = torch.from_numpy(np.concatenate([one.targets for one in sequences]).astype(np.int64))
-    torch.testing.assert_close(signals.target_logprobs, exact.gather(1, targets[:, None])[:, 0], atol=atol, rtol=0)
-    if signals.ids is None:
-        return
-    torch.testing.assert_close(signals.logprobs, exact.gather(1, signals.ids), atol=atol, rtol=0)
-    torch.testing.assert_close(signals.logprobs, exact[:, :VOCAB].topk(signals.ids.shape[1]).values, atol=atol, rtol=0)
-    for column, temperature in enumerate(signals.support.temperatures):
-        rest = (exact.double().scatter(1, signals.ids, float("-inf")) / temperature).logsumexp(1)
-        torch.testing.assert_close(signals.log_tails[:, column].double(), rest, atol=atol, rtol=1e-4)
-    assert all(len(set(row)) == len(row) for row in signals.ids.tolist())
 
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=9)
@@ -226,18 +200,6 @@ def run(engine, prompts, seed=0, **parameters):
     return asyncio.run(engine.generate(prompts, SamplingParameters(**parameters), seeds))
 
 
-def prompts_of(*lengths):
-    return [sequence(length, 50 + i).input_ids for i, length in enumerate(lengths)]
-
-
-@torch.no_grad()
-def assert_logprobs_right(model, prompt, written):
-    ids = torch.from_numpy(np.concatenate([prompt, written.token_ids]).astype(np.int64))
-    exact = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(1)
-    exact = exact.gather(1, ids[len(prompt) :, None])[:, 0]
-    np.testing.assert_allclose(written.logprobs, exact.numpy(), atol=1e-3)
-
-
 def test_greedy_is_transformers_own(engine, tiny_teacher):
     unpadded = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
     unpadded.resize_token_embeddings(VOCAB)
@@ -274,11 +236,6 @@ def sampled_counts(engine, draws, **parameters):
     [prompt] = prompts_of(6)
     written = run(engine, [prompt] * draws, max_new_tokens=1, **parameters)
     return prompt, np.bincount([int(w.token_ids[0]) for w in written], minlength=VOCAB)
-
-
-@torch.no_grad()
-def next_token_logits(model, prompt):
-    return model(input_ids=torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1, :VOCAB].double()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
@@ -417,6 +374,7 @@ def test_padding_ids_are_never_sampled(tmp_path):
         (np.array([5]), {"max_new_tokens": 0}, "max_new_tokens >= 1"),
         (np.array([5]), {"temperature": -1.0}, "temperature >= 0"),
         (np.array([5]), {"top_p": 0.0}, "0 < top_p <= 1"),
+        (np.array([5]), {"stop": ("",)}, "no empty stop"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(engine, prompt, parameters, said):

@@ -1,0 +1,321 @@
+"""vLLM for real, on the CPU, held against the same model in transformers. The last test kills what the others use."""
+
+import asyncio
+import sys
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from rayk.config import VLLMEngine as Settings
+from rayk.engines import vllm as engine_module
+from rayk.engines.base import SamplingParameters
+from rayk.engines.transformers import TransformersEngine, summarise
+from rayk.engines.vllm import VLLMEngine, likeliest_distinct
+from rayk.errors import EngineDied, InputError
+from rayk.sequences import Sequence
+from rayk.signal import concatenate
+from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
+from tests.engines.reference import (
+    VOCAB,
+    assert_logprobs_right,
+    assert_right,
+    dense,
+    next_token_logits,
+    prompts_of,
+    sequence,
+)
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SETTINGS = Settings(dtype="float32", arguments={"enforce_eager": True})
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose likeliest token is often a row of the embedding's padding; vLLM's CPU kernels want wide heads."""
+    model = tiny_model(seed=1, hidden=128, peaked=2.0)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] *= 2
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "wide"
+    model.save_pretrained(path)
+    tiny_tokenizer(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def on_loop():
+    """Runs coroutines on the one event loop that the engine's tasks live on."""
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(scope="module")
+def engine(folder, on_loop):
+    engine = VLLMEngine(folder, SETTINGS.model_copy(update={"hidden": True}))
+    on_loop(engine.warm_up())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def twin(folder):
+    return TransformersEngine(folder)
+
+
+def written_by(engine, on_loop, prompts, seed=0, **parameters):
+    seeds = [seed + i for i in range(len(prompts))]
+    return on_loop(engine.generate(prompts, SamplingParameters(**parameters), seeds))
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, VOCAB])
+def test_top_k_is_the_dense_log_probs_and_never_padding(engine, on_loop, model, k):
+    sequences = [sequence(length, length) for length in (2, 5, 90, 300)]
+    signals = on_loop(engine.score(sequences, TopK(k)))
+    assert_right(signals, model, sequences, atol=1e-3)
+    assert int(signals.ids.max()) < VOCAB
+
+
+def test_it_says_what_the_transformers_engine_says(engine, on_loop, twin):
+    sequences = [sequence(length, length) for length in (40, 3, 120)]
+    for support in (TopK(16), Logprob(), Hidden("float32")):
+        ours, theirs = on_loop(engine.score(sequences, support)), on_loop(twin.score(sequences, support))
+        assert torch.equal(ours.offsets, theirs.offsets)
+        for name in ("target_logprobs", "logprobs", "log_tails", "hidden"):
+            if getattr(theirs, name) is not None:
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-3, rtol=0)
+    info = engine.info
+    assert (info.vocab_size, info.tokenizer_fingerprint) == (twin.info.vocab_size, twin.info.tokenizer_fingerprint)
+    assert (info.dtype, info.device, info.hidden_size) == ("float32", "cpu", 128)
+    assert info.supports == ("topk", "logprob", "hidden")
+
+
+def test_only_counted_positions_are_answered_and_the_last_token_may_count(engine, on_loop, model):
+    flags = np.zeros(20, bool)
+    flags[[1, 7, 19]] = True
+    one = Sequence(sequence(20).input_ids, flags)
+    assert_right(on_loop(engine.score([one], TopK(5))), model, [one], atol=1e-3)
+    longest = sequence(engine.info.max_tokens, counted=True)
+    assert_right(on_loop(engine.score([longest], Logprob())), model, [longest], atol=1e-3)
+
+
+@pytest.mark.parametrize("support", [TopK(5), Logprob(), Hidden()])
+def test_rows_without_a_counted_token_are_empty_rows(engine, on_loop, support):
+    sequences = [sequence(9, 1, counted=False), sequence(12, 2, counted=True), sequence(1, 3)]
+    assert on_loop(engine.score(sequences, support)).offsets.tolist() == [0, 0, 11, 11]
+    assert on_loop(engine.score(sequences[:1], support)).tokens == 0
+
+
+def test_a_tail_below_what_float32_tells_is_the_smallest_and_is_counted(engine, on_loop, model, monkeypatch):
+    monkeypatch.setattr(engine_module, "_LEAST_TAIL", 0.25)
+    before, sequences = engine.floored_tails, [sequence(100, counted=True)]
+    signals = on_loop(engine.score(sequences, TopK(64)))
+    exact = dense(model, sequences).exp().scatter(1, signals.ids, 0).sum(1)
+    assert 0 < engine.floored_tails - before == int((exact < 0.25).sum()) < 99
+    torch.testing.assert_close(signals.log_tails[:, 0], exact.clamp(min=0.25).log(), atol=1e-3, rtol=0)
+
+
+def test_hidden_states_and_the_head_make_the_dense_log_probs(engine, on_loop, model):
+    sequences = [sequence(length, length) for length in (40, 3, 120)]
+    signals = on_loop(engine.score(sequences * 2, Hidden("float32")))  # the second time as a cached prefix
+    made = engine.head().logits(signals.hidden).log_softmax(1)
+    torch.testing.assert_close(made, dense(model, sequences * 2), atol=1e-3, rtol=0)
+
+
+def test_an_answer_about_other_tokens_is_not_taken(engine, on_loop, monkeypatch):
+    last = engine._last
+
+    async def damaged(outputs):
+        output = await last(outputs)
+        output.prompt_logprobs.token_ids[0] += 1
+        return output
+
+    monkeypatch.setattr(engine, "_last", damaged)
+    with pytest.raises(RuntimeError, match="prompt_logprobs are not those of the tokens it was given"):
+        on_loop(engine.score([sequence(9, counted=True)], TopK(4)))
+
+
+def test_callers_at_once_get_their_own_answers(engine, on_loop):
+    groups = [[sequence(10 + 7 * i + j, 10 * i + j) for j in range(3)] for i in range(8)]
+    prompts = prompts_of(5, 9)
+
+    async def main():
+        scores = [engine.score(group, TopK(8)) for group in groups]
+        return await asyncio.gather(*scores, engine.generate(prompts, SamplingParameters(5, 0.0), [0, 0]))
+
+    *together, _ = on_loop(main())
+    alone = concatenate([on_loop(engine.score(group, TopK(8))) for group in groups])
+    for name in ("offsets", "target_logprobs", "logprobs", "log_tails"):
+        torch.testing.assert_close(getattr(concatenate(together), name), getattr(alone, name), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("support", "said"),
+    [
+        (TopK(VOCAB + 1), f"support.k is {VOCAB + 1}.*vocabulary of {VOCAB}"),
+        (TopK(4, (1.0, 2.0)), "temperature 1 only, not 1, 2; use engine kind 'transformers', or support 'hidden'"),
+        (Sampled(), "cannot give support 'sampled'; it gives topk, logprob, hidden"),
+        (Requested(4), "needs vLLM's V2 model runner"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(engine, on_loop, support, said):
+    with pytest.raises(InputError, match=said):
+        on_loop(engine.score([sequence(9)], support))
+
+
+@pytest.mark.parametrize("length", [512, 600])
+def test_a_sequence_that_leaves_no_room_is_refused(engine, on_loop, length):
+    with pytest.raises(InputError, match=f"sequence of {length} tokens is longer than .* takes \\(511\\)"):
+        on_loop(engine.score([sequence(length)], TopK(4)))
+
+
+def test_requested_ids_are_united_with_the_likeliest_as_in_the_transformers_engine():
+    """What vLLM's V2 runner would give, which needs a GPU, made from logits."""
+    logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    asked = torch.randint(-1, 30, (50, 6), generator=torch.Generator().manual_seed(1))
+    expected = summarise(logits.clone(), asked[:, 0].clamp(min=0), Requested(4), 30, asked)
+    logprobs = logits.log_softmax(1)
+    top = logprobs[:, :30].topk(10)
+    named = torch.where(asked < 0, float("-inf"), logprobs.gather(1, asked.clamp(min=0)))
+    ids, values = likeliest_distinct(
+        np.concatenate([asked.numpy(), top.indices.numpy()], 1),
+        np.concatenate([named.numpy(), top.values.numpy()], 1),
+        10,
+    )
+    assert ids.tolist() == expected["ids"].tolist()
+    np.testing.assert_allclose(values, expected["logprobs"].numpy(), atol=1e-5)
+
+
+def test_greedy_is_the_transformers_engines(engine, on_loop, twin):
+    prompts = prompts_of(3, 17, 9)
+    ours, theirs = (written_by(each, on_loop, prompts, max_new_tokens=30, temperature=0.0) for each in (engine, twin))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.finish_reason == other.finish_reason
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}])
+def test_logprobs_are_the_models_own_at_temperature_one(engine, on_loop, model, sampling):
+    prompts = prompts_of(3, 17, 9)
+    for prompt, written in zip(
+        prompts, written_by(engine, on_loop, prompts, max_new_tokens=25, **sampling), strict=True
+    ):
+        assert len(written.logprobs) == len(written.token_ids)
+        assert written.token_ids.max() < VOCAB
+        assert_logprobs_right(model, prompt, written)
+
+
+def test_a_seed_gives_the_same_text_in_any_company(engine, on_loop):
+    prompts = prompts_of(3, 17, 9, 4)
+    parameters = {"max_new_tokens": 20, "temperature": 1.3, "top_p": 0.95}
+    together = written_by(engine, on_loop, prompts, seed=2**64 - 8, **parameters)
+    for row, prompt in enumerate(prompts):
+        [alone] = written_by(engine, on_loop, [prompt], seed=2**64 - 8 + row, **parameters)
+        assert alone.token_ids.tolist() == together[row].token_ids.tolist()
+    others = written_by(engine, on_loop, prompts, seed=70, **parameters)
+    assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(together, others, strict=True))
+
+
+@pytest.mark.parametrize("parameters", [{"temperature": 0.7}, {}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.6}])
+def test_tokens_are_drawn_from_the_distribution(engine, on_loop, model, parameters):
+    [prompt] = prompts_of(6)
+    written = written_by(engine, on_loop, [prompt] * 1_000, max_new_tokens=1, **parameters)
+    counts = np.bincount([int(one.token_ids[0]) for one in written], minlength=VOCAB)
+    logits = next_token_logits(model, prompt) / parameters.get("temperature", 1.0)
+    probabilities, order = logits.softmax(0).sort(descending=True)
+    nucleus = 1 + int((probabilities.cumsum(0) < parameters["top_p"]).sum()) if "top_p" in parameters else VOCAB
+    size = parameters.get("top_k", nucleus)
+    counts, probabilities = counts[order.numpy()], probabilities[:size] / probabilities[:size].sum()
+    assert counts[:size].sum() == 1_000
+    expected = probabilities.numpy() * 1_000
+    often = expected >= 5
+    observed = [*counts[:size][often], *([counts[:size][~often].sum()] if not often.all() else [])]
+    expected = [*expected[often], *([expected[~often].sum()] if not often.all() else [])]
+    assert chisquare(observed, expected).pvalue > 1e-4
+
+
+def test_eos_ends_a_row_and_is_kept(engine, on_loop):
+    written = written_by(engine, on_loop, prompts_of(*range(3, 103)), max_new_tokens=40, temperature=2.0)
+    assert {one.finish_reason for one in written} == {"stop", "length"}, "too lucky a seed"
+    for one in written:
+        ids = one.token_ids.tolist()
+        assert (ids[-1] == 1) == (one.finish_reason == "stop") == (1 in ids)
+        assert one.finish_reason == "stop" or len(ids) == 40
+
+
+def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine, on_loop):
+    prompts = prompts_of(5, 9, 14, 3)
+    free = written_by(engine, on_loop, prompts, max_new_tokens=30)
+    texts = [engine.tokenizer.decode(one.token_ids) for one in free]
+    stops = (texts[0][6:9], texts[1][10:12])
+    stopped = written_by(engine, on_loop, prompts, max_new_tokens=30, stop=stops)
+    for one, text, before in zip(stopped, texts, free, strict=True):
+        assert one.token_ids.tolist() == before.token_ids.tolist()[: len(one.token_ids)]
+        assert len(one.logprobs) == len(one.token_ids)
+        assert not any(stop in engine.tokenizer.decode(one.token_ids[:-1]) for stop in stops)
+        if any(stop in text for stop in stops):
+            assert any(stop in engine.tokenizer.decode(one.token_ids) for stop in stops)
+            assert one.finish_reason == "stop"
+        else:
+            assert len(one.token_ids) == len(before.token_ids)
+    assert len(stopped[0].token_ids) < len(free[0].token_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 2.5])
+def test_temperatures_that_vllm_would_change_or_refuse_are_refused(engine, on_loop, temperature):
+    with pytest.raises(InputError, match=f"from 0.01 to 2, or 0 for greedy, not {temperature:g}"):
+        written_by(engine, on_loop, prompts_of(4), temperature=temperature)
+
+
+def test_a_caller_that_leaves_costs_nothing(engine, on_loop):
+    async def main():
+        asking = asyncio.create_task(
+            engine.generate(prompts_of(*[5] * 20), SamplingParameters(500, 1.0), list(range(20)))
+        )
+        while not engine._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.001)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert engine._engine.get_num_unfinished_requests() == 0
+
+    on_loop(main())
+    on_loop(engine.check_health())
+    assert on_loop(engine.score([sequence(9, counted=True)], TopK(2))).tokens == 8
+
+
+def test_without_vllm_the_error_says_what_to_install(folder, monkeypatch):
+    for name in ("vllm", "vllm.config"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match="engine kind 'vllm' needs the vllm package: pip install 'rayk\\[vllm\\]'"):
+        VLLMEngine(folder, SETTINGS)
+
+
+@pytest.mark.parametrize("wrong", [{"arguments": {"no_such_argument": 1}}, {"max_model_len": 1_000_000}])
+def test_settings_that_vllm_refuses_are_named(folder, wrong):
+    named = str(next(iter(wrong.get("arguments", wrong))))
+    with pytest.raises(InputError, match=f"vLLM does not start .*{named}"):
+        VLLMEngine(folder, SETTINGS.model_copy(update=wrong))
+
+
+def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(engine, on_loop):
+    async def main():
+        await engine.check_health()
+        asking = asyncio.create_task(engine.generate(prompts_of(5), SamplingParameters(500, 1.0), [0]))
+        while not engine._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.001)
+        for process in psutil.Process().children():
+            if "EngineCore" in process.name():
+                process.kill()
+        with pytest.raises(EngineDied, match="process .* is gone"):
+            await asyncio.wait_for(asking, 30)
+        with pytest.raises(EngineDied):
+            await engine.check_health()
+
+    on_loop(main())
