@@ -23,6 +23,7 @@ from rayk.errors import InputError, RaykError
 
 if TYPE_CHECKING:
     from rayk.fill import Filled
+    from rayk.plan import Plan
     from rayk.run import Watcher
 
 app = typer.Typer(
@@ -117,6 +118,25 @@ def cache(
 
 
 @app.command()
+def plan(
+    config: ConfigPath, overrides: Overrides = None,
+    student: Annotated[
+        float | None,
+        typer.Option("--student-tokens-per-second", min=1e-9, help="Else from the run in the output directory."),
+    ] = None,
+    teacher: Annotated[
+        float | None,
+        typer.Option("--teacher-tokens-per-second", min=1e-9, help="Of one replica; else measured on one."),
+    ] = None,
+) -> None:  # fmt: skip
+    """Say how many teacher replicas keep the student fed, and what crosses the network."""
+    settings = load_config(config, overrides)
+    from rayk.plan import plan as make_plan
+
+    _print(planning(make_plan(settings, student, teacher)))
+
+
+@app.command()
 def evaluate(
     config: ConfigPath, overrides: Overrides = None,
     model: Annotated[str | None, typer.Option("--model", help="The model to measure; else the run's student.")] = None,
@@ -199,6 +219,25 @@ def filling(filled: "list[Filled]") -> Table:
         numbers = (each.rows, each.tokens, each.cached_tokens, each.bytes)
         an_entry = "–" if each.bytes_an_entry is None else f"{each.bytes_an_entry:.2f}"
         table.add_row(each.what, each.support.kind, *(f"{number:,}" for number in numbers), an_entry)
+    return table
+
+
+def planning(plan: "Plan") -> Table:
+    """What `rayk plan` has found."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    fewer = sorted({1, max(1, plan.replicas // 2), max(1, plan.replicas - 1)} - {plan.replicas})
+    waits = ", ".join(f"with {count}: {plan.waiting_share(count):.0%}" for count in fewer)
+    for name, text in {
+        "student, never waiting": f"{plan.student_rate:,.0f} tokens/s",
+        "one replica": f"{plan.teacher_rate:,.0f} tokens/s",
+        "replicas": f"{plan.replicas}, with a fifth to spare",
+        "the student would wait": waits,
+        "a counted token": f"about {plan.bytes_a_token:,.0f} bytes; {plan.counted_share:.0%} of the tokens count",
+        "network": f"{plan.bytes_a_second / 1e6:,.2f} MB/s, {plan.bytes_a_second * plan.seconds / 1e9:,.2f} GB in all",
+        "training": f"{plan.total_tokens / 1e6:,.2f} million tokens, about {plan.seconds / 60:,.1f} minutes",
+    }.items():
+        if text:
+            table.add_row(name, text)
     return table
 
 

@@ -51,7 +51,7 @@ def the_sentence(outcome, code=2):
 def test_help_names_every_command(rayk):
     code, out, _ = rayk("--help")
     assert code == 0
-    for name in ("quickstart", "run", "serve", "cache", "evaluate", "report", "methods", "doctor"):
+    for name in ("quickstart", "run", "serve", "cache", "evaluate", "report", "methods", "plan", "cache", "doctor"):
         assert name in out
 
 
@@ -196,6 +196,27 @@ def test_doctor_finds_what_a_run_would_stumble_over(rayk, write_config, tmp_path
     assert not (tmp_path / "run").exists()
     code, _, err = rayk("doctor", write_config(student={"model": "./nowhere"}))
     assert (code, "✗ The " in err) == (2, True)
+
+
+def test_plan_says_how_many_replicas_feed_the_student(rayk, write_config, tiny_teacher):
+    simulated = {"model": tiny_teacher, "engine": {"kind": "simulated", "tokens_per_second": 250.0}}
+    path = write_config({"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, teachers=[simulated])
+    code, out, _ = rayk("plan", path, "--student-tokens-per-second", "1000")
+    assert code == 0
+    assert re.search(r"^replicas +5, ", out, re.MULTILINE)  # 1.2 · 1000 / 250, rounded up
+    assert re.search(r"^the student would wait +with 1: 75%, with 2: 50%, with 4: 0%", out, re.MULTILINE)
+    assert re.search(r"^a counted token +about 72 bytes; \d+% of the tokens count", out, re.MULTILINE)
+    assert "--student-tokens-per-second" in the_sentence(rayk("plan", path))
+    assert "asks no teacher for signals" in the_sentence(rayk("plan", write_config("supervised")))
+
+
+def test_plan_measures_what_is_not_given(rayk, write_config, tiny_teacher, ray_cluster):
+    teachers = [{"model": tiny_teacher, "resources": {"num_cpus": 0.25}}]
+    path = write_config({"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, teachers=teachers)
+    assert rayk("run", path, "--set", "training.steps=4")[0] == 0
+    code, out, _ = rayk("plan", path)
+    assert code == 0
+    assert re.search(r"^one replica +[\d,]+ tokens/s", out, re.MULTILINE)
 
 
 def test_report_compares_run_directories(rayk, tmp_path, tiny_student):

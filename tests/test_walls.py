@@ -23,7 +23,7 @@ FLOORS = [
     {"methods"},
     {"training"},
     {"run"},
-    {"doctor", "quickstart", "progress", "fill"},
+    {"doctor", "quickstart", "progress", "fill", "plan"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
