@@ -41,7 +41,7 @@ def batch(seed: int) -> list[Sequence]:
 
 @ray.remote(num_cpus=0)
 def student(name: str, batches: int, prefetch: int, step_seconds: float) -> tuple[float, float, float]:
-    """Ask for `batches`, with a step of so many seconds after each; (began, ended, seconds waited from the third on)."""
+    """Ask for `batches`, with a step of so many seconds after each; (began, ended, seconds waited)."""
     teacher = connect_teacher(name)
     teacher.score(batch(0), SUPPORT)
     time.sleep(4)  # the client counts replicas every three seconds
