@@ -184,3 +184,23 @@ def test_the_default_config_names_every_section():
         "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "said"),
+    [
+        ({"kind": "vllm"}, {"temperature": 2.0}, "teacher 'teacher': vLLM tells log-probs at temperature 1 only"),
+        ({"kind": "vllm"}, {"support": {"kind": "hidden"}}, "set 'engine.hidden: true'"),
+        ({"kind": "vllm"}, {"support": {"kind": "sampled"}}, "vLLM cannot draw at the positions of a prompt"),
+        ({"kind": "simulated"}, {"support": {"kind": "hidden"}}, "the simulated engine has no support 'hidden'"),
+    ],
+)
+def test_a_support_that_the_engine_lacks_is_refused_before_it_is_started(engine, method, said):
+    values = {
+        "teachers": [{"model": "m", "engine": engine}], "student": {"model": "m"}, "data": {"train": {"path": "p"}},
+        "method": {"kind": "logit_kd"} | method,
+    }  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        parse_config(values)
+    assert said in str(caught.value)
+    parse_config(values | {"teachers": [{"model": "m"}]})

@@ -11,7 +11,7 @@ from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
 from rayk.config.methods import LogitKDConfig, MethodConfig
-from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig
+from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
 
 
@@ -54,6 +54,11 @@ class RunConfig(Settings):
             raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
         self._many_teachers_fit(names, wanted)
         for teacher in self.teachers:
+            if isinstance(self.method, LogitKDConfig) and not teacher.attach and wanted in (None, teacher.name):
+                try:
+                    check_engine_gives(teacher.engine, self.method.support)
+                except ValueError as error:
+                    raise ValueError(f"teacher '{teacher.name}': {error}") from error
             if teacher.deadline_seconds >= self.training.collective_timeout_seconds:
                 raise ValueError(
                     f"teacher '{teacher.name}': deadline_seconds must be below training.collective_timeout_seconds "

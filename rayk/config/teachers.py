@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Positive, Settings
+from rayk.support import Hidden, Logprob, Requested, Sampled, Support, TopK
 
 
 class TransformersEngine(Settings):
@@ -55,6 +56,25 @@ class SimulatedEngine(Settings):
     """Added to each request, while others are computed."""
     start_seconds: Annotated[float, Field(ge=0)] = 0.0
     """How long a replica takes until it answers."""
+
+
+def check_engine_gives(engine: "TransformersEngine | VLLMEngine | SimulatedEngine", support: Support) -> None:
+    """Refuse a support that this engine is known not to have.
+
+    Raises:
+        ValueError: the sentence says what does.
+    """
+    if engine.kind == "vllm":
+        if isinstance(support, Hidden) and not engine.hidden:
+            raise ValueError("support 'hidden' on vLLM needs a second engine; set 'engine.hidden: true'")
+        if isinstance(support, Sampled):
+            raise ValueError("vLLM cannot draw at the positions of a prompt; use 'topk', or engine kind 'transformers'")
+        if isinstance(support, TopK | Requested) and set(support.temperatures) != {1.0}:
+            raise ValueError(
+                "vLLM tells log-probs at temperature 1 only; use support 'hidden', or engine kind 'transformers'"
+            )
+    if engine.kind == "simulated" and not isinstance(support, TopK | Logprob):
+        raise ValueError(f"the simulated engine has no support '{support.kind}'; use 'topk'")
 
 
 def _engine(value: Any) -> Any:
