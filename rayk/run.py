@@ -32,6 +32,7 @@ from rayk.models import load_model_config, load_tokenizer, real_vocab_size, toke
 from rayk.support import Hidden, TopK
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
 from rayk.teachers.cache import SignalCache, opened
+from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
 from rayk.training import evaluate_remotely, train
 from rayk.training.checkpoint import CheckpointStore
@@ -224,6 +225,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     train_table = tokenize(config.data.train, config.data, tokenizer) if training else None
     evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
     _check_lengths(models, config, train_table, evaluation)
+    _check_contexts(models, config, tokenizer, [table for table in (train_table, evaluation) if table is not None])
     _check_many_teachers(config, [table for table in (train_table, evaluation) if table is not None])
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
@@ -276,6 +278,22 @@ def _check_lengths(
                 f"The longest evaluation prompt with its answer may have {answered} tokens, but {name} takes "
                 f"{limit}; lower evaluation.generation.max_new_tokens."
             )
+
+
+def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any, tables: list[ExampleTable]) -> None:
+    """Each teacher's own prompts can be made, and leave room for the completion."""
+    for teacher in config.teachers:
+        if teacher.prompt_template is None:
+            continue
+        settings = models.get(f"teacher '{teacher.name}'")
+        limit = getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
+        for row in (row for table in tables for row in table):
+            if (length := len(seen_after(prompts, row))) > limit:
+                raise InputError(
+                    f"{row.where} has {length} tokens after the prompt of teacher '{teacher.name}', which takes "
+                    f"{limit}; shorten teachers.prompt_template, or lower data.max_tokens."
+                )
 
 
 def _check_many_teachers(config: RunConfig, tables: list[ExampleTable]) -> None:
@@ -394,7 +412,7 @@ def serve_all(
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
     assert inputs.evaluation is not None
-    teacher = scorer_of(config, teachers)
+    teacher = scorer_of(config, teachers, inputs.tokenizer)
     assert teacher is not None
     return evaluate_teacher(teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer)
 

@@ -150,6 +150,9 @@ class TeacherConfig(Settings):
     """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)
+    prompt_template: str | None = None
+    """What this teacher reads instead of the student's prompt: text with {field} names of the row, such as the answer.
+    Both see the same completion."""
     trust_remote_code: bool = False
     call_tokens: Positive = 8192
     """Tokens sent to a replica in one call; also what one replica is given at a time by one asker."""

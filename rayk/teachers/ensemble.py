@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from rayk.sequences import Sequence
 from rayk.signal import SignalBatch, concatenate, distinct_fill
 from rayk.support import Hidden, Requested, Support, TopK
 from rayk.teachers.client import HasSequences, Teacher, sequences_of
+from rayk.teachers.context import InContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Scorer(Protocol):
@@ -142,13 +146,19 @@ class Route:
         return concatenate(parts).select([place[row] for row in range(len(sequences))])
 
 
-def scorer_of(config: RunConfig, teachers: Mapping[str, Teacher]) -> Scorer | None:
+def scorer_of(
+    config: RunConfig, teachers: Mapping[str, Teacher], tokenizer: "PreTrainedTokenizerBase"
+) -> Scorer | None:
     """Whom the method and the evaluation ask: the route, the ensemble, or one teacher; None where there is none."""
     known: dict[str, Scorer] = dict(teachers)
+    for settings in config.teachers:
+        if settings.prompt_template is not None:
+            teacher = teachers[settings.name]
+            known[settings.name] = InContext(teacher, settings.prompt_template, config.data, tokenizer)
     if config.ensemble is not None:
         names = config.ensemble.teachers or list(teachers)
         weights = [config.ensemble.weights.get(name, 1.0) for name in names]
-        known["ensemble"] = Ensemble([teachers[name] for name in names], weights, config.ensemble.combine)
+        known["ensemble"] = Ensemble([known[name] for name in names], weights, config.ensemble.combine)
     if config.route is not None:
         return Route(config.route, known)
     return known.get("ensemble") or known.get(config.compared_teacher)

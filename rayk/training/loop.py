@@ -144,7 +144,7 @@ def evaluate_worker(job: Job) -> Evaluation:
     model = make_model(config.student, tokenizer, config.seed, pick_device())
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
     with opened(config.cache) as cache:
-        teacher = scorer_of(config, job.teachers(cache))
+        teacher = scorer_of(config, job.teachers(cache), tokenizer)
         evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
         return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
 
@@ -161,7 +161,7 @@ class Trainer:
         self._closing = ExitStack()
         self.teachers = job.teachers(self._closing.enter_context(opened(config.cache)))
         self._cached_tokens = 0
-        teacher = scorer_of(config, self.teachers)
+        teacher = scorer_of(config, self.teachers, self.tokenizer)
         self.method: Method = METHODS[config.method.kind](config.method, teacher)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.student = Student(model, self.settings.precision)

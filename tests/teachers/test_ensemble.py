@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk import losses
 from rayk.config import RouteConfig, parse_config
-from rayk.data.examples import Example
+from rayk.data.examples import Example, tokenize
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.run import distill
+from rayk.sequences import Sequence
 from rayk.support import Hidden, Logprob, TopK
 from rayk.teachers import Ensemble, Route, serve_teacher
+from rayk.teachers.context import InContext
 from tests.runs import curve, metrics, settings
 from tests.teachers.asking import config_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -195,3 +197,31 @@ def test_settings_that_lead_to_no_teacher_are_named(many, said):
     with pytest.raises(InputError) as caught:
         parse_config(values | many)
     assert said in str(caught.value)
+
+
+def test_a_teacher_may_read_another_prompt(tmp_path, tiny_student, served):
+    """What it says is what it says after that prompt, at the same tokens of the completion."""
+    values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_student)
+    data = parse_config(values).data
+    rows = [tokenize(data.train, data, tokenizer)[i] for i in range(5)]
+    template = "The answer is {answer}.\n{prompt} ="
+    signals = asyncio.run(InContext(served, template, data, tokenizer).ascore(rows, TopK(8)))
+    for i, one in enumerate(rows):
+        prompt = tokenizer(template.format(**one.fields), add_special_tokens=False).input_ids
+        completion = one.input_ids[one.prompt_tokens :]
+        alone = Sequence(
+            np.array([*prompt, *completion], np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt)
+        )
+        torch.testing.assert_close(
+            signals.select([i]).logprobs, served.score([alone], TopK(8)).logprobs, atol=1e-3, rtol=0
+        )
+    for name, prompt in {"own": None, "same": "{prompt}", "hint": template}.items():
+        values["teachers"] = [{"name": "served", "attach": True, "prompt_template": prompt}]
+        distill(parse_config(values | {"output": str(tmp_path / name)}))
+    np.testing.assert_allclose(curve(tmp_path / "own"), curve(tmp_path / "same"), rtol=1e-4)
+    assert abs(curve(tmp_path / "hint")[0] / curve(tmp_path / "own")[0] - 1) > 1e-3
+    for prompt, said in (("{hint}", "set teachers.prompt_template"), ("{answer}" * 400, "after the prompt of teacher")):
+        values["teachers"] = [{"name": "served", "attach": True, "model": tiny_student, "prompt_template": prompt}]
+        with pytest.raises(InputError, match=said):
+            distill(parse_config(values | {"output": str(tmp_path / "wrong")}))

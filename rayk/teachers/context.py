@@ -1,0 +1,64 @@
+"""A teacher that reads each row after a prompt of its own: demonstrations, the right answer, hints that the student is
+to learn to do without (context distillation, arXiv 2209.15189).
+
+Teacher and student see different contexts but the same completion, so their distributions align by counted token.
+"""
+
+from collections.abc import Sequence as Ordered
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayk.config import DataConfig
+from rayk.data.examples import Example, RowTokenizer
+from rayk.data.sources import Row
+from rayk.errors import InputError
+from rayk.sequences import Sequence
+from rayk.signal import SignalBatch
+from rayk.support import Support
+from rayk.teachers.client import HasSequences, Teacher, sequences_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class InContext:
+    """`teacher` after prompts made of each row's fields by `template`."""
+
+    def __init__(self, teacher: Teacher, template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase"):
+        self.teacher = teacher
+        self._prompts = prompt_tokenizer(template, data, tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.teacher.vocab_size
+
+    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+        """As `Teacher.ascore`, of sequences that are rows (`rayk.data.Example`)."""
+        return await self.teacher.ascore([seen_after(self._prompts, row) for row in sequences_of(batch)], support)
+
+
+def prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:
+    """What makes a row's prompt of `template`, in the tokenizer's chat template where `data` says so."""
+    source = data.train.model_copy(update={"prompt_template": template, "format": "prompt_completion"})
+    return RowTokenizer(source, data, tokenizer, prompts_only=True, section="teachers.")
+
+
+def seen_after(prompts: RowTokenizer, row: Sequence) -> Sequence:
+    """`row` as it reads after another prompt: the same tokens count.
+
+    Raises:
+        InputError: the row has no prompt of its own to be replaced, or lacks a field of the template.
+    """
+    if not isinstance(row, Example) or not row.prompt_tokens or row.counted[: row.prompt_tokens].any():
+        raise InputError(
+            f"{getattr(row, 'where', '') or 'A row'} is no prompt with one completion, so teachers.prompt_template "
+            "cannot replace its prompt; leave it out."
+        )
+    prompt = prompts.prompt_of(Row(row.fields, row.where))
+    before = np.zeros(len(prompt), bool)
+    return Example(
+        np.concatenate([prompt, row.input_ids[row.prompt_tokens :]]),
+        np.concatenate([before, row.counted[row.prompt_tokens :]]),
+        row.requested, len(prompt), row.where, row.fields,
+    )  # fmt: skip
