@@ -99,6 +99,7 @@ def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, i
     return {
         "tokens_per_second": sum(row["tokens"] for row in steady) / spent,
         "wait": sum(row["teacher_wait_seconds"] for row in steady) / spent,
+        "counted": sum(row["counted_tokens"] for row in steady) / sum(row["tokens"] for row in steady),
         "started": time.time() - began - sum(row["step_seconds"] for row in rows),
     }
 
@@ -122,15 +123,16 @@ def theirs(folder: Path, python: str, race: str, steps: int, threads: int) -> fl
     return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed)
 
 
-def flops_a_token(folder: Path, counted: float) -> float:
-    """What must be computed a token: bodies on all tokens, heads where one counts, backward twice the forward."""
-    total = 0.0
-    for name, passes in (("teacher", 1), ("student", 3)):
+def limit(race: str, counted: float, rates: dict[str, float]) -> float:
+    """Tokens a second if the machine did nothing but what must be computed: bodies on all tokens, heads where one
+    counts, backward twice the forward, at the rate of large products in each side's dtype."""
+    seconds = 0.0
+    for name, passes, dtype in zip(("teacher", "student"), (1, 3), RACES[race], strict=True):
         size = SIZES[name]
         width, layers = size["hidden_size"], size["num_hidden_layers"]
         body = layers * (4 * width * width + 3 * width * size["intermediate_size"])
-        total += passes * 2 * (body + counted * width * VOCAB)
-    return total
+        seconds += passes * 2 * (body + counted * width * VOCAB) / rates[dtype]
+    return 1 / seconds
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
@@ -166,8 +168,11 @@ def main() -> None:
                 if given.trl_python:
                     peers.append(theirs(folder, given.trl_python, race, given.steps, sum(threads)))
             speed = statistics.median(run["tokens_per_second"] for run in mine)
+            last = mine[-1]
+            most = limit(race, last["counted"], rates)
             text = (
-                f"{race}: rayk {speed:,.0f} tokens/s (waits {mine[-1]['wait']:.0%}, up in {mine[-1]['started']:.0f} s)"
+                f"{race}: rayk {speed:,.0f} tokens/s, {speed / most:.2f} of the machine's limit ({most:,.0f}); waits "
+                f"{last['wait']:.0%}, up in {last['started']:.0f} s"
             )
             if peers:
                 peer = statistics.median(peers)
