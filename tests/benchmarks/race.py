@@ -128,7 +128,7 @@ def limit(race: str, counted: float, rates: dict[str, float]) -> float:
     """Tokens a second if the machine did nothing but what must be computed: bodies on all tokens, heads where one
     counts, backward twice the forward, at the rate of large products in each side's dtype."""
     seconds = 0.0
-    for name, passes, dtype in zip(("teacher", "student"), (1, 3), RACES[race], strict=True):
+    for name, passes, dtype in zip(("teacher", "student"), (int(race != "cached"), 3), RACES[race], strict=True):
         size = SIZES[name]
         width, layers = size["hidden_size"], size["num_hidden_layers"]
         body = layers * (4 * width * width + 3 * width * size["intermediate_size"])
