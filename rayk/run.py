@@ -384,15 +384,12 @@ def serve_all(
     config: RunConfig, applications: Mapping[str, str], stack: ExitStack, cache: SignalCache | None
 ) -> dict[str, Teacher]:
     """The run's teachers by name, up until `stack` closes."""
-    return {
-        teacher.name: stack.enter_context(
-            serve_teacher(
-                teacher.model_copy(update={"name": applications[teacher.name]}),
-                cache if teacher.gives_signals else None,
-            )
-        )
-        for teacher in config.teachers
-    }
+    running = {}
+    for teacher in config.teachers:
+        application = teacher.model_copy(update={"name": applications[teacher.name]})
+        served = serve_teacher(application, cache if teacher.gives_signals else None)
+        running[teacher.name] = stack.enter_context(served)
+    return running
 
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:

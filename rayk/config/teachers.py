@@ -74,7 +74,7 @@ class OpenAIEngine(Settings):
     chat: bool = True
     """Ask for chat completions, each prompt as a user's message; else for plain completions."""
     length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the endpoint calls `max_new_tokens`; OpenAI's newer chat models know only `max_completion_tokens`."""
+    """What `max_new_tokens` is called in chat; OpenAI's newer models know only `max_completion_tokens`."""
     logprobs: bool = False
     """Also ask for the log-probs of the written tokens, as the endpoint computes them."""
     concurrency: Positive = 16

@@ -83,7 +83,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None
-    """In the currency of the prices; None without them. As the endpoint counted: answers that got lost are not in it."""
+    """In the currency of the prices, as the endpoint counted, so without answers that got lost; None without prices."""
     given_up: int = 0
     """Prompts without a continuation."""
 

@@ -18,9 +18,7 @@ def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Suppo
         InputError: unknown support, k beyond the vocabulary, a sequence too long or with ids out of range.
     """
     if support.kind not in info.supports:
-        raise InputError(
-            f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports) or 'text only'}."
-        )
+        raise InputError(f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports)}.")
     if isinstance(support, TopK) and support.k > info.vocab_size:
         raise InputError(f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k.")
     if isinstance(support, Sampled) and support.draws > info.vocab_size:

@@ -70,8 +70,7 @@ class OpenAIEngine:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._requests = RateLimit(settings.requests_per_minute)
         self._tokens = RateLimit(settings.tokens_per_minute)
-        self._prices = settings.price_per_million_prompt_tokens, settings.price_per_million_completion_tokens
-        self.usage = Usage(cost=None if None in self._prices else 0.0)
+        self.usage = Usage()
         self.info = EngineInfo(
             model=settings.model_name or model,
             vocab_size=0,
@@ -158,8 +157,7 @@ class OpenAIEngine:
         if not self.settings.chat:
             if self.settings.logprobs:
                 common["logprobs"] = 1
-            length = {self.settings.length_parameter: parameters.max_new_tokens}
-            return await self._client.completions.create(prompt=prompt, extra_body=length, **common)
+            return await self._client.completions.create(prompt=prompt, max_tokens=parameters.max_new_tokens, **common)
         if self.settings.logprobs:
             common["logprobs"] = True
         common[self.settings.length_parameter] = parameters.max_new_tokens
@@ -178,8 +176,8 @@ class OpenAIEngine:
             )
         if status == 404:
             return InputError(
-                f"{place} does not know '{self.info.model}' (404: {said}); see to engine.base_url, engine.model_name and "
-                "engine.chat."
+                f"{place} does not know '{self.info.model}' (404: {said}); see to engine.base_url, "
+                "engine.model_name and engine.chat."
             )
         if code == "insufficient_quota":
             return InputError(f"{place} says the quota is used up ({status}: {said}); raise it and run again.")
@@ -203,8 +201,12 @@ class OpenAIEngine:
         prompt, completion = used.prompt_tokens or 0, used.completion_tokens or 0
         self.usage.prompt_tokens += prompt
         self.usage.completion_tokens += completion
-        if self.usage.cost is not None:
-            self.usage.cost += (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
+        each_prompt, each_completion = (
+            self.settings.price_per_million_prompt_tokens, self.settings.price_per_million_completion_tokens
+        )  # fmt: skip
+        if each_prompt is not None and each_completion is not None:
+            paid = (prompt * each_prompt + completion * each_completion) / 1e6
+            self.usage.cost = (self.usage.cost or 0.0) + paid
         self._tokens.give_back(expected - prompt - completion)
 
     def _generated(self, answer: Any) -> Generated:
@@ -265,8 +267,8 @@ def _key_in(variable: str | None) -> str:
         return ""
     if not os.environ.get(variable):
         raise InputError(
-            f"engine.api_key_variable names {variable}, but no such environment variable is set where the replica runs; "
-            "set it, or set engine.api_key_variable to null for an endpoint without keys."
+            f"engine.api_key_variable names {variable}, but no such environment variable is set where the replica "
+            "runs; set it, or set engine.api_key_variable to null for an endpoint without keys."
         )
     return os.environ[variable]
 
