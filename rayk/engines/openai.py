@@ -6,7 +6,6 @@ why. What concerns every prompt (the key, the model's name, the quota) is an err
 """
 
 import asyncio
-import json
 import logging
 import os
 import textwrap
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 
+import httpx2
 import numpy as np
 from tenacity import (
     AsyncRetrying,
@@ -60,13 +60,18 @@ class OpenAIEngine:
         usage: what was asked and paid for so far.
 
     Raises:
-        InputError: the `openai` package or the key is missing.
+        InputError: the key is missing.
     """
 
     def __init__(self, model: str, settings: Settings | None = None):
         self.settings = settings = settings or Settings()
         self._key = _key_in(settings.api_key_variable)
-        self._client = _client(settings.base_url, self._key)
+        self._url = f"{settings.base_url.rstrip('/')}/{'chat/' if settings.chat else ''}completions"
+        self._client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            limits=httpx2.Limits(max_connections=settings.concurrency),
+            timeout=None,  # of its own, for each part of an answer
+        )
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._requests = RateLimit(settings.requests_per_minute)
         self._tokens = RateLimit(settings.tokens_per_minute)
@@ -124,50 +129,46 @@ class OpenAIEngine:
 
     async def _ask(self, prompt: str, parameters: SamplingParameters, seed: int) -> Generated:
         """One request, when the limits allow it."""
-        import openai
-
         expected = len(prompt) / _CHARACTERS_A_TOKEN + parameters.max_new_tokens
         await self._requests.take(1)
         await self._tokens.take(expected)
         self.usage.requests += 1
         try:
             async with asyncio.timeout(self.settings.timeout_seconds):
-                answer = await self._create(prompt, parameters, seed)
+                response = await self._client.post(self._url, json=self._body(prompt, parameters, seed))
         except TimeoutError:
             raise _NoAnswer(f"no answer within {self.settings.timeout_seconds:g} s", passing=True) from None
-        except openai.APIStatusError as error:
-            raise self._refusal(error) from None
-        except openai.APIConnectionError as error:
-            reason = f"the connection failed ({type(error.__cause__ or error).__name__})"
-            raise _NoAnswer(reason, passing=True) from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except httpx2.HTTPError as error:
+            raise _NoAnswer(f"the connection failed ({type(error).__name__})", passing=True) from None
+        if not response.is_success:
+            raise self._refusal(response)
+        try:
+            answer = response.json()
+        except ValueError:
             raise _NoAnswer("the answer is not JSON", passing=True) from None
         self._count(answer, expected)
         return self._generated(answer)
 
-    async def _create(self, prompt: str, parameters: SamplingParameters, seed: int) -> Any:
-        common: dict[str, Any] = {
+    def _body(self, prompt: str, parameters: SamplingParameters, seed: int) -> dict[str, Any]:
+        body: dict[str, Any] = {
             "model": self.info.model,
             "temperature": parameters.temperature,
             "top_p": parameters.top_p,
             "seed": int(seed) & _HIGHEST_SEED,
         }
         if parameters.stop:
-            common["stop"] = list(parameters.stop)
-        if not self.settings.chat:
-            if self.settings.logprobs:
-                common["logprobs"] = 1
-            return await self._client.completions.create(prompt=prompt, max_tokens=parameters.max_new_tokens, **common)
-        if self.settings.logprobs:
-            common["logprobs"] = True
-        common[self.settings.length_parameter] = parameters.max_new_tokens
-        return await self._client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **common)
+            body["stop"] = list(parameters.stop)
+        if self.settings.chat:
+            body["messages"] = [{"role": "user", "content": prompt}]
+            body[self.settings.length_parameter] = parameters.max_new_tokens
+            return body | ({"logprobs": True} if self.settings.logprobs else {})
+        body |= {"prompt": prompt, "max_tokens": parameters.max_new_tokens}
+        return body | ({"logprobs": 1} if self.settings.logprobs else {})
 
-    def _refusal(self, error: Any) -> Exception:
-        """What a status of 400 or more (an `openai.APIStatusError`) means for the prompt."""
-        status, code = error.status_code, getattr(error, "code", None)
-        body = error.body if isinstance(error.body, dict) else {}
-        said = self._without_key(str(body.get("message") or error.message))
+    def _refusal(self, response: httpx2.Response) -> Exception:
+        """What a status other than success means for the prompt."""
+        status = response.status_code
+        said, code = self._said(response)
         place = f"The endpoint {self.settings.base_url}"
         if status in (401, 403):
             return InputError(
@@ -181,24 +182,29 @@ class OpenAIEngine:
             )
         if code == "insufficient_quota":
             return InputError(f"{place} says the quota is used up ({status}: {said}); raise it and run again.")
-        pause = _retry_after_seconds(error.response.headers.get("retry-after", ""))
+        pause = _retry_after_seconds(response.headers.get("retry-after", ""))
         return _NoAnswer(
             f"{status}: {said}" + (f" (to be asked again after {pause:g} s)" if pause else ""),
             passing=(status in _PASSING or status >= 500) and pause <= _LONGEST_PAUSE_SECONDS, pause_seconds=pause,
         )  # fmt: skip
 
-    def _without_key(self, text: str) -> str:
-        """An endpoint's words, in which it may repeat the key it was sent."""
+    def _said(self, response: httpx2.Response) -> tuple[str, str]:
+        """The endpoint's own words, in which it may repeat the key it was sent, and its code for the error."""
+        try:
+            error = response.json()["error"]
+            text, code = str(error["message"]), str(error.get("code"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            text, code = response.text or response.reason_phrase, ""
         if self._key:
             text = text.replace(self._key, "***")
-        return textwrap.shorten(text, 300, placeholder=" …")
+        return textwrap.shorten(text, 300, placeholder=" …"), code
 
     def _count(self, answer: Any, expected: float) -> None:
         """Add what an answer used, of which `expected` tokens were taken from the limit."""
-        used = getattr(answer, "usage", None)
-        if used is None:
+        used = answer.get("usage") if isinstance(answer, dict) else None
+        if not isinstance(used, dict):
             return
-        prompt, completion = used.prompt_tokens or 0, used.completion_tokens or 0
+        prompt, completion = used.get("prompt_tokens") or 0, used.get("completion_tokens") or 0
         self.usage.prompt_tokens += prompt
         self.usage.completion_tokens += completion
         each_prompt, each_completion = (
@@ -210,12 +216,12 @@ class OpenAIEngine:
         self._tokens.give_back(expected - prompt - completion)
 
     def _generated(self, answer: Any) -> Generated:
-        """What an answer says; the client library does not check its shape."""
+        """What an answer says."""
         try:
-            choice = answer.choices[0]
-            text = choice.message.content if self.settings.chat else choice.text
-            ended = choice.finish_reason
-        except (AttributeError, IndexError, TypeError):
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] if self.settings.chat else choice["text"]
+            ended = choice["finish_reason"]
+        except (KeyError, IndexError, TypeError):
             raise _NoAnswer("the answer holds no completion", passing=True) from None
         if ended not in ("stop", "length") or not isinstance(text, str):
             raise _NoAnswer(f"the answer holds no whole completion (finish_reason: {ended})", passing=ended is None)
@@ -225,15 +231,14 @@ class OpenAIEngine:
     def _logprobs_of(self, choice: Any) -> np.ndarray:
         """float32 [written tokens], in nats."""
         try:
-            listed = choice.logprobs
-            values = [each.logprob for each in listed.content] if self.settings.chat else listed.token_logprobs
-            logprobs = np.asarray([float(value) for value in values], np.float32)
-        except (AttributeError, TypeError):
+            listed = choice["logprobs"]
+            values = [each["logprob"] for each in listed["content"]] if self.settings.chat else listed["token_logprobs"]
+            return np.asarray([float(value) for value in values], np.float32)
+        except (KeyError, TypeError):
             raise InputError(
                 f"The endpoint {self.settings.base_url} gives no log-probs of what '{self.info.model}' writes; leave "
                 "'engine.logprobs' out."
             ) from None
-        return logprobs
 
 
 def _text(prompt: Prompt) -> str:
@@ -271,14 +276,3 @@ def _key_in(variable: str | None) -> str:
             "runs; set it, or set engine.api_key_variable to null for an endpoint without keys."
         )
     return os.environ[variable]
-
-
-def _client(base_url: str, key: str) -> Any:
-    try:
-        from openai import AsyncOpenAI
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "openai":
-            raise
-        raise InputError("engine kind 'openai' needs the openai package: pip install 'rayk[openai]'") from error
-    # Its own retries know nothing of the limits, of answers that are no JSON, or of the deadline for one answer.
-    return AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=None)
