@@ -1,5 +1,6 @@
 """A local OpenAI-compatible endpoint that misbehaves as told."""
 
+import contextlib
 import json
 import threading
 import time
@@ -60,15 +61,16 @@ class Endpoint:
                 reply = endpoint._begin(self.path, self.headers.get("authorization", ""), body)
                 time.sleep(reply.delay_seconds)
                 content = completion(body) if reply.body is None else reply.body
+                with endpoint._lock:
+                    endpoint._open -= 1
                 self.send_response(reply.status)
                 for name, value in ({"content-type": "application/json"} | reply.headers).items():
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if reply.cut_off else content)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it waits no longer
+                    self.wfile.write(content[: len(content) // 2] if reply.cut_off else content)
                 self.close_connection = reply.cut_off
-                with endpoint._lock:
-                    endpoint._open -= 1
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Nothing."""
