@@ -270,9 +270,10 @@ def _retry_after_seconds(header: str) -> float:
 def _key_in(variable: str | None) -> str:
     if variable is None:
         return ""
-    if not os.environ.get(variable):
+    key = os.environ.get(variable, "").strip()  # secrets that come from files end with a newline
+    if not key:
         raise InputError(
             f"engine.api_key_variable names {variable}, but no such environment variable is set where the replica "
             "runs; set it, or set engine.api_key_variable to null for an endpoint without keys."
         )
-    return os.environ[variable]
+    return key

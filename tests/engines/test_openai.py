@@ -43,7 +43,7 @@ def endpoint():
 @pytest.fixture
 def ask(endpoint, monkeypatch):
     """Asks a new engine for continuations of `prompts`; returns them and the engine."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
     monkeypatch.setattr(engine_module, "_BACKOFF", lambda state: 0.01)
 
     def ask(prompts, parameters=GREEDY, **settings):

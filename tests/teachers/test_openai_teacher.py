@@ -2,16 +2,17 @@
 
 import pytest
 
+from rayk.config import parse_config
 from rayk.engines.base import Usage
 from rayk.errors import InputError
+from rayk.run import located, read_inputs
 from rayk.support import TopK
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply
 from tests.teachers.asking import config_of, sequences_of
 
-pytestmark = pytest.mark.cluster
 
-
+@pytest.mark.cluster
 def test_an_endpoint_teaches_through_serve_and_says_what_it_could_not_get(ray_cluster):
     endpoint = Endpoint()
     endpoint.replies["prompt 7"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
@@ -32,5 +33,21 @@ def test_an_endpoint_teaches_through_serve_and_says_what_it_could_not_get(ray_cl
         endpoint.close()
 
 
+@pytest.mark.cluster
 def test_other_teachers_have_no_bill(served):
     assert served.usage() is None
+
+
+def test_a_run_looks_for_no_model_or_tokenizer_of_an_endpoint(tiny_student, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the cat", "completion": " sat"}\n' * 3, encoding="utf-8")
+    config = parse_config(
+        {
+            "teachers": [{"model": "parrot", "engine": {"kind": "openai"}}],
+            "student": {"model": tiny_student},
+            "data": {"train": {"path": str(rows)}, "evaluation": {"path": str(rows)}},
+            "method": {"kind": "supervised"},
+        }
+    )
+    inputs = read_inputs(located(config), {})
+    assert (len(inputs.train), inputs.tokenizer_name) == (3, tiny_student)
