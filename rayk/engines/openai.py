@@ -202,9 +202,11 @@ class OpenAIEngine:
     def _count(self, answer: Any, expected: float) -> None:
         """Add what an answer used, of which `expected` tokens were taken from the limit."""
         used = answer.get("usage") if isinstance(answer, dict) else None
-        if not isinstance(used, dict):
+        prompt, completion = (
+            (used.get("prompt_tokens"), used.get("completion_tokens", 0)) if isinstance(used, dict) else (None, None)
+        )
+        if not isinstance(prompt, int) or not isinstance(completion, int):
             return
-        prompt, completion = used.get("prompt_tokens") or 0, used.get("completion_tokens") or 0
         self.usage.prompt_tokens += prompt
         self.usage.completion_tokens += completion
         each_prompt, each_completion = (

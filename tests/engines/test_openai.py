@@ -223,6 +223,11 @@ def test_usage_and_cost_are_counted_where_attempts_fail_too(ask, endpoint):
     cost = pytest.approx(answers * (3 * 2.0 + 2 * 10.0) / 1e6)
     assert engine.usage == Usage(5, 3 * answers, 2 * answers, cost, 0)
     assert ask(["a"])[1].usage.cost is None
+    for odd in ("null", "3", '{"prompt_tokens": "three"}'):
+        answer = json.loads(completion({"prompt": "odd"})) | {"usage": json.loads(odd)}
+        endpoint.replies["odd"] = [Reply(body=json.dumps(answer).encode())]
+        [written], engine = ask(["odd"], chat=False)
+        assert (written.text, engine.usage.prompt_tokens) == ("[odd]", 0)
 
 
 def paced(per_minute, units, returned=0.0):
