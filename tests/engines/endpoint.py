@@ -29,6 +29,11 @@ class Asked:
     at_seconds: float
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # at the default of 5 some of many connections wait a second
+
+
 class Endpoint:
     """Gives each prompt the replies written for it, one a request, and proper ones after them."""
 
@@ -38,8 +43,7 @@ class Endpoint:
         self.most_at_once = 0
         self._open = 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
