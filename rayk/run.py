@@ -130,7 +130,7 @@ def distill(
         teachers = serve_all(config, applications, stack, cache)
         began = time.time()
         teacher_evaluation = None
-        if teachers and inputs.evaluation is not None:
+        if config.compared_teacher and inputs.evaluation is not None:
             watcher.stage("Measuring the teacher")
             teacher_evaluation = _measured(config, teachers, inputs)
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
@@ -173,7 +173,7 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         watcher.stage(f"Measuring {measured}")
         job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table)
         evaluation = evaluate_remotely(job)
-        teacher = _measured(config, teachers, inputs) if teachers else None
+        teacher = _measured(config, teachers, inputs) if config.compared_teacher else None
     return {
         "name": Path(measured).name if model else config.name,
         "student": evaluation.metrics,
@@ -210,7 +210,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     name = tokenizer_of(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = {"the student": architecture(config.student, tokenizer)}
-    for teacher in config.teachers:
+    for teacher in (each for each in config.teachers if each.gives_signals):
         _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
         if teacher.model:
             models[f"teacher '{teacher.name}'"] = load_model_config(
@@ -238,7 +238,7 @@ def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
     """Where the student's tokenizer comes from."""
     if config.student.tokenizer or config.student.model:
         return config.student.tokenizer or str(config.student.model)
-    for teacher in config.teachers:
+    for teacher in (each for each in config.teachers if each.gives_signals):
         return teacher.model or attached[teacher.name].info.model
     raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
 
@@ -402,12 +402,12 @@ def serve_all(
     config: RunConfig, applications: Mapping[str, str], stack: ExitStack, cache: SignalCache | None
 ) -> dict[str, Teacher]:
     """The run's teachers by name, up until `stack` closes."""
-    return {
-        teacher.name: stack.enter_context(
-            serve_teacher(teacher.model_copy(update={"name": applications[teacher.name]}), cache)
-        )
-        for teacher in config.teachers
-    }
+    running = {}
+    for teacher in config.teachers:
+        application = teacher.model_copy(update={"name": applications[teacher.name]})
+        served = serve_teacher(application, cache if teacher.gives_signals else None)
+        running[teacher.name] = stack.enter_context(served)
+    return running
 
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:

@@ -13,6 +13,7 @@ from rayk.config.methods import DIVERGENCE_OPTIONS, Divergence, LogitKDConfig, M
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.teachers import (
     EnsembleConfig,
+    OpenAIEngine,
     Replicas,
     Resources,
     RouteConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "GenerationConfig",
     "LogitKDConfig",
     "MethodConfig",
+    "OpenAIEngine",
     "Replicas",
     "Resources",
     "RouteConfig",

@@ -53,6 +53,7 @@ class RunConfig(Settings):
         if wanted is not None and wanted not in names:
             raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
         self._many_teachers_fit(names, wanted)
+        self._signals_can_be_had()
         for teacher in self.teachers:
             if isinstance(self.method, LogitKDConfig) and not teacher.attach and wanted in (None, teacher.name):
                 try:
@@ -84,10 +85,28 @@ class RunConfig(Settings):
                 if name not in known:
                     raise ValueError(f"route: '{name}' is none of the teachers ({', '.join(known)})")
 
+    def _signals_can_be_had(self) -> None:
+        asked: list[str] = []
+        if self.ensemble is not None:
+            asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
+        if self.route is not None:
+            asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
+        if isinstance(self.method, LogitKDConfig) and not asked:
+            asked = [self.method.teacher or self.teachers[0].name]
+        for teacher in self.teachers:
+            if teacher.name in asked and not teacher.gives_signals:
+                raise ValueError(
+                    f"teacher '{teacher.name}': engine kind 'openai' writes text and gives no signals, so neither "
+                    "method 'logit_kd' nor 'ensemble' or 'route' can use it; choose engine kind 'transformers' or "
+                    "'vllm', or train on the text it writes with method 'supervised'"
+                )
+
     @property
     def compared_teacher(self) -> str:
-        """The teacher that evaluation measures the student against: the method's, or the first; "" without any."""
-        return getattr(self.method, "teacher", None) or next((teacher.name for teacher in self.teachers), "")
+        """The teacher that evaluation measures the student against: the method's, or the first that gives signals; ""
+        without any."""
+        able = (teacher.name for teacher in self.teachers if teacher.gives_signals)
+        return getattr(self.method, "teacher", None) or next(able, "")
 
     @property
     def output_path(self) -> Path:

@@ -58,7 +58,50 @@ class SimulatedEngine(Settings):
     """How long a replica takes until it answers."""
 
 
-def check_engine_gives(engine: "TransformersEngine | VLLMEngine | SimulatedEngine", support: Support) -> None:
+class OpenAIEngine(Settings):
+    """An OpenAI-compatible endpoint as a black box: prompts go in as text, text comes out, and there are no signals.
+
+    One replica asks for everybody, so that the limits and the count of what was paid hold for the whole teacher. The
+    key stays in the environment of the process that asks.
+    """
+
+    kind: Literal["openai"] = "openai"
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] = "https://api.openai.com/v1"
+    """Without a user, password or query: settings are written into the run directory."""
+    model_name: str | None = None
+    """What the endpoint calls the model; by default the teacher's `model`."""
+    api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = "OPENAI_API_KEY"
+    """The environment variable, set where the replica runs, that holds the key; `null` for an endpoint without keys."""
+    chat: bool = True
+    """Ask for chat completions, each prompt as a user's message; else for plain completions."""
+    length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What `max_new_tokens` is called in chat; OpenAI's newer models know only `max_completion_tokens`."""
+    logprobs: bool = False
+    """Also ask for the log-probs of the written tokens, as the endpoint computes them."""
+    concurrency: Positive = 16
+    """Prompts asked at a time."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Retries count too; `null`: no limit. The prompts that askers have in flight must get through within
+    `deadline_seconds`."""
+    tokens_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Prompts and completions together; `null`: no limit."""
+    attempts: Positive = 5
+    """How often one prompt is asked before it is given up."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """For one answer."""
+    price_per_million_prompt_tokens: Annotated[float, Field(ge=0)] | None = None
+    """In any currency; with both prices the cost is counted."""
+    price_per_million_completion_tokens: Annotated[float, Field(ge=0)] | None = None
+
+
+def _engine(value: Any) -> Any:
+    return {"kind": "transformers"} | value if isinstance(value, dict) else value
+
+
+EngineConfig = Annotated[TransformersEngine | VLLMEngine | OpenAIEngine | SimulatedEngine, Field(discriminator="kind")]
+
+
+def check_engine_gives(engine: EngineConfig, support: Support) -> None:
     """Refuse a support that this engine is known not to have.
 
     Raises:
@@ -75,13 +118,6 @@ def check_engine_gives(engine: "TransformersEngine | VLLMEngine | SimulatedEngin
             )
     if engine.kind == "simulated" and not isinstance(support, TopK | Logprob):
         raise ValueError(f"the simulated engine has no support '{support.kind}'; use 'topk'")
-
-
-def _engine(value: Any) -> Any:
-    return {"kind": "transformers"} | value if isinstance(value, dict) else value
-
-
-EngineConfig = Annotated[TransformersEngine | VLLMEngine | SimulatedEngine, Field(discriminator="kind")]
 
 
 class Replicas(Settings):
@@ -143,7 +179,7 @@ class TeacherConfig(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "teacher"
     model: str | None = None
-    """A local model folder or a hub id."""
+    """A local model folder or a hub id; with engine kind `openai` the endpoint's name for it."""
     attach: bool = False
     """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
     engine: Annotated[EngineConfig, BeforeValidator(_engine)] = Field(default_factory=TransformersEngine)
@@ -166,3 +202,20 @@ class TeacherConfig(Settings):
         if self.model is None and not self.attach:
             raise ValueError("needs 'model' (a folder or hub id), or 'attach: true' for a teacher that already runs")
         return self
+
+    @model_validator(mode="after")
+    def _endpoint_fits(self) -> "TeacherConfig":
+        if not isinstance(self.engine, OpenAIEngine):
+            return self
+        if self.replicas.max > 1:
+            raise ValueError(
+                "engine kind 'openai' runs in one replica; leave 'replicas' out and raise engine.concurrency"
+            )
+        if self.engine.timeout_seconds >= self.deadline_seconds:
+            raise ValueError(f"engine.timeout_seconds must be below deadline_seconds ({self.deadline_seconds:g})")
+        return self
+
+    @property
+    def gives_signals(self) -> bool:
+        """Whether it can be asked for more than text."""
+        return not isinstance(self.engine, OpenAIEngine)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from rayk.models import Head
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
 from rayk.support import Support
+
+Prompt = str | np.ndarray
+"""Text, or token ids."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,37 @@ class SamplingParameters:
 @dataclass(frozen=True)
 class Generated:
     """One continuation: its token ids (EOS included where it ended so), their log-probs under the model at temperature
-    1 without truncation (nats), and `finish_reason`: 'stop' or 'length'."""
+    1 without truncation (nats), `finish_reason` 'stop' or 'length', and its text without special tokens.
+
+    An endpoint tells no token ids, and log-probs only where asked to, in its own way. A continuation that could not be
+    had from it has `finish_reason` 'error' and a `reason`.
+    """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
+    text: str
+    reason: str = ""
+
+
+@dataclass
+class Usage:
+    """What has been asked of a paid endpoint."""
+
+    requests: int = 0
+    """Retries included."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+    """In the currency of the prices, as the endpoint counted, so without answers that got lost; None without prices."""
+    given_up: int = 0
+    """Prompts without a continuation."""
 
 
 class Engine(Protocol):
     """A model in this process. Calls may come concurrently; the engine merges them into batches that suit it."""
 
     info: EngineInfo
-    tokenizer: Any
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order."""
@@ -80,7 +102,7 @@ class Engine(Protocol):
         ...
 
     async def generate(
-        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Generated]:
         """One continuation a prompt, in order."""
         ...

@@ -1,10 +1,11 @@
 """What every engine refuses, in one sentence each."""
 
 from collections.abc import Sequence as Ordered
+from typing import Any
 
 import numpy as np
 
-from rayk.engines.base import EngineInfo, SamplingParameters
+from rayk.engines.base import EngineInfo, Prompt, SamplingParameters
 from rayk.errors import InputError
 from rayk.sequences import Sequence
 from rayk.support import Requested, Sampled, Support, TopK
@@ -50,13 +51,16 @@ def _check_requested(info: EngineInfo, sequence: Sequence, first: Sequence) -> N
         )
 
 
-def check_prompts(info: EngineInfo, prompts: Ordered[np.ndarray], parameters: SamplingParameters) -> None:
-    """Refuse what this model cannot continue.
+def tokenized(
+    info: EngineInfo, tokenizer: Any, prompts: Ordered[Prompt], parameters: SamplingParameters
+) -> list[np.ndarray]:
+    """The prompts' token ids, after refusing what this model cannot continue.
 
     Raises:
         InputError: an empty prompt, ids out of range, no room for `max_new_tokens`.
     """
-    for prompt in prompts:
+    rows = [np.asarray(tokenizer(each).input_ids if isinstance(each, str) else each) for each in prompts]
+    for prompt in rows:
         if len(prompt) == 0:
             raise InputError("An empty prompt cannot be continued; give it at least one token.")
         if len(prompt) + parameters.max_new_tokens > info.max_tokens:
@@ -64,7 +68,8 @@ def check_prompts(info: EngineInfo, prompts: Ordered[np.ndarray], parameters: Sa
                 f"A prompt of {len(prompt)} tokens and max_new_tokens ({parameters.max_new_tokens}) are together more "
                 f"than {info.model} takes ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
             )
-        _check_ids(info, np.asarray(prompt))
+        _check_ids(info, prompt)
+    return rows
 
 
 def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from rayk.config import SimulatedEngine as Settings
-from rayk.engines.base import EngineInfo, Generated, SamplingParameters
-from rayk.engines.checks import check_prompts, check_request
+from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
+from rayk.engines.checks import check_request, tokenized
 from rayk.errors import InputError
 from rayk.models import Head, load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.sequences import Sequence
@@ -59,13 +59,15 @@ class SimulatedEngine:
         return SignalBatch(support, offsets, logprobs, self.info.vocab_size, ids, ladder.expand(tokens, -1), tails)
 
     async def generate(
-        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Generated]:
-        check_prompts(self.info, prompts, parameters)
+        rows = tokenized(self.info, self.tokenizer, prompts, parameters)
         length = parameters.max_new_tokens
-        await self._take(length * len(prompts) / self.settings.generated_tokens_per_second)
+        await self._take(length * len(rows) / self.settings.generated_tokens_per_second)
         ids = [np.random.default_rng(seed).integers(0, self.info.vocab_size, length, np.int32) for seed in seeds]
-        return [Generated(row, np.full(length, -2.0, np.float32), "length") for row in ids]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        logprobs = np.full(length, -2.0, np.float32)
+        return [Generated(row, logprobs, "length", text) for row, text in zip(ids, texts, strict=True)]
 
     def head(self) -> Head:
         raise InputError("engine kind 'simulated' has no weights, so it cannot give hidden states; use 'topk'.")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rayk.config import TransformersEngine as Settings
-from rayk.engines.base import EngineInfo, Generated, SamplingParameters
+from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
 from rayk.engines.batching import MicroBatcher
-from rayk.engines.checks import check_prompts, check_request
+from rayk.engines.checks import check_request, tokenized
 from rayk.models import (
     DTYPES,
     Head,
@@ -68,11 +68,11 @@ class TransformersEngine:
         return concatenate(batches).select([starts[id(batch)] + row for batch, row in results])
 
     async def generate(
-        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Generated]:
-        check_prompts(self.info, prompts, parameters)
-        lengths = [len(prompt) + parameters.max_new_tokens for prompt in prompts]
-        return await self._batcher.submit(("generate", parameters), list(zip(prompts, seeds, strict=True)), lengths)
+        rows = tokenized(self.info, self.tokenizer, prompts, parameters)
+        lengths = [len(row) + parameters.max_new_tokens for row in rows]
+        return await self._batcher.submit(("generate", parameters), list(zip(rows, seeds, strict=True)), lengths)
 
     async def warm_up(self) -> None:
         length = min(64, self.info.max_tokens)
@@ -310,5 +310,7 @@ def generate(
         )
         reason = "stop" if length else "length"
         length = length or len(row_ids)
-        generated.append(Generated(row_ids[:length].astype(np.int32), row_logprobs[:length].astype(np.float32), reason))
+        written = row_ids[:length].astype(np.int32)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        generated.append(Generated(written, row_logprobs[:length].astype(np.float32), reason, text))
     return generated

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from rayk.config import VLLMEngine as Settings
-from rayk.engines.base import EngineInfo, Generated, SamplingParameters
+from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
 from rayk.engines.batching import gather
-from rayk.engines.checks import check_prompts, check_request
+from rayk.engines.checks import check_request, tokenized
 from rayk.errors import EngineDied, InputError
 from rayk.models import (
     DTYPES,
@@ -97,16 +97,14 @@ class VLLMEngine:
         return self._head
 
     async def generate(
-        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Generated]:
-        check_prompts(self.info, prompts, parameters)
+        rows = tokenized(self.info, self.tokenizer, prompts, parameters)
         if not (parameters.temperature == 0 or 0.01 <= parameters.temperature <= 2):
             raise InputError(
                 f"vLLM samples at temperatures from 0.01 to 2, or 0 for greedy, not {parameters.temperature:g}."
             )
-        return await gather(
-            self._continued(prompt, parameters, seed) for prompt, seed in zip(prompts, seeds, strict=True)
-        )
+        return await gather(self._continued(prompt, parameters, seed) for prompt, seed in zip(rows, seeds, strict=True))
 
     async def warm_up(self) -> None:
         length = min(64, self.info.max_tokens)
@@ -250,7 +248,7 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM gave a continuation up: {written.finish_reason}.")
         return Generated(
             np.asarray(written.token_ids, np.int32), np.asarray(written.logprobs.logprobs, np.float32),
-            written.finish_reason,
+            written.finish_reason, self.tokenizer.decode(written.token_ids, skip_special_tokens=True),
         )  # fmt: skip
 
     async def _last(self, outputs: AsyncIterator[Any]) -> Any:

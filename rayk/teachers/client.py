@@ -39,7 +39,7 @@ from tenacity import (
 
 from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
-from rayk.engines.base import EngineInfo, SamplingParameters
+from rayk.engines.base import EngineInfo, SamplingParameters, Usage
 from rayk.engines.batching import gather
 from rayk.errors import EngineDied, InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
@@ -69,12 +69,17 @@ class HasSequences(Protocol):
 
 @dataclass(frozen=True)
 class Completion:
-    """What a teacher wrote after one prompt; `logprobs` (nats) are the model's own, at temperature 1, untruncated."""
+    """What a teacher wrote after one prompt; `logprobs` (nats) are the model's own, at temperature 1, untruncated.
+
+    A black-box endpoint (engine kind `openai`) tells no `token_ids`. Where it had no answer, `finish_reason` is 'error'
+    and `reason` says why.
+    """
 
     text: str
     token_ids: np.ndarray
     logprobs: np.ndarray
     finish_reason: str
+    reason: str = ""
 
 
 @dataclass
@@ -274,6 +279,11 @@ class Teacher:
         """`generate`, awaitable on any event loop."""
         return await asyncio.wrap_future(background(self._generate(list(prompts), parameters, seed)))
 
+    def usage(self) -> Usage | None:
+        """What all askers together have used of a paid endpoint (engine kind `openai`) since its replica started; None
+        with any other engine."""
+        return wait_for(background(self._call("usage", None, lambda usage: usage)))
+
     def _timed(self, future: "Future[T]") -> T:
         began = time.perf_counter()
         try:
@@ -372,7 +382,10 @@ class Teacher:
             )
             for i in starts
         )
-        return [Completion(text, g.token_ids, g.logprobs, g.finish_reason) for part in parts for g, text in part]
+        return [
+            Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason)
+            for part in parts for one in part
+        ]  # fmt: skip
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         """One request, asked until a replica answers or the deadline passes."""

@@ -12,7 +12,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from rayk.cluster import gpus_each
 from rayk.config import TeacherConfig
-from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters
+from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage
 from rayk.environment import THREADING
 from rayk.errors import InputError
 from rayk.models import pack_head
@@ -107,14 +107,14 @@ class TeacherReplica:
             self._head = ray.put(pack_head(self._engine.head()))
         return [self._head]
 
-    async def generate(self, request: GenerateRequest, asker: Asker | None = None) -> list[tuple[Generated, str]]:
-        """A continuation and its text (special tokens left out) for each prompt."""
-        tokenizer = self._engine.tokenizer
-        prompts = [tokenizer(p).input_ids if isinstance(p, str) else p for p in request.prompts]
+    async def generate(self, request: GenerateRequest, asker: Asker | None = None) -> list[Generated]:
+        """A continuation for each prompt."""
         with self._demand.answering(asker, request.tokens):
-            generated = await self._engine.generate(prompts, request.parameters, request.seeds)
-        texts = tokenizer.batch_decode([g.token_ids for g in generated], skip_special_tokens=True)
-        return list(zip(generated, texts, strict=True))
+            return await self._engine.generate(request.prompts, request.parameters, request.seeds)
+
+    async def usage(self, _request: None = None, _asker: Asker | None = None) -> Usage | None:
+        """What a paid endpoint was asked for since the replica started; None with any other engine."""
+        return getattr(self._engine, "usage", None)
 
     async def check_health(self) -> None:
         await self._engine.check_health()
@@ -131,6 +131,11 @@ def build_engine(config: TeacherConfig) -> Engine:
         from rayk.engines.vllm import VLLMEngine
 
         return VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+
+    if config.engine.kind == "openai":
+        from rayk.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(config.model, config.engine)
 
     if config.engine.kind == "simulated":
         from rayk.engines.simulated import SimulatedEngine
@@ -156,7 +161,7 @@ def deploy(config: TeacherConfig) -> None:
     serve.start(proxy_location="Disabled")
     actor = {
         "num_cpus": config.resources.num_cpus,
-        "num_gpus": gpus_each(config.resources.num_gpus, getattr(config.engine, "tensor_parallel_size", 1)),
+        "num_gpus": gpus_each(config.resources.num_gpus, _gpus_needed(config)),
         "resources": config.resources.custom,
         "runtime_env": {"env_vars": THREADING},
     }
@@ -210,6 +215,12 @@ def already_runs(config: TeacherConfig) -> bool:
             "with 'attach: true'."
         )
     return True
+
+
+def _gpus_needed(config: TeacherConfig) -> float:
+    if config.engine.kind == "openai":
+        return 0.0
+    return config.engine.tensor_parallel_size if config.engine.kind == "vllm" else 1.0
 
 
 def _settings_of(config: TeacherConfig) -> dict:

