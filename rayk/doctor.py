@@ -52,7 +52,8 @@ def _machine() -> Iterator[Check]:
 
 
 def _run(settings: RunConfig) -> Iterator[Check]:
-    from rayk.run import attached_teachers, cpus_needed, located, read_inputs
+    from rayk.inputs import read_inputs
+    from rayk.run import attached_teachers, cpus_needed, located
 
     settings = located(settings)
     if settings.output_path.joinpath("config.yaml").exists():

@@ -11,11 +11,12 @@ from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
 from rayk.evaluation.evaluate import fitting
-from rayk.run import Inputs, Watcher, applications_of, attached_teachers, cpus_needed, located, read_inputs, serve_all
+from rayk.inputs import Inputs, read_inputs
+from rayk.run import Watcher, applications_of, attached_teachers, cpus_needed, located, serve_all
 from rayk.support import Logprob, Requested, Support, TopK
 from rayk.teachers import Teacher
+from rayk.teachers.background import background_stream
 from rayk.teachers.cache import SignalCache
-from rayk.teachers.client import background_stream
 from rayk.teachers.ensemble import name_for
 from rayk.teachers.segments import Found
 

@@ -12,8 +12,9 @@ from rayk.config import RunConfig
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.evaluation.run_directory import read_lines
+from rayk.inputs import read_inputs
 from rayk.models import load_model_config
-from rayk.run import located, read_inputs
+from rayk.run import located
 from rayk.support import Support, bytes_a_token
 from rayk.teachers import serve_teacher
 from rayk.training.loop import steps_of_epochs

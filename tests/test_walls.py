@@ -22,6 +22,7 @@ FLOORS = [
     {"evaluation"},
     {"methods"},
     {"training"},
+    {"inputs"},
     {"run"},
     {"doctor", "quickstart", "progress", "fill", "plan"},
     {"cli"},

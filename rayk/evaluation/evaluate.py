@@ -22,7 +22,7 @@ from rayk.models import Head, real_vocab_size
 from rayk.signal import SignalBatch
 from rayk.support import Logprob, TopK
 from rayk.teachers import Scorer, Teacher
-from rayk.teachers.client import background_stream
+from rayk.teachers.background import background_stream
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23
 

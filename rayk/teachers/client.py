@@ -10,10 +10,9 @@ import asyncio
 import inspect
 import os
 import socket
-import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
@@ -48,7 +47,9 @@ from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
 from rayk.support import Hidden, Requested, Support, TopK
 from rayk.teachers import deployment
 from rayk.teachers.autoscaling import Asker
+from rayk.teachers.background import background, background_stream, wait_for
 from rayk.teachers.cache import SignalCache, check_cacheable
+from rayk.teachers.credit import Credit
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
 # A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
@@ -56,7 +57,6 @@ from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 _RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 _PROMPTS_A_CALL = 32
 _CHECKED_POSITIONS = 8
-_LOOK_SECONDS = 3.0
 T = TypeVar("T")
 
 
@@ -97,107 +97,6 @@ class Statistics:
     """How long `stream` and `score` held their caller."""
 
 
-class _Loop:
-    """One event loop on a daemon thread, shared by all teachers of this process."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="rayk-teachers", daemon=True).start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
-
-
-_shared_loop: _Loop | None = None
-_shared_loop_lock = threading.Lock()
-
-
-def background(work: Coroutine[Any, Any, T]) -> "Future[T]":
-    """Run `work` on this process's background loop."""
-    global _shared_loop
-    with _shared_loop_lock:
-        if _shared_loop is None:
-            _shared_loop = _Loop()
-    return _shared_loop.run(work)
-
-
-def wait_for(future: "Future[T]") -> T:
-    """The result of background work; whatever interrupts the wait (Ctrl-C) cancels the work."""
-    try:
-        return future.result()
-    finally:
-        future.cancel()
-
-
-def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:
-    """Results of `work` in order, up to `prefetch` pieces begun ahead; leaving early cancels what is under way."""
-    under_way: deque[Future[T]] = deque()
-    try:
-        for piece in work:
-            under_way.append(background(piece))
-            if len(under_way) > prefetch:
-                yield wait_for(under_way.popleft())
-        while under_way:
-            yield wait_for(under_way.popleft())
-    finally:
-        for future in under_way:
-            future.cancel()
-
-
-class _Credit:
-    """How many calls may be open: so many for each replica that runs. Used on the background loop only."""
-
-    def __init__(self, application: str, for_each: int):
-        self._application, self._for_each = application, for_each
-        self._replicas, self._looked = 1, -_LOOK_SECONDS
-        self._open = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
-        self._look: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> None:
-        if self._open >= self._replicas * self._for_each or self._queue:
-            place = asyncio.get_running_loop().create_future()
-            self._queue.append(place)
-            self._look_again()
-            try:
-                await place
-            except asyncio.CancelledError:
-                if place.done() and not place.cancelled():  # it was let in just then
-                    self._leave()
-                raise
-        else:
-            self._open += 1
-
-    async def __aexit__(self, *_: object) -> None:
-        self._leave()
-        self._look_again()
-
-    def _leave(self) -> None:
-        self._open -= 1
-        self._let_in()
-
-    def _let_in(self) -> None:
-        while self._queue and self._open < self._replicas * self._for_each:
-            place = self._queue.popleft()
-            if not place.done():
-                self._open += 1
-                place.set_result(None)
-
-    def _look_again(self) -> None:
-        """While somebody waits, count the replicas now and then, off this loop."""
-        if self._queue and self._look is None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._look = asyncio.create_task(self._count())
-
-    async def _count(self) -> None:
-        try:
-            self._replicas = max(1, await asyncio.to_thread(deployment.running_replicas, self._application))
-        except (ray.exceptions.RayError, RayServeException):
-            pass  # the controller restarts: as many as before
-        finally:
-            self._looked, self._look = time.monotonic(), None
-            self._let_in()
-
-
 class Teacher:
     """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`.
 
@@ -217,7 +116,7 @@ class Teacher:
         self.settings = settings
         self.statistics = Statistics()
         self._handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name).options(_by_reference=True)
-        self._credit = _Credit(name, settings.in_flight)
+        self._credit = Credit(name, settings.in_flight)
         self._asker = f"{socket.gethostname()}-{os.getpid()}-{id(self)}"
         self._waiting_tokens = 0
         self._head: Future[Head] | None = None

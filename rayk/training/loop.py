@@ -30,8 +30,8 @@ from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import load_tokenizer, pick_device
 from rayk.teachers import Teacher, connect_teacher, scorer_of
+from rayk.teachers.background import background_stream
 from rayk.teachers.cache import SignalCache, opened
-from rayk.teachers.client import background_stream
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.recorder import Recorder
 from rayk.training.student import Step, Student, make_model, save_model, wrap

@@ -12,44 +12,16 @@ from transformers import AutoModelForCausalLM
 from rayk import losses
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
-from rayk.models import pack_head, real_vocab_size, unpack_head
+from rayk.models import pack_head, unpack_head
 from rayk.sequences import Sequence
 from rayk.support import Hidden, Requested, Sampled, TopK
+from tests.engines.reference import VOCAB, dense, sequence
 from tests.tiny import tiny_model, tiny_tokenizer
-
-VOCAB = real_vocab_size(tiny_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_teacher):
-    return TransformersEngine(tiny_teacher)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_teacher):
-    return AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
 
 
 def score(engine, sequences, support):
     signals = asyncio.run(engine.score(sequences, support))
     return replace(signals, head=engine.head()) if isinstance(support, Hidden) else signals
-
-
-@torch.no_grad()
-def dense(model, sequences):
-    """Log-probs [counted tokens, columns], a sequence at a time."""
-    rows = []
-    for one in sequences:
-        logits = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].float()
-        rows.append(logits.log_softmax(1)[torch.from_numpy(np.flatnonzero(one.counted)) - 1])
-    return torch.cat(rows)
-
-
-def sequence(length, seed=0):
-    random = np.random.default_rng(seed)
-    counted = random.random(length) < 0.6
-    counted[:2] = False, True
-    return Sequence(random.integers(4, VOCAB, length).astype(np.int32), counted)
 
 
 SEQUENCES = [sequence(length, seed) for seed, length in enumerate((9, 40, 3, 17))]

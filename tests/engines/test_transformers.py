@@ -31,17 +31,6 @@ from tests.engines.reference import (
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_teacher):
-    return TransformersEngine(tiny_teacher)
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_teacher):
-    """The same model by itself."""
-    return AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
-
-
 def score(engine, sequences, support):
     return asyncio.run(engine.score(sequences, support))
 

@@ -3,11 +3,11 @@
 import time
 
 import numpy as np
-import psutil
 import torch
 
 from rayk.config import TeacherConfig
 from rayk.sequences import Sequence
+from tests.runs import actors
 
 
 def sequences_of(count, seed=0, shortest=4, longest=40):
@@ -37,19 +37,7 @@ def assert_alike(signals, expected):
 
 def replicas_of(name):
     """The processes of an application's replicas, among those this test session started, oldest first."""
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any(part.startswith(f"ray::ServeReplica:{name}:") for part in _command(process))
-    ]
-    return sorted(found, key=lambda process: process.create_time())
-
-
-def _command(process):
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+    return sorted(actors(f"ServeReplica:{name}:"), key=lambda process: process.create_time())
 
 
 def eventually(true, seconds=60.0):

@@ -13,11 +13,12 @@ import torch
 from ray import serve
 
 from rayk.config import TeacherConfig
+from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.sequences import Sequence
 from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
-from rayk.teachers import client, connect_teacher, serve_teacher
+from rayk.teachers import background, connect_teacher, serve_teacher
 from tests.teachers.asking import assert_alike, config_of, eventually, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -238,7 +239,7 @@ def test_what_a_replica_refuses_comes_as_its_own_sentence(served, ask, said):
 
 
 def background_tasks():
-    return [task for task in asyncio.all_tasks(client._shared_loop.loop) if not task.done()]
+    return [task for task in asyncio.all_tasks(background._shared_loop.loop) if not task.done()]
 
 
 def test_leaving_a_stream_early_leaves_nothing_running(watched):
@@ -269,7 +270,7 @@ def test_a_replica_drops_what_waited_for_who_has_left(served):
     would have to wait for all of it."""
     leaving = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
     prompts = [np.full(4, 4 + i % 300) for i in range(6_000)]
-    parameters = client.SamplingParameters(max_new_tokens=500, temperature=1.0)
+    parameters = SamplingParameters(max_new_tokens=500, temperature=1.0)
 
     async def main():
         asking = asyncio.create_task(leaving.agenerate(prompts, parameters))
@@ -346,7 +347,7 @@ def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
     teacher = connect_teacher("served")
     head = engine.head()
     for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
-        teacher._head = client.background(asyncio.sleep(0, wrong))
+        teacher._head = background.background(asyncio.sleep(0, wrong))
         with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not make its own"):
             teacher.score(sequences_of(8), Hidden())
     teacher._head = None

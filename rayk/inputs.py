@@ -1,0 +1,136 @@
+"""What a run needs before anything is started: tokenizer and rows, held against the models and the settings."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayk.config import RunConfig, TeacherConfig
+from rayk.data.examples import ExampleTable, tokenize
+from rayk.errors import InputError
+from rayk.evaluation.answers import AnswerScorer
+from rayk.evaluation.evaluate import with_prompts
+from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.support import Hidden, TopK
+from rayk.teachers import Teacher
+from rayk.teachers.context import prompt_tokenizer, seen_after
+from rayk.teachers.ensemble import check_ensemble, name_for
+from rayk.training.student import architecture
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs before anything is started, checked."""
+
+    tokenizer_name: str
+    tokenizer: Any
+    train: ExampleTable | None
+    """None where nothing is to be trained."""
+    evaluation: ExampleTable | None
+
+
+def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
+    """Load tokenizers and data and check that they and the models fit together, before anything costs time.
+
+    Raises:
+        InputError: one sentence on the first thing that is wrong.
+    """
+    name = tokenizer_of(config, attached)
+    tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
+    models = {"the student": architecture(config.student, tokenizer)}
+    for teacher in (each for each in config.teachers if each.gives_signals):
+        _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
+        if teacher.model:
+            models[f"teacher '{teacher.name}'"] = load_model_config(
+                teacher.model, trust_remote_code=teacher.trust_remote_code
+            )
+    support, vocab_size = getattr(config.method, "support", None), real_vocab_size(tokenizer)
+    if isinstance(support, TopK) and support.k > vocab_size:
+        raise InputError(
+            f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
+            "most."
+        )
+    train_table = tokenize(config.data.train, config.data, tokenizer) if training else None
+    evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
+    _check_lengths(models, config, train_table, evaluation)
+    _check_contexts(models, config, tokenizer, [table for table in (train_table, evaluation) if table is not None])
+    _check_many_teachers(config, [table for table in (train_table, evaluation) if table is not None])
+    if evaluation is not None:
+        scorer = AnswerScorer(config.evaluation, tokenizer)
+        for example in with_prompts(evaluation, config.evaluation):
+            scorer.expected(example)
+    return Inputs(name, tokenizer, train_table, evaluation)
+
+
+def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
+    """Where the student's tokenizer comes from."""
+    if config.student.tokenizer or config.student.model:
+        return config.student.tokenizer or str(config.student.model)
+    for teacher in (each for each in config.teachers if each.gives_signals):
+        return teacher.model or attached[teacher.name].info.model
+    raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
+
+
+def _check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer, tokenizer_name: str) -> None:
+    if running is not None:
+        fingerprint = running.info.tokenizer_fingerprint
+    else:
+        assert teacher.model is not None
+        load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        theirs = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        fingerprint = tokenizer_fingerprint(theirs)
+    if fingerprint != tokenizer_fingerprint(tokenizer):
+        raise InputError(
+            f"Teacher '{teacher.name}' and the student's tokenizer '{tokenizer_name}' give tokens different ids; "
+            "their vocabularies must be the same for methods that compare distributions."
+        )
+
+
+def _check_lengths(
+    models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable | None, evaluation: ExampleTable | None
+) -> None:
+    tables = [table for table in (train_table, evaluation) if table is not None]
+    longest = int(max(table.lengths.max() for table in tables))
+    generation, answered = config.evaluation.generation, 0
+    if evaluation is not None and generation is not None:
+        answered = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
+    for name, settings in models.items():
+        limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        if longest > limit:
+            raise InputError(
+                f"The longest row has {longest} tokens, but {name} takes {limit}; lower data.max_tokens and set "
+                "data.too_long to 'skip' or 'truncate'."
+            )
+        if answered > limit:
+            raise InputError(
+                f"The longest evaluation prompt with its answer may have {answered} tokens, but {name} takes "
+                f"{limit}; lower evaluation.generation.max_new_tokens."
+            )
+
+
+def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any, tables: list[ExampleTable]) -> None:
+    """Each teacher's own prompts can be made, and leave room for the completion."""
+    for teacher in config.teachers:
+        if teacher.prompt_template is None:
+            continue
+        settings = models.get(f"teacher '{teacher.name}'")
+        limit = getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
+        for row in (row for table in tables for row in table):
+            if (length := len(seen_after(prompts, row))) > limit:
+                raise InputError(
+                    f"{row.where} has {length} tokens after the prompt of teacher '{teacher.name}', which takes "
+                    f"{limit}; shorten teachers.prompt_template, or lower data.max_tokens."
+                )
+
+
+def _check_many_teachers(config: RunConfig, tables: list[ExampleTable]) -> None:
+    support = getattr(config.method, "support", None)
+    if config.ensemble is not None and support is not None:
+        check_ensemble(support, config.ensemble.combine)
+    if config.route is None:
+        return
+    if isinstance(support, Hidden):
+        raise InputError("Hidden states of several teachers need several heads; use support 'topk' with 'route'.")
+    for row in (row for table in tables for row in table):
+        name_for(row, config.route)
