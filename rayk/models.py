@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rayk.errors import InputError
+from rayk.packing import enable_packing, packed_hidden, packs
 
 CausalLM = Any
 """A transformers causal language model (transformers' classes carry no types to check against)."""
@@ -157,6 +158,8 @@ def _read_tensor(model: str, names: list[str]) -> Tensor:
 def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states after the final norm, [rows, length, width], of right-padded rows."""
     body = getattr(model, model.base_model_prefix)
+    if packs(model, input_ids.shape[1]) and not attention_mask.all():
+        return packed_hidden(body, input_ids, attention_mask)
     return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
@@ -206,6 +209,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
         )
     model = model.to(device)
     check_head(model.eval())
+    enable_packing(model)
     return model
 
 

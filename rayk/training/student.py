@@ -22,6 +22,7 @@ from rayk.models import (
     load_model_config,
     real_vocab_size,
 )
+from rayk.packing import enable_packing
 
 
 class Student(nn.Module):
@@ -75,6 +76,7 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
     else:
         model = _random_model(settings, config, seed).to(device)
         check_head(model)
+        enable_packing(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
