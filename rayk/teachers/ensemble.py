@@ -149,7 +149,11 @@ class Route:
 def scorer_of(
     config: RunConfig, teachers: Mapping[str, Teacher], tokenizer: "PreTrainedTokenizerBase"
 ) -> Scorer | None:
-    """Whom the method and the evaluation ask: the route, the ensemble, or one teacher; None where there is none."""
+    """Whom the method and the evaluation ask: the route, the ensemble, or one teacher; None where there is none.
+
+    Raises:
+        InputError: a member of the ensemble cannot answer what the ensemble will ask.
+    """
     known: dict[str, Scorer] = dict(teachers)
     for settings in config.teachers:
         if settings.prompt_template is not None:
@@ -157,6 +161,8 @@ def scorer_of(
             known[settings.name] = InContext(teacher, settings.prompt_template, config.data, tokenizer)
     if config.ensemble is not None:
         names = config.ensemble.teachers or list(teachers)
+        if isinstance(getattr(config.method, "support", None), TopK):
+            _check_members([teachers[name] for name in names])
         weights = [config.ensemble.weights.get(name, 1.0) for name in names]
         known["ensemble"] = Ensemble([known[name] for name in names], weights, config.ensemble.combine)
     if config.route is not None:
@@ -198,6 +204,16 @@ def check_ensemble(support: Support, combine: str) -> None:
             "The mean of probabilities at a temperature is not made of the teachers' tails; use temperature 1, or "
             "ensemble.combine: logits."
         )
+
+
+def _check_members(teachers: Ordered[Teacher]) -> None:
+    for teacher in teachers:
+        if "requested" not in teacher.info.supports:
+            raise InputError(
+                f"Teacher '{teacher.name}' (engine kind '{teacher.info.engine}') cannot give log-probs at the tokens "
+                "the others name, which an ensemble on support 'topk' asks for; use engine kind 'transformers', or support "
+                "'hidden' with ensemble.combine: logits."
+            )
 
 
 def _union(ids_of: list[Tensor]) -> Tensor:

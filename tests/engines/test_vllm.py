@@ -133,7 +133,7 @@ def test_an_answer_about_other_tokens_is_not_taken(engine, on_loop, monkeypatch)
 
     async def damaged(outputs):
         output = await last(outputs)
-        output.prompt_logprobs.token_ids[0] += 1
+        output.prompt_logprobs[0][0][0, 0] += 1
         return output
 
     monkeypatch.setattr(engine, "_last", damaged)

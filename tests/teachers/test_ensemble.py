@@ -177,6 +177,16 @@ def test_runs_learn_from_several_teachers(tmp_path, tiny_student, served, anothe
         distill(parse_config(values | wrong))
 
 
+def test_a_member_that_cannot_answer_for_the_others_tokens_is_refused_at_start(tmp_path, tiny_student, served):
+    engine = {"kind": "simulated", "tokens_per_second": 1e5}
+    method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}}
+    values = settings(tmp_path, tiny_student, method) | {"ensemble": {}}
+    with serve_teacher(config_of("pretender", tiny_student, engine=engine)):
+        values["teachers"] = [{"name": "served", "attach": True}, {"name": "pretender", "attach": True}]
+        with pytest.raises(InputError, match=r"Teacher 'pretender' \(engine kind 'simulated'\) cannot give"):
+            distill(parse_config(values))
+
+
 @pytest.mark.parametrize(
     ("many", "said"),
     [
