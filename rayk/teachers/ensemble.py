@@ -211,8 +211,8 @@ def _check_members(teachers: Ordered[Teacher]) -> None:
         if "requested" not in teacher.info.supports:
             raise InputError(
                 f"Teacher '{teacher.name}' (engine kind '{teacher.info.engine}') cannot give log-probs at the tokens "
-                "the others name, which an ensemble on support 'topk' asks for; use engine kind 'transformers', or support "
-                "'hidden' with ensemble.combine: logits."
+                "the others name, which an ensemble on support 'topk' asks for; use engine kind 'transformers', or "
+                "support 'hidden' with ensemble.combine: logits."
             )
 
 
