@@ -160,6 +160,13 @@ def test_whitening_one_value_or_none_is_zero_and_not_nan():
     assert losses.whiten(torch.zeros(2), losses.moment_sums(one, torch.zeros(1).bool())).tolist() == [0.0, 0.0]
 
 
+def test_whitening_equal_values_is_zero_though_rounding_makes_their_variance_negative():
+    equal = torch.full((7,), 5e6 / 7, dtype=torch.float64)
+    sums = losses.moment_sums(equal, torch.ones(7).bool())
+    assert sums[2] / 7 - (sums[1] / 7) ** 2 < -1e-8
+    torch.testing.assert_close(losses.whiten(equal, sums), torch.zeros_like(equal), atol=1e-4, rtol=0)
+
+
 # Policy losses
 
 
@@ -326,6 +333,18 @@ def test_impossible_tokens_give_finite_losses_and_gradients():
     value = losses.policy_loss(leaf, torch.tensor([-torch.inf]), torch.tensor([1.0]))
     value.backward()
     assert value.isfinite() and leaf.grad.isfinite()
+
+
+def test_a_thousand_tokens_at_the_weights_bound_do_not_overflow_float32():
+    counted = torch.ones(1, 1000).bool()
+    student, teacher = torch.full((1, 1000), -2.0), torch.full((1, 1000), -torch.inf)
+    log_weights = losses.importance_log_weights(student, teacher, 0.2)
+    assert losses.cumulative_log_weights(log_weights, counted).exp().isinf().any()
+    leaf = student.clone().requires_grad_()
+    loss = losses.unbiased_sequence_kl_loss(leaf, teacher, torch.ones(1, 1000), counted, log_weights=log_weights)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
