@@ -2,6 +2,7 @@
 
 Each divergence takes student logits [tokens, vocab] and a teacher (logits, or a `SignalBatch`) and returns nats per
 token; `token_mean` and `sequence_mean` make one number of them. The `linear_*` forms start from hidden states instead.
+Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`.
 """
 
 from rayk.losses.chunked import (
@@ -24,6 +25,18 @@ from rayk.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
+from rayk.losses.policy_gradient import (
+    cumulative_log_weights,
+    importance_log_weights,
+    log_ratio_policy_loss,
+    moment_sums,
+    policy_loss,
+    prefix_log_weights,
+    returns_to_go,
+    token_rewards,
+    unbiased_sequence_kl_loss,
+    whiten,
+)
 from rayk.losses.reductions import kl_estimate, sequence_mean, token_mean
 
 __all__ = [
@@ -31,21 +44,31 @@ __all__ = [
     "LOG_FLOOR",
     "adaptive_kl",
     "adaptive_teaching",
+    "cumulative_log_weights",
     "decoupled_kl",
     "divergence",
     "forward_kl",
     "gold_uncertainty",
+    "importance_log_weights",
     "jensen_shannon",
     "kl_estimate",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_log_probs",
+    "log_ratio_policy_loss",
+    "moment_sums",
+    "policy_loss",
+    "prefix_log_weights",
+    "returns_to_go",
     "reverse_kl",
     "sequence_mean",
     "skew_forward_kl",
     "skew_reverse_kl",
     "symmetric_kl",
     "token_mean",
+    "token_rewards",
     "total_variation",
+    "unbiased_sequence_kl_loss",
     "universal_logit_distance",
+    "whiten",
 ]
