@@ -108,6 +108,7 @@ WRONG = {
     "out of range": (changed(training__learning_rate=0), "training.learning_rate: input should be greater than 0"),
     "no teacher": (changed(teachers=[]), "'logit_kd' needs a teacher"),
     "nobody to match": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
+    "adaptive blindly": (changed(method={"kind": "on_policy", "adaptive": {}}), "method.adaptive needs to know"),
     "nobody writes": (changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"),
     "rollouts elsewhere": (changed(rollouts={"kind": "served"}), "rollouts.kind: input should be 'worker'"),
     "rollouts' key": (changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"),

@@ -11,6 +11,7 @@ from rayk.config.evaluation import EvaluationConfig, GenerationConfig
 from rayk.config.loading import load_config, parse_config
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
+    AdaptiveConfig,
     Divergence,
     LogitKDConfig,
     MatchingConfig,
@@ -35,6 +36,7 @@ from rayk.config.training import StudentConfig, TrainingConfig
 
 __all__ = [
     "DIVERGENCE_OPTIONS",
+    "AdaptiveConfig",
     "CacheConfig",
     "DataConfig",
     "DataSource",

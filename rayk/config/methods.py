@@ -95,6 +95,18 @@ class LogitKDConfig(MatchingConfig):
         return self
 
 
+class AdaptiveConfig(Settings):
+    """DistiLLM's adaptive use of what the student writes (arXiv 2402.03898 §3.2): the share of its rows starts at 0 and
+    grows each time the evaluation loss rises; more and more of them are then old rollouts again."""
+
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+    """Nats a token by which the evaluation loss must have risen since the share last grew."""
+    increment: Share = 0.1
+    """What the share then grows by, up to `student_fraction`."""
+    replay_capacity: Positive = 1000
+    """Rollouts each worker keeps; while there are fewer, none is learned from again."""
+
+
 class OnPolicyConfig(MatchingConfig):
     """The student matches the teacher's distribution on completions that the student itself writes (`rollouts`)."""
 
@@ -108,6 +120,8 @@ class OnPolicyConfig(MatchingConfig):
     teacher_written: Share = 0.0
     """Of the other rows, the share whose completion the teacher writes (SeqKD), sampled as `rollouts` says; the rest
     keep the data's."""
+    adaptive: AdaptiveConfig | None = None
+    """Let the evaluation loss say how much the student writes, up to `student_fraction`; `null`: always that."""
     requested_ids: Positive = 64
     """With support `requested`: how many of the student's own likeliest ids the teacher is asked about at each
     position, beside its own `support.k`."""
@@ -115,7 +129,7 @@ class OnPolicyConfig(MatchingConfig):
     @property
     def reads_completions(self) -> bool:
         """Whether any row keeps the data's completion; else prompts suffice."""
-        return self.student_fraction < 1 and self.teacher_written < 1
+        return (self.student_fraction < 1 or self.adaptive is not None) and self.teacher_written < 1
 
 
 MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig, Field(discriminator="kind")]

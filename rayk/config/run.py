@@ -112,6 +112,10 @@ class RunConfig(Settings):
             return
         if self.rollouts is None:
             object.__setattr__(self, "rollouts", WorkerRollouts())
+        if self.method.adaptive and not (self.data.evaluation and self.evaluation.every_steps):
+            raise ValueError(
+                "method.adaptive needs to know the evaluation loss; set data.evaluation and evaluation.every_steps"
+            )
         if self.method.teacher_written and (self.ensemble or self.route):
             raise ValueError(
                 "method.teacher_written needs one teacher that writes, but 'ensemble' or 'route' is set; set it to 0"

@@ -77,13 +77,14 @@ class Method(ABC):
         self.policy = policy
         """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
 
-    async def sample(self, batch: Batch, seeds: Ordered[int]) -> Batch:
+    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """The rows that the step learns from, for methods that have the policy write them; by default the data's.
 
         Runs while the policy holds the weights promised to the step, before `prepare`.
 
         Args:
             seeds: one a row, all that its random choices may depend on.
+            progress: the share of the run's steps that come before this one.
         """
         return batch
 

@@ -9,22 +9,30 @@ the data's rows alone (λ = 0) this is `logit_kd`; with forward KL and λ in bet
 
 Reverse KL and Jensen–Shannon put their weight where the student has mass: support `requested` asks the teacher about
 the student's likeliest ids as well as its own (ALGORITHMS §22), `hidden` about all.
+
+With `adaptive`, λ is DistiLLM's φ (`rayk.rollouts.adaptive`): with probability φ·(1 − progress) the student writes a
+new completion, else, with probability φ in all, one from its buffer is learned from again; until the buffer is full it
+always writes a new one.
 """
 
 import asyncio
+from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from rayk.config import OnPolicyConfig
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
 from rayk.losses import linear_divergence
 from rayk.methods.base import Experience, Loss, Method, Student
-from rayk.rollouts import completed
+from rayk.rollouts import Policy, completed
+from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 from rayk.sequences import Sequence
 from rayk.support import Requested
-from rayk.teachers import Teacher
+from rayk.teachers import Scorer, Teacher
 
 
 class OnPolicy(Method):
@@ -35,18 +43,26 @@ class OnPolicy(Method):
     paper = "Agarwal et al. 2024 (GKD); Lin et al. 2020 (ImitKD)"
     needs = "as logit_kd, of new rows at every step; or requested: 4·(k + m) + 8 bytes a token (6·(k + m) + 8)"
 
-    async def sample(self, batch: Batch, seeds: Ordered[int]) -> Batch:
+    def __init__(self, settings: OnPolicyConfig, teacher: Scorer | None, policy: Policy | None = None):
+        super().__init__(settings, teacher, policy)
+        self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
+        self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
+
+    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """Have student and teacher write the rows whose lot it is; name the ids to ask about."""
         assert self.policy is not None
-        writers = [self._writer(seed) for seed in seeds]
+        lots = [_lots(seed) for seed in seeds]
+        rows_of: dict[str, list[int]] = {}
+        for row, lot in enumerate(lots):
+            rows_of.setdefault(self._writer(lot, progress), []).append(row)
         rows = list(batch.sequences)
+        replayed = {row: self._replay.at(lots[row][2]) for row in rows_of.get("replay", []) if self._replay}
         written = await asyncio.gather(
-            self._written_by_student(rows, seeds, [row for row, writer in enumerate(writers) if writer == "student"]),
-            self._written_by_teacher(rows, seeds, [row for row, writer in enumerate(writers) if writer == "teacher"]),
+            self._written_by_student(rows, seeds, rows_of.get("student", [])),
+            self._written_by_teacher(rows, seeds, rows_of.get("teacher", [])),
         )
-        for found in written:
-            for row, sequence in found.items():
-                rows[row] = sequence
+        for row, sequence in {**replayed, **written[0], **written[1]}.items():
+            rows[row] = sequence
         if isinstance(self.settings.support, Requested):
             ids = await self.policy.top_ids(rows, self.settings.requested_ids)
             rows = [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
@@ -71,13 +87,29 @@ class OnPolicy(Method):
         soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
         return Loss(soft, {"cross_entropy": cross_entropy, settings.divergence.name: divergence})
 
-    def _writer(self, seed: int) -> str:
-        """Who writes the row of this seed: 'student', 'teacher', or 'data'."""
-        # Not the stream of the row's own tokens, whose seed it is.
-        lots = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(2)
-        if lots[0] < self.settings.student_fraction:
-            return "student"
-        return "teacher" if lots[1] < self.settings.teacher_written else "data"
+    def on_evaluation(self, metrics: Mapping[str, float]) -> None:
+        if self._schedule:
+            self._schedule.on_evaluation(metrics["loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._schedule or not self._replay:
+            return {}
+        return {"schedule": self._schedule.state_dict(), "replay": self._replay.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._schedule and self._replay:
+            self._schedule.load_state_dict(state["schedule"])
+            self._replay.load_state_dict(state["replay"])
+
+    def _writer(self, lot: np.ndarray, progress: float) -> str:
+        """Who writes the row that drew `lot`: 'student', 'replay' (the student, once), 'teacher', or 'data'."""
+        fraction = fresh = self.settings.student_fraction
+        if self._schedule and self._replay:
+            fraction = self._schedule.fraction
+            fresh = fraction * (1 - progress) if self._replay.full else fraction
+        if lot[0] < fraction:
+            return "student" if lot[0] < fresh else "replay"
+        return "teacher" if lot[1] < self.settings.teacher_written else "data"
 
     async def _written_by_student(
         self, rows: list[Sequence], seeds: Ordered[int], chosen: list[int]
@@ -88,6 +120,8 @@ class OnPolicy(Method):
         rollouts = await self.policy.generate(
             [_example(rows[row]) for row in chosen], self.policy.parameters, [seeds[row] for row in chosen]
         )
+        if self._replay:
+            self._replay.add(rollouts)
         return dict(zip(chosen, rollouts, strict=True))
 
     async def _written_by_teacher(
@@ -105,6 +139,11 @@ class OnPolicy(Method):
             row: completed(prompt, completion.token_ids)
             for row, prompt, completion in zip(chosen, prompts, completions, strict=True)
         }
+
+
+def _lots(seed: int) -> np.ndarray:
+    """A row's lots, [3] in [0, 1); not of the stream of the row's own tokens, whose seed it is."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(3)
 
 
 def _example(row: Sequence) -> Example:

@@ -105,7 +105,8 @@ class Supply:
             if self._gate is not None:
                 async with self._gate.turn(step):
                     began = time.perf_counter()
-                    self._sampled[step] = batch = await self._method.sample(batch, self._seeds(step))
+                    progress = step / self._sampler.steps
+                    self._sampled[step] = batch = await self._method.sample(batch, self._seeds(step), progress)
                     generate_seconds = time.perf_counter() - began
         began = time.perf_counter()
         experience = await self._prepare(batch)

@@ -169,6 +169,53 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(max_staleness, tmp_path, tiny_s
     assert_equal_runs(tmp_path / "whole" / "run", parts.output_path)
 
 
+def adaptive(folder, student, max_staleness=0, **training):
+    """A run whose evaluation loss rises more often than not."""
+    method = TOP | {"adaptive": {"tolerance": 0.0, "increment": 0.4, "replay_capacity": 6}}
+    run = changed(folder, student, method, {"max_staleness": max_staleness}, learning_rate=0.05, steps=10, **training)
+    evaluation = run.data.train.model_copy(update={"rows": 4})
+    values = run.model_dump(mode="json")
+    values["data"]["evaluation"], values["evaluation"]["every_steps"] = evaluation.model_dump(mode="json"), 1
+    return parse_config(values)
+
+
+def test_as_the_evaluation_loss_rises_the_student_writes_and_learns_from_it_again(
+    watched, tmp_path, tiny_student, served
+):
+    rows, _ = watched
+    run = adaptive(tmp_path, tiny_student)
+    distill(run)
+    losses, reference, fraction, kept = curve(run.output_path, "evaluation_loss"), None, 0.0, []
+    again = 0
+    for step in range(10):
+        rollouts = [row for row in rows[step] if isinstance(row, Rollout)]
+        assert (fraction > 0) or not rollouts
+        assert fraction < 1 or len(rollouts) == 8
+        old = [row for row in rollouts if row.version < step]
+        assert not old or len(kept) >= 6
+        assert {id(row) for row in old} <= {id(row) for row in kept[-6:]}
+        again += len(old)
+        kept += sorted((row for row in rollouts if row.version == step), key=lambda row: row.where)
+        if reference is None:
+            reference = losses[step]
+        elif losses[step] >= reference:
+            reference, fraction = losses[step], min(1.0, fraction + 0.4)
+    assert fraction == 1
+    assert again > 3
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_resumed_adaptive_run_remembers_what_it_kept(max_staleness, tmp_path, tiny_student, served):
+    distill(adaptive(tmp_path / "whole", tiny_student, max_staleness))
+    parts = adaptive(tmp_path / "parts", tiny_student, max_staleness, checkpoint_every_steps=6, keep_checkpoints=5)
+    distill(parts)
+    shutil.rmtree(parts.output_path / "checkpoints" / "step-00000010")
+    shutil.rmtree(parts.output_path / "model")
+    distill(parts, resume=True)
+    assert_equal_runs(tmp_path / "whole" / "run", parts.output_path)
+    assert max(curve(parts.output_path, "rollout_staleness")) > max_staleness
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_workers_do_not_change_what_is_written_and_learned(max_staleness, tmp_path, tiny_student, served):
     rollouts = {"max_staleness": max_staleness}
@@ -209,7 +256,7 @@ def test_the_students_own_ids_bring_reverse_kl_closer_to_the_dense_one(wide):
     losses = {}
     for support in (TopK(16), Requested(8), Hidden("float32")):
         method = OnPolicy(OnPolicyConfig(support=support, requested_ids=8), teacher, policy)
-        rollouts = asyncio.run(method.sample(batch, range(32)))
+        rollouts = asyncio.run(method.sample(batch, range(32), progress=0.0))
         experience = asyncio.run(method.prepare(rollouts))
         losses[support.kind] = method.loss(Student(student), experience).per_token.detach()
     dense, topk, requested = (losses[kind] for kind in ("hidden", "topk", "requested"))
