@@ -95,7 +95,8 @@ class WorkerPolicy:
         )
         self.version = version
         self._learner = learner
-        self._model = learner if settings.max_staleness == 0 else copy.deepcopy(learner).eval().requires_grad_(False)
+        # The copy's parameters go on requiring gradients: only such are cast just once by an autocast.
+        self._model = learner if settings.max_staleness == 0 else copy.deepcopy(learner).eval()
         self._tokenizer = tokenizer
         self._vocab_size = min(head_of(learner).vocab_size, real_vocab_size(tokenizer))
         self._batch_tokens = batch_tokens

@@ -100,14 +100,16 @@ class Supply:
 
     async def _prepared(self, step: int) -> Prepared:
         batch, generate_seconds = self._sampled.get(step), 0.0
-        if batch is None:
+        if batch is None and self._gate is None:
             batch = self._rows(step)
-            if self._gate is not None:
-                async with self._gate.turn(step):
-                    began = time.perf_counter()
-                    progress = step / self._sampler.steps
-                    self._sampled[step] = batch = await self._method.sample(batch, self._seeds(step), progress)
-                    generate_seconds = time.perf_counter() - began
+        elif batch is None:
+            assert self._gate is not None
+            async with self._gate.turn(step):
+                began = time.perf_counter()
+                progress = step / self._sampler.steps
+                batch = await self._method.sample(self._rows(step), self._seeds(step), progress)
+                self._sampled[step] = batch
+                generate_seconds = time.perf_counter() - began
         began = time.perf_counter()
         experience = await self._prepare(batch)
         return Prepared(experience, generate_seconds, time.perf_counter() - began)

@@ -14,6 +14,7 @@ from rayk.data.batches import collate
 from rayk.data.examples import Example, tokenize
 from rayk.errors import InputError
 from rayk.methods import METHODS, OnPolicy
+from rayk.plan import plan
 from rayk.rollouts import Rollout, WorkerPolicy
 from rayk.run import distill
 from rayk.support import Hidden, Requested, TopK
@@ -234,6 +235,17 @@ def test_prompts_alone_suffice(tmp_path, tiny_student, served):
     assert all(np.isfinite(curve(run.output_path)))
     with pytest.raises(InputError, match="completion"):
         distill(changed(tmp_path, tiny_student, TOP | {"student_fraction": 0.5}), output=str(tmp_path / "other"))
+
+
+def test_what_cannot_be_written_is_refused_beforehand(tmp_path, tiny_student, served):
+    with pytest.raises(InputError, match=r"takes 512; lower rollouts.max_new_tokens"):
+        distill(changed(tmp_path, tiny_student, rollouts={"max_new_tokens": 500}))
+    with pytest.raises(InputError, match="not written yet"):
+        plan(changed(tmp_path, tiny_student))
+    (tmp_path / "rows.jsonl").write_text('{"text": "What is 1?"}\n' * 8)
+    for fraction, said in ((1.0, "has no prompt to generate from"), (0.5, "line 1 has no prompt after which")):
+        with pytest.raises(InputError, match=said):
+            distill(changed(tmp_path, tiny_student, TOP | {"student_fraction": fraction}))
 
 
 @pytest.fixture(scope="module")
