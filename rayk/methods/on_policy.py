@@ -15,7 +15,6 @@ new completion, else, with probability φ in all, one from its buffer is learned
 always writes a new one.
 """
 
-import asyncio
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
@@ -26,6 +25,7 @@ import numpy as np
 from rayk.config import OnPolicyConfig
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
+from rayk.engines.batching import gather
 from rayk.losses import linear_divergence
 from rayk.methods.base import Experience, Loss, Method, Student
 from rayk.rollouts import Policy, completed
@@ -57,9 +57,11 @@ class OnPolicy(Method):
             rows_of.setdefault(self._writer(lot, progress), []).append(row)
         rows = list(batch.sequences)
         replayed = {row: self._replay.at(lots[row][2]) for row in rows_of.get("replay", []) if self._replay}
-        written = await asyncio.gather(
-            self._written_by_student(rows, seeds, rows_of.get("student", [])),
-            self._written_by_teacher(rows, seeds, rows_of.get("teacher", [])),
+        written = await gather(
+            [
+                self._written_by_student(rows, seeds, rows_of.get("student", [])),
+                self._written_by_teacher(rows, seeds, rows_of.get("teacher", [])),
+            ]
         )
         for row, sequence in {**replayed, **written[0], **written[1]}.items():
             rows[row] = sequence
