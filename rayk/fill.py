@@ -95,7 +95,7 @@ def _wanted(
         return [(teachers[name], examples) for name, examples in rows.items()]
 
     support = getattr(config.method, "support", None)
-    if support is not None and not isinstance(support, Requested):
+    if support is not None and not isinstance(support, Requested) and getattr(config.method, "reads_completions", True):
         assert inputs.train is not None
         for teacher, examples in by_teacher(inputs.train):
             yield "training rows", teacher, support, examples

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rayk.config import RunConfig, TeacherConfig
 from rayk.data.examples import ExampleTable, tokenize
 from rayk.errors import InputError
@@ -50,7 +52,8 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
             "most."
         )
-    train_table = tokenize(config.data.train, config.data, tokenizer) if training else None
+    prompts_only = not getattr(config.method, "reads_completions", True)
+    train_table = tokenize(config.data.train, config.data, tokenizer, prompts_only=prompts_only) if training else None
     evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
     _check_lengths(models, config, train_table, evaluation)
     _check_contexts(models, config, tokenizer, [table for table in (train_table, evaluation) if table is not None])
@@ -91,9 +94,17 @@ def _check_lengths(
 ) -> None:
     tables = [table for table in (train_table, evaluation) if table is not None]
     longest = int(max(table.lengths.max() for table in tables))
-    generation, answered = config.evaluation.generation, 0
+    generation, answered, rolled_out = config.evaluation.generation, 0, 0
     if evaluation is not None and generation is not None:
         answered = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
+    if train_table is not None and config.rollouts is not None:
+        if not train_table.prompt_tokens.all():
+            promptless = train_table[int(np.argmin(train_table.prompt_tokens))]
+            raise InputError(
+                f"{promptless.where} has no prompt after which method '{config.method.kind}' could write; give rows "
+                "with prompts."
+            )
+        rolled_out = int(train_table.prompt_tokens.max()) + config.rollouts.max_new_tokens
     for name, settings in models.items():
         limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
         if longest > limit:
@@ -105,6 +116,11 @@ def _check_lengths(
             raise InputError(
                 f"The longest evaluation prompt with its answer may have {answered} tokens, but {name} takes "
                 f"{limit}; lower evaluation.generation.max_new_tokens."
+            )
+        if rolled_out > limit:
+            raise InputError(
+                f"The longest prompt with what is written after it may have {rolled_out} tokens, but {name} takes "
+                f"{limit}; lower rollouts.max_new_tokens."
             )
 
 

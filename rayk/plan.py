@@ -69,6 +69,11 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     support: Support | None = getattr(config.method, "support", None)
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
+    if config.rollouts is not None:
+        raise InputError(
+            f"method.kind '{config.method.kind}' learns from rows that are not written yet; plan a 'logit_kd' run on "
+            "rows of such length instead."
+        )
     teacher = next(each for each in config.teachers if each.name == config.compared_teacher)
     if teacher.model is None:
         raise InputError(f"Teacher '{teacher.name}' has no 'model' to plan for; set it beside 'attach'.")

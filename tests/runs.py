@@ -39,17 +39,19 @@ def settings(
     folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any
 ) -> dict[str, Any]:
     """A run in `folder`/run, on rows it writes there, in this process unless `workers` says otherwise; `logit_kd`
-    learns from the suite's served teacher."""
+    and `on_policy` learn from the suite's served teacher."""
     data = folder / "rows.jsonl"
     if not data.exists():
         write_rows(data)
     method = {"kind": method} if isinstance(method, str) else method
+    rollouts = {"rollouts": {"max_new_tokens": 12}} if method["kind"] == "on_policy" else {}
     return {
         "output": str(folder / "run"),
-        "teachers": [{"name": "served", "attach": True}] if method["kind"] == "logit_kd" else [],
+        "teachers": [{"name": "served", "attach": True}] if method["kind"] in ("logit_kd", "on_policy") else [],
         "student": {"model": student},
         "data": {"train": {"path": str(data)}},
         "method": method,
+        **rollouts,
         "training": {
             "workers": 0, "steps": 6, "batch_size": 8, "learning_rate": 5e-3, "resources": {"num_cpus": 0.5},
             "checkpoint_every_steps": 1000, **training,

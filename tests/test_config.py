@@ -107,6 +107,24 @@ WRONG = {
     "wrong type": (changed(training__steps="many"), "training.steps: input should be a valid integer"),
     "out of range": (changed(training__learning_rate=0), "training.learning_rate: input should be greater than 0"),
     "no teacher": (changed(teachers=[]), "'logit_kd' needs a teacher"),
+    "nobody to match": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
+    "adaptive blindly": (changed(method={"kind": "on_policy", "adaptive": {}}), "method.adaptive needs to know"),
+    "nobody writes": (changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"),
+    "rollouts elsewhere": (changed(rollouts={"kind": "served"}), "rollouts.kind: input should be 'worker'"),
+    "rollouts' key": (changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"),
+    "a chorus that writes": (
+        changed(
+            teachers=[{"name": "a", "model": "a"}, {"name": "b", "model": "b"}], ensemble={},
+            method={"kind": "on_policy", "teacher_written": 0.5},
+        ),
+        "method.teacher_written needs one teacher that writes",
+    ),
+    "a whisperer that writes": (
+        changed(
+            teachers=[{"model": "a", "prompt_template": "{answer}"}], method={"kind": "on_policy", "teacher_written": 1}
+        ),
+        "method.teacher_written: teacher 'teacher' has a prompt_template",
+    ),
     "other teacher": (changed(method__teacher="small"), "method.teacher 'small' is none of the teachers (big)"),
     "twice": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
     "model of teacher": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
@@ -181,8 +199,8 @@ def test_an_engine_is_transformers_unless_it_says_another_kind():
 
 def test_the_default_config_names_every_section():
     sections = [
-        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "method", "training",
-        "evaluation", "cache", "tracking",
+        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "method", "rollouts",
+        "training", "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections
 

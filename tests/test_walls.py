@@ -19,7 +19,7 @@ FLOORS = [
     {"engines", "data"},
     {"cluster"},
     {"teachers"},
-    {"evaluation"},
+    {"evaluation", "rollouts"},
     {"methods"},
     {"training"},
     {"inputs"},

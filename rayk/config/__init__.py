@@ -9,7 +9,17 @@ from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig, DataSource
 from rayk.config.evaluation import EvaluationConfig, GenerationConfig
 from rayk.config.loading import load_config, parse_config
-from rayk.config.methods import DIVERGENCE_OPTIONS, Divergence, LogitKDConfig, MethodConfig, SupervisedConfig
+from rayk.config.methods import (
+    DIVERGENCE_OPTIONS,
+    AdaptiveConfig,
+    Divergence,
+    LogitKDConfig,
+    MatchingConfig,
+    MethodConfig,
+    OnPolicyConfig,
+    SupervisedConfig,
+)
+from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.teachers import (
     EnsembleConfig,
@@ -26,6 +36,7 @@ from rayk.config.training import StudentConfig, TrainingConfig
 
 __all__ = [
     "DIVERGENCE_OPTIONS",
+    "AdaptiveConfig",
     "CacheConfig",
     "DataConfig",
     "DataSource",
@@ -34,10 +45,13 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "LogitKDConfig",
+    "MatchingConfig",
     "MethodConfig",
+    "OnPolicyConfig",
     "OpenAIEngine",
     "Replicas",
     "Resources",
+    "RolloutConfig",
     "RouteConfig",
     "RunConfig",
     "Settings",
@@ -49,6 +63,7 @@ __all__ = [
     "TrainingConfig",
     "TransformersEngine",
     "VLLMEngine",
+    "WorkerRollouts",
     "load_config",
     "parse_config",
 ]

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from rayk.config.run import RunConfig
 from rayk.errors import InputError
 from rayk.support import SUPPORTS
 
+
+def _sections(base: type[Settings]) -> Iterator[type[Settings]]:
+    for section in base.__subclasses__():
+        yield section
+        yield from _sections(section)
+
+
 _KINDS = {
-    *(section.model_fields["kind"].default for section in Settings.__subclasses__() if "kind" in section.model_fields),
+    *(section.model_fields["kind"].default for section in _sections(Settings) if "kind" in section.model_fields),
     *(each.kind for each in SUPPORTS),
 }
 

@@ -1,11 +1,12 @@
 """The ways of learning and their settings, told apart by `kind`."""
 
 import difflib
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayk.config.base import Settings, Share
+from rayk.config.base import Positive, Settings, Share
 from rayk.support import Logprob, Requested, Sampled, Support, TopK
 
 DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -53,10 +54,10 @@ class SupervisedConfig(Settings):
     kind: Literal["supervised"] = "supervised"
 
 
-class LogitKDConfig(Settings):
-    """The student matches the teacher's distribution at every counted position."""
+class MatchingConfig(Settings):
+    """What the methods share in which the student matches the teacher's distribution."""
 
-    kind: Literal["logit_kd"] = "logit_kd"
+    kind: str
     teacher: str | None = None
     """Which of `teachers`; by default the first."""
     divergence: Annotated[
@@ -66,19 +67,69 @@ class LogitKDConfig(Settings):
     """Softmax temperature of both sides in the soft term."""
     temperature_squared: bool = False
     """Multiply the soft term by T² (Hinton's scaling); repositories disagree, see ALGORITHMS §25.11."""
-    hard_label_weight: Share = 0.0
-    """α in α·cross-entropy + (1−α)·divergence."""
     support: Support = TopK()
 
     @model_validator(mode="after")
-    def _support_carries_temperature(self) -> "LogitKDConfig":
-        if isinstance(self.support, Requested | Logprob):
-            raise ValueError(f"logit_kd cannot learn from support '{self.support.kind}'; use 'topk' or 'hidden'")
+    def _support_carries_temperature(self) -> Self:
+        if isinstance(self.support, Logprob):
+            raise ValueError(f"{self.kind} cannot learn from support 'logprob'; use 'topk' or 'hidden'")
         if isinstance(self.support, Sampled) and (self.divergence.name != "forward_kl" or self.temperature != 1.0):
             raise ValueError("support 'sampled' estimates forward_kl at temperature 1 only; use 'hidden' or 'topk'")
-        if isinstance(self.support, TopK) and self.temperature not in self.support.temperatures:
-            object.__setattr__(self, "support", TopK(self.support.k, (*self.support.temperatures, self.temperature)))
+        if isinstance(self.support, TopK | Requested) and self.temperature not in self.support.temperatures:
+            temperatures = (*self.support.temperatures, self.temperature)
+            object.__setattr__(self, "support", replace(self.support, temperatures=temperatures))
         return self
 
 
-MethodConfig = Annotated[SupervisedConfig | LogitKDConfig, Field(discriminator="kind")]
+class LogitKDConfig(MatchingConfig):
+    """The student matches the teacher's distribution at every counted position."""
+
+    kind: Literal["logit_kd"] = "logit_kd"
+    hard_label_weight: Share = 0.0
+    """α in α·cross-entropy + (1−α)·divergence."""
+
+    @model_validator(mode="after")
+    def _names_no_ids(self) -> "LogitKDConfig":
+        if isinstance(self.support, Requested):
+            raise ValueError("logit_kd cannot learn from support 'requested'; use 'topk' or 'hidden'")
+        return self
+
+
+class AdaptiveConfig(Settings):
+    """DistiLLM's adaptive use of what the student writes (arXiv 2402.03898 §3.2): the share of its rows starts at 0 and
+    grows each time the evaluation loss rises; more and more of them are then old rollouts again."""
+
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+    """Nats a token by which the evaluation loss must have risen since the share last grew."""
+    increment: Share = 0.1
+    """What the share then grows by, up to `student_fraction`."""
+    replay_capacity: Positive = 1000
+    """Rollouts each worker keeps; while there are fewer, none is learned from again."""
+
+
+class OnPolicyConfig(MatchingConfig):
+    """The student matches the teacher's distribution on completions that the student itself writes (`rollouts`)."""
+
+    kind: Literal["on_policy"] = "on_policy"
+    divergence: Annotated[
+        Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
+    ] = Divergence(name="reverse_kl")
+    student_fraction: Share = 1.0
+    """λ: the share of rows whose completion the student writes, drawn row by row. 0 is supervised KD, 1 on-policy KD,
+    and in between GKD's mixture (arXiv 2306.13649, where it is 0.5)."""
+    teacher_written: Share = 0.0
+    """Of the other rows, the share whose completion the teacher writes (SeqKD), sampled as `rollouts` says; the rest
+    keep the data's."""
+    adaptive: AdaptiveConfig | None = None
+    """Let the evaluation loss say how much the student writes, up to `student_fraction`; `null`: always that."""
+    requested_ids: Positive = 64
+    """With support `requested`: how many of the student's own likeliest ids the teacher is asked about at each
+    position, beside its own `support.k`."""
+
+    @property
+    def reads_completions(self) -> bool:
+        """Whether any row keeps the data's completion; else prompts suffice."""
+        return (self.student_fraction < 1 or self.adaptive is not None) and self.teacher_written < 1
+
+
+MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig, Field(discriminator="kind")]

@@ -10,7 +10,8 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.methods import LogitKDConfig, MethodConfig
+from rayk.config.methods import MatchingConfig, MethodConfig, OnPolicyConfig
+from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
 
@@ -36,6 +37,8 @@ class RunConfig(Settings):
     student: StudentConfig
     data: DataConfig
     method: MethodConfig
+    rollouts: RolloutConfig | None = None
+    """How the student writes, for methods that learn from what it writes; theirs by default, no one else's."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     cache: CacheConfig | None = None
@@ -48,14 +51,15 @@ class RunConfig(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: two share a name ({', '.join(names)})")
         wanted = getattr(self.method, "teacher", None)
-        if isinstance(self.method, LogitKDConfig) and not names:
-            raise ValueError("method.kind 'logit_kd' needs a teacher; add one under 'teachers'")
+        if isinstance(self.method, MatchingConfig) and not names:
+            raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
             raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
         self._many_teachers_fit(names, wanted)
         self._signals_can_be_had()
+        self._completions_can_be_written()
         for teacher in self.teachers:
-            if isinstance(self.method, LogitKDConfig) and not teacher.attach and wanted in (None, teacher.name):
+            if isinstance(self.method, MatchingConfig) and not teacher.attach and wanted in (None, teacher.name):
                 try:
                     check_engine_gives(teacher.engine, self.method.support)
                 except ValueError as error:
@@ -91,15 +95,37 @@ class RunConfig(Settings):
             asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if isinstance(self.method, LogitKDConfig) and not asked:
+        if isinstance(self.method, MatchingConfig) and not asked:
             asked = [self.method.teacher or self.teachers[0].name]
         for teacher in self.teachers:
             if teacher.name in asked and not teacher.gives_signals:
                 raise ValueError(
                     f"teacher '{teacher.name}': engine kind 'openai' writes text and gives no signals, so neither "
-                    "method 'logit_kd' nor 'ensemble' or 'route' can use it; choose engine kind 'transformers' or "
-                    "'vllm', or train on the text it writes with method 'supervised'"
+                    "'ensemble' nor 'route' nor a method but 'supervised' can use it; choose engine kind "
+                    "'transformers' or 'vllm', or train on the text it writes with method 'supervised'"
                 )
+
+    def _completions_can_be_written(self) -> None:
+        if not isinstance(self.method, OnPolicyConfig):
+            if self.rollouts is not None:
+                raise ValueError(f"rollouts is set, but method '{self.method.kind}' samples nothing; leave it out")
+            return
+        if self.rollouts is None:
+            object.__setattr__(self, "rollouts", WorkerRollouts())
+        if self.method.adaptive and not (self.data.evaluation and self.evaluation.every_steps):
+            raise ValueError(
+                "method.adaptive needs to know the evaluation loss; set data.evaluation and evaluation.every_steps"
+            )
+        if self.method.teacher_written and (self.ensemble or self.route):
+            raise ValueError(
+                "method.teacher_written needs one teacher that writes, but 'ensemble' or 'route' is set; set it to 0"
+            )
+        written_by = next(teacher for teacher in self.teachers if teacher.name == self.compared_teacher)
+        if self.method.teacher_written and written_by.prompt_template is not None:
+            raise ValueError(
+                f"method.teacher_written: teacher '{written_by.name}' has a prompt_template, and what it writes after "
+                "its own prompt is not what it says about the student's; set one of the two aside"
+            )
 
     @property
     def compared_teacher(self) -> str:

@@ -134,6 +134,14 @@ class BatchSampler:
     def share(self, step: int, rank: int, world: int) -> np.ndarray:
         """The rows of `step` that rank `rank` of `world` takes, int64, longest first.
 
+        Raises:
+            InputError: there are more ranks than rows in a batch.
+        """
+        return self.rows(step)[self.places(step, rank, world)]
+
+    def places(self, step: int, rank: int, world: int) -> np.ndarray:
+        """Where in `rows(step)` those of `share` stand: a row that comes twice in a batch has two places.
+
         Rows are dealt out by length, there and back, so that ranks carry near-equal numbers of tokens.
 
         Raises:
@@ -144,9 +152,8 @@ class BatchSampler:
                 f"training.batch_size is {self.batch_size} but there are {world} workers, and each needs a row; raise "
                 f"the batch size or lower training.workers."
             )
-        rows = self.rows(step)
-        dealt = rows[np.argsort(-self.lengths[rows], kind="stable")]
-        turn, seat = np.divmod(np.arange(len(rows)), world)
+        dealt = np.argsort(-self.lengths[self.rows(step)], kind="stable")
+        turn, seat = np.divmod(np.arange(len(dealt)), world)
         return dealt[np.where(turn % 2 == 0, seat, world - 1 - seat) == rank]
 
     def epoch_of(self, step: int) -> int:

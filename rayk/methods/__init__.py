@@ -2,8 +2,9 @@
 
 from rayk.methods.base import Experience, Loss, Method
 from rayk.methods.logit_kd import LogitKD
+from rayk.methods.on_policy import OnPolicy
 from rayk.methods.supervised import Supervised
 
-METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD)}
+METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD, OnPolicy)}
 
-__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "Supervised"]
+__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "OnPolicy", "Supervised"]

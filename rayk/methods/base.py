@@ -1,7 +1,9 @@
-"""The protocol of a way of learning: `prepare` turns rows into an experience, `loss` says what is learned from it."""
+"""The protocol of a way of learning: `sample` has the policy write, `prepare` turns rows into an experience, `loss`
+says what is learned from it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from rayk.data.batches import Batch
 from rayk.models import Head
+from rayk.rollouts import Policy
 from rayk.signal import SignalBatch
 from rayk.teachers import Scorer
 
@@ -68,13 +71,26 @@ class Method(ABC):
     needs: ClassVar[str]
     """What it asks of a teacher, with the cost."""
 
-    def __init__(self, settings: Any, teacher: Scorer | None):
+    def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
         self.settings = settings
         self.teacher = teacher
+        self.policy = policy
+        """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
+
+    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
+        """The rows that the step learns from, for methods that have the policy write them; by default the data's.
+
+        Runs while the policy holds the weights promised to the step, before `prepare`.
+
+        Args:
+            seeds: one a row, all that its random choices may depend on.
+            progress: the share of the run's steps that come before this one.
+        """
+        return batch
 
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:
-        """Rows to experience: asks teachers, samples. Runs ahead of the training step, on the background event loop.
+        """Rows to experience: asks teachers. Runs ahead of the training step, on the background event loop.
 
         Raises:
             UnusableSignal: nothing can be learned from some rows; where the settings say so, the caller leaves them out

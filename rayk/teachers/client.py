@@ -174,8 +174,10 @@ class Teacher:
         parameters = SamplingParameters(max_new_tokens, temperature, top_p, top_k, tuple(stop))
         return self._timed(background(self._generate(list(prompts), parameters, seed)))
 
-    async def agenerate(self, prompts: Ordered[Any], parameters: SamplingParameters, seed: int = 0) -> list[Completion]:
-        """`generate`, awaitable on any event loop."""
+    async def agenerate(
+        self, prompts: Ordered[Any], parameters: SamplingParameters, seed: int | Ordered[int] = 0
+    ) -> list[Completion]:
+        """`generate`, awaitable on any event loop; `seed` may be one for each prompt."""
         return await asyncio.wrap_future(background(self._generate(list(prompts), parameters, seed)))
 
     def usage(self) -> Usage | None:
@@ -270,8 +272,12 @@ class Teacher:
         self.statistics.bytes += wire.nbytes
         return decode(wire)
 
-    async def _generate(self, prompts: list[Any], parameters: SamplingParameters, seed: int) -> list[Completion]:
-        seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
+    async def _generate(
+        self, prompts: list[Any], parameters: SamplingParameters, seed: int | Ordered[int]
+    ) -> list[Completion]:
+        if isinstance(seed, int):
+            seed = [int(each) for each in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
+        seeds = list(seed)
         starts = range(0, len(prompts), _PROMPTS_A_CALL)
         parts = await gather(
             self._call(

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Checkpoint:
     optimizer: dict[str, Any]
     method: list[dict[str, Any]]
     """The method's state, one entry a worker."""
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    """Rows already written for later steps (`rayk.training.supply`), of all workers."""
 
 
 class CheckpointStore:
@@ -53,6 +55,7 @@ class CheckpointStore:
             "model.safetensors": save_tensors({name: t.contiguous() for name, t in checkpoint.model.items()}),
             "optimizer.pt": _pack(checkpoint.optimizer),
             "method.pt": _pack(checkpoint.method),
+            "rollouts.pt": _pack(checkpoint.rollouts),
         }
         for name, data in files.items():
             self._write(f"{folder}/{name}", data)
@@ -80,6 +83,7 @@ class CheckpointStore:
                     load_tensors(files["model.safetensors"]),
                     _unpack(files["optimizer.pt"]),
                     _unpack(files["method.pt"]),
+                    _unpack(files["rollouts.pt"]),
                 )
         return None
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayk.config import RunConfig, TrainingConfig
-from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, pad_id_of
+from rayk.data.batches import BatchSampler, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
-from rayk.errors import RaykError, RunFailed, UnusableSignal
+from rayk.errors import RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import load_tokenizer, pick_device
+from rayk.rollouts import Rollout, WorkerPolicy, summarise
 from rayk.teachers import Teacher, connect_teacher, scorer_of
-from rayk.teachers.background import background_stream
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.recorder import Recorder
 from rayk.training.student import Step, Student, make_model, save_model, wrap
+from rayk.training.supply import Prepared, Supply
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +163,14 @@ class Trainer:
         self.teachers = job.teachers(self._closing.enter_context(opened(config.cache)))
         self._cached_tokens = 0
         teacher = scorer_of(config, self.teachers, self.tokenizer)
-        self.method: Method = METHODS[config.method.kind](config.method, teacher)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
+        policy = None
+        if config.rollouts is not None:
+            policy = WorkerPolicy(
+                model, self.tokenizer, config.rollouts, batch_tokens=self.settings.micro_batch_tokens,
+                precision=self.settings.precision,
+            )  # fmt: skip
+        self.method: Method = METHODS[config.method.kind](config.method, teacher, policy)
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -175,6 +182,8 @@ class Trainer:
         )
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))
         self.sampler = BatchSampler(self.table.lengths, self.settings.batch_size, config.seed, self.total_steps)
+        pad_id = pad_id_of(self.tokenizer)
+        self.supply = Supply(config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world)
         self.store = CheckpointStore(job.checkpoints)
         self.step = 0
         self._restore()
@@ -190,19 +199,12 @@ class Trainer:
     def run(self) -> Outcome:
         self._start_together()
         evaluation = None
-        pad_id = pad_id_of(self.tokenizer)
-
-        async def prepared(step: int) -> Experience:
-            rows = self.sampler.share(step, self.ranks.rank, self.ranks.world)
-            return await self._prepare(collate([self.table[int(row)] for row in rows], pad_id))
-
-        experiences = background_stream(
-            (prepared(step) for step in range(self.step, self.total_steps)), self.settings.prefetch
-        )
+        experiences = self.supply.stream(self.step, self.total_steps)
         try:
             for step in range(self.step, self.total_steps):
                 row = self._step(step, experiences)
                 self.step = step + 1
+                self.supply.finish()
                 last = self.step == self.total_steps
                 if self.evaluator and (last or self.step % (self.config.evaluation.every_steps or math.inf) == 0):
                     evaluation = self._evaluate(last)
@@ -211,6 +213,7 @@ class Trainer:
                     self.recorder.record(row)
                 if last or self.step % self.settings.checkpoint_every_steps == 0:
                     self._checkpoint()
+                self.supply.advance(self.step)
         except StopTogether:
             if self.step > self._saved:
                 self._checkpoint()
@@ -222,19 +225,6 @@ class Trainer:
         if evaluation is None and self.evaluator:  # resumed after the last step
             evaluation = self._evaluate(last=True)
         return Outcome(self.step, self.total_steps, evaluation)
-
-    async def _prepare(self, batch: Batch) -> Experience:
-        try:
-            return await self.method.prepare(batch)
-        except UnusableSignal as error:
-            usable = [row for row in range(batch.rows) if row not in error.rows]
-            if self.settings.unusable_rows == "stop":
-                raise RunFailed(f"{error} Set training.unusable_rows to skip to go on without such rows.") from error
-            if not usable:
-                raise RunFailed(f"{error} No row of the step is left.") from error
-            logger.warning("%s Left out, with %d rows in all.", error, len(error.rows))
-            rest = await self._prepare(batch.select(usable))
-            return replace(rest, skipped=rest.skipped + len(error.rows))
 
     def close(self) -> None:
         self._closing.close()
@@ -252,17 +242,18 @@ class Trainer:
             )
         self.wrapped: Any = wrap(self.module)
 
-    def _step(self, step: int, experiences: Iterator[Experience]) -> dict[str, Any]:
+    def _step(self, step: int, experiences: Iterator[Prepared]) -> dict[str, Any]:
         """One optimiser step; its row of metrics."""
         began = time.perf_counter()
-        experience, problem = None, None
+        prepared, problem = None, None
         try:
-            experience = next(experiences)
+            prepared = next(experiences)
         except Exception as error:
             problem = error
         waited = time.perf_counter() - began
         self.ranks.agree(problem)
-        assert experience is not None
+        assert prepared is not None
+        experience = prepared.experience
         lengths = [len(sequence) for sequence in experience.batch.sequences]
         count, tokens, skipped, cached = self.ranks.sums(
             [experience.count, sum(lengths), experience.skipped, self._newly_cached()]
@@ -298,6 +289,21 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "teacher_wait_seconds": waited,
             "step_seconds": seconds,
+            **self._of_rollouts(prepared, step),
+        }
+
+    def _of_rollouts(self, prepared: Prepared, step: int) -> dict[str, float]:
+        """Means over what the policy wrote for this step, and this rank's seconds for it (ahead of the step)."""
+        if self.config.rollouts is None:
+            return {}
+        rows = prepared.experience.batch.sequences
+        sums = summarise([row for row in rows if isinstance(row, Rollout)], version=step)
+        count, *totals = self.ranks.sums(list(sums.values()))
+        return {
+            "rollouts": int(count),
+            **{name: total / max(count, 1) for name, total in zip(list(sums)[1:], totals, strict=True)},
+            "generate_seconds": prepared.generate_seconds,
+            "score_seconds": prepared.score_seconds,
         }
 
     def _newly_cached(self) -> int:
@@ -338,9 +344,12 @@ class Trainer:
     def _checkpoint(self) -> None:
         self._saved = self.step
         states = self.ranks.gather(self.method.state_dict())
+        rollouts = [row for rows in self.ranks.gather(self.supply.state(self.step)) for row in rows]
         problem = None
         if self.ranks.rank == 0:
-            state = Checkpoint(self.step, unshared(self.module.state_dict()), self.optimizer.state_dict(), states)
+            state = Checkpoint(
+                self.step, unshared(self.module.state_dict()), self.optimizer.state_dict(), states, rollouts
+            )
             try:
                 self.store.save(state, self.settings.keep_checkpoints)
             except OSError as error:
@@ -356,6 +365,7 @@ class Trainer:
             raise RaykError(f"The checkpoint of step {checkpoint.step} belongs to another student; use another output.")
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
+        self.supply.load_state(checkpoint.step, checkpoint.rollouts)
         self.step = checkpoint.step
 
 

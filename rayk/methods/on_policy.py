@@ -1,0 +1,153 @@
+"""On-policy distillation: the student writes, the teacher says at each of its tokens what it would have written, and
+the student matches that (generalised knowledge distillation, GKD; Agarwal et al. 2024, arXiv 2306.13649, §3.1).
+
+    L = (1/N) Σ_t T^s·D(p_T ‖ q_T)(y_<t, x),   y ~ q(·|x) with probability λ, else from the data or the teacher
+
+p is the teacher, q the student, N the counted tokens of all rows (the paper takes the mean over sequences of each one's
+mean). No gradient goes through the sampling. λ is `student_fraction`, drawn row by row (TRL draws once a batch). With
+the data's rows alone (λ = 0) this is `logit_kd`; with forward KL and λ in between it is ImitKD (Lin et al. 2020).
+
+Reverse KL and Jensen–Shannon put their weight where the student has mass: support `requested` asks the teacher about
+the student's likeliest ids as well as its own (ALGORITHMS §22), `hidden` about all.
+
+With `adaptive`, λ is DistiLLM's φ (`rayk.rollouts.adaptive`): with probability φ·(1 − progress) the student writes a
+new completion, else, with probability φ in all, one from its buffer is learned from again; until the buffer is full it
+always writes a new one.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Ordered
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from rayk.config import OnPolicyConfig
+from rayk.data.batches import Batch, collate
+from rayk.data.examples import Example
+from rayk.engines.batching import gather
+from rayk.losses import linear_divergence
+from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.rollouts import Policy, completed
+from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
+from rayk.sequences import Sequence
+from rayk.support import Requested
+from rayk.teachers import Scorer, Teacher
+
+
+class OnPolicy(Method):
+    """See the module's docstring; the settings are `rayk.config.OnPolicyConfig`."""
+
+    kind = "on_policy"
+    summary = "the student matches the teacher's distribution at every token the student itself wrote"
+    paper = "Agarwal et al. 2024 (GKD); Lin et al. 2020 (ImitKD)"
+    needs = "as logit_kd, of new rows at every step; or requested: 4·(k + m) + 8 bytes a token (6·(k + m) + 8)"
+
+    def __init__(self, settings: OnPolicyConfig, teacher: Scorer | None, policy: Policy | None = None):
+        super().__init__(settings, teacher, policy)
+        self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
+        self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
+
+    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
+        """Have student and teacher write the rows whose lot it is; name the ids to ask about."""
+        assert self.policy is not None
+        lots = [_lots(seed) for seed in seeds]
+        rows_of: dict[str, list[int]] = {}
+        for row, lot in enumerate(lots):
+            rows_of.setdefault(self._writer(lot, progress), []).append(row)
+        rows = list(batch.sequences)
+        replayed = {row: self._replay.at(lots[row][2]) for row in rows_of.get("replay", []) if self._replay}
+        written = await gather(
+            [
+                self._written_by_student(rows, seeds, rows_of.get("student", [])),
+                self._written_by_teacher(rows, seeds, rows_of.get("teacher", [])),
+            ]
+        )
+        for row, sequence in {**replayed, **written[0], **written[1]}.items():
+            rows[row] = sequence
+        if isinstance(self.settings.support, Requested):
+            ids = await self.policy.top_ids(rows, self.settings.requested_ids)
+            rows = [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
+        return collate(rows, batch.pad_id)
+
+    async def prepare(self, batch: Batch) -> Experience:
+        assert self.teacher is not None
+        return Experience(batch, await self.teacher.ascore(batch, self.settings.support))
+
+    def loss(self, student: Student, experience: Experience) -> Loss:
+        settings, batch = self.settings, experience.batch
+        assert experience.signals is not None
+        divergence, cross_entropy = linear_divergence(
+            student.hidden(batch),
+            student.head,
+            experience.signals,
+            divergence=settings.divergence.name,
+            temperature=settings.temperature,
+            targets=batch.targets,
+            **settings.divergence.options,
+        )
+        soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
+        return Loss(soft, {"cross_entropy": cross_entropy, settings.divergence.name: divergence})
+
+    def on_evaluation(self, metrics: Mapping[str, float]) -> None:
+        if self._schedule:
+            self._schedule.on_evaluation(metrics["loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self._schedule or not self._replay:
+            return {}
+        return {"schedule": self._schedule.state_dict(), "replay": self._replay.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._schedule and self._replay:
+            self._schedule.load_state_dict(state["schedule"])
+            self._replay.load_state_dict(state["replay"])
+
+    def _writer(self, lot: np.ndarray, progress: float) -> str:
+        """Who writes the row that drew `lot`: 'student', 'replay' (the student, once), 'teacher', or 'data'."""
+        fraction = fresh = self.settings.student_fraction
+        if self._schedule and self._replay:
+            fraction = self._schedule.fraction
+            fresh = fraction * (1 - progress) if self._replay.full else fraction
+        if lot[0] < fraction:
+            return "student" if lot[0] < fresh else "replay"
+        return "teacher" if lot[1] < self.settings.teacher_written else "data"
+
+    async def _written_by_student(
+        self, rows: list[Sequence], seeds: Ordered[int], chosen: list[int]
+    ) -> dict[int, Sequence]:
+        if not chosen:
+            return {}
+        assert self.policy is not None
+        rollouts = await self.policy.generate(
+            [_example(rows[row]) for row in chosen], self.policy.parameters, [seeds[row] for row in chosen]
+        )
+        if self._replay:
+            self._replay.add(rollouts)
+        return dict(zip(chosen, rollouts, strict=True))
+
+    async def _written_by_teacher(
+        self, rows: list[Sequence], seeds: Ordered[int], chosen: list[int]
+    ) -> dict[int, Sequence]:
+        if not chosen:
+            return {}
+        assert self.policy is not None
+        assert isinstance(self.teacher, Teacher)
+        prompts = [_example(rows[row]) for row in chosen]
+        completions = await self.teacher.agenerate(
+            [prompt.prompt_ids for prompt in prompts], self.policy.parameters, [seeds[row] for row in chosen]
+        )
+        return {
+            row: completed(prompt, completion.token_ids)
+            for row, prompt, completion in zip(chosen, prompts, completions, strict=True)
+        }
+
+
+def _lots(seed: int) -> np.ndarray:
+    """A row's lots, [3] in [0, 1); not of the stream of the row's own tokens, whose seed it is."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(3)
+
+
+def _example(row: Sequence) -> Example:
+    assert isinstance(row, Example)
+    return row

@@ -1,0 +1,141 @@
+"""What a policy writes is counted token for token, under the weights it says, and leaves the learner as it was."""
+
+import asyncio
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from rayk.config import WorkerRollouts
+from rayk.data.examples import Example
+from rayk.engines.base import SamplingParameters
+from rayk.models import real_vocab_size
+from rayk.rollouts import Rollout, WorkerPolicy, summarise
+from rayk.rollouts.packing import pack_row, unpack_row
+from rayk.rollouts.policy import repetition
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ENDS = list(range(100, 160))
+"""So many end tokens that a random model often writes one."""
+PARAMETERS = SamplingParameters(max_new_tokens=8)
+TOKENIZER = tiny_tokenizer()
+VOCABULARY = real_vocab_size(TOKENIZER)
+
+
+@pytest.fixture
+def learner():
+    model = tiny_model(seed=3, hidden=16, layers=1, peaked=2.0)
+    model.generation_config.eos_token_id = ENDS
+    return model.train()
+
+
+def policy_of(learner, batch_tokens=10_000, **settings):
+    return WorkerPolicy(learner, TOKENIZER, WorkerRollouts(max_new_tokens=8, **settings), batch_tokens=batch_tokens)
+
+
+def prompts(count=24):
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, 300, random.integers(1, 9)).astype(np.int32) for _ in range(count)]
+    answer = np.array([5, 6, 7], np.int32)
+    return [
+        Example(
+            np.concatenate([row, answer]), np.arange(len(row) + 3) >= len(row), None, len(row), f"line {i}", {"n": i}
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def written(policy, rows=None, seed=0):
+    rows = prompts() if rows is None else rows
+    return asyncio.run(policy.generate(rows, PARAMETERS, range(seed, seed + len(rows))))
+
+
+def test_the_completion_counts_through_its_end_and_the_prompt_never(learner):
+    rows, rollouts = prompts(), written(policy_of(learner))
+    for row, rollout in zip(rows, rollouts, strict=True):
+        assert rollout.input_ids[: row.prompt_tokens].tolist() == row.prompt_ids.tolist()
+        assert np.flatnonzero(rollout.counted).tolist() == list(range(row.prompt_tokens, len(rollout)))
+        assert (rollout.where, rollout.fields, rollout.prompt_tokens) == (row.where, row.fields, row.prompt_tokens)
+        *inside, last = rollout.completion_ids.tolist()
+        assert not set(inside) & set(ENDS)
+        assert (last in ENDS) == (rollout.finish_reason == "stop")
+        assert last in ENDS or len(inside) == 7
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+
+
+def test_each_counted_token_has_the_log_prob_with_which_the_model_predicts_it(learner):
+    for rollout in written(policy_of(learner, temperature=0.7, top_p=0.9)):
+        logits = learner.eval()(input_ids=torch.from_numpy(rollout.input_ids).long()[None]).logits[0]
+        logprobs = logits[:-1].log_softmax(-1)[rollout.counted[1:]]
+        expected = logprobs.gather(1, torch.from_numpy(rollout.targets).long()[:, None])[:, 0]
+        np.testing.assert_allclose(rollout.logprobs, expected.detach().numpy(), atol=1e-4)
+
+
+def test_what_a_row_gets_depends_on_its_seed_and_on_nobody_else(learner):
+    together = written(policy_of(learner))
+    apart = written(policy_of(learner, batch_tokens=30))
+    assert [each.input_ids.tolist() for each in together] == [each.input_ids.tolist() for each in apart]
+    others = written(policy_of(learner), seed=1000)
+    assert [each.input_ids.tolist() for each in together] != [each.input_ids.tolist() for each in others]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_the_learner_goes_on_learning_as_if_nothing_had_been_written(learner, max_staleness):
+    policy = policy_of(learner, max_staleness=max_staleness)
+    before, stream = copy.deepcopy(learner.state_dict()), torch.random.get_rng_state()
+    config = learner.generation_config
+    asyncio.run(policy.top_ids(written(policy), 3))
+    assert learner.training
+    assert learner.generation_config is config
+    assert torch.equal(torch.random.get_rng_state(), stream)
+    assert all(torch.equal(before[name], value) for name, value in learner.state_dict().items())
+    learner(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in learner.parameters())
+
+
+def test_a_stale_policy_writes_with_the_weights_it_last_took_over(learner):
+    stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
+    first = [each.input_ids.tolist() for each in written(stale)]
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(0.2 * torch.ones_like(parameter).cumsum(0).sin())
+    assert [each.input_ids.tolist() for each in written(stale)] == first
+    now = [each.input_ids.tolist() for each in written(fresh)]
+    assert now != first
+    stale.update(1)
+    taken = written(stale)
+    assert [each.input_ids.tolist() for each in taken] == now
+    assert {each.version for each in taken} == {1}
+
+
+def test_the_ids_named_for_the_teacher_are_the_policys_likeliest_real_ones(learner):
+    policy, rows = policy_of(learner, batch_tokens=30), prompts()
+    padding = learner.get_output_embeddings().weight[VOCABULARY:]
+    with torch.no_grad():
+        padding.mul_(50)  # would be the likeliest, but is no token
+    for row, ids in zip(rows, asyncio.run(policy.top_ids(rows, 5)), strict=True):
+        logits = learner.eval()(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0, :-1, :VOCABULARY]
+        assert ids.tolist() == logits[row.counted[1:]].topk(5).indices.tolist()
+
+
+def test_a_packed_row_comes_back_as_it_was(learner):
+    [rollout] = written(policy_of(learner), prompts(1))
+    for row in (rollout, prompts(1)[0]):
+        back = unpack_row(pack_row(row), prompts(1)[0])
+        assert type(back) is type(row)
+        for name, value in vars(row).items():
+            np.testing.assert_array_equal(getattr(back, name), value)
+            assert getattr(getattr(back, name), "dtype", None) == getattr(value, "dtype", None)
+
+
+def test_metrics_tell_length_end_repetition_and_age():
+    def rollout(completion, finish_reason, version):
+        ids = np.array([9, *completion], np.int32)
+        return Rollout(ids, np.arange(len(ids)) > 0, None, 1, finish_reason=finish_reason, version=version)
+
+    assert repetition(np.array([1, 2, 3])) == 0
+    assert repetition(np.array([1, 2, 3, 4] * 2)) == pytest.approx(1 / 5)
+    assert repetition(np.array([7] * 13)) == pytest.approx(9 / 10)
+    sums = summarise([rollout([7] * 13, "length", 2), rollout([1, 2], "stop", 3)], version=4)
+    assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3])
