@@ -42,7 +42,7 @@ def assert_right(verdict, draft, model):
 
 def test_verdicts_are_the_models_own_in_any_company(engine, reference):
     """All kept, some kept, none kept, nothing drafted; sequences of unequal length in one batch, seen and unseen."""
-    coins = {"coins": 0.499}, {"coins": 0.8, "logprobs": -9.0}, {"coins": 0.999, "logprobs": -0.01}
+    coins = {"coins": 0.499}, {"coins": 0.8, "logprobs": -15.0}, {"coins": 0.999, "logprobs": -0.01}
     drafts = [draft_of(20 + 7 * i, 1 + 3 * i, i, **coins[i % 3]) for i in range(8)] + [draft_of(15, 0, 9, candidates=3)]
     first = verify(engine, drafts)
     fates = [(verdict.kept, draft.drafted) for verdict, draft in zip(first, drafts, strict=True)]
