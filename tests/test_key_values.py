@@ -31,7 +31,7 @@ def test_reading_on_is_reading_from_the_start(architecture):
         assert "sliding_attention" in model.config.layer_types
         model = type(model)(model.config).eval()  # the attention layers have read the window
     assert can_continue(model)
-    rows = rows_of(30, 25, 12, 40)
+    rows = rows_of(30, 25, 13, 40)
     first = Batch(model, [KeyValues()] * 4)
     counts = torch.tensor([10, 25, 3, 20])
     hidden = first.read(padded([row[:n] for row, n in zip(rows, counts, strict=True)]), counts)
@@ -53,6 +53,9 @@ def test_reading_on_is_reading_from_the_start(architecture):
         for row, past, state in zip(rows, pasts, states, strict=True):
             torch.testing.assert_close(state[0], alone(model, row)[len(past) + step], atol=1e-5, rtol=1e-5)
     assert [len(past) for past in stepping.key_values()] == [22, 16, 12, 32]
+    last = Batch(model, stepping.key_values()).read(torch.stack([each[12] for each in rest])[:, None])
+    for row, past, state in zip(rows, pasts, last, strict=True):
+        torch.testing.assert_close(state[0], alone(model, row)[len(past) + 12], atol=1e-5, rtol=1e-5)
 
 
 def test_models_that_keep_a_state_cannot_be_cut():
