@@ -55,6 +55,10 @@ class Head:
         """The same head on `device`."""
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
+    def of(self, ids: Tensor) -> "Head":
+        """The head of the tokens `ids` alone, in their order."""
+        return replace(self, weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in `hidden`'s dtype."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)

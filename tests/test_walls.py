@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "support", "environment"},
     {"config", "sequences", "packing"},
     {"models"},
-    {"signal"},
+    {"signal", "speculative", "key_values"},
     {"losses", "signal_codec"},
     {"engines", "data"},
     {"cluster"},

@@ -10,6 +10,7 @@ from rayk.errors import InputError
 from rayk.models import Head
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
+from rayk.speculative import Draft, Verdict
 from rayk.support import Support
 
 Prompt = str | np.ndarray
@@ -36,6 +37,8 @@ class EngineInfo:
     weights_fingerprint: str = ""
     """Changes with the weights (`rayk.models.weights_fingerprint`); empty where they are not known, as behind an
     endpoint."""
+    verifies: bool = False
+    """Whether it is a `VerifyingEngine`."""
 
 
 @dataclass(frozen=True)
@@ -113,4 +116,12 @@ class Engine(Protocol):
 
     async def check_health(self) -> None:
         """Raise if the engine can no longer answer."""
+        ...
+
+
+class VerifyingEngine(Engine, Protocol):
+    """An engine that also takes part in teacher-mixed sampling; its `info.verifies` says so."""
+
+    async def verify(self, drafts: Ordered[Draft]) -> list[Verdict]:
+        """Which drafted tokens are kept, and what may replace the first that is not; a verdict each, in order."""
         ...

@@ -8,6 +8,7 @@ import numpy as np
 from rayk.engines.base import EngineInfo, Prompt, SamplingParameters
 from rayk.errors import InputError
 from rayk.sequences import Sequence
+from rayk.speculative import Draft
 from rayk.support import Requested, Sampled, Support, TopK
 
 
@@ -70,6 +71,35 @@ def tokenized(
             )
         _check_ids(info, prompt)
     return rows
+
+
+def check_verifies(info: EngineInfo) -> None:
+    """Refuse teachers that cannot take part in teacher-mixed sampling.
+
+    Raises:
+        InputError: the engine cannot draw at positions of a given sequence.
+    """
+    if not info.verifies:
+        raise InputError(
+            f"engine kind '{info.engine}' of {info.model} cannot verify drafts, which teacher-mixed sampling needs; "
+            "use engine kind 'transformers', or sample from the student alone."
+        )
+
+
+def check_drafts(info: EngineInfo, drafts: Ordered[Draft]) -> None:
+    """Refuse drafts this model cannot verify.
+
+    Raises:
+        InputError: another kind of engine, a sequence too long or with ids out of range.
+    """
+    check_verifies(info)
+    for draft in drafts:
+        if len(draft) > info.max_tokens:
+            raise InputError(
+                f"A draft of {len(draft)} tokens, prompt included, is longer than {info.model} takes "
+                f"({info.max_tokens}); lower max_new_tokens or shorten the prompts."
+            )
+        _check_ids(info, draft.input_ids)
 
 
 def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from rayk.config import TransformersEngine as Settings
 from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
 from rayk.engines.batching import MicroBatcher
-from rayk.engines.checks import check_request, tokenized
+from rayk.engines.checks import check_drafts, check_request, tokenized
+from rayk.engines.verification import Verifier
 from rayk.models import (
     DTYPES,
     Head,
@@ -30,9 +31,11 @@ from rayk.models import (
 )
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch, concatenate, distinct_fill
+from rayk.speculative import Draft, Verdict
 from rayk.support import Hidden, Requested, Sampled, Support, TopK
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_VERIFIED_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # for keys and values of sequences being drafted
 
 
 class TransformersEngine:
@@ -58,7 +61,12 @@ class TransformersEngine:
             supports=("topk", "requested", "sampled", "hidden", "logprob"),
             hidden_size=self._head.weight.shape[1],
             weights_fingerprint=weights_fingerprint(model, getattr(self.model.config, "_commit_hash", None)),
+            verifies=True,
         )
+        self._verifier = Verifier(
+            self.model, self._head, self.info.vocab_size,
+            chunk=self._chunk, cache_bytes=_VERIFIED_BYTES["cpu" if self.device == "cpu" else "cuda"],
+        )  # fmt: skip
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
         check_request(self.info, sequences, support)
@@ -73,6 +81,10 @@ class TransformersEngine:
         rows = tokenized(self.info, self.tokenizer, prompts, parameters)
         lengths = [len(row) + parameters.max_new_tokens for row in rows]
         return await self._batcher.submit(("generate", parameters), list(zip(rows, seeds, strict=True)), lengths)
+
+    async def verify(self, drafts: Ordered[Draft]) -> list[Verdict]:
+        check_drafts(self.info, drafts)
+        return await self._batcher.submit(("verify", None), drafts, [len(draft) for draft in drafts])
 
     async def warm_up(self) -> None:
         length = min(64, self.info.max_tokens)
@@ -89,6 +101,8 @@ class TransformersEngine:
             if kind == "generate":
                 prompts, seeds = zip(*items, strict=True)
                 return generate(self.model, self.info.vocab_size, self.tokenizer, prompts, parameters, seeds)
+            if kind == "verify":
+                return self._verifier.verify(items)
             signals = self._score(items, parameters)
         except torch.AcceleratorError as error:
             self._fatal = error  # a CUDA context does not recover: the health check has the replica replaced
@@ -97,6 +111,11 @@ class TransformersEngine:
 
     def head(self) -> Head:
         return self._head
+
+    @property
+    def _chunk(self) -> int:
+        """For how many positions at a time there are logits."""
+        return max(16, _CHUNK_BYTES["cpu" if self.device == "cpu" else "cuda"] // (4 * self._head.vocab_size))
 
     def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
         longest = max(map(len, sequences))
@@ -113,10 +132,9 @@ class TransformersEngine:
         hidden = hidden[rows.to(device), columns.to(device) - 1]
         targets = ids[rows, columns].to(device)
         asked = None if (own := _asked(sequences, support)) is None else own.to(device)
-        chunk = max(16, _CHUNK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * self._head.vocab_size))
         parts = []
-        for start in range(0, max(1, len(hidden)), chunk):
-            at = slice(start, start + chunk)
+        for start in range(0, max(1, len(hidden)), self._chunk):
+            at = slice(start, start + self._chunk)
             logits = self._head.logits(hidden[at])
             parts.append(
                 summarise(logits, targets[at], support, self.info.vocab_size, None if asked is None else asked[at])

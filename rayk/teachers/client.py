@@ -40,17 +40,19 @@ from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
 from rayk.engines.base import EngineInfo, SamplingParameters, Usage
 from rayk.engines.batching import gather
+from rayk.engines.checks import check_verifies
 from rayk.errors import EngineDied, InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
 from rayk.sequences import Sequence
 from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
+from rayk.speculative import Draft, Verdict
 from rayk.support import Hidden, Requested, Support, TopK
 from rayk.teachers import deployment
 from rayk.teachers.autoscaling import Asker
 from rayk.teachers.background import background, background_stream, wait_for
 from rayk.teachers.cache import SignalCache, check_cacheable
 from rayk.teachers.credit import Credit
-from rayk.teachers.deployment import GenerateRequest, ScoreRequest
+from rayk.teachers.deployment import GenerateRequest, ScoreRequest, VerifyRequest
 
 # A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
 # again.
@@ -180,6 +182,16 @@ class Teacher:
         """`generate`, awaitable on any event loop; `seed` may be one for each prompt."""
         return await asyncio.wrap_future(background(self._generate(list(prompts), parameters, seed)))
 
+    async def averify(self, drafts: Ordered[Draft]) -> list[Verdict]:
+        """Which drafted tokens are kept, a verdict a draft, in order (`rayk.speculative`); on any event loop.
+
+        Raises:
+            InputError: the teacher cannot verify, or not these drafts.
+            TeacherUnavailable: no answer before the deadline.
+        """
+        check_verifies(self.info)
+        return await asyncio.wrap_future(background(self._verify(list(drafts))))
+
     def usage(self) -> Usage | None:
         """What all askers together have used of a paid endpoint (engine kind `openai`) since its replica started; None
         with any other engine."""
@@ -291,6 +303,15 @@ class Teacher:
             Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason)
             for part in parts for one in part
         ]  # fmt: skip
+
+    async def _verify(self, drafts: list[Draft]) -> list[Verdict]:
+        order = sorted(range(len(drafts)), key=lambda row: len(drafts[row]))
+        calls = _split([len(drafts[row]) for row in order], self.settings.call_tokens)
+        parts = await gather(
+            self._call("verify", VerifyRequest([drafts[order[i]] for i in call]), list) for call in calls
+        )
+        verdicts = dict(zip(order, (verdict for part in parts for verdict in part), strict=True))
+        return [verdicts[row] for row in range(len(drafts))]
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         """One request, asked until a replica answers or the deadline passes."""

@@ -3,7 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -12,12 +12,14 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from rayk.cluster import gpus_each
 from rayk.config import TeacherConfig
-from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage
+from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage, VerifyingEngine
+from rayk.engines.checks import check_verifies
 from rayk.environment import THREADING
 from rayk.errors import InputError
 from rayk.models import pack_head
 from rayk.sequences import Sequence
 from rayk.signal import encode
+from rayk.speculative import Draft, Verdict
 from rayk.support import Requested, Support
 from rayk.teachers.autoscaling import METRIC, Asker, Demand
 
@@ -81,6 +83,18 @@ class GenerateRequest:
         return len(self.prompts) * self.parameters.max_new_tokens
 
 
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Drafts to verify."""
+
+    drafts: list[Draft]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to be read by a replica that still holds what comes before the drafts."""
+        return sum(1 + draft.drafted for draft in self.drafts)
+
+
 class TeacherReplica:
     """One copy of a teacher. Requests are pure functions of their content (generation is seeded), so a client may ask
     another replica again after a death without harm."""
@@ -111,6 +125,12 @@ class TeacherReplica:
         """A continuation for each prompt."""
         with self._demand.answering(asker, request.tokens):
             return await self._engine.generate(request.prompts, request.parameters, request.seeds)
+
+    async def verify(self, request: VerifyRequest, asker: Asker | None = None) -> list[Verdict]:
+        """A verdict for each draft."""
+        check_verifies(self._engine.info)
+        with self._demand.answering(asker, request.tokens):
+            return await cast(VerifyingEngine, self._engine).verify(request.drafts)
 
     async def usage(self, _request: None = None, _asker: Asker | None = None) -> Usage | None:
         """What a paid endpoint was asked for since the replica started; None with any other engine."""

@@ -1,0 +1,111 @@
+"""Keys and values that a causal LM has computed, kept a sequence apart from its batch: sequences of unequal length join
+and leave batches, and lose their last tokens again.
+
+A batch puts each sequence's past to the right of a common width, so past and new tokens are neighbours, as attention
+within a window needs; the padding before them is masked and position ids count from the sequence's own start.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayk.models import CausalLM
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """What a model keeps of a sequence's first tokens: a pair (keys, values) a layer, each [heads, tokens, width]."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def __len__(self) -> int:
+        return self.layers[0][0].shape[1] if self.layers else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def first(self, tokens: int) -> "KeyValues":
+        """Those of the first `tokens` tokens, sharing memory."""
+        return KeyValues(tuple((keys[:, :tokens], values[:, :tokens]) for keys, values in self.layers))
+
+    def clone(self) -> "KeyValues":
+        """The same in memory of their own: a part of a batch holds the whole batch's."""
+        return KeyValues(tuple((keys.clone(), values.clone()) for keys, values in self.layers))
+
+
+def can_continue(model: CausalLM) -> bool:
+    """Whether the model reads on from keys and values alone, wherever a sequence is cut. State-space layers and the
+    like, which keep one state of all tokens, do not."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=model.config).layers
+    takes_positions = "position_ids" in inspect.signature(_body(model).forward).parameters
+    return takes_positions and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class Batch:
+    """Sequences that a model reads on together, each from where its key-values end (none: from the start)."""
+
+    def __init__(self, model: CausalLM, pasts: list[KeyValues]):
+        from transformers import DynamicCache
+
+        self._model = model
+        device = model.device
+        self._lengths = torch.tensor([len(past) for past in pasts], device=device)
+        longest = max(map(len, pasts))
+        self._mask = torch.arange(longest, device=device) >= longest - self._lengths[:, None]
+        self._starts = [longest - len(past) for past in pasts]
+        # Without a config every layer keeps all tokens; one that keeps a window could not be cut.
+        self._cache = DynamicCache()
+        for layer in range(max(len(past.layers) for past in pasts)):
+            pairs = [past.layers[layer] if past.layers else None for past in pasts]
+            keys, values = (
+                _right_aligned([None if pair is None else pair[i] for pair in pairs], longest) for i in (0, 1)
+            )
+            self._cache.update(keys, values, layer)
+
+    def read(self, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Final hidden states [rows, length, width] of the next tokens, int64 [rows, length].
+
+        Where only the first `counts` [rows] of a row are tokens and the rest is padding, nothing can be read after it.
+        """
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        counts = torch.full_like(self._lengths, input_ids.shape[1]) if counts is None else counts
+        self._mask = torch.cat([self._mask, steps < counts[:, None]], dim=1)
+        positions = self._lengths[:, None] + torch.minimum(steps, counts[:, None] - 1)
+        self._lengths = self._lengths + counts
+        return _body(self._model)(
+            input_ids=input_ids, attention_mask=self._mask.long(), position_ids=positions,
+            past_key_values=self._cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+
+    def key_values(self) -> list[KeyValues]:
+        """A sequence's each, sharing the batch's memory."""
+        layers = [(layer.keys, layer.values) for layer in self._cache.layers]
+        spans = zip(self._starts, self._lengths.tolist(), strict=True)
+        return [
+            KeyValues(
+                tuple(
+                    (keys[row, :, start : start + length], values[row, :, start : start + length])
+                    for keys, values in layers
+                )
+            )
+            for row, (start, length) in enumerate(spans)
+        ]
+
+
+def _body(model: CausalLM):
+    return getattr(model, model.base_model_prefix)
+
+
+def _right_aligned(rows: list[Tensor | None], longest: int) -> Tensor:
+    """[rows, heads, longest, width] of rows [heads, tokens, width], zeros before their tokens."""
+    some = next(row for row in rows if row is not None)
+    aligned = some.new_zeros(len(rows), some.shape[0], longest, some.shape[2])
+    for place, row in enumerate(rows):
+        if row is not None:
+            aligned[place, :, longest - row.shape[1] :] = row
+    return aligned
