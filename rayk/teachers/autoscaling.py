@@ -52,7 +52,8 @@ class WaitingTokensPolicy:
     """Serve's autoscaling policy: replicas for `tokens_a_replica` waiting tokens each.
 
     Up as soon as more than that wait; down by one when less than a quarter does, so that a teacher that keeps up is not
-    taken away for keeping up; to none when nobody asks, once the first has been seen to start. Serve applies its delays and the bounds.
+    taken away for keeping up; to none when nobody asks, unless the first replica is still loading. Serve applies its
+    delays and the bounds.
     """
 
     def __init__(self, tokens_a_replica: int):
