@@ -28,6 +28,7 @@ DEPLOYMENT = "teacher"
 # again, and 200 calls in flight ran ten times slower than one by one (PLATFORM §4).
 _MAX_ONGOING_REQUESTS = 1000
 _HEALTH_CHECK_SECONDS = 5.0  # Serve replaces a replica after the third failed one
+_START_ATTEMPTS = 2
 _REPORT_SECONDS = 10.0  # how often Serve's autoscaler hears of a replica's load
 _LOOK_BACK_SECONDS = 10.5  # what it averages over; Serve wants more than the former
 
@@ -173,7 +174,7 @@ def deploy(config: TeacherConfig) -> None:
         "health_check_period_s": _HEALTH_CHECK_SECONDS,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "max_constructor_retry_count": 2,
+        "max_constructor_retry_count": _START_ATTEMPTS,
         "ray_actor_options": actor,
     }
     if config.replicas.min == config.replicas.max:
