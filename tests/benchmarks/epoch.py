@@ -3,7 +3,9 @@
     python -m tests.benchmarks.epoch [--rounds 3]
 
 Two epochs of off-policy logit KD: the models and settings of `race` in float32, random rows of 100 to 280 tokens. The
-run with a cache starts from an empty folder, so its first epoch asks the teacher and writes; the second reads.
+run with a cache starts from an empty folder, so its first epoch asks the teacher and writes; the second reads. Batches
+are prepared ahead: those at the border of the epochs may ask once more for what the first still waits for. The teacher
+has random weights; its near-flat distributions pack better than a trained one's.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rayk.cluster import start_ray
+from rayk.config import CacheConfig
+from rayk.teachers.cache import SignalCache
 from tests.benchmarks.machine import machine
 from tests.benchmarks.race import BATCH, VOCAB, K, save_models, tokens_per_second, train
 
@@ -63,14 +67,18 @@ def main() -> None:
             cached = train(folder, f"with-{number}", rows, 2 * steps, threads, cache=cache)
             speeds["with"].append(tokens_per_second(cached[steps:]))
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        kept = SignalCache(CacheConfig(path=str(cache))).verify().entries
     slow, fast = (statistics.median(each) for each in speeds.values())
     counted = sum(step["counted_tokens"] for step in cached[steps:])
-    # Batches are prepared ahead, so the last steps of the first epoch note what the second has found; since no row
-    # comes twice in an epoch, all that was found is the second's.
+    # What is found is noted when a batch is prepared, some steps before its own. All of it is the second epoch's, since
+    # no row comes twice in an epoch.
     asked = counted - sum(step["cached_tokens"] for step in cached)
     print(f"  epoch 2: {slow:,.0f} tokens/s without the cache, {fast:,.0f} with it: ratio {fast / slow:.2f}")
     print(f"  teacher tokens asked in epoch 2: {counted:,} without the cache, {asked:,} with it")
-    print(f"  on disk: {size / counted / K:.2f} bytes an entry (id, log-prob), {size / counted:.0f} bytes a token")
+    print(
+        f"  on disk, {kept} of {rows} rows: {size / counted / K:.2f} bytes an entry (id, log-prob), "
+        f"{size / counted:.0f} bytes a token"
+    )
 
 
 if __name__ == "__main__":
