@@ -87,11 +87,12 @@ def main() -> None:
     print(f"{given.tokens} positions, float32 student; loss forward and backward, medians of {given.runs} runs in turn")
     sizes = [tuple(map(int, size.split("x"))) for size in given.sizes.split(",")]
     crossings = [compare(given.tokens, width, vocab_size, given.runs) for width, vocab_size in sizes]
-    told = ", ".join(
-        f"k = {equal:,.0f} at d={width:,} V={vocab_size:,} (its loss takes {slower:.1f} times that of topk {MANY})"
-        for (width, vocab_size), (equal, slower) in zip(sizes, crossings, strict=True)
+    equal = ", ".join(
+        f"{k:,.0f} (d={width:,}, V={vocab_size:,})"
+        for (width, vocab_size), (k, _) in zip(sizes, crossings, strict=True)
     )
-    print(f"`hidden` is the smaller on the wire above {told}")
+    slower = ", ".join(f"{times:.1f}" for _, times in crossings)
+    print(f"`hidden` is the smaller on the wire above k = {equal}; its loss takes {slower} times that of topk {MANY}")
 
 
 if __name__ == "__main__":
