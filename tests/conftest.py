@@ -10,6 +10,8 @@ os.environ["RAY_AUTH_MODE"] = (
     "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
 )
 os.environ.pop("RAY_ADDRESS", None)
+# Train's controller looks at its workers five times a second instead of every other one.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
 
 import pytest  # noqa: E402

@@ -52,7 +52,8 @@ class WaitingTokensPolicy:
     """Serve's autoscaling policy: replicas for `tokens_a_replica` waiting tokens each.
 
     Up as soon as more than that wait; down by one when less than a quarter does, so that a teacher that keeps up is not
-    taken away for keeping up; to none when nobody asks. Serve applies its delays and the bounds.
+    taken away for keeping up; to none when nobody asks, unless the first replica is still loading. Serve applies its
+    delays and the bounds.
     """
 
     def __init__(self, tokens_a_replica: int):
@@ -63,7 +64,8 @@ class WaitingTokensPolicy:
         reported = (context.aggregated_metrics or {}).get(METRIC, {})
         # Each replica has heard nearly every asker, a new one nobody yet: the largest sum is the nearest.
         waiting = max(reported.values(), default=0.0)
-        if waiting == 0 and context.total_num_requests == 0:
+        loading = context.target_num_replicas > 0 and not context.running_replicas
+        if waiting == 0 and context.total_num_requests == 0 and not loading:
             return 0, {}
         current, enough = context.target_num_replicas, math.ceil(waiting / self.tokens_a_replica)
         if enough > current:

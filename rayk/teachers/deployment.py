@@ -29,7 +29,10 @@ DEPLOYMENT = "teacher"
 # Far above what credit-bound clients keep open; at Serve's default of 5 its router probes full replicas again and
 # again, and 200 calls in flight ran ten times slower than one by one (PLATFORM §4).
 _MAX_ONGOING_REQUESTS = 1000
-_LOOK_BACK_SECONDS = 10.5  # Serve wants more than 10
+_HEALTH_CHECK_SECONDS = 5.0  # Serve replaces a replica after the third failed one
+_START_ATTEMPTS = 2
+_REPORT_SECONDS = 10.0  # how often Serve's autoscaler hears of a replica's load
+_LOOK_BACK_SECONDS = 10.5  # what it averages over; Serve wants more than the former
 
 
 @dataclass(frozen=True)
@@ -188,10 +191,10 @@ def deploy(config: TeacherConfig) -> None:
     options: dict[str, Any] = {
         "name": DEPLOYMENT,
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
-        "health_check_period_s": 5,
+        "health_check_period_s": _HEALTH_CHECK_SECONDS,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "max_constructor_retry_count": 2,
+        "max_constructor_retry_count": _START_ATTEMPTS,
         "ray_actor_options": actor,
     }
     if config.replicas.min == config.replicas.max:
@@ -201,6 +204,7 @@ def deploy(config: TeacherConfig) -> None:
             "min_replicas": config.replicas.min,
             "initial_replicas": max(1, config.replicas.min),  # the model is to be seen to load
             "max_replicas": config.replicas.max,
+            "metrics_interval_s": _REPORT_SECONDS,
             "look_back_period_s": _LOOK_BACK_SECONDS,
             "upscale_delay_s": config.replicas.up_seconds,
             "downscale_delay_s": config.replicas.down_seconds,

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rayk.environment import set_threading
 
@@ -24,15 +25,16 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 from jobs.train_tokenizer import main as train_tokenizer  # noqa: E402
 from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import parse_config  # noqa: E402
 from rayk.run import distill  # noqa: E402
 from tests.benchmarks.machine import machine, median_seconds  # noqa: E402
+from tests.runs import metrics  # noqa: E402
 
-VOCAB, BATCH, WARM_STEPS = 32_000, 8, 10
+VOCAB, K, BATCH, WARM_STEPS = 32_000, 64, 8, 10
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -51,7 +53,7 @@ RACES = {
 
 
 def make_models(folder: Path, data: Path) -> None:
-    """Random models are as fast as trained ones."""
+    """Rows of `data` as conversations, a tokenizer trained on them, and both models."""
     rows = [json.loads(line) for line in data.open(encoding="utf-8")]
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
@@ -60,6 +62,11 @@ def make_models(folder: Path, data: Path) -> None:
     train_tokenizer(str(folder / "teacher"), str(VOCAB), str(data))
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
     tokenizer.chat_template = TEMPLATE
+    save_models(folder, tokenizer)
+
+
+def save_models(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Teacher and student with random weights: they are as fast as trained ones."""
     for name, size in SIZES.items():
         settings = AutoConfig.for_model(
             "llama", vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=1024, pad_token_id=0,
@@ -72,34 +79,49 @@ def make_models(folder: Path, data: Path) -> None:
         print(f"{name}: {model.num_parameters() / 1e6:.1f}M parameters")
 
 
-def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, int]) -> dict[str, float]:
-    """One run of rayk: tokens a second in steady state, and the seconds that are not steps."""
-    teacher_dtype, precision = RACES[race]
+def train(
+    folder: Path, run: str, rows: int, steps: int, threads: tuple[int, int], *, teacher_dtype: str = "float32",
+    precision: str = "float32", cache: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """`steps` steps of top-64 logit KD over the first `rows` rows of `folder`; the run's metrics, a row a step."""
     config = {
-        "output": str(folder / f"ours-{number}"),
+        "output": str(folder / run),
         "teachers": [
             {"name": "teacher", "model": str(folder / "teacher"),
              "engine": {"dtype": teacher_dtype, "threads": threads[0]}, "resources": {"num_cpus": 1}},
         ],
         "student": {"model": str(folder / "student")},
-        "data": {"train": {"path": str(folder / "rows.jsonl"), "rows": steps * BATCH}},
-        "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": 64}},
+        "data": {"train": {"path": str(folder / "rows.jsonl"), "rows": rows}},
+        "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": K}},
         "training": {
             "workers": 1, "steps": steps, "batch_size": BATCH, "learning_rate": 1e-4, "schedule": "constant",
             "precision": precision, "threads": threads[1], "checkpoint_every_steps": 10_000, "prefetch": 3,
         },
         "tracking": {"tensorboard": False},
-        "cache": {"path": str(folder / "cache")} if race == "cached" else None,
+        "cache": {"path": str(cache)} if cache else None,
     }  # fmt: skip
-    began = time.time()
     distill(parse_config(config))
-    lines = (folder / f"ours-{number}" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    return metrics(folder / run)
+
+
+def tokens_per_second(steps: list[dict[str, Any]]) -> float:
+    """Non-pad tokens a second over these steps."""
+    return sum(step["tokens"] for step in steps) / sum(step["step_seconds"] for step in steps)
+
+
+def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, int]) -> dict[str, float]:
+    """One run of rayk: tokens a second in steady state, and the seconds that are not steps."""
+    teacher_dtype, precision = RACES[race]
+    cache = folder / "cache" if race == "cached" else None
+    began = time.time()
+    rows = train(
+        folder, f"ours-{number}", steps * BATCH, steps, threads, teacher_dtype=teacher_dtype, precision=precision,
+        cache=cache,
+    )  # fmt: skip
     steady = rows[WARM_STEPS:]
-    spent = sum(row["step_seconds"] for row in steady)
     return {
-        "tokens_per_second": sum(row["tokens"] for row in steady) / spent,
-        "wait": sum(row["teacher_wait_seconds"] for row in steady) / spent,
+        "tokens_per_second": tokens_per_second(steady),
+        "wait": sum(row["teacher_wait_seconds"] for row in steady) / sum(row["step_seconds"] for row in steady),
         "counted": sum(row["counted_tokens"] for row in steady) / sum(row["tokens"] for row in steady),
         "started": time.time() - began - sum(row["step_seconds"] for row in rows),
     }

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from rayk.config import TeacherConfig, parse_config
+from rayk.config import Replicas, TeacherConfig, parse_config
 from rayk.errors import TeacherUnavailable
 from rayk.run import Watcher, distill
 from rayk.teachers import serve_teacher
@@ -100,7 +100,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path, tiny_student, ray_clus
 @pytest.fixture(scope="module")
 def mortal(ray_cluster, tiny_teacher):
     """A teacher of its own for tests that kill: its settings."""
-    return TeacherConfig(name="mortal", model=tiny_teacher, replicas=2, resources={"num_cpus": 0.25})
+    return TeacherConfig(name="mortal", model=tiny_teacher, resources={"num_cpus": 0.25})
 
 
 def of(values, teacher, **changes):
@@ -111,7 +111,7 @@ def test_a_killed_replica_costs_nothing_but_time(tmp_path, tiny_student, served,
     whole, hurt = (prepared(tmp_path, name, tiny_student, "logit_kd") for name in ("whole", "hurt"))
     distill(of(whole, "served"))
     watcher = Striking(20, lambda: actors("ServeReplica:mortal:")[0].kill())
-    with serve_teacher(mortal):
+    with serve_teacher(mortal.model_copy(update={"replicas": Replicas(min=2, max=2)})):
         distill(of(hurt, "mortal"), watcher=watcher)
     assert watcher.struck.is_set()
     assert_same_learning(whole["output"], hurt["output"])

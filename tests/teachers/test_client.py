@@ -18,7 +18,7 @@ from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.sequences import Sequence
 from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
-from rayk.teachers import background, connect_teacher, serve_teacher
+from rayk.teachers import background, connect_teacher, deployment, serve_teacher
 from tests.teachers.asking import assert_alike, config_of, eventually, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -310,7 +310,8 @@ def test_another_teacher_under_a_name_that_runs_is_refused_and_harms_none(served
     assert served.score(sequences_of(2), TopK(4)).tokens
 
 
-def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_cluster, tmp_path):
+def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(deployment, "_START_ATTEMPTS", 1)
     with pytest.raises(InputError) as caught, serve_teacher(config_of("broken", str(tmp_path / "none"))):
         pass
     assert str(caught.value) == (

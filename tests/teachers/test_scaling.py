@@ -15,7 +15,7 @@ from rayk.engines.simulated import SimulatedEngine
 from rayk.errors import InputError
 from rayk.signal import decode, encode
 from rayk.support import Hidden, Logprob, TopK
-from rayk.teachers import serve_teacher
+from rayk.teachers import deployment, serve_teacher
 from rayk.teachers.autoscaling import METRIC, Asker, Demand, WaitingTokensPolicy
 from rayk.teachers.deployment import running_replicas
 from tests.teachers.asking import config_of, eventually, sequences_of
@@ -55,14 +55,17 @@ def test_a_replica_knows_what_its_askers_wait_for():
         assert demand.waiting_tokens() == 400
 
 
-def context(current, waiting, requests=1.0):
+def context(current, waiting, requests=1.0, running=True):
     reported = {METRIC: {f"replica {i}": value for i, value in enumerate(waiting)}}
-    return SimpleNamespace(target_num_replicas=current, aggregated_metrics=reported, total_num_requests=requests)
+    return SimpleNamespace(
+        target_num_replicas=current, aggregated_metrics=reported, total_num_requests=requests,
+        running_replicas=["replica"] * running * current,
+    )  # fmt: skip
 
 
 def test_replicas_for_what_is_waited_for():
-    def wanted(current, *waiting, requests=1.0):
-        return WaitingTokensPolicy(100)(context(current, waiting, requests))[0]
+    def wanted(current, *waiting, **others):
+        return WaitingTokensPolicy(100)(context(current, waiting, **others))[0]
 
     assert wanted(1, 350) == 4
     assert wanted(2, 350, 0) == 4  # a new replica has heard nobody yet
@@ -71,6 +74,8 @@ def test_replicas_for_what_is_waited_for():
     assert wanted(4, 90) == 3
     assert wanted(1, 10) == 1
     assert wanted(1, 0, requests=0.0) == 0
+    assert wanted(1, requests=0.0, running=False) == 1  # it is still loading
+    assert wanted(0, requests=0.0) == 0
     assert wanted(0, requests=2.0) == 1
 
 
@@ -81,21 +86,29 @@ def test_more_waiting_never_wants_fewer(current, waiting, tokens):
 
 
 @pytest.mark.cluster
-def test_replicas_come_while_tokens_wait_and_go_to_none_afterwards(ray_cluster, tiny_teacher):
+def test_replicas_come_while_tokens_wait_and_go_to_none_afterwards(ray_cluster, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(deployment, "_REPORT_SECONDS", 1.0)
+    monkeypatch.setattr(deployment, "_LOOK_BACK_SECONDS", 1.5)
     config = config_of(
         "elastic", tiny_teacher, engine={"kind": "simulated", "tokens_per_second": 150.0}, call_tokens=64,
         replicas={"min": 0, "max": 3, "waiting_tokens": 400, "up_seconds": 0.5, "down_seconds": 2}, in_flight=2,
         resources={"num_cpus": 0.1},
     )  # fmt: skip
     with serve_teacher(config) as teacher:
-        rows = sequences_of(250, shortest=20)
+
+        def batches():
+            """As many as it takes until the asker counts on all replicas."""
+            for seed in range(200):
+                if teacher._credit._replicas == 3:
+                    return
+                yield sequences_of(5, seed, shortest=20)
+
         most = 0
-        for at, (batch, signals) in enumerate(teacher.stream((rows[i : i + 5] for i in range(0, 250, 5)), TopK(8), 12)):
+        for batch, signals in teacher.stream(batches(), TopK(8), 12):
             assert signals.offsets.diff().tolist() == [one.counted_tokens for one in batch]
-            if at % 5 == 0:
-                most = max(most, running_replicas("elastic"))
+            most = max(most, running_replicas("elastic"))
         assert most == 3
         assert teacher._credit._replicas == 3
         eventually(lambda: running_replicas("elastic") == 0)
         assert serve.status().applications["elastic"].status == "RUNNING"
-        assert teacher.score(rows[:2], TopK(8)).tokens  # one is brought up for it
+        assert teacher.score(sequences_of(2), TopK(8)).tokens  # one is brought up for it

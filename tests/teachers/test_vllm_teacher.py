@@ -9,14 +9,15 @@ import pytest
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine
 from rayk.support import TopK
-from rayk.teachers import serve_teacher
+from rayk.teachers import deployment, serve_teacher
 from tests.teachers.asking import assert_alike, config_of, eventually, replicas_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
 
-def test_a_vllm_teacher_answers_and_is_replaced_when_its_engine_is_killed(ray_cluster, tmp_path):
+def test_a_vllm_teacher_answers_and_is_replaced_when_its_engine_is_killed(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
     tiny_model(tmp_path, hidden=128, tokenizer=tiny_tokenizer())
     engine = {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}
     sequences, prompts = sequences_of(20), [np.arange(4, 12), np.arange(20, 25)]
