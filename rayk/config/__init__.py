@@ -16,8 +16,10 @@ from rayk.config.methods import (
     LogitKDConfig,
     MatchingConfig,
     MethodConfig,
+    MiniLLMConfig,
     OnPolicyConfig,
     SupervisedConfig,
+    TaughtConfig,
 )
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
@@ -47,6 +49,7 @@ __all__ = [
     "LogitKDConfig",
     "MatchingConfig",
     "MethodConfig",
+    "MiniLLMConfig",
     "OnPolicyConfig",
     "OpenAIEngine",
     "Replicas",
@@ -58,6 +61,7 @@ __all__ = [
     "SimulatedEngine",
     "StudentConfig",
     "SupervisedConfig",
+    "TaughtConfig",
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",

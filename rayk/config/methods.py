@@ -54,12 +54,18 @@ class SupervisedConfig(Settings):
     kind: Literal["supervised"] = "supervised"
 
 
-class MatchingConfig(Settings):
-    """What the methods share in which the student matches the teacher's distribution."""
+class TaughtConfig(Settings):
+    """What the methods share that ask a teacher for signals."""
 
     kind: str
     teacher: str | None = None
     """Which of `teachers`; by default the first."""
+    support: Support = TopK()
+
+
+class MatchingConfig(TaughtConfig):
+    """What the methods share in which the student matches the teacher's distribution."""
+
     divergence: Annotated[
         Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = Field(default_factory=Divergence)
@@ -67,7 +73,6 @@ class MatchingConfig(Settings):
     """Softmax temperature of both sides in the soft term."""
     temperature_squared: bool = False
     """Multiply the soft term by T² (Hinton's scaling); repositories disagree, see ALGORITHMS §25.11."""
-    support: Support = TopK()
 
     @model_validator(mode="after")
     def _support_carries_temperature(self) -> Self:
@@ -132,4 +137,43 @@ class OnPolicyConfig(MatchingConfig):
         return (self.student_fraction < 1 or self.adaptive is not None) and self.teacher_written < 1
 
 
-MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig, Field(discriminator="kind")]
+class MiniLLMConfig(TaughtConfig):
+    """Policy gradients of reverse KL over whole completions, which student and teacher write together (`rollouts`)."""
+
+    kind: Literal["minillm"] = "minillm"
+    form: Literal["paper", "lmops"] = "paper"
+    """`paper`: the rewards that come after a token, weights on both parts. `lmops`: what the authors' code runs (γ = 0.95,
+    the token's own reward included, rewards doubled and cut at 100, returns whitened, single-step part unweighted)."""
+    teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """α: every token is drawn from α·teacher + (1−α)·student. 0: the student writes alone."""
+    single_step: bool = True
+    """Take the part of the gradient that one token decides exactly, from the teacher's distribution."""
+    length_norm: bool = True
+    """Divide the rewards to come by their number."""
+    ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """ε of PPO's clipping; `null`: none."""
+    inner_epochs: Positive = 1
+    """How often the step learns from its completions, with an optimiser update each."""
+    minibatches: Positive = 1
+    """Into how many updates each inner epoch is split, by rows."""
+    requested_ids: Positive = 64
+    """As in `on_policy`."""
+
+    @property
+    def reads_completions(self) -> bool:
+        """The data's prompts suffice."""
+        return False
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "MiniLLMConfig":
+        if isinstance(self.support, Sampled) or (isinstance(self.support, Logprob) and self.single_step):
+            raise ValueError(
+                f"minillm cannot take its single-step part, a reverse KL, from support '{self.support.kind}'; use "
+                "'topk', 'requested' or 'hidden'"
+            )
+        if self.form == "lmops" and not self.length_norm:
+            raise ValueError("form 'lmops' always divides returns by their length; use form 'paper'")
+        return self
+
+
+MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig, Field(discriminator="kind")]

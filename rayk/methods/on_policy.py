@@ -17,7 +17,6 @@ always writes a new one.
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,9 @@ from rayk.data.examples import Example
 from rayk.engines.batching import gather
 from rayk.losses import linear_divergence
 from rayk.methods.base import Experience, Loss, Method, Student
-from rayk.rollouts import Policy, completed
+from rayk.rollouts import Policy, completed, with_own_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 from rayk.sequences import Sequence
-from rayk.support import Requested
 from rayk.teachers import Scorer, Teacher
 
 
@@ -65,9 +63,7 @@ class OnPolicy(Method):
         )
         for row, sequence in {**replayed, **written[0], **written[1]}.items():
             rows[row] = sequence
-        if isinstance(self.settings.support, Requested):
-            ids = await self.policy.top_ids(rows, self.settings.requested_ids)
-            rows = [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
+        rows = await with_own_ids(self.policy, rows, self.settings.support, self.settings.requested_ids)
         return collate(rows, batch.pad_id)
 
     async def prepare(self, batch: Batch) -> Experience:
