@@ -142,8 +142,9 @@ class MiniLLMConfig(TaughtConfig):
 
     kind: Literal["minillm"] = "minillm"
     form: Literal["paper", "lmops"] = "paper"
-    """`paper`: the rewards that come after a token, weights on both parts. `lmops`: what the authors' code runs (γ = 0.95,
-    the token's own reward included, rewards doubled and cut at 100, returns whitened, single-step part unweighted)."""
+    """`paper`: the rewards that come after a token, weights on both parts. `lmops`: what the authors' code runs (γ =
+    0.95, the token's own reward included, rewards doubled and cut at 100, returns whitened, no weights on the
+    single-step part)."""
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """α: every token is drawn from α·teacher + (1−α)·student. 0: the student writes alone."""
     single_step: bool = True

@@ -232,8 +232,8 @@ class WorkerPolicy:
 
 
 async def with_own_ids(policy: Policy, rows: list[Sequence], support: Support, count: int) -> list[Sequence]:
-    """`rows`, and, where `support` has the teacher asked about named ids, the policy's `count` likeliest at each counted
-    position."""
+    """`rows`, and, where `support` has the teacher asked about named ids, the policy's `count` likeliest at each
+    counted position."""
     if not isinstance(support, Requested):
         return rows
     ids = await policy.top_ids(rows, count)
