@@ -18,6 +18,7 @@ from rayk.config.methods import (
     MethodConfig,
     MiniLLMConfig,
     OnPolicyConfig,
+    PretrainingConfig,
     SupervisedConfig,
     TaughtConfig,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "MiniLLMConfig",
     "OnPolicyConfig",
     "OpenAIEngine",
+    "PretrainingConfig",
     "Replicas",
     "Resources",
     "RolloutConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Positive, Settings, Share
+from rayk.config.data import DataSource
 from rayk.support import Logprob, Requested, Sampled, Support, TopK
 
 DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -137,6 +138,19 @@ class OnPolicyConfig(MatchingConfig):
         return (self.student_fraction < 1 or self.adaptive is not None) and self.teacher_written < 1
 
 
+class PretrainingConfig(Settings):
+    """Plain text learned from beside the method's own rows, so that the student forgets less (MiniLLM's L_PT)."""
+
+    data: DataSource
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of its mean loss a token, beside the method's."""
+    batch_size: Positive | None = None
+    """Rows a step; by default `training.batch_size`."""
+    teacher_share: Share = 0.5
+    """r in (1−r)·cross-entropy + r·forward KL to the teacher; 0 asks no teacher about it (the paper's form), 0.5 is what
+    LMOps runs."""
+
+
 class MiniLLMConfig(TaughtConfig):
     """Policy gradients of reverse KL over whole completions, which student and teacher write together (`rollouts`)."""
 
@@ -159,6 +173,8 @@ class MiniLLMConfig(TaughtConfig):
     """Into how many updates each inner epoch is split, by rows."""
     requested_ids: Positive = 64
     """As in `on_policy`."""
+    pretraining: PretrainingConfig | None = None
+    """L_PT; `null`: none."""
 
     @property
     def reads_completions(self) -> bool:

@@ -36,6 +36,8 @@ class Experience:
     signals: SignalBatch | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """What a method has made of each counted token, [counted tokens] each."""
+    beside: "Experience | None" = None
+    """Learned from in the same update, its loss averaged over its own units."""
     skipped: int = 0
     """Rows left out, since nothing could be learned from what was said about them."""
 
@@ -96,6 +98,10 @@ class Method(ABC):
             progress: the share of the run's steps that come before this one.
         """
         return batch
+
+    async def prepare_pretraining(self, batch: Batch) -> Experience:
+        """Rows of plain text to what stands beside an experience, for methods whose settings name such rows."""
+        raise NotImplementedError(f"{self.kind} learns from no text beside its rows")
 
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:

@@ -1,14 +1,14 @@
 """MiniLLM: reverse KL between whole completions, by policy gradients (Gu et al. 2024, arXiv 2306.08543, §2.2).
 
-    L = (1/N) Σ_t [ w_t·KL(q‖p | y_<t)  −  clip(w_t·q(y_t)/q_rollout(y_t))·R_{t+1} ],   y ~ p̃ = αp + (1−α)q
+    L = (1/N) Σ_t [ w_t·KL(q‖p | y_<t)  −  clip(w_t·q(y_t)/q_rollout(y_t))·R_{t+1} ] + c·L_PT,   y ~ p̃ = αp + (1−α)q
 
 p is the teacher, q the student, R_{t+1} the mean of log p(y_s) − log q(y_s) over the tokens s > t, w = q/p̃. The first
 part, which one token decides, is exact over the support; the second says what a token does to those after it. Both are
 written in `rayk.losses`, where their tests hold them against full enumeration. Completions are drawn from p̃ exactly:
 the student drafts and the teacher verifies (`rayk.rollouts.teacher_mixed`).
 
-`form: lmops` is what the authors' code runs instead of what the paper says (ALGORITHMS §1). The paper's L_PT, a
-language-model loss on pre-training text, is not here yet.
+L_PT is a loss on plain text, (1−r)·cross-entropy + r·KL(p‖q), so that the student forgets less (`pretraining`).
+`form: lmops` is what the authors' code runs instead of what the paper says (ALGORITHMS §1).
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,10 @@ from rayk.losses import (
 from rayk.methods.base import Experience, Loss, Method, Student
 from rayk.rollouts import Rollout, with_own_ids
 from rayk.speculative import MixedSampling
+from rayk.support import Logprob, Requested, TopK
 from rayk.teachers import Teacher
+
+_PRETRAINING_K = 64  # where the support would name ids, which plain text does not
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,17 @@ class MiniLLM(Method):
         }  # fmt: skip
         return Experience(batch, signals, columns=columns)
 
+    async def prepare_pretraining(self, batch: Batch) -> Experience:
+        """The teacher is asked for what `topk` or `hidden` say, since plain text names no ids."""
+        settings = self.settings.pretraining
+        assert self.teacher is not None and settings is not None
+        if not settings.teacher_share:
+            return Experience(batch)
+        support = self.settings.support
+        if isinstance(support, Requested | Logprob):
+            support = TopK(max(support.k, _PRETRAINING_K) if isinstance(support, Requested) else _PRETRAINING_K)
+        return Experience(batch, await self.teacher.ascore(batch, support))
+
     def together(self, experience: Experience, sums: Callable[[list[float]], list[float]]) -> Experience:
         """Whiten the returns, by their moments over all workers."""
         if not _FORMS[self.settings.form].whitened:
@@ -113,12 +127,32 @@ class MiniLLM(Method):
     def updates(self, experience: Experience, seed: int) -> Iterator[Experience]:
         """The inner epochs' minibatches."""
         random = np.random.default_rng(seed)
+        text = experience.beside
         for _ in range(self.settings.inner_epochs):
-            order = random.permutation(experience.batch.rows)
-            for rows in np.array_split(order, self.settings.minibatches):
-                yield experience.select(sorted(rows.tolist()))
+            parts = [self._minibatches(random, each) for each in (experience, text) if each is not None]
+            for own, *beside in zip(*parts, strict=True):
+                yield replace(own, beside=beside[0] if beside else None)
+
+    def _minibatches(self, random: np.random.Generator, experience: Experience) -> list[Experience]:
+        rows = np.array_split(random.permutation(experience.batch.rows), self.settings.minibatches)
+        return [experience.select(sorted(each.tolist())) for each in rows]
 
     def loss(self, student: Student, experience: Experience) -> Loss:
+        return self._of_completions(student, experience) if experience.columns else self._of_text(student, experience)
+
+    def _of_text(self, student: Student, experience: Experience) -> Loss:
+        settings, batch, hidden = self.settings.pretraining, experience.batch, student.hidden(experience.batch)
+        assert settings is not None
+        if experience.signals is None:
+            per_token = linear_cross_entropy(hidden, student.head, batch.targets)
+        else:
+            forward_kl, cross_entropy = linear_divergence(
+                hidden, student.head, experience.signals, divergence="forward_kl", targets=batch.targets
+            )
+            per_token = (1 - settings.teacher_share) * cross_entropy + settings.teacher_share * forward_kl
+        return Loss(settings.weight * per_token, {"pretraining": per_token})
+
+    def _of_completions(self, student: Student, experience: Experience) -> Loss:
         settings, batch, columns = self.settings, experience.batch, experience.columns
         assert experience.signals is not None
         hidden = student.hidden(batch)

@@ -50,6 +50,7 @@ class Job:
     """The Serve application of each teacher."""
     train_table: Any
     evaluation_table: Any
+    pretraining_table: Any = None
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
@@ -183,7 +184,10 @@ class Trainer:
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))
         self.sampler = BatchSampler(self.table.lengths, self.settings.batch_size, config.seed, self.total_steps)
         pad_id = pad_id_of(self.tokenizer)
-        self.supply = Supply(config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world)
+        beside = None if job.pretraining_table is None else ExampleTable(_fetched(job.pretraining_table))
+        self.supply = Supply(
+            config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world, pretraining=beside
+        )
         self.store = CheckpointStore(job.checkpoints)
         self.step = 0
         self._restore()
@@ -281,11 +285,16 @@ class Trainer:
         }
 
     def _update(self, step: int, experience: Experience) -> tuple[float, dict[str, float]]:
-        """One optimiser update; how many units it learned from, and the means over them."""
-        [count] = self.ranks.sums([experience.count])
-        sums = self._backward(experience, [len(sequence) for sequence in experience.batch.sequences], count)
-        names = sorted(sums)
-        totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
+        """One optimiser update; how many units it learned from, and the means over them. What stands beside them is
+        averaged over its own units, and added."""
+        means: dict[str, float] = {}
+        parts = [part for part in (experience, experience.beside) if part is not None]
+        counts = self.ranks.sums([part.count for part in parts])
+        for part, count in zip(parts, counts, strict=True):
+            sums = self._backward(part, [len(sequence) for sequence in part.batch.sequences], count)
+            names = sorted(sums)
+            totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
+            means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         self.ranks.agree(
             None
@@ -296,8 +305,7 @@ class Trainer:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        means = {name: total / max(count, 1) for name, total in totals.items()}
-        return count, {**means, "gradient_norm": float(norm)}
+        return counts[0], {**means, "gradient_norm": float(norm)}
 
     def _of_rollouts(self, prepared: Prepared, step: int) -> dict[str, float]:
         """Means over what the policy wrote for this step, and this rank's seconds for it (ahead of the step)."""

@@ -131,6 +131,30 @@ def test_returns_are_whitened_over_all_workers():
     torch.testing.assert_close(whiten(returns, torch.tensor(whole)), found)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_text_beside_is_averaged_over_its_own_tokens(share, watched, tmp_path, tiny_student, tiny_teacher, served):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{"plain words " * (i % 3 + 1)}{i}"}}\n' for i in range(9)))
+    beside = {"data": {"path": str(text)}, "weight": 2.0, "batch_size": 3, "teacher_share": share}
+    run = changed(tmp_path, tiny_student, EXACT | {"pretraining": beside}, steps=1, micro_batch_tokens=100_000)
+    distill(run)
+    (completions, state), (plain, _) = watched
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_student, tiny_teacher))
+    student.load_state_dict(state)
+    values = []
+    for row in plain.batch.sequences:
+        ids = torch.from_numpy(row.input_ids).long()[None]
+        with torch.no_grad():
+            log_q, log_p = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (student, teacher))
+        for t in np.flatnonzero(row.counted):
+            forward_kl = float((log_p[t - 1].exp() * (log_p[t - 1] - log_q[t - 1])).sum())
+            values.append(share * forward_kl - (1 - share) * float(log_q[t - 1, ids[0, t]]))
+    [row] = metrics(run.output_path)
+    assert plain.batch.rows == 3 and row["pretraining"] == pytest.approx(np.mean(values), rel=5e-3)
+    expected = by_hand(completions, student, teacher, 0.2, "paper") + 2 * np.mean(values)
+    assert row["loss"] == pytest.approx(expected, rel=5e-3, abs=2e-3)
+
+
 def test_the_student_comes_closer_to_its_teacher(tmp_path, tiny_student, served):
     method = {"kind": "minillm", "support": {"kind": "requested", "k": 16}, "requested_ids": 16}
     distill(changed(tmp_path, tiny_student, method, steps=30))
