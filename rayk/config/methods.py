@@ -147,8 +147,8 @@ class PretrainingConfig(Settings):
     batch_size: Positive | None = None
     """Rows a step; by default `training.batch_size`."""
     teacher_share: Share = 0.5
-    """r in (1−r)·cross-entropy + r·forward KL to the teacher; 0 asks no teacher about it (the paper's form), 0.5 is what
-    LMOps runs."""
+    """r in (1−r)·cross-entropy + r·forward KL to the teacher; 0 asks no teacher about it (the paper's form), 0.5 is
+    what LMOps runs."""
 
 
 class MiniLLMConfig(TaughtConfig):
