@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -77,7 +77,7 @@ class MatchingConfig(TaughtConfig):
 
     @model_validator(mode="after")
     def _support_carries_temperature(self) -> Self:
-        if isinstance(self.support, Logprob):
+        if isinstance(self.support, Logprob) and getattr(self, "form", "") != "policy":
             raise ValueError(f"{self.kind} cannot learn from support 'logprob'; use 'topk' or 'hidden'")
         if isinstance(self.support, Sampled) and (self.divergence.name != "forward_kl" or self.temperature != 1.0):
             raise ValueError("support 'sampled' estimates forward_kl at temperature 1 only; use 'hidden' or 'topk'")
@@ -117,6 +117,11 @@ class OnPolicyConfig(MatchingConfig):
     """The student matches the teacher's distribution on completions that the student itself writes (`rollouts`)."""
 
     kind: Literal["on_policy"] = "on_policy"
+    form: Literal["divergence", "policy"] = "divergence"
+    """`policy`: instead of a divergence, a policy gradient whose reward is log p − log q of each token the student wrote,
+    as Thinking Machines train; with support `logprob`, 4 bytes a token. `divergence` has the same aim with less noise."""
+    ratio_clip: Annotated[float, Field(gt=0)] | None = None
+    """PPO's ε for form `policy`; `null`: none."""
     divergence: Annotated[
         Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = Divergence(name="reverse_kl")
@@ -131,6 +136,20 @@ class OnPolicyConfig(MatchingConfig):
     requested_ids: Positive = 64
     """With support `requested`: how many of the student's own likeliest ids the teacher is asked about at each
     position, beside its own `support.k`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_needs_little(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("form") == "policy":
+            return {"support": {"kind": "logprob"}} | given
+        return given
+
+    @model_validator(mode="after")
+    def _policy_learns_from_its_own(self) -> "OnPolicyConfig":
+        if self.form == "policy" and (self.student_fraction < 1 or self.adaptive):
+            raise ValueError("form 'policy' learns from what the student has just written alone; leave out "
+                             "student_fraction and adaptive, or use form 'divergence'")  # fmt: skip
+        return self
 
     @property
     def reads_completions(self) -> bool:

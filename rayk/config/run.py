@@ -112,8 +112,14 @@ class RunConfig(Settings):
             return
         rollouts = self.rollouts or WorkerRollouts()
         object.__setattr__(self, "rollouts", rollouts)
+        sampled_plainly = (rollouts.temperature, rollouts.top_p, rollouts.top_k) == (1.0, 1.0, 0)
+        if not sampled_plainly and (isinstance(self.method, MiniLLMConfig) or self.method.form == "policy"):
+            raise ValueError(
+                f"{self.method.kind}'s policy gradient holds for completions sampled at temperature 1 without "
+                "truncation; leave rollouts.temperature, top_p and top_k out"
+            )
         if isinstance(self.method, MiniLLMConfig):
-            self._completions_can_be_mixed(self.method, rollouts)
+            self._completions_can_be_mixed(self.method)
             return
         if self.method.adaptive and not (self.data.evaluation and self.evaluation.every_steps):
             raise ValueError(
@@ -130,12 +136,7 @@ class RunConfig(Settings):
                 "its own prompt is not what it says about the student's; set one of the two aside"
             )
 
-    def _completions_can_be_mixed(self, method: MiniLLMConfig, rollouts: RolloutConfig) -> None:
-        if (rollouts.temperature, rollouts.top_p, rollouts.top_k) != (1.0, 1.0, 0):
-            raise ValueError(
-                "minillm's gradient holds for completions sampled at temperature 1 without truncation; leave "
-                "rollouts.temperature, top_p and top_k out"
-            )
+    def _completions_can_be_mixed(self, method: MiniLLMConfig) -> None:
         if method.minibatches * max(1, self.training.workers) > self.training.batch_size:
             raise ValueError(
                 f"method.minibatches ({method.minibatches}) for each of training.workers ({self.training.workers}) "
