@@ -118,8 +118,9 @@ class OnPolicyConfig(MatchingConfig):
 
     kind: Literal["on_policy"] = "on_policy"
     form: Literal["divergence", "policy"] = "divergence"
-    """`policy`: instead of a divergence, a policy gradient whose reward is log p − log q of each token the student wrote,
-    as Thinking Machines train; with support `logprob`, 4 bytes a token. `divergence` has the same aim with less noise."""
+    """`policy`: instead of a divergence, a policy gradient whose reward is log p − log q of each token the student
+    wrote, as Thinking Machines train; with support `logprob`, 4 bytes a token. `divergence` has the same aim with less
+    noise."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = None
     """PPO's ε for form `policy`; `null`: none."""
     divergence: Annotated[
