@@ -69,7 +69,7 @@ def draw_figures(runs: list[Run]) -> list[Group]:
             Plot("Scoring", "Seconds in which the teacher read a step's rows, ahead of it.",
                  _curves(runs, "score_seconds")),
         ]),
-        ("What the student writes while it learns", 4, [
+        ("What the student writes while it learns", 2, [
             Plot("Length", "Tokens a completion.", _curves(runs, "rollout_tokens"), axis="count"),
             Plot("Ended by itself", "Share of completions with an end token before the limit.",
                  _curves(runs, "rollout_stopped"), axis="share"),
