@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rayk.config import MiniLLMConfig, parse_config
 from rayk.errors import InputError
+from rayk.fill import fill_cache
 from rayk.losses import whiten
 from rayk.methods import METHODS, Experience, MiniLLM
 from rayk.rollouts import Rollout
@@ -161,6 +162,12 @@ def test_the_student_comes_closer_to_its_teacher(tmp_path, tiny_student, served)
     found = curve(tmp_path / "run", "reverse_kl")
     assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
     assert weights(tmp_path / "run")
+
+
+def test_what_is_not_written_yet_cannot_be_cached_ahead(tmp_path, tiny_student):
+    values = settings(tmp_path, tiny_student, EXACT) | {"cache": {"path": str(tmp_path / "cache")}}
+    with pytest.raises(InputError, match="learns from rows that are not written yet"):
+        fill_cache(parse_config(values))
 
 
 @pytest.mark.parametrize(
