@@ -156,14 +156,16 @@ class MiniLLM(Method):
         settings, batch, columns = self.settings, experience.batch, experience.columns
         assert experience.signals is not None
         hidden = student.hidden(batch)
+        # Padding is never drawn. As a part of q it would reward a student for moving mass to where nobody looks.
+        head = student.head.first(experience.signals.vocab_size)
         reverse_kl, terms = None, {}
         if settings.single_step:
             reverse_kl, cross_entropy = linear_divergence(
-                hidden, student.head, experience.signals, divergence="reverse_kl", targets=batch.targets
+                hidden, head, experience.signals, divergence="reverse_kl", targets=batch.targets
             )
             terms["reverse_kl"] = reverse_kl
         else:
-            cross_entropy = linear_cross_entropy(hidden, student.head, batch.targets)
+            cross_entropy = linear_cross_entropy(hidden, head, batch.targets)
         long_term = policy_loss(
             -cross_entropy, columns["rollout_logprobs"], columns["returns"], log_weights=columns["log_weights"],
             clip=settings.ratio_clip,

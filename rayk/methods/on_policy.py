@@ -89,7 +89,9 @@ class OnPolicy(Method):
         assert experience.signals is not None
         if settings.form == "policy":
             own, theirs = experience.columns["rollout_logprobs"], experience.signals.target_logprobs
-            cross_entropy = linear_cross_entropy(student.hidden(batch), student.head, batch.targets)
+            # Padding is never drawn, so it is no part of q (see `rayk.methods.minillm`).
+            head = student.head.first(experience.signals.vocab_size)
+            cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
             per_token = log_ratio_policy_loss(-cross_entropy, own, theirs, clip=settings.ratio_clip)
             return Loss(per_token, {"cross_entropy": cross_entropy, "log_ratio": own - theirs})
         divergence, cross_entropy = linear_divergence(

@@ -89,8 +89,8 @@ class Policy(Protocol):
         ...
 
     async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
-        """log q of each sequence's counted tokens, float32 [counted tokens], as a training step computes it: what a
-        sampler says differs from that by rounding, and where the embedding is padded."""
+        """log q of each sequence's counted tokens among the real ones, float32 [counted tokens], as a training step
+        computes it; what a sampler says differs from that by rounding."""
         ...
 
     def update(self, version: int) -> None:
@@ -228,7 +228,7 @@ class WorkerPolicy:
         return [found[row] for row in range(len(sequences))]
 
     def _target_logprobs(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return -linear_cross_entropy(hidden, head_of(self._model), batch.targets)
+        return -linear_cross_entropy(hidden, head_of(self._model).first(self._vocab_size), batch.targets)
 
 
 async def with_own_ids(policy: Policy, rows: list[Sequence], support: Support, count: int) -> list[Sequence]:

@@ -15,8 +15,9 @@ from rayk.methods import METHODS, Experience, MiniLLM
 from rayk.rollouts import Rollout
 from rayk.run import distill
 from rayk.teachers import serve_teacher
-from tests.runs import assert_same_learning, curve, metrics, settings, weights
+from tests.runs import assert_same_learning, curve, metrics, settings
 from tests.teachers.asking import config_of
+from tests.tiny import tiny_model, tiny_tokenizer
 
 EXACT = {"kind": "minillm", "support": {"kind": "hidden", "dtype": "float32"}}
 
@@ -42,20 +43,26 @@ def watched(monkeypatch):
     return seen
 
 
-def by_hand(experience, student, teacher, alpha, form):
-    """The loss, token by token and sequence by sequence, from dense logits of both models."""
+def by_hand(experience, student, teacher, vocabulary, alpha, form):
+    """The loss, token by token and sequence by sequence, from dense logits of both models.
+
+    q is a distribution over real tokens: the padding of the embedding is never drawn. The teacher's log-probs of single
+    tokens are normalised over all its columns.
+    """
     returns_of = []
     for row in experience.batch.sequences:
         ids = torch.from_numpy(row.input_ids).long()[None]
         with torch.no_grad():
-            log_q, log_p = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (student, teacher))
+            logits = [model(input_ids=ids).logits[0].double() for model in (student, teacher)]
+        log_q, log_p = (each[:, :vocabulary].log_softmax(-1) for each in logits)
+        log_p_of_all = logits[1].log_softmax(-1)
         places = range(row.prompt_tokens, len(row))
-        rewards = [float(log_p[t - 1, ids[0, t]] - log_q[t - 1, ids[0, t]]) for t in places]
+        rewards = [float(log_p_of_all[t - 1, ids[0, t]] - log_q[t - 1, ids[0, t]]) for t in places]
         if form == "lmops":
             rewards = [max(-100.0, min(100.0, reward / 0.5)) for reward in rewards]
         for i, t in enumerate(places):
             after = rewards[i + 1 :] if form == "paper" else [0.95**n * r for n, r in enumerate(rewards[i:])]
-            p, q = float(log_p[t - 1, ids[0, t]].exp()), float(log_q[t - 1, ids[0, t]].exp())
+            p, q = (float(each[t - 1, ids[0, t]].exp()) for each in (log_p, log_q))
             weight = q / (alpha * p + (1 - alpha) * q)
             reverse_kl = float((log_q[t - 1].exp() * (log_q[t - 1] - log_p[t - 1])).sum())
             returns_of.append((sum(after) / max(1, len(after)), weight, reverse_kl))
@@ -73,21 +80,26 @@ def test_the_loss_is_the_papers_on_what_both_wrote(form, alpha, watched, tmp_pat
     method = EXACT | {"form": form, "teacher_share": alpha}
     run = changed(tmp_path, tiny_student, method, steps=2, micro_batch_tokens=100_000)
     distill(run)
+    vocabulary = served.info.vocab_size
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_student, tiny_teacher))
     for (experience, state), row in zip(watched, metrics(run.output_path), strict=True):
         student.load_state_dict(state)
         assert all(isinstance(each, Rollout) for each in experience.batch.sequences)
         assert row["counted_tokens"] == sum(len(each) - each.prompt_tokens for each in experience.batch.sequences)
-        assert row["loss"] == pytest.approx(by_hand(experience, student, teacher, alpha, form), rel=5e-3, abs=2e-3)
+        expected = by_hand(experience, student, teacher, vocabulary, alpha, form)
+        assert row["loss"] == pytest.approx(expected, rel=5e-3, abs=2e-3)
         assert 0 < row["rollout_acceptance"] <= 1 and (row["rollout_teacher_calls"] > 0) == (alpha > 0)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, tiny_student, ray_cluster):
-    with serve_teacher(config_of("twin", tiny_student)):
-        values = settings(tmp_path, tiny_student, EXACT) | {"teachers": [{"name": "twin", "attach": True}]}
-        distill(parse_config(values))
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, ray_cluster):
+    tokenizer, twin = tiny_tokenizer(), str(tmp_path / "twin")
+    tiny_model(twin, seed=3, hidden=16, vocab_size=len(tokenizer), tokenizer=tokenizer)
+    with serve_teacher(config_of("twin", twin)):
+        # Adam makes whole steps of gradients that are rounding; such steps had better be small.
+        values = settings(tmp_path, twin, EXACT, learning_rate=1e-5)
+        distill(parse_config(values | {"teachers": [{"name": "twin", "attach": True}]}))
     assert max(map(abs, curve(tmp_path / "run"))) < 1e-3
-    assert max(curve(tmp_path / "run", "gradient_norm")) < 1e-2
+    assert curve(tmp_path / "run", "gradient_norm")[0] < 1e-4
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
@@ -152,16 +164,24 @@ def test_text_beside_is_averaged_over_its_own_tokens(share, watched, tmp_path, t
             values.append(share * forward_kl - (1 - share) * float(log_q[t - 1, ids[0, t]]))
     [row] = metrics(run.output_path)
     assert plain.batch.rows == 3 and row["pretraining"] == pytest.approx(np.mean(values), rel=5e-3)
-    expected = by_hand(completions, student, teacher, 0.2, "paper") + 2 * np.mean(values)
+    expected = by_hand(completions, student, teacher, served.info.vocab_size, 0.2, "paper") + 2 * np.mean(values)
     assert row["loss"] == pytest.approx(expected, rel=5e-3, abs=2e-3)
 
 
 def test_the_student_comes_closer_to_its_teacher(tmp_path, tiny_student, served):
     method = {"kind": "minillm", "support": {"kind": "requested", "k": 16}, "requested_ids": 16}
-    distill(changed(tmp_path, tiny_student, method, steps=30))
+    distill(changed(tmp_path, tiny_student, method, steps=40, batch_size=16))
     found = curve(tmp_path / "run", "reverse_kl")
-    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
-    assert weights(tmp_path / "run")
+    assert np.mean(found[-10:]) < np.mean(found[:10]) - 0.05
+
+
+def test_a_student_is_not_rewarded_for_mass_on_padding(tmp_path, tiny_student, served):
+    """What is drawn and what is rewarded are one distribution: the mean reward is what reverse KL says it is. (With the
+    embedding's padding in q, rewards rose while reverse KL rose too.)"""
+    method = EXACT | {"teacher_share": 0.0}
+    distill(changed(tmp_path, tiny_student, method, steps=40, batch_size=16))
+    reverse_kl, reward = (np.mean(curve(tmp_path / "run", name)[-20:]) for name in ("reverse_kl", "reward"))
+    assert abs(reverse_kl + reward) < 0.5
 
 
 def test_what_is_not_written_yet_cannot_be_cached_ahead(tmp_path, tiny_student):
