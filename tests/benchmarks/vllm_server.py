@@ -90,7 +90,7 @@ def serve_llm(folder: str) -> Iterator[str]:
 
     config = LLMConfig(
         model_loading_config={"model_id": "teacher", "model_source": folder},
-        accelerator_config={"kind": "cpu"},
+        accelerator_config={"kind": "cpu"}, log_engine_metrics=False,
         engine_kwargs={
             "dtype": "float32", "enforce_eager": True, "max_logprobs": -1, "disable_log_stats": True,
             "enable_chunked_prefill": False, "kv_cache_memory_bytes": 1 << 30,
