@@ -54,6 +54,10 @@ def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled
         raise InputError("There is no teacher to fill the cache from; add one under 'teachers'.")
     if config.ensemble is not None:
         raise InputError("An ensemble asks for ids that depend on all its members, which no cache holds; leave it out.")
+    if not getattr(config.method, "reads_completions", True):
+        raise InputError(
+            f"method '{config.method.kind}' learns from rows that are not written yet; nothing can be asked ahead."
+        )
     watcher.stage("Reading data and models")
     with ExitStack() as stack:
         inputs = read_inputs(config, attached_teachers(config))

@@ -29,6 +29,8 @@ class Inputs:
     train: ExampleTable | None
     """None where nothing is to be trained."""
     evaluation: ExampleTable | None
+    pretraining: ExampleTable | None = None
+    """Plain text learned from beside `train`."""
 
 
 def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
@@ -55,14 +57,17 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     prompts_only = not getattr(config.method, "reads_completions", True)
     train_table = tokenize(config.data.train, config.data, tokenizer, prompts_only=prompts_only) if training else None
     evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
-    _check_lengths(models, config, train_table, evaluation)
-    _check_contexts(models, config, tokenizer, [table for table in (train_table, evaluation) if table is not None])
-    _check_many_teachers(config, [table for table in (train_table, evaluation) if table is not None])
+    beside = getattr(config.method, "pretraining", None) if training else None
+    pretraining = tokenize(beside.data, config.data, tokenizer) if beside else None
+    tables = [table for table in (train_table, evaluation, pretraining) if table is not None]
+    _check_lengths(models, config, train_table, evaluation, tables)
+    _check_contexts(models, config, tokenizer, tables)
+    _check_many_teachers(config, tables)
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
         for example in with_prompts(evaluation, config.evaluation):
             scorer.expected(example)
-    return Inputs(name, tokenizer, train_table, evaluation)
+    return Inputs(name, tokenizer, train_table, evaluation, pretraining)
 
 
 def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
@@ -90,9 +95,9 @@ def _check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer, t
 
 
 def _check_lengths(
-    models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable | None, evaluation: ExampleTable | None
-) -> None:
-    tables = [table for table in (train_table, evaluation) if table is not None]
+    models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable | None, evaluation: ExampleTable | None,
+    tables: list[ExampleTable],
+) -> None:  # fmt: skip
     longest = int(max(table.lengths.max() for table in tables))
     generation, answered, rolled_out = config.evaluation.generation, 0, 0
     if evaluation is not None and generation is not None:

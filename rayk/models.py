@@ -59,6 +59,10 @@ class Head:
         """The head of the tokens `ids` alone, in their order."""
         return replace(self, weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
 
+    def first(self, tokens: int) -> "Head":
+        """The head of the first `tokens` tokens alone, sharing memory."""
+        return replace(self, weight=self.weight[:tokens], bias=None if self.bias is None else self.bias[:tokens])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in `hidden`'s dtype."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)

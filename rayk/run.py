@@ -119,6 +119,7 @@ def distill(
         job = Job(
             config, inputs.tokenizer_name, applications, inputs.train.table,
             None if inputs.evaluation is None else inputs.evaluation.table,
+            None if inputs.pretraining is None else inputs.pretraining.table,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
             outcome = train(job)

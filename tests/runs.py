@@ -38,16 +38,16 @@ def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
 def settings(
     folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any
 ) -> dict[str, Any]:
-    """A run in `folder`/run, on rows it writes there, in this process unless `workers` says otherwise; `logit_kd`
-    and `on_policy` learn from the suite's served teacher."""
+    """A run in `folder`/run, on rows it writes there, in this process unless `workers` says otherwise; all
+    methods but `supervised` learn from the suite's served teacher."""
     data = folder / "rows.jsonl"
     if not data.exists():
         write_rows(data)
     method = {"kind": method} if isinstance(method, str) else method
-    rollouts = {"rollouts": {"max_new_tokens": 12}} if method["kind"] == "on_policy" else {}
+    rollouts = {"rollouts": {"max_new_tokens": 12}} if method["kind"] in ("on_policy", "minillm") else {}
     return {
         "output": str(folder / "run"),
-        "teachers": [{"name": "served", "attach": True}] if method["kind"] in ("logit_kd", "on_policy") else [],
+        "teachers": [] if method["kind"] == "supervised" else [{"name": "served", "attach": True}],
         "student": {"model": student},
         "data": {"train": {"path": str(data)}},
         "method": method,

@@ -16,8 +16,11 @@ from rayk.config.methods import (
     LogitKDConfig,
     MatchingConfig,
     MethodConfig,
+    MiniLLMConfig,
     OnPolicyConfig,
+    PretrainingConfig,
     SupervisedConfig,
+    TaughtConfig,
 )
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
@@ -47,8 +50,10 @@ __all__ = [
     "LogitKDConfig",
     "MatchingConfig",
     "MethodConfig",
+    "MiniLLMConfig",
     "OnPolicyConfig",
     "OpenAIEngine",
+    "PretrainingConfig",
     "Replicas",
     "Resources",
     "RolloutConfig",
@@ -58,6 +63,7 @@ __all__ = [
     "SimulatedEngine",
     "StudentConfig",
     "SupervisedConfig",
+    "TaughtConfig",
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",

@@ -2,11 +2,12 @@
 
 import difflib
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Positive, Settings, Share
+from rayk.config.data import DataSource
 from rayk.support import Logprob, Requested, Sampled, Support, TopK
 
 DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -54,12 +55,18 @@ class SupervisedConfig(Settings):
     kind: Literal["supervised"] = "supervised"
 
 
-class MatchingConfig(Settings):
-    """What the methods share in which the student matches the teacher's distribution."""
+class TaughtConfig(Settings):
+    """What the methods share that ask a teacher for signals."""
 
     kind: str
     teacher: str | None = None
     """Which of `teachers`; by default the first."""
+    support: Support = TopK()
+
+
+class MatchingConfig(TaughtConfig):
+    """What the methods share in which the student matches the teacher's distribution."""
+
     divergence: Annotated[
         Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = Field(default_factory=Divergence)
@@ -67,11 +74,10 @@ class MatchingConfig(Settings):
     """Softmax temperature of both sides in the soft term."""
     temperature_squared: bool = False
     """Multiply the soft term by T² (Hinton's scaling); repositories disagree, see ALGORITHMS §25.11."""
-    support: Support = TopK()
 
     @model_validator(mode="after")
     def _support_carries_temperature(self) -> Self:
-        if isinstance(self.support, Logprob):
+        if isinstance(self.support, Logprob) and getattr(self, "form", "") != "policy":
             raise ValueError(f"{self.kind} cannot learn from support 'logprob'; use 'topk' or 'hidden'")
         if isinstance(self.support, Sampled) and (self.divergence.name != "forward_kl" or self.temperature != 1.0):
             raise ValueError("support 'sampled' estimates forward_kl at temperature 1 only; use 'hidden' or 'topk'")
@@ -111,6 +117,12 @@ class OnPolicyConfig(MatchingConfig):
     """The student matches the teacher's distribution on completions that the student itself writes (`rollouts`)."""
 
     kind: Literal["on_policy"] = "on_policy"
+    form: Literal["divergence", "policy"] = "divergence"
+    """`policy`: instead of a divergence, a policy gradient whose reward is log p − log q of each token the student
+    wrote, as Thinking Machines train; with support `logprob`, 4 bytes a token. `divergence` has the same aim with less
+    noise."""
+    ratio_clip: Annotated[float, Field(gt=0)] | None = None
+    """PPO's ε for form `policy`; `null`: none."""
     divergence: Annotated[
         Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = Divergence(name="reverse_kl")
@@ -126,10 +138,79 @@ class OnPolicyConfig(MatchingConfig):
     """With support `requested`: how many of the student's own likeliest ids the teacher is asked about at each
     position, beside its own `support.k`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_needs_little(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("form") == "policy":
+            return {"support": {"kind": "logprob"}} | given
+        return given
+
+    @model_validator(mode="after")
+    def _policy_learns_from_its_own(self) -> "OnPolicyConfig":
+        if self.form == "policy" and (self.student_fraction < 1 or self.adaptive):
+            raise ValueError("form 'policy' learns from what the student has just written alone; leave out "
+                             "student_fraction and adaptive, or use form 'divergence'")  # fmt: skip
+        return self
+
     @property
     def reads_completions(self) -> bool:
         """Whether any row keeps the data's completion; else prompts suffice."""
         return (self.student_fraction < 1 or self.adaptive is not None) and self.teacher_written < 1
 
 
-MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig, Field(discriminator="kind")]
+class PretrainingConfig(Settings):
+    """Plain text learned from beside the method's own rows, so that the student forgets less (MiniLLM's L_PT)."""
+
+    data: DataSource
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of its mean loss a token, beside the method's."""
+    batch_size: Positive | None = None
+    """Rows a step; by default `training.batch_size`."""
+    teacher_share: Share = 0.5
+    """r in (1−r)·cross-entropy + r·forward KL to the teacher; 0 asks no teacher about it (the paper's form), 0.5 is
+    what LMOps runs."""
+
+
+class MiniLLMConfig(TaughtConfig):
+    """Policy gradients of reverse KL over whole completions, which student and teacher write together (`rollouts`)."""
+
+    kind: Literal["minillm"] = "minillm"
+    form: Literal["paper", "lmops"] = "paper"
+    """`paper`: the rewards that come after a token, weights on both parts. `lmops`: what the authors' code runs (γ =
+    0.95, the token's own reward included, rewards doubled and cut at 100, returns whitened, no weights on the
+    single-step part)."""
+    teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """α: every token is drawn from α·teacher + (1−α)·student. 0: the student writes alone."""
+    single_step: bool = True
+    """Take the part of the gradient that one token decides exactly, from the teacher's distribution."""
+    length_norm: bool = True
+    """Divide the rewards to come by their number."""
+    ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """ε of PPO's clipping; `null`: none."""
+    inner_epochs: Positive = 1
+    """How often the step learns from its completions, with an optimiser update each."""
+    minibatches: Positive = 1
+    """Into how many updates each inner epoch is split, by rows."""
+    requested_ids: Positive = 64
+    """As in `on_policy`."""
+    pretraining: PretrainingConfig | None = None
+    """L_PT; `null`: none."""
+
+    @property
+    def reads_completions(self) -> bool:
+        """The data's prompts suffice."""
+        return False
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "MiniLLMConfig":
+        if isinstance(self.support, Sampled) or (isinstance(self.support, Logprob) and self.single_step):
+            raise ValueError(
+                f"minillm cannot take its single-step part, a reverse KL, from support '{self.support.kind}'; use "
+                "'topk', 'requested' or 'hidden'"
+            )
+        if self.form == "lmops" and not self.length_norm:
+            raise ValueError("form 'lmops' always divides returns by their length; use form 'paper'")
+        return self
+
+
+MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.methods import MatchingConfig, MethodConfig, OnPolicyConfig
+from rayk.config.methods import MethodConfig, MiniLLMConfig, OnPolicyConfig, TaughtConfig
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
@@ -51,7 +51,7 @@ class RunConfig(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: two share a name ({', '.join(names)})")
         wanted = getattr(self.method, "teacher", None)
-        if isinstance(self.method, MatchingConfig) and not names:
+        if isinstance(self.method, TaughtConfig) and not names:
             raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
             raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
@@ -59,7 +59,7 @@ class RunConfig(Settings):
         self._signals_can_be_had()
         self._completions_can_be_written()
         for teacher in self.teachers:
-            if isinstance(self.method, MatchingConfig) and not teacher.attach and wanted in (None, teacher.name):
+            if isinstance(self.method, TaughtConfig) and not teacher.attach and wanted in (None, teacher.name):
                 try:
                     check_engine_gives(teacher.engine, self.method.support)
                 except ValueError as error:
@@ -95,7 +95,7 @@ class RunConfig(Settings):
             asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if isinstance(self.method, MatchingConfig) and not asked:
+        if isinstance(self.method, TaughtConfig) and not asked:
             asked = [self.method.teacher or self.teachers[0].name]
         for teacher in self.teachers:
             if teacher.name in asked and not teacher.gives_signals:
@@ -106,12 +106,21 @@ class RunConfig(Settings):
                 )
 
     def _completions_can_be_written(self) -> None:
-        if not isinstance(self.method, OnPolicyConfig):
+        if not isinstance(self.method, OnPolicyConfig | MiniLLMConfig):
             if self.rollouts is not None:
                 raise ValueError(f"rollouts is set, but method '{self.method.kind}' samples nothing; leave it out")
             return
-        if self.rollouts is None:
-            object.__setattr__(self, "rollouts", WorkerRollouts())
+        rollouts = self.rollouts or WorkerRollouts()
+        object.__setattr__(self, "rollouts", rollouts)
+        sampled_plainly = (rollouts.temperature, rollouts.top_p, rollouts.top_k) == (1.0, 1.0, 0)
+        if not sampled_plainly and (isinstance(self.method, MiniLLMConfig) or self.method.form == "policy"):
+            raise ValueError(
+                f"{self.method.kind}'s policy gradient holds for completions sampled at temperature 1 without "
+                "truncation; leave rollouts.temperature, top_p and top_k out"
+            )
+        if isinstance(self.method, MiniLLMConfig):
+            self._completions_can_be_mixed(self.method)
+            return
         if self.method.adaptive and not (self.data.evaluation and self.evaluation.every_steps):
             raise ValueError(
                 "method.adaptive needs to know the evaluation loss; set data.evaluation and evaluation.every_steps"
@@ -125,6 +134,25 @@ class RunConfig(Settings):
             raise ValueError(
                 f"method.teacher_written: teacher '{written_by.name}' has a prompt_template, and what it writes after "
                 "its own prompt is not what it says about the student's; set one of the two aside"
+            )
+
+    def _completions_can_be_mixed(self, method: MiniLLMConfig) -> None:
+        if method.minibatches * max(1, self.training.workers) > self.training.batch_size:
+            raise ValueError(
+                f"method.minibatches ({method.minibatches}) for each of training.workers ({self.training.workers}) "
+                f"need as many rows, but training.batch_size is {self.training.batch_size}; raise it"
+            )
+        if not method.teacher_share:
+            return
+        if self.ensemble or self.route:
+            raise ValueError(
+                "method.teacher_share needs one teacher to write with, but 'ensemble' or 'route' is set; set it to 0"
+            )
+        writer = next(teacher for teacher in self.teachers if teacher.name == self.compared_teacher)
+        if writer.prompt_template is not None or (writer.engine.kind != "transformers" and not writer.attach):
+            raise ValueError(
+                f"method.teacher_share: teacher '{writer.name}' cannot write together with the student; it needs "
+                "engine kind 'transformers' and no prompt_template, or set method.teacher_share to 0"
             )
 
     @property

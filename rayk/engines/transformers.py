@@ -286,6 +286,13 @@ class _StopStrings:
         return torch.tensor([row in self.lengths for row in range(len(texts))], device=input_ids.device)
 
 
+def end_ids(model, tokenizer) -> list[int]:
+    """The tokens that end a text: what the model's generation settings say, else the tokenizer."""
+    own = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if own is None else own
+    return [int(each) for each in np.atleast_1d([] if ends is None else ends)]
+
+
 def generate(
     model, vocab_size: int, tokenizer, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
 ) -> list[Generated]:
@@ -299,11 +306,10 @@ def generate(
         ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
         mask[row, longest - len(prompt) :] = 1
     own = model.generation_config
-    eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
-    ends = np.atleast_1d([] if eos is None else eos)
+    ends = end_ids(model, tokenizer)
     settings = GenerationConfig(
-        max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos,
-        pad_token_id=int(ends[0]) if len(ends) else 0,
+        max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
     )  # fmt: skip
     sampler = _SeededSampler(parameters, seeds, vocab_size)
     stops = _StopStrings(parameters.stop, tokenizer, longest) if parameters.stop else None

@@ -2,9 +2,10 @@
 
 from rayk.methods.base import Experience, Loss, Method
 from rayk.methods.logit_kd import LogitKD
+from rayk.methods.minillm import MiniLLM
 from rayk.methods.on_policy import OnPolicy
 from rayk.methods.supervised import Supervised
 
-METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD, OnPolicy)}
+METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD, OnPolicy, MiniLLM)}
 
-__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "OnPolicy", "Supervised"]
+__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "MiniLLM", "OnPolicy", "Supervised"]

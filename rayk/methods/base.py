@@ -2,7 +2,7 @@
 says what is learned from it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -34,6 +34,10 @@ class Experience:
 
     batch: Batch
     signals: SignalBatch | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a method has made of each counted token, [counted tokens] each."""
+    beside: "Experience | None" = None
+    """Learned from in the same update, its loss averaged over its own units."""
     skipped: int = 0
     """Rows left out, since nothing could be learned from what was said about them."""
 
@@ -43,13 +47,20 @@ class Experience:
         return self.batch.counted_tokens
 
     def select(self, rows: list[int]) -> "Experience":
+        tokens = torch.cat([torch.arange(*self.batch.offsets[row : row + 2].tolist()) for row in rows])
         return replace(
-            self, batch=self.batch.select(rows), signals=None if self.signals is None else self.signals.select(rows)
+            self,
+            batch=self.batch.select(rows),
+            signals=None if self.signals is None else self.signals.select(rows),
+            columns={name: column[tokens] for name, column in self.columns.items()},
         )
 
     def to(self, device: torch.device | str) -> "Experience":
         return replace(
-            self, batch=self.batch.to(device), signals=None if self.signals is None else self.signals.to(device)
+            self,
+            batch=self.batch.to(device),
+            signals=None if self.signals is None else self.signals.to(device),
+            columns={name: column.to(device) for name, column in self.columns.items()},
         )
 
 
@@ -88,6 +99,10 @@ class Method(ABC):
         """
         return batch
 
+    async def prepare_pretraining(self, batch: Batch) -> Experience:
+        """Rows of plain text to what stands beside an experience, for methods whose settings name such rows."""
+        raise NotImplementedError(f"{self.kind} learns from no text beside its rows")
+
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:
         """Rows to experience: asks teachers. Runs ahead of the training step, on the background event loop.
@@ -96,6 +111,18 @@ class Method(ABC):
             UnusableSignal: nothing can be learned from some rows; where the settings say so, the caller leaves them out
                 and prepares the rest.
         """
+
+    def together(self, experience: Experience, sums: Callable[[list[float]], list[float]]) -> Experience:
+        """The experience with what takes all workers to know; by default as it is. Runs on every worker at once.
+
+        Args:
+            sums: each number summed over the workers.
+        """
+        return experience
+
+    def updates(self, experience: Experience, seed: int) -> Iterable[Experience]:
+        """What each optimiser update of the step learns from, as many on every worker; by default one, from all."""
+        return [experience]
 
     @abstractmethod
     def loss(self, student: Student, experience: Experience) -> Loss:

@@ -10,6 +10,9 @@ the data's rows alone (λ = 0) this is `logit_kd`; with forward KL and λ in bet
 Reverse KL and Jensen–Shannon put their weight where the student has mass: support `requested` asks the teacher about
 the student's likeliest ids as well as its own (ALGORITHMS §22), `hidden` about all.
 
+With `form: policy` the loss is a policy gradient instead (Thinking Machines, 2025): each token's reward is log p(y_t) −
+log q(y_t), seen by itself. Its expected gradient, given the prefix, is reverse KL's; its noise is not.
+
 With `adaptive`, λ is DistiLLM's φ (`rayk.rollouts.adaptive`): with probability φ·(1 − progress) the student writes a
 new completion, else, with probability φ in all, one from its buffer is learned from again; until the buffer is full it
 always writes a new one.
@@ -21,17 +24,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from rayk.config import OnPolicyConfig
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
 from rayk.engines.batching import gather
-from rayk.losses import linear_divergence
+from rayk.losses import linear_cross_entropy, linear_divergence, log_ratio_policy_loss
 from rayk.methods.base import Experience, Loss, Method, Student
-from rayk.rollouts import Policy, completed
+from rayk.rollouts import Policy, Rollout, completed, with_own_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 from rayk.sequences import Sequence
-from rayk.support import Requested
 from rayk.teachers import Scorer, Teacher
 
 
@@ -65,18 +68,32 @@ class OnPolicy(Method):
         )
         for row, sequence in {**replayed, **written[0], **written[1]}.items():
             rows[row] = sequence
-        if isinstance(self.settings.support, Requested):
-            ids = await self.policy.top_ids(rows, self.settings.requested_ids)
-            rows = [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
+        if self.settings.form == "policy":
+            logprobs = await self.policy.logprobs(rows)
+            rows = [replace(_rollout(row), logprobs=own) for row, own in zip(rows, logprobs, strict=True)]
+        rows = await with_own_ids(self.policy, rows, self.settings.support, self.settings.requested_ids)
         return collate(rows, batch.pad_id)
 
     async def prepare(self, batch: Batch) -> Experience:
         assert self.teacher is not None
-        return Experience(batch, await self.teacher.ascore(batch, self.settings.support))
+        signals = await self.teacher.ascore(batch, self.settings.support)
+        columns = {}
+        if self.settings.form == "policy":
+            columns["rollout_logprobs"] = torch.from_numpy(
+                np.concatenate([_rollout(row).logprobs for row in batch.sequences])
+            )
+        return Experience(batch, signals, columns)
 
     def loss(self, student: Student, experience: Experience) -> Loss:
         settings, batch = self.settings, experience.batch
         assert experience.signals is not None
+        if settings.form == "policy":
+            own, theirs = experience.columns["rollout_logprobs"], experience.signals.target_logprobs
+            # Padding is never drawn, so it is no part of q (see `rayk.methods.minillm`).
+            head = student.head.first(experience.signals.vocab_size)
+            cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
+            per_token = log_ratio_policy_loss(-cross_entropy, own, theirs, clip=settings.ratio_clip)
+            return Loss(per_token, {"cross_entropy": cross_entropy, "log_ratio": own - theirs})
         divergence, cross_entropy = linear_divergence(
             student.hidden(batch),
             student.head,
@@ -146,6 +163,11 @@ class OnPolicy(Method):
 def _lots(seed: int) -> np.ndarray:
     """A row's lots, [3] in [0, 1); not of the stream of the row's own tokens, whose seed it is."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(3)
+
+
+def _rollout(row: Sequence) -> Rollout:
+    assert isinstance(row, Rollout)
+    return row
 
 
 def _example(row: Sequence) -> Example:

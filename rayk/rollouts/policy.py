@@ -2,23 +2,28 @@
 
 import asyncio
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ordered
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rayk.config import RolloutConfig
-from rayk.data.batches import collate, micro_batches, pad_id_of
+from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
 from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import generate
+from rayk.engines.transformers import end_ids, generate
+from rayk.losses import importance_log_weights, linear_cross_entropy
 from rayk.models import DTYPES, CausalLM, final_hidden, head_of, real_vocab_size
+from rayk.rollouts.teacher_mixed import MixedRollout, Verify, sample_teacher_mixed
 from rayk.sequences import Sequence
+from rayk.speculative import MixedSampling
+from rayk.support import Requested, Support
 
 _CHUNK_ELEMENTS = 1 << 23
 _REPEATED_TOKENS = 4
@@ -34,11 +39,18 @@ class Rollout(Example):
         logprobs: float32 [counted tokens], nats, under the policy at temperature 1 without truncation.
         finish_reason: 'stop' (it wrote an end token) or 'length' (it was cut).
         version: optimiser steps behind the weights that wrote it.
+        log_weights: float32 [counted tokens], log q/p̃ of each, p̃ the mixture it was drawn from; None where the policy
+            wrote alone.
+        teacher_calls: how often the teacher was asked while it was written.
+        acceptance: of the tokens the policy proposed to the teacher, the share that stayed; 1 where it wrote alone.
     """
 
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     finish_reason: str = "stop"
     version: int = 0
+    log_weights: np.ndarray | None = None
+    teacher_calls: int = 0
+    acceptance: float = 1.0
 
     @property
     def completion_ids(self) -> np.ndarray:
@@ -65,9 +77,20 @@ class Policy(Protocol):
         """One completion a row, in order, after the row's prompt; equal seeds and weights, equal text."""
         ...
 
+    async def generate_mixed(
+        self, prompts: Ordered[Example], verify: Verify, sampling: MixedSampling, seeds: Ordered[int]
+    ) -> list[Rollout]:
+        """As `generate`, every token drawn from teacher and policy mixed (`rayk.rollouts.teacher_mixed`)."""
+        ...
+
     async def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
         """The policy's `k` likeliest ids (fewer of a smaller vocabulary) at each counted position of each sequence,
         int32 [counted tokens, k]."""
+        ...
+
+    async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
+        """log q of each sequence's counted tokens among the real ones, float32 [counted tokens], as a training step
+        computes it; what a sampler says differs from that by rounding."""
         ...
 
     def update(self, version: int) -> None:
@@ -109,9 +132,45 @@ class WorkerPolicy:
         """See `Policy`."""
         return await self._run(self._generate, prompts, parameters, seeds)
 
+    async def generate_mixed(
+        self, prompts: Ordered[Example], verify: Verify, sampling: MixedSampling, seeds: Ordered[int]
+    ) -> list[Rollout]:
+        """See `Policy`."""
+        with self._evaluating():
+            written = await sample_teacher_mixed(
+                self._model, verify, [prompt.prompt_ids for prompt in prompts], seeds, sampling,
+                vocab_size=self._vocab_size, ends=end_ids(self._model, self._tokenizer), computing=self._autocast,
+            )  # fmt: skip
+
+        def log_weights(each: MixedRollout) -> np.ndarray:
+            sides = (torch.from_numpy(side) for side in (each.student_logprobs, each.teacher_logprobs))
+            return importance_log_weights(*sides, sampling.alpha).numpy()
+
+        return [
+            Rollout(
+                **vars(completed(prompt, each.token_ids)), logprobs=each.student_logprobs, version=self.version,
+                finish_reason=each.finish_reason, log_weights=log_weights(each), teacher_calls=each.calls,
+                acceptance=each.acceptance,
+            )
+            for prompt, each in zip(prompts, written, strict=True)
+        ]  # fmt: skip
+
     async def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
-        return await self._run(self._top_ids, sequences, min(k, self._vocab_size))
+
+        def likeliest(hidden: Tensor, batch: Batch) -> Tensor:
+            head = head_of(self._model)
+            parts = hidden.split(max(1, _CHUNK_ELEMENTS // head.vocab_size))
+            kept = min(k, self._vocab_size)
+            return torch.cat(
+                [head.logits(part)[:, : self._vocab_size].topk(kept, dim=1).indices for part in parts]
+            ).int()
+
+        return await self._run(self._of_positions, sequences, likeliest)
+
+    async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
+        """See `Policy`."""
+        return await self._run(self._of_positions, sequences, self._target_logprobs)
 
     def update(self, version: int) -> None:
         """See `Policy`; nobody may be generating."""
@@ -121,23 +180,25 @@ class WorkerPolicy:
 
     async def _run(self, work, *arguments):
         def quietly():
-            with self._quiet():
+            # Not inference mode: buffers that a forward makes would be of no use to the backward of a later step.
+            with self._evaluating(), torch.no_grad(), self._autocast():
                 return work(*arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, quietly)
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Without gradients or dropout; the model that learns goes on learning afterwards."""
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout; the model that learns goes on learning afterwards."""
         training = self._model.training
         self._model.eval()
-        device = self._model.device.type
         try:
-            # Not inference mode: buffers that a forward makes would be of no use to the backward of a later step.
-            with torch.no_grad(), torch.autocast(device, self._compute_dtype, self._compute_dtype != torch.float32):
-                yield
+            yield
         finally:
             self._model.train(training)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Products as in training; holds for the thread it is entered on."""
+        return torch.autocast(self._model.device.type, self._compute_dtype, self._compute_dtype != torch.float32)
 
     def _generate(
         self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
@@ -156,27 +217,40 @@ class WorkerPolicy:
                 )
         return [rollouts[row] for row in range(len(prompts))]
 
-    def _top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
-        head, found = head_of(self._model), dict[int, np.ndarray]()
-        chunk = max(1, _CHUNK_ELEMENTS // head.vocab_size)
+    def _of_positions(self, sequences: Ordered[Sequence], read: Callable[[Tensor, Batch], Tensor]) -> list[np.ndarray]:
+        """What `read` makes of the hidden states at each sequence's counted positions, [counted tokens, ...] each."""
+        found = dict[int, np.ndarray]()
         for rows in micro_batches([len(sequence) for sequence in sequences], self._batch_tokens):
             batch = collate([sequences[row] for row in rows], pad_id_of(self._tokenizer)).to(self._model.device)
             hidden = batch.counted(final_hidden(self._model, batch.input_ids, batch.attention_mask))
-            ids = [head.logits(part)[:, : self._vocab_size].topk(k, dim=1).indices for part in hidden.split(chunk)]
-            cuts = batch.offsets[1:-1].tolist()
-            found |= zip(rows, np.split(torch.cat(ids).int().cpu().numpy(), cuts), strict=True)
+            values = read(hidden.to(self._compute_dtype), batch).cpu().numpy()
+            found |= zip(rows, np.split(values, batch.offsets[1:-1].tolist()), strict=True)
         return [found[row] for row in range(len(sequences))]
+
+    def _target_logprobs(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return -linear_cross_entropy(hidden, head_of(self._model).first(self._vocab_size), batch.targets)
+
+
+async def with_own_ids(policy: Policy, rows: list[Sequence], support: Support, count: int) -> list[Sequence]:
+    """`rows`, and, where `support` has the teacher asked about named ids, the policy's `count` likeliest at each
+    counted position."""
+    if not isinstance(support, Requested):
+        return rows
+    ids = await policy.top_ids(rows, count)
+    return [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
 
 
 def summarise(rollouts: Ordered[Rollout], version: int) -> dict[str, float]:
     """Sums over `rollouts`, for the metrics of the step that learns from them at `version`: their number, completion
-    tokens, how many wrote an end token, shares of repeated 4-grams, and staleness."""
+    tokens, how many wrote an end token, shares of repeated 4-grams, staleness, the teacher's part in them."""
     return {
         "rollouts": len(rollouts),
         "rollout_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
         "rollout_stopped": sum(rollout.finish_reason == "stop" for rollout in rollouts),
         "rollout_repetition": sum(repetition(rollout.completion_ids) for rollout in rollouts),
         "rollout_staleness": sum(version - rollout.version for rollout in rollouts),
+        "rollout_teacher_calls": sum(rollout.teacher_calls for rollout in rollouts),
+        "rollout_acceptance": sum(rollout.acceptance for rollout in rollouts),
     }
 
 

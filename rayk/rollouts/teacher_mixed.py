@@ -10,8 +10,11 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from collections.abc import Sequence as Ordered
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +83,7 @@ class MixedRollout:
 async def sample_teacher_mixed(
     model: CausalLM, verify: Verify, prompts: Ordered[np.ndarray], seeds: Ordered[int], sampling: MixedSampling, *,
     vocab_size: int, ends: Collection[int] = (), batch_size: int = 64, draft_length: DraftLength | None = None,
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[MixedRollout]:  # fmt: skip
     """Continue `prompts` from αp + (1−α)q; a rollout each, in order.
 
@@ -95,6 +99,7 @@ async def sample_teacher_mixed(
         ends: token ids that end a sequence.
         batch_size: how many sequences are drafted at a time; as many again are being verified.
         draft_length: how many tokens are drafted at a time; by default as suits the acceptance.
+        computing: entered, on the thread that computes, whenever the student does: its autocast.
 
     Raises:
         InputError: a student that cannot draft, an empty prompt, no room for `max_new_tokens`.
@@ -107,28 +112,32 @@ async def sample_teacher_mixed(
         _Row(place, Continuation(np.asarray(prompt, np.int32), int(seed), sampling, frozenset(ends)))
         for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    length = draft_length or DraftLength()
-    waiting = deque(rows)
-    computing = asyncio.Lock()
-    batch_size = min(batch_size, -(-len(rows) // _LANES))
+    turn = asyncio.Lock()
 
-    async def lane() -> None:
+    def student(work: Callable[..., None], *arguments: Any) -> None:
+        # Not inference mode: buffers that a forward makes would be of no use to the backward of a later step.
+        with torch.no_grad(), computing():
+            work(*arguments)
+
+    # Lanes share nothing, so that whose answer comes first does not decide who is computed with whom.
+    async def lane(waiting: deque[_Row], length: DraftLength) -> None:
         mine: list[_Row] = []
         while mine or waiting:
             while waiting and len(mine) < batch_size:
                 mine.append(waiting.popleft())
             fresh = [row for row in mine if not row.text.open]
             if fresh:
-                async with computing:
-                    await asyncio.to_thread(drafter.draft, fresh, length.tokens)
+                async with turn:
+                    await asyncio.to_thread(student, drafter.draft, fresh, length.tokens)
             verdicts = await verify([row.text.question() for row in mine])
             before = _tested(mine)
-            async with computing:
-                await asyncio.to_thread(drafter.settle, mine, verdicts)
+            async with turn:
+                await asyncio.to_thread(student, drafter.settle, mine, verdicts)
             length.observe(*(_tested(mine) - before))
             mine = [row for row in mine if not row.text.finish_reason]
 
-    await gather(lane() for _ in range(_LANES))
+    lanes = [deque(rows[start::_LANES]) for start in range(_LANES)]
+    await gather(lane(waiting, copy(draft_length or DraftLength())) for waiting in lanes)
     return [_rollout(row.text) for row in rows]
 
 
@@ -155,7 +164,6 @@ class _Drafter:
         self._vocab_size = vocab_size
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
 
-    @torch.inference_mode()
     def draft(self, rows: list[_Row], tokens: int) -> None:
         """Propose up to `tokens` more tokens of each row, to an end token at most."""
         device = self._model.device
@@ -200,7 +208,6 @@ class _Drafter:
             batch = Batch(self._model, batch.key_values())
         return batch, hidden[torch.arange(len(rows), device=device), counts - 1]
 
-    @torch.inference_mode()
     def settle(self, rows: list[_Row], verdicts: list[Verdict]) -> None:
         """Take the verdicts in, and roll back what was read of discarded tokens."""
         if broken := [row.place for row, verdict in zip(rows, verdicts, strict=True) if _unusable(verdict)]:

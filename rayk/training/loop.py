@@ -50,6 +50,7 @@ class Job:
     """The Serve application of each teacher."""
     train_table: Any
     evaluation_table: Any
+    pretraining_table: Any = None
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
@@ -183,7 +184,10 @@ class Trainer:
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))
         self.sampler = BatchSampler(self.table.lengths, self.settings.batch_size, config.seed, self.total_steps)
         pad_id = pad_id_of(self.tokenizer)
-        self.supply = Supply(config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world)
+        beside = None if job.pretraining_table is None else ExampleTable(_fetched(job.pretraining_table))
+        self.supply = Supply(
+            config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world, pretraining=beside
+        )
         self.store = CheckpointStore(job.checkpoints)
         self.step = 0
         self._restore()
@@ -253,17 +257,44 @@ class Trainer:
         waited = time.perf_counter() - began
         self.ranks.agree(problem)
         assert prepared is not None
-        experience = prepared.experience
+        experience = self.method.together(prepared.experience, self.ranks.sums)
         lengths = [len(sequence) for sequence in experience.batch.sequences]
         count, tokens, skipped, cached = self.ranks.sums(
             [experience.count, sum(lengths), experience.skipped, self._newly_cached()]
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
-        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, step, self.ranks.rank]).generate_state(1)[0]))
-        sums = self._backward(experience, lengths, count)
-        names = sorted(sums)
-        totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
+        seed = int(np.random.SeedSequence([self.config.seed, step, self.ranks.rank]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        updates = [self._update(step, part) for part in self.method.updates(experience, seed)]
+        self.method.on_step(step + 1)
+        seconds = time.perf_counter() - began
+        return {
+            "step": step + 1,
+            "epoch": (step + 1) * self.settings.batch_size / len(self.table),
+            **_mean_over(updates),
+            "learning_rate": learning_rate_at(step, self.total_steps, self.settings),
+            "tokens": int(tokens),
+            "counted_tokens": int(count),
+            "skipped_rows": int(skipped),
+            "cached_tokens": int(cached),
+            "tokens_per_second": tokens / seconds,
+            "teacher_wait_seconds": waited,
+            "step_seconds": seconds,
+            **self._of_rollouts(prepared, step),
+        }
+
+    def _update(self, step: int, experience: Experience) -> tuple[float, dict[str, float]]:
+        """One optimiser update; how many units it learned from, and the means over them. What stands beside them is
+        averaged over its own units, and added."""
+        means: dict[str, float] = {}
+        parts = [part for part in (experience, experience.beside) if part is not None]
+        counts = self.ranks.sums([part.count for part in parts])
+        for part, count in zip(parts, counts, strict=True):
+            sums = self._backward(part, [len(sequence) for sequence in part.batch.sequences], count)
+            names = sorted(sums)
+            totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
+            means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         self.ranks.agree(
             None
@@ -274,23 +305,7 @@ class Trainer:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.method.on_step(step + 1)
-        seconds = time.perf_counter() - began
-        return {
-            "step": step + 1,
-            "epoch": (step + 1) * self.settings.batch_size / len(self.table),
-            **{name: total / max(count, 1) for name, total in totals.items()},
-            "learning_rate": learning_rate_at(step, self.total_steps, self.settings),
-            "gradient_norm": float(norm),
-            "tokens": int(tokens),
-            "counted_tokens": int(count),
-            "skipped_rows": int(skipped),
-            "cached_tokens": int(cached),
-            "tokens_per_second": tokens / seconds,
-            "teacher_wait_seconds": waited,
-            "step_seconds": seconds,
-            **self._of_rollouts(prepared, step),
-        }
+        return counts[0], {**means, "gradient_norm": float(norm)}
 
     def _of_rollouts(self, prepared: Prepared, step: int) -> dict[str, float]:
         """Means over what the policy wrote for this step, and this rank's seconds for it (ahead of the step)."""
@@ -382,6 +397,14 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> f
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
     return settings.learning_rate * (settings.final_learning_rate + (1 - settings.final_learning_rate) * share)
+
+
+def _mean_over(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each number, weighted by the units of its update."""
+    if len(updates) == 1:
+        return updates[0][1]
+    whole = max(sum(count for count, _ in updates), 1)
+    return {name: sum(count * means[name] for count, means in updates) / whole for name in updates[0][1]}
 
 
 def _decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:

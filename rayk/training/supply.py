@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rayk.config import RunConfig
+from rayk.config import MiniLLMConfig, RunConfig
 from rayk.data.batches import Batch, BatchSampler, collate
 from rayk.data.examples import ExampleTable
 from rayk.errors import RunFailed, UnusableSignal
@@ -39,11 +39,17 @@ class Supply:
 
     def __init__(
         self, config: RunConfig, method: Method, policy: Policy | None, table: ExampleTable, sampler: BatchSampler,
-        pad_id: int, rank: int, world: int,
+        pad_id: int, rank: int, world: int, pretraining: ExampleTable | None = None,
     ):  # fmt: skip
         self._config, self._method, self._policy = config, method, policy
         self._table, self._sampler, self._pad_id = table, sampler, pad_id
         self._rank, self._world = rank, world
+        self._pretraining = pretraining
+        if pretraining is not None:
+            assert isinstance(config.method, MiniLLMConfig) and config.method.pretraining is not None
+            size = config.method.pretraining.batch_size or config.training.batch_size
+            # Of a seed of its own: its rows are not to come in the order of the others'.
+            self._pretraining_sampler = BatchSampler(pretraining.lengths, size, config.seed + 1, sampler.steps)
         self._max_staleness = config.rollouts.max_staleness if config.rollouts else 0
         self._sampled: dict[int, Batch] = {}
         """By step; those kept of a checkpoint, and, since their weights will be gone, those of steps to come."""
@@ -101,22 +107,27 @@ class Supply:
     async def _prepared(self, step: int) -> Prepared:
         batch, generate_seconds = self._sampled.get(step), 0.0
         if batch is None and self._gate is None:
-            batch = self._rows(step)
+            batch = self._rows(step, self._table, self._sampler)
         elif batch is None:
             assert self._gate is not None
             async with self._gate.turn(step):
                 began = time.perf_counter()
                 progress = step / self._sampler.steps
-                batch = await self._method.sample(self._rows(step), self._seeds(step), progress)
+                rows = self._rows(step, self._table, self._sampler)
+                batch = await self._method.sample(rows, self._seeds(step), progress)
                 self._sampled[step] = batch
                 generate_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        experience = await self._prepare(batch)
+        experience = await self._prepare(self._method.prepare, batch)
+        if self._pretraining is not None:
+            text = self._rows(step, self._pretraining, self._pretraining_sampler)
+            beside = await self._prepare(self._method.prepare_pretraining, text)
+            experience = replace(experience, beside=beside, skipped=experience.skipped + beside.skipped)
         return Prepared(experience, generate_seconds, time.perf_counter() - began)
 
-    def _rows(self, step: int) -> Batch:
-        rows = self._sampler.share(step, self._rank, self._world)
-        return collate([self._table[int(row)] for row in rows], self._pad_id)
+    def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
+        rows = sampler.share(step, self._rank, self._world)
+        return collate([table[int(row)] for row in rows], self._pad_id)
 
     def _seeds(self, step: int) -> list[int]:
         """One a row, of the run's seed, the step and the row's place in it: the same whichever rank has the row."""
@@ -124,9 +135,9 @@ class Supply:
         keys = ([self._config.seed, step, int(place)] for place in places)
         return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
 
-    async def _prepare(self, batch: Batch) -> Experience:
+    async def _prepare(self, prepare: Callable[[Batch], Awaitable[Experience]], batch: Batch) -> Experience:
         try:
-            return await self._method.prepare(batch)
+            return await prepare(batch)
         except UnusableSignal as error:
             usable = [row for row in range(batch.rows) if row not in error.rows]
             if self._config.training.unusable_rows == "stop":
@@ -134,5 +145,5 @@ class Supply:
             if not usable:
                 raise RunFailed(f"{error} No row of the step is left.") from error
             logger.warning("%s Left out, with %d rows in all.", error, len(error.rows))
-            rest = await self._prepare(batch.select(usable))
+            rest = await self._prepare(prepare, batch.select(usable))
             return replace(rest, skipped=rest.skipped + len(error.rows))

@@ -30,7 +30,10 @@ def train(job: Job) -> Outcome:
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would announce its local mode
         trainer = TorchTrainer(lambda: train_worker(job), scaling_config=ScalingConfig(num_workers=0))
         return _checked(trainer.fit().return_value)
-    shared = replace(job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table))
+    shared = replace(
+        job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table),
+        pretraining_table=_put(job.pretraining_table),
+    )  # fmt: skip
     gpus = gpus_each(settings.resources.num_gpus)
     trainer = TorchTrainer(
         lambda given: train_worker(given["job"]),

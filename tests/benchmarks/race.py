@@ -81,9 +81,11 @@ def save_models(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def train(
     folder: Path, run: str, rows: int, steps: int, threads: tuple[int, int], *, teacher_dtype: str = "float32",
-    precision: str = "float32", cache: Path | None = None,
+    precision: str = "float32", cache: Path | None = None, method: dict[str, Any] | None = None,
+    rollouts: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """`steps` steps of top-64 logit KD over the first `rows` rows of `folder`; the run's metrics, a row a step."""
+    """`steps` steps of `method` (top-64 logit KD) over the first `rows` rows of `folder`; the run's metrics, a row a
+    step."""
     config = {
         "output": str(folder / run),
         "teachers": [
@@ -92,7 +94,8 @@ def train(
         ],
         "student": {"model": str(folder / "student")},
         "data": {"train": {"path": str(folder / "rows.jsonl"), "rows": rows}},
-        "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": K}},
+        "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": K}} | (method or {}),
+        "rollouts": rollouts,
         "training": {
             "workers": 1, "steps": steps, "batch_size": BATCH, "learning_rate": 1e-4, "schedule": "constant",
             "precision": precision, "threads": threads[1], "checkpoint_every_steps": 10_000, "prefetch": 3,
@@ -127,13 +130,13 @@ def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, i
     }
 
 
-def theirs(folder: Path, python: str, race: str, steps: int, threads: int) -> float:
-    """One run of TRL: tokens a second in steady state."""
+def theirs(folder: Path, python: str, race: str, steps: int, threads: int, **more: float) -> float:
+    """One run of TRL: tokens a second in steady state. `more`: settings of `race_trl`."""
     teacher_dtype, precision = RACES[race]
     given = {
         "teacher": str(folder / "teacher"), "student": str(folder / "student"), "rows": str(folder / "rows.jsonl"),
         "teacher_dtype": teacher_dtype, "precision": precision, "steps": steps, "batch_size": BATCH, "threads": threads,
-        "output": str(folder / "theirs"),
+        "output": str(folder / "theirs"), "lmbda": 0.0, "max_new_tokens": 128, **more,
     }  # fmt: skip
     (folder / "given.json").write_text(json.dumps(given))
     script = Path(__file__).with_name("race_trl.py")

@@ -1,4 +1,5 @@
-"""The peer's side of tests.benchmarks.race, run in an environment that has TRL: off-policy GKD in one process.
+"""The peer's side of tests.benchmarks.race and on_policy, run in an environment that has TRL: GKD in one process, with
+`lmbda` 0 on the rows' completions and forward KL, with 1 on what the student writes and reverse KL.
 
 python race_trl.py SETTINGS.json      prints a line of JSON: [[non-pad tokens, seconds] of each step]
 """
@@ -26,7 +27,9 @@ collate, batches, steps = DataCollatorForChatML(tokenizer=tokenizer, max_length=
 
 def counting(examples):
     batch = collate(examples)
-    batches.append(int(batch["attention_mask"].sum()))
+    own = given["lmbda"] == 1  # the student writes the completions, as good as always to the limit with random weights
+    tokens = int(batch["prompt_attention_mask" if own else "attention_mask"].sum())
+    batches.append(tokens + own * given["max_new_tokens"] * len(examples))
     return batch
 
 
@@ -41,7 +44,8 @@ class Clock(TrainerCallback):
 
 
 arguments = GKDConfig(
-    output_dir=given["output"], lmbda=0.0, beta=0.0, max_length=1024, per_device_train_batch_size=given["batch_size"],
+    output_dir=given["output"], lmbda=given["lmbda"], beta=given["lmbda"], temperature=1.0,
+    max_new_tokens=given["max_new_tokens"], max_length=1024, per_device_train_batch_size=given["batch_size"],
     max_steps=given["steps"], learning_rate=1e-4, lr_scheduler_type="constant", save_strategy="no", report_to=[],
     logging_steps=given["steps"], use_cpu=True, bf16=given["precision"] == "bfloat16", disable_tqdm=True,
     gradient_checkpointing=False,

@@ -1,14 +1,17 @@
-"""Our service against vLLM's own OpenAI server with `prompt_logprobs`: tokens a second and bytes a token.
+"""Our service against vLLM's own OpenAI server, and `ray.serve.llm`, with `prompt_logprobs`: tokens a second and bytes
+a token.
 
     python -m tests.benchmarks.vllm_server [--k 1,16,64] [--rounds 3]
 
 Same model, rows and cores; every position counts; what arrives is unpacked into tensors on both sides. The server is
-asked for several rows at a time through httpx, as fast as it answers, and so is the service.
+asked for several rows at a time through httpx2, as fast as it answers, and so is the service. The row of
+`ray.serve.llm` needs two packages that nothing else here does: `pip install httpx python-multipart`.
 """
 
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import statistics
@@ -27,7 +30,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 import httpx2  # noqa: E402
 import numpy as np  # noqa: E402
+from ray import serve  # noqa: E402
 
+from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import TeacherConfig  # noqa: E402
 from rayk.sequences import Sequence  # noqa: E402
 from rayk.support import Logprob, TopK  # noqa: E402
@@ -36,7 +41,7 @@ from tests.benchmarks.machine import machine  # noqa: E402
 from tests.benchmarks.service import make_rows  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
-VOCAB, PORT, ROWS_A_REQUEST, IN_FLIGHT = 8_192, 18765, 4, 4
+VOCAB, PORT, SERVE_PORT, ROWS_A_REQUEST, IN_FLIGHT = 8_192, 18765, 18766, 4, 4
 
 
 def make_teacher(folder: str) -> None:
@@ -75,6 +80,29 @@ def vllm_server(folder: str) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
+
+
+@contextlib.contextmanager
+def serve_llm(folder: str) -> Iterator[str]:
+    """The same vLLM behind `ray.serve.llm`, on the Ray that is running; its address."""
+    from ray import serve
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "teacher", "model_source": folder},
+        accelerator_config={"kind": "cpu"}, log_engine_metrics=False,
+        engine_kwargs={
+            "dtype": "float32", "enforce_eager": True, "max_logprobs": -1, "disable_log_stats": True,
+            "enable_chunked_prefill": False, "kv_cache_memory_bytes": 1 << 30,
+        },
+        deployment_config={"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.2}},
+        runtime_env={"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}},
+    )  # fmt: skip
+    serve.run(build_openai_app({"llm_configs": [config]}), name="serve.llm")
+    try:
+        yield f"http://127.0.0.1:{SERVE_PORT}"
+    finally:
+        serve.delete("serve.llm")
 
 
 async def ask_server(address: str, rows: list[Sequence], k: int) -> int:
@@ -144,19 +172,24 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         make_teacher(folder)
+        start_ray(4)
+        serve.start(proxy_location="HeadOnly", http_options={"port": SERVE_PORT})
         teachers = {}
         for engine in given.engines.split(","):
             # The transformers engine is given both cores, as vLLM takes them.
             settings = {"kind": engine, "dtype": "float32"} | ({"threads": 2} if engine == "transformers" else {})
             config = TeacherConfig(name=engine, model=folder, engine=settings, resources={"num_cpus": 0.5})
             teachers[engine] = stack.enter_context(serve_teacher(config))
-        address = stack.enter_context(vllm_server(folder))
+        servers = {"server": stack.enter_context(vllm_server(folder))}
+        if importlib.util.find_spec("httpx") and importlib.util.find_spec("python_multipart"):
+            servers["serve.llm"] = stack.enter_context(serve_llm(folder))
         for k in sizes:
             for number in range(given.rounds + 1):
-                began = time.perf_counter()
-                size = asyncio.run(ask_server(address, rows, k))
-                if number:
-                    note("server", k, began, size)
+                for server, address in servers.items():
+                    began = time.perf_counter()
+                    size = asyncio.run(ask_server(address, rows, k))
+                    if number:
+                        note(server, k, began, size)
                 for engine, teacher in teachers.items():
                     began = time.perf_counter()
                     size = ask_service(teacher, rows, k)
@@ -164,6 +197,9 @@ def main() -> None:
                         note(engine, k, began, size)
             base, base_bytes = statistics.median(speeds["server", k]), weights["server", k]
             text = f"  k={k:2}: vLLM's server {base:6,.0f} tokens/s, {base_bytes:5,.0f} bytes a token"
+            if "serve.llm" in servers:
+                speed = statistics.median(speeds["serve.llm", k])
+                text += f"; ray.serve.llm {speed:6,.0f}, {weights['serve.llm', k]:5,.0f}"
             for engine in teachers:
                 speed, size = statistics.median(speeds[engine, k]), weights[engine, k]
                 text += (

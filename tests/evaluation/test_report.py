@@ -201,6 +201,20 @@ def test_samples_are_matched_by_their_row(tmp_path):
     assert "a no answer kept b ✓ right nothing cut off after 3 tokens" in articles["line 3"]
 
 
+@pytest.mark.parametrize("acceptance", [0.95, 1.0])
+def test_what_the_student_wrote_is_drawn(tmp_path, acceptance):
+    run = make_run(tmp_path / "own", kd=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    own = {
+        "rollout_tokens": 30.0, "rollout_stopped": 0.5, "rollout_repetition": 0.1, "rollout_acceptance": acceptance,
+        "generate_seconds": 0.3, "score_seconds": 0.1,
+    }  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | own) + "\n" for row in rows))
+    figures = figures_of(report_of(tmp_path, run))
+    assert {"Writing", "Scoring", "Length", "Ended by itself", "Repetition"} <= set(figures)
+    assert ("Accepted by the teacher" in figures) == (acceptance < 1)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -81,10 +81,10 @@ def test_a_step_learns_from_what_exactly_the_promised_weights_wrote(
     assert curve(run.output_path, "rollout_staleness") == [min(step, max_staleness) for step in range(6)]
 
 
-def log_probs(model, row):
+def log_probs(model, row, vocabulary=None):
     ids = torch.from_numpy(row.input_ids).long()
     with torch.no_grad():
-        logprobs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        logprobs = model(input_ids=ids[None]).logits[0, :-1, :vocabulary].log_softmax(-1)
     return logprobs.gather(1, ids[1:, None])[row.counted[1:], 0].numpy()
 
 
@@ -276,3 +276,32 @@ def test_the_students_own_ids_bring_reverse_kl_closer_to_the_dense_one(wide):
     assert (topk <= dense + 1e-3).all()
     assert (requested <= dense + 1e-3).all()
     assert topk.mean() < 0.5 * dense.mean() < requested.mean()
+
+
+def test_the_policy_form_rewards_each_token_by_itself(watched, tmp_path, tiny_student, tiny_teacher, served):
+    rows, states = watched
+    run = changed(tmp_path, tiny_student, {"kind": "on_policy", "form": "policy"}, steps=2, micro_batch_tokens=60)
+    assert run.method.support.kind == "logprob"
+    distill(run)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_student, tiny_teacher))
+    for step, row in enumerate(metrics(run.output_path)):
+        student.load_state_dict(states[step])
+        # The embedding's padding is never drawn, and no part of q.
+        own = [log_probs(student, each, served.info.vocab_size) for each in rows[step]]
+        ratios = np.concatenate([mine - log_probs(teacher, each) for mine, each in zip(own, rows[step], strict=True)])
+        assert row["loss"] == pytest.approx(ratios.mean(), rel=1e-3)  # before the student has moved, the ratio is 1
+        assert row["log_ratio"] == pytest.approx(ratios.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "rollouts", "said"),
+    [
+        ({"student_fraction": 0.5}, {}, "leave out student_fraction and adaptive"),
+        ({}, {"temperature": 0.5}, "sampled at temperature 1 without truncation"),
+        ({"form": "divergence", "support": {"kind": "logprob"}}, {}, "cannot learn from support 'logprob'"),
+    ],
+)
+def test_what_the_policy_form_cannot_do_is_named(tmp_path, method, rollouts, said):
+    with pytest.raises(InputError) as caught:
+        changed(tmp_path, "m", {"kind": "on_policy", "form": "policy"} | method, rollouts=rollouts)
+    assert said in str(caught.value)
