@@ -143,8 +143,8 @@ class WorkerPolicy:
             )  # fmt: skip
 
         def log_weights(each: MixedRollout) -> np.ndarray:
-            sides = (torch.from_numpy(side) for side in (each.student_logprobs, each.teacher_logprobs))
-            return importance_log_weights(*sides, sampling.alpha).numpy()
+            student, teacher = torch.from_numpy(each.student_logprobs), torch.from_numpy(each.teacher_logprobs)
+            return importance_log_weights(student, teacher, sampling.alpha).numpy()
 
         return [
             Rollout(
