@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from rayk import cli
+from rayk.methods import METHODS
 from rayk.run import Watcher, distill
 from tests.runs import config, settings, write_rows
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -63,8 +64,9 @@ def test_a_wrong_command_line_exits_with_2(rayk, arguments):
 def test_methods_lists_each_with_its_needs(rayk):
     code, out, _ = rayk("methods")
     assert code == 0
-    for line, word in zip(out.splitlines()[1:], ("supervised", "logit_kd"), strict=True):
-        assert line.startswith(word)
+    lines = out.splitlines()[1:]
+    assert [next(name for name in METHODS if line.startswith(name)) for line in lines] == list(METHODS)
+    assert all(METHODS[kind].needs in line for kind, line in zip(METHODS, lines, strict=True))
 
 
 def test_a_run_prints_its_result_and_where_it_is(rayk, write_config, tmp_path):

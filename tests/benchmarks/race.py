@@ -145,7 +145,10 @@ def theirs(folder: Path, python: str, race: str, steps: int, threads: int, **mor
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    timed = json.loads(done.stdout.splitlines()[-1])[WARM_STEPS:]
+    *_, parts, timed = map(json.loads, done.stdout.splitlines()[-2:])
+    listed = ", ".join(f"{name} {seconds / parts['all']:.0%}" for name, seconds in parts.items() if name != "all")
+    print(f"  TRL's steps: {listed}", flush=True)
+    timed = timed[WARM_STEPS:]
     return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed)
 
 

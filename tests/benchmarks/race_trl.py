@@ -1,7 +1,8 @@
 """The peer's side of tests.benchmarks.race and on_policy, run in an environment that has TRL: GKD in one process, with
 `lmbda` 0 on the rows' completions and forward KL, with 1 on what the student writes and reverse KL.
 
-python race_trl.py SETTINGS.json      prints a line of JSON: [[non-pad tokens, seconds] of each step]
+python race_trl.py SETTINGS.json      prints two lines of JSON: seconds spent in each part of the steps, and
+                                      [[non-pad tokens, seconds] of each step]
 """
 
 import json
@@ -23,6 +24,20 @@ teacher = AutoModelForCausalLM.from_pretrained(given["teacher"], dtype=getattr(t
 lines = Path(given["rows"]).read_text().splitlines()[: given["steps"] * given["batch_size"]]
 rows = [json.loads(line) for line in lines]
 collate, batches, steps = DataCollatorForChatML(tokenizer=tokenizer, max_length=1024), [], []
+parts = {}
+
+
+def timed(owner, name, part):
+    """Have `owner.name` note its seconds under `part`."""
+    work = getattr(owner, name)
+
+    def noting(*arguments, **options):
+        began = time.perf_counter()
+        result = work(*arguments, **options)
+        parts[part] = parts.get(part, 0.0) + time.perf_counter() - began
+        return result
+
+    setattr(owner, name, noting)
 
 
 def counting(examples):
@@ -54,5 +69,10 @@ trainer = GKDTrainer(
     model=student, teacher_model=teacher, args=arguments, data_collator=counting, processing_class=tokenizer,
     train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows]), callbacks=[Clock()],
 )  # fmt: skip
+timed(teacher, "forward", "teacher forward")
+timed(student, "forward", "student forward")
+timed(trainer, "generalized_jsd_loss", "loss")
+timed(trainer.accelerator, "backward", "backward")
 trainer.train()
+print(json.dumps(parts | {"all": sum(steps)}))
 print(json.dumps([list(pair) for pair in zip(batches, steps, strict=False)]))

@@ -132,10 +132,13 @@ def test_a_packed_row_comes_back_as_it_was(learner):
 def test_metrics_tell_length_end_repetition_and_age():
     def rollout(completion, finish_reason, version):
         ids = np.array([9, *completion], np.int32)
-        return Rollout(ids, np.arange(len(ids)) > 0, None, 1, finish_reason=finish_reason, version=version)
+        return Rollout(
+            ids, np.arange(len(ids)) > 0, None, 1, finish_reason=finish_reason, version=version,
+            teacher_calls=version, acceptance=1 / version,
+        )  # fmt: skip
 
     assert repetition(np.array([1, 2, 3])) == 0
     assert repetition(np.array([1, 2, 3, 4] * 2)) == pytest.approx(1 / 5)
     assert repetition(np.array([7] * 13)) == pytest.approx(9 / 10)
     sums = summarise([rollout([7] * 13, "length", 2), rollout([1, 2], "stop", 3)], version=4)
-    assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3])
+    assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3, 5, 5 / 6])
