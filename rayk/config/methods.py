@@ -43,7 +43,7 @@ class Divergence(Settings):
         return self
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """The keyword arguments for the loss function."""
         given = {name: getattr(self, name) for name in ("beta", "weight", "alpha", "mu")}
         return {name: value for name, value in given.items() if value is not None}

@@ -142,6 +142,12 @@ class RunConfig(Settings):
                 f"method.minibatches ({method.minibatches}) for each of training.workers ({self.training.workers}) "
                 f"need as many rows, but training.batch_size is {self.training.batch_size}; raise it"
             )
+        beside = method.pretraining and method.pretraining.batch_size
+        if beside and method.minibatches * max(1, self.training.workers) > beside:
+            raise ValueError(
+                f"method.minibatches ({method.minibatches}) for each of training.workers ({self.training.workers}) "
+                f"need as many rows of text, but method.pretraining.batch_size is {beside}; raise it"
+            )
         if not method.teacher_share:
             return
         if self.ensemble or self.route:

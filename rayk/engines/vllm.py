@@ -331,7 +331,7 @@ class _Parts(list[Any]):
 
 def _keep_tensors(engine: Any) -> None:
     """Leave prompt log-probs the tensors they are when they reach this process. vLLM's front end would make Python
-    numbers of them, one by one, at the cost of a fifth of the tokens a second."""
+    numbers of them, one by one, on the loop that all requests share."""
     processor = engine.output_processor
     process_outputs = processor.process_outputs
 

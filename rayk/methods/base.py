@@ -99,10 +99,6 @@ class Method(ABC):
         """
         return batch
 
-    async def prepare_pretraining(self, batch: Batch) -> Experience:
-        """Rows of plain text to what stands beside an experience, for methods whose settings name such rows."""
-        raise NotImplementedError(f"{self.kind} learns from no text beside its rows")
-
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:
         """Rows to experience: asks teachers. Runs ahead of the training step, on the background event loop.

@@ -10,8 +10,8 @@ draws an unbiased estimate of forward KL.
 """
 
 from rayk.data.batches import Batch
-from rayk.losses import linear_divergence
 from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.methods.matching import soft_loss
 
 
 class LogitKD(Method):
@@ -30,18 +30,6 @@ class LogitKD(Method):
         return Experience(batch, await self.teacher.ascore(batch, self.settings.support))
 
     def loss(self, student: Student, experience: Experience) -> Loss:
-        settings, batch = self.settings, experience.batch
-        assert experience.signals is not None
-        divergence, cross_entropy = linear_divergence(
-            student.hidden(batch),
-            student.head,
-            experience.signals,
-            divergence=settings.divergence.name,
-            temperature=settings.temperature,
-            targets=batch.targets,
-            **settings.divergence.options,
-        )
-        soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
-        alpha = settings.hard_label_weight
-        per_token = alpha * cross_entropy + (1 - alpha) * soft
-        return Loss(per_token, {"cross_entropy": cross_entropy, settings.divergence.name: divergence})
+        soft, terms = soft_loss(self.settings, student, experience)
+        alpha = self.settings.hard_label_weight
+        return Loss(alpha * terms["cross_entropy"] + (1 - alpha) * soft, terms)

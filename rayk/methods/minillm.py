@@ -33,6 +33,7 @@ from rayk.losses import (
 )
 from rayk.methods.base import Experience, Loss, Method, Student
 from rayk.rollouts import Rollout, with_own_ids
+from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
 from rayk.support import Logprob, Requested, TopK
 from rayk.teachers import Teacher
@@ -80,15 +81,18 @@ class MiniLLM(Method):
             rollouts = await self.policy.generate(prompts, parameters, seeds)
         # The ratio of the loss is between two of the same computation, so that it is 1 before the student has moved.
         logprobs = await self.policy.logprobs(rollouts)
-        rows = [replace(row, logprobs=each) for row, each in zip(rollouts, logprobs, strict=True)]
-        named = await with_own_ids(self.policy, list(rows), settings.support, settings.requested_ids)
-        return collate(named, batch.pad_id)
+        rows: list[Sequence] = [replace(row, logprobs=each) for row, each in zip(rollouts, logprobs, strict=True)]
+        rows = await with_own_ids(self.policy, rows, settings.support, settings.requested_ids)
+        return collate(rows, batch.pad_id)
 
     async def prepare(self, batch: Batch) -> Experience:
+        rollouts = [row for row in batch.sequences if isinstance(row, Rollout)]
+        return await (self._of_rollouts(batch, rollouts) if rollouts else self._of_rows(batch))
+
+    async def _of_rollouts(self, batch: Batch, rollouts: list[Rollout]) -> Experience:
         assert self.teacher is not None
         form = _FORMS[self.settings.form]
         signals = await self.teacher.ascore(batch, self.settings.support)
-        rollouts = [row for row in batch.sequences if isinstance(row, Rollout)]
         logprobs = _joined([row.logprobs for row in rollouts])
         rewards = token_rewards(logprobs, signals.target_logprobs, scaling=form.reward_scaling, clip=form.reward_clip)
         returns = returns_to_go(
@@ -104,8 +108,8 @@ class MiniLLM(Method):
         }  # fmt: skip
         return Experience(batch, signals, columns=columns)
 
-    async def prepare_pretraining(self, batch: Batch) -> Experience:
-        """The teacher is asked for what `topk` or `hidden` say, since plain text names no ids."""
+    async def _of_rows(self, batch: Batch) -> Experience:
+        """Plain text. The teacher is asked for what `topk` or `hidden` say, since plain text names no ids."""
         settings = self.settings.pretraining
         assert self.teacher is not None and settings is not None
         if not settings.teacher_share:

@@ -30,8 +30,9 @@ from rayk.config import OnPolicyConfig
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
 from rayk.engines.batching import gather
-from rayk.losses import linear_cross_entropy, linear_divergence, log_ratio_policy_loss
+from rayk.losses import linear_cross_entropy, log_ratio_policy_loss
 from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.methods.matching import soft_loss
 from rayk.rollouts import Policy, Rollout, completed, with_own_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 from rayk.sequences import Sequence
@@ -85,26 +86,19 @@ class OnPolicy(Method):
         return Experience(batch, signals, columns)
 
     def loss(self, student: Student, experience: Experience) -> Loss:
-        settings, batch = self.settings, experience.batch
-        assert experience.signals is not None
-        if settings.form == "policy":
-            own, theirs = experience.columns["rollout_logprobs"], experience.signals.target_logprobs
-            # Padding is never drawn, so it is no part of q (see `rayk.methods.minillm`).
-            head = student.head.first(experience.signals.vocab_size)
-            cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
-            per_token = log_ratio_policy_loss(-cross_entropy, own, theirs, clip=settings.ratio_clip)
-            return Loss(per_token, {"cross_entropy": cross_entropy, "log_ratio": own - theirs})
-        divergence, cross_entropy = linear_divergence(
-            student.hidden(batch),
-            student.head,
-            experience.signals,
-            divergence=settings.divergence.name,
-            temperature=settings.temperature,
-            targets=batch.targets,
-            **settings.divergence.options,
-        )
-        soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
-        return Loss(soft, {"cross_entropy": cross_entropy, settings.divergence.name: divergence})
+        if self.settings.form == "policy":
+            return self._policy_gradient(student, experience)
+        return Loss(*soft_loss(self.settings, student, experience))
+
+    def _policy_gradient(self, student: Student, experience: Experience) -> Loss:
+        batch, signals = experience.batch, experience.signals
+        assert signals is not None
+        own, theirs = experience.columns["rollout_logprobs"], signals.target_logprobs
+        # Padding is never drawn, so it is no part of q (see `rayk.methods.minillm`).
+        head = student.head.first(signals.vocab_size)
+        cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
+        per_token = log_ratio_policy_loss(-cross_entropy, own, theirs, clip=self.settings.ratio_clip)
+        return Loss(per_token, {"cross_entropy": cross_entropy, "log_ratio": own - theirs})
 
     def on_evaluation(self, metrics: Mapping[str, float]) -> None:
         if self._schedule:

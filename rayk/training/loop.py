@@ -18,7 +18,6 @@ import pyarrow as pa
 import ray
 import ray.train
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rayk.config import RunConfig, TrainingConfig
@@ -33,6 +32,7 @@ from rayk.rollouts import Rollout, WorkerPolicy, summarise
 from rayk.teachers import Teacher, connect_teacher, scorer_of
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
+from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
 from rayk.training.student import Step, Student, make_model, save_model, wrap
 from rayk.training.supply import Prepared, Supply
@@ -69,52 +69,6 @@ class Outcome:
     total_steps: int
     evaluation: Evaluation | None = None
     problem: RaykError | None = None
-
-
-class StopTogether(Exception):
-    """Some rank cannot go on; every rank has been told and leaves the loop between two steps."""
-
-    def __init__(self, problem: RaykError):
-        super().__init__(str(problem))
-        self.problem = problem
-
-
-class Ranks:
-    """This worker among its group: agreement and sums. With one worker there is nobody to ask."""
-
-    def __init__(self) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.local_world = context.get_local_world_size()
-
-    def agree(self, problem: BaseException | None) -> None:
-        """Raise StopTogether on every rank if any has a problem. One small all-reduce, so that no rank waits in a
-        later collective for one that has left."""
-        if self.world == 1:
-            if problem is not None:
-                raise StopTogether(_as_rayk_error(problem)) from problem
-            return
-        troubled = torch.tensor([problem is not None], dtype=torch.int32, device=_collective_device())
-        dist.all_reduce(troubled)
-        if troubled.item():
-            said = self.gather(None if problem is None else _as_rayk_error(problem))
-            raise StopTogether(next(each for each in said if each is not None)) from problem
-
-    def sums(self, values: list[float]) -> list[float]:
-        """Each value summed over the ranks."""
-        if self.world == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=_collective_device())
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
 
 
 def train_worker(job: Job) -> Outcome:
@@ -157,7 +111,7 @@ class Trainer:
     def __init__(self, job: Job, ranks: Ranks):
         config = job.config
         self.config, self.settings, self.ranks = config, config.training, ranks
-        self.device = _device()
+        self.device = device_of_worker()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
         self.table = ExampleTable(_fetched(job.train_table))
         self._closing = ExitStack()
@@ -420,19 +374,5 @@ def _use_threads(settings: TrainingConfig, ranks: Ranks) -> None:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
 
 
-def _device() -> str:
-    return str(ray.train.torch.get_device()) if torch.cuda.is_available() else "cpu"
-
-
-def _collective_device() -> str:
-    return _device() if dist.get_backend() == "nccl" else "cpu"
-
-
 def _fetched(table: Any) -> pa.Table:
     return ray.get(table) if isinstance(table, ray.ObjectRef) else table
-
-
-def _as_rayk_error(problem: BaseException) -> RaykError:
-    if isinstance(problem, RaykError):
-        return problem
-    return RaykError(f"{type(problem).__name__}: {problem}")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from rayk.data.examples import ExampleTable
 from rayk.errors import RunFailed, UnusableSignal
 from rayk.methods import Experience, Method
 from rayk.rollouts import Policy, VersionGate
-from rayk.rollouts.packing import pack_row, unpack_row
+from rayk.rollouts.kept import pack_row, unpack_row
 from rayk.teachers.background import background, background_stream, wait_for
 
 logger = logging.getLogger(__name__)
@@ -118,10 +118,10 @@ class Supply:
                 self._sampled[step] = batch
                 generate_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        experience = await self._prepare(self._method.prepare, batch)
+        experience = await self._prepare(batch)
         if self._pretraining is not None:
             text = self._rows(step, self._pretraining, self._pretraining_sampler)
-            beside = await self._prepare(self._method.prepare_pretraining, text)
+            beside = await self._prepare(text)
             experience = replace(experience, beside=beside, skipped=experience.skipped + beside.skipped)
         return Prepared(experience, generate_seconds, time.perf_counter() - began)
 
@@ -135,9 +135,9 @@ class Supply:
         keys = ([self._config.seed, step, int(place)] for place in places)
         return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
 
-    async def _prepare(self, prepare: Callable[[Batch], Awaitable[Experience]], batch: Batch) -> Experience:
+    async def _prepare(self, batch: Batch) -> Experience:
         try:
-            return await prepare(batch)
+            return await self._method.prepare(batch)
         except UnusableSignal as error:
             usable = [row for row in range(batch.rows) if row not in error.rows]
             if self._config.training.unusable_rows == "stop":
@@ -145,5 +145,5 @@ class Supply:
             if not usable:
                 raise RunFailed(f"{error} No row of the step is left.") from error
             logger.warning("%s Left out, with %d rows in all.", error, len(error.rows))
-            rest = await self._prepare(prepare, batch.select(usable))
+            rest = await self._prepare(batch.select(usable))
             return replace(rest, skipped=rest.skipped + len(error.rows))

@@ -204,6 +204,10 @@ def test_what_is_not_written_yet_cannot_be_cached_ahead(tmp_path, tiny_student):
         ({"method": {"kind": "minillm", "teacher_share": 1.0}}, "teacher_share"),
         ({"method": {"kind": "minillm", "form": "lmops", "length_norm": False}}, "always divides returns"),
         ({"method": {"kind": "minillm", "minibatches": 9}}, "method.minibatches (9) for each of training.workers (1)"),
+        (
+            {"method": {"kind": "minillm", "minibatches": 2, "pretraining": {"data": {"path": "p"}, "batch_size": 1}}},
+            "but method.pretraining.batch_size is 1; raise it",
+        ),
         ({"rollouts": {"temperature": 0.7}}, "sampled at temperature 1 without truncation"),
         ({"teachers": [{"name": "one", "model": "m", "engine": {"kind": "vllm"}}]}, "set method.teacher_share to 0"),
         ({"teachers": []}, "method.kind 'minillm' needs a teacher"),

@@ -12,7 +12,7 @@ from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
 from rayk.models import real_vocab_size
 from rayk.rollouts import Rollout, WorkerPolicy, summarise
-from rayk.rollouts.packing import pack_row, unpack_row
+from rayk.rollouts.kept import pack_row, unpack_row
 from rayk.rollouts.policy import repetition
 from tests.tiny import tiny_model, tiny_tokenizer
 
