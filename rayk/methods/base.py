@@ -70,6 +70,9 @@ class Loss:
 
     per_token: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    unusable: Tensor | None = None
+    """Units that nothing can be learned from any more, bool [count]: their loss is left out, and `training.
+    unusable_rows` says what follows."""
 
 
 class Method(ABC):

@@ -22,6 +22,7 @@ from torch import Tensor
 from rayk.config import MiniLLMConfig
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
+from rayk.errors import RunFailed
 from rayk.losses import (
     linear_cross_entropy,
     linear_divergence,
@@ -32,6 +33,7 @@ from rayk.losses import (
     whiten,
 )
 from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.methods.limits import check_rewards, ratio_exploded
 from rayk.rollouts import Rollout, with_own_ids
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
@@ -91,10 +93,16 @@ class MiniLLM(Method):
 
     async def _of_rollouts(self, batch: Batch, rollouts: list[Rollout]) -> Experience:
         assert self.teacher is not None
+        if len(rollouts) < self.settings.minibatches:
+            raise RunFailed(
+                f"Of the step's rows {len(rollouts)} are left, fewer than method.minibatches "
+                f"({self.settings.minibatches}); see why the others could not be learned from."
+            )
         form = _FORMS[self.settings.form]
         signals = await self.teacher.ascore(batch, self.settings.support)
         logprobs = _joined([row.logprobs for row in rollouts])
         rewards = token_rewards(logprobs, signals.target_logprobs, scaling=form.reward_scaling, clip=form.reward_clip)
+        check_rewards(rewards, batch, self.settings.reward_limit)
         returns = returns_to_go(
             _in_rows(rewards, batch), batch.counted_mask, include_current=form.include_current,
             discount=form.discount, length_norm=self.settings.length_norm,
@@ -179,7 +187,8 @@ class MiniLLM(Method):
             weights = columns["log_weights"].exp() if _FORMS[settings.form].weighted_single_step else 1.0
             per_token = long_term + weights * reverse_kl
         terms |= {"long_term": long_term, "reward": columns["rewards"], "weight": columns["log_weights"].exp()}
-        return Loss(per_token, terms)
+        exploded = ratio_exploded(-cross_entropy, columns["rollout_logprobs"], settings.ratio_limit)
+        return Loss(per_token, terms, exploded)
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

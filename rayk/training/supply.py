@@ -22,12 +22,25 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Span:
+    """When something was done: its start in seconds since 1970, and how long it took."""
+
+    started_at: float
+    seconds: float
+
+    @classmethod
+    def since(cls, started_at: float) -> "Span":
+        return cls(started_at, time.time() - started_at)
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """An experience, and what it took: seconds of the policy, and of the teachers."""
+    """An experience, and when this rank's part of it was written and scored."""
 
     experience: Experience
-    generate_seconds: float
-    score_seconds: float
+    written: Span | None
+    """None where nobody wrote: the rows are the data's, or kept of a checkpoint."""
+    scored: Span
 
 
 class Supply:
@@ -105,25 +118,25 @@ class Supply:
             step += 1
 
     async def _prepared(self, step: int) -> Prepared:
-        batch, generate_seconds = self._sampled.get(step), 0.0
+        batch, written = self._sampled.get(step), None
         if batch is None and self._gate is None:
             batch = self._rows(step, self._table, self._sampler)
         elif batch is None:
             assert self._gate is not None
             async with self._gate.turn(step):
-                began = time.perf_counter()
+                began = time.time()
                 progress = step / self._sampler.steps
                 rows = self._rows(step, self._table, self._sampler)
                 batch = await self._method.sample(rows, self._seeds(step), progress)
                 self._sampled[step] = batch
-                generate_seconds = time.perf_counter() - began
-        began = time.perf_counter()
+                written = Span.since(began)
+        began = time.time()
         experience = await self._prepare(batch)
         if self._pretraining is not None:
             text = self._rows(step, self._pretraining, self._pretraining_sampler)
             beside = await self._prepare(text)
             experience = replace(experience, beside=beside, skipped=experience.skipped + beside.skipped)
-        return Prepared(experience, generate_seconds, time.perf_counter() - began)
+        return Prepared(experience, written, Span.since(began))
 
     def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
         rows = sampler.share(step, self._rank, self._world)
