@@ -22,7 +22,6 @@ from torch import Tensor
 from rayk.config import MiniLLMConfig
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
-from rayk.errors import RunFailed
 from rayk.losses import (
     linear_cross_entropy,
     linear_divergence,
@@ -70,6 +69,17 @@ class MiniLLM(Method):
     paper = "Gu et al. 2024 §2.2"
     needs = "as on_policy, and about .1 calls a token to verify what the student drafts (engine kind transformers)"
 
+    @property
+    def fewest_rows(self) -> int:
+        return self.settings.minibatches
+
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """As the policy writes them; all at once where the teacher writes with it, which takes many rows a call."""
+        assert self.policy is not None
+        if self.settings.teacher_share:
+            return super().groups(batch, seeds, progress)
+        return self.policy.groups(batch.sequences)
+
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """Have student and teacher write every row's completion."""
         assert self.policy is not None
@@ -93,11 +103,6 @@ class MiniLLM(Method):
 
     async def _of_rollouts(self, batch: Batch, rollouts: list[Rollout]) -> Experience:
         assert self.teacher is not None
-        if len(rollouts) < self.settings.minibatches:
-            raise RunFailed(
-                f"Of the step's rows {len(rollouts)} are left, fewer than method.minibatches "
-                f"({self.settings.minibatches}); see why the others could not be learned from."
-            )
         form = _FORMS[self.settings.form]
         signals = await self.teacher.ascore(batch, self.settings.support)
         logprobs = _joined([row.logprobs for row in rollouts])

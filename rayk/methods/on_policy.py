@@ -53,6 +53,15 @@ class OnPolicy(Method):
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
 
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """As the policy writes them; rows that it does not write go first."""
+        assert self.policy is not None
+        own = [row for row, seed in enumerate(seeds) if self._writer(_lots(seed), progress) == "student"]
+        written = self.policy.groups([batch.sequences[row] for row in own])
+        groups = [[own[place] for place in group] for group in written]
+        others = sorted(set(range(batch.rows)) - set(own))
+        return [others + (groups[0] if groups else []), *groups[1:]]
+
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """Have student and teacher write the rows whose lot it is; name the ids to ask about."""
         assert self.policy is not None

@@ -41,7 +41,9 @@ def test_only_what_became_likelier_explodes():
 
 
 def test_rewards_that_explode_stop_the_run(tmp_path, tiny_student, served):
-    with pytest.raises(RunFailed, match=r"rows\.jsonl, line \d+ has a reward of .* beyond method\.reward_limit \(0\.01\)"):
+    with pytest.raises(
+        RunFailed, match=r"rows\.jsonl, line \d+ has a reward of .* beyond method\.reward_limit \(0\.01\)"
+    ):
         distill(config(tmp_path, tiny_student, POLICY | {"reward_limit": 0.01}))
 
 
@@ -49,7 +51,9 @@ def test_rewards_that_explode_stop_the_run(tmp_path, tiny_student, served):
 def test_ratios_that_explode_stop_the_run_or_are_left_out(method, tmp_path, tiny_student, served):
     run = config(tmp_path, tiny_student, method | {"ratio_limit": 1.02}, learning_rate=0.05, steps=3)
     run.rollouts.max_staleness = 1
-    with pytest.raises(RunFailed, match=r"In step [23], tokens have become more than method\.ratio_limit times likelier"):
+    with pytest.raises(
+        RunFailed, match=r"In step [23], tokens have become more than method\.ratio_limit times likelier"
+    ):
         distill(run)
     run.output = str(tmp_path / "skipping")
     run.training.unusable_rows = "skip"
