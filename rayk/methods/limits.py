@@ -22,7 +22,7 @@ def check_rewards(rewards: Tensor, batch: Batch, limit: float) -> None:
     if not bool(broken.any()):
         return
     worst = torch.tensor_split(torch.where(broken, rewards, 0.0), batch.offsets[1:-1])
-    rows = [row for row, part in enumerate(worst) if bool(part.isnan().any() or part.any())]
+    rows = [row for row, part in enumerate(worst) if bool(part.any())]
     place = getattr(batch.sequences[rows[0]], "where", "") or f"row {rows[0]} of the batch"
     found = worst[rows[0]][worst[rows[0]] != 0][0]
     raise UnusableSignal(
