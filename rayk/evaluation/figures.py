@@ -96,7 +96,7 @@ def draw_figures(runs: list[Run]) -> list[Group]:
 def _loss_plots(runs: list[Run]) -> list[Plot]:
     """Cross-entropy of all runs on one axis; each other objective on its own, since their units do not compare."""
     plots = [
-        Plot("Cross-entropy", "On the training rows' own tokens, in nats: the one loss that all methods share.",
+        Plot("Cross-entropy", "On the tokens learned from, in nats: the data's, or what the student wrote itself.",
              _curves(runs, "cross_entropy"))
     ]  # fmt: skip
     objectives: dict[str, list[Series]] = {}
@@ -111,6 +111,11 @@ def _loss_plots(runs: list[Run]) -> list[Plot]:
     for about, curves in objectives.items():
         kind = curves[0].run.method
         plots.append(Plot(f"Objective of {kind}", f"{about}. Not comparable with other objectives.", curves))
+    seen = _curves(runs, "student_mass")
+    plots.append(
+        Plot("Compared mass", "Share of the student's probability that is on tokens the teacher names. The divergence "
+             "does not see where the rest of it goes.", seen, axis="share")
+    )  # fmt: skip
     return plots
 
 

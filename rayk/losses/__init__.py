@@ -9,6 +9,7 @@ from rayk.losses.chunked import (
     linear_cross_entropy,
     linear_divergence,
     linear_log_probs,
+    linear_outcomes,
 )
 from rayk.losses.cross_tokenizer import universal_logit_distance
 from rayk.losses.decoupled import adaptive_teaching, decoupled_kl, gold_uncertainty
@@ -55,6 +56,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "linear_log_probs",
+    "linear_outcomes",
     "log_ratio_policy_loss",
     "moment_sums",
     "policy_loss",

@@ -33,6 +33,7 @@ from rayk.losses import (
 )
 from rayk.methods.base import Experience, Loss, Method, Student
 from rayk.methods.limits import check_rewards, ratio_exploded
+from rayk.methods.matching import with_masses
 from rayk.rollouts import Rollout, with_own_ids
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
@@ -172,17 +173,15 @@ class MiniLLM(Method):
     def _of_completions(self, student: Student, experience: Experience) -> Loss:
         settings, batch, columns = self.settings, experience.batch, experience.columns
         assert experience.signals is not None
-        hidden = student.hidden(batch)
         # Padding is never drawn. As a part of q it would reward a student for moving mass to where nobody looks.
         head = student.head.first(experience.signals.vocab_size)
-        reverse_kl, terms = None, {}
+        reverse_kl: Tensor | None = None
+        terms: dict[str, Tensor] = {}
         if settings.single_step:
-            reverse_kl, cross_entropy = linear_divergence(
-                hidden, head, experience.signals, divergence="reverse_kl", targets=batch.targets
-            )
-            terms["reverse_kl"] = reverse_kl
+            reverse_kl, cross_entropy, masses = with_masses("reverse_kl", student, head, experience)
+            terms |= {"reverse_kl": reverse_kl, **masses}
         else:
-            cross_entropy = linear_cross_entropy(hidden, head, batch.targets)
+            cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
         long_term = policy_loss(
             -cross_entropy, columns["rollout_logprobs"], columns["returns"], log_weights=columns["log_weights"],
             clip=settings.ratio_clip,
