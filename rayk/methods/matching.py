@@ -1,5 +1,7 @@
 """What `logit_kd` and `on_policy` share: the student's distributions held against the teacher's."""
 
+from typing import Any
+
 from torch import Tensor
 
 from rayk.config import MatchingConfig
@@ -23,7 +25,7 @@ def soft_loss(settings: MatchingConfig, student: Student, experience: Experience
 
 
 def with_masses(
-    name: str, student: Student, head: Head, experience: Experience, temperature: float = 1.0, **options: float
+    name: str, student: Student, head: Head, experience: Experience, temperature: float = 1.0, **options: Any
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A divergence and the cross-entropy at each counted token, nats [tokens]; and, where the teacher names ids, how
     much of each side's mass is on them, [tokens] each: a divergence does not see where the rest of it goes."""
@@ -31,7 +33,7 @@ def with_masses(
     assert signals is not None
     if isinstance(signals.support, Hidden | Sampled):
         divergence, cross_entropy = linear_divergence(
-            hidden, head, signals, name, temperature=temperature, targets=batch.targets, **options
+            hidden, head, signals, divergence=name, temperature=temperature, targets=batch.targets, **options
         )
         return divergence, cross_entropy, {}
     log_p, log_q, target = linear_outcomes(hidden, head, signals, batch.targets, temperature)
