@@ -121,7 +121,7 @@ def distill(
             teacher_evaluation = _measured(config, teachers, inputs)
         if isinstance(config.rollouts, ServedRollouts):
             watcher.stage("Bringing up the student's policy on Ray Serve")
-        policy = stack.enter_context(serve_policy(config, f"policy.{owner(config)}", inputs.tokenizer_name))
+        policy = stack.enter_context(serve_policy(config, policy_application(config), inputs.tokenizer_name))
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(
@@ -280,10 +280,15 @@ def attached_teachers(config: RunConfig) -> dict[str, Teacher]:
 
 def applications_of(config: RunConfig) -> dict[str, str]:
     """Each teacher's Serve application."""
-    return {t.name: t.name if t.attach else f"{t.name}-{owner(config)}" for t in config.teachers}
+    return {t.name: t.name if t.attach else f"{t.name}-{_owner(config)}" for t in config.teachers}
 
 
-def owner(config: RunConfig) -> str:
+def policy_application(config: RunConfig) -> str:
+    """The Serve application of the run's own policy; no teacher's name begins so."""
+    return f"_policy-{_owner(config)}"
+
+
+def _owner(config: RunConfig) -> str:
     """What a run's own Serve applications are named after, its output, so that two runs on a cluster do not take each
     other's, and a resumed run finds what a killed one has left."""
     return hashlib.sha256(str(config.output_path).encode()).hexdigest()[:8]

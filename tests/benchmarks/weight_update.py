@@ -55,7 +55,7 @@ def with_new_weights(model: str, rounds: int) -> None:
     size = sum(parameter.numel() for parameter in learner.parameters())
     publish, first, again = [], [], []
     config = config_of(model, 1)
-    with serve_policy(config, "policy.benchmark", model) as address:
+    with serve_policy(config, "_policy-benchmark", model) as address:
         assert address is not None and isinstance(config.rollouts, ServedRollouts)
         policy = ServedPolicy(learner, config.rollouts, address, publishes=True)
         policy.begin("benchmark")
@@ -75,7 +75,7 @@ def with_new_weights(model: str, rounds: int) -> None:
 def beside_the_worker(model: str, replicas: int, rounds: int) -> None:
     learner = load_model(model)
     config = config_of(model, replicas)
-    with serve_policy(config, "policy.benchmark", model) as address:
+    with serve_policy(config, "_policy-benchmark", model) as address:
         assert address is not None and isinstance(config.rollouts, ServedRollouts)
         served = ServedPolicy(learner, config.rollouts, address, publishes=True)
         served.begin("benchmark")

@@ -7,7 +7,7 @@ from ray import serve
 from rayk.config import parse_config
 from rayk.errors import PolicyUnavailable, RunFailed
 from rayk.rollouts.weights import NAMESPACE
-from rayk.run import distill, owner
+from rayk.run import distill, policy_application
 from rayk.training.checkpoint import CheckpointStore
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
@@ -28,7 +28,7 @@ def prepared(folder, student, rollouts, **training):
 @pytest.fixture
 def nothing_left(ray_cluster):
     yield
-    assert not [name for name in serve.status().applications if name.startswith("policy.")]
+    assert not [name for name in serve.status().applications if name.startswith("_policy-")]
     until(lambda: not named_actors(), "the end of the actor that knows the weights")
 
 
@@ -37,13 +37,11 @@ def named_actors():
     return [each["name"] for each in found if each["namespace"] == NAMESPACE]
 
 
-@pytest.mark.parametrize(("max_staleness", "workers"), [(0, 0), (1, 2)])
-def test_a_served_policy_teaches_what_the_workers_own_does(
-    max_staleness, workers, tmp_path, tiny_student, served, nothing_left
-):
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_served_policy_teaches_what_the_workers_own_does(max_staleness, tmp_path, tiny_student, served, nothing_left):
     rollouts = {"max_staleness": max_staleness}
     distill(prepared(tmp_path / "worker", tiny_student, rollouts))
-    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts, workers=workers))
+    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts))
     assert_same_learning(tmp_path / "worker" / "run", tmp_path / "served" / "run")
     ages = [min(step, max_staleness) for step in range(6)]
     assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages
@@ -55,7 +53,7 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
     hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=2, **training)
 
     def strike():
-        actors(f"ServeReplica:policy.{owner(hurt)}:")[0].kill()
+        actors(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
         actors("RayTrainWorker")[-1].kill()
 
     watcher = Striking(12, strike)
@@ -70,7 +68,7 @@ def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worke
     training = {"steps": 40}
     distill(prepared(tmp_path / "whole", tiny_student, {}, **training))
     stopped = prepared(tmp_path / "stopped", tiny_student, SERVED | {"deadline_seconds": 3}, workers=2, **training)
-    watcher = Striking(12, lambda: serve.delete(f"policy.{owner(stopped)}"))
+    watcher = Striking(12, lambda: serve.delete(policy_application(stopped)))
     with pytest.raises(PolicyUnavailable, match="The served policy did not answer within 3 s"):
         distill(stopped, watcher=watcher)
     reached = curve(stopped.output_path, "step")[-1]

@@ -24,7 +24,7 @@ from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
-APPLICATION = "policy.tests"
+APPLICATION = "_policy-tests"
 PARAMETERS = SamplingParameters(max_new_tokens=8)
 
 
@@ -207,7 +207,7 @@ def test_it_does_not_write_together_with_a_teacher(begun):
 @contextmanager
 def leaving(config, student):
     """A policy of its own; afterwards nothing of it may be left."""
-    application = "policy.leaving"
+    application = "_policy-leaving"
     try:
         with serve_policy(config, application, student) as address:
             assert ray.get_actor(address.store, NAMESPACE)
@@ -232,6 +232,6 @@ def test_a_version_nobody_has_and_a_policy_without_replicas_are_errors_after_the
         policy.update(3)
         with pytest.raises(RaykError, match="weights of version 3 were not published within 1 s"):
             written(policy)
-        serve.delete("policy.leaving")
+        serve.delete("_policy-leaving")
         with pytest.raises(PolicyUnavailable, match=r"did not answer within 2 s.* raise rollouts.deadline_seconds"):
             written(policy)
