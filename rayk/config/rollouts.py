@@ -42,7 +42,7 @@ class PolicyEngine(LocalEngine):
 
 class ServedRollouts(_Sampling):
     """Replicas on Ray Serve generate, and take over the student's weights after each step; so generation scales apart
-    from training."""
+    from training. Ray's object store holds the weights of two versions."""
 
     kind: Literal["served"] = "served"
     engine: PolicyEngine = Field(default_factory=PolicyEngine)

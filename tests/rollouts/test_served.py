@@ -198,6 +198,21 @@ def test_replicas_that_are_killed_cost_time_and_nothing_else(begun):
     pytest.fail("no kill hit a replica that was answering")
 
 
+def test_replicas_report_what_is_waited_for(begun):
+    _, policy, _ = begun
+
+    async def reported():
+        asked = asyncio.create_task(policy.generate(prompts(64), SamplingParameters(max_new_tokens=200), range(64)))
+        heard = set()
+        while not asked.done():
+            heard |= set((await policy._handle.record_autoscaling_stats.remote()).values())
+        return heard, sum((await policy._handle.record_autoscaling_stats.remote()).values())
+
+    heard, afterwards = asyncio.run(reported())
+    assert 64 * 200 in heard, "of all calls together"
+    assert afterwards == 0
+
+
 def test_it_does_not_write_together_with_a_teacher(begun):
     _, policy, _ = begun
     with pytest.raises(InputError, match="use rollouts.kind 'worker'"):
@@ -221,7 +236,7 @@ def named_actors():
     return [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
 
 
-def test_a_version_nobody_has_and_a_policy_without_replicas_are_errors_after_the_deadline(
+def test_a_version_nobody_has_and_a_policy_that_is_gone_are_errors_after_the_deadline(
     ray_cluster, tiny_student, tmp_path
 ):
     config = run_config(tmp_path, tiny_student, replicas=1, deadline_seconds=2)
@@ -231,6 +246,9 @@ def test_a_version_nobody_has_and_a_policy_without_replicas_are_errors_after_the
         policy.begin("attempt")
         policy.update(3)
         with pytest.raises(RaykError, match="weights of version 3 were not published within 1 s"):
+            written(policy)
+        ray.kill(ray.get_actor(address.store, NAMESPACE))
+        with pytest.raises(RaykError, match="knows where the student's weights are has died"):
             written(policy)
         serve.delete("_policy-leaving")
         with pytest.raises(PolicyUnavailable, match=r"did not answer within 2 s.* raise rollouts.deadline_seconds"):
