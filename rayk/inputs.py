@@ -13,11 +13,11 @@ from rayk.errors import InputError
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.students import architecture
 from rayk.support import Hidden, TopK
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
-from rayk.training.student import architecture
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 from rayk.cluster import start_ray
 from rayk.config import (
     RunConfig,
+    ServedRollouts,
     StudentConfig,
     load_config,
     parse_config,
@@ -25,6 +26,7 @@ from rayk.evaluation.report import write_report
 from rayk.evaluation.run_directory import Follower, read_lines
 from rayk.inputs import Inputs, read_inputs
 from rayk.methods import METHODS
+from rayk.rollouts import serve_policy
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training import evaluate_remotely, train
@@ -42,6 +44,9 @@ _PLACEMENT = {
     *(f"teachers.{key}" for key in (
         "attach", "replicas", "resources", "call_tokens", "in_flight", "deadline_seconds", "engine.batch_tokens",
         "engine.device", "engine.threads", "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
+    )),
+    *(f"rollouts.{key}" for key in (
+        "kind", "engine", "replicas", "resources", "in_flight", "deadline_seconds", "timeout_seconds",
     )),
 }  # fmt: skip
 
@@ -114,12 +119,16 @@ def distill(
         if config.compared_teacher and inputs.evaluation is not None:
             watcher.stage("Measuring the teacher")
             teacher_evaluation = _measured(config, teachers, inputs)
+        if isinstance(config.rollouts, ServedRollouts):
+            watcher.stage("Bringing up the student's policy on Ray Serve")
+        policy = stack.enter_context(serve_policy(config, policy_application(config), inputs.tokenizer_name))
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(
             config, inputs.tokenizer_name, applications, inputs.train.table,
             None if inputs.evaluation is None else inputs.evaluation.table,
             None if inputs.pretraining is None else inputs.pretraining.table,
+            policy,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
             outcome = train(job)
@@ -251,7 +260,10 @@ def _difference(before: RunConfig, now: RunConfig) -> str | None:
 def cpus_needed(config: RunConfig) -> float:
     """Logical CPUs the whole run asks Ray for."""
     teachers = sum(t.resources.num_cpus * t.replicas.max for t in config.teachers if not t.attach)
-    return teachers + config.training.workers * config.training.resources.num_cpus + 1
+    rollouts, policy = config.rollouts, 0.0
+    if isinstance(rollouts, ServedRollouts):
+        policy = rollouts.resources.num_cpus * rollouts.replicas.max
+    return teachers + policy + config.training.workers * config.training.resources.num_cpus + 1
 
 
 def attached_teachers(config: RunConfig) -> dict[str, Teacher]:
@@ -267,10 +279,19 @@ def attached_teachers(config: RunConfig) -> dict[str, Teacher]:
 
 
 def applications_of(config: RunConfig) -> dict[str, str]:
-    """Each teacher's Serve application. A run's own teachers are named after its output, so that two runs on a cluster
-    do not take each other's, and a resumed run finds what a killed one has left."""
-    owner = hashlib.sha256(str(config.output_path).encode()).hexdigest()[:8]
-    return {t.name: t.name if t.attach else f"{t.name}-{owner}" for t in config.teachers}
+    """Each teacher's Serve application."""
+    return {t.name: t.name if t.attach else f"{t.name}-{_owner(config)}" for t in config.teachers}
+
+
+def policy_application(config: RunConfig) -> str:
+    """The Serve application of the run's own policy; no teacher's name begins so."""
+    return f"_policy-{_owner(config)}"
+
+
+def _owner(config: RunConfig) -> str:
+    """What a run's own Serve applications are named after, its output, so that two runs on a cluster do not take each
+    other's, and a resumed run finds what a killed one has left."""
+    return hashlib.sha256(str(config.output_path).encode()).hexdigest()[:8]
 
 
 def serve_all(

@@ -110,8 +110,26 @@ WRONG = {
     "nobody to match": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
     "adaptive blindly": (changed(method={"kind": "on_policy", "adaptive": {}}), "method.adaptive needs to know"),
     "nobody writes": (changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"),
-    "rollouts elsewhere": (changed(rollouts={"kind": "served"}), "rollouts.kind: input should be 'worker'"),
+    "rollouts elsewhere": (changed(rollouts={"kind": "serve"}), "unknown kind 'serve'; did you mean 'served'?"),
     "rollouts' key": (changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"),
+    "key of the other rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"replicas": 2}), "rollouts: unknown key 'replicas'"
+    ),
+    "vLLM as a policy": (
+        changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "engine": {"kind": "vllm"}}),
+        "rollouts.engine: engine kind 'vllm' cannot take over a student's weights",
+    ),
+    "patience of the rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "deadline_seconds": 1800}),
+        "rollouts.deadline_seconds must be below training.collective_timeout_seconds (1800)",
+    ),
+    "time of the rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"timeout_seconds": 1800}),
+        "rollouts.timeout_seconds must be below training.collective_timeout_seconds (1800)",
+    ),
+    "a duet with a served policy": (
+        changed(method={"kind": "minillm"}, rollouts={"kind": "served"}), "method.teacher_share has student and teacher"
+    ),
     "a chorus that writes": (
         changed(
             teachers=[{"name": "a", "model": "a"}, {"name": "b", "model": "b"}], ensemble={},

@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "support", "environment"},
     {"config", "sequences", "packing"},
     {"models"},
-    {"signal", "speculative", "key_values"},
+    {"signal", "speculative", "key_values", "students"},
     {"losses", "signal_codec"},
     {"engines", "data"},
     {"cluster"},

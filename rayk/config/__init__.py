@@ -22,10 +22,11 @@ from rayk.config.methods import (
     SupervisedConfig,
     TaughtConfig,
 )
-from rayk.config.rollouts import RolloutConfig, WorkerRollouts
+from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.teachers import (
     EnsembleConfig,
+    LocalEngine,
     OpenAIEngine,
     Replicas,
     Resources,
@@ -47,18 +48,21 @@ __all__ = [
     "EnsembleConfig",
     "EvaluationConfig",
     "GenerationConfig",
+    "LocalEngine",
     "LogitKDConfig",
     "MatchingConfig",
     "MethodConfig",
     "MiniLLMConfig",
     "OnPolicyConfig",
     "OpenAIEngine",
+    "PolicyEngine",
     "PretrainingConfig",
     "Replicas",
     "Resources",
     "RolloutConfig",
     "RouteConfig",
     "RunConfig",
+    "ServedRollouts",
     "Settings",
     "SimulatedEngine",
     "StudentConfig",

@@ -11,7 +11,7 @@ from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
 from rayk.config.methods import MethodConfig, MiniLLMConfig, OnPolicyConfig, TaughtConfig
-from rayk.config.rollouts import RolloutConfig, WorkerRollouts
+from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
 
@@ -112,6 +112,7 @@ class RunConfig(Settings):
             return
         rollouts = self.rollouts or WorkerRollouts()
         object.__setattr__(self, "rollouts", rollouts)
+        self._agree_before_collectives_end(rollouts)
         sampled_plainly = (rollouts.temperature, rollouts.top_p, rollouts.top_k) == (1.0, 1.0, 0)
         if not sampled_plainly and (isinstance(self.method, MiniLLMConfig) or self.method.form == "policy"):
             raise ValueError(
@@ -136,6 +137,12 @@ class RunConfig(Settings):
                 "its own prompt is not what it says about the student's; set one of the two aside"
             )
 
+    def _agree_before_collectives_end(self, rollouts: RolloutConfig) -> None:
+        limit = self.training.collective_timeout_seconds
+        for name in ("timeout_seconds", "deadline_seconds"):
+            if (getattr(rollouts, name, None) or 0) >= limit:
+                raise ValueError(f"rollouts.{name} must be below training.collective_timeout_seconds ({limit:g})")
+
     def _completions_can_be_mixed(self, method: MiniLLMConfig) -> None:
         if method.minibatches * max(1, self.training.workers) > self.training.batch_size:
             raise ValueError(
@@ -153,6 +160,11 @@ class RunConfig(Settings):
         if self.ensemble or self.route:
             raise ValueError(
                 "method.teacher_share needs one teacher to write with, but 'ensemble' or 'route' is set; set it to 0"
+            )
+        if isinstance(self.rollouts, ServedRollouts):
+            raise ValueError(
+                "method.teacher_share has student and teacher write together, which the student does in the training "
+                "worker; use rollouts.kind 'worker', or set method.teacher_share to 0"
             )
         writer = next(teacher for teacher in self.teachers if teacher.name == self.compared_teacher)
         if writer.prompt_template is not None or (writer.engine.kind != "transformers" and not writer.attach):

@@ -8,10 +8,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +21,22 @@ import ray.train
 import torch
 from torch import Tensor
 
-from rayk.config import RunConfig, TrainingConfig
+from rayk.config import RunConfig, ServedRollouts, TrainingConfig
 from rayk.data.batches import BatchSampler, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
 from rayk.errors import RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
-from rayk.models import load_tokenizer, pick_device
-from rayk.rollouts import Rollout, WorkerPolicy, summarise
+from rayk.models import CausalLM, load_tokenizer, pick_device
+from rayk.rollouts import Policy, PolicyAddress, Rollout, ServedPolicy, WorkerPolicy, summarise
+from rayk.students import make_model
 from rayk.teachers import Teacher, connect_teacher, scorer_of
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
-from rayk.training.student import UNUSABLE, Step, Student, make_model, save_model, wrap
+from rayk.training.student import UNUSABLE, Step, Student, save_model, wrap
 from rayk.training.supply import Prepared, Span, Supply
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class Job:
     train_table: Any
     evaluation_table: Any
     pretraining_table: Any = None
+    policy: PolicyAddress | None = None
+    """Where the policy is served; None: each worker writes by itself."""
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
@@ -119,13 +123,8 @@ class Trainer:
         self._cached_tokens = 0
         teacher = scorer_of(config, self.teachers, self.tokenizer)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
-        policy = None
-        if config.rollouts is not None:
-            policy = WorkerPolicy(
-                model, self.tokenizer, config.rollouts, batch_tokens=self.settings.micro_batch_tokens,
-                precision=self.settings.precision,
-            )  # fmt: skip
-        self.method: Method = METHODS[config.method.kind](config.method, teacher, policy)
+        self.policy = _policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
+        self.method: Method = METHODS[config.method.kind](config.method, teacher, self.policy)
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -140,8 +139,9 @@ class Trainer:
         pad_id = pad_id_of(self.tokenizer)
         beside = None if job.pretraining_table is None else ExampleTable(_fetched(job.pretraining_table))
         self.supply = Supply(
-            config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world, pretraining=beside
-        )
+            config, self.method, self.policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world,
+            pretraining=beside,
+        )  # fmt: skip
         self.store = CheckpointStore(job.checkpoints)
         self.step = 0
         self._restore()
@@ -171,7 +171,7 @@ class Trainer:
                     self.recorder.record(row)
                 if last or self.step % self.settings.checkpoint_every_steps == 0:
                     self._checkpoint()
-                self.supply.advance(self.step)
+                self._advance()
         except StopTogether:
             if self.step > self._saved:
                 self._checkpoint()
@@ -191,7 +191,8 @@ class Trainer:
 
     def _start_together(self) -> None:
         """What ranks do in common once each of them stands; before, one that fails would leave the others waiting."""
-        if len(set(self.ranks.gather(self.step))) > 1:
+        steps, attempts = zip(*self.ranks.gather((self.step, uuid4().hex)), strict=True)
+        if len(set(steps)) > 1:
             raise StopTogether(
                 RunFailed(
                     f"The workers do not find the same checkpoint in '{self.store.place}'; the output directory (or "
@@ -199,6 +200,22 @@ class Trainer:
                 )
             )
         self.wrapped: Any = wrap(self.module)
+        if (policy := self.policy) is not None:
+            self._together(lambda: policy.begin(attempts[0]))
+
+    def _advance(self) -> None:
+        """Have the policy write with the weights that the learner has now."""
+        if self.policy is not None:
+            self._together(lambda: self.supply.advance(self.step))
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do what may fail on this rank alone, and hear whether it has on any."""
+        problem = None
+        try:
+            work()
+        except Exception as error:
+            problem = error
+        self.ranks.agree(problem)
 
     def _step(self, step: int, experiences: Iterator[Prepared]) -> dict[str, Any]:
         """One optimiser step; its row of metrics."""
@@ -345,6 +362,19 @@ class Trainer:
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
         self.supply.load_state(checkpoint.step, checkpoint.rollouts)
         self.step = checkpoint.step
+
+
+def _policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Policy | None:
+    """Who writes with the learner's weights, where the run has `rollouts`."""
+    rollouts, training = job.config.rollouts, job.config.training
+    if job.policy is not None:
+        assert isinstance(rollouts, ServedRollouts)
+        return ServedPolicy(model, rollouts, job.policy, publishes=publishes)
+    if rollouts is None:
+        return None
+    return WorkerPolicy(
+        model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens, precision=training.precision
+    )
 
 
 def steps_of_epochs(settings: TrainingConfig, rows: int) -> int:

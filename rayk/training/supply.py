@@ -4,8 +4,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import closing
+from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,7 +95,8 @@ class Supply:
         """Have the policy write with the weights that the learner has now."""
         if self._gate is not None:
             assert self._policy is not None
-            self._policy.update(version)
+            if version + self._max_staleness < self._sampler.steps:  # else no step is left that writes with it
+                self._policy.update(version)
             self._sampled.pop(version - 1, None)
             wait_for(background(self._gate.advance()))
 
@@ -149,7 +150,7 @@ class Supply:
         progress = step / self._sampler.steps
         sampled: dict[int, Sequence] = {}
         scoring: list[tuple[list[int], asyncio.Task[_Usable]]] = []
-        async with together() as tasks, gate.turn(step):
+        async with together() as tasks, gate.turn(step), self._in_time(step):
             began = time.time()
             scored_from = math.inf
             for group in self._method.groups(rows, seeds, progress):
@@ -161,6 +162,23 @@ class Supply:
             written = Span.since(began)
         experience = self._joined(rows.rows, [(group, task.result()) for group, task in scoring])
         return experience, written, Span.since(scored_from)
+
+    @asynccontextmanager
+    async def _in_time(self, step: int) -> AsyncIterator[None]:
+        """Held while the policy writes for `step`, no longer than the settings allow."""
+        assert self._config.rollouts is not None
+        clock = asyncio.timeout(self._config.rollouts.timeout_seconds)
+        try:
+            async with clock:
+                yield
+        except TimeoutError as error:
+            if not clock.expired():
+                raise
+            raise RunFailed(
+                f"The completions of step {step + 1} took longer than rollouts.timeout_seconds "
+                f"({self._config.rollouts.timeout_seconds} s); see what holds them up, lower rollouts.max_new_tokens, "
+                "or raise it."
+            ) from error
 
     def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
         rows = sampler.share(step, self._rank, self._world)
