@@ -26,14 +26,16 @@ DPO = {"kind": "preference", "beta": BETA, "label_smoothing": SMOOTHING}
 PLEASANT, UNPLEASANT = {"cat": " mat", "dog": " log"}, {"cat": " log", "dog": " mat"}
 
 
-def write_pairs(path, count=48, seed=0):
-    """Cats belong on mats and dogs on logs; the answers say so in sentences of unequal length."""
+def write_pairs(path, count=48, seed=0, alike=False):
+    """Cats belong on mats and dogs on logs; the answers say so in sentences of unequal length, or, where they are to be
+    `alike`, of the same."""
     random = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
             animal = str(random.choice(["cat", "dog"]))
             prompt = f"the {animal} number {random.integers(1000)} sat on the"
             endings = [" and sat" * int(random.integers(0, 6)) for _ in range(2)]
+            endings = endings[:1] * 2 if alike else endings
             chosen, rejected = PLEASANT[animal] + endings[0], UNPLEASANT[animal] + endings[1]
             file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
     return path
@@ -73,7 +75,7 @@ def test_steps_equal_a_dense_reference_in_plain_torch(tmp_path, tiny_student):
         optimizer.step()
         losses.append(loss.item())
         margins.append(margin.mean().item())
-    assert losses[-1] < losses[0]
+    assert np.ptp(losses) > 0.02  # so that equal curves say something
     np.testing.assert_allclose(curve(tmp_path / "run"), losses, rtol=1e-4)
     np.testing.assert_allclose(curve(tmp_path / "run", "reward_margin"), margins, rtol=1e-3, atol=1e-4)
     for name, value in policy.named_parameters():
@@ -184,8 +186,9 @@ def test_a_pair_of_which_one_answer_has_no_usable_signal_is_left_out_whole(tmp_p
 
 
 def test_held_out_pairs_come_to_be_told_apart(tmp_path, tiny_student):
-    held_out = write_pairs(tmp_path / "held_out.jsonl", count=60, seed=7)
+    held_out = write_pairs(tmp_path / "held_out.jsonl", count=60, seed=7, alike=True)
     run = config(tmp_path, tiny_student, DPO | {"label_smoothing": 0.0}, held_out, steps=60, batch_size=16)
+    write_pairs(tmp_path / "pairs.jsonl", count=200, alike=True)
     before = _measured_by_hand(tiny_student, run)
     summary = distill(run).summary
     after = _measured_by_hand(str(tmp_path / "run" / "model"), run)
