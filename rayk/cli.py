@@ -192,7 +192,10 @@ def doctor(
 def comparison(summaries: list[dict[str, Any]]) -> Table:
     """The final table: the teacher and each student, a row each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("", "accuracy", "loss", "forward KL", "reverse KL", "agreement", "tokens/s", "teacher wait"):
+    pairs = any("preference_accuracy" in summary["student"] for summary in summaries)
+    preferences = ["prefers right", "by nats"] if pairs else []
+    headings = ["", "accuracy", "loss", "forward KL", "reverse KL", "agreement", *preferences]
+    for heading in [*headings, "tokens/s", "teacher wait"]:
         table.add_column(heading, justify="right" if heading else "left")
     rows: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
     if summaries and summaries[0]["teacher"]:
@@ -202,6 +205,8 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
         cells = [_cell(metrics, "accuracy", "{:.1%}"), _cell(metrics, "loss", "{:.3f}")]
         cells += [_cell(metrics, "forward_kl", "{:.4f}"), _cell(metrics, "reverse_kl", "{:.4f}")]
         cells += [_cell(metrics, "agreement", "{:.1%}")]
+        if pairs:
+            cells += [_cell(metrics, "preference_accuracy", "{:.1%}"), _cell(metrics, "preference_margin", "{:.2f}")]
         cells += [
             _cell(summary or {}, "tokens_per_second", "{:,.0f}"),
             _cell(summary or {}, "teacher_wait_share", "{:.1%}"),

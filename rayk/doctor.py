@@ -70,7 +70,7 @@ def _run(settings: RunConfig) -> Iterator[Check]:
             continue
         skipped = sum(table.skipped.values())
         counted = int(table.counted_tokens.sum())
-        text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.lengths.max()}"
+        text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.longest}"
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
         )

@@ -102,7 +102,7 @@ def _wanted(
     if support is not None and not isinstance(support, Requested) and getattr(config.method, "reads_completions", True):
         assert inputs.train is not None
         for teacher, examples in by_teacher(inputs.train):
-            yield "training rows", teacher, support, examples
+            yield "training rows", teacher, support, [answer for row in examples for answer in row.answers]
     if inputs.evaluation is not None:
         for teacher, examples in by_teacher(inputs.evaluation):
             yield "evaluation rows", teacher, fitting(config.evaluation.support, teacher.vocab_size), examples

@@ -54,9 +54,12 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
             "most."
         )
+    rows = {"pairs": getattr(config.method, "reads_pairs", False)}
     prompts_only = not getattr(config.method, "reads_completions", True)
-    train_table = tokenize(config.data.train, config.data, tokenizer, prompts_only=prompts_only) if training else None
-    evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
+    train_table = (
+        tokenize(config.data.train, config.data, tokenizer, prompts_only=prompts_only, **rows) if training else None
+    )
+    evaluation = tokenize(config.data.evaluation, config.data, tokenizer, **rows) if config.data.evaluation else None
     beside = getattr(config.method, "pretraining", None) if training else None
     pretraining = tokenize(beside.data, config.data, tokenizer) if beside else None
     tables = [table for table in (train_table, evaluation, pretraining) if table is not None]
@@ -98,7 +101,7 @@ def _check_lengths(
     models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable | None, evaluation: ExampleTable | None,
     tables: list[ExampleTable],
 ) -> None:  # fmt: skip
-    longest = int(max(table.lengths.max() for table in tables))
+    longest = max(table.longest for table in tables)
     generation, answered, rolled_out = config.evaluation.generation, 0, 0
     if evaluation is not None and generation is not None:
         answered = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
@@ -137,7 +140,7 @@ def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any
         settings = models.get(f"teacher '{teacher.name}'")
         limit = getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
         prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
-        for row in (row for table in tables for row in table):
+        for row in (answer for table in tables for each in table for answer in each.answers):
             if (length := len(seen_after(prompts, row))) > limit:
                 raise InputError(
                     f"{row.where} has {length} tokens after the prompt of teacher '{teacher.name}', which takes "

@@ -15,10 +15,13 @@ class DataSource(Settings):
     """The configuration of a hub dataset."""
     rows: Positive | None = None
     """Take only the first so many."""
-    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    format: Literal["auto", "prompt_completion", "messages", "text", "preference"] = "auto"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     messages_field: str = "messages"
+    chosen_field: str = "chosen"
+    """The better of two answers to `prompt`: text, or a list of messages (as in TRL, with the prompt's or without)."""
+    rejected_field: str = "rejected"
     text_field: str = "text"
     prompt_template: str | None = None
     """Text with {field} names of the row, instead of `prompt_field`."""

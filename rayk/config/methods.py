@@ -223,4 +223,34 @@ class MiniLLMConfig(TaughtConfig):
         return self
 
 
-MethodConfig = Annotated[SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig, Field(discriminator="kind")]
+class PreferenceConfig(Settings):
+    """Of two answers to a prompt the student comes to prefer the chosen one (DPO)."""
+
+    kind: Literal["preference"] = "preference"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """β: how dear it is to leave the reference; small is cheap."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs taken to be the wrong way round (conservative DPO)."""
+    reference: str | None = None
+    """The frozen model that the student is held against: one of `teachers`; by default the student as the run begins,
+    whatever teachers there are."""
+
+    @property
+    def teacher(self) -> str | None:
+        """Whom the method asks."""
+        return self.reference
+
+    @property
+    def support(self) -> Logprob | None:
+        """What it asks for."""
+        return None if self.reference is None else Logprob()
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Rows are preference pairs."""
+        return True
+
+
+MethodConfig = Annotated[
+    SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig | PreferenceConfig, Field(discriminator="kind")
+]

@@ -10,7 +10,7 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.methods import MethodConfig, MiniLLMConfig, OnPolicyConfig, TaughtConfig
+from rayk.config.methods import MethodConfig, MiniLLMConfig, OnPolicyConfig, PreferenceConfig, TaughtConfig
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
@@ -54,14 +54,18 @@ class RunConfig(Settings):
         if isinstance(self.method, TaughtConfig) and not names:
             raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
-            raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
+            raise ValueError(
+                f"method.{self._asking} '{wanted}' is none of the teachers ({', '.join(names) or 'there are none'})"
+            )
         self._many_teachers_fit(names, wanted)
         self._signals_can_be_had()
+        self._pairs_can_be_read()
         self._completions_can_be_written()
         for teacher in self.teachers:
-            if isinstance(self.method, TaughtConfig) and not teacher.attach and wanted in (None, teacher.name):
+            support = getattr(self.method, "support", None)
+            if support is not None and not teacher.attach and wanted in (None, teacher.name):
                 try:
-                    check_engine_gives(teacher.engine, self.method.support)
+                    check_engine_gives(teacher.engine, support)
                 except ValueError as error:
                     raise ValueError(f"teacher '{teacher.name}': {error}") from error
             if teacher.deadline_seconds >= self.training.collective_timeout_seconds:
@@ -75,7 +79,9 @@ class RunConfig(Settings):
 
     def _many_teachers_fit(self, names: list[str], wanted: str | None) -> None:
         if wanted is not None and (self.ensemble or self.route):
-            raise ValueError("method.teacher names one teacher, but 'ensemble' or 'route' is set; leave one out")
+            raise ValueError(
+                f"method.{self._asking} names one teacher, but 'ensemble' or 'route' is set; leave one out"
+            )
         if self.ensemble is not None:
             members = self.ensemble.teachers or names
             if len(members) < 2:
@@ -95,8 +101,8 @@ class RunConfig(Settings):
             asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if isinstance(self.method, TaughtConfig) and not asked:
-            asked = [self.method.teacher or self.teachers[0].name]
+        if getattr(self.method, "support", None) is not None and not asked:
+            asked = [getattr(self.method, "teacher", None) or self.teachers[0].name]
         for teacher in self.teachers:
             if teacher.name in asked and not teacher.gives_signals:
                 raise ValueError(
@@ -104,6 +110,13 @@ class RunConfig(Settings):
                     "'ensemble' nor 'route' nor a method but 'supervised' can use it; choose engine kind "
                     "'transformers' or 'vllm', or train on the text it writes with method 'supervised'"
                 )
+
+    def _pairs_can_be_read(self) -> None:
+        if isinstance(self.method, PreferenceConfig) and self.data.train.format not in ("auto", "preference"):
+            raise ValueError(
+                f"data.train.format is '{self.data.train.format}', but method 'preference' learns from pairs of "
+                "answers; leave it out"
+            )
 
     def _completions_can_be_written(self) -> None:
         if not isinstance(self.method, OnPolicyConfig | MiniLLMConfig):
@@ -172,6 +185,11 @@ class RunConfig(Settings):
                 f"method.teacher_share: teacher '{writer.name}' cannot write together with the student; it needs "
                 "engine kind 'transformers' and no prompt_template, or set method.teacher_share to 0"
             )
+
+    @property
+    def _asking(self) -> str:
+        """The method's setting that names whom it asks."""
+        return "reference" if isinstance(self.method, PreferenceConfig) else "teacher"
 
     @property
     def compared_teacher(self) -> str:

@@ -78,6 +78,15 @@ def draw_figures(runs: list[Run]) -> list[Group]:
             Plot("Accepted by the teacher", "Share of the student's proposals that stayed, where both write.",
                  [curve for curve in _curves(runs, "rollout_acceptance") if curve.values.min() < 1], axis="share"),
         ]),
+        ("Preferences of the training pairs", 2, [
+            Plot("Reward margin", "Chosen over rejected, β times nats over the reference.",
+                 _curves(runs, "reward_margin")),
+            Plot("Reward accuracy", "Share of pairs whose chosen answer has the higher reward.",
+                 _curves(runs, "reward_accuracy"), axis="share"),
+            Plot("Log-prob of the chosen", "Nats an answer. It may fall with the rejected one's.",
+                 _curves(runs, "chosen_logprob")),
+            Plot("Log-prob of the rejected", "Nats an answer.", _curves(runs, "rejected_logprob")),
+        ]),
         ("Optimiser", 2, [
             Plot("Learning rate", "After warm-up and schedule.", _curves(runs, "learning_rate"), style="exact"),
             Plot("Gradient norm", "Before clipping. Spikes or growth hint at an unstable run.",
@@ -140,6 +149,10 @@ def _evaluation_plots(runs: list[Run]) -> list[Plot]:
              _curves(runs, "evaluation_forward_kl"), style="points"),
         Plot("Agreement with teacher", "Same first choice of token.",
              _curves(runs, "evaluation_agreement"), style="points", axis="share"),
+        Plot("Preference margin", "Log-prob of the chosen answers less the rejected ones', nats a pair.",
+             _curves(runs, "evaluation_preference_margin"), style="points"),
+        Plot("Preference accuracy", "Share of pairs whose chosen answer is the likelier one.",
+             _curves(runs, "evaluation_preference_accuracy"), style="points", axis="share"),
     ]  # fmt: skip
     # A single point is the final table's number.
     return [plot for plot in plots if any(len(curve.steps) > 1 for curve in plot.curves)]

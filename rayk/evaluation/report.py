@@ -52,7 +52,7 @@ def _page(runs: list[Run]) -> str:
         summaries_of_methods={
             run.method: run.summary["about"] for run in runs if run.summary and "about" in run.summary
         },
-        columns=COLUMNS,
+        columns=_columns(runs),
         table=_table(runs),
         support=_support(runs),
         figures=draw_figures(runs) + draw_timelines(runs),
@@ -155,6 +155,10 @@ COLUMNS = (
         "agreement", "Agreement", "Share of the tokens at which the student's first choice is the teacher's.",
         "{:.1%}", max,
     ),
+    _metric(
+        "preference_accuracy", "Prefers rightly", "Share of the evaluation pairs whose chosen answer, as a "
+        "whole, is likelier to the student than the rejected one. Half is chance.", "{:.1%}", max,
+    ),
     Column(
         "Tokens/s", "Training speed: tokens of training rows a second, waiting included.", "{:,.0f}", max,
         lambda run: run.tokens / run.training_seconds if run.training_seconds else None,
@@ -167,15 +171,21 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def _columns(runs: list[Run]) -> list[Column]:
+    """Those of all methods, and those of preferences where there are pairs."""
+    return [c for c in COLUMNS if c.metric != "preference_accuracy" or any(c.of(run) is not None for run in runs)]
+
+
 def _table(runs: list[Run]) -> list[Line]:
-    lines = [Line("Teacher", None, [_cell(metrics.get(c.metric or ""), c, run) for c in COLUMNS])
+    columns = _columns(runs)
+    lines = [Line("Teacher", None, [_cell(metrics.get(c.metric or ""), c, run) for c in columns])
              for run, metrics in teachers_of(runs)]  # fmt: skip
     if len(lines) > 1:
         lines = [Line(f"Teacher {run.teacher_name}", None, line.cells)
                  for line, (run, _) in zip(lines, teachers_of(runs), strict=True)]  # fmt: skip
-    students = [Line(run.label, run, [_cell(column.of(run), column, run) for column in COLUMNS]) for run in runs]
+    students = [Line(run.label, run, [_cell(column.of(run), column, run) for column in columns]) for run in runs]
     finished = [line for line in students if line.run and line.run.summary is not None]
-    for place, column in enumerate(COLUMNS):
+    for place, column in enumerate(columns):
         values = {line.cells[place].text: column.of(line.run) for line in finished if line.run}
         known = {text: value for text, value in values.items() if value is not None and math.isfinite(value)}
         if len(known) > 1:

@@ -2,7 +2,8 @@
 
 Each divergence takes student logits [tokens, vocab] and a teacher (logits, or a `SignalBatch`) and returns nats per
 token; `token_mean` and `sequence_mean` make one number of them. The `linear_*` forms start from hidden states instead.
-Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`.
+Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`;
+preferences between two answers (DPO) have `preference`.
 """
 
 from rayk.losses.chunked import (
@@ -38,7 +39,8 @@ from rayk.losses.policy_gradient import (
     unbiased_sequence_kl_loss,
     whiten,
 )
-from rayk.losses.reductions import kl_estimate, sequence_mean, token_mean
+from rayk.losses.preference import dpo_loss, implicit_rewards
+from rayk.losses.reductions import kl_estimate, sequence_mean, sequence_sum, token_mean
 
 __all__ = [
     "DIVERGENCES",
@@ -48,8 +50,10 @@ __all__ = [
     "cumulative_log_weights",
     "decoupled_kl",
     "divergence",
+    "dpo_loss",
     "forward_kl",
     "gold_uncertainty",
+    "implicit_rewards",
     "importance_log_weights",
     "jensen_shannon",
     "kl_estimate",
@@ -64,6 +68,7 @@ __all__ = [
     "returns_to_go",
     "reverse_kl",
     "sequence_mean",
+    "sequence_sum",
     "skew_forward_kl",
     "skew_reverse_kl",
     "symmetric_kl",

@@ -4,8 +4,11 @@ from rayk.methods.base import Experience, Loss, Method
 from rayk.methods.logit_kd import LogitKD
 from rayk.methods.minillm import MiniLLM
 from rayk.methods.on_policy import OnPolicy
+from rayk.methods.preference import Preference
 from rayk.methods.supervised import Supervised
 
-METHODS: dict[str, type[Method]] = {method.kind: method for method in (Supervised, LogitKD, OnPolicy, MiniLLM)}
+METHODS: dict[str, type[Method]] = {
+    method.kind: method for method in (Supervised, LogitKD, OnPolicy, MiniLLM, Preference)
+}
 
-__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "MiniLLM", "OnPolicy", "Supervised"]
+__all__ = ["METHODS", "Experience", "LogitKD", "Loss", "Method", "MiniLLM", "OnPolicy", "Preference", "Supervised"]

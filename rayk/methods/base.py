@@ -30,7 +30,8 @@ class Student(Protocol):
 
 @dataclass(frozen=True)
 class Experience:
-    """What one step learns from: rows, and what was said about them. It can be cut into micro-batches by row."""
+    """What one step learns from: rows, and what was said about them. It can be cut into micro-batches by row; a
+    method's own kind of it may keep several rows together."""
 
     batch: Batch
     signals: SignalBatch | None = None
@@ -45,6 +46,11 @@ class Experience:
     def count(self) -> int:
         """Units the loss is averaged over, summed across micro-batches and workers: counted tokens."""
         return self.batch.counted_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each part that `select` can choose, its rows padded to the longest of them."""
+        return [len(sequence) for sequence in self.batch.sequences]
 
     def select(self, rows: list[int]) -> "Experience":
         tokens = torch.cat([torch.arange(*self.batch.offsets[row : row + 2].tolist()) for row in rows])
@@ -78,7 +84,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of each unit, nats [count], and the terms it is made of, for the metrics."""
+    """The loss of each unit (token, or pair), nats [count], and the terms it is made of, for the metrics."""
 
     per_token: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -112,6 +118,19 @@ class Method(ABC):
         """The rows that `sample` is to see at a time, each in one group; a group's teachers are asked while the next is
         written. By default all at once."""
         return [list(range(batch.rows))]
+
+    def look_at_start(self, student: Student, batches: Iterable[Batch]) -> Any:
+        """What has to be known of the student before its first update; by default nothing. Runs once in a run, on every
+        worker: a resumed one does not ask again, so what must last belongs in `state_dict`.
+
+        Args:
+            batches: this worker's share of all that the run will learn from, each answer of a preference pair as a row
+                of its own.
+        """
+        return None
+
+    def on_start(self, seen: Ordered[Any]) -> None:  # noqa: B027
+        """Called after `look_at_start` with what all workers have seen."""
 
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """The rows that the step learns from, for methods that have the policy write them; by default the data's.

@@ -1,7 +1,7 @@
 """What one Ray Train worker does: prepare, step, measure, checkpoint, until the last step.
 
 The result does not depend on the number of workers or on micro-batching: step i learns from the same rows whoever
-takes them, and every token weighs 1 / (the step's counted tokens over all workers).
+takes them, and every token (or pair) weighs 1 / (the step's counted tokens, or pairs, over all workers).
 """
 
 import logging
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rayk.config import RunConfig, ServedRollouts, TrainingConfig
-from rayk.data.batches import BatchSampler, micro_batches, pad_id_of
+from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
 from rayk.errors import RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
@@ -40,6 +40,8 @@ from rayk.training.student import UNUSABLE, Step, Student, save_model, wrap
 from rayk.training.supply import Prepared, Span, Supply
 
 logger = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 1000  # sorted by length among themselves
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ class Trainer:
                     "training.checkpoints) must be one that all nodes share."
                 )
             )
+        if not self.step:
+            self._look_at_start()
         self.wrapped: Any = wrap(self.module)
         if (policy := self.policy) is not None:
             self._together(lambda: policy.begin(attempts[0]))
@@ -217,6 +221,30 @@ class Trainer:
             problem = error
         self.ranks.agree(problem)
 
+    def _look_at_start(self) -> None:
+        """Have the method look at the initial weights; where there is a checkpoint, its state is what it saw."""
+        seen, problem = None, None
+        self.student.eval()
+        try:
+            with torch.no_grad():
+                seen = self.method.look_at_start(self.student, self._share_of_everything())
+        except Exception as error:
+            problem = error
+        self.student.train()
+        self.ranks.agree(problem)
+        self.method.on_start(self.ranks.gather(seen))
+
+    def _share_of_everything(self) -> Iterator[Batch]:
+        """This rank's share of the rows that the run will learn from, by length."""
+        steps = min(self.total_steps, -(-len(self.table) // self.settings.batch_size))
+        taken = np.unique(np.concatenate([self.sampler.rows(step) for step in range(steps)]))
+        mine = taken[self.ranks.rank :: self.ranks.world]
+        for start in range(0, len(mine), _ROWS_AT_ONCE):
+            chunk = mine[start : start + _ROWS_AT_ONCE]
+            rows = [answer for row in chunk for answer in self.table[int(row)].answers]
+            for group in micro_batches([len(row) for row in rows], self.settings.micro_batch_tokens):
+                yield collate([rows[row] for row in group], pad_id_of(self.tokenizer)).to(self.device)
+
     def _step(self, step: int, experiences: Iterator[Prepared]) -> dict[str, Any]:
         """One optimiser step; its row of metrics."""
         began = time.perf_counter()
@@ -229,9 +257,9 @@ class Trainer:
         self.ranks.agree(problem)
         assert prepared is not None
         experience = self.method.together(prepared.experience, self.ranks.sums)
-        lengths = [len(sequence) for sequence in experience.batch.sequences]
-        count, tokens, skipped, cached = self.ranks.sums(
-            [experience.count, sum(lengths), experience.skipped, self._newly_cached()]
+        batch = experience.batch
+        counted, tokens, skipped, cached = self.ranks.sums(
+            [batch.counted_tokens, sum(map(len, batch.sequences)), experience.skipped, self._newly_cached()]
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
@@ -246,7 +274,7 @@ class Trainer:
             **_mean_over(updates),
             "learning_rate": learning_rate_at(step, self.total_steps, self.settings),
             "tokens": int(tokens),
-            "counted_tokens": int(count),
+            "counted_tokens": int(counted),
             "skipped_rows": int(skipped),
             "cached_tokens": int(cached),
             "tokens_per_second": tokens / seconds,
@@ -265,7 +293,7 @@ class Trainer:
         parts = [part for part in (experience, experience.beside) if part is not None]
         counts = self.ranks.sums([part.count for part in parts])
         for part, count in zip(parts, counts, strict=True):
-            sums = self._backward(part, [len(sequence) for sequence in part.batch.sequences], count)
+            sums = self._backward(part, count)
             names = sorted(sums)
             totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
             means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
@@ -307,9 +335,9 @@ class Trainer:
         self._cached_tokens = sum(teacher.statistics.cached_tokens for teacher in self.teachers.values())
         return self._cached_tokens - before
 
-    def _backward(self, experience: Experience, lengths: list[int], count: float) -> dict[str, float]:
+    def _backward(self, experience: Experience, count: float) -> dict[str, float]:
         """Gradients of the whole step's loss; sums of the loss and its terms over this rank's units."""
-        groups = micro_batches(lengths, self.settings.micro_batch_tokens)
+        groups = micro_batches(experience.lengths, self.settings.micro_batch_tokens)
         sums: dict[str, Tensor] = {}
         for number, rows in enumerate(groups, start=1):
             part = experience.select(rows).to(self.device)
