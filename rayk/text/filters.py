@@ -102,22 +102,27 @@ def sift(candidates: Iterable[Candidate], filters: Sequence[Filter]) -> Sifted:
     """
     sifted = Sifted(counts={each.name: 0 for each in filters})
     for candidate in candidates:
-        rejection = _first_rejection(candidate, filters)
-        if rejection is not None:
+        rejection = judge(candidate, filters)
+        if rejection is None:
+            sifted.kept.append(candidate)
+        else:
             sifted.rejected.append(rejection)
             sifted.counts[rejection.filter] += 1
-            continue
-        sifted.kept.append(candidate)
-        for each in filters:
-            each.remember(candidate)
     return sifted
 
 
-def _first_rejection(candidate: Candidate, filters: Sequence[Filter]) -> Rejection | None:
+def judge(candidate: Candidate, filters: Sequence[Filter]) -> Rejection | None:
+    """What the first of the filters has against the candidate; one that all of them keep is remembered.
+
+    Raises:
+        InputError: as `sift`.
+    """
     for each in filters:
         reason = each.judge(candidate)
         if reason is not None:
             return Rejection(candidate, each.name, reason)
+    for each in filters:
+        each.remember(candidate)
     return None
 
 
