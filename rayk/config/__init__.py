@@ -8,7 +8,7 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig, DataSource
 from rayk.config.evaluation import EvaluationConfig, GenerationConfig
-from rayk.config.loading import load_config, parse_config
+from rayk.config.loading import difference, load_config, parse_config
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
     AdaptiveConfig,
@@ -24,6 +24,15 @@ from rayk.config.methods import (
 )
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
+from rayk.config.synthesis import (
+    AnswerConfig,
+    AnswerType,
+    ChainOfThoughtConfig,
+    ResponsesConfig,
+    SamplingConfig,
+    SynthesisConfig,
+    SynthesisSettings,
+)
 from rayk.config.teachers import (
     EnsembleConfig,
     OpenAIEngine,
@@ -40,7 +49,10 @@ from rayk.config.training import StudentConfig, TrainingConfig
 __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
+    "AnswerConfig",
+    "AnswerType",
     "CacheConfig",
+    "ChainOfThoughtConfig",
     "DataConfig",
     "DataSource",
     "Divergence",
@@ -56,13 +68,17 @@ __all__ = [
     "PretrainingConfig",
     "Replicas",
     "Resources",
+    "ResponsesConfig",
     "RolloutConfig",
     "RouteConfig",
     "RunConfig",
+    "SamplingConfig",
     "Settings",
     "SimulatedEngine",
     "StudentConfig",
     "SupervisedConfig",
+    "SynthesisConfig",
+    "SynthesisSettings",
     "TaughtConfig",
     "TeacherConfig",
     "TrackingConfig",
@@ -70,6 +86,7 @@ __all__ = [
     "TransformersEngine",
     "VLLMEngine",
     "WorkerRollouts",
+    "difference",
     "load_config",
     "parse_config",
 ]
