@@ -22,7 +22,7 @@ from rayk.config.filters import (
     RougeFilter,
     TruncatedFilter,
 )
-from rayk.config.loading import load_config, parse_config
+from rayk.config.loading import difference, load_config, parse_config
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
     AdaptiveConfig,
@@ -38,6 +38,15 @@ from rayk.config.methods import (
 )
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
+from rayk.config.synthesis import (
+    AnswerConfig,
+    AnswerType,
+    ChainOfThoughtConfig,
+    ResponsesConfig,
+    SamplingConfig,
+    SynthesisConfig,
+    SynthesisSettings,
+)
 from rayk.config.teachers import (
     EnsembleConfig,
     OpenAIEngine,
@@ -54,7 +63,10 @@ from rayk.config.training import StudentConfig, TrainingConfig
 __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
+    "AnswerConfig",
+    "AnswerType",
     "CacheConfig",
+    "ChainOfThoughtConfig",
     "ContaminationFilter",
     "CustomFilter",
     "DataConfig",
@@ -80,14 +92,18 @@ __all__ = [
     "RepetitionFilter",
     "Replicas",
     "Resources",
+    "ResponsesConfig",
     "RolloutConfig",
     "RougeFilter",
     "RouteConfig",
     "RunConfig",
+    "SamplingConfig",
     "Settings",
     "SimulatedEngine",
     "StudentConfig",
     "SupervisedConfig",
+    "SynthesisConfig",
+    "SynthesisSettings",
     "TaughtConfig",
     "TeacherConfig",
     "TrackingConfig",
@@ -96,6 +112,7 @@ __all__ = [
     "TruncatedFilter",
     "VLLMEngine",
     "WorkerRollouts",
+    "difference",
     "load_config",
     "parse_config",
 ]

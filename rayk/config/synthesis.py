@@ -1,0 +1,146 @@
+"""What teachers write for the student to learn from, and how; told apart by `kind`."""
+
+import string
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from rayk.config.base import AnswerPattern, Positive, Settings
+from rayk.config.data import DataSource
+
+AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
+
+
+class SamplingConfig(Settings):
+    """How the teacher writes."""
+
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Texts that end a completion and are no part of it, such as "\\nQ:" for a base model that would go on asking."""
+
+
+class AnswerConfig(Settings):
+    """What counts as an answer, and where a row has the right one."""
+
+    type: AnswerType = "free"
+    """What an answer looks like in what the teacher writes. `choice`: one of the letters `choices`; `date`: with the
+    month before the day where both are numbers; `free`: text up to the end of its line."""
+    choices: Annotated[str, Field(pattern=r"^[A-Z]{2,}$")] = "ABCDE"
+    field: str = "answer"
+    """The row's field with the truth."""
+    pattern: AnswerPattern | None = None
+    """A regular expression with one group that finds the answer in that field (the last match counts), such as
+    '#### (.+)'; by default the whole field."""
+
+
+def _module_and_name(function: str) -> str:
+    if not all(all(part.isidentifier() for part in each.split(".")) for each in function.split(":", 1)):
+        raise ValueError(f"needs a function as 'module:name', not '{function}'")
+    return function
+
+
+class SynthesisSettings(Settings):
+    """What all recipes share."""
+
+    kind: str
+    teacher: str | None = None
+    """Which of `teachers` writes; by default the first. Unless the method asks it for signals too, it comes down before
+    training, and may have a tokenizer of its own."""
+    prompts: DataSource | None = None
+    """The rows to write for, instead of `data.train`; only their prompts are read, and the truth where it is used."""
+    chat: bool = False
+    """Wrap what the teacher is asked in its tokenizer's chat template, as a user's message. An endpoint (engine kind
+    `openai`) has its own `engine.chat`."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    truncated: Literal["reject", "keep"] = "reject"
+    """What happens to completions that were cut at `sampling.max_new_tokens`; a student would learn to stop so."""
+    in_flight: Positive = 64
+    """Prompts asked for at once."""
+
+    @property
+    def reads_truth(self) -> bool:
+        """Whether the rows' right answers are needed."""
+        return False
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether the teacher must tell the log-probs of what it writes."""
+        return False
+
+
+class ResponsesConfig(SynthesisSettings):
+    """The teacher's answers to the rows' prompts (SeqKD)."""
+
+    kind: Literal["responses"] = "responses"
+    samples: Positive = 1
+    """Completions asked for each prompt."""
+    keep: Literal["all", "best"] = "all"
+    """All samples of a prompt, or the one that `scorer` likes best (the first of equals)."""
+    scorer: Annotated[str, Field(pattern=r"^(mean_logprob|answer|.+:.+)$")] = "mean_logprob"
+    """For `keep: best`: the teacher's own `mean_logprob`; `answer`: a right one, and no sample where none is right; or
+    your function `module:name`, called with (prompt, completion, row), which returns a number, higher is better."""
+    answer: AnswerConfig = Field(default_factory=AnswerConfig)
+    """For scorer `answer`."""
+
+    @model_validator(mode="after")
+    def _scorer_is_known(self) -> "ResponsesConfig":
+        if ":" in self.scorer:
+            try:
+                _module_and_name(self.scorer)
+            except ValueError as error:
+                raise ValueError(f"scorer {error}") from error
+        return self
+
+    @property
+    def reads_truth(self) -> bool:
+        return self.keep == "best" and self.scorer == "answer"
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.keep == "best" and self.scorer == "mean_logprob"
+
+
+def _template_with(*needed: str):
+    def check(template: str) -> str:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"is not a template: {error}; write {{{{ and }}}} for literal braces") from error
+        if names != set(needed):
+            raise ValueError(f"needs the names {', '.join(f'{{{name}}}' for name in needed)} and no others")
+        return template
+
+    return AfterValidator(check)
+
+
+class ChainOfThoughtConfig(SynthesisSettings):
+    """The teacher's rationales that end in the right answer (Fine-tune-CoT)."""
+
+    kind: Literal["chain_of_thought"] = "chain_of_thought"
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
+    rationales: Positive = 1
+    """D: rationales asked for each question."""
+    answer: AnswerConfig = Field(default_factory=AnswerConfig)
+    keep: Literal["correct", "answered"] = "correct"
+    """Rationales whose answer is the row's; or all that have an answer, where rows have no truth."""
+    rationale_template: Annotated[str, _template_with("question")] = "Q: {question}\nA: Let's think step by step."
+    """The first call."""
+    answer_template: Annotated[str, _template_with("asked", "rationale")] = (
+        "{asked} {rationale}\nTherefore, the answer is"
+    )
+    """The second call; {asked} is the first."""
+    answer_tokens: Positive = 32
+    """Longest answer of the second call, which is greedy."""
+    student_format: Literal["delimiters", "plain"] = "delimiters"
+    """What the student learns: `<question> ###` and `<rationale> --> <answer>`; or the question as it is and
+    `<rationale>\\nTherefore, the answer is <answer>.`, which suits `data.chat_template: true`."""
+
+    @property
+    def reads_truth(self) -> bool:
+        return self.keep == "correct"
+
+
+SynthesisConfig = Annotated[ResponsesConfig | ChainOfThoughtConfig, Field(discriminator="kind")]

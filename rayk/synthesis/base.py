@@ -1,0 +1,142 @@
+"""What a recipe is: prompts in, candidates for training rows out, in an order that depends on nothing but them."""
+
+import importlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rayk.config import SamplingConfig, SynthesisSettings
+from rayk.engines.base import SamplingParameters
+from rayk.errors import InputError
+from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.scribe import Scribe, in_order
+from rayk.synthesis.store import Written
+
+S = TypeVar("S", bound=SynthesisSettings)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A training row that may be.
+
+    Attributes:
+        prompt, completion: what the student would learn.
+        origin: which prompt it is for, by place.
+        written: what the teacher wrote for it, call by call.
+        fields: what else is kept with it.
+        rejected_by: the check that it did not pass, with the `reason` in words; empty while it is kept.
+    """
+
+    prompt: str
+    completion: str
+    origin: int
+    written: tuple[Written, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    rejected_by: str = ""
+    reason: str = ""
+
+    def rejected(self, by: str, reason: str) -> "Candidate":
+        return replace(self, rejected_by=by, reason=reason)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of the report: a share from 0 to 1, or a mean."""
+
+    name: str
+    value: float
+    share: bool = True
+
+
+class Recipe(ABC, Generic[S]):
+    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them."""
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: Scribe):
+        self.settings, self.prompts, self.scribe = settings, prompts, scribe
+
+    @classmethod
+    def check(cls, settings: S) -> None:
+        """Refuse settings that cannot work, before a teacher is brought up.
+
+        Raises:
+            InputError: they cannot.
+        """
+
+    @property
+    @abstractmethod
+    def requests(self) -> int:
+        """The completions it asks for, at the most."""
+
+    @abstractmethod
+    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
+        """The candidates of one prompt, those that cannot be used rejected with the reason."""
+
+    async def candidates(self) -> AsyncIterator[Candidate]:
+        """All candidates, prompt by prompt."""
+        self.scribe.total = self.requests
+        work = (self.write_for(place, prompt) for place, prompt in enumerate(self.prompts))
+        async with aclosing(in_order(work, self.settings.in_flight)) as written:
+            async for candidates in written:
+                for candidate in candidates:
+                    yield candidate
+
+    def choose(self, kept: list[Candidate]) -> list[Candidate]:
+        """Look once more at what has passed the filters, all prompts together: the same candidates in order, some of
+        them rejected now."""
+        return kept
+
+    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
+        """What the recipe reports of all its candidates."""
+        return []
+
+
+def parameters_of(sampling: SamplingConfig) -> SamplingParameters:
+    """How the teacher is asked to write."""
+    return SamplingParameters(
+        sampling.max_new_tokens, sampling.temperature, sampling.top_p, stop=tuple(sampling.stop)
+    )  # fmt: skip
+
+
+def text_of(written: Written, stop: Sequence[str] = ()) -> str:
+    """What was written up to the text that ended it (engines differ in whether they keep that), without the white space
+    behind."""
+    text = written.text
+    for each in stop:
+        text = text.split(each, 1)[0]
+    return text.rstrip()
+
+
+def fault_of(written: Written, text: str, settings: SynthesisSettings) -> tuple[str, str] | None:
+    """The check that a completion does not pass by itself, and why; None where it is one."""
+    if written.finish_reason == "error":
+        return "unanswered", written.reason
+    if not text.strip():
+        return "empty", "the teacher wrote nothing"
+    if written.finish_reason == "length" and settings.truncated == "reject":
+        return "truncated", f"cut at {settings.sampling.max_new_tokens} tokens"
+    return None
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The user's function 'module:name'; modules are also found in the working directory.
+
+    Raises:
+        InputError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"The function '{name}' cannot be loaded: {error}.") from error
+    if not callable(function):
+        raise InputError(f"'{name}' is not a function.")
+    return function
