@@ -5,7 +5,7 @@ learned from, or the best: by the teacher's own mean log-prob, by the truth, or 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from rayk.config import ResponsesConfig
@@ -29,9 +29,7 @@ class Responses(Recipe[ResponsesConfig]):
     def __init__(self, settings: ResponsesConfig, prompts: Sequence[Prompt], scribe: Scribe):
         super().__init__(settings, prompts, scribe)
         self._parameters = parameters_of(settings.sampling)
-        self._own_score: Callable | None = (
-            load_function(settings.scorer, "synthesis.scorer") if ":" in settings.scorer else None
-        )
+        self._own_score = load_function(settings.scorer, "synthesis.scorer") if ":" in settings.scorer else None
 
     @classmethod
     def check(cls, settings: ResponsesConfig) -> None:
