@@ -19,6 +19,7 @@ from rayk.synthesis import RECIPES, Prompt, read_prompts
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
+from rayk.text import Filter, build_filters
 from rayk.training.student import architecture
 
 
@@ -94,6 +95,18 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
         source, section = config.data.train, "data.train."
     answer = getattr(config.synthesis, "answer", None) if config.synthesis.reads_truth else None
     return read_prompts(source, section, answer)
+
+
+def filters_of(config: RunConfig) -> list[Filter]:
+    """What judges the rows that are written.
+
+    Raises:
+        InputError: a filter cannot be built, or the evaluation rows it needs cannot be read.
+    """
+    assert config.synthesis is not None
+    evaluation = config.data.evaluation
+    prompts = None if evaluation is None else (each.text for each in read_prompts(evaluation, "data.evaluation."))
+    return build_filters(config.synthesis.filters, prompts)
 
 
 def written_rows(config: RunConfig) -> Path:

@@ -18,7 +18,7 @@ from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.evaluation.report import write_report
 from rayk.evaluation.run_directory import Follower, read_lines
-from rayk.inputs import Inputs, on_written_rows, prompts_written_for, read_inputs, written_rows
+from rayk.inputs import Inputs, filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
 from rayk.methods import METHODS
 from rayk.synthesis import Prompt, Store, fingerprint, synthesise
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
@@ -38,8 +38,13 @@ _PLACEMENT = {
     *(f"teachers.{key}" for key in (
         "attach", "replicas", "resources", "call_tokens", "in_flight", "deadline_seconds", "engine.batch_tokens",
         "engine.device", "engine.threads", "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
+        "engine.api_key_variable", "engine.concurrency", "engine.requests_per_minute", "engine.tokens_per_minute",
+        "engine.attempts", "engine.timeout_seconds", "engine.price_per_million_prompt_tokens",
+        "engine.price_per_million_completion_tokens",
     )),
 }  # fmt: skip
+# Settings that say what is made of a teacher's completions, but change none of them.
+_CHOICE = {f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format")}
 
 
 _ROWS = "data.fingerprint"
@@ -205,15 +210,17 @@ def write_rows(
     """
     assert config.synthesis is not None
     with Store(written_rows(config).parent) as store, ExitStack() as writing:
-        store.claim(_made_with(config, prompts), _PLACEMENT)
+        store.claim(_made_with(config, prompts), _PLACEMENT, _CHOICE)
         if (summary := store.summary) and (settled or not summary["unanswered"]):
             return {}
+        filters = filters_of(config)
         watcher.stage(f"Bringing up {config.writer} on Ray Serve")
         running = serve_all(config, applications_of(config), writing, cache, [config.writer])
         before = f", {len(store):,} completions are there" if len(store) else ""
         watcher.stage(f"Synthesising {config.synthesis.kind} for {len(prompts):,} prompts{before}")
         synthesise(
-            config.synthesis, prompts, running[config.writer], store, seed=config.seed, progress=watcher.progress
+            config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
+            progress=watcher.progress,
         )  # fmt: skip
         if config.only_writing:
             return {}
@@ -225,12 +232,11 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What the written rows depend on."""
     values = config.model_dump(mode="json")
     writer = next(teacher for teacher in values["teachers"] if teacher["name"] == config.writer)
-    source = values["synthesis"].pop("prompts") or values["data"]["train"]
     return {
-        "synthesis": values["synthesis"] | {"teacher": config.writer},
+        "synthesis": {key: value for key, value in values["synthesis"].items() if key not in ("prompts", "teacher")},
         "seed": config.seed,
         "teachers": {"model": writer["model"], "engine": writer["engine"]},
-        "prompts": {**source, "fingerprint": fingerprint(prompts)},
+        "prompts": fingerprint(prompts),
     }
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "sequences", "packing"},
     {"models"},
     {"signal", "speculative", "key_values"},
-    {"losses", "signal_codec", "text"},
+    {"losses", "signal_codec"},
     {"engines", "data"},
     {"cluster"},
     {"teachers"},

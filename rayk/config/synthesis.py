@@ -3,10 +3,11 @@
 import string
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from rayk.config.base import AnswerPattern, Positive, Settings
 from rayk.config.data import DataSource
+from rayk.config.filters import FUNCTION_PATTERN, FilterConfig, TruncatedFilter
 
 AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
 
@@ -36,12 +37,6 @@ class AnswerConfig(Settings):
     '#### (.+)'; by default the whole field."""
 
 
-def _module_and_name(function: str) -> str:
-    if not all(all(part.isidentifier() for part in each.split(".")) for each in function.split(":", 1)):
-        raise ValueError(f"needs a function as 'module:name', not '{function}'")
-    return function
-
-
 class SynthesisSettings(Settings):
     """What all recipes share."""
 
@@ -55,8 +50,9 @@ class SynthesisSettings(Settings):
     """Wrap what the teacher is asked in its tokenizer's chat template, as a user's message. An endpoint (engine kind
     `openai`) has its own `engine.chat`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    truncated: Literal["reject", "keep"] = "reject"
-    """What happens to completions that were cut at `sampling.max_new_tokens`; a student would learn to stop so."""
+    filters: list[FilterConfig] = Field(default_factory=lambda: [TruncatedFilter()])
+    """What is left out of what was written, in this order; by default what was cut at `sampling.max_new_tokens`, for
+    the student would learn to stop so."""
     in_flight: Positive = 64
     """Prompts asked for at once."""
 
@@ -79,20 +75,11 @@ class ResponsesConfig(SynthesisSettings):
     """Completions asked for each prompt."""
     keep: Literal["all", "best"] = "all"
     """All samples of a prompt, or the one that `scorer` likes best (the first of equals)."""
-    scorer: Annotated[str, Field(pattern=r"^(mean_logprob|answer|.+:.+)$")] = "mean_logprob"
+    scorer: Annotated[str, Field(pattern=rf"^(mean_logprob|answer|{FUNCTION_PATTERN[1:-1]})$")] = "mean_logprob"
     """For `keep: best`: the teacher's own `mean_logprob`; `answer`: a right one, and no sample where none is right; or
     your function `module:name`, called with (prompt, completion, row), which returns a number, higher is better."""
     answer: AnswerConfig = Field(default_factory=AnswerConfig)
     """For scorer `answer`."""
-
-    @model_validator(mode="after")
-    def _scorer_is_known(self) -> "ResponsesConfig":
-        if ":" in self.scorer:
-            try:
-                _module_and_name(self.scorer)
-            except ValueError as error:
-                raise ValueError(f"scorer {error}") from error
-        return self
 
     @property
     def reads_truth(self) -> bool:

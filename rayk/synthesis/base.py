@@ -1,17 +1,13 @@
 """What a recipe is: prompts in, candidates for training rows out, in an order that depends on nothing but them."""
 
-import importlib
-import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rayk.config import SamplingConfig, SynthesisSettings
 from rayk.engines.base import SamplingParameters
-from rayk.errors import InputError
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Scribe, in_order
 from rayk.synthesis.store import Written
@@ -113,30 +109,10 @@ def text_of(written: Written, stop: Sequence[str] = ()) -> str:
     return text.rstrip()
 
 
-def fault_of(written: Written, text: str, settings: SynthesisSettings) -> tuple[str, str] | None:
+def fault_of(written: Written, text: str) -> tuple[str, str] | None:
     """The check that a completion does not pass by itself, and why; None where it is one."""
     if written.finish_reason == "error":
         return "unanswered", written.reason
     if not text.strip():
         return "empty", "the teacher wrote nothing"
-    if written.finish_reason == "length" and settings.truncated == "reject":
-        return "truncated", f"cut at {settings.sampling.max_new_tokens} tokens"
     return None
-
-
-def function_of(name: str) -> Callable[..., Any]:
-    """The user's function 'module:name'; modules are also found in the working directory.
-
-    Raises:
-        InputError: there is none.
-    """
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"The function '{name}' cannot be loaded: {error}.") from error
-    if not callable(function):
-        raise InputError(f"'{name}' is not a function.")
-    return function

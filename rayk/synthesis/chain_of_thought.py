@@ -42,7 +42,7 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
         asked = self.settings.rationale_template.format(question=prompt.text)
         written = await self.scribe.ask(Request(asked, self.scribe.seed(_RATIONALE, place, draw), self._rationale))
         rationale = text_of(written, self.settings.sampling.stop).strip()
-        if fault := fault_of(written, rationale, self.settings):
+        if fault := fault_of(written, rationale):
             self.scribe.total -= 1  # it is not asked for its answer
             return Candidate(self._question(prompt), rationale, place, (written,)).rejected(*fault)
         second = self.settings.answer_template.format(asked=asked, rationale=rationale)

@@ -16,6 +16,7 @@ from rayk.synthesis.scribe import Progress, Scribe
 from rayk.synthesis.store import Store
 from rayk.teachers import Teacher
 from rayk.teachers.background import run_to_the_end
+from rayk.text import Filter, sift
 
 RECIPES: dict[str, type[Recipe]] = {"responses": Responses, "chain_of_thought": ChainOfThought}
 
@@ -23,10 +24,13 @@ _EXAMPLES = 3
 
 
 def synthesise(
-    settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store, *, seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
+    settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
+    filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
+
+    Args:
+        filters: `settings.filters`, built.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -39,7 +43,7 @@ def synthesise(
     scribe = Scribe(teacher, store, settings, seed, progress)
     recipe = RECIPES[settings.kind](settings, prompts, scribe)
     candidates = run_to_the_end(_written(recipe, scribe))
-    candidates = _chosen(recipe, _unlike(candidates))
+    candidates = _chosen(recipe, _sifted(_unlike(candidates), filters, prompts))
     kept = [each for each in candidates if not each.rejected_by]
     rejected = [each for each in candidates if each.rejected_by]
     summary = {
@@ -50,7 +54,7 @@ def synthesise(
         "prompts": len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": dict(Counter(each.rejected_by for each in rejected).most_common()),
+        "rejected": {each.name: 0 for each in filters} | dict(Counter(each.rejected_by for each in rejected)),
         "unanswered": scribe.unanswered,
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
@@ -92,6 +96,17 @@ def _unlike(candidates: list[Candidate]) -> list[Candidate]:
     return checked
 
 
+def _sifted(candidates: list[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
+    """With what the filters reject rejected."""
+    rows = [None if each.rejected_by else _row(each, prompts) for each in candidates]
+    rejections = {id(each.candidate): each for each in sift(filter(None, rows), filters).rejected}
+    found = [rejections.get(id(row)) for row in rows]
+    return [
+        each if rejection is None else each.rejected(rejection.filter, rejection.reason)
+        for each, rejection in zip(candidates, found, strict=True)
+    ]
+
+
 def _chosen(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
     """With the recipe's last word on those that are kept so far."""
     chosen = iter(recipe.choose([each for each in candidates if not each.rejected_by]))
@@ -109,6 +124,7 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
         **candidate.fields,
         "where": prompts[candidate.origin].where,
         "finish_reason": written[0].finish_reason,
+        "tokens": written[0].tokens,
         # Rounded, for a model's last digits depend on which prompts shared a batch.
         "mean_logprob": round(logprobs[0], 4) if logprobs else None,
         "keys": [each.key for each in written],

@@ -5,16 +5,17 @@ learned from, or the best: by the teacher's own mean log-prob, by the truth, or 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from rayk.config import ResponsesConfig
 from rayk.errors import InputError
-from rayk.synthesis.base import Candidate, Recipe, fault_of, function_of, parameters_of, text_of
+from rayk.synthesis.base import Candidate, Recipe, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt, is_right
 from rayk.synthesis.scribe import Request, Scribe
 from rayk.synthesis.store import Written
 from rayk.text.answers import answer_in
+from rayk.text.functions import load_function
 
 _SAMPLE = 0  # the stage of a seed
 
@@ -28,12 +29,12 @@ class Responses(Recipe[ResponsesConfig]):
     def __init__(self, settings: ResponsesConfig, prompts: Sequence[Prompt], scribe: Scribe):
         super().__init__(settings, prompts, scribe)
         self._parameters = parameters_of(settings.sampling)
-        self._own_score: Callable | None = function_of(settings.scorer) if ":" in settings.scorer else None
+        self._own_score = load_function(settings.scorer, "synthesis.scorer") if ":" in settings.scorer else None
 
     @classmethod
     def check(cls, settings: ResponsesConfig) -> None:
         if ":" in settings.scorer:
-            function_of(settings.scorer)
+            load_function(settings.scorer, "synthesis.scorer")
 
     @property
     def requests(self) -> int:
@@ -47,7 +48,7 @@ class Responses(Recipe[ResponsesConfig]):
     def _candidate(self, place: int, prompt: Prompt, written: Written) -> Candidate:
         text = text_of(written, self.settings.sampling.stop)
         candidate = Candidate(prompt.text, text, place, (written,))
-        if fault := fault_of(written, text, self.settings):
+        if fault := fault_of(written, text):
             return candidate.rejected(*fault)
         if self.settings.keep == "all":
             return candidate

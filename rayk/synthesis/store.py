@@ -105,11 +105,13 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def claim(self, settings: Mapping[str, Any], ignored: set[str]) -> None:
+    def claim(self, settings: Mapping[str, Any], ignored: set[str], chosen_by: set[str]) -> None:
         """Hold `settings` against those the folder was made with; read what it holds.
 
         Args:
-            ignored: places ("a.b") that do not change what is written.
+            ignored: places ("a.b") that change nothing.
+            chosen_by: places that change what is made of the completions, but no completion: with others the rows are
+                made anew.
 
         Raises:
             InputError: another setting; the sentence names it.
@@ -117,11 +119,13 @@ class Store:
         path = self.folder / "settings.yaml"
         if path.exists():
             before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            if place := difference(before, dict(settings), ignored):
+            if place := difference(before, dict(settings), ignored | chosen_by):
                 raise InputError(
                     f"What is in '{self.folder}' was made with another '{place}'; go on with the same settings, or "
                     "give another --output."
                 )
+            if difference(before, dict(settings), ignored):
+                self._forget_rows()
         self._write("settings.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
         self._load()
 
@@ -186,14 +190,17 @@ class Store:
 
     def keep(self, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
         """Write what became of the completions. Until `finish` they count as not finished."""
-        with _told(self.folder):
-            (self.folder / "summary.json").unlink(missing_ok=True)
+        self._forget_rows()
         for name, table in (("rows", rows), ("rejected", rejected)):
             self._write(f"{name}.parquet", _parquet(table_of(table)))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of what was kept."""
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
+
+    def _forget_rows(self) -> None:
+        with _told(self.folder):
+            (self.folder / "summary.json").unlink(missing_ok=True)
 
     def _load(self) -> None:
         paths = sorted(self._completions.glob("part-*.parquet"))
