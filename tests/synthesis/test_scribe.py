@@ -80,7 +80,7 @@ def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
 
 def test_no_more_than_in_flight_are_asked_at_once(parrot, endpoint, store):
     endpoint.most_at_once = 0
-    endpoint.replies = {f"prompt {i}": [Reply(delay_seconds=0.05)] for i in range(12)}
+    endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.05)] for i in range(12)}
     ask(parrot, store, requests(12), in_flight=3)
     assert endpoint.most_at_once == 3
 
@@ -105,7 +105,7 @@ def test_what_an_endpoint_refuses_is_told_and_asked_again_next_time(parrot, endp
 
 def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
     ask(parrot, store, requests(3))
-    endpoint.replies = {f"prompt {i}": [Reply(400, b'{"error": {"message": "down"}}')] for i in range(3, 200)}
+    endpoint.replies |= {f"prompt {i}": [Reply(400, b'{"error": {"message": "down"}}')] for i in range(3, 200)}
     with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 400: down\."):
         ask(parrot, store, requests(200), in_flight=4)
     assert len(endpoint.asked) <= 3 + 32 + 4
