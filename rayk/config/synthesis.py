@@ -37,6 +37,10 @@ class AnswerConfig(Settings):
     '#### (.+)'; by default the whole field."""
 
 
+def _whole_ones() -> list[FilterConfig]:
+    return [TruncatedFilter()]
+
+
 class SynthesisSettings(Settings):
     """What all recipes share."""
 
@@ -50,7 +54,7 @@ class SynthesisSettings(Settings):
     """Wrap what the teacher is asked in its tokenizer's chat template, as a user's message. An endpoint (engine kind
     `openai`) has its own `engine.chat`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    filters: list[FilterConfig] = Field(default_factory=lambda: [TruncatedFilter()])
+    filters: list[FilterConfig] = Field(default_factory=_whole_ones)
     """What is left out of what was written, in this order; by default what was cut at `sampling.max_new_tokens`, for
     the student would learn to stop so."""
     in_flight: Positive = 64

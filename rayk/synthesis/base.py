@@ -1,7 +1,7 @@
 """What a recipe is: prompts in, candidates for training rows out, in an order that depends on nothing but them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -74,7 +74,7 @@ class Recipe(ABC, Generic[S]):
     async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
         """The candidates of one prompt, those that cannot be used rejected with the reason."""
 
-    async def candidates(self) -> AsyncIterator[Candidate]:
+    async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """All candidates, prompt by prompt."""
         self.scribe.total = self.requests
         work = (self.write_for(place, prompt) for place, prompt in enumerate(self.prompts))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def read_prompts(source: DataSource, section: str, answer: AnswerConfig | None =
         text = _message(texts, row) if form == "messages" else texts.prompt(row)
         if not text.strip():
             raise InputError(f"{row.where} has an empty prompt; give it one, or remove the row.")
-        prompts.append(Prompt(text, row.where, row.fields, answer and _truth(row, answer)))
+        prompts.append(Prompt(text, row.where, row.fields, None if answer is None else _truth(row, answer)))
     return prompts
 
 
@@ -59,7 +59,7 @@ def is_right(found: str | None, truth: str, answer: AnswerConfig) -> bool:
     return found is not None and right is not None and same_answer(found, right, answer.type)
 
 
-def fingerprint(prompts: list[Prompt]) -> str:
+def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of the prompts and truths in their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
