@@ -88,6 +88,8 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
     writer = next(teacher for teacher in config.teachers if teacher.name == config.writer)
     if writer.gives_signals and writer.model is not None:
         load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    if config.synthesis.makes_prompts:
+        return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
     if config.synthesis.prompts is not None:
         source, section = config.synthesis.prompts, "synthesis.prompts."
     else:

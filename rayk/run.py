@@ -44,7 +44,10 @@ _PLACEMENT = {
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
-_CHOICE = {f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format")}
+_CHOICE = {
+    f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format", "instructions")
+}  # fmt: skip
+_NOT_WRITTEN_WITH = ("prompts", "teacher", "seed_tasks")  # told by what is in them, not by where they are
 
 
 _ROWS = "data.fingerprint"
@@ -233,7 +236,7 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     writer = next(teacher for teacher in values["teachers"] if teacher["name"] == config.writer)
     return {
-        "synthesis": {key: value for key, value in values["synthesis"].items() if key not in ("prompts", "teacher")},
+        "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _NOT_WRITTEN_WITH},
         "seed": config.seed,
         "teachers": {"model": writer["model"], "engine": writer["engine"]},
         "prompts": fingerprint(prompts),
@@ -248,7 +251,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
     for section, key in [
         (values["student"], "model"), (values["student"], "config"), (values["student"], "tokenizer"),
         (values["data"]["train"] or {}, "path"), (values["data"]["evaluation"] or {}, "path"),
-        (((values["synthesis"] or {}).get("prompts")) or {}, "path"),
+        (((values["synthesis"] or {}).get("prompts")) or {}, "path"), (values["synthesis"] or {}, "seed_tasks"),
         *((teacher, "model") for teacher in values["teachers"]),
     ]:  # fmt: skip
         value = section.get(key)

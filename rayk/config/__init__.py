@@ -44,6 +44,7 @@ from rayk.config.synthesis import (
     ChainOfThoughtConfig,
     ResponsesConfig,
     SamplingConfig,
+    SelfInstructConfig,
     SynthesisConfig,
     SynthesisSettings,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "RouteConfig",
     "RunConfig",
     "SamplingConfig",
+    "SelfInstructConfig",
     "Settings",
     "SimulatedEngine",
     "StudentConfig",

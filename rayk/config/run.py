@@ -88,7 +88,13 @@ class RunConfig(Settings):
         if self.synthesis.teacher not in (None, *names):
             named = f"synthesis.teacher '{self.synthesis.teacher}'"
             raise ValueError(f"{named} is none of the teachers ({', '.join(names)})")
-        if (self.data.train is None) == (self.synthesis.prompts is None):
+        given = self.data.train is not None or self.synthesis.prompts is not None
+        if self.synthesis.makes_prompts and given:
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' makes up its own prompts; leave out data.train and "
+                "synthesis.prompts"
+            )
+        if not self.synthesis.makes_prompts and (self.data.train is None) == (self.synthesis.prompts is None):
             raise ValueError(
                 f"synthesis '{self.synthesis.kind}' writes for the prompts of data.train or of synthesis.prompts; set "
                 "one of the two"

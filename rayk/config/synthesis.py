@@ -66,6 +66,11 @@ class SynthesisSettings(Settings):
         return False
 
     @property
+    def makes_prompts(self) -> bool:
+        """Whether the teacher makes up the prompts too, so that no rows are given."""
+        return False
+
+    @property
     def needs_logprobs(self) -> bool:
         """Whether the teacher must tell the log-probs of what it writes."""
         return False
@@ -134,4 +139,33 @@ class ChainOfThoughtConfig(SynthesisSettings):
         return self.keep == "correct"
 
 
-SynthesisConfig = Annotated[ResponsesConfig | ChainOfThoughtConfig, Field(discriminator="kind")]
+class SelfInstructConfig(SynthesisSettings):
+    """Tasks with inputs and answers that the teacher makes up itself (Self-Instruct); a base model will do."""
+
+    kind: Literal["self_instruct"] = "self_instruct"
+    seed_tasks: str | None = None
+    """The tasks it starts from, JSONL in the paper's format: {"instruction": …, "is_classification": true or false,
+    "instances": [{"input": …, "output": …}, …]}. By default 70 that were written for rayk."""
+    instructions: Positive = 1000
+    """How many to make up; fewer where the teacher has no new ideas any more. Each becomes up to 5 rows."""
+    batch: Positive = 16
+    """Lists of 8 new instructions asked for before they join the pool."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=1024, temperature=0.7, top_p=0.5)
+    """Of the lists; whether a task is a classification and its instances are written greedily."""
+    instance_tokens: Positive = 350
+    """Longest text of a task's instances."""
+    blacklist: tuple[Annotated[str, Field(min_length=1)], ...] = (
+        "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
+        "go to",
+    )  # fmt: skip
+    """Words of instructions that a model of text alone cannot follow; the paper's. [] for none."""
+    filters: list[FilterConfig] = Field(default_factory=list)
+    """Of the rows, beside the recipe's own rules. A cut answer's last instance is left out anyway, but `truncated`
+    would leave out the whole ones before it too."""
+
+    @property
+    def makes_prompts(self) -> bool:
+        return True
+
+
+SynthesisConfig = Annotated[ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig, Field(discriminator="kind")]

@@ -65,14 +65,24 @@ class Recipe(ABC, Generic[S]):
             InputError: they cannot.
         """
 
+    @classmethod
+    def own_prompts(cls, settings: S) -> list[Prompt]:
+        """What a recipe starts from that makes up its prompts (`settings.makes_prompts`).
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        raise NotImplementedError
+
     @property
     @abstractmethod
     def requests(self) -> int:
         """The completions it asks for, at the most."""
 
-    @abstractmethod
     async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
-        """The candidates of one prompt, those that cannot be used rejected with the reason."""
+        """The candidates of one prompt, those that cannot be used rejected with the reason. A recipe that does not go
+        prompt by prompt has `candidates` instead."""
+        raise NotImplementedError
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """All candidates, prompt by prompt."""

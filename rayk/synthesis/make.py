@@ -13,12 +13,17 @@ from rayk.synthesis.chain_of_thought import ChainOfThought
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
 from rayk.synthesis.scribe import Progress, Scribe
+from rayk.synthesis.self_instruct import SelfInstruct
 from rayk.synthesis.store import Store
 from rayk.teachers import Teacher
 from rayk.teachers.background import run_to_the_end
 from rayk.text import Filter, sift
 
-RECIPES: dict[str, type[Recipe]] = {"responses": Responses, "chain_of_thought": ChainOfThought}
+RECIPES: dict[str, type[Recipe]] = {
+    "responses": Responses,
+    "chain_of_thought": ChainOfThought,
+    "self_instruct": SelfInstruct,
+}
 
 _EXAMPLES = 3
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rayk.config import SynthesisSettings
+from rayk.config import OpenAIEngine, SynthesisSettings
 from rayk.data.tokens import Encoder
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
@@ -90,6 +90,12 @@ class Scribe:
         self._ticking.cancel()
         await asyncio.gather(self._ticking, return_exceptions=True)
         await self._flush()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the teacher reads its prompts as a user's messages."""
+        engine = self._teacher.settings.engine
+        return self._settings.chat or (isinstance(engine, OpenAIEngine) and engine.chat)
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""

@@ -20,12 +20,6 @@ from rayk.config import DataSource
 from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
 
-BLACKLIST = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
-    "go to",
-)  # fmt: skip
-"""What a model that reads and writes text cannot do (§9.3 of ALGORITHMS; the paper's list)."""
-
 INSTRUCTIONS_IN_CONTEXT = 8
 NEW_INSTRUCTIONS = 8
 INSTANCES_KEPT = 5
@@ -236,7 +230,7 @@ def parse_instances(text: str, is_classification: bool, finish_reason: str) -> t
         found = found[:-1]
     usable = list(dict.fromkeys(each for each in found if _usable(each)))
     if not usable:
-        return [], "has no usable instance" if found else "has no instance"
+        return [], "has no usable instance"
     inputs = [each.input for each in usable if each.input]
     if len(set(inputs)) < len(inputs):
         return [], "has two outputs for one input"

@@ -141,7 +141,8 @@ ANSWERED = [
     "Sorry is the hardest word.",
     "no",
     "The customer wrote at length about the broken lamp, the delivery that came late and the wrong colour, and asked "
-    "what could be done about all of it within the week, since guests were coming. The shop answered: I cannot help you with that.",
+    "what could be done about all of it within the week, since guests were coming. The "
+    "shop answered: I cannot help you with that.",
 ]
 
 
