@@ -6,6 +6,7 @@ chance comes from `Scribe.seed`, by the place of a row, never from the order in 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -72,7 +73,7 @@ class Scribe:
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
         self._slots = asyncio.Semaphore(settings.in_flight)
-        self._flushing = asyncio.Lock()
+        self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
         self._ordinals: Counter[str] = Counter()
         self._in_a_row = 0
         self._failure: RaykError | None = None
@@ -87,8 +88,8 @@ class Scribe:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._ticking.cancel()
-        await asyncio.gather(self._ticking, return_exceptions=True)
+        self._ended.set()
+        await self._ticking
         await self._flush()
 
     def seed(self, *place: int) -> int:
@@ -181,8 +182,9 @@ class Scribe:
         return Written(key, "", None, None, "error", reason)
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_SECONDS)
+        while not self._ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _TICK_SECONDS)
             try:
                 await self._flush()
             except RaykError as error:

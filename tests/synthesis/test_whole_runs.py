@@ -75,7 +75,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     assert len(endpoint.asked) == asked
     assert not any("Synthesising" in stage for stage in watching.stages)
     with pytest.raises(InputError, match=r"was started with another 'synthesis\.samples'"):
-        distill(parse_config(values | {"synthesis": {"kind": "responses", "samples": 3}}), resume=True)
+        distill(parse_config(values | {"synthesis": values["synthesis"] | {"samples": 3}}), resume=True)
 
 
 def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_begins(tmp_path, tiny_student):
