@@ -34,7 +34,8 @@ class Stages(Watcher):
         if text.startswith("Training"):
             self.applications = serve.status().applications
 
-    def progress(self, done, total, text):
+    def progress(self, done, total, text, unit):
+        assert unit == "completion"
         self.seen.append((done, total, text))
 
 
