@@ -116,6 +116,16 @@ def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
     assert {"forward_kl", "loss"} <= json.loads((result.output / "metrics.jsonl").read_text().splitlines()[0]).keys()
 
 
+def test_an_endpoint_writes_what_another_teacher_is_matched_on(tmp_path, tiny_student, served, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, PARROT, "logit_kd", count=8)
+    values["teachers"] = [PARROT | {"engine": {"kind": "openai"}}, {"name": "served", "attach": True}]
+    values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
+    result = distill(parse_config(values))
+    assert [row["completion"] for row in rows_of(tmp_path)] == [f"[{n} + {n} =]" for n in range(8)]
+    assert result.summary["teacher"]["loss"] > 0
+    assert result.summary["student"].keys() >= {"forward_kl", "agreement"}
+
+
 def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses", "in_flight": 4}, count=150)
     path = tmp_path / "run.yaml"

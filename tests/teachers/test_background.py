@@ -19,8 +19,8 @@ def test_an_interrupted_wait_lets_the_work_put_away_what_it_has():
             await asyncio.sleep(0.2)
             put_away.append(True)
 
-    timer = threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
+    waiting = threading.main_thread().ident
+    threading.Timer(0.2, lambda: signal.pthread_kill(waiting, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         run_to_the_end(work())
     assert put_away == [True]
