@@ -80,10 +80,11 @@ class Scribe:
         self._tokens = 0
         self._charged_before = self.charged = store.usage
         self._usage_at_start: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
 
     async def __aenter__(self) -> "Scribe":
         self._began = self._told = time.monotonic()
-        self._usage_at_start = await self._usage()
+        self._usage_at_start = self._seen = await self._usage()
         self._ticking = asyncio.create_task(self._tick())
         return self
 
@@ -197,6 +198,9 @@ class Scribe:
                 return
             await asyncio.to_thread(self._store.flush)
             if used := await self._usage():
+                if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
+                    self._charged_before, self._usage_at_start = self.charged, {}
+                self._seen = used
                 self.charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
                 self._store.usage = self.charged
 
