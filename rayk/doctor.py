@@ -52,7 +52,7 @@ def _machine() -> Iterator[Check]:
 
 
 def _run(settings: RunConfig) -> Iterator[Check]:
-    from rayk.inputs import on_written_rows, prompts_written_for, read_inputs, written_rows
+    from rayk.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
     from rayk.run import attached_teachers, cpus_needed, located
 
     settings = located(settings)
@@ -65,9 +65,9 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
     if settings.synthesis is not None:
         prompts = prompts_written_for(settings)
-        yield Check(
-            "ok", f"synthesis: {settings.writer} writes {settings.synthesis.kind} for {len(prompts):,} prompts."
-        )
+        filters_of(settings)
+        kind = settings.synthesis.kind
+        yield Check("ok", f"synthesis: teacher '{settings.writer}' writes {kind} for {len(prompts):,} prompts.")
     written = settings.synthesis is None or written_rows(settings).with_name("summary.json").exists()
     if not written:
         yield Check("note", "The training rows are not written yet; the run has them written first.")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Watcher:
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
         """Rows of `metrics.jsonl` since the last call; after a worker's death they begin again at the first."""
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
         """So much of the current part is done."""
 
 
@@ -217,13 +218,14 @@ def write_rows(
         if (summary := store.summary) and (settled or not summary["unanswered"]):
             return {}
         filters = filters_of(config)
-        watcher.stage(f"Bringing up {config.writer} on Ray Serve")
+        if not next(each for each in config.teachers if each.name == config.writer).attach:
+            watcher.stage(f"Bringing up {config.writer} on Ray Serve")
         running = serve_all(config, applications_of(config), writing, cache, [config.writer])
         before = f", {len(store):,} completions are there" if len(store) else ""
         watcher.stage(f"Synthesising {config.synthesis.kind} for {len(prompts):,} prompts{before}")
         synthesise(
             config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
-            progress=watcher.progress,
+            progress=partial(watcher.progress, unit="completion"),
         )  # fmt: skip
         if config.only_writing:
             return {}

@@ -129,7 +129,7 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
         **candidate.fields,
         "where": prompts[candidate.origin].where,
         "finish_reason": written[0].finish_reason,
-        "tokens": written[0].tokens,
+        **({} if written[0].tokens is None else {"tokens": written[0].tokens}),
         # Rounded, for a model's last digits depend on which prompts shared a batch.
         "mean_logprob": round(logprobs[0], 4) if logprobs else None,
         "keys": [each.key for each in written],

@@ -6,6 +6,7 @@ chance comes from `Scribe.seed`, by the place of a row, never from the order in 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -72,23 +73,24 @@ class Scribe:
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
         self._slots = asyncio.Semaphore(settings.in_flight)
-        self._flushing = asyncio.Lock()
+        self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
         self._ordinals: Counter[str] = Counter()
         self._in_a_row = 0
         self._failure: RaykError | None = None
         self._tokens = 0
         self._charged_before = self.charged = store.usage
         self._usage_at_start: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
 
     async def __aenter__(self) -> "Scribe":
         self._began = self._told = time.monotonic()
-        self._usage_at_start = await self._usage()
+        self._usage_at_start = self._seen = await self._usage()
         self._ticking = asyncio.create_task(self._tick())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._ticking.cancel()
-        await asyncio.gather(self._ticking, return_exceptions=True)
+        self._ended.set()
+        await self._ticking
         await self._flush()
 
     @property
@@ -187,8 +189,9 @@ class Scribe:
         return Written(key, "", None, None, "error", reason)
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_SECONDS)
+        while not self._ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _TICK_SECONDS)
             try:
                 await self._flush()
             except RaykError as error:
@@ -201,6 +204,9 @@ class Scribe:
                 return
             await asyncio.to_thread(self._store.flush)
             if used := await self._usage():
+                if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
+                    self._charged_before, self._usage_at_start = self.charged, {}
+                self._seen = used
                 self.charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
                 self._store.usage = self.charged
 

@@ -18,7 +18,7 @@ import io
 import json
 import logging
 import os
-import uuid
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,7 @@ class Store:
         self._parts: list[pa.Table] = []
         self._places: dict[str, tuple[int, int]] = {}
         self._pending: dict[str, dict[str, Any]] = {}
+        self._flushing = threading.Lock()
 
     def __enter__(self) -> "Store":
         with _told(self.folder):
@@ -157,14 +158,15 @@ class Store:
         Raises:
             RunFailed: the disk is full or broken.
         """
-        rows = list(self._pending.values())
-        if not rows:
-            return
-        table = pa.Table.from_pylist(rows, _SCHEMA)
-        self._write(f"completions/part-{self._next_number():06d}-{uuid.uuid4().hex[:8]}.parquet", _parquet(table))
-        self._hold(table)
-        for row in rows:
-            self._pending.pop(row["key"], None)
+        with self._flushing:
+            rows = list(self._pending.values())
+            if not rows:
+                return
+            table = pa.Table.from_pylist(rows, _SCHEMA)
+            self._write_part(table)
+            self._hold(table)
+            for row in rows:
+                del self._pending[row["key"]]
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -226,14 +228,13 @@ class Store:
 
     def _merge(self, paths: list[Path]) -> None:
         """Many small parts into one. A kill in between leaves completions twice, which does no harm."""
-        whole = pa.concat_tables(self._parts)
-        self._write(f"completions/part-{self._next_number():06d}-{uuid.uuid4().hex[:8]}.parquet", _parquet(whole))
+        self._write_part(pa.concat_tables(self._parts))
         for path in paths:
             path.unlink(missing_ok=True)
 
-    def _next_number(self) -> int:
-        numbers = (int(path.name.split("-")[1]) for path in self._completions.glob("part-*.parquet"))
-        return max(numbers, default=0) + 1
+    def _write_part(self, table: pa.Table) -> None:
+        numbers = (int(path.stem.split("-")[1]) for path in self._completions.glob("part-*.parquet"))
+        self._write(f"completions/part-{max(numbers, default=0) + 1:06d}.parquet", _parquet(table))
 
     def _hold(self, table: pa.Table) -> None:
         self._parts.append(table.combine_chunks())

@@ -34,7 +34,8 @@ class Stages(Watcher):
         if text.startswith("Training"):
             self.applications = serve.status().applications
 
-    def progress(self, done, total, text):
+    def progress(self, done, total, text, unit):
+        assert unit == "completion"
         self.seen.append((done, total, text))
 
 
@@ -75,7 +76,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     assert len(endpoint.asked) == asked
     assert not any("Synthesising" in stage for stage in watching.stages)
     with pytest.raises(InputError, match=r"was started with another 'synthesis\.samples'"):
-        distill(parse_config(values | {"synthesis": {"kind": "responses", "samples": 3}}), resume=True)
+        distill(parse_config(values | {"synthesis": values["synthesis"] | {"samples": 3}}), resume=True)
 
 
 def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_begins(tmp_path, tiny_student):
@@ -113,6 +114,16 @@ def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
     assert sum(filled.tokens for filled in fill_cache(parse_config(values))) > 8
     result = distill(parse_config(values))
     assert {"forward_kl", "loss"} <= json.loads((result.output / "metrics.jsonl").read_text().splitlines()[0]).keys()
+
+
+def test_an_endpoint_writes_what_another_teacher_is_matched_on(tmp_path, tiny_student, served, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, PARROT, "logit_kd", count=8)
+    values["teachers"] = [PARROT | {"engine": {"kind": "openai"}}, {"name": "served", "attach": True}]
+    values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
+    result = distill(parse_config(values))
+    assert [row["completion"] for row in rows_of(tmp_path)] == [f"[{n} + {n} =]" for n in range(8)]
+    assert result.summary["teacher"]["loss"] > 0
+    assert result.summary["student"].keys() >= {"forward_kl", "agreement"}
 
 
 def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_student, parrot, endpoint):
