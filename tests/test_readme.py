@@ -41,7 +41,9 @@ def newcomer(tmp_path, tiny_teacher, tiny_student):
     (tmp_path / "jobs").mkdir()
     for job in JOBS:
         settings = yaml.safe_load(job.read_text())
-        settings["student"]["model"], settings["data"]["train"]["path"] = "student", "train.jsonl"
+        settings["student"]["model"] = "student"
+        if "train" in settings["data"]:
+            settings["data"]["train"]["path"] = "train.jsonl"
         for teacher in settings.get("teachers", []):
             teacher["model"] = "teacher"
         settings["training"] |= {"epochs": 1, "batch_size": 8, "resources": {"num_cpus": 0.5}}
