@@ -2,6 +2,7 @@
 
 import random
 import re
+from contextlib import nullcontext
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,8 @@ def imagine(body) -> bytes:
     if "Continue the list" in prompt:
         lines = [f"{number}. {_instruction(draw)}" for number in range(9, 17)]
         return completion(body, "Here you are:\n" + "\n".join(lines))
+    if "Task: " not in prompt:
+        return completion(body)  # what a teacher is asked to see whether it is there
     task = prompt.split("\n\n")[-2].removeprefix("Task: ")
     if "Yes or No" in prompt:
         return completion(body, "Yes." if task.startswith("Decide") else "No.")
@@ -109,8 +112,8 @@ def test_the_same_seed_makes_the_same_rows_whatever_is_in_flight_and_another_see
     assert not {row["instruction"] for row in made[0][0]} & {row["instruction"] for row in made[2][0]}
 
 
-@pytest.mark.parametrize("broken_at", [2, 7, 30])
-def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp_path, broken_at):
+@pytest.mark.parametrize(("broken_at", "in_lists"), [(2, True), (7, True), (70, False)])
+def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp_path, broken_at, in_lists):
     endpoint.answer = imagine
     with opened(tmp_path / "whole") as store:
         write(parrot, store)
@@ -125,7 +128,7 @@ def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp
     endpoint.begin_anew()
     endpoint.answer = breaking
     with opened(tmp_path / "broken") as store:
-        with pytest.raises(RunFailed, match="unanswered"):
+        with pytest.raises(RunFailed, match="unanswered") if in_lists else nullcontext():
             write(parrot, store, in_flight=1)
         done = len(store)
         endpoint.begin_anew()
@@ -190,7 +193,7 @@ def test_a_broken_answer_costs_its_own_task_only(parrot, endpoint, store):
     def sometimes(body):
         if "in the same form" in prompt_of(body) and prompt_of(body) not in failed and len(failed) < 2:
             failed.append(prompt_of(body))
-            endpoint.replies[prompt_of(body)] = [Reply(400, b"{}")] * 2
+            endpoint.replies[prompt_of(body)] = [Reply(400, b"{}")]
             return b"{"
         return imagine(body)
 
