@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rayk.config import OpenAIEngine, SynthesisSettings
+from rayk.config import SynthesisSettings
 from rayk.data.tokens import Encoder
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
@@ -96,8 +96,7 @@ class Scribe:
     @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        engine = self._teacher.settings.engine
-        return self._settings.chat or (isinstance(engine, OpenAIEngine) and engine.chat)
+        return self._settings.chat or self._teacher.info.chats
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
