@@ -123,6 +123,10 @@ class OnPolicyConfig(MatchingConfig):
     noise."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = None
     """PPO's ε for form `policy`; `null`: none."""
+    reward_limit: Annotated[float, Field(gt=0)] = 1000.0
+    """As in `minillm`, for form `policy`."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
+    """As in `minillm`, for form `policy`."""
     divergence: Annotated[
         Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = Divergence(name="reverse_kl")
@@ -187,6 +191,12 @@ class MiniLLMConfig(TaughtConfig):
     """Divide the rewards to come by their number."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2
     """ε of PPO's clipping; `null`: none."""
+    reward_limit: Annotated[float, Field(gt=0)] = 1000.0
+    """Nats. A completion with a token whose reward is larger either way (the teacher holds it impossible) is treated as
+    `training.unusable_rows` says."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
+    """A token that has become so many times likelier since it was written is treated as `training.unusable_rows` says;
+    skipped is the token alone."""
     inner_epochs: Positive = 1
     """How often the step learns from its completions, with an optimiser update each."""
     minibatches: Positive = 1

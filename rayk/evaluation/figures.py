@@ -157,7 +157,7 @@ def _panel(plot: Plot, columns: int, small: bool) -> Panel:
     about = plot.about + (" The highest spikes are cut off." if cropped else "")
     ends = ", ".join(f"{c.run.label} {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in plot.curves)
     label = f"Line chart of {plot.title.lower()} over training steps, from first to last: {ends}."
-    return Panel(plot.title, about, _svg(figure, label))
+    return Panel(plot.title, about, as_svg(figure, label))
 
 
 def _dress(axes: Axes, axis: str) -> None:
@@ -226,7 +226,7 @@ def _crop(axes: Axes, curves: list[Series]) -> bool:
     return True
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def as_svg(figure: Figure, label: str) -> Markup:
     """`figure` for a page: its text as text, scaled to its place, without what only files need."""
     buffer = io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "axes.unicode_minus": True}

@@ -20,6 +20,7 @@ import rayk
 from rayk.errors import InputError
 from rayk.evaluation.figures import SMOOTHED_SHARE, draw_figures
 from rayk.evaluation.run_directory import Run, flattened, last_part, read_runs, teachers_of
+from rayk.evaluation.timeline import draw_timelines
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
@@ -54,7 +55,7 @@ def _page(runs: list[Run]) -> str:
         columns=COLUMNS,
         table=_table(runs),
         support=_support(runs),
-        figures=draw_figures(runs),
+        figures=draw_figures(runs) + draw_timelines(runs),
         smoothed=f"{SMOOTHED_SHARE:.0%}",
         samples=_samples(runs),
         writings=[_writing(run) for run in runs if run.synthesis is not None],

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from rayk.data.batches import Batch
+from rayk.data.batches import Batch, collate
 from rayk.models import Head
 from rayk.rollouts import Policy
-from rayk.signal import SignalBatch
+from rayk.signal import SignalBatch, concatenate
 from rayk.teachers import Scorer
 
 
@@ -55,6 +55,18 @@ class Experience:
             columns={name: column[tokens] for name, column in self.columns.items()},
         )
 
+    @classmethod
+    def joined(cls, parts: Ordered["Experience"]) -> "Experience":
+        """The rows of all `parts` (of one method), in order; what may stand beside them is not theirs yet."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return cls(
+            collate([row for part in parts for row in part.batch.sequences], first.batch.pad_id),
+            None if first.signals is None else concatenate([part.signals for part in parts if part.signals]),
+            {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
+        )
+
     def to(self, device: torch.device | str) -> "Experience":
         return replace(
             self,
@@ -70,6 +82,9 @@ class Loss:
 
     per_token: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    unusable: Tensor | None = None
+    """Units that nothing can be learned from any more, bool [count]: their loss is left out, and `training.
+    unusable_rows` says what follows."""
 
 
 class Method(ABC):
@@ -87,6 +102,16 @@ class Method(ABC):
         self.teacher = teacher
         self.policy = policy
         """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
+
+    @property
+    def fewest_rows(self) -> int:
+        """How many rows each worker needs of a step, after those that nothing can be learned from are left out."""
+        return 1
+
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """The rows that `sample` is to see at a time, each in one group; a group's teachers are asked while the next is
+        written. By default all at once."""
+        return [list(range(batch.rows))]
 
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """The rows that the step learns from, for methods that have the policy write them; by default the data's.

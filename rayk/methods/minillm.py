@@ -32,6 +32,7 @@ from rayk.losses import (
     whiten,
 )
 from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.methods.limits import check_rewards, ratio_exploded
 from rayk.rollouts import Rollout, with_own_ids
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
@@ -68,6 +69,17 @@ class MiniLLM(Method):
     paper = "Gu et al. 2024 §2.2"
     needs = "as on_policy, and about .1 calls a token to verify what the student drafts (engine kind transformers)"
 
+    @property
+    def fewest_rows(self) -> int:
+        return self.settings.minibatches
+
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """As the policy writes them; all at once where the teacher writes with it, which takes many rows a call."""
+        assert self.policy is not None
+        if self.settings.teacher_share:
+            return super().groups(batch, seeds, progress)
+        return self.policy.groups(batch.sequences)
+
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """Have student and teacher write every row's completion."""
         assert self.policy is not None
@@ -95,6 +107,7 @@ class MiniLLM(Method):
         signals = await self.teacher.ascore(batch, self.settings.support)
         logprobs = _joined([row.logprobs for row in rollouts])
         rewards = token_rewards(logprobs, signals.target_logprobs, scaling=form.reward_scaling, clip=form.reward_clip)
+        check_rewards(rewards, batch, self.settings.reward_limit)
         returns = returns_to_go(
             _in_rows(rewards, batch), batch.counted_mask, include_current=form.include_current,
             discount=form.discount, length_norm=self.settings.length_norm,
@@ -179,7 +192,8 @@ class MiniLLM(Method):
             weights = columns["log_weights"].exp() if _FORMS[settings.form].weighted_single_step else 1.0
             per_token = long_term + weights * reverse_kl
         terms |= {"long_term": long_term, "reward": columns["rewards"], "weight": columns["log_weights"].exp()}
-        return Loss(per_token, terms)
+        exploded = ratio_exploded(-cross_entropy, columns["rollout_logprobs"], settings.ratio_limit)
+        return Loss(per_token, terms, exploded)
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

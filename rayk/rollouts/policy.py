@@ -71,6 +71,10 @@ class Policy(Protocol):
     parameters: SamplingParameters
     """How completions are sampled, where the method has no reason to do otherwise."""
 
+    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+        """The rows it writes at a time, each row in one group."""
+        ...
+
     async def generate(
         self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Rollout]:
@@ -125,6 +129,10 @@ class WorkerPolicy:
         self._batch_tokens = batch_tokens
         self._compute_dtype = DTYPES[precision]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+
+    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+        """See `Policy`."""
+        return self._groups(prompts, self.parameters.max_new_tokens)
 
     async def generate(
         self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
@@ -204,8 +212,7 @@ class WorkerPolicy:
         self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
-        lengths = [prompt.prompt_tokens + parameters.max_new_tokens for prompt in prompts]
-        for rows in micro_batches(lengths, self._batch_tokens):
+        for rows in self._groups(prompts, parameters.max_new_tokens):
             ids = [prompts[row].prompt_ids for row in rows]
             written = generate(
                 self._model, self._vocab_size, self._tokenizer, ids, parameters, [seeds[row] for row in rows]
@@ -216,6 +223,10 @@ class WorkerPolicy:
                     **vars(whole), logprobs=each.logprobs, finish_reason=each.finish_reason, version=self.version
                 )
         return [rollouts[row] for row in range(len(prompts))]
+
+    def _groups(self, prompts: Ordered[Sequence], new_tokens: int) -> list[list[int]]:
+        lengths = [prompt.prompt_tokens + new_tokens for prompt in prompts if isinstance(prompt, Example)]
+        return micro_batches(lengths, self._batch_tokens)
 
     def _of_positions(self, sequences: Ordered[Sequence], read: Callable[[Tensor, Batch], Tensor]) -> list[np.ndarray]:
         """What `read` makes of the hidden states at each sequence's counted positions, [counted tokens, ...] each."""

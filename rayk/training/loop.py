@@ -34,8 +34,8 @@ from rayk.teachers.cache import SignalCache, opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
-from rayk.training.student import Step, Student, make_model, save_model, wrap
-from rayk.training.supply import Prepared, Supply
+from rayk.training.student import UNUSABLE, Step, Student, make_model, save_model, wrap
+from rayk.training.supply import Prepared, Span, Supply
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,10 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "teacher_wait_seconds": waited,
             "step_seconds": seconds,
-            **self._of_rollouts(prepared, step),
+            "ended_at": time.time(),
+            **(_spanned("score", prepared.scored) if self.teachers else {}),
+            **(_spanned("generate", prepared.written) if prepared.written else {}),
+            **self._of_rollouts(prepared.experience, step),
         }
 
     def _update(self, step: int, experience: Experience) -> tuple[float, dict[str, float]]:
@@ -249,6 +252,14 @@ class Trainer:
             names = sorted(sums)
             totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
             means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
+        if means.get(UNUSABLE) and self.settings.unusable_rows == "stop":
+            self.ranks.agree(
+                RunFailed(
+                    f"In step {step + 1}, tokens have become more than method.ratio_limit times likelier since they "
+                    "were written; lower training.learning_rate, rollouts.max_staleness or method.inner_epochs, or set "
+                    "training.unusable_rows to skip."
+                )
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         self.ranks.agree(
             None
@@ -261,18 +272,16 @@ class Trainer:
         self.optimizer.zero_grad()
         return counts[0], {**means, "gradient_norm": float(norm)}
 
-    def _of_rollouts(self, prepared: Prepared, step: int) -> dict[str, float]:
-        """Means over what the policy wrote for this step, and this rank's seconds for it (ahead of the step)."""
+    def _of_rollouts(self, experience: Experience, step: int) -> dict[str, float]:
+        """Means over what the policy wrote for this step."""
         if self.config.rollouts is None:
             return {}
-        rows = prepared.experience.batch.sequences
+        rows = experience.batch.sequences
         sums = summarise([row for row in rows if isinstance(row, Rollout)], version=step)
         count, *totals = self.ranks.sums(list(sums.values()))
         return {
             "rollouts": int(count),
             **{name: total / max(count, 1) for name, total in zip(list(sums)[1:], totals, strict=True)},
-            "generate_seconds": prepared.generate_seconds,
-            "score_seconds": prepared.score_seconds,
         }
 
     def _newly_cached(self) -> int:
@@ -351,6 +360,10 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> f
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
     return settings.learning_rate * (settings.final_learning_rate + (1 - settings.final_learning_rate) * share)
+
+
+def _spanned(name: str, span: Span) -> dict[str, float]:
+    return {f"{name}_started_at": span.started_at, f"{name}_seconds": span.seconds}
 
 
 def _mean_over(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:

@@ -48,6 +48,10 @@ class Student(nn.Module):
         return batch.counted(states).to(self._compute_dtype)
 
 
+UNUSABLE = "unusable_share"
+"""The term that counts `Loss.unusable`."""
+
+
 class Step(nn.Module):
     """Hidden → head → loss as one forward, which is what DDP wraps: a head or loss outside of it would go
     unsynchronised (PLATFORM §5)."""
@@ -60,7 +64,10 @@ class Step(nn.Module):
 
     def forward(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._method.loss(self.student, experience)
-        return loss.per_token, {name: term.detach() for name, term in loss.terms.items()}
+        terms = {name: term.detach() for name, term in loss.terms.items()}
+        if loss.unusable is None:
+            return loss.per_token, terms
+        return loss.per_token.masked_fill(loss.unusable, 0.0), {**terms, UNUSABLE: loss.unusable.float()}
 
 
 def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu") -> nn.Module:
