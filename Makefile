@@ -18,7 +18,7 @@ types: .venv/.developing
 	$(BIN)/mypy
 
 bench: .venv/.developing
-	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update dedupe quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -71,6 +71,17 @@ def run(
 
 
 @app.command()
+def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
+    """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
+    settings = load_config(config, overrides, output=output)
+    from rayk.run import synthesize as write
+
+    summary = write(settings, watcher=watcher())
+    _print(synthesised(summary))
+    console.print(f"\nThe rows: {settings.output_path / 'synthesis' / 'rows.parquet'}")
+
+
+@app.command()
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     """Bring up a config's teachers as Serve applications and keep them up until interrupted."""
     settings = load_config(config, overrides)
@@ -212,6 +223,23 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
             _cell(summary or {}, "teacher_wait_share", "{:.1%}"),
         ]
         table.add_row(Text(name), *cells)
+    return table
+
+
+def synthesised(summary: dict[str, Any]) -> Table:
+    """What a teacher's writing came to."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    usage = summary["usage"]
+    rows = {
+        "kept": f"{summary['kept']:,} of {summary['candidates']:,} for {summary['prompts']:,} prompts",
+        **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
+        **{each["name"]: format(each["value"], ".1%" if each["share"] else ".2f") for each in summary["figures"]},
+        "requests": f"{usage['requests']:,}" if "requests" in usage else "",
+        "cost": f"{usage['cost']:,.4f}" if "cost" in usage else "",
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(Text(name), text)
     return table
 
 

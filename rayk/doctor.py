@@ -52,7 +52,7 @@ def _machine() -> Iterator[Check]:
 
 
 def _run(settings: RunConfig) -> Iterator[Check]:
-    from rayk.inputs import read_inputs
+    from rayk.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
     from rayk.run import attached_teachers, cpus_needed, located
 
     settings = located(settings)
@@ -63,7 +63,15 @@ def _run(settings: RunConfig) -> Iterator[Check]:
     attached = attached_teachers(settings)
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
-    inputs = read_inputs(settings, attached)
+    if settings.synthesis is not None:
+        prompts = prompts_written_for(settings)
+        filters_of(settings)
+        kind = settings.synthesis.kind
+        yield Check("ok", f"synthesis: teacher '{settings.writer}' writes {kind} for {len(prompts):,} prompts.")
+    written = settings.synthesis is None or written_rows(settings).with_name("summary.json").exists()
+    if not written:
+        yield Check("note", "The training rows are not written yet; the run has them written first.")
+    inputs = read_inputs(on_written_rows(settings) if written else settings, attached, training=written)
     yield Check("ok", f"Tokenizer {inputs.tokenizer_name}: teachers and student agree.")
     for what, table in (("train", inputs.train), ("evaluation", inputs.evaluation)):
         if table is None:

@@ -33,7 +33,8 @@ class DataSource(Settings):
 class DataConfig(Settings):
     """The rows a run learns from and is measured on."""
 
-    train: DataSource
+    train: DataSource | None = None
+    """Left out only where `synthesis.prompts` says what to write rows from."""
     evaluation: DataSource | None = None
     max_prompt_tokens: Positive = 1024
     max_tokens: Positive = 2048

@@ -58,6 +58,7 @@ def _page(runs: list[Run]) -> str:
         figures=draw_figures(runs) + draw_timelines(runs),
         smoothed=f"{SMOOTHED_SHARE:.0%}",
         samples=_samples(runs),
+        writings=[_writing(run) for run in runs if run.synthesis is not None],
         differences=_differences(runs),
         configs=[yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in runs],
         version=rayk.__version__,
@@ -243,6 +244,41 @@ def _samples(runs: list[Run]) -> list[Sample]:
         teacher = next((answer["teacher"] for answer in found if answer.get("teacher") is not None), None)
         samples.append(Sample(where, found[0]["prompt"], found[0]["truth"], teacher, answers))
     return samples
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a teacher wrote for a run: in a sentence, in numbers, and some examples."""
+
+    run: Run
+    sentence: str
+    figures: list[tuple[str, str]]
+    examples: list[dict[str, Any]]
+    """With `rejected_by` empty for those that were kept."""
+
+
+def _writing(run: Run) -> Writing:
+    summary = run.synthesis
+    assert summary is not None
+    candidates, usage = summary["candidates"], summary["usage"]
+    figures = [("kept", _share_of(summary["kept"], candidates))]
+    figures += [(f"rejected: {by}", _share_of(count, candidates)) for by, count in summary["rejected"].items()]
+    figures += [(each["name"], format(each["value"], ".1%" if each["share"] else ".2f")) for each in summary["figures"]]
+    counted = [name for name in ("requests", "prompt_tokens", "completion_tokens") if name in usage]
+    figures += [(name.replace("_", " "), f"{usage[name]:,}") for name in counted]
+    if "cost" in usage:
+        figures.append(("cost, in the currency of the prices", f"{usage['cost']:,.4f}"))
+    return Writing(
+        run,
+        f"{last_part(summary['teacher']['model'])} wrote for {summary['prompts']:,} prompts: {summary['about']} "
+        f"({summary['paper']}).",
+        figures,
+        summary["examples"]["kept"] + summary["examples"]["rejected"],
+    )
+
+
+def _share_of(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})" if whole else f"{part:,}"
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

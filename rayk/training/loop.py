@@ -60,7 +60,7 @@ class Job:
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
-        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.teachers}
+        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
 
     @property
     def checkpoints(self) -> str:
