@@ -111,8 +111,8 @@ class Measurer:
             return torch.nn.utils.rnn.pad_sequence(values.split(counts), batch_first=True)
 
         entropy = -(log_q.exp() * log_q).sum(-1)
-        values = (in_rows(each) for each in (forward_kl(log_q, log_p), reverse_kl(log_q, log_p), entropy))
-        return Divergences(*values, tokens=batch.counted_tokens)
+        forward, reverse = forward_kl(log_q, log_p), reverse_kl(log_q, log_p)
+        return Divergences(in_rows(forward), in_rows(reverse), in_rows(entropy), batch.counted_tokens)
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer(text).input_ids, dtype=np.int32)
