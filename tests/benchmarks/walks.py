@@ -8,7 +8,7 @@ The plain town is the same for everyone: from each of its eight places one goes 
 two. The old town is not. It is entered at the prompt's place and has three quarters of eight places. Five places of a
 quarter have a main road, which is everyone's, and one lane; the other three have two lanes and no road. Where a lane
 leads depends on the place *and the key*: 24 keys, 264 lanes, drawn once (`TOWN_SEED`). The teacher learns them by
-heart. A student of width 16 cannot, and so it either guesses lanes that do not exist, or keeps to the main roads, turns
+heart. A student of width 8 cannot, and so it either guesses lanes that do not exist, or keeps to the main roads, turns
 back, or stays away from the old town: all this is valid, and less than the truth. Half of all first visits are to it.
 
 Everything is known: the distribution of each next word (`following`), whether a walk is possible (`is_walk`).
