@@ -19,7 +19,7 @@ from rayk.models import load_model, load_tokenizer
 from rayk.sequences import Sequence
 from tests.benchmarks import walks
 
-SAMPLES_A_PROMPT, DATA_ROWS = 8, 768
+SAMPLES_A_PROMPT, DATA_ROWS = 4, 768
 LENGTHS = (8, 16, 32, 48)
 """At which ExAccErr is taken, in tokens."""
 MAX_NEW_TOKENS = walks.MAX_WORDS + 4
