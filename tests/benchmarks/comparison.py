@@ -23,6 +23,7 @@ them corrected for the number of pairs), `undecided` where 0 is inside.
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -102,39 +103,53 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; what is in it is not run again")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--print", action="store_true", help="run nothing; print the seeds that all methods have had")
     given = parser.parse_args()
     methods = given.methods.split(",")
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     print(machine(), flush=True)
     home = cache_folder()
     teacher = teacher_model(home)
     measurer = Measurer(teacher)
     results = {(row["method"], row["seed"], row["learning_rate"]): row for row in read_lines(given.output)}
-    start_ray(num_cpus=2)
-    served = TeacherConfig(name=_TEACHER, model=str(teacher), resources=Resources(num_cpus=0.5))
-    with serve_teacher(served) as client:
-
-        def run(method: str, seed: int, rate: float) -> dict[str, Any]:
-            if (method, seed, rate) not in results:
-                row = compare(method, seed, rate, home, client, measurer)
-                results[method, seed, rate] = row
-                with given.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                told = {name: round(row[name], 4) for name in ("accuracy", "reverse_kl", "old_town", "seconds")}
-                print(f"seed {seed} {method} {rate:g}: {told}", flush=True)
-            return results[method, seed, rate]
-
-        chosen = {}
-        for method in methods:
-            tried = {rate: run(method, TUNING_SEED, rate)["accuracy"] for rate in LEARNING_RATES}
-            chosen[method] = max(LEARNING_RATES, key=lambda rate: tried[rate])
-        table: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-        for seed in range(given.seeds):
-            for method in methods:
-                table[method].append(run(method, seed, chosen[method]))
+    seeds = list(range(given.seeds))
+    if not given.print:
+        run_all(methods, seeds, results, given.output, home, measurer)
+    chosen = {method: chosen_rate(method, results) for method in methods}
+    seeds = [seed for seed in seeds if all((method, seed, chosen[method]) in results for method in methods)]
+    table = {method: [results[method, seed, chosen[method]] for seed in seeds] for method in methods}
     print_results(table, chosen, measurer.measure(teacher))
+
+
+def run_all(
+    methods: list[str], seeds: list[int], results: dict[Key, dict[str, Any]], output: Path, home: Path,
+    measurer: Measurer,
+) -> None:  # fmt: skip
+    """Add to `results` and `output` what is not in them yet: every method's learning rates, then seed by seed."""
+    start_ray(num_cpus=2)
+    served = TeacherConfig(name=_TEACHER, model=str(home / "teacher"), resources=Resources(num_cpus=0.5))
+    with serve_teacher(served) as teacher:
+
+        def run(method: str, seed: int, rate: float) -> None:
+            if (method, seed, rate) in results:
+                return
+            row = compare(method, seed, rate, home, teacher, measurer)
+            results[method, seed, rate] = row
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            told = {name: round(row[name], 4) for name in ("accuracy", "reverse_kl", "old_town", "seconds")}
+            print(f"seed {seed} {method} {rate:g}: {told}", flush=True)
+
+        for method, rate in itertools.product(methods, LEARNING_RATES):
+            run(method, TUNING_SEED, rate)
+        for seed, method in itertools.product(seeds, methods):
+            run(method, seed, chosen_rate(method, results))
+
+
+def chosen_rate(method: str, results: Mapping[Key, Mapping[str, Any]]) -> float:
+    """The learning rate with the best accuracy on the tuning seed."""
+    return max(LEARNING_RATES, key=lambda rate: results[method, TUNING_SEED, rate]["accuracy"])
 
 
 def compare(
