@@ -186,7 +186,8 @@ class MiniLLMConfig(TaughtConfig):
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """α: every token is drawn from α·teacher + (1−α)·student. 0: the student writes alone."""
     single_step: bool = True
-    """Take the part of the gradient that one token decides exactly, from the teacher's distribution."""
+    """Take the part of the gradient that one token decides exactly, from the teacher's distribution; else each token's
+    own reward joins those to come, as in the paper's Eq. 2."""
     length_norm: bool = True
     """Divide the rewards to come by their number."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2

@@ -3,9 +3,10 @@
     L = (1/N) Σ_t [ w_t·KL(q‖p | y_<t)  −  clip(w_t·q(y_t)/q_rollout(y_t))·R_{t+1} ] + c·L_PT,   y ~ p̃ = αp + (1−α)q
 
 p is the teacher, q the student, R_{t+1} the mean of log p(y_s) − log q(y_s) over the tokens s > t, w = q/p̃. The first
-part, which one token decides, is exact over the support; the second says what a token does to those after it. Both are
-written in `rayk.losses`, where their tests hold them against full enumeration. Completions are drawn from p̃ exactly:
-the student drafts and the teacher verifies (`rayk.rollouts.teacher_mixed`).
+part, which one token decides, is exact over the support; the second says what a token does to those after it. Without
+`single_step` there is the second part alone, and a token's own reward belongs to it: R_t, s ≥ t (the paper's Eq. 2).
+Both are written in `rayk.losses`, where their tests hold them against full enumeration. Completions are drawn from p̃
+exactly: the student drafts and the teacher verifies (`rayk.rollouts.teacher_mixed`).
 
 L_PT is a loss on plain text, (1−r)·cross-entropy + r·KL(p‖q), so that the student forgets less (`pretraining`).
 `form: lmops` is what the authors' code runs instead of what the paper says (ALGORITHMS §1).
@@ -110,7 +111,9 @@ class MiniLLM(Method):
         rewards = token_rewards(logprobs, signals.target_logprobs, scaling=form.reward_scaling, clip=form.reward_clip)
         check_rewards(rewards, batch, self.settings.reward_limit)
         returns = returns_to_go(
-            _in_rows(rewards, batch), batch.counted_mask, include_current=form.include_current,
+            _in_rows(rewards, batch), batch.counted_mask,
+            # What the single-step part does not say of a token, its own reward must.
+            include_current=form.include_current or not self.settings.single_step,
             discount=form.discount, length_norm=self.settings.length_norm,
         )  # fmt: skip
         log_weights = torch.zeros_like(logprobs)
