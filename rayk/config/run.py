@@ -154,8 +154,8 @@ class RunConfig(Settings):
             return
         if self.synthesis is not None:
             raise ValueError(
-                f"synthesis '{self.synthesis.kind}' writes one answer a row, but method 'preference' learns from pairs; "
-                "use another method, or rows that have pairs"
+                f"synthesis '{self.synthesis.kind}' writes one answer a row, but method 'preference' learns from pairs;"
+                " use another method, or rows that have pairs"
             )
         if self.data.train is not None and self.data.train.format not in ("auto", "preference"):
             raise ValueError(
