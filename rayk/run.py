@@ -45,7 +45,7 @@ _PLACEMENT = {
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
-_CHOICE = {f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format")}
+_CHOICE = {"rows", *(f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format"))}
 
 
 _ROWS = "data.fingerprint"
@@ -239,6 +239,7 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "seed": config.seed,
         "teachers": {"model": writer["model"], "engine": writer["engine"]},
         "prompts": fingerprint(prompts),
+        "rows": fingerprint(prompts, whole=True),
     }
 
 
