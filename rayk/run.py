@@ -250,6 +250,7 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "seed": config.seed,
         "teachers": {"model": writer["model"], "engine": writer["engine"]},
         "prompts": fingerprint(prompts),
+        "rows": fingerprint(prompts, whole=True),
     }
 
 

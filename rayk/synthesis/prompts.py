@@ -59,11 +59,12 @@ def is_right(found: str | None, truth: str, answer: AnswerConfig) -> bool:
     return found is not None and right is not None and same_answer(found, right, answer.type)
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of the prompts and truths in their order."""
+def fingerprint(prompts: Sequence[Prompt], *, whole: bool = False) -> str:
+    """A hash of the prompts' texts in their order; `whole`: of the rows' fields and truths, too."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.text, prompt.truth]).encode())
+        parts = [prompt.text, prompt.truth, dict(prompt.fields)] if whole else [prompt.text]
+        digest.update(json.dumps(parts, default=str).encode())
     return digest.hexdigest()[:16]
 
 

@@ -56,13 +56,11 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, settings, said):
     assert said in str(caught.value)
 
 
-def test_the_fingerprint_changes_with_texts_truths_and_order(tmp_path):
+def test_the_fingerprint_changes_with_texts_and_order_and_the_whole_with_truths_and_fields(tmp_path):
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
-    prints = {
-        fingerprint(read(tmp_path, *rows)),
-        fingerprint(read(tmp_path, *rows, answer=AnswerConfig())),
-        fingerprint(read(tmp_path, *reversed(rows))),
-        fingerprint(read(tmp_path, *rows[:1])),
-    }
-    assert len(prints) == 4
-    assert fingerprint(read(tmp_path, *rows)) in prints
+    other = [rows[0], rows[1] | {"answer": "3"}]
+    texts = read(tmp_path, *rows)
+    assert fingerprint(texts) == fingerprint(read(tmp_path, *other)) == fingerprint(read(tmp_path, *rows))
+    assert len({fingerprint(each) for each in (texts, texts[::-1], texts[:1])}) == 3
+    wholes = [texts, texts[::-1], read(tmp_path, *other), read(tmp_path, *rows, answer=AnswerConfig())]
+    assert len({fingerprint(each, whole=True) for each in wholes}) == 4

@@ -92,6 +92,21 @@ def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_pa
     assert found(tmp_path) == set(range(20))
 
 
+def test_no_flipped_bit_is_read_back(tmp_path):
+    text = "".join(chr(random.randrange(33, 127)) for _ in range(3000))
+    with opened(tmp_path) as store:
+        store.add(written(1, text), PROVENANCE)
+        store.flush()
+    (part,) = parts(tmp_path)
+    content = part.read_bytes()
+    outcomes = set()
+    for position in range(0, len(content), len(content) // 60):
+        part.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
+        with opened(tmp_path) as store:
+            outcomes.add(store.find("key-1"))
+    assert outcomes == {None, written(1, text)}
+
+
 def test_what_was_not_finished_writing_is_not_read(tmp_path):
     added(tmp_path, [1])
     unfinished = tmp_path / "completions" / "part-000009-x.parquet.unfinished"

@@ -184,6 +184,11 @@ def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_st
     asked = len(endpoint.asked)
     values["synthesis"]["filters"] = [{"kind": "keywords", "keywords": ["3"]}]
     assert synthesize(parse_config(values))["rejected"] == {"keywords": 1}
+    rows = tmp_path / "questions.jsonl"
+    values["synthesis"] |= {"keep": "best", "scorer": "answer", "answer": {"type": "number"}}
+    rows.write_text(rows.read_text().replace('"answer": 4', '"answer": 2'))  # which the endpoint's "[2 + 2 =]" ends in
+    assert synthesize(parse_config(values))["rejected"]["wrong_answer"] == 6
+    assert {row["answer"] for row in rows_of(tmp_path)} == {0, 2}
     assert len(endpoint.asked) == asked
     values["synthesis"]["sampling"] = {"temperature": 0.1}
     with pytest.raises(InputError, match=r"was made with another 'synthesis\.sampling\.temperature'"):
