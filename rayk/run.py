@@ -49,7 +49,7 @@ _PLACEMENT = {
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
-_CHOICE = {
+_CHOICE = {"rows"} | {
     f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format", "instructions")
 }  # fmt: skip
 _NOT_WRITTEN_WITH = ("prompts", "teacher", "seed_tasks")  # told by what is in them, not by where they are
@@ -263,6 +263,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         (values["student"], "model"), (values["student"], "config"), (values["student"], "tokenizer"),
         (values["data"]["train"] or {}, "path"), (values["data"]["evaluation"] or {}, "path"),
         (((values["synthesis"] or {}).get("prompts")) or {}, "path"), (values["synthesis"] or {}, "seed_tasks"),
+        ((values["method"].get("pretraining") or {}).get("data") or {}, "path"),
         *((teacher, "model") for teacher in values["teachers"]),
     ]:  # fmt: skip
         value = section.get(key)

@@ -13,10 +13,10 @@ one thing tuned is the learning rate: of 3e-3, 1e-2 and 3e-2 the one whose stude
 below) on seed 1000, which is used for nothing else; the same three and the same criterion for each method. `on_policy`
 is GKD with λ = 1 and reverse KL; signals are the whole distribution. Completions are cut at 64 tokens.
 
-Width and grid were chosen on pilot runs, on that seed and one more, of a student of width 16: 1e-3 was the worst of four
-rates with all four methods that had had them, and 3,000 supervised steps of fresh rows taught that student all that its
-teacher knew, so there was no gap. After 2,000 such steps one of width 8 still has 0.525 of its walks right, the teacher
-0.904.
+Width and grid were chosen on pilot runs, on that seed and one more, of a student of width 16: 1e-3 was the worst of
+four rates with all four methods that had had them, and 3,000 supervised steps of fresh rows taught that student all
+that its teacher knew, so there was no gap. After 2,000 such steps one of width 8 still has 0.525 of its walks right,
+the teacher 0.904.
 
 Every finished run is a line of OUTPUT and is not run again. What is measured: `comparison_measures`. Printed as
 Markdown: means ± standard deviations over seeds, and paired differences with their 95 % intervals (Student's t, none of
