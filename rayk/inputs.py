@@ -107,9 +107,21 @@ def filters_of(config: RunConfig) -> list[Filter]:
         InputError: a filter cannot be built, or the evaluation rows it needs cannot be read.
     """
     assert config.synthesis is not None
+    prompts = [each.text for each in compared_prompts(config)]
+    return build_filters(config.synthesis.filters, prompts if config.data.evaluation else None)
+
+
+def compared_prompts(config: RunConfig) -> list[Prompt]:
+    """The evaluation prompts that written rows are held against; none where no filter does that.
+
+    Raises:
+        InputError: they cannot be read.
+    """
     evaluation = config.data.evaluation
-    prompts = None if evaluation is None else (each.text for each in read_prompts(evaluation, "data.evaluation."))
-    return build_filters(config.synthesis.filters, prompts)
+    assert config.synthesis is not None
+    if evaluation is None or all(each.kind != "contamination" for each in config.synthesis.filters):
+        return []
+    return list(read_prompts(evaluation, "data.evaluation."))
 
 
 def written_rows(config: RunConfig) -> Path:

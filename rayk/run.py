@@ -19,7 +19,15 @@ from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.evaluation.report import write_report
 from rayk.evaluation.run_directory import Follower, read_lines
-from rayk.inputs import Inputs, filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
+from rayk.inputs import (
+    Inputs,
+    compared_prompts,
+    filters_of,
+    on_written_rows,
+    prompts_written_for,
+    read_inputs,
+    written_rows,
+)
 from rayk.methods import METHODS
 from rayk.rollouts import serve_policy
 from rayk.synthesis import Prompt, Store, fingerprint, synthesise
@@ -49,7 +57,7 @@ _PLACEMENT = {
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
-_CHOICE = {"rows"} | {
+_CHOICE = {"rows", "compared"} | {
     f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format", "instructions")
 }  # fmt: skip
 _NOT_WRITTEN_WITH = ("prompts", "teacher", "seed_tasks")  # told by what is in them, not by where they are
@@ -248,9 +256,10 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {
         "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _NOT_WRITTEN_WITH},
         "seed": config.seed,
-        "teachers": {"model": writer["model"], "engine": writer["engine"]},
+        "teachers": {"model": writer["model"] or writer["name"], "engine": writer["engine"]},
         "prompts": fingerprint(prompts),
         "rows": fingerprint(prompts, whole=True),
+        "compared": fingerprint(compared_prompts(config)),
     }
 
 
@@ -290,7 +299,8 @@ def claim(config: RunConfig, resume: bool) -> None:
                 "--output."
             )
         before, now = (each.model_dump(mode="json") for each in (load_config(file), config))
-        if place := difference(before, now, _PLACEMENT):
+        # Until there are rows nothing is learned, and what is written for them looks after itself (`Store.claim`).
+        if (folder / _ROWS).exists() and (place := difference(before, now, _PLACEMENT)):
             raise InputError(
                 f"The run in '{folder}' was started with another '{place}'; resume it with the same settings, or "
                 "give another --output."

@@ -22,7 +22,8 @@ class _Sampling(Settings):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Step i (from 0) learns from completions sampled under exactly the weights after i − `max_staleness` steps (the
     first ones under the initial weights). 0 samples each step from its own weights, in turn with training; from 1 on
-    completions for later steps are written while this one trains. Reproducible either way."""
+    completions for later steps are written while this one trains. Reproducible either way; by served replicas up to
+    rounding, since those share out rows as they come."""
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     """How long one step's completions may take until the run stops; `null`: as long as it takes."""
 

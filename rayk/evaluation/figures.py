@@ -66,7 +66,7 @@ def draw_figures(runs: list[Run]) -> list[Group]:
                  _curves(runs, "teacher_wait_seconds")),
             Plot("Writing", "Seconds in which the student wrote a step's completions, ahead of it.",
                  _curves(runs, "generate_seconds")),
-            Plot("Scoring", "Seconds in which the teacher read a step's rows, ahead of it.",
+            Plot("Scoring", "Seconds from a step's first question to the teacher to its last answer, ahead of it.",
                  _curves(runs, "score_seconds")),
         ]),
         ("What the student writes while it learns", 2, [

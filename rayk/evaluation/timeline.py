@@ -12,7 +12,7 @@ from rayk.evaluation.run_directory import Run
 
 _STEPS = 8
 _LANES = {
-    "generate": "student writes", "score": "teacher scores", "wait": "learner waits", "train": "learner trains"
+    "generate": "student writes", "score": "teacher asked", "wait": "learner waits", "train": "learner trains"
 }  # fmt: skip
 _SHADES = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f")
 _WAITING, _INK = "#d5d9de", "#5b6470"

@@ -32,5 +32,5 @@ def check_rewards(rewards: Tensor, batch: Batch, limit: float) -> None:
 
 
 def ratio_exploded(student_logprobs: Tensor, rollout_logprobs: Tensor, limit: float) -> Tensor:
-    """Where a token has become more than `limit` times likelier since it was written, bool [tokens]."""
+    """Where a token has become more than `limit` times likelier than it was to be written, bool [tokens]."""
     return student_logprobs.detach() - rollout_logprobs > math.log(limit)

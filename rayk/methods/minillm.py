@@ -194,7 +194,9 @@ class MiniLLM(Method):
             weights = columns["log_weights"].exp() if _FORMS[settings.form].weighted_single_step else 1.0
             per_token = long_term + weights * reverse_kl
         terms |= {"long_term": long_term, "reward": columns["rewards"], "weight": columns["log_weights"].exp()}
-        exploded = ratio_exploded(-cross_entropy, columns["rollout_logprobs"], settings.ratio_limit)
+        # The ratio as the loss has it: what the teacher proposed may become far likelier without harm.
+        written = columns["rollout_logprobs"] - columns["log_weights"]
+        exploded = ratio_exploded(-cross_entropy, written, settings.ratio_limit)
         return Loss(per_token, terms, exploded)
 
 

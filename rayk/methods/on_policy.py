@@ -52,10 +52,13 @@ class OnPolicy(Method):
         super().__init__(settings, teacher, policy)
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
+        self._replaying = False
+        """Whether the buffer was full as the step began; what the step itself adds does not count."""
 
     def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
         """As the policy writes them; rows that it does not write go first."""
         assert self.policy is not None
+        self._replaying = bool(self._replay and self._replay.full)
         own = [row for row, seed in enumerate(seeds) if self._writer(_lots(seed), progress) == "student"]
         written = self.policy.groups([batch.sequences[row] for row in own])
         groups = [[own[place] for place in group] for group in written]
@@ -130,7 +133,7 @@ class OnPolicy(Method):
         fraction = fresh = self.settings.student_fraction
         if self._schedule and self._replay:
             fraction = self._schedule.fraction
-            fresh = fraction * (1 - progress) if self._replay.full else fraction
+            fresh = fraction * (1 - progress) if self._replaying else fraction
         if lot[0] < fraction:
             return "student" if lot[0] < fresh else "replay"
         return "teacher" if lot[1] < self.settings.teacher_written else "data"

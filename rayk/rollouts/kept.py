@@ -9,7 +9,7 @@ from rayk.data.examples import Example
 from rayk.rollouts.policy import Rollout
 from rayk.sequences import Sequence
 
-_OF_THE_DATA = ("where", "fields")
+_OF_THE_DATA = ("where", "fields", "rejected")
 
 
 def pack_row(row: Sequence) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from rayk.config import RunConfig, ServedRollouts
+from rayk.config import RunConfig, ServedRollouts, StudentConfig
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example
 from rayk.engines.base import Generated, SamplingParameters
@@ -78,14 +78,14 @@ class PolicyReplica:
     batch is computed under one version."""
 
     async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
-        config = RunConfig.model_validate(settings["run"])
-        assert isinstance(config.rollouts, ServedRollouts)
-        engine, device = config.rollouts.engine, pick_device(config.rollouts.engine.device)
+        student = StudentConfig.model_validate(settings["student"])
+        rollouts = ServedRollouts.model_validate(settings["rollouts"])
+        engine, device = rollouts.engine, pick_device(rollouts.engine.device)
         if device == "cpu":
-            torch.set_num_threads(engine.threads or max(1, int(config.rollouts.resources.num_cpus)))
-        tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=config.student.trust_remote_code)
-        model = make_model(config.student, tokenizer, config.seed, device)
-        self._writer = Writer(model.eval(), tokenizer, config.training.precision)
+            torch.set_num_threads(engine.threads or max(1, int(rollouts.resources.num_cpus)))
+        tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
+        model = make_model(student, tokenizer, settings["seed"], device)
+        self._writer = Writer(model.eval(), tokenizer, settings["precision"])
         self._store = store_named(settings["store"])
         self._version: Version | None = None
         self._batcher = MicroBatcher(self._run, engine.batch_tokens)
@@ -251,7 +251,10 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
     # Of a name of its own, for one of a killed run may take a while to go.
     address = PolicyAddress(application, f"{application}.{uuid4().hex[:8]}")
     store = start_store(address.store, rollouts.deadline_seconds / 2)
-    settings = {"run": config.model_dump(mode="json"), "tokenizer": tokenizer, "store": address.store}
+    settings = {
+        "student": config.student.model_dump(mode="json"), "rollouts": rollouts.model_dump(mode="json"),
+        "precision": config.training.precision, "seed": config.seed, "tokenizer": tokenizer, "store": address.store,
+    }  # fmt: skip
     try:
         deployment.start_application(
             application, PolicyReplica, settings, rollouts.replicas, rollouts.resources, gpus=1.0,

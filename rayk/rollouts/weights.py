@@ -184,7 +184,10 @@ class WeightStore:
 def start_store(name: str, patience_seconds: float) -> ray.actor.ActorHandle:
     """The actor, on this node; it ends with the handle that is returned, or with this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+    options = {
+        "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here,
+        "max_concurrency": 1 << 16,  # those who wait for a version must not keep out the one who publishes it
+    }  # fmt: skip
     return ray.remote(WeightStore).options(**options).remote(patience_seconds)
 
 

@@ -48,7 +48,10 @@ def synthesise(
     scribe = Scribe(teacher, store, settings, seed, progress)
     recipe = RECIPES[settings.kind](settings, prompts, scribe)
     candidates = run_to_the_end(_written(recipe, scribe))
-    candidates = _chosen(recipe, _sifted(_unlike(candidates), filters, prompts))
+    alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
+    candidates = _chosen(recipe, _unlike(_sifted(candidates, alone, prompts)))
+    # What remembers others is to remember only what is kept, so it comes after the choice.
+    candidates = _sifted(candidates, comparing, prompts)
     kept = [each for each in candidates if not each.rejected_by]
     rejected = [each for each in candidates if each.rejected_by]
     summary = {

@@ -72,7 +72,13 @@ class Responses(Recipe[ResponsesConfig]):
             found = answer_in(candidate.completion, answer.type, choices=answer.choices)
             return float(is_right(found, prompt.truth, answer))
         assert self._own_score is not None
-        score = float(self._own_score(prompt.text, candidate.completion, dict(prompt.fields)))
+        try:
+            score = float(self._own_score(prompt.text, candidate.completion, dict(prompt.fields)))
+        except Exception as error:  # a function of the user's fails in ways of its own
+            raise InputError(
+                f"synthesis.scorer '{self.settings.scorer}' failed with {type(error).__name__} ({error}) for "
+                f"{prompt.where}."
+            ) from error
         if math.isnan(score):
             raise InputError(f"synthesis.scorer '{self.settings.scorer}' returned NaN for {prompt.where}.")
         return score

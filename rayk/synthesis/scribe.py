@@ -21,7 +21,7 @@ from rayk.config import SynthesisSettings
 from rayk.data.tokens import Encoder
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
-from rayk.errors import RaykError, RunFailed
+from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
 from rayk.models import load_tokenizer
 from rayk.synthesis.store import Store, Written
 from rayk.teachers import Teacher
@@ -57,7 +57,7 @@ class Scribe:
         charged: what an endpoint has charged for all that the store holds, as `rayk.engines.base.Usage` names it.
 
     Raises:
-        InputError: `settings.chat` is set, but the teacher's tokenizer has no chat template.
+        InputError: `settings.chat` is set, but the teacher's tokenizer has no chat template, or it is an endpoint.
     """
 
     def __init__(
@@ -69,6 +69,11 @@ class Scribe:
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
         self._teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
+        if settings.chat and teacher.info.engine == "openai":
+            raise InputError(
+                f"synthesis.chat: teacher '{teacher.name}' is an endpoint with a chat template of its own; leave it "
+                "out."
+            )
         if teacher.info.engine != "openai":
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
@@ -90,8 +95,10 @@ class Scribe:
 
     async def __aexit__(self, *_: object) -> None:
         self._ended.set()
-        await self._ticking
-        await self._flush()
+        try:
+            await self._ticking
+        finally:
+            await self._flush()
 
     @property
     def chats(self) -> bool:
@@ -140,7 +147,12 @@ class Scribe:
         text, prompt = self._sent(request.prompt)
         if reason := self._too_long(prompt, request.parameters):
             return Written(key, "", None, None, "error", reason)
-        completion = (await self._teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+        try:
+            completion = (await self._teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+        except TeacherUnavailable as error:
+            if self._teacher.info.engine != "openai":
+                raise
+            return self._left_unanswered(key, str(error))
         self.asked += 1
         if completion.finish_reason == "error":
             return self._left_unanswered(key, completion.reason)
@@ -252,8 +264,9 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
 
 def _written(key: str, completion: Completion) -> Written:
     known = len(completion.logprobs) > 0
+    text = completion.text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be kept nowhere
     return Written(
-        key, completion.text, len(completion.token_ids) or None,
+        key, text, len(completion.token_ids) or None,
         # As the store keeps it, so that an answer reads the same whether it has just come or was found.
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
     )  # fmt: skip

@@ -283,9 +283,12 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 def _column(values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
-    except pa.ArrowException:
-        return pa.array([json.dumps(value, ensure_ascii=False, default=str) for value in values])
+        column = pa.array(values)
+        if pa.types.is_nested(column.type):
+            _parquet(pa.table({"": column[:1]}))  # what Parquet has no type for, such as an empty object, is told here
+        return column
+    except (pa.ArrowException, OverflowError, UnicodeError):
+        return pa.array([json.dumps(value, default=str) for value in values])
 
 
 def _parquet(table: pa.Table) -> bytes:

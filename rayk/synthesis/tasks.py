@@ -207,7 +207,7 @@ def _example_block(seed: SeedTask) -> str:
     return "\n\n".join([f"Task: {seed.instruction}\n{examples[0]}", *examples[1:]])
 
 
-_TASK = re.compile(r"\s*[*#]*Task:[^\n]*(?:\n|$)")
+_TASK = re.compile(r"\A\s*[*#]*Task:[^\n]*(?:\n|$)")
 _EXAMPLE = re.compile(r"(?:^|\n)[ \t*#]*Example[ \t]*\d+[ \t]*[.:)]?[ \t*]*(?=\n|$)", re.IGNORECASE)
 _INPUT = re.compile(r"(?:^|\n)[ \t*]*Input[ \t]*:[ \t*]*", re.IGNORECASE)
 _OUTPUT = re.compile(r"(?:^|\n)[ \t*]*Output[ \t]*:[ \t*]*", re.IGNORECASE)

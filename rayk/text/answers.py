@@ -17,7 +17,7 @@ TOLERANCE = Decimal("1e-6")
 
 # A sign counts where it is no operator ("5-3" holds 5 and 3); commas only where they part thousands ("1, 2" is two).
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)\]])(?P<sign>[-+−])\s?)?[$€£¥]?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:(?<![\w.)\]])(?P<sign>[-+−]))?[$€£¥]?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
     r"(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
 )
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
@@ -79,10 +79,12 @@ def _numbers(text: str, _: str) -> Iterator[str]:
 
 
 def _letters(text: str, choices: str) -> Iterator[str]:
-    """Letters in brackets, or else such as stand alone; "A" before a small letter is the article."""
-    bracketed = re.findall(rf"\(([{choices}{choices.lower()}])\)", text)
-    alone = re.findall(rf"(?<![\w'’])(?:A(?!['’]|\s+[a-z])|[{choices.replace('A', '') or '-'}](?!['’]))(?!\w)", text)
-    yield from (letter.upper() for letter in bracketed or [each for each in alone if each in choices])
+    """Letters in brackets and such as stand alone; "A" before a small letter is the article."""
+    others = choices.replace("A", "") or "-"
+    pattern = rf"\(([{choices}{choices.lower()}])\)|(?<![\w'’])(A(?!['’]|\s+[a-z])|[{others}](?!['’]))(?!\w)"
+    for bracketed, alone in re.findall(pattern, text):
+        if (letter := (bracketed or alone).upper()) in choices:
+            yield letter
 
 
 def _yes_or_no(text: str, _: str) -> Iterator[str]:

@@ -48,6 +48,11 @@ class Filter:
     judge: Judge
     remember: Callable[[Candidate], None] = _remember_nothing
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it compares candidates with those before."""
+        return self.remember is not _remember_nothing
+
 
 @dataclass(frozen=True)
 class Rejection:

@@ -146,6 +146,8 @@ class Trainer:
         )  # fmt: skip
         self.store = CheckpointStore(job.checkpoints)
         self.step = 0
+        self._midway = False
+        """The weights are those of no whole number of steps, so not to be kept."""
         self._restore()
         self._saved = self.step
         self.evaluator: Evaluator | None = None
@@ -167,7 +169,12 @@ class Trainer:
                 self.supply.finish()
                 last = self.step == self.total_steps
                 if self.evaluator and (last or self.step % (self.config.evaluation.every_steps or math.inf) == 0):
-                    evaluation = self._evaluate(last)
+                    try:
+                        evaluation = self._evaluate(last)
+                    except StopTogether:
+                        if self.recorder:  # its step is done, whatever became of the evaluation
+                            self.recorder.record(row)
+                        raise
                     row |= {f"evaluation_{name}": value for name, value in evaluation.metrics.items()}
                 if self.recorder:
                     self.recorder.record(row)
@@ -175,7 +182,7 @@ class Trainer:
                     self._checkpoint()
                 self._advance()
         except StopTogether:
-            if self.step > self._saved:
+            if self.step > self._saved and not self._midway:
                 self._checkpoint()
             raise
         finally:
@@ -265,7 +272,11 @@ class Trainer:
             group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
         seed = int(np.random.SeedSequence([self.config.seed, step, self.ranks.rank]).generate_state(1)[0])
         torch.manual_seed(seed)
-        updates = [self._update(step, part) for part in self.method.updates(experience, seed)]
+        updates = []
+        for part in self.method.updates(experience, seed):
+            updates.append(self._update(step, part))
+            self._midway = True
+        self._midway = False
         self.method.on_step(step + 1)
         seconds = time.perf_counter() - began
         return {

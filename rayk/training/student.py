@@ -55,6 +55,7 @@ class Step(nn.Module):
         terms = {name: term.detach() for name, term in loss.terms.items()}
         if loss.unusable is None:
             return loss.per_token, terms
+        terms = {name: term.masked_fill(loss.unusable, 0.0) for name, term in terms.items()}
         return loss.per_token.masked_fill(loss.unusable, 0.0), {**terms, UNUSABLE: loss.unusable.float()}
 
 

@@ -117,7 +117,8 @@ class Supply:
     def load_state(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take up what `state` gave, of all ranks together, whichever of them this one is now."""
         kept = {(each["step"], each["place"]): each["row"] for each in rows}
-        while kept and (step, 0) in kept:
+        # Of a step that not all workers had finished when the run stopped, every row is written anew.
+        while kept and all((step, place) in kept for place in range(self._sampler.batch_size)):
             places = self._sampler.places(step, self._rank, self._world)
             origins = self._sampler.rows(step)
             self._sampled[step] = collate(

@@ -32,7 +32,7 @@ def test_figure_says_what_each_lane_took():
     (group,) = draw_timelines([run_of([row(step) for step in range(1, 31)])])
     (panel,) = group.panels
     assert "steps 12 to 19" in panel.about
-    for words in ("student writes 12 s", "teacher scores 2 s", "learner waits 4 s", "learner trains 12 s"):
+    for words in ("student writes 12 s", "teacher asked 2 s", "learner waits 4 s", "learner trains 12 s"):
         assert words in panel.svg
 
 

@@ -49,6 +49,8 @@ def test_ratios_that_explode_stop_the_run_or_are_left_out(method, tmp_path, tiny
     values["rollouts"]["max_staleness"] = 1
     with pytest.raises(RunFailed, match="tokens have become more than method.ratio_limit times likelier"):
         distill(parse_config(values))
+    found = [*(tmp_path / "run" / "checkpoints").iterdir()]
+    assert not found or method is POLICY, "half a step was kept"
     values["output"] = str(tmp_path / "skipping")
     values["training"]["unusable_rows"] = "skip"
     result = distill(parse_config(values))

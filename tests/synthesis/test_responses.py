@@ -140,3 +140,31 @@ def test_what_ends_a_completion_is_no_part_of_it(parrot, endpoint, store):
     write(parrot, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
     assert [row["completion"] for row in rows(store)] == ["four"]
     assert endpoint.asked[0].body["stop"] == ["\nQ:"]
+
+
+def test_what_was_not_chosen_makes_no_duplicates(parrot, endpoint, store, tmp_path, monkeypatch):
+    (tmp_path / "likes.py").write_text("def short(prompt, completion, row):\n    return -len(completion)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    long = "one two three four five six seven eight nine ten"
+    answers = iter(["one", f"{long} x", f"{long} y", f"{long} y"])
+    endpoint.answer = lambda body: completion(body, next(answers))
+    filters = [{"kind": "near_duplicates", "fields": ["completion"], "threshold": 0.7}]
+    summary = write(
+        parrot, store, prompts_of("a", "b"), samples=2, keep="best", scorer="likes:short", filters=filters, in_flight=1
+    )
+    assert [row["completion"] for row in rows(store)] == ["one", f"{long} y"]
+    assert summary["rejected"]["near_duplicates"] == 0
+
+
+def test_a_cut_answer_does_not_make_the_whole_one_a_duplicate(parrot, endpoint, store):
+    cut = iter([True, False])
+    endpoint.answer = lambda body: completion(body, "four", finish_reason="length" if next(cut) else "stop")
+    write(parrot, store, prompts_of("2 + 2"), samples=2, in_flight=1)
+    assert [row["finish_reason"] for row in rows(store)] == ["stop"]
+
+
+def test_a_scorer_that_fails_is_named(parrot, endpoint, store, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("def score(prompt, completion, row):\n    return row['weight']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=r"synthesis.scorer 'broken:score' failed with KeyError \('weight'\) for rows"):
+        write(parrot, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")

@@ -12,7 +12,8 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.teachers.background import run_to_the_end
-from tests.engines.endpoint import Reply
+from rayk.teachers.client import Teacher
+from tests.engines.endpoint import Reply, completion
 
 pytestmark = pytest.mark.cluster
 
@@ -190,3 +191,30 @@ def test_seeds_follow_from_the_place(parrot, store):
     one, other = (Scribe(parrot, store, ResponsesConfig(), seed) for seed in (0, 1))
     assert one.seed(0, 1, 2) == Scribe(parrot, store, ResponsesConfig(), 0).seed(0, 1, 2)
     assert len({one.seed(0, 1, 2), one.seed(0, 2, 1), one.seed(1, 1, 2), other.seed(0, 1, 2)}) == 4
+
+
+def test_half_a_character_is_kept_as_a_sign_that_something_was_there(parrot, endpoint, store):
+    endpoint.answer = lambda body: completion(body, "snow \ud83d")
+    (written,), _, _ = ask(parrot, store, requests(1))
+    assert written.text == "snow ?"
+    assert ask(parrot, store, requests(1))[1].asked == 0
+
+
+def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endpoint, store):
+    impatient = Teacher(parrot.name, parrot.info, parrot.settings.model_copy(update={"deadline_seconds": 8.0}))
+
+    def slow_at_two(body):
+        if "prompt 2" in str(body):
+            time.sleep(14)
+        return completion(body, "well")
+
+    endpoint.answer = slow_at_two
+    written, scribe, _ = ask(impatient, store, requests(5))
+    assert [each.finish_reason for each in written] == ["stop", "stop", "error", "stop", "stop"]
+    assert "did not answer within 8 s" in written[2].reason
+    assert scribe.unanswered == 1
+
+
+def test_an_endpoint_has_its_own_chat_template(parrot, store):
+    with pytest.raises(InputError, match="has a chat template|with a chat template of its own"):
+        ask(parrot, store, requests(1), chat=True)

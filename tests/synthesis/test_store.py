@@ -226,6 +226,13 @@ def test_rows_keep_their_types_and_mixed_ones_become_json(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == {"kept": 2}
 
 
+def test_what_parquet_has_no_type_for_becomes_json(tmp_path):
+    with opened(tmp_path) as store:
+        store.keep([{"prompt": "a", "metadata": {}, "number": 1 << 63, "half": "\ud83d"}], [])
+        (row,) = pq.read_table(store.rows).to_pylist()
+    assert row == {"prompt": "a", "metadata": "{}", "number": str(1 << 63), "half": '"\\ud83d"'}
+
+
 def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "synthesis"

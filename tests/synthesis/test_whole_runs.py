@@ -60,7 +60,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     result = distill(parse_config(values), watcher=watching)
     assert len(rows_of(tmp_path)) == 48 == result.summary["rows"]["train"]
     assert watching.seen[-1][:2] == (48, 48)
-    assert "cost 0.0002" in watching.seen[-1][2] or len(endpoint.asked) == 48
+    assert len(endpoint.asked) == 48
     page = (result.output / "report.html").read_text()
     assert "What the teacher wrote" in page
     assert "48 (100.0%)" in page

@@ -14,6 +14,10 @@ from rayk.text.answers import answer_in, matched, same_answer
         ("number", "12,34", "34"),
         ("number", "5-3 = 2.", "2"),
         ("number", "10-3", "3"),  # an operator is no sign
+        ("number", "\n- 42 apples", "42"),  # nor is a bullet
+        ("number", "Well...42", "42"),  # nor do dots make a fraction
+        ("number", "No.5", "5"),
+        ("choice", "Not (A). B is too large: C", "C"),
         ("number", "-$5.50", "-5.5"),
         ("number", "$-5", "-5"),
         ("number", "it falls to −7 degrees", "-7"),
@@ -53,6 +57,11 @@ def test_after_a_delimiter_the_first_candidate_counts_and_without_one_the_last()
 @pytest.mark.parametrize("trigger", ["Therefore, the answer is", "Therefore the answer is", "So the final answer is:"])
 def test_the_comma_of_therefore_is_not_insisted_on(trigger):
     assert answer_in(f"1 and 2. {trigger} 42. 7 is not.", "number") == "42"
+
+
+def test_a_letter_that_comes_first_counts_before_one_in_brackets():
+    assert answer_in(" C, because (A) is too small.", "choice", continues=True) == "C"
+    assert answer_in("B. (A) is wrong", "choice", continues=True) == "B"
 
 
 def test_choices_may_be_others():
