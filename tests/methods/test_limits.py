@@ -1,5 +1,6 @@
 """Rewards and ratios that explode are named, and stop the run or are left out, as the settings say."""
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from rayk.data.examples import Example
 from rayk.errors import RunFailed, UnusableSignal
 from rayk.methods.limits import check_rewards, ratio_exploded
 from rayk.run import distill
+from rayk.training.checkpoint import CheckpointStore
 from tests.runs import config, curve, settings
 
 POLICY = {"kind": "on_policy", "form": "policy"}
@@ -49,11 +51,24 @@ def test_ratios_that_explode_stop_the_run_or_are_left_out(method, tmp_path, tiny
     values["rollouts"]["max_staleness"] = 1
     with pytest.raises(RunFailed, match="tokens have become more than method.ratio_limit times likelier"):
         distill(parse_config(values))
-    found = [*(tmp_path / "run" / "checkpoints").iterdir()]
-    assert not found or method is POLICY, "half a step was kept"
     values["output"] = str(tmp_path / "skipping")
     values["training"]["unusable_rows"] = "skip"
     result = distill(parse_config(values))
     shares = curve(result.output, "unusable_share")
     assert len(shares) == 3
     assert 0 < max(shares) < 1
+
+
+@pytest.mark.parametrize(("call", "kept"), [(5, False), (4, True)], ids=["midway", "between steps"])
+def test_no_checkpoint_holds_half_a_step(call, kept, monkeypatch, tmp_path, tiny_student, served):
+    calls = itertools.count(1)
+
+    def explodes(student_logprobs, rollout_logprobs, limit):
+        return torch.full_like(rollout_logprobs, next(calls) == call, dtype=torch.bool)
+
+    monkeypatch.setattr("rayk.methods.minillm.ratio_exploded", explodes)
+    method = {"kind": "minillm", "inner_epochs": 3, "teacher_share": 0}
+    with pytest.raises(RunFailed, match="In step 2, tokens have become"):
+        distill(config(tmp_path, tiny_student, method, steps=3, micro_batch_tokens=100_000))
+    store = CheckpointStore(str(tmp_path / "run" / "checkpoints"))
+    assert store.steps() == ([1] if kept else [])

@@ -28,7 +28,7 @@ def test_the_share_grows_when_the_loss_has_risen_since_it_last_grew():
 def rollout(number):
     ids = np.array([number, 5, 6], np.int32)
     return Rollout(
-        ids, np.arange(3) > 0, None, 1, f"line {number}", {"n": number}, np.float32([-1, -2]), "stop", number
+        ids, np.arange(3) > 0, None, 1, f"line {number}", {"n": number}, logprobs=np.float32([-1, -2]), version=number
     )
 
 
