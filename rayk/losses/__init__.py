@@ -25,6 +25,7 @@ from rayk.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
+from rayk.losses.label_words import label_word_loss
 from rayk.losses.policy_gradient import (
     cumulative_log_weights,
     importance_log_weights,
@@ -37,7 +38,7 @@ from rayk.losses.policy_gradient import (
     unbiased_sequence_kl_loss,
     whiten,
 )
-from rayk.losses.reductions import kl_estimate, sequence_mean, token_mean
+from rayk.losses.reductions import kl_estimate, sequence_mean, sequence_sum, token_mean
 
 __all__ = [
     "DIVERGENCES",
@@ -52,6 +53,7 @@ __all__ = [
     "importance_log_weights",
     "jensen_shannon",
     "kl_estimate",
+    "label_word_loss",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_log_probs",
@@ -62,6 +64,7 @@ __all__ = [
     "returns_to_go",
     "reverse_kl",
     "sequence_mean",
+    "sequence_sum",
     "skew_forward_kl",
     "skew_reverse_kl",
     "symmetric_kl",

@@ -30,6 +30,17 @@ def sequence_mean(per_token: Tensor, offsets: Tensor) -> Tensor:
     return (per_token * weights.to(per_token.dtype).repeat_interleave(lengths)).sum()
 
 
+def sequence_sum(per_token: Tensor, offsets: Tensor) -> Tensor:
+    """The sum over each sequence's tokens, [sequences]; of log-probs that is the log-prob of the whole sequence.
+
+    Args:
+        per_token: [tokens], sequence after sequence.
+        offsets: int64 [sequences + 1], as in `SignalBatch`.
+    """
+    sequences = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
+    return per_token.new_zeros(len(offsets) - 1).index_add(0, sequences, per_token)
+
+
 def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = "k1") -> Tensor:
     """Estimates of KL(student‖teacher) from tokens the *student* sampled (joschu.net/blog/kl-approx; ALGORITHMS §4).
 
