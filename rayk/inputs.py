@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rayk.config import RunConfig, TeacherConfig
-from rayk.data.examples import ExampleTable, tokenize
+from rayk.config import InContextConfig, RunConfig, TeacherConfig
+from rayk.data.demonstrations import Demonstrator
+from rayk.data.examples import ExampleTable, RowTokenizer, collect, tokenize
+from rayk.data.sources import read_rows
 from rayk.errors import InputError
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
+from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.support import Hidden, TopK
 from rayk.teachers import Teacher
@@ -31,6 +34,8 @@ class Inputs:
     evaluation: ExampleTable | None
     pretraining: ExampleTable | None = None
     """Plain text learned from beside `train`."""
+    demonstrator: Demonstrator | None = None
+    """Who shows rows demonstrations, with method `in_context`; which are nearest is not known yet."""
 
 
 def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
@@ -60,14 +65,19 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     beside = getattr(config.method, "pretraining", None) if training else None
     pretraining = tokenize(beside.data, config.data, tokenizer) if beside else None
     tables = [table for table in (train_table, evaluation, pretraining) if table is not None]
+    demonstrator = _demonstrator(config, tokenizer, train_table, tables)
     _check_lengths(models, config, train_table, evaluation, tables)
+    if demonstrator is not None:
+        _check_demonstrated(models, demonstrator, tables)
     _check_contexts(models, config, tokenizer, tables)
     _check_many_teachers(config, tables)
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
-        for example in with_prompts(evaluation, config.evaluation):
+        for example in [
+            *with_prompts(evaluation, config.evaluation, demonstrator), *with_options(evaluation, demonstrator),
+        ]:  # fmt: skip
             scorer.expected(example)
-    return Inputs(name, tokenizer, train_table, evaluation, pretraining)
+    return Inputs(name, tokenizer, train_table, evaluation, pretraining, demonstrator)
 
 
 def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
@@ -126,6 +136,35 @@ def _check_lengths(
             raise InputError(
                 f"The longest prompt with what is written after it may have {rolled_out} tokens, but {name} takes "
                 f"{limit}; lower rollouts.max_new_tokens."
+            )
+
+
+def _demonstrator(
+    config: RunConfig, tokenizer: Any, train_table: ExampleTable | None, tables: list[ExampleTable]
+) -> Demonstrator | None:
+    """Who shows rows demonstrations; each row of `tables` can be shown some."""
+    if not isinstance(config.method, InContextConfig):
+        return None
+    pool = config.method.demonstrations.pool
+    if pool is not None:
+        rows = RowTokenizer(pool, config.data, tokenizer, section="method.demonstrations.pool.")
+        pool_table = collect(rows, read_rows(pool), pool.path)
+    else:
+        pool_table = train_table or tokenize(config.data.train, config.data, tokenizer)
+    demonstrator = Demonstrator(pool_table, config.method, tokenizer, config.data.max_tokens)
+    for row in (row for table in tables for row in table):
+        demonstrator.check(row)
+    return demonstrator
+
+
+def _check_demonstrated(models: Mapping[str, Any], demonstrator: Demonstrator, tables: list[ExampleTable]) -> None:
+    longest = max(demonstrator.longest(list(table)) for table in tables)
+    for name, settings in models.items():
+        limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        if longest > limit:
+            raise InputError(
+                f"A row with its demonstrations may have {longest} tokens, but {name} takes {limit}; lower "
+                "data.max_tokens, beyond which demonstrations are cut off, or method.demonstrations.k."
             )
 
 

@@ -19,6 +19,7 @@ from rayk.config import (
     load_config,
     parse_config,
 )
+from rayk.data.demonstrations import Demonstrator
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.evaluation.report import write_report
@@ -107,6 +108,7 @@ def distill(
         new = [teacher.name for teacher in config.teachers if not teacher.attach]
         if new:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
+        demonstrator = _ranked(inputs, watcher)
         applications = applications_of(config)
         teachers = serve_all(config, applications, stack, cache)
         began = time.time()
@@ -119,7 +121,7 @@ def distill(
         job = Job(
             config, inputs.tokenizer_name, applications, inputs.train.table,
             None if inputs.evaluation is None else inputs.evaluation.table,
-            None if inputs.pretraining is None else inputs.pretraining.table,
+            None if inputs.pretraining is None else inputs.pretraining.table, demonstrator,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
             outcome = train(job)
@@ -153,7 +155,8 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         applications = applications_of(config)
         teachers = serve_all(config, applications, stack, stack.enter_context(opened(config.cache)))
         watcher.stage(f"Measuring {measured}")
-        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table)
+        demonstrator = _ranked(inputs, watcher)
+        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table, demonstrator=demonstrator)
         evaluation = evaluate_remotely(job)
         teacher = _measured(config, teachers, inputs) if config.compared_teacher else None
     return {
@@ -171,7 +174,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
     for section, key in [
         (values["student"], "model"), (values["student"], "config"), (values["student"], "tokenizer"),
         (values["data"]["train"], "path"), (values["data"]["evaluation"] or {}, "path"),
-        *((teacher, "model") for teacher in values["teachers"]),
+        *((teacher, "model") for teacher in values["teachers"]), *_of_demonstrations(values["method"]),
     ]:  # fmt: skip
         value = section.get(key)
         if isinstance(value, str) and (value.startswith(("./", "../", "~")) or os.path.exists(value)):
@@ -181,6 +184,12 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         if place and "://" not in place:
             section[key] = os.path.abspath(os.path.expanduser(place))
     return parse_config(values)
+
+
+def _of_demonstrations(method: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where method `in_context` names local paths."""
+    demonstrations = method.get("demonstrations", {})
+    return [(demonstrations, "encoder"), (demonstrations.get("pool") or {}, "path")]
 
 
 def claim(config: RunConfig, resume: bool, rows: str) -> None:
@@ -285,11 +294,22 @@ def serve_all(
     return running
 
 
+def _ranked(inputs: Inputs, watcher: Watcher) -> Demonstrator | None:
+    """The inputs' demonstrator, which knows now what is nearest to each row."""
+    if inputs.demonstrator is not None:
+        watcher.stage("Choosing demonstrations")
+        for table in (inputs.train, inputs.evaluation):
+            inputs.demonstrator.rank(table or ())
+    return inputs.demonstrator
+
+
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
     assert inputs.evaluation is not None
     teacher = scorer_of(config, teachers, inputs.tokenizer)
     assert teacher is not None
-    return evaluate_teacher(teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer)
+    return evaluate_teacher(
+        teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer, demonstrator=inputs.demonstrator
+    )
 
 
 def summarise(

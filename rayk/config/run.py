@@ -10,7 +10,7 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.methods import MethodConfig, MiniLLMConfig, OnPolicyConfig, TaughtConfig
+from rayk.config.methods import InContextConfig, MethodConfig, MiniLLMConfig, OnPolicyConfig, TaughtConfig
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
@@ -51,15 +51,18 @@ class RunConfig(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: two share a name ({', '.join(names)})")
         wanted = getattr(self.method, "teacher", None)
-        if isinstance(self.method, TaughtConfig) and not names:
+        asking = isinstance(self.method, TaughtConfig) and self.method.asks
+        if asking and not names:
             raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
             raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
         self._many_teachers_fit(names, wanted)
         self._signals_can_be_had()
+        self._demonstrations_can_be_shown()
         self._completions_can_be_written()
         for teacher in self.teachers:
-            if isinstance(self.method, TaughtConfig) and not teacher.attach and wanted in (None, teacher.name):
+            if asking and not teacher.attach and wanted in (None, teacher.name):
+                assert isinstance(self.method, TaughtConfig)
                 try:
                     check_engine_gives(teacher.engine, self.method.support)
                 except ValueError as error:
@@ -95,7 +98,7 @@ class RunConfig(Settings):
             asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if isinstance(self.method, TaughtConfig) and not asked:
+        if isinstance(self.method, TaughtConfig) and self.method.asks and not asked:
             asked = [self.method.teacher or self.teachers[0].name]
         for teacher in self.teachers:
             if teacher.name in asked and not teacher.gives_signals:
@@ -103,6 +106,46 @@ class RunConfig(Settings):
                     f"teacher '{teacher.name}': engine kind 'openai' writes text and gives no signals, so neither "
                     "'ensemble' nor 'route' nor a method but 'supervised' can use it; choose engine kind "
                     "'transformers' or 'vllm', or train on the text it writes with method 'supervised'"
+                )
+
+    def _demonstrations_can_be_shown(self) -> None:
+        draws = self.evaluation.demonstration_draws
+        if not isinstance(self.method, InContextConfig):
+            if draws > 1:
+                raise ValueError(
+                    f"evaluation.demonstration_draws is set, but method '{self.method.kind}' shows no demonstrations; "
+                    "leave it out"
+                )
+            return
+        if draws > 1 and self.method.demonstrations.choice != "random":
+            raise ValueError(
+                f"evaluation.demonstration_draws is {draws}, but method.demonstrations.choice "
+                f"'{self.method.demonstrations.choice}' chooses the same every time; leave it out, or choose 'random'"
+            )
+        if self.data.chat_template:
+            raise ValueError("method 'in_context' lays rows out itself; leave data.chat_template out")
+        sources = {
+            "data.train": self.data.train, "data.evaluation": self.data.evaluation,
+            "method.demonstrations.pool": self.method.demonstrations.pool,
+        }  # fmt: skip
+        for name, source in sources.items():
+            if source is None:
+                continue
+            if source.format not in ("auto", "prompt_completion"):
+                raise ValueError(
+                    f"{name}.format is '{source.format}', but method 'in_context' needs an input and an output in each "
+                    "row; leave it out, and set prompt_field and completion_field"
+                )
+            object.__setattr__(source, "format", "prompt_completion")
+        if self.ensemble is not None and self.method.targets == "label_words":
+            raise ValueError(
+                "an ensemble gives no probabilities of whole label words; use one teacher, or method.targets: tokens"
+            )
+        for teacher in self.teachers:
+            if teacher.prompt_template is not None:
+                raise ValueError(
+                    f"teacher '{teacher.name}' has a prompt_template, but method 'in_context' says itself what each "
+                    "model reads; leave it out"
                 )
 
     def _completions_can_be_written(self) -> None:

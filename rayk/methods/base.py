@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rayk.data.batches import Batch
+from rayk.data.demonstrations import Demonstrator
 from rayk.models import Head
 from rayk.rollouts import Policy
 from rayk.signal import SignalBatch
@@ -30,7 +31,8 @@ class Student(Protocol):
 
 @dataclass(frozen=True)
 class Experience:
-    """What one step learns from: rows, and what was said about them. It can be cut into micro-batches by row."""
+    """What one step learns from: rows, and what was said about them. It can be cut into micro-batches by row; a
+    method's own kind of it may keep several rows together."""
 
     batch: Batch
     signals: SignalBatch | None = None
@@ -45,6 +47,11 @@ class Experience:
     def count(self) -> int:
         """Units the loss is averaged over, summed across micro-batches and workers: counted tokens."""
         return self.batch.counted_tokens
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each part that `select` can choose, its rows padded to the longest of them."""
+        return [len(sequence) for sequence in self.batch.sequences]
 
     def select(self, rows: list[int]) -> "Experience":
         tokens = torch.cat([torch.arange(*self.batch.offsets[row : row + 2].tolist()) for row in rows])
@@ -66,7 +73,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of each unit, nats [count], and the terms it is made of, for the metrics."""
+    """The loss of each unit (token, or query), nats [count], and the terms it is made of, for the metrics."""
 
     per_token: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -82,16 +89,22 @@ class Method(ABC):
     needs: ClassVar[str]
     """What it asks of a teacher, with the cost."""
 
-    def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
+    def __init__(
+        self, settings: Any, teacher: Scorer | None, policy: Policy | None = None,
+        demonstrator: Demonstrator | None = None,
+    ):  # fmt: skip
         self.settings = settings
         self.teacher = teacher
         self.policy = policy
         """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
+        self.demonstrator = demonstrator
+        """Who shows rows demonstrations, with method `in_context`."""
 
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
-        """The rows that the step learns from, for methods that have the policy write them; by default the data's.
+        """The rows that the step learns from, for methods that have the policy write them or draw something to each; by
+        default the data's.
 
-        Runs while the policy holds the weights promised to the step, before `prepare`.
+        Runs before `prepare`, where there is a policy while it holds the weights promised to the step.
 
         Args:
             seeds: one a row, all that its random choices may depend on.

@@ -1,7 +1,7 @@
 """What one Ray Train worker does: prepare, step, measure, checkpoint, until the last step.
 
 The result does not depend on the number of workers or on micro-batching: step i learns from the same rows whoever
-takes them, and every token weighs 1 / (the step's counted tokens over all workers).
+takes them, and every token (or query) weighs 1 / (the step's counted tokens, or queries, over all workers).
 """
 
 import logging
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.train
 import torch
@@ -51,6 +50,7 @@ class Job:
     train_table: Any
     evaluation_table: Any
     pretraining_table: Any = None
+    demonstrator: Any = None
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
@@ -101,7 +101,10 @@ def evaluate_worker(job: Job) -> Evaluation:
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
     with opened(config.cache) as cache:
         teacher = scorer_of(config, job.teachers(cache), tokenizer)
-        evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
+        evaluator = Evaluator(
+            config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens,
+            demonstrator=_fetched(job.demonstrator),
+        )  # fmt: skip
         return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
 
 
@@ -125,7 +128,8 @@ class Trainer:
                 model, self.tokenizer, config.rollouts, batch_tokens=self.settings.micro_batch_tokens,
                 precision=self.settings.precision,
             )  # fmt: skip
-        self.method: Method = METHODS[config.method.kind](config.method, teacher, policy)
+        demonstrator = _fetched(job.demonstrator)
+        self.method: Method = METHODS[config.method.kind](config.method, teacher, policy, demonstrator=demonstrator)
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -150,7 +154,7 @@ class Trainer:
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
                 config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
-                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world,
+                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, demonstrator,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
@@ -212,9 +216,9 @@ class Trainer:
         self.ranks.agree(problem)
         assert prepared is not None
         experience = self.method.together(prepared.experience, self.ranks.sums)
-        lengths = [len(sequence) for sequence in experience.batch.sequences]
-        count, tokens, skipped, cached = self.ranks.sums(
-            [experience.count, sum(lengths), experience.skipped, self._newly_cached()]
+        batch = experience.batch
+        counted, tokens, skipped, cached = self.ranks.sums(
+            [batch.counted_tokens, sum(map(len, batch.sequences)), experience.skipped, self._newly_cached()]
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, self.total_steps, self.settings)
@@ -229,7 +233,7 @@ class Trainer:
             **_mean_over(updates),
             "learning_rate": learning_rate_at(step, self.total_steps, self.settings),
             "tokens": int(tokens),
-            "counted_tokens": int(count),
+            "counted_tokens": int(counted),
             "skipped_rows": int(skipped),
             "cached_tokens": int(cached),
             "tokens_per_second": tokens / seconds,
@@ -245,7 +249,7 @@ class Trainer:
         parts = [part for part in (experience, experience.beside) if part is not None]
         counts = self.ranks.sums([part.count for part in parts])
         for part, count in zip(parts, counts, strict=True):
-            sums = self._backward(part, [len(sequence) for sequence in part.batch.sequences], count)
+            sums = self._backward(part, count)
             names = sorted(sums)
             totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
             means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
@@ -281,9 +285,9 @@ class Trainer:
         self._cached_tokens = sum(teacher.statistics.cached_tokens for teacher in self.teachers.values())
         return self._cached_tokens - before
 
-    def _backward(self, experience: Experience, lengths: list[int], count: float) -> dict[str, float]:
+    def _backward(self, experience: Experience, count: float) -> dict[str, float]:
         """Gradients of the whole step's loss; sums of the loss and its terms over this rank's units."""
-        groups = micro_batches(lengths, self.settings.micro_batch_tokens)
+        groups = micro_batches(experience.lengths, self.settings.micro_batch_tokens)
         sums: dict[str, Tensor] = {}
         for number, rows in enumerate(groups, start=1):
             part = experience.select(rows).to(self.device)
@@ -374,5 +378,5 @@ def _use_threads(settings: TrainingConfig, ranks: Ranks) -> None:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
 
 
-def _fetched(table: Any) -> pa.Table:
-    return ray.get(table) if isinstance(table, ray.ObjectRef) else table
+def _fetched(shared: Any) -> Any:
+    return ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared

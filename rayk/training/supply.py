@@ -107,14 +107,12 @@ class Supply:
     async def _prepared(self, step: int) -> Prepared:
         batch, generate_seconds = self._sampled.get(step), 0.0
         if batch is None and self._gate is None:
-            batch = self._rows(step, self._table, self._sampler)
+            batch = await self._sample(step)
         elif batch is None:
             assert self._gate is not None
             async with self._gate.turn(step):
                 began = time.perf_counter()
-                progress = step / self._sampler.steps
-                rows = self._rows(step, self._table, self._sampler)
-                batch = await self._method.sample(rows, self._seeds(step), progress)
+                batch = await self._sample(step)
                 self._sampled[step] = batch
                 generate_seconds = time.perf_counter() - began
         began = time.perf_counter()
@@ -124,6 +122,10 @@ class Supply:
             beside = await self._prepare(text)
             experience = replace(experience, beside=beside, skipped=experience.skipped + beside.skipped)
         return Prepared(experience, generate_seconds, time.perf_counter() - began)
+
+    async def _sample(self, step: int) -> Batch:
+        rows = self._rows(step, self._table, self._sampler)
+        return await self._method.sample(rows, self._seeds(step), step / self._sampler.steps)
 
     def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
         rows = sampler.share(step, self._rank, self._world)
