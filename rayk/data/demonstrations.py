@@ -189,6 +189,8 @@ class Demonstrator:
 
     def chosen(self, row: Example, seed: int) -> list[int]:
         """Which rows of the pool stand before `row`, in this order."""
+        if not self.settings.k:
+            return []
         if self.settings.choice != "random":
             return self._nearest[self._key(row)]
         members, same = self._of_task.get(self.task(row), []), self._of_input.get(self._key(row), [])
