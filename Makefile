@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types bench clean
+.PHONY: quickstart test lint types bench comparison clean
 
 quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
@@ -18,7 +18,11 @@ types: .venv/.developing
 	$(BIN)/mypy
 
 bench: .venv/.developing
-	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update dedupe quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+
+# The methods beside each other on one task; more than an hour. Goes on where it was stopped.
+comparison: .venv/.developing
+	$(BIN)/python -m tests.benchmarks.comparison --output runs/comparison.jsonl
 
 clean:
 	rm -rf .venv build *.egg-info

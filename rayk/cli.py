@@ -71,6 +71,17 @@ def run(
 
 
 @app.command()
+def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
+    """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
+    settings = load_config(config, overrides, output=output)
+    from rayk.run import synthesize as write
+
+    summary = write(settings, watcher=watcher())
+    _print(synthesised(summary))
+    console.print(f"\nThe rows: {settings.output_path / 'synthesis' / 'rows.parquet'}")
+
+
+@app.command()
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     """Bring up a config's teachers as Serve applications and keep them up until interrupted."""
     settings = load_config(config, overrides)
@@ -192,7 +203,10 @@ def doctor(
 def comparison(summaries: list[dict[str, Any]]) -> Table:
     """The final table: the teacher and each student, a row each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("", "accuracy", "loss", "forward KL", "reverse KL", "agreement", "tokens/s", "teacher wait"):
+    pairs = any("preference_accuracy" in summary["student"] for summary in summaries)
+    preferences = ["prefers right", "by nats"] if pairs else []
+    headings = ["", "accuracy", "loss", "forward KL", "reverse KL", "agreement", *preferences]
+    for heading in [*headings, "tokens/s", "teacher wait"]:
         table.add_column(heading, justify="right" if heading else "left")
     rows: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
     if summaries and summaries[0]["teacher"]:
@@ -202,11 +216,30 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
         cells = [_cell(metrics, "accuracy", "{:.1%}"), _cell(metrics, "loss", "{:.3f}")]
         cells += [_cell(metrics, "forward_kl", "{:.4f}"), _cell(metrics, "reverse_kl", "{:.4f}")]
         cells += [_cell(metrics, "agreement", "{:.1%}")]
+        if pairs:
+            cells += [_cell(metrics, "preference_accuracy", "{:.1%}"), _cell(metrics, "preference_margin", "{:.2f}")]
         cells += [
             _cell(summary or {}, "tokens_per_second", "{:,.0f}"),
             _cell(summary or {}, "teacher_wait_share", "{:.1%}"),
         ]
         table.add_row(Text(name), *cells)
+    return table
+
+
+def synthesised(summary: dict[str, Any]) -> Table:
+    """What a teacher's writing came to."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    usage = summary["usage"]
+    rows = {
+        "kept": f"{summary['kept']:,} of {summary['candidates']:,} for {summary['prompts']:,} prompts",
+        **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
+        **{each["name"]: format(each["value"], ".1%" if each["share"] else ".2f") for each in summary["figures"]},
+        "requests": f"{usage['requests']:,}" if "requests" in usage else "",
+        "cost": f"{usage['cost']:,.4f}" if "cost" in usage else "",
+    }
+    for name, text in rows.items():
+        if text:
+            table.add_row(Text(name), text)
     return table
 
 

@@ -19,6 +19,8 @@ def start_ray(num_cpus: float = 0) -> None:
     A cluster of this process's own gets at least `num_cpus` logical CPUs: on a laptop a run that asks for more than
     there are should be slow, not wait for ever.
     """
+    # Train's controller looks at its workers only so often: by default every other second, which each start waits for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if ray.is_initialized():
         return
     verbose = os.environ.get("RAYK_VERBOSE", "") not in ("", "0")

@@ -52,7 +52,7 @@ def _machine() -> Iterator[Check]:
 
 
 def _run(settings: RunConfig) -> Iterator[Check]:
-    from rayk.inputs import read_inputs
+    from rayk.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
     from rayk.run import attached_teachers, cpus_needed, located
 
     settings = located(settings)
@@ -63,14 +63,22 @@ def _run(settings: RunConfig) -> Iterator[Check]:
     attached = attached_teachers(settings)
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
-    inputs = read_inputs(settings, attached)
+    if settings.synthesis is not None:
+        prompts = prompts_written_for(settings)
+        filters_of(settings)
+        kind = settings.synthesis.kind
+        yield Check("ok", f"synthesis: teacher '{settings.writer}' writes {kind} for {len(prompts):,} prompts.")
+    written = settings.synthesis is None or written_rows(settings).with_name("summary.json").exists()
+    if not written:
+        yield Check("note", "The training rows are not written yet; the run has them written first.")
+    inputs = read_inputs(on_written_rows(settings) if written else settings, attached, training=written)
     yield Check("ok", f"Tokenizer {inputs.tokenizer_name}: teachers and student agree.")
     for what, table in (("train", inputs.train), ("evaluation", inputs.evaluation)):
         if table is None:
             continue
         skipped = sum(table.skipped.values())
         counted = int(table.counted_tokens.sum())
-        text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.lengths.max()}"
+        text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.longest}"
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
         )
@@ -84,7 +92,7 @@ def _signal_size(settings: RunConfig) -> Iterator[Check]:
     from rayk.support import bytes_a_token
 
     yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
-    support = getattr(settings.method, "support", None)
+    support = settings.asked_support
     for teacher in settings.teachers:
         if support is not None and teacher.name == settings.compared_teacher and teacher.model is not None:
             model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()

@@ -17,6 +17,10 @@ class TeacherUnavailable(RaykError):
     """No replica of a teacher answered before the deadline."""
 
 
+class PolicyUnavailable(RaykError):
+    """No replica of the served policy answered before the deadline."""
+
+
 class UnusableSignal(RaykError):
     """A teacher's signals for some rows cannot be learned from (NaN, infinities); `rows`: their places in the batch."""
 

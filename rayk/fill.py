@@ -11,7 +11,7 @@ from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
 from rayk.evaluation.evaluate import fitting
-from rayk.inputs import Inputs, read_inputs
+from rayk.inputs import Inputs, on_written_rows, read_inputs
 from rayk.run import Watcher, applications_of, attached_teachers, cpus_needed, located, serve_all
 from rayk.support import Logprob, Requested, Support, TopK
 from rayk.teachers import Teacher
@@ -48,7 +48,7 @@ def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled
         InputError: there is no cache or no teacher to fill it, or the inputs are wrong.
         UnusableSignal: a row's signal cannot be learned from, and `training.unusable_rows` is "stop".
     """
-    config, watcher = located(config), watcher or Watcher()
+    config, watcher = on_written_rows(located(config)), watcher or Watcher()
     settings = _settings(config)
     if not config.teachers:
         raise InputError("There is no teacher to fill the cache from; add one under 'teachers'.")
@@ -106,7 +106,7 @@ def _wanted(
     if support is not None and not isinstance(support, Requested) and getattr(config.method, "reads_completions", True):
         assert inputs.train is not None
         for teacher, examples in by_teacher(inputs.train):
-            yield "training rows", teacher, support, examples
+            yield "training rows", teacher, support, [answer for row in examples for answer in row.answers]
     if inputs.evaluation is not None:
         for teacher, examples in by_teacher(inputs.evaluation):
             yield "evaluation rows", teacher, fitting(config.evaluation.support, teacher.vocab_size), examples

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rayk.config import InContextConfig, RunConfig, TeacherConfig
+from rayk.config import DataSource, InContextConfig, RunConfig, TeacherConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable, RowTokenizer, collect, tokenize
 from rayk.data.sources import read_rows
@@ -16,11 +17,13 @@ from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
 from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.students import architecture
 from rayk.support import Hidden, TopK
+from rayk.synthesis import RECIPES, Prompt, read_prompts
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
-from rayk.training.student import architecture
+from rayk.text import Filter, build_filters
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,25 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     name = tokenizer_of(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = {"the student": architecture(config.student, tokenizer)}
-    for teacher in (each for each in config.teachers if each.gives_signals):
+    for teacher in config.scoring_teachers:
         _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
         if teacher.model:
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code
             )
-    support, vocab_size = getattr(config.method, "support", None), real_vocab_size(tokenizer)
+    support, vocab_size = config.asked_support, real_vocab_size(tokenizer)
     if isinstance(support, TopK) and support.k > vocab_size:
         raise InputError(
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
             "most."
         )
+    rows = {"pairs": getattr(config.method, "reads_pairs", False)}
     prompts_only = not getattr(config.method, "reads_completions", True)
-    train_table = tokenize(config.data.train, config.data, tokenizer, prompts_only=prompts_only) if training else None
-    evaluation = tokenize(config.data.evaluation, config.data, tokenizer) if config.data.evaluation else None
+    train_table = None
+    if training:
+        assert config.data.train is not None
+        train_table = tokenize(config.data.train, config.data, tokenizer, prompts_only=prompts_only, **rows)
+    evaluation = tokenize(config.data.evaluation, config.data, tokenizer, **rows) if config.data.evaluation else None
     beside = getattr(config.method, "pretraining", None) if training else None
     pretraining = tokenize(beside.data, config.data, tokenizer) if beside else None
     tables = [table for table in (train_table, evaluation, pretraining) if table is not None]
@@ -80,11 +87,66 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     return Inputs(name, tokenizer, train_table, evaluation, pretraining, demonstrator)
 
 
+def prompts_written_for(config: RunConfig) -> list[Prompt]:
+    """The rows that `config.synthesis` has rows written for, held against its settings and its teacher.
+
+    Raises:
+        InputError: they cannot be read, or have no prompt or no truth where the recipe needs them; or the teacher's
+            model or a function of the user's cannot be loaded.
+    """
+    assert config.synthesis is not None
+    RECIPES[config.synthesis.kind].check(config.synthesis)
+    writer = next(teacher for teacher in config.teachers if teacher.name == config.writer)
+    if writer.gives_signals and writer.model is not None:
+        load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    if config.synthesis.makes_prompts:
+        return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
+    if config.synthesis.prompts is not None:
+        source, section = config.synthesis.prompts, "synthesis.prompts."
+    else:
+        assert config.data.train is not None
+        source, section = config.data.train, "data.train."
+    answer = getattr(config.synthesis, "answer", None) if config.synthesis.reads_truth else None
+    return read_prompts(source, section, answer)
+
+
+def filters_of(config: RunConfig) -> list[Filter]:
+    """What judges the rows that are written.
+
+    Raises:
+        InputError: a filter cannot be built, or the evaluation rows it needs cannot be read.
+    """
+    assert config.synthesis is not None
+    evaluation = config.data.evaluation
+    prompts = None if evaluation is None else (each.text for each in read_prompts(evaluation, "data.evaluation."))
+    return build_filters(config.synthesis.filters, prompts)
+
+
+def written_rows(config: RunConfig) -> Path:
+    """Where the rows that synthesis makes lie, once it has."""
+    return config.output_path / "synthesis" / "rows.parquet"
+
+
+def on_written_rows(config: RunConfig) -> RunConfig:
+    """`config` with the rows its synthesis has made in the place of `data.train`; as it is where it has none.
+
+    Raises:
+        InputError: they are not made yet.
+    """
+    if config.synthesis is None:
+        return config
+    path = written_rows(config)
+    if not path.with_name("summary.json").exists():
+        raise InputError(f"The training rows are not written yet ('{path}'); run `rayk synthesize` first.")
+    rows = DataSource(path=str(path), format="prompt_completion")
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": rows})})
+
+
 def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
     """Where the student's tokenizer comes from."""
     if config.student.tokenizer or config.student.model:
         return config.student.tokenizer or str(config.student.model)
-    for teacher in (each for each in config.teachers if each.gives_signals):
+    for teacher in [*config.scoring_teachers, *(each for each in config.teachers if each.gives_signals)]:
         return teacher.model or attached[teacher.name].info.model
     raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
 
@@ -108,7 +170,7 @@ def _check_lengths(
     models: Mapping[str, Any], config: RunConfig, train_table: ExampleTable | None, evaluation: ExampleTable | None,
     tables: list[ExampleTable],
 ) -> None:  # fmt: skip
-    longest = int(max(table.lengths.max() for table in tables))
+    longest = max((table.longest for table in tables), default=0)
     generation, answered, rolled_out = config.evaluation.generation, 0, 0
     if evaluation is not None and generation is not None:
         answered = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
@@ -176,7 +238,7 @@ def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any
         settings = models.get(f"teacher '{teacher.name}'")
         limit = getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
         prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
-        for row in (row for table in tables for row in table):
+        for row in (answer for table in tables for each in table for answer in each.answers):
             if (length := len(seen_after(prompts, row))) > limit:
                 raise InputError(
                     f"{row.where} has {length} tokens after the prompt of teacher '{teacher.name}', which takes "
@@ -185,7 +247,7 @@ def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any
 
 
 def _check_many_teachers(config: RunConfig, tables: list[ExampleTable]) -> None:
-    support = getattr(config.method, "support", None)
+    support = config.asked_support
     if config.ensemble is not None and support is not None:
         check_ensemble(support, config.ensemble.combine)
     if config.route is None:

@@ -12,7 +12,7 @@ from rayk.config import InContextConfig, RunConfig
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.evaluation.run_directory import read_lines
-from rayk.inputs import read_inputs
+from rayk.inputs import on_written_rows, read_inputs
 from rayk.models import load_model_config
 from rayk.run import located
 from rayk.support import Support, bytes_a_token
@@ -66,7 +66,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
         InputError: the run has no teacher to ask, or the student's rate is neither given nor measured.
     """
     config = located(config)
-    support: Support | None = getattr(config.method, "support", None)
+    support: Support | None = config.asked_support
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
     if config.rollouts is not None or isinstance(config.method, InContextConfig):
@@ -77,7 +77,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     teacher = next(each for each in config.teachers if each.name == config.compared_teacher)
     if teacher.model is None:
         raise InputError(f"Teacher '{teacher.name}' has no 'model' to plan for; set it beside 'attach'.")
-    table = read_inputs(config, {}).train
+    table = read_inputs(on_written_rows(config), {}).train
     assert table is not None
     student_rate = student_rate or _student_rate(config)
     if teacher_rate is None and teacher.engine.kind == "simulated":

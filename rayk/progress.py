@@ -39,8 +39,8 @@ class TerminalWatcher(Watcher):
             text += f"  evaluation loss {row['evaluation_loss']:.4f}"
         self._show("step", row["step"], total, text)
 
-    def progress(self, done: int, total: int, text: str) -> None:
-        self._show("row", done, total, text)
+    def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
+        self._show(unit, done, total, text)
 
     def _show(self, unit: str, done: int, total: int, text: str) -> None:
         if self._console.is_terminal:

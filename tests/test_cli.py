@@ -52,13 +52,31 @@ def the_sentence(outcome, code=2):
 def test_help_names_every_command(rayk):
     code, out, _ = rayk("--help")
     assert code == 0
-    for name in ("quickstart", "run", "serve", "cache", "evaluate", "report", "methods", "plan", "cache", "doctor"):
+    for name in (
+        "quickstart",
+        "run",
+        "synthesize",
+        "serve",
+        "cache",
+        "evaluate",
+        "report",
+        "methods",
+        "plan",
+        "cache",
+        "doctor",
+    ):
         assert name in out
 
 
 @pytest.mark.parametrize("arguments", [["walk"], ["run"], ["run", "x.yaml", "--fast"]])
 def test_a_wrong_command_line_exits_with_2(rayk, arguments):
     the_sentence(rayk(*arguments))
+
+
+def test_synthesizing_without_a_recipe_is_told_so(rayk, write_config):
+    assert the_sentence(rayk("synthesize", write_config())) == (
+        "rayk: synthesis is missing; set synthesis.kind to what a teacher is to write."
+    )
 
 
 def test_methods_lists_each_with_its_needs(rayk):

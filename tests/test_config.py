@@ -7,6 +7,7 @@ import yaml
 
 from rayk.config import RunConfig, TeacherConfig, TransformersEngine, VLLMEngine, load_config, parse_config
 from rayk.errors import InputError
+from rayk.support import Logprob
 
 MINIMAL = {
     "teachers": [{"name": "big", "model": "models/big"}],
@@ -110,8 +111,26 @@ WRONG = {
     "nobody to match": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
     "adaptive blindly": (changed(method={"kind": "on_policy", "adaptive": {}}), "method.adaptive needs to know"),
     "nobody writes": (changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"),
-    "rollouts elsewhere": (changed(rollouts={"kind": "served"}), "rollouts.kind: input should be 'worker'"),
+    "rollouts elsewhere": (changed(rollouts={"kind": "serve"}), "unknown kind 'serve'; did you mean 'served'?"),
     "rollouts' key": (changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"),
+    "key of the other rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"replicas": 2}), "rollouts: unknown key 'replicas'"
+    ),
+    "vLLM as a policy": (
+        changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "engine": {"kind": "vllm"}}),
+        "rollouts.engine: engine kind 'vllm' cannot take over a student's weights",
+    ),
+    "patience of the rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "deadline_seconds": 1800}),
+        "rollouts.deadline_seconds must be below training.collective_timeout_seconds (1800)",
+    ),
+    "time of the rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"timeout_seconds": 1800}),
+        "rollouts.timeout_seconds must be below training.collective_timeout_seconds (1800)",
+    ),
+    "a duet with a served policy": (
+        changed(method={"kind": "minillm"}, rollouts={"kind": "served"}), "method.teacher_share has student and teacher"
+    ),
     "a chorus that writes": (
         changed(
             teachers=[{"name": "a", "model": "a"}, {"name": "b", "model": "b"}], ensemble={},
@@ -125,6 +144,27 @@ WRONG = {
         ),
         "method.teacher_written: teacher 'teacher' has a prompt_template",
     ),
+    "reference that is no teacher": (
+        changed(teachers=[], method={"kind": "preference", "reference": "big"}),
+        "method.reference 'big' is none of the teachers (there are none)",
+    ),
+    "reference beside a route": (
+        changed(method={"kind": "preference", "reference": "big"}, route={"field": "a", "teachers": {"x": "big"}}),
+        "method.reference names one teacher, but 'ensemble' or 'route' is set",
+    ),
+    "reference without signals": (
+        changed(
+            teachers=[{"name": "big", "model": "m", "engine": {"kind": "openai"}}],
+            method={"kind": "preference", "reference": "big"},
+        ),
+        "teacher 'big': engine kind 'openai' writes text and gives no signals",
+    ),
+    "rows that are no pairs": (
+        changed(method={"kind": "preference"}, data__train__format="messages"),
+        "data.train.format is 'messages', but method 'preference' learns from pairs of answers; leave it out",
+    ),
+    "beta": (changed(method={"kind": "preference", "beta": 0}), "method.beta: input should be greater than 0"),
+    "smoothing": (changed(method={"kind": "preference", "label_smoothing": 0.5}), "label_smoothing: input should be"),
     "other teacher": (changed(method__teacher="small"), "method.teacher 'small' is none of the teachers (big)"),
     "twice": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
     "model of teacher": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
@@ -183,6 +223,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
         load_config(tmp_path / name)
 
 
+def test_preferences_need_no_teacher_and_use_one_only_where_it_is_named():
+    alone = parse_config(changed(teachers=[], method={"kind": "preference"}))
+    beside, named = (parse_config(changed(method={"kind": "preference"} | more)) for more in ({}, {"reference": "big"}))
+    assert (alone.method.support, beside.method.support, named.method.support) == (None, None, Logprob())
+    assert (alone.compared_teacher, beside.compared_teacher, named.compared_teacher) == ("", "big", "big")
+    for settings in (alone, beside, named):
+        assert parse_config(settings.model_dump(mode="json")) == settings
+
+
 def test_a_number_of_replicas_stands_for_both_ends():
     replicas = TeacherConfig(model="m", replicas=3).replicas
     assert (replicas.min, replicas.max) == (3, 3)
@@ -199,7 +248,7 @@ def test_an_engine_is_transformers_unless_it_says_another_kind():
 
 def test_the_default_config_names_every_section():
     sections = [
-        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "method", "rollouts",
+        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "method", "rollouts",
         "training", "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections

@@ -1,12 +1,27 @@
 """What every section of the settings has in common."""
 
 import difflib
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _has_one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from error
+    if groups != 1:
+        raise ValueError(f"needs exactly one group, it has {groups}")
+    return pattern
+
+
+AnswerPattern = Annotated[str, AfterValidator(_has_one_group)]
+"""A regular expression whose one group is what it finds."""
 
 
 class Settings(BaseModel):

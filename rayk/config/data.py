@@ -15,10 +15,13 @@ class DataSource(Settings):
     """The configuration of a hub dataset."""
     rows: Positive | None = None
     """Take only the first so many."""
-    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    format: Literal["auto", "prompt_completion", "messages", "text", "preference"] = "auto"
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     messages_field: str = "messages"
+    chosen_field: str = "chosen"
+    """The better of two answers to `prompt`: text, or a list of messages (as in TRL, with the prompt's or without)."""
+    rejected_field: str = "rejected"
     text_field: str = "text"
     prompt_template: str | None = None
     """Text with {field} names of the row, instead of `prompt_field`."""
@@ -30,7 +33,8 @@ class DataSource(Settings):
 class DataConfig(Settings):
     """The rows a run learns from and is measured on."""
 
-    train: DataSource
+    train: DataSource | None = None
+    """Left out only where `synthesis.prompts` says what to write rows from."""
     evaluation: DataSource | None = None
     max_prompt_tokens: Positive = 1024
     max_tokens: Positive = 2048

@@ -1,11 +1,10 @@
 """What is measured on held-out rows."""
 
-import re
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from rayk.config.base import Positive, Settings
+from rayk.config.base import AnswerPattern, Positive, Settings
 from rayk.support import TopK
 
 
@@ -30,23 +29,10 @@ class EvaluationConfig(Settings):
     """Also answer the prompts and score the answers; `null` measures only losses."""
     answer_field: str | None = None
     """The row's field with the truth; by default the completion."""
-    answer_pattern: str | None = None
+    answer_pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer in both texts (the last match counts), such as
     '#### (.+)'; by default the whole text, white space folded."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Completions kept for the report."""
     demonstration_draws: Positive = 1
     """With method `in_context`: how many random draws of demonstrations answer a row; the majority decides."""
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _has_one_group(cls, pattern: str | None) -> str | None:
-        if pattern is None:
-            return None
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from error
-        if groups != 1:
-            raise ValueError(f"needs exactly one group, it has {groups}")
-        return pattern

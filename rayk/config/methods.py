@@ -128,6 +128,10 @@ class OnPolicyConfig(MatchingConfig):
     noise."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = None
     """PPO's ε for form `policy`; `null`: none."""
+    reward_limit: Annotated[float, Field(gt=0)] = 1000.0
+    """As in `minillm`, for form `policy`."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
+    """As in `minillm`, for form `policy`."""
     divergence: Annotated[
         Divergence, BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value)
     ] = Divergence(name="reverse_kl")
@@ -187,11 +191,18 @@ class MiniLLMConfig(TaughtConfig):
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """α: every token is drawn from α·teacher + (1−α)·student. 0: the student writes alone."""
     single_step: bool = True
-    """Take the part of the gradient that one token decides exactly, from the teacher's distribution."""
+    """Take the part of the gradient that one token decides exactly, from the teacher's distribution; else each token's
+    own reward joins those to come, as in the paper's Eq. 2."""
     length_norm: bool = True
     """Divide the rewards to come by their number."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2
     """ε of PPO's clipping; `null`: none."""
+    reward_limit: Annotated[float, Field(gt=0)] = 1000.0
+    """Nats. A completion with a token whose reward is larger either way (the teacher holds it impossible) is treated as
+    `training.unusable_rows` says."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
+    """A token that has become so many times likelier since it was written is treated as `training.unusable_rows` says;
+    skipped is the token alone."""
     inner_epochs: Positive = 1
     """How often the step learns from its completions, with an optimiser update each."""
     minibatches: Positive = 1
@@ -290,6 +301,35 @@ class InContextConfig(TaughtConfig):
         return self
 
 
+class PreferenceConfig(Settings):
+    """Of two answers to a prompt the student comes to prefer the chosen one (DPO)."""
+
+    kind: Literal["preference"] = "preference"
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """β: how dear it is to leave the reference; small is cheap."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs taken to be the wrong way round (conservative DPO)."""
+    reference: str | None = None
+    """The frozen model that the student is held against: one of `teachers`; by default the student as the run begins,
+    whatever teachers there are."""
+
+    @property
+    def teacher(self) -> str | None:
+        """Whom the method asks."""
+        return self.reference
+
+    @property
+    def support(self) -> Logprob | None:
+        """What it asks for."""
+        return None if self.reference is None else Logprob()
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Rows are preference pairs."""
+        return True
+
+
 MethodConfig = Annotated[
-    SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig | InContextConfig, Field(discriminator="kind")
+    SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig | InContextConfig | PreferenceConfig,
+    Field(discriminator="kind"),
 ]

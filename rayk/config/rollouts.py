@@ -1,16 +1,16 @@
-"""What the student writes while it trains, and how old the weights may be that write it."""
+"""What the student writes while it trains, where, and how old the weights may be that write it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from rayk.config.base import Positive, Settings
+from rayk.config.teachers import LocalEngine, Replicas, Resources, as_replicas
 
 
-class WorkerRollouts(Settings):
-    """The training workers generate, each the completions of its own rows."""
+class _Sampling(Settings):
+    """How completions are sampled, wherever."""
 
-    kind: Literal["worker"] = "worker"
     max_new_tokens: Positive = 256
     """A completion that is longer is cut; what was written of it counts, an end that was not written does not."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -21,8 +21,52 @@ class WorkerRollouts(Settings):
     """0: all tokens."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Step i (from 0) learns from completions sampled under exactly the weights after i − `max_staleness` steps (the
-    first ones under the initial weights). 0 samples each step from its own weights, in turn with training; from 1 on a
-    copy of the student generates for later steps while this one trains. Reproducible either way."""
+    first ones under the initial weights). 0 samples each step from its own weights, in turn with training; from 1 on
+    completions for later steps are written while this one trains. Reproducible either way."""
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    """How long one step's completions may take until the run stops; `null`: as long as it takes."""
 
 
-RolloutConfig = WorkerRollouts
+class WorkerRollouts(_Sampling):
+    """The training workers generate, each the completions of its own rows."""
+
+    kind: Literal["worker"] = "worker"
+
+
+class PolicyEngine(LocalEngine):
+    """The student in the replica's own process, computing as it does in training: in the student's `dtype`, under
+    `training.precision`."""
+
+    kind: Literal["transformers"] = "transformers"
+
+
+class ServedRollouts(_Sampling):
+    """Replicas on Ray Serve generate, and take over the student's weights after each step; so generation scales apart
+    from training. Ray's object store holds the weights of two versions."""
+
+    kind: Literal["served"] = "served"
+    engine: PolicyEngine = Field(default_factory=PolicyEngine)
+    replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
+    resources: Resources = Field(default_factory=Resources)
+    in_flight: Positive = 4
+    """Calls one worker may have open at a time for each replica that runs."""
+    deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long one call may take, retries and replica restarts included, before the run stops."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _no_vllm(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("kind") == "vllm":
+            raise ValueError(
+                "engine kind 'vllm' cannot take over a student's weights while it trains; use 'transformers'"
+            )
+        return value
+
+
+def _rollouts(value: Any) -> Any:
+    return {"kind": "worker"} | value if isinstance(value, dict) else value
+
+
+_Kinds = Annotated[WorkerRollouts | ServedRollouts, Field(discriminator="kind")]
+RolloutConfig = Annotated[_Kinds, BeforeValidator(_rollouts)]
+"""By default `kind: worker`."""

@@ -10,10 +10,19 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.methods import InContextConfig, MethodConfig, MiniLLMConfig, OnPolicyConfig, TaughtConfig
-from rayk.config.rollouts import RolloutConfig, WorkerRollouts
+from rayk.config.methods import (
+    InContextConfig,
+    MethodConfig,
+    MiniLLMConfig,
+    OnPolicyConfig,
+    PreferenceConfig,
+    TaughtConfig,
+)
+from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
+from rayk.config.synthesis import SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
+from rayk.support import Support
 
 
 class TrackingConfig(Settings):
@@ -36,6 +45,8 @@ class RunConfig(Settings):
     """Let a row's field choose its teacher."""
     student: StudentConfig
     data: DataConfig
+    synthesis: SynthesisConfig | None = None
+    """Let a teacher write the training rows; `null`: `data.train` is learned from as it is."""
     method: MethodConfig
     rollouts: RolloutConfig | None = None
     """How the student writes, for methods that learn from what it writes; theirs by default, no one else's."""
@@ -51,20 +62,24 @@ class RunConfig(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: two share a name ({', '.join(names)})")
         wanted = getattr(self.method, "teacher", None)
-        asking = isinstance(self.method, TaughtConfig) and self.method.asks
-        if asking and not names:
+        if isinstance(self.method, TaughtConfig) and self.method.asks and not names:
             raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
-            raise ValueError(f"method.teacher '{wanted}' is none of the teachers ({', '.join(names)})")
+            raise ValueError(
+                f"method.{self._asking} '{wanted}' is none of the teachers ({', '.join(names) or 'there are none'})"
+            )
+        self._rows_can_be_had(names)
         self._many_teachers_fit(names, wanted)
         self._signals_can_be_had()
+        self._pairs_can_be_read()
         self._demonstrations_can_be_shown()
         self._completions_can_be_written()
         for teacher in self.teachers:
-            if asking and not teacher.attach and wanted in (None, teacher.name):
-                assert isinstance(self.method, TaughtConfig)
+            support = self.asked_support
+            asked = wanted in (None, teacher.name) and teacher.name not in self.only_writing
+            if support is not None and not teacher.attach and asked:
                 try:
-                    check_engine_gives(teacher.engine, self.method.support)
+                    check_engine_gives(teacher.engine, support)
                 except ValueError as error:
                     raise ValueError(f"teacher '{teacher.name}': {error}") from error
             if teacher.deadline_seconds >= self.training.collective_timeout_seconds:
@@ -76,9 +91,51 @@ class RunConfig(Settings):
             raise ValueError("evaluation.generation needs rows: set data.evaluation")
         return self
 
+    def _rows_can_be_had(self, names: list[str]) -> None:
+        if self.synthesis is None:
+            if self.data.train is None:
+                raise ValueError("data.train is missing; set it")
+            return
+        if not names:
+            raise ValueError("synthesis needs a teacher that writes; add one under 'teachers'")
+        if self.synthesis.teacher not in (None, *names):
+            named = f"synthesis.teacher '{self.synthesis.teacher}'"
+            raise ValueError(f"{named} is none of the teachers ({', '.join(names)})")
+        given = self.data.train is not None or self.synthesis.prompts is not None
+        if self.synthesis.makes_prompts and given:
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' makes up its own prompts; leave out data.train and "
+                "synthesis.prompts"
+            )
+        if not self.synthesis.makes_prompts and (self.data.train is None) == (self.synthesis.prompts is None):
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' writes for the prompts of data.train or of synthesis.prompts; set "
+                "one of the two"
+            )
+        writer = next(teacher for teacher in self.teachers if teacher.name == self.writer)
+        if writer.name in self.only_writing and writer.prompt_template is not None:
+            raise ValueError(
+                f"teacher '{writer.name}' only writes, so its prompt_template is not read; use a prompt_template of "
+                "the rows it writes for (data.train or synthesis.prompts)"
+            )
+        if writer.attach or writer.engine.kind != "openai":
+            return
+        if self.synthesis.chat:
+            raise ValueError(
+                f"synthesis.chat: teacher '{writer.name}' is an endpoint with a chat template of its own; leave it out "
+                "and see to engine.chat"
+            )
+        if self.synthesis.needs_logprobs and not writer.engine.logprobs:
+            raise ValueError(
+                f"synthesis.scorer 'mean_logprob' needs log-probs of teacher '{writer.name}'; set engine.logprobs, or "
+                "another scorer"
+            )
+
     def _many_teachers_fit(self, names: list[str], wanted: str | None) -> None:
         if wanted is not None and (self.ensemble or self.route):
-            raise ValueError("method.teacher names one teacher, but 'ensemble' or 'route' is set; leave one out")
+            raise ValueError(
+                f"method.{self._asking} names one teacher, but 'ensemble' or 'route' is set; leave one out"
+            )
         if self.ensemble is not None:
             members = self.ensemble.teachers or names
             if len(members) < 2:
@@ -93,15 +150,8 @@ class RunConfig(Settings):
                     raise ValueError(f"route: '{name}' is none of the teachers ({', '.join(known)})")
 
     def _signals_can_be_had(self) -> None:
-        asked: list[str] = []
-        if self.ensemble is not None:
-            asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
-        if self.route is not None:
-            asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if isinstance(self.method, TaughtConfig) and self.method.asks and not asked:
-            asked = [self.method.teacher or self.teachers[0].name]
         for teacher in self.teachers:
-            if teacher.name in asked and not teacher.gives_signals:
+            if teacher.name in self._asked_for_signals and not teacher.gives_signals:
                 raise ValueError(
                     f"teacher '{teacher.name}': engine kind 'openai' writes text and gives no signals, so neither "
                     "'ensemble' nor 'route' nor a method but 'supervised' can use it; choose engine kind "
@@ -121,6 +171,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"evaluation.demonstration_draws is {draws}, but method.demonstrations.choice "
                 f"'{self.method.demonstrations.choice}' chooses the same every time; leave it out, or choose 'random'"
+            )
+        if self.synthesis is not None:
+            raise ValueError(
+                "method 'in_context' shows its training rows to each other and needs them as it begins; run `rayk "
+                "synthesize` with another method first, and set data.train to its rows.parquet"
             )
         if self.data.chat_template:
             raise ValueError("method 'in_context' lays rows out itself; leave data.chat_template out")
@@ -148,6 +203,20 @@ class RunConfig(Settings):
                     "model reads; leave it out"
                 )
 
+    def _pairs_can_be_read(self) -> None:
+        if not isinstance(self.method, PreferenceConfig):
+            return
+        if self.synthesis is not None:
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' writes one answer a row, but method 'preference' learns from pairs;"
+                " use another method, or rows that have pairs"
+            )
+        if self.data.train is not None and self.data.train.format not in ("auto", "preference"):
+            raise ValueError(
+                f"data.train.format is '{self.data.train.format}', but method 'preference' learns from pairs of "
+                "answers; leave it out"
+            )
+
     def _completions_can_be_written(self) -> None:
         if not isinstance(self.method, OnPolicyConfig | MiniLLMConfig):
             if self.rollouts is not None:
@@ -155,6 +224,7 @@ class RunConfig(Settings):
             return
         rollouts = self.rollouts or WorkerRollouts()
         object.__setattr__(self, "rollouts", rollouts)
+        self._agree_before_collectives_end(rollouts)
         sampled_plainly = (rollouts.temperature, rollouts.top_p, rollouts.top_k) == (1.0, 1.0, 0)
         if not sampled_plainly and (isinstance(self.method, MiniLLMConfig) or self.method.form == "policy"):
             raise ValueError(
@@ -179,6 +249,12 @@ class RunConfig(Settings):
                 "its own prompt is not what it says about the student's; set one of the two aside"
             )
 
+    def _agree_before_collectives_end(self, rollouts: RolloutConfig) -> None:
+        limit = self.training.collective_timeout_seconds
+        for name in ("timeout_seconds", "deadline_seconds"):
+            if (getattr(rollouts, name, None) or 0) >= limit:
+                raise ValueError(f"rollouts.{name} must be below training.collective_timeout_seconds ({limit:g})")
+
     def _completions_can_be_mixed(self, method: MiniLLMConfig) -> None:
         if method.minibatches * max(1, self.training.workers) > self.training.batch_size:
             raise ValueError(
@@ -197,6 +273,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "method.teacher_share needs one teacher to write with, but 'ensemble' or 'route' is set; set it to 0"
             )
+        if isinstance(self.rollouts, ServedRollouts):
+            raise ValueError(
+                "method.teacher_share has student and teacher write together, which the student does in the training "
+                "worker; use rollouts.kind 'worker', or set method.teacher_share to 0"
+            )
         writer = next(teacher for teacher in self.teachers if teacher.name == self.compared_teacher)
         if writer.prompt_template is not None or (writer.engine.kind != "transformers" and not writer.attach):
             raise ValueError(
@@ -205,11 +286,53 @@ class RunConfig(Settings):
             )
 
     @property
+    def asked_support(self) -> Support | None:
+        """What the method asks teachers for; None where it asks nothing."""
+        return getattr(self.method, "support", None) if getattr(self.method, "asks", True) else None
+
+    @property
+    def _asking(self) -> str:
+        """The method's setting that names whom it asks."""
+        return "reference" if isinstance(self.method, PreferenceConfig) else "teacher"
+
+    @property
+    def _asked_for_signals(self) -> list[str]:
+        """The teachers that method, ensemble and route ask for signals."""
+        asked: list[str] = []
+        if self.ensemble is not None:
+            asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
+        if self.route is not None:
+            asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
+        if self.asked_support is not None and not asked:
+            able = [t.name for t in self.teachers if t.name != self.writer or t.gives_signals]
+            asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
+        return asked
+
+    @property
+    def writer(self) -> str:
+        """The teacher that writes the training rows; "" without synthesis."""
+        return (self.synthesis.teacher or self.teachers[0].name) if self.synthesis else ""
+
+    @property
+    def only_writing(self) -> list[str]:
+        """The teachers that nobody needs once the training rows are written."""
+        return [self.writer] if self.synthesis and self.writer not in self._asked_for_signals else []
+
+    @property
+    def training_teachers(self) -> list[TeacherConfig]:
+        """The teachers that are up in training and evaluation."""
+        return [teacher for teacher in self.teachers if teacher.name not in self.only_writing]
+
+    @property
+    def scoring_teachers(self) -> list[TeacherConfig]:
+        """Those of them that can be asked for signals."""
+        return [teacher for teacher in self.training_teachers if teacher.gives_signals]
+
+    @property
     def compared_teacher(self) -> str:
         """The teacher that evaluation measures the student against: the method's, or the first that gives signals; ""
         without any."""
-        able = (teacher.name for teacher in self.teachers if teacher.gives_signals)
-        return getattr(self.method, "teacher", None) or next(able, "")
+        return getattr(self.method, "teacher", None) or next((each.name for each in self.scoring_teachers), "")
 
     @property
     def output_path(self) -> Path:

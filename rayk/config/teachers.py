@@ -8,18 +8,23 @@ from rayk.config.base import Positive, Settings
 from rayk.support import Hidden, Logprob, Requested, Sampled, Support, TopK
 
 
-class TransformersEngine(Settings):
-    """A transformers causal LM in the replica's own process."""
+class LocalEngine(Settings):
+    """What engines in the replica's own process have in common."""
 
-    kind: Literal["transformers"] = "transformers"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the teacher computes in; `auto` is what its checkpoint was saved in."""
     device: str = "auto"
     """`auto`: the first GPU the replica was given, else the CPU."""
     batch_tokens: Positive = 8192
     """Padded tokens in one forward pass."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of one replica; by default the replica's `num_cpus`, at least 1."""
+
+
+class TransformersEngine(LocalEngine):
+    """A transformers causal LM in the replica's own process."""
+
+    kind: Literal["transformers"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the teacher computes in; `auto` is what its checkpoint was saved in."""
 
 
 class VLLMEngine(Settings):
@@ -149,7 +154,8 @@ class Resources(Settings):
     """Ray custom resources, for placing on chosen nodes."""
 
 
-def _replicas(value: Any) -> Any:
+def as_replicas(value: Any) -> Any:
+    """`replicas: 2` is short for as many at least and at most."""
     return {"min": value, "max": value} if isinstance(value, int) else value
 
 
@@ -184,7 +190,7 @@ class TeacherConfig(Settings):
     """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
     engine: Annotated[EngineConfig, BeforeValidator(_engine)] = Field(default_factory=TransformersEngine)
     """By default `kind: transformers`."""
-    replicas: Annotated[Replicas, BeforeValidator(_replicas)] = Field(default_factory=Replicas)
+    replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)
     prompt_template: str | None = None
     """What this teacher reads instead of the student's prompt: text with {field} names of the row, such as the answer.

@@ -58,8 +58,8 @@ class TrainingConfig(Settings):
     prefetch: Positive = 4
     """Batches prepared ahead of the step (teacher asked, rollouts made)."""
     unusable_rows: Literal["stop", "skip"] = "stop"
-    """What happens to a row whose signal cannot be learned from (NaN, infinities): it is named and the run stops, or it
-    is named, left out and counted."""
+    """What happens to a row whose signal cannot be learned from (NaN, infinities, rewards and ratios beyond a method's
+    limits): it is named and the run stops, or it is named, left out and counted."""
     checkpoint_every_steps: Positive = 100
     keep_checkpoints: Positive = 2
     checkpoints: str | None = None

@@ -5,7 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ _SCHEMA = pa.schema(
     [
         ("input_ids", pa.large_list(pa.int32())),
         ("counted", pa.large_list(pa.bool_())),
+        ("rejected_ids", pa.large_list(pa.int32())),
         ("prompt_tokens", pa.int32()),
         ("where", pa.string()),
         ("fields", pa.string()),
@@ -49,11 +50,18 @@ class Example(Sequence):
         prompt_tokens: the first so many ids are the prompt, from which evaluation generates; 0 for plain text.
         where: the row's place in words, for messages.
         fields: the row as it was read.
+        rejected: of a preference row, whose chosen answer this is, the other answer after the same prompt.
     """
 
     prompt_tokens: int = 0
     where: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    rejected: "Example | None" = None
+
+    @property
+    def answers(self) -> "list[Example]":
+        """The row as it is, and behind it its rejected answer if it has one."""
+        return [self] if self.rejected is None else [self, self.rejected]
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -70,6 +78,7 @@ class RowTokenizer:
         tokenizer: a transformers tokenizer with an EOS token.
         prompts_only: make examples of the prompts alone, with no counted token: for students and teachers that write
             the completions themselves. Completions are then not read.
+        pairs: make preference pairs unless the source's format says otherwise.
         section: how errors name the source's settings.
     """
 
@@ -80,11 +89,12 @@ class RowTokenizer:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         prompts_only: bool = False,
+        pairs: bool = False,
         section: str | None = None,
     ) -> None:
         if section is None:
             section = "data.evaluation." if source is data.evaluation else "data.train."
-        self.source, self.data, self.prompts_only = source, data, prompts_only
+        self.source, self.data, self.prompts_only, self.pairs = source, data, prompts_only, pairs
         self.texts = RowTexts(source, section)
         self.encoder = Encoder(tokenizer)
         self.format: Format | None = None
@@ -99,8 +109,9 @@ class RowTokenizer:
         """
         remaining = iter(rows)
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
-            for row, tokens in zip(chunk, self._encode(chunk), strict=True):
-                if tokens is not None and (example := self._example(row, tokens)) is not None:
+            encoded = self._encode_pairs(chunk) if self._makes_pairs(chunk[0]) else self._encode(chunk)
+            for row, tokens in zip(chunk, encoded, strict=True):
+                if tokens is not None and (example := self._row(row, tokens)) is not None:
                     yield example
 
     def prompt_of(self, row: Row) -> np.ndarray:
@@ -136,6 +147,8 @@ class RowTokenizer:
             )
         if form == "messages":
             prompts = [self._chat_prompt(row, self.texts.messages(row)) for row in rows]
+        elif form == "preference" and self.texts.has_conversations(rows[0]):
+            prompts = [self._chat_prompt(row, self.texts.conversations(row)[0]) for row in rows]
         elif self.data.chat_template:
             prompts = [self._chat_prompt(row, [self._user_message(row)]) for row in rows]
         else:
@@ -144,8 +157,43 @@ class RowTokenizer:
 
     def _format(self, row: Row) -> Format:
         if self.format is None:
-            self.format = self.texts.format_of(row, prompts_only=self.prompts_only)
+            self.format = self.texts.format_of(row, prompts_only=self.prompts_only, pairs=self.pairs)
         return self.format
+
+    def _makes_pairs(self, row: Row) -> bool:
+        return self._format(row) == "preference" and not self.prompts_only
+
+    def _encode_pairs(self, rows: list[Row]) -> list[tuple[Tokens, Tokens] | None]:
+        """The tokens of each row's chosen and rejected answer after their prompt, None where it was skipped."""
+        if self.texts.has_conversations(rows[0]):
+            return [self._conversations(row, *self.texts.conversations(row)) for row in rows]
+        answers = [self.texts.answers(row) for row in rows]
+        if self.data.chat_template:
+            return [
+                self._conversations(row, *([self._user_message(row), _assistant_message(text)] for text in pair))
+                for row, pair in zip(rows, answers, strict=True)
+            ]
+        prompts = [self.texts.prompt(row) for row in rows]
+        sides = (self.encoder.pairs(prompts, [pair[side] for pair in answers]) for side in (0, 1))
+        return [
+            pair if self._both_written(row, *map(_assistant_message, texts)) else None
+            for row, texts, pair in zip(rows, answers, zip(*sides, strict=True), strict=True)
+        ]
+
+    def _conversations(
+        self, row: Row, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
+    ) -> tuple[Tokens, Tokens] | None:
+        if not self._both_written(row, chosen[-1], rejected[-1]):
+            return None
+        better, worse = (self.encoder.chat(side, [len(side) - 1], row.where) for side in (chosen, rejected))
+        return better, worse
+
+    def _both_written(self, row: Row, chosen: dict[str, Any], rejected: dict[str, Any]) -> bool:
+        for name, message in (("chosen", chosen), ("rejected", rejected)):
+            if not _written(message):
+                self._skip(row, f"empty {name} answer")
+                return False
+        return True
 
     def _unless_empty(self, rows: list[Row], texts: list[str], part: str, tokens: list[Tokens]) -> list[Tokens | None]:
         kept: list[Tokens | None] = []
@@ -159,7 +207,7 @@ class RowTokenizer:
         return {"role": "user", "content": self.texts.prompt(row)}
 
     def _as_messages(self, row: Row) -> list[dict[str, Any]]:
-        return [self._user_message(row), {"role": "assistant", "content": self.texts.completion(row)}]
+        return [self._user_message(row), _assistant_message(self.texts.completion(row))]
 
     def _chat_prompt(self, row: Row, messages: list[dict[str, Any]]) -> list[int]:
         before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -177,11 +225,25 @@ class RowTokenizer:
         if not turns:
             raise InputError(f"{row.where} has no message before its assistant turn; give it at least one.")
         wanted = turns if self.source.train_on == "all" else turns[-1:]
-        written = [i for i in wanted if messages[i]["content"].strip() or messages[i].get("tool_calls")]
+        written = [i for i in wanted if _written(messages[i])]
         if not written:
             self._skip(row, "empty completion")
             return None
         return self.encoder.chat(messages, written, row.where)
+
+    def _row(self, row: Row, tokens: Tokens | tuple[Tokens, Tokens]) -> Example | None:
+        """The example of a row's tokens, or of both its answers' tokens; None where it was skipped."""
+        if isinstance(tokens, Tokens):
+            return self._example(row, tokens)
+        chosen = self._example(row, tokens[0])
+        rejected = None if chosen is None else self._example(row, tokens[1])
+        if chosen is None or rejected is None:
+            return None
+        assert np.array_equal(chosen.prompt_ids, rejected.prompt_ids)  # the table holds it once
+        if np.array_equal(chosen.input_ids, rejected.input_ids):
+            self._skip(row, "identical answers")
+            return None
+        return replace(chosen, rejected=rejected)
 
     def _example(self, row: Row, tokens: Tokens) -> Example | None:
         """The example of a row's tokens, None where it was skipped. The limits on length are applied here."""
@@ -214,11 +276,20 @@ class RowTokenizer:
         self.first_skipped.setdefault(reason, row.where)
 
 
+def _assistant_message(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _written(message: dict[str, Any]) -> bool:
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
 class ExampleTable:
     """Examples in Arrow columns, read without copying, so that the workers of a node share one in memory.
 
-    Columns: input_ids large_list<int32>, counted large_list<bool>, prompt_tokens int32, where string, fields string
-    (JSON). The reasons for skipped rows travel in the schema's metadata.
+    Columns: input_ids large_list<int32>, counted large_list<bool>, rejected_ids large_list<int32> (empty but for
+    preference pairs), prompt_tokens int32, where string, fields string (JSON). The reasons for skipped rows travel in
+    the schema's metadata.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -247,7 +318,13 @@ class ExampleTable:
         start, end = int(self._offsets[index]), int(self._offsets[index + 1])
         where, fields = (self.table.column(name)[index].as_py() for name in ("where", "fields"))
         counted = self._counted.slice(start, end - start).to_numpy(zero_copy_only=False)
-        return Example(self._ids[start:end], counted, None, int(self.prompt_tokens[index]), where, json.loads(fields))
+        chosen = Example(self._ids[start:end], counted, None, int(self.prompt_tokens[index]), where, json.loads(fields))
+        start, end = int(self._rejected_offsets[index]), int(self._rejected_offsets[index + 1])
+        if start == end:
+            return chosen
+        after_prompt = np.arange(end - start) >= max(1, chosen.prompt_tokens)
+        rejected = replace(chosen, input_ids=self._rejected_ids[start:end], counted=after_prompt)
+        return replace(chosen, rejected=rejected)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -259,15 +336,21 @@ class ExampleTable:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64 [examples]."""
-        return np.diff(self._offsets)
+        """Tokens of each example, of both answers of a pair, int64 [examples]."""
+        return np.diff(self._offsets) + np.diff(self._rejected_offsets)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(max(np.diff(self._offsets).max(), np.diff(self._rejected_offsets).max()))
 
     @cached_property
     def counted_tokens(self) -> np.ndarray:
-        """Counted tokens of each example, int64 [examples]."""
+        """Counted tokens of each example, of both answers of a pair, int64 [examples]."""
         counted = self._counted.to_numpy(zero_copy_only=False)
         before = np.concatenate(([0], np.cumsum(counted, dtype=np.int64)))
-        return before[self._offsets[1:]] - before[self._offsets[:-1]]
+        chosen = before[self._offsets[1:]] - before[self._offsets[:-1]]
+        return chosen + (np.diff(self._rejected_offsets) - np.maximum(1, self.prompt_tokens)).clip(min=0)
 
     @cached_property
     def prompt_tokens(self) -> np.ndarray:
@@ -279,7 +362,10 @@ class ExampleTable:
         """A hash of the tokens, the counted positions and the order; the same data has it wherever it lies."""
         digest = hashlib.sha256()
         counted = np.packbits(self._counted.to_numpy(zero_copy_only=False))
-        for part in (self._ids, counted, self.lengths, self.prompt_tokens):
+        parts = [self._ids, counted, self.lengths, self.prompt_tokens]
+        if len(self._rejected_ids):
+            parts += [self._rejected_ids, self._rejected_offsets]
+        for part in parts:
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()[:16]
 
@@ -292,19 +378,28 @@ class ExampleTable:
         return _chunk(self.table, "input_ids").values.to_numpy()
 
     @cached_property
+    def _rejected_offsets(self) -> np.ndarray:
+        return _chunk(self.table, "rejected_ids").offsets.to_numpy()
+
+    @cached_property
+    def _rejected_ids(self) -> np.ndarray:
+        return _chunk(self.table, "rejected_ids").values.to_numpy()
+
+    @cached_property
     def _counted(self) -> pa.BooleanArray:
         return _chunk(self.table, "counted").values
 
 
 def tokenize(
-    source: DataSource, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, prompts_only: bool = False
-) -> ExampleTable:
+    source: DataSource, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, prompts_only: bool = False,
+    pairs: bool = False,
+) -> ExampleTable:  # fmt: skip
     """Read and tokenise a source. See `RowTokenizer`.
 
     Raises:
         InputError: the source or a row cannot be read or is too long, or no row is left to learn from.
     """
-    rows = RowTokenizer(source, data, tokenizer, prompts_only=prompts_only)
+    rows = RowTokenizer(source, data, tokenizer, prompts_only=prompts_only, pairs=pairs)
     return collect(rows, read_rows(source), source.path)
 
 
@@ -322,16 +417,21 @@ def collect(tokenizer: RowTokenizer, rows: Iterable[Row], name: str) -> ExampleT
 
 
 def _record_batch(examples: list[Example]) -> pa.RecordBatch:
-    offsets = pa.array(np.concatenate(([0], np.cumsum([len(each) for each in examples]))), pa.int64())
-    ids, counted = (np.concatenate([getattr(each, name) for each in examples]) for name in ("input_ids", "counted"))
+    nothing = np.zeros(0, np.int32)
     columns = [
-        pa.LargeListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
-        pa.LargeListArray.from_arrays(offsets, pa.array(counted, pa.bool_())),
+        _lists([each.input_ids for each in examples], pa.int32()),
+        _lists([each.counted for each in examples], pa.bool_()),
+        _lists([nothing if each.rejected is None else each.rejected.input_ids for each in examples], pa.int32()),
         pa.array([each.prompt_tokens for each in examples], pa.int32()),
         pa.array([each.where for each in examples], pa.string()),
         pa.array([json.dumps(dict(each.fields), default=str) for each in examples], pa.string()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.LargeListArray:
+    offsets = pa.array(np.concatenate(([0], np.cumsum([len(part) for part in parts]))), pa.int64())
+    return pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(parts), kind))
 
 
 def _chunk(table: pa.Table, name: str) -> pa.Array:

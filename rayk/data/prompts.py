@@ -9,7 +9,7 @@ from rayk.config import DataSource
 from rayk.data.sources import Row
 from rayk.errors import InputError
 
-Format = Literal["prompt_completion", "messages", "text"]
+Format = Literal["prompt_completion", "messages", "text", "preference"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -32,8 +32,9 @@ class RowTexts:
             if template is not None:
                 _check_template(template, self.section + setting)
 
-    def format_of(self, row: Row, *, prompts_only: bool = False) -> Format:
-        """The source's format; where that is `auto`, what the fields of this (the first) row say.
+    def format_of(self, row: Row, *, prompts_only: bool = False, pairs: bool = False) -> Format:
+        """The source's format; where that is `auto`, what the fields of this (the first) row say, or with `pairs`
+        always `preference`.
 
         Raises:
             InputError: the row has none of the fields that any format needs.
@@ -41,6 +42,8 @@ class RowTexts:
         source, fields = self.source, row.fields
         if source.format != "auto":
             return source.format
+        if pairs:
+            return "preference"
         prompt = source.prompt_template is not None or source.prompt_field in fields
         completion = source.completion_template is not None or source.completion_field in fields
         if (prompt and completion) or source.prompt_template or source.completion_template:
@@ -75,11 +78,55 @@ class RowTexts:
         Raises:
             InputError: they are not a list of messages whose roles and contents are known.
         """
-        field = self.source.messages_field
-        messages = self._value(row, field, "messages_field")
+        return self._messages(row, self.source.messages_field, "messages_field")
+
+    def _messages(self, row: Row, field: str, setting: str) -> list[dict[str, Any]]:
+        messages = self._value(row, field, setting)
         if not isinstance(messages, list) or not messages:
             raise InputError(f"{row.where}: '{field}' must be a list of at least one message with role and content.")
         return [_message(message, f"{row.where}: message {i}") for i, message in enumerate(messages, start=1)]
+
+    def answers(self, row: Row) -> tuple[str, str]:
+        """The chosen and the rejected answer of a preference row whose prompt is text too."""
+        return self._text(row, "chosen"), self._text(row, "rejected")
+
+    def has_conversations(self, row: Row) -> bool:
+        """Whether a preference row's answers are lists of messages."""
+        return isinstance(self._value(row, self.source.chosen_field, "chosen_field"), list)
+
+    def conversations(self, row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages of a preference row, whole conversations that differ in their last message alone.
+
+        The answers may begin with the prompt's messages, or the prompt stands in its own field, as messages or as text.
+
+        Raises:
+            InputError: they are no such messages.
+        """
+        source = self.source
+        chosen, rejected = (
+            self._messages(row, getattr(source, setting), setting) for setting in ("chosen_field", "rejected_field")
+        )
+        if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
+            prompt = self._prompt_messages(row)
+            chosen, rejected = prompt + chosen, prompt + rejected
+        for field, messages in ((source.chosen_field, chosen), (source.rejected_field, rejected)):
+            if len(messages) < 2 or messages[-1]["role"] != "assistant":
+                raise InputError(
+                    f"{row.where}: '{field}' must end with a message of the assistant's after at least one other; "
+                    "correct the row."
+                )
+        if chosen[:-1] != rejected[:-1]:
+            raise InputError(
+                f"{row.where}: '{source.chosen_field}' and '{source.rejected_field}' differ before their last message; "
+                "a pair is two answers to one prompt, so correct the row."
+            )
+        return chosen, rejected
+
+    def _prompt_messages(self, row: Row) -> list[dict[str, Any]]:
+        field = self.source.prompt_field
+        if self.source.prompt_template is None and isinstance(row.fields.get(field), list):
+            return self._messages(row, field, "prompt_field")
+        return [{"role": "user", "content": self.prompt(row)}]
 
     def _text(self, row: Row, part: str) -> str:
         template = getattr(self.source, f"{part}_template", None)

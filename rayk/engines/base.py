@@ -39,6 +39,8 @@ class EngineInfo:
     endpoint."""
     verifies: bool = False
     """Whether it is a `VerifyingEngine`."""
+    chats: bool = False
+    """Whether it puts every prompt into a chat template itself, as a user's message; an endpoint may."""
 
 
 @dataclass(frozen=True)

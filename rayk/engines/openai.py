@@ -85,6 +85,7 @@ class OpenAIEngine:
             device="endpoint",
             supports=(),
             engine="openai",
+            chats=settings.chat,
         )
 
     async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:

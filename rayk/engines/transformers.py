@@ -5,6 +5,7 @@ so no [positions, vocab] block of a batch is ever whole.
 """
 
 import hashlib
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -286,6 +287,16 @@ class _StopStrings:
         return torch.tensor([row in self.lengths for row in range(len(texts))], device=input_ids.device)
 
 
+class _Abandoned:
+    """Ends all rows once nobody waits for them any more."""
+
+    def __init__(self, abandoned: Callable[[], bool]):
+        self._abandoned = abandoned
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        return torch.full((len(input_ids),), self._abandoned(), device=input_ids.device)
+
+
 def end_ids(model, tokenizer) -> list[int]:
     """The tokens that end a text: what the model's generation settings say, else the tokenizer."""
     own = model.generation_config.eos_token_id
@@ -294,9 +305,13 @@ def end_ids(model, tokenizer) -> list[int]:
 
 
 def generate(
-    model, vocab_size: int, tokenizer, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int]
-) -> list[Generated]:
-    """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`."""
+    model, vocab_size: int, tokenizer, prompts: Ordered[np.ndarray], parameters: SamplingParameters,
+    seeds: Ordered[int], abandoned: Callable[[], bool] = lambda: False,
+) -> list[Generated]:  # fmt: skip
+    """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`.
+
+    `abandoned`: asked after each token; once it is true, what has been written is cut off there.
+    """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     longest = max(map(len, prompts))
@@ -321,7 +336,7 @@ def generate(
             attention_mask=mask.to(model.device),
             generation_config=settings,
             logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([stops] if stops else []),
+            stopping_criteria=StoppingCriteriaList([_Abandoned(abandoned), *([stops] if stops else [])]),
         )[:, longest:].cpu()
     finally:
         model.generation_config = own

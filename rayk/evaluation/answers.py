@@ -1,6 +1,5 @@
 """Scoring answers: the task's own truth against what a model wrote."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import numpy as np
 from rayk.config import EvaluationConfig
 from rayk.data.examples import Example
 from rayk.errors import InputError
+from rayk.text.answers import matched
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,5 @@ class AnswerScorer:
         return str(fields[field])
 
     def _extract(self, text: str) -> str | None:
-        """The answer in `text`, white space folded; None where the pattern finds none."""
-        if self._settings.answer_pattern:
-            found = re.findall(self._settings.answer_pattern, text)
-            if not found:
-                return None
-            text = found[-1]
-        return " ".join(text.split())
+        """The answer in `text`; None where the pattern finds none."""
+        return matched(text, self._settings.answer_pattern)

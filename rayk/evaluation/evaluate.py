@@ -44,7 +44,7 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means: nats a token for losses and divergences, shares for the rest."""
+        """Means: nats a token for losses and divergences, nats a pair for margins, shares for the rest."""
         means = {}
         for name, (total, count) in _MEANS.items():
             if self.sums[count]:
@@ -74,6 +74,8 @@ _MEANS = {
     "accuracy": ("correct", "answers"),
     "answer_tokens": ("answer_tokens", "answers"),
     "stopped": ("stopped", "answers"),
+    "preference_margin": ("preference_margin", "pairs"),
+    "preference_accuracy": ("preferred", "pairs"),
 }
 
 
@@ -107,6 +109,7 @@ class Evaluator:
             measure(student, batch.to(student.model.device), signals)
             for batch, signals in zip(batches, self._signals, strict=True)
         ]
+        parts += [measure_preferences(student, pairs.to(student.model.device)) for pairs in self._pairs()]
         if answers and self._settings.generation:
             parts.append(self._answers(student.model))
         if answers and self._with_options:
@@ -166,6 +169,11 @@ class Evaluator:
             add_answer(evaluation, answer)
         return evaluation
 
+    def _pairs(self) -> Iterator[Batch]:
+        pairs = [example.answers for example in self._examples if example.rejected is not None]
+        for group in micro_batches([2 * max(map(len, pair)) for pair in pairs], self._budget):
+            yield collate([answer for pair in group for answer in pairs[pair]], pad_id_of(self._tokenizer))
+
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         for rows in micro_batches([len(example) for example in examples], self._budget):
             yield collate([examples[row] for row in rows], pad_id_of(self._tokenizer))
@@ -195,6 +203,18 @@ def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
         "student_mass": log_q.exp().sum(1),
     }
     evaluation.add(**{name: float(value.double().sum()) for name, value in values.items()})
+    return evaluation
+
+
+def measure_preferences(student, batch: Batch) -> Evaluation:
+    """How far the student itself, held against no reference, prefers the chosen answers (rows 2i) to the rejected ones
+    (rows 2i + 1): sums of log q(chosen) − log q(rejected) over whole answers, and how often it is above 0."""
+    per_token = -linear_cross_entropy(student.hidden(batch), student.head, batch.targets)
+    logprobs = sequence_sum(per_token.double(), batch.offsets)
+    margin = logprobs[0::2] - logprobs[1::2]
+    evaluation = Evaluation()
+    preferred = 0.5 * (margin.sign() + 1)
+    evaluation.add(pairs=len(margin), preference_margin=float(margin.sum()), preferred=float(preferred.sum()))
     return evaluation
 
 

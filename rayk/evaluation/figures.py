@@ -78,6 +78,15 @@ def draw_figures(runs: list[Run]) -> list[Group]:
             Plot("Accepted by the teacher", "Share of the student's proposals that stayed, where both write.",
                  [curve for curve in _curves(runs, "rollout_acceptance") if curve.values.min() < 1], axis="share"),
         ]),
+        ("Preferences of the training pairs", 2, [
+            Plot("Reward margin", "Chosen over rejected, β times nats over the reference.",
+                 _curves(runs, "reward_margin")),
+            Plot("Reward accuracy", "Share of pairs whose chosen answer has the higher reward.",
+                 _curves(runs, "reward_accuracy"), axis="share"),
+            Plot("Log-prob of the chosen", "Nats an answer. It may fall with the rejected one's.",
+                 _curves(runs, "chosen_logprob")),
+            Plot("Log-prob of the rejected", "Nats an answer.", _curves(runs, "rejected_logprob")),
+        ]),
         ("Optimiser", 2, [
             Plot("Learning rate", "After warm-up and schedule.", _curves(runs, "learning_rate"), style="exact"),
             Plot("Gradient norm", "Before clipping. Spikes or growth hint at an unstable run.",
@@ -96,7 +105,7 @@ def draw_figures(runs: list[Run]) -> list[Group]:
 def _loss_plots(runs: list[Run]) -> list[Plot]:
     """Cross-entropy of all runs on one axis; each other objective on its own, since their units do not compare."""
     plots = [
-        Plot("Cross-entropy", "On the training rows' own tokens, in nats: the one loss that all methods share.",
+        Plot("Cross-entropy", "On the tokens learned from, in nats: the data's, or what the student wrote itself.",
              _curves(runs, "cross_entropy"))
     ]  # fmt: skip
     objectives: dict[str, list[Series]] = {}
@@ -111,6 +120,11 @@ def _loss_plots(runs: list[Run]) -> list[Plot]:
     for about, curves in objectives.items():
         kind = curves[0].run.method
         plots.append(Plot(f"Objective of {kind}", f"{about}. Not comparable with other objectives.", curves))
+    seen = _curves(runs, "student_mass")
+    plots.append(
+        Plot("Compared mass", "Share of the student's probability that is on tokens the teacher names. The divergence "
+             "does not see where the rest of it goes.", seen, axis="share")
+    )  # fmt: skip
     return plots
 
 
@@ -135,6 +149,10 @@ def _evaluation_plots(runs: list[Run]) -> list[Plot]:
              _curves(runs, "evaluation_forward_kl"), style="points"),
         Plot("Agreement with teacher", "Same first choice of token.",
              _curves(runs, "evaluation_agreement"), style="points", axis="share"),
+        Plot("Preference margin", "Log-prob of the chosen answers less the rejected ones', nats a pair.",
+             _curves(runs, "evaluation_preference_margin"), style="points"),
+        Plot("Preference accuracy", "Share of pairs whose chosen answer is the likelier one.",
+             _curves(runs, "evaluation_preference_accuracy"), style="points", axis="share"),
     ]  # fmt: skip
     # A single point is the final table's number.
     return [plot for plot in plots if any(len(curve.steps) > 1 for curve in plot.curves)]
@@ -157,7 +175,7 @@ def _panel(plot: Plot, columns: int, small: bool) -> Panel:
     about = plot.about + (" The highest spikes are cut off." if cropped else "")
     ends = ", ".join(f"{c.run.label} {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in plot.curves)
     label = f"Line chart of {plot.title.lower()} over training steps, from first to last: {ends}."
-    return Panel(plot.title, about, _svg(figure, label))
+    return Panel(plot.title, about, as_svg(figure, label))
 
 
 def _dress(axes: Axes, axis: str) -> None:
@@ -226,7 +244,7 @@ def _crop(axes: Axes, curves: list[Series]) -> bool:
     return True
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def as_svg(figure: Figure, label: str) -> Markup:
     """`figure` for a page: its text as text, scaled to its place, without what only files need."""
     buffer = io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "axes.unicode_minus": True}

@@ -20,6 +20,7 @@ import rayk
 from rayk.errors import InputError
 from rayk.evaluation.figures import SMOOTHED_SHARE, draw_figures
 from rayk.evaluation.run_directory import Run, flattened, last_part, read_runs, teachers_of
+from rayk.evaluation.timeline import draw_timelines
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
@@ -51,12 +52,13 @@ def _page(runs: list[Run]) -> str:
         summaries_of_methods={
             run.method: run.summary["about"] for run in runs if run.summary and "about" in run.summary
         },
-        columns=COLUMNS,
+        columns=_columns(runs),
         table=_table(runs),
         support=_support(runs),
-        figures=draw_figures(runs),
+        figures=draw_figures(runs) + draw_timelines(runs),
         smoothed=f"{SMOOTHED_SHARE:.0%}",
         samples=_samples(runs),
+        writings=[_writing(run) for run in runs if run.synthesis is not None],
         differences=_differences(runs),
         configs=[yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in runs],
         version=rayk.__version__,
@@ -154,6 +156,10 @@ COLUMNS = (
         "agreement", "Agreement", "Share of the tokens at which the student's first choice is the teacher's.",
         "{:.1%}", max,
     ),
+    _metric(
+        "preference_accuracy", "Prefers rightly", "Share of the evaluation pairs whose chosen answer, as a "
+        "whole, is likelier to the student than the rejected one. Half is chance.", "{:.1%}", max,
+    ),
     Column(
         "Tokens/s", "Training speed: tokens of training rows a second, waiting included.", "{:,.0f}", max,
         lambda run: run.tokens / run.training_seconds if run.training_seconds else None,
@@ -166,15 +172,21 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def _columns(runs: list[Run]) -> list[Column]:
+    """Those of all methods, and those of preferences where there are pairs."""
+    return [c for c in COLUMNS if c.metric != "preference_accuracy" or any(c.of(run) is not None for run in runs)]
+
+
 def _table(runs: list[Run]) -> list[Line]:
-    lines = [Line("Teacher", None, [_cell(metrics.get(c.metric or ""), c, run) for c in COLUMNS])
+    columns = _columns(runs)
+    lines = [Line("Teacher", None, [_cell(metrics.get(c.metric or ""), c, run) for c in columns])
              for run, metrics in teachers_of(runs)]  # fmt: skip
     if len(lines) > 1:
         lines = [Line(f"Teacher {run.teacher_name}", None, line.cells)
                  for line, (run, _) in zip(lines, teachers_of(runs), strict=True)]  # fmt: skip
-    students = [Line(run.label, run, [_cell(column.of(run), column, run) for column in COLUMNS]) for run in runs]
+    students = [Line(run.label, run, [_cell(column.of(run), column, run) for column in columns]) for run in runs]
     finished = [line for line in students if line.run and line.run.summary is not None]
-    for place, column in enumerate(COLUMNS):
+    for place, column in enumerate(columns):
         values = {line.cells[place].text: column.of(line.run) for line in finished if line.run}
         known = {text: value for text, value in values.items() if value is not None and math.isfinite(value)}
         if len(known) > 1:
@@ -232,6 +244,41 @@ def _samples(runs: list[Run]) -> list[Sample]:
         teacher = next((answer["teacher"] for answer in found if answer.get("teacher") is not None), None)
         samples.append(Sample(where, found[0]["prompt"], found[0]["truth"], teacher, answers))
     return samples
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What a teacher wrote for a run: in a sentence, in numbers, and some examples."""
+
+    run: Run
+    sentence: str
+    figures: list[tuple[str, str]]
+    examples: list[dict[str, Any]]
+    """With `rejected_by` empty for those that were kept."""
+
+
+def _writing(run: Run) -> Writing:
+    summary = run.synthesis
+    assert summary is not None
+    candidates, usage = summary["candidates"], summary["usage"]
+    figures = [("kept", _share_of(summary["kept"], candidates))]
+    figures += [(f"rejected: {by}", _share_of(count, candidates)) for by, count in summary["rejected"].items()]
+    figures += [(each["name"], format(each["value"], ".1%" if each["share"] else ".2f")) for each in summary["figures"]]
+    counted = [name for name in ("requests", "prompt_tokens", "completion_tokens") if name in usage]
+    figures += [(name.replace("_", " "), f"{usage[name]:,}") for name in counted]
+    if "cost" in usage:
+        figures.append(("cost, in the currency of the prices", f"{usage['cost']:,.4f}"))
+    return Writing(
+        run,
+        f"{last_part(summary['teacher']['model'])} wrote for {summary['prompts']:,} prompts: {summary['about']} "
+        f"({summary['paper']}).",
+        figures,
+        summary["examples"]["kept"] + summary["examples"]["rejected"],
+    )
+
+
+def _share_of(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})" if whole else f"{part:,}"
 
 
 def _differences(runs: list[Run]) -> list[tuple[str, list[str]]]:

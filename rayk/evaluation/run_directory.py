@@ -59,6 +59,8 @@ class Run:
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     summary: dict[str, Any] | None
+    synthesis: dict[str, Any] | None = None
+    """What the writing of its training rows came to."""
 
     @property
     def colour(self) -> str:
@@ -140,7 +142,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         folder = path.absolute().name
         unique = [other.absolute().name for other in paths].count(folder) == 1
         label = name if names.count(name) == 1 else f"{name} ({folder if unique else path})"
-        runs.append(Run(path, label, place, config, read_lines(path / "metrics.jsonl"), _read_summary(path)))
+        rows, written = read_lines(path / "metrics.jsonl"), _read_summary(path / "synthesis")
+        runs.append(Run(path, label, place, config, rows, _read_summary(path), written))
     return runs
 
 
@@ -165,7 +168,7 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"'{file}' cannot be read: {error}; remove it to report the run as unfinished.") from error
+        raise InputError(f"'{file}' cannot be read: {error}; remove it to report it as unfinished.") from error
 
 
 def last_part(model: Any) -> str:

@@ -2,13 +2,15 @@
 
 Each divergence takes student logits [tokens, vocab] and a teacher (logits, or a `SignalBatch`) and returns nats per
 token; `token_mean` and `sequence_mean` make one number of them. The `linear_*` forms start from hidden states instead.
-Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`.
+Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`;
+preferences between two answers (DPO) have `preference`.
 """
 
 from rayk.losses.chunked import (
     linear_cross_entropy,
     linear_divergence,
     linear_log_probs,
+    linear_outcomes,
 )
 from rayk.losses.cross_tokenizer import universal_logit_distance
 from rayk.losses.decoupled import adaptive_teaching, decoupled_kl, gold_uncertainty
@@ -38,6 +40,7 @@ from rayk.losses.policy_gradient import (
     unbiased_sequence_kl_loss,
     whiten,
 )
+from rayk.losses.preference import dpo_loss, implicit_rewards
 from rayk.losses.reductions import kl_estimate, sequence_mean, sequence_sum, token_mean
 
 __all__ = [
@@ -48,8 +51,10 @@ __all__ = [
     "cumulative_log_weights",
     "decoupled_kl",
     "divergence",
+    "dpo_loss",
     "forward_kl",
     "gold_uncertainty",
+    "implicit_rewards",
     "importance_log_weights",
     "jensen_shannon",
     "kl_estimate",
@@ -57,6 +62,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "linear_log_probs",
+    "linear_outcomes",
     "log_ratio_policy_loss",
     "moment_sums",
     "policy_loss",

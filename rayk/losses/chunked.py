@@ -101,12 +101,10 @@ def linear_divergence(
         distance = sampled_forward_kl(teacher, chosen)
         return distance if target is None else (distance, -target)
     if isinstance(teacher, SignalBatch) and not isinstance(teacher.support, Hidden):
-        log_p = signal_outcomes(teacher, student_head.vocab_size, len(student_hidden), temperature)
-        assert teacher.ids is not None
-        chosen, tail, target = linear_log_probs(
-            student_hidden, student_head, teacher.ids, targets, temperature, chunk_tokens
+        log_p, log_q, target = linear_outcomes(
+            student_hidden, student_head, teacher, targets, temperature, chunk_tokens
         )
-        distance = pair(log_p, torch.cat([chosen, tail[:, None]], dim=1), has_tail=True)
+        distance = pair(log_p, log_q, has_tail=True)
         return distance if target is None else (distance, -target)
 
     teacher_tokens, teacher_vocab = (
@@ -143,6 +141,35 @@ def linear_divergence(
     ]
     distance = torch.cat([part[0] for part in parts])
     return distance if targets is None else (distance, torch.cat([part[1] for part in parts]))
+
+
+def linear_outcomes(
+    student_hidden: Tensor,
+    student_head: Head,
+    signals: SignalBatch,
+    targets: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Teacher and student over the outcomes of a signal: each of its ids, and all other tokens together (ALGORITHMS
+    §22).
+
+    Args:
+        signals: of a support that names ids, k of them at each position, and the mass of the rest.
+
+    Returns:
+        log p and log q [tokens, k + 1], the last column the others'; log q of the targets [tokens] or None. Gradients
+        reach the student's alone.
+
+    Raises:
+        InputError: as `linear_log_probs`, or the signals are of other positions or another vocabulary.
+    """
+    log_p = signal_outcomes(signals, student_head.vocab_size, len(student_hidden), temperature)
+    assert signals.ids is not None
+    chosen, others, target = linear_log_probs(
+        student_hidden, student_head, signals.ids, targets, temperature, chunk_tokens
+    )
+    return log_p, torch.cat([chosen, others[:, None]], dim=1), target
 
 
 def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalBatch:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from rayk.data.batches import Batch
+from rayk.data.batches import Batch, collate
 from rayk.data.demonstrations import Demonstrator
 from rayk.models import Head
 from rayk.rollouts import Policy
-from rayk.signal import SignalBatch
+from rayk.signal import SignalBatch, concatenate
 from rayk.teachers import Scorer
 
 
@@ -62,6 +62,18 @@ class Experience:
             columns={name: column[tokens] for name, column in self.columns.items()},
         )
 
+    @classmethod
+    def joined(cls, parts: Ordered["Experience"]) -> "Experience":
+        """The rows of all `parts` (of one method), in order; what may stand beside them is not theirs yet."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        return cls(
+            collate([row for part in parts for row in part.batch.sequences], first.batch.pad_id),
+            None if first.signals is None else concatenate([part.signals for part in parts if part.signals]),
+            {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
+        )
+
     def to(self, device: torch.device | str) -> "Experience":
         return replace(
             self,
@@ -73,10 +85,13 @@ class Experience:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of each unit (token, or query), nats [count], and the terms it is made of, for the metrics."""
+    """The loss of each unit (token, pair or query), nats [count], and the terms it is made of, for the metrics."""
 
     per_token: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+    unusable: Tensor | None = None
+    """Units that nothing can be learned from any more, bool [count]: their loss is left out, and `training.
+    unusable_rows` says what follows."""
 
 
 class Method(ABC):
@@ -99,6 +114,29 @@ class Method(ABC):
         """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
         self.demonstrator = demonstrator
         """Who shows rows demonstrations, with method `in_context`."""
+
+    @property
+    def fewest_rows(self) -> int:
+        """How many rows each worker needs of a step, after those that nothing can be learned from are left out."""
+        return 1
+
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """The rows that `sample` is to see at a time, each in one group; a group's teachers are asked while the next is
+        written. By default all at once."""
+        return [list(range(batch.rows))]
+
+    def look_at_start(self, student: Student, batches: Iterable[Batch]) -> Any:
+        """What has to be known of the student before its first update; by default nothing. Runs once in a run, on every
+        worker: a resumed one does not ask again, so what must last belongs in `state_dict`.
+
+        Args:
+            batches: this worker's share of all that the run will learn from, each answer of a preference pair as a row
+                of its own.
+        """
+        return None
+
+    def on_start(self, seen: Ordered[Any]) -> None:  # noqa: B027
+        """Called after `look_at_start` with what all workers have seen."""
 
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """The rows that the step learns from, for methods that have the policy write them or draw something to each; by

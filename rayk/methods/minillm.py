@@ -3,9 +3,10 @@
     L = (1/N) Σ_t [ w_t·KL(q‖p | y_<t)  −  clip(w_t·q(y_t)/q_rollout(y_t))·R_{t+1} ] + c·L_PT,   y ~ p̃ = αp + (1−α)q
 
 p is the teacher, q the student, R_{t+1} the mean of log p(y_s) − log q(y_s) over the tokens s > t, w = q/p̃. The first
-part, which one token decides, is exact over the support; the second says what a token does to those after it. Both are
-written in `rayk.losses`, where their tests hold them against full enumeration. Completions are drawn from p̃ exactly:
-the student drafts and the teacher verifies (`rayk.rollouts.teacher_mixed`).
+part, which one token decides, is exact over the support; the second says what a token does to those after it. Without
+`single_step` there is the second part alone, and a token's own reward belongs to it: R_t, s ≥ t (the paper's Eq. 2).
+Both are written in `rayk.losses`, where their tests hold them against full enumeration. Completions are drawn from p̃
+exactly: the student drafts and the teacher verifies (`rayk.rollouts.teacher_mixed`).
 
 L_PT is a loss on plain text, (1−r)·cross-entropy + r·KL(p‖q), so that the student forgets less (`pretraining`).
 `form: lmops` is what the authors' code runs instead of what the paper says (ALGORITHMS §1).
@@ -32,6 +33,8 @@ from rayk.losses import (
     whiten,
 )
 from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.methods.limits import check_rewards, ratio_exploded
+from rayk.methods.matching import with_masses
 from rayk.rollouts import Rollout, with_own_ids
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
@@ -68,6 +71,17 @@ class MiniLLM(Method):
     paper = "Gu et al. 2024 §2.2"
     needs = "as on_policy, and about .1 calls a token to verify what the student drafts (engine kind transformers)"
 
+    @property
+    def fewest_rows(self) -> int:
+        return self.settings.minibatches
+
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """As the policy writes them; all at once where the teacher writes with it, which takes many rows a call."""
+        assert self.policy is not None
+        if self.settings.teacher_share:
+            return super().groups(batch, seeds, progress)
+        return self.policy.groups(batch.sequences)
+
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """Have student and teacher write every row's completion."""
         assert self.policy is not None
@@ -95,8 +109,11 @@ class MiniLLM(Method):
         signals = await self.teacher.ascore(batch, self.settings.support)
         logprobs = _joined([row.logprobs for row in rollouts])
         rewards = token_rewards(logprobs, signals.target_logprobs, scaling=form.reward_scaling, clip=form.reward_clip)
+        check_rewards(rewards, batch, self.settings.reward_limit)
         returns = returns_to_go(
-            _in_rows(rewards, batch), batch.counted_mask, include_current=form.include_current,
+            _in_rows(rewards, batch), batch.counted_mask,
+            # What the single-step part does not say of a token, its own reward must.
+            include_current=form.include_current or not self.settings.single_step,
             discount=form.discount, length_norm=self.settings.length_norm,
         )  # fmt: skip
         log_weights = torch.zeros_like(logprobs)
@@ -159,17 +176,15 @@ class MiniLLM(Method):
     def _of_completions(self, student: Student, experience: Experience) -> Loss:
         settings, batch, columns = self.settings, experience.batch, experience.columns
         assert experience.signals is not None
-        hidden = student.hidden(batch)
         # Padding is never drawn. As a part of q it would reward a student for moving mass to where nobody looks.
         head = student.head.first(experience.signals.vocab_size)
-        reverse_kl, terms = None, {}
+        reverse_kl: Tensor | None = None
+        terms: dict[str, Tensor] = {}
         if settings.single_step:
-            reverse_kl, cross_entropy = linear_divergence(
-                hidden, head, experience.signals, divergence="reverse_kl", targets=batch.targets
-            )
-            terms["reverse_kl"] = reverse_kl
+            reverse_kl, cross_entropy, masses = with_masses("reverse_kl", student, head, experience)
+            terms |= {"reverse_kl": reverse_kl, **masses}
         else:
-            cross_entropy = linear_cross_entropy(hidden, head, batch.targets)
+            cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
         long_term = policy_loss(
             -cross_entropy, columns["rollout_logprobs"], columns["returns"], log_weights=columns["log_weights"],
             clip=settings.ratio_clip,
@@ -179,7 +194,8 @@ class MiniLLM(Method):
             weights = columns["log_weights"].exp() if _FORMS[settings.form].weighted_single_step else 1.0
             per_token = long_term + weights * reverse_kl
         terms |= {"long_term": long_term, "reward": columns["rewards"], "weight": columns["log_weights"].exp()}
-        return Loss(per_token, terms)
+        exploded = ratio_exploded(-cross_entropy, columns["rollout_logprobs"], settings.ratio_limit)
+        return Loss(per_token, terms, exploded)
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

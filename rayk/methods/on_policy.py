@@ -32,6 +32,7 @@ from rayk.data.examples import Example
 from rayk.engines.batching import gather
 from rayk.losses import linear_cross_entropy, log_ratio_policy_loss
 from rayk.methods.base import Experience, Loss, Method, Student
+from rayk.methods.limits import check_rewards, ratio_exploded
 from rayk.methods.matching import soft_loss
 from rayk.rollouts import Policy, Rollout, completed, with_own_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
@@ -51,6 +52,15 @@ class OnPolicy(Method):
         super().__init__(settings, teacher, policy, **parts)
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
+
+    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+        """As the policy writes them; rows that it does not write go first."""
+        assert self.policy is not None
+        own = [row for row, seed in enumerate(seeds) if self._writer(_lots(seed), progress) == "student"]
+        written = self.policy.groups([batch.sequences[row] for row in own])
+        groups = [[own[place] for place in group] for group in written]
+        others = sorted(set(range(batch.rows)) - set(own))
+        return [others + (groups[0] if groups else []), *groups[1:]]
 
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
         """Have student and teacher write the rows whose lot it is; name the ids to ask about."""
@@ -80,9 +90,9 @@ class OnPolicy(Method):
         signals = await self.teacher.ascore(batch, self.settings.support)
         columns = {}
         if self.settings.form == "policy":
-            columns["rollout_logprobs"] = torch.from_numpy(
-                np.concatenate([_rollout(row).logprobs for row in batch.sequences])
-            )
+            own = torch.from_numpy(np.concatenate([_rollout(row).logprobs for row in batch.sequences]))
+            check_rewards(signals.target_logprobs - own, batch, self.settings.reward_limit)
+            columns["rollout_logprobs"] = own
         return Experience(batch, signals, columns)
 
     def loss(self, student: Student, experience: Experience) -> Loss:
@@ -98,7 +108,8 @@ class OnPolicy(Method):
         head = student.head.first(signals.vocab_size)
         cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
         per_token = log_ratio_policy_loss(-cross_entropy, own, theirs, clip=self.settings.ratio_clip)
-        return Loss(per_token, {"cross_entropy": cross_entropy, "log_ratio": own - theirs})
+        exploded = ratio_exploded(-cross_entropy, own, self.settings.ratio_limit)
+        return Loss(per_token, {"cross_entropy": cross_entropy, "log_ratio": own - theirs}, exploded)
 
     def on_evaluation(self, metrics: Mapping[str, float]) -> None:
         if self._schedule:

@@ -2,5 +2,9 @@
 
 from rayk.rollouts.gate import VersionGate
 from rayk.rollouts.policy import Policy, Rollout, WorkerPolicy, completed, summarise, with_own_ids
+from rayk.rollouts.served import PolicyAddress, ServedPolicy, serve_policy
 
-__all__ = ["Policy", "Rollout", "VersionGate", "WorkerPolicy", "completed", "summarise", "with_own_ids"]
+__all__ = [
+    "Policy", "PolicyAddress", "Rollout", "ServedPolicy", "VersionGate", "WorkerPolicy", "completed", "serve_policy",
+    "summarise", "with_own_ids",
+]  # fmt: skip

@@ -2,31 +2,30 @@
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rayk.config import RolloutConfig
-from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
+from rayk.data.batches import micro_batches
 from rayk.data.examples import Example
-from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import end_ids, generate
-from rayk.losses import importance_log_weights, linear_cross_entropy
-from rayk.models import DTYPES, CausalLM, final_hidden, head_of, real_vocab_size
+from rayk.engines.base import Generated, SamplingParameters
+from rayk.losses import importance_log_weights
+from rayk.models import CausalLM
 from rayk.rollouts.teacher_mixed import MixedRollout, Verify, sample_teacher_mixed
+from rayk.rollouts.writer import Writer
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
 from rayk.support import Requested, Support
 
-_CHUNK_ELEMENTS = 1 << 23
 _REPEATED_TOKENS = 4
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +70,10 @@ class Policy(Protocol):
     parameters: SamplingParameters
     """How completions are sampled, where the method has no reason to do otherwise."""
 
+    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+        """The rows it writes at a time, each row in one group."""
+        ...
+
     async def generate(
         self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Rollout]:
@@ -93,6 +96,11 @@ class Policy(Protocol):
         computes it; what a sampler says differs from that by rounding."""
         ...
 
+    def begin(self, attempt: str) -> None:
+        """Called on every worker before its first `update`, with a name that no earlier group of workers of the run
+        had: what those wrote, or asked for, under a version is not this group's."""
+        ...
+
     def update(self, version: int) -> None:
         """Take over the learner's weights, which `version` optimiser steps have made."""
         ...
@@ -113,33 +121,43 @@ class WorkerPolicy:
             precision: what the products run in, as in training.
             version: optimiser steps behind the learner's weights.
         """
-        self.parameters = SamplingParameters(
-            settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k
-        )
+        self.parameters = parameters_of(settings)
         self.version = version
         self._learner = learner
         # The copy's parameters go on requiring gradients: only such are cast just once by an autocast.
-        self._model = learner if settings.max_staleness == 0 else copy.deepcopy(learner).eval()
-        self._tokenizer = tokenizer
-        self._vocab_size = min(head_of(learner).vocab_size, real_vocab_size(tokenizer))
+        model = learner if settings.max_staleness == 0 else copy.deepcopy(learner).eval()
+        self._writer = Writer(model, tokenizer, precision)
         self._batch_tokens = batch_tokens
-        self._compute_dtype = DTYPES[precision]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
+
+    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+        """See `Policy`."""
+        return micro_batches(lengths_of(prompts, self.parameters), self._batch_tokens)
 
     async def generate(
         self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
     ) -> list[Rollout]:
         """See `Policy`."""
-        return await self._run(self._generate, prompts, parameters, seeds)
+        left = threading.Event()
+
+        def write(rows: list[int]) -> list[Generated]:
+            ids = [prompts[row].prompt_ids for row in rows]
+            return self._writer.generate(ids, parameters, [seeds[row] for row in rows], left.is_set)
+
+        lengths = lengths_of(prompts, parameters)
+        try:
+            return rollouts_of(prompts, await self._in_batches(lengths, write), self.version)
+        finally:
+            left.set()  # whoever was waiting has gone, and a thread can only end by itself
 
     async def generate_mixed(
         self, prompts: Ordered[Example], verify: Verify, sampling: MixedSampling, seeds: Ordered[int]
     ) -> list[Rollout]:
         """See `Policy`."""
-        with self._evaluating():
+        with self._writer.evaluating():
             written = await sample_teacher_mixed(
-                self._model, verify, [prompt.prompt_ids for prompt in prompts], seeds, sampling,
-                vocab_size=self._vocab_size, ends=end_ids(self._model, self._tokenizer), computing=self._autocast,
+                self._writer.model, verify, [prompt.prompt_ids for prompt in prompts], seeds, sampling,
+                vocab_size=self._writer.vocab_size, ends=self._writer.ends, computing=self._writer.autocast,
             )  # fmt: skip
 
         def log_weights(each: MixedRollout) -> np.ndarray:
@@ -157,78 +175,55 @@ class WorkerPolicy:
 
     async def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
-
-        def likeliest(hidden: Tensor, batch: Batch) -> Tensor:
-            head = head_of(self._model)
-            parts = hidden.split(max(1, _CHUNK_ELEMENTS // head.vocab_size))
-            kept = min(k, self._vocab_size)
-            return torch.cat(
-                [head.logits(part)[:, : self._vocab_size].topk(kept, dim=1).indices for part in parts]
-            ).int()
-
-        return await self._run(self._of_positions, sequences, likeliest)
+        lengths = [len(sequence) for sequence in sequences]
+        return await self._in_batches(lengths, lambda rows: self._writer.top_ids([sequences[row] for row in rows], k))
 
     async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
         """See `Policy`."""
-        return await self._run(self._of_positions, sequences, self._target_logprobs)
+        lengths = [len(sequence) for sequence in sequences]
+        return await self._in_batches(lengths, lambda rows: self._writer.logprobs([sequences[row] for row in rows]))
+
+    def begin(self, attempt: str) -> None:
+        """See `Policy`; these weights are nobody else's."""
 
     def update(self, version: int) -> None:
         """See `Policy`; nobody may be generating."""
-        if self._model is not self._learner:
-            self._model.load_state_dict(self._learner.state_dict())
+        if self._writer.model is not self._learner:
+            self._writer.model.load_state_dict(self._learner.state_dict())
         self.version = version
 
-    async def _run(self, work, *arguments):
-        def quietly():
-            # Not inference mode: buffers that a forward makes would be of no use to the backward of a later step.
-            with self._evaluating(), torch.no_grad(), self._autocast():
-                return work(*arguments)
+    async def _in_batches(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
+        """What `work` makes of rows of such lengths, a batch at a time on the policy's thread; in order."""
+
+        def quietly() -> list[T]:
+            found = dict[int, T]()
+            with self._writer.computing():
+                for rows in micro_batches(lengths, self._batch_tokens):
+                    found |= zip(rows, work(rows), strict=True)
+            return [found[row] for row in range(len(lengths))]
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, quietly)
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Without dropout; the model that learns goes on learning afterwards."""
-        training = self._model.training
-        self._model.eval()
-        try:
-            yield
-        finally:
-            self._model.train(training)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """Products as in training; holds for the thread it is entered on."""
-        return torch.autocast(self._model.device.type, self._compute_dtype, self._compute_dtype != torch.float32)
+def parameters_of(settings: RolloutConfig) -> SamplingParameters:
+    """How the run's settings have completions sampled."""
+    return SamplingParameters(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
-    def _generate(
-        self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
-    ) -> list[Rollout]:
-        rollouts: dict[int, Rollout] = {}
-        lengths = [prompt.prompt_tokens + parameters.max_new_tokens for prompt in prompts]
-        for rows in micro_batches(lengths, self._batch_tokens):
-            ids = [prompts[row].prompt_ids for row in rows]
-            written = generate(
-                self._model, self._vocab_size, self._tokenizer, ids, parameters, [seeds[row] for row in rows]
-            )
-            for row, each in zip(rows, written, strict=True):
-                whole = completed(prompts[row], each.token_ids)
-                rollouts[row] = Rollout(
-                    **vars(whole), logprobs=each.logprobs, finish_reason=each.finish_reason, version=self.version
-                )
-        return [rollouts[row] for row in range(len(prompts))]
 
-    def _of_positions(self, sequences: Ordered[Sequence], read: Callable[[Tensor, Batch], Tensor]) -> list[np.ndarray]:
-        """What `read` makes of the hidden states at each sequence's counted positions, [counted tokens, ...] each."""
-        found = dict[int, np.ndarray]()
-        for rows in micro_batches([len(sequence) for sequence in sequences], self._batch_tokens):
-            batch = collate([sequences[row] for row in rows], pad_id_of(self._tokenizer)).to(self._model.device)
-            hidden = batch.counted(final_hidden(self._model, batch.input_ids, batch.attention_mask))
-            values = read(hidden.to(self._compute_dtype), batch).cpu().numpy()
-            found |= zip(rows, np.split(values, batch.offsets[1:-1].tolist()), strict=True)
-        return [found[row] for row in range(len(sequences))]
+def lengths_of(prompts: Ordered[Sequence], parameters: SamplingParameters) -> list[int]:
+    """How long each prompt and what is written after it may become, in tokens."""
+    return [each.prompt_tokens + parameters.max_new_tokens for each in prompts if isinstance(each, Example)]
 
-    def _target_logprobs(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return -linear_cross_entropy(hidden, head_of(self._model).first(self._vocab_size), batch.targets)
+
+def rollouts_of(prompts: Ordered[Example], written: Ordered[Generated], version: int) -> list[Rollout]:
+    """What the policy wrote after each prompt, as it is learned from."""
+    return [
+        Rollout(
+            **vars(completed(prompt, each.token_ids)), logprobs=each.logprobs, finish_reason=each.finish_reason,
+            version=version,
+        )
+        for prompt, each in zip(prompts, written, strict=True)
+    ]  # fmt: skip
 
 
 async def with_own_ids(policy: Policy, rows: list[Sequence], support: Support, count: int) -> list[Sequence]:

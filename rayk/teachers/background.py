@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Generator, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+_PUT_AWAY_SECONDS = 60.0
 T = TypeVar("T")
 
 
@@ -41,6 +42,26 @@ def wait_for(future: "Future[T]") -> T:
         return future.result()
     finally:
         future.cancel()
+
+
+def run_to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, run on the background loop. Whatever interrupts the wait (Ctrl-C) cancels it, and then lets
+    it put away what it has."""
+    ended = threading.Event()
+
+    async def noted() -> T:
+        try:
+            return await work
+        finally:
+            ended.set()
+
+    future = background(noted())
+    try:
+        return future.result()
+    except BaseException:
+        if future.cancel():
+            ended.wait(_PUT_AWAY_SECONDS)
+        raise
 
 
 def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:

@@ -7,12 +7,9 @@ nothing is lost, doubled or reordered.
 """
 
 import asyncio
-import inspect
-import os
-import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from collections.abc import Sequence as Ordered
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
@@ -23,40 +20,25 @@ import numpy as np
 import ray
 import torch
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-)
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    wait_exponential_jitter,
-)
+from ray.serve.exceptions import RayServeException
 
 from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
 from rayk.engines.base import EngineInfo, SamplingParameters, Usage
 from rayk.engines.batching import gather
 from rayk.engines.checks import check_verifies
-from rayk.errors import EngineDied, InputError, RaykError, TeacherUnavailable, UnusableSignal
+from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
 from rayk.sequences import Sequence
-from rayk.signal import CorruptSignal, SignalBatch, concatenate, decode
+from rayk.signal import SignalBatch, concatenate, decode
 from rayk.speculative import Draft, Verdict
 from rayk.support import Hidden, Requested, Support, TopK
 from rayk.teachers import deployment
-from rayk.teachers.autoscaling import Asker
 from rayk.teachers.background import background, background_stream, wait_for
 from rayk.teachers.cache import SignalCache, check_cacheable
-from rayk.teachers.credit import Credit
+from rayk.teachers.calls import ServedModel
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest, VerifyRequest
 
-# A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
-# again.
-_RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 _PROMPTS_A_CALL = 32
 _CHECKED_POSITIONS = 8
 T = TypeVar("T")
@@ -93,22 +75,7 @@ class Completion:
     reason: str = ""
 
 
-@dataclass
-class Statistics:
-    """What a client has asked and got, since it was made."""
-
-    calls: int = 0
-    retries: int = 0
-    tokens: int = 0
-    """Counted positions whose signals arrived, from a replica or the cache."""
-    cached_tokens: int = 0
-    """Those of them that came from the cache."""
-    bytes: int = 0
-    wait_seconds: float = 0.0
-    """How long `stream` and `score` held their caller."""
-
-
-class Teacher:
+class Teacher(ServedModel):
     """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`.
 
     With a `cache` it is asked only for signals that are not kept there, and those it gives are; all but `requested`
@@ -118,18 +85,18 @@ class Teacher:
         InputError: there is a cache, but the engine does not know its weights.
     """
 
+    section = "teachers"
+    unavailable = TeacherUnavailable
+
     def __init__(self, name: str, info: EngineInfo, settings: TeacherConfig, cache: SignalCache | None = None):
         if cache is not None:
             check_cacheable(info)
+        super().__init__(name, in_flight=settings.in_flight, deadline_seconds=settings.deadline_seconds)
+        self.what = f"Teacher '{name}'"
         self.name = name
         self.cache = cache
         self.info = info
         self.settings = settings
-        self.statistics = Statistics()
-        self._handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name).options(_by_reference=True)
-        self._credit = Credit(name, settings.in_flight)
-        self._asker = f"{socket.gethostname()}-{os.getpid()}-{id(self)}"
-        self._waiting_tokens = 0
         self._head: Future[Head] | None = None
 
     @property
@@ -321,59 +288,6 @@ class Teacher:
         )
         verdicts = dict(zip(order, (verdict for part in parts for verdict in part), strict=True))
         return [verdicts[row] for row in range(len(drafts))]
-
-    async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        """One request, asked until a replica answers or the deadline passes."""
-        last: BaseException | None = None
-
-        def note(state: RetryCallState) -> None:
-            nonlocal last
-            last = state.outcome.exception() if state.outcome else None
-            self.statistics.retries += 1
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(_RETRYABLE),
-            wait=wait_exponential_jitter(initial=0.1, max=5.0),
-            before_sleep=note,
-        )
-        tokens = getattr(request, "tokens", 0)
-        self._waiting_tokens += tokens
-        try:
-            async with self._credit:
-                self.statistics.calls += 1
-                # Serve itself waits without end while no replica is up, hence our own clock.
-                async with asyncio.timeout(self.settings.deadline_seconds):
-                    return await retrying(self._attempt, method, request, read)
-        except TimeoutError as error:
-            raise TeacherUnavailable(self._unavailable(last)) from (last or error)
-        finally:
-            self._waiting_tokens -= tokens
-
-    async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        response = getattr(self._handle, method).remote(request, Asker(self._asker, self._waiting_tokens))
-        try:
-            result = read(await response)
-            return await result if inspect.isawaitable(result) else result
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        except RayTaskError as error:
-            if isinstance(error.cause, InputError):
-                raise InputError(str(error.cause)) from None
-            if isinstance(error, _RETRYABLE):
-                raise
-            raise RaykError(f"Teacher '{self.name}' failed at {method}: {error.cause!r}") from error
-        except RayServeException as error:
-            if isinstance(error, _RETRYABLE):
-                raise
-            raise TeacherUnavailable(self._unavailable(error)) from error
-
-    def _unavailable(self, reason: BaseException | None) -> str:
-        because = f" ({type(reason).__name__})" if reason else ""
-        return (
-            f"Teacher '{self.name}' did not answer within {self.settings.deadline_seconds:g} s{because}; see that its "
-            "replicas run, or raise teachers.deadline_seconds."
-        )
 
 
 async def _head_of(references: list[ray.ObjectRef]) -> Head:

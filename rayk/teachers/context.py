@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayk.config import DataConfig
+from rayk.config import DataConfig, DataSource
 from rayk.data.demonstrations import Shown
 from rayk.data.examples import Example, RowTokenizer
 from rayk.data.sources import Row
@@ -57,7 +57,7 @@ class Demonstrated:
 
 def prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:
     """What makes a row's prompt of `template`, in the tokenizer's chat template where `data` says so."""
-    source = data.train.model_copy(update={"prompt_template": template, "format": "prompt_completion"})
+    source = DataSource(path="", prompt_template=template, format="prompt_completion")
     return RowTokenizer(source, data, tokenizer, prompts_only=True, section="teachers.")
 
 

@@ -40,6 +40,14 @@ class Credit:
         self._leave()
         self._look_again()
 
+    async def replicas(self) -> int:
+        """How many replicas run, looked up now and then; at least 1."""
+        if self._look is None and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._look = asyncio.create_task(self._count())
+        if self._look is not None:
+            await asyncio.shield(self._look)
+        return self._replicas
+
     def _leave(self) -> None:
         self._open -= 1
         self._let_in()

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from rayk.cluster import gpus_each
-from rayk.config import TeacherConfig
+from rayk.config import Replicas, Resources, TeacherConfig
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage, VerifyingEngine
 from rayk.engines.checks import check_verifies
 from rayk.environment import THREADING
@@ -26,6 +26,7 @@ from rayk.teachers.autoscaling import METRIC, Asker, Demand
 logger = logging.getLogger(__name__)
 
 DEPLOYMENT = "teacher"
+"""Its name in a teacher's application, and in the policy's (`rayk.rollouts.served`)."""
 # Far above what credit-bound clients keep open; at Serve's default of 5 its router probes full replicas again and
 # again, and 200 calls in flight ran ten times slower than one by one (PLATFORM §4).
 _MAX_ONGOING_REQUESTS = 1000
@@ -181,11 +182,30 @@ def deploy(config: TeacherConfig) -> None:
     Raises:
         InputError: the model cannot be loaded.
     """
+    start_application(
+        config.name, TeacherReplica, _settings_of(config), config.replicas, config.resources,
+        gpus=_gpus_needed(config), what=f"Teacher '{config.name}'",
+    )  # fmt: skip
+
+
+def start_application(
+    name: str, replica: type, settings: dict, replicas: Replicas, resources: Resources, *, gpus: float, what: str
+) -> None:
+    """Start Serve application `name`, so many copies of `replica(settings)`, and wait until every one stands.
+
+    Args:
+        replica: reports waiting tokens for autoscaling, as `TeacherReplica` does.
+        gpus: what each needs, where `resources` does not say and the cluster has any.
+        what: how errors and warnings call it.
+
+    Raises:
+        InputError: they do not start.
+    """
     serve.start(proxy_location="Disabled")
     actor = {
-        "num_cpus": config.resources.num_cpus,
-        "num_gpus": gpus_each(config.resources.num_gpus, _gpus_needed(config)),
-        "resources": config.resources.custom,
+        "num_cpus": resources.num_cpus,
+        "num_gpus": gpus_each(resources.num_gpus, gpus),
+        "resources": resources.custom,
         "runtime_env": {"env_vars": THREADING},
     }
     options: dict[str, Any] = {
@@ -197,29 +217,29 @@ def deploy(config: TeacherConfig) -> None:
         "max_constructor_retry_count": _START_ATTEMPTS,
         "ray_actor_options": actor,
     }
-    if config.replicas.min == config.replicas.max:
-        options["num_replicas"] = config.replicas.min
+    if replicas.min == replicas.max:
+        options["num_replicas"] = replicas.min
     else:
         options["autoscaling_config"] = {
-            "min_replicas": config.replicas.min,
-            "initial_replicas": max(1, config.replicas.min),  # the model is to be seen to load
-            "max_replicas": config.replicas.max,
+            "min_replicas": replicas.min,
+            "initial_replicas": max(1, replicas.min),  # the model is to be seen to load
+            "max_replicas": replicas.max,
             "metrics_interval_s": _REPORT_SECONDS,
             "look_back_period_s": _LOOK_BACK_SECONDS,
-            "upscale_delay_s": config.replicas.up_seconds,
-            "downscale_delay_s": config.replicas.down_seconds,
+            "upscale_delay_s": replicas.up_seconds,
+            "downscale_delay_s": replicas.down_seconds,
             "policy": {
                 "policy_function": "rayk.teachers.autoscaling:WaitingTokensPolicy",
-                "policy_kwargs": {"tokens_a_replica": config.replicas.waiting_tokens},
+                "policy_kwargs": {"tokens_a_replica": replicas.waiting_tokens},
             },
         }
-    _warn_where_short(config, actor)
-    application = serve.deployment(TeacherReplica).options(**options).bind(_settings_of(config))
+    _warn_where_short(what, replicas.min, actor)
+    application = serve.deployment(replica).options(**options).bind(settings)
     try:
-        serve.run(application, name=config.name, route_prefix=None, logging_config={"log_level": "WARNING"})
+        serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
-        reason = failure_of(config.name) or str(error)
-        raise InputError(f"Teacher '{config.name}' did not start: {reason}") from error
+        reason = failure_of(name) or str(error)
+        raise InputError(f"{what} did not start: {reason}") from error
 
 
 def already_runs(config: TeacherConfig) -> bool:
@@ -255,14 +275,14 @@ def _settings_of(config: TeacherConfig) -> dict:
     return config.model_copy(update={"model": folder} if is_path else {}).model_dump(mode="json")
 
 
-def _warn_where_short(config: TeacherConfig, actor: dict) -> None:
+def _warn_where_short(what: str, replicas: int, actor: dict) -> None:
     """Say what the cluster lacks: Serve waits for it without a word, rightly so where a cluster grows on demand."""
     there = ray.cluster_resources()
     for name, each in {"CPU": actor["num_cpus"], "GPU": actor["num_gpus"], **actor["resources"]}.items():
-        if each * config.replicas.min > there.get(name, 0):
+        if each * replicas > there.get(name, 0):
             logger.warning(
-                "Teacher '%s' asks for %g %s in all, but the cluster has %g now: waiting until it has more.",
-                config.name, each * config.replicas.min, name, there.get(name, 0),
+                "%s asks for %g %s in all, but the cluster has %g now: waiting until it has more.",
+                what, each * replicas, name, there.get(name, 0),
             )  # fmt: skip
 
 

@@ -1,17 +1,18 @@
 """What one Ray Train worker does: prepare, step, measure, checkpoint, until the last step.
 
 The result does not depend on the number of workers or on micro-batching: step i learns from the same rows whoever
-takes them, and every token (or query) weighs 1 / (the step's counted tokens, or queries, over all workers).
+takes them, and every unit (token, pair or query) weighs 1 / (the step's units over all workers).
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import ray
@@ -19,24 +20,27 @@ import ray.train
 import torch
 from torch import Tensor
 
-from rayk.config import RunConfig, TrainingConfig
-from rayk.data.batches import BatchSampler, micro_batches, pad_id_of
+from rayk.config import RunConfig, ServedRollouts, TrainingConfig
+from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
 from rayk.errors import RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
-from rayk.models import load_tokenizer, pick_device
-from rayk.rollouts import Rollout, WorkerPolicy, summarise
+from rayk.models import CausalLM, load_tokenizer, pick_device
+from rayk.rollouts import Policy, PolicyAddress, Rollout, ServedPolicy, WorkerPolicy, summarise
+from rayk.students import make_model
 from rayk.teachers import Teacher, connect_teacher, scorer_of
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
 from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
-from rayk.training.student import Step, Student, make_model, save_model, wrap
-from rayk.training.supply import Prepared, Supply
+from rayk.training.student import UNUSABLE, Step, Student, save_model, wrap
+from rayk.training.supply import Prepared, Span, Supply
 
 logger = logging.getLogger(__name__)
+
+_ROWS_AT_ONCE = 1000  # sorted by length among themselves
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,14 @@ class Job:
     train_table: Any
     evaluation_table: Any
     pretraining_table: Any = None
+    policy: PolicyAddress | None = None
+    """Where the policy is served; None: each worker writes by itself."""
     demonstrator: Any = None
+    """Who shows rows demonstrations, with method `in_context`."""
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
-        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.teachers}
+        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
 
     @property
     def checkpoints(self) -> str:
@@ -122,14 +129,10 @@ class Trainer:
         self._cached_tokens = 0
         teacher = scorer_of(config, self.teachers, self.tokenizer)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
-        policy = None
-        if config.rollouts is not None:
-            policy = WorkerPolicy(
-                model, self.tokenizer, config.rollouts, batch_tokens=self.settings.micro_batch_tokens,
-                precision=self.settings.precision,
-            )  # fmt: skip
-        demonstrator = _fetched(job.demonstrator)
-        self.method: Method = METHODS[config.method.kind](config.method, teacher, policy, demonstrator=demonstrator)
+        self.policy = _policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
+        self.method: Method = METHODS[config.method.kind](
+            config.method, teacher, self.policy, demonstrator=_fetched(job.demonstrator)
+        )
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -144,8 +147,9 @@ class Trainer:
         pad_id = pad_id_of(self.tokenizer)
         beside = None if job.pretraining_table is None else ExampleTable(_fetched(job.pretraining_table))
         self.supply = Supply(
-            config, self.method, policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world, pretraining=beside
-        )
+            config, self.method, self.policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world,
+            pretraining=beside,
+        )  # fmt: skip
         self.store = CheckpointStore(job.checkpoints)
         self.step = 0
         self._restore()
@@ -154,7 +158,7 @@ class Trainer:
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
                 config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
-                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, demonstrator,
+                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, self.method.demonstrator,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
@@ -175,7 +179,7 @@ class Trainer:
                     self.recorder.record(row)
                 if last or self.step % self.settings.checkpoint_every_steps == 0:
                     self._checkpoint()
-                self.supply.advance(self.step)
+                self._advance()
         except StopTogether:
             if self.step > self._saved:
                 self._checkpoint()
@@ -195,14 +199,57 @@ class Trainer:
 
     def _start_together(self) -> None:
         """What ranks do in common once each of them stands; before, one that fails would leave the others waiting."""
-        if len(set(self.ranks.gather(self.step))) > 1:
+        steps, attempts = zip(*self.ranks.gather((self.step, uuid4().hex)), strict=True)
+        if len(set(steps)) > 1:
             raise StopTogether(
                 RunFailed(
                     f"The workers do not find the same checkpoint in '{self.store.place}'; the output directory (or "
                     "training.checkpoints) must be one that all nodes share."
                 )
             )
+        if not self.step:
+            self._look_at_start()
         self.wrapped: Any = wrap(self.module)
+        if (policy := self.policy) is not None:
+            self._together(lambda: policy.begin(attempts[0]))
+
+    def _advance(self) -> None:
+        """Have the policy write with the weights that the learner has now."""
+        if self.policy is not None:
+            self._together(lambda: self.supply.advance(self.step))
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do what may fail on this rank alone, and hear whether it has on any."""
+        problem = None
+        try:
+            work()
+        except Exception as error:
+            problem = error
+        self.ranks.agree(problem)
+
+    def _look_at_start(self) -> None:
+        """Have the method look at the initial weights; where there is a checkpoint, its state is what it saw."""
+        seen, problem = None, None
+        self.student.eval()
+        try:
+            with torch.no_grad():
+                seen = self.method.look_at_start(self.student, self._share_of_everything())
+        except Exception as error:
+            problem = error
+        self.student.train()
+        self.ranks.agree(problem)
+        self.method.on_start(self.ranks.gather(seen))
+
+    def _share_of_everything(self) -> Iterator[Batch]:
+        """This rank's share of the rows that the run will learn from, by length."""
+        steps = min(self.total_steps, -(-len(self.table) // self.settings.batch_size))
+        taken = np.unique(np.concatenate([self.sampler.rows(step) for step in range(steps)]))
+        mine = taken[self.ranks.rank :: self.ranks.world]
+        for start in range(0, len(mine), _ROWS_AT_ONCE):
+            chunk = mine[start : start + _ROWS_AT_ONCE]
+            rows = [answer for row in chunk for answer in self.table[int(row)].answers]
+            for group in micro_batches([len(row) for row in rows], self.settings.micro_batch_tokens):
+                yield collate([rows[row] for row in group], pad_id_of(self.tokenizer)).to(self.device)
 
     def _step(self, step: int, experiences: Iterator[Prepared]) -> dict[str, Any]:
         """One optimiser step; its row of metrics."""
@@ -239,7 +286,10 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "teacher_wait_seconds": waited,
             "step_seconds": seconds,
-            **self._of_rollouts(prepared, step),
+            "ended_at": time.time(),
+            **(_spanned("score", prepared.scored) if self.teachers else {}),
+            **(_spanned("generate", prepared.written) if prepared.written else {}),
+            **self._of_rollouts(prepared.experience, step),
         }
 
     def _update(self, step: int, experience: Experience) -> tuple[float, dict[str, float]]:
@@ -253,6 +303,14 @@ class Trainer:
             names = sorted(sums)
             totals = dict(zip(names, self.ranks.sums([sums[name] for name in names]), strict=True))
             means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
+        if means.get(UNUSABLE) and self.settings.unusable_rows == "stop":
+            self.ranks.agree(
+                RunFailed(
+                    f"In step {step + 1}, tokens have become more than method.ratio_limit times likelier since they "
+                    "were written; lower training.learning_rate, rollouts.max_staleness or method.inner_epochs, or set "
+                    "training.unusable_rows to skip."
+                )
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf)
         self.ranks.agree(
             None
@@ -265,18 +323,16 @@ class Trainer:
         self.optimizer.zero_grad()
         return counts[0], {**means, "gradient_norm": float(norm)}
 
-    def _of_rollouts(self, prepared: Prepared, step: int) -> dict[str, float]:
-        """Means over what the policy wrote for this step, and this rank's seconds for it (ahead of the step)."""
+    def _of_rollouts(self, experience: Experience, step: int) -> dict[str, float]:
+        """Means over what the policy wrote for this step."""
         if self.config.rollouts is None:
             return {}
-        rows = prepared.experience.batch.sequences
+        rows = experience.batch.sequences
         sums = summarise([row for row in rows if isinstance(row, Rollout)], version=step)
         count, *totals = self.ranks.sums(list(sums.values()))
         return {
             "rollouts": int(count),
             **{name: total / max(count, 1) for name, total in zip(list(sums)[1:], totals, strict=True)},
-            "generate_seconds": prepared.generate_seconds,
-            "score_seconds": prepared.score_seconds,
         }
 
     def _newly_cached(self) -> int:
@@ -342,6 +398,19 @@ class Trainer:
         self.step = checkpoint.step
 
 
+def _policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Policy | None:
+    """Who writes with the learner's weights, where the run has `rollouts`."""
+    rollouts, training = job.config.rollouts, job.config.training
+    if job.policy is not None:
+        assert isinstance(rollouts, ServedRollouts)
+        return ServedPolicy(model, rollouts, job.policy, publishes=publishes)
+    if rollouts is None:
+        return None
+    return WorkerPolicy(
+        model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens, precision=training.precision
+    )
+
+
 def steps_of_epochs(settings: TrainingConfig, rows: int) -> int:
     """Optimiser steps in `settings.epochs` passes over `rows` rows, at least one."""
     assert settings.epochs is not None
@@ -355,6 +424,10 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> f
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
     return settings.learning_rate * (settings.final_learning_rate + (1 - settings.final_learning_rate) * share)
+
+
+def _spanned(name: str, span: Span) -> dict[str, float]:
+    return {f"{name}_started_at": span.started_at, f"{name}_seconds": span.seconds}
 
 
 def _mean_over(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:

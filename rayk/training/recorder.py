@@ -31,7 +31,7 @@ class Recorder:
         self._file.flush()
         if self._writer:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and not name.endswith("_at"):
                     self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

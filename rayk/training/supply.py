@@ -1,9 +1,11 @@
 """What each step learns from, begun ahead of it: rows sampled in turn, then teachers asked, results in order."""
 
+import asyncio
 import logging
+import math
 import time
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import closing
+from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,22 +14,40 @@ import numpy as np
 from rayk.config import MiniLLMConfig, RunConfig
 from rayk.data.batches import Batch, BatchSampler, collate
 from rayk.data.examples import ExampleTable
+from rayk.engines.batching import together
 from rayk.errors import RunFailed, UnusableSignal
 from rayk.methods import Experience, Method
 from rayk.rollouts import Policy, VersionGate
 from rayk.rollouts.kept import pack_row, unpack_row
+from rayk.sequences import Sequence
 from rayk.teachers.background import background, background_stream, wait_for
 
 logger = logging.getLogger(__name__)
 
+_Usable = tuple[list[int], Experience | None]
+"""Which rows of a batch can be learned from, and what: None where there are none."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """When something was done: its start in seconds since 1970, and how long it took."""
+
+    started_at: float
+    seconds: float
+
+    @classmethod
+    def since(cls, started_at: float) -> "Span":
+        return cls(started_at, time.time() - started_at)
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """An experience, and what it took: seconds of the policy, and of the teachers."""
+    """An experience, and when this rank's part of it was written and scored."""
 
     experience: Experience
-    generate_seconds: float
-    score_seconds: float
+    written: Span | None
+    """None where nobody wrote: the rows are the data's, or kept of a checkpoint."""
+    scored: Span
 
 
 class Supply:
@@ -75,7 +95,8 @@ class Supply:
         """Have the policy write with the weights that the learner has now."""
         if self._gate is not None:
             assert self._policy is not None
-            self._policy.update(version)
+            if version + self._max_staleness < self._sampler.steps:  # else no step is left that writes with it
+                self._policy.update(version)
             self._sampled.pop(version - 1, None)
             wait_for(background(self._gate.advance()))
 
@@ -105,23 +126,59 @@ class Supply:
             step += 1
 
     async def _prepared(self, step: int) -> Prepared:
-        batch, generate_seconds = self._sampled.get(step), 0.0
-        if batch is None and self._gate is None:
-            batch = await self._sample(step)
-        elif batch is None:
-            assert self._gate is not None
-            async with self._gate.turn(step):
-                began = time.perf_counter()
-                batch = await self._sample(step)
-                self._sampled[step] = batch
-                generate_seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        experience = await self._prepare(batch)
+        """The step's experience: of rows that the policy writes, or of the data's or a checkpoint's."""
+        batch, written = self._sampled.get(step), None
+        if batch is None and self._gate is not None:
+            experience, written, scored = await self._written(step, self._gate)
+        else:
+            experience, scored = await self._scored(batch or await self._sample(step))
         if self._pretraining is not None:
-            text = self._rows(step, self._pretraining, self._pretraining_sampler)
-            beside = await self._prepare(text)
+            beside, _ = await self._scored(self._rows(step, self._pretraining, self._pretraining_sampler))
             experience = replace(experience, beside=beside, skipped=experience.skipped + beside.skipped)
-        return Prepared(experience, generate_seconds, time.perf_counter() - began)
+            scored = Span.since(scored.started_at)
+        return Prepared(experience, written, scored)
+
+    async def _scored(self, batch: Batch) -> tuple[Experience, Span]:
+        began = time.time()
+        experience = self._joined(batch.rows, [([*range(batch.rows)], await self._usable(batch))])
+        return experience, Span.since(began)
+
+    async def _written(self, step: int, gate: VersionGate) -> tuple[Experience, Span, Span]:
+        """What the policy writes for the step, group by group: teachers are asked about one while it writes the
+        next."""
+        rows, seeds = self._rows(step, self._table, self._sampler), self._seeds(step)
+        progress = step / self._sampler.steps
+        sampled: dict[int, Sequence] = {}
+        scoring: list[tuple[list[int], asyncio.Task[_Usable]]] = []
+        async with together() as tasks, gate.turn(step), self._in_time(step):
+            began = time.time()
+            scored_from = math.inf
+            for group in self._method.groups(rows, seeds, progress):
+                part = await self._method.sample(rows.select(group), [seeds[row] for row in group], progress)
+                sampled |= zip(group, part.sequences, strict=True)
+                scored_from = min(scored_from, time.time())
+                scoring.append((group, tasks.create_task(self._usable(part))))
+            self._sampled[step] = collate([sampled[row] for row in range(rows.rows)], self._pad_id)
+            written = Span.since(began)
+        experience = self._joined(rows.rows, [(group, task.result()) for group, task in scoring])
+        return experience, written, Span.since(scored_from)
+
+    @asynccontextmanager
+    async def _in_time(self, step: int) -> AsyncIterator[None]:
+        """Held while the policy writes for `step`, no longer than the settings allow."""
+        assert self._config.rollouts is not None
+        clock = asyncio.timeout(self._config.rollouts.timeout_seconds)
+        try:
+            async with clock:
+                yield
+        except TimeoutError as error:
+            if not clock.expired():
+                raise
+            raise RunFailed(
+                f"The completions of step {step + 1} took longer than rollouts.timeout_seconds "
+                f"({self._config.rollouts.timeout_seconds} s); see what holds them up, lower rollouts.max_new_tokens, "
+                "or raise it."
+            ) from error
 
     async def _sample(self, step: int) -> Batch:
         rows = self._rows(step, self._table, self._sampler)
@@ -137,15 +194,35 @@ class Supply:
         keys = ([self._config.seed, step, int(place)] for place in places)
         return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
 
-    async def _prepare(self, batch: Batch) -> Experience:
-        try:
-            return await self._method.prepare(batch)
-        except UnusableSignal as error:
-            usable = [row for row in range(batch.rows) if row not in error.rows]
-            if self._config.training.unusable_rows == "stop":
-                raise RunFailed(f"{error} Set training.unusable_rows to skip to go on without such rows.") from error
-            if not usable:
-                raise RunFailed(f"{error} No row of the step is left.") from error
-            logger.warning("%s Left out, with %d rows in all.", error, len(error.rows))
-            rest = await self._prepare(batch.select(usable))
-            return replace(rest, skipped=rest.skipped + len(error.rows))
+    async def _usable(self, batch: Batch) -> _Usable:
+        """What can be learned from of `batch`, and which of its rows that are."""
+        rows = list(range(batch.rows))
+        while rows:
+            try:
+                left = batch if len(rows) == batch.rows else batch.select(rows)
+                return rows, await self._method.prepare(left)
+            except UnusableSignal as error:
+                if self._config.training.unusable_rows == "stop":
+                    hint = "Set training.unusable_rows to skip to go on without such rows."
+                    raise RunFailed(f"{error} {hint}") from error
+                logger.warning("%s Left out, with %d rows in all.", error, len(error.rows))
+                rows = [row for place, row in enumerate(rows) if place not in error.rows]
+        return rows, None
+
+    def _joined(self, count: int, parts: Iterable[tuple[list[int], _Usable]]) -> Experience:
+        """The experience of `count` rows, in their order, from `parts`: which rows each was, and what is left of it.
+
+        Raises:
+            RunFailed: too little is left to learn from.
+        """
+        usable = [(group, kept, experience) for group, (kept, experience) in parts if experience is not None]
+        rows = [group[row] for group, kept, _ in usable for row in kept]
+        if len(rows) < self._method.fewest_rows:
+            raise RunFailed(
+                f"Of the step's {count} rows {len(rows)} are left to learn from, but {self._method.fewest_rows} are "
+                "needed; see above why the others could not be used."
+            )
+        experience = Experience.joined([experience for *_, experience in usable])
+        if rows != sorted(rows):
+            experience = experience.select(np.argsort(rows).tolist())
+        return replace(experience, skipped=count - len(rows))

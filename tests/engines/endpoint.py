@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 class Reply:
     status: int = 200
     body: bytes | None = None
-    """By default a completion that repeats the prompt in brackets."""
+    """By default what the endpoint's `answer` makes of the request."""
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     cut_off: bool = False
@@ -35,10 +36,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class Endpoint:
-    """Gives each prompt the replies written for it, one a request, and proper ones after them."""
+    """Gives each prompt the replies written for it, one a request, and proper ones after them.
+
+    Attributes:
+        answer: makes the proper ones; by default completions that repeat the prompt in brackets.
+    """
 
     def __init__(self) -> None:
         self.replies: dict[str, list[Reply]] = defaultdict(list)
+        self.answer: Callable[[dict[str, Any]], bytes] = completion
         self.asked: list[Asked] = []
         self.most_at_once = 0
         self._open = 0
@@ -50,6 +56,12 @@ class Endpoint:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def begin_anew(self) -> None:
+        """Forget what was asked and told."""
+        self.replies.clear()
+        self.asked.clear()
+        self.answer = completion
 
     def requests_of(self, prompt: str) -> list[Asked]:
         return [each for each in self.asked if each.prompt == prompt]
@@ -64,7 +76,7 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 reply = endpoint._begin(self.path, self.headers.get("authorization", ""), body)
                 time.sleep(reply.delay_seconds)
-                content = completion(body) if reply.body is None else reply.body
+                content = endpoint.answer(body) if reply.body is None else reply.body
                 with endpoint._lock:
                     endpoint._open -= 1
                 self.send_response(reply.status)
@@ -94,9 +106,9 @@ def prompt_of(body: dict[str, Any]) -> str:
     return body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
 
-def completion(body: dict[str, Any], **changed: Any) -> bytes:
+def completion(body: dict[str, Any], written: str | None = None, **changed: Any) -> bytes:
     """A proper answer to `body`, three tokens for the prompt and two written; `changed`: parts of its choice."""
-    text = f"[{prompt_of(body)}]"
+    text = f"[{prompt_of(body)}]" if written is None else written
     content = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
     choice = {"index": 0, "finish_reason": "stop", "logprobs": None} | content | changed
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}

@@ -16,7 +16,7 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
 from rayk.evaluation.options import answer_by_options
 from rayk.teachers.context import Demonstrated
 from rayk.training.student import Student
-from tests.methods.test_in_context import write_tasks
+from tests.runs import write_tasks
 
 DRAWS = 3
 

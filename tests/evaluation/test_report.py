@@ -242,3 +242,34 @@ def test_report_that_cannot_be_written_is_an_input_error(tmp_path):
         write_report([run], run / "config.yaml" / "report.html")
     with pytest.raises(InputError, match="at least one"):
         write_report([], tmp_path / "report.html")
+
+
+WRITING = {
+    "kind": "chain_of_thought", "about": "rationales that end in the right answer", "paper": "arXiv 2212.10071",
+    "teacher": {"name": "t", "model": "models/big-teacher", "engine": "openai"},
+    "prompts": 5, "candidates": 40, "kept": 30, "rejected": {"repetition": 0, "wrong_answer": 10}, "unanswered": 0,
+    "figures": [{"name": "teacher's accuracy", "value": 0.75, "share": True},
+                {"name": "different rationales a question", "value": 2.5, "share": False}],
+    "usage": {"requests": 1234, "cost": 0.5},
+    "examples": {
+        "kept": [{"where": "line 1", "prompt": "2 + 2?", "completion": "so --> 4", "rejected_by": "", "reason": ""}],
+        "rejected": [{"where": "line 2", "prompt": "3 + 3?", "completion": "<script>", "rejected_by": "wrong_answer",
+                      "reason": "7, where 6 is right"}],
+    },
+}  # fmt: skip
+
+
+def test_what_a_teacher_wrote_is_told_with_what_was_kept_and_why_not(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "synthesis").mkdir()
+    (run / "synthesis" / "summary.json").write_text(json.dumps(WRITING))
+    page = report_of(tmp_path, run, make_run(tmp_path / "plain"))
+    told = text_of(page)
+    assert "big-teacher wrote for 5 prompts: rationales that end in the right answer (arXiv 2212.10071)." in told
+    assert "kept 30 (75.0%) rejected: repetition 0 (0.0%) rejected: wrong_answer 10 (25.0%)" in told
+    assert "teacher's accuracy 75.0% different rationales a question 2.50 requests 1,234" in told
+    assert "cost, in the currency of the prices 0.5000" in told
+    assert "line 2 3 + 3? ✗ wrong_answer: 7, where 6 is right" in told
+    assert "line 1 2 + 2? ✓ kept so --> 4" in told
+    assert "<script" not in page
+    assert "What the teacher wrote" not in report_of(tmp_path, tmp_path / "plain")

@@ -1,7 +1,6 @@
 """in_context: label words and tokens against whole logits, teacher and student after demonstrations of their own."""
 
 import asyncio
-import json
 import shutil
 from dataclasses import replace
 
@@ -21,24 +20,9 @@ from rayk.plan import plan
 from rayk.run import distill
 from rayk.teachers.context import Demonstrated
 from rayk.training.student import Student
-from tests.runs import assert_same_learning, config, curve, metrics, settings, weights
+from tests.runs import assert_same_learning, config, curve, metrics, settings, weights, write_tasks
 
-WORDS = ["cat", "dog", "mat", "log", "sat"]
-OPTIONS = [["the log", "no"], ["yes", "no", "the mat and the dog"]]
 ALPHA = 0.25
-
-
-def write_tasks(folder, count=24):
-    """Two tasks with options of unequal number and length."""
-    random = np.random.default_rng(0)
-    lines = []
-    for i in range(count):
-        text = " ".join(random.choice(WORDS, random.integers(1, 7)))
-        options = OPTIONS[i % 2]
-        row = {"prompt": f"{text} {i}", "completion": options[i // 2 % len(options)], "options": options}
-        lines.append(json.dumps(row | {"task": f"task {i % 2}"}) + "\n")
-    folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(lines))
 
 
 def method_of(demonstrations=None, **values):

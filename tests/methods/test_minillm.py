@@ -43,7 +43,7 @@ def watched(monkeypatch):
     return seen
 
 
-def by_hand(experience, student, teacher, vocabulary, alpha, form):
+def by_hand(experience, student, teacher, vocabulary, alpha, form, single_step=True):
     """The loss, token by token and sequence by sequence, from dense logits of both models.
 
     q is a distribution over real tokens: the padding of the embedding is never drawn. The teacher's log-probs of single
@@ -61,7 +61,8 @@ def by_hand(experience, student, teacher, vocabulary, alpha, form):
         if form == "lmops":
             rewards = [max(-100.0, min(100.0, reward / 0.5)) for reward in rewards]
         for i, t in enumerate(places):
-            after = rewards[i + 1 :] if form == "paper" else [0.95**n * r for n, r in enumerate(rewards[i:])]
+            first, discount = (i + 1 if single_step else i, 1.0) if form == "paper" else (i, 0.95)
+            after = [discount**n * reward for n, reward in enumerate(rewards[first:])]
             p, q = (float(each[t - 1, ids[0, t]].exp()) for each in (log_p, log_q))
             weight = q / (alpha * p + (1 - alpha) * q)
             reverse_kl = float((log_q[t - 1].exp() * (log_q[t - 1] - log_p[t - 1])).sum())
@@ -70,14 +71,27 @@ def by_hand(experience, student, teacher, vocabulary, alpha, form):
     if form == "lmops":
         returns = (returns - returns.mean()) / np.sqrt(returns.var() + 1e-8)
     clipped = np.clip(weight, 0.8, 1.2)
-    total = np.maximum(-returns * weight, -returns * clipped) + (weight if form == "paper" else 1.0) * reverse_kl
+    total = np.maximum(-returns * weight, -returns * clipped)
+    if single_step:
+        total += (weight if form == "paper" else 1.0) * reverse_kl
     return total.mean()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-@pytest.mark.parametrize("form", ["paper", "lmops"])
-def test_the_loss_is_the_papers_on_what_both_wrote(form, alpha, watched, tmp_path, tiny_student, tiny_teacher, served):
-    method = EXACT | {"form": form, "teacher_share": alpha}
+@pytest.mark.parametrize(
+    ("form", "single_step", "alpha"),
+    [
+        ("paper", True, 0.0),
+        ("paper", True, 0.5),
+        ("paper", False, 0.5),
+        ("lmops", True, 0.0),
+        ("lmops", True, 0.5),
+        ("lmops", False, 0.0),
+    ],
+)
+def test_the_loss_is_the_papers_on_what_both_wrote(
+    form, single_step, alpha, watched, tmp_path, tiny_student, tiny_teacher, served
+):
+    method = EXACT | {"form": form, "single_step": single_step, "teacher_share": alpha}
     run = changed(tmp_path, tiny_student, method, steps=2, micro_batch_tokens=100_000)
     distill(run)
     vocabulary = served.info.vocab_size
@@ -86,7 +100,7 @@ def test_the_loss_is_the_papers_on_what_both_wrote(form, alpha, watched, tmp_pat
         student.load_state_dict(state)
         assert all(isinstance(each, Rollout) for each in experience.batch.sequences)
         assert row["counted_tokens"] == sum(len(each) - each.prompt_tokens for each in experience.batch.sequences)
-        expected = by_hand(experience, student, teacher, vocabulary, alpha, form)
+        expected = by_hand(experience, student, teacher, vocabulary, alpha, form, single_step)
         assert row["loss"] == pytest.approx(expected, rel=5e-3, abs=2e-3)
         assert 0 < row["rollout_acceptance"] <= 1 and (row["rollout_teacher_calls"] > 0) == (alpha > 0)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayk.config import OnPolicyConfig, TeacherConfig, WorkerRollouts, parse_config
 from rayk.data.batches import collate
 from rayk.data.examples import Example, tokenize
-from rayk.errors import InputError
+from rayk.errors import InputError, UnusableSignal
 from rayk.methods import METHODS, OnPolicy
 from rayk.plan import plan
 from rayk.rollouts import Rollout, WorkerPolicy
@@ -305,3 +305,63 @@ def test_what_the_policy_form_cannot_do_is_named(tmp_path, method, rollouts, sai
     with pytest.raises(InputError) as caught:
         changed(tmp_path, "m", {"kind": "on_policy", "form": "policy"} | method, rollouts=rollouts)
     assert said in str(caught.value)
+
+
+def test_teachers_read_one_group_while_the_next_is_written(monkeypatch, tmp_path, tiny_student, served):
+    happened: list[tuple[str, int]] = []
+    learned: list[list[int]] = []
+
+    class Telling(OnPolicy):
+        async def sample(self, batch, seeds, progress):
+            written = await super().sample(batch, seeds, progress)
+            happened.append(("written", batch.rows))
+            return written
+
+        async def prepare(self, batch):
+            happened.append(("asked", batch.rows))
+            experience = await super().prepare(batch)
+            happened.append(("answered", batch.rows))
+            return experience
+
+        def updates(self, experience, seed):
+            learned.append([int(row.where.rsplit(" ")[-1]) for row in experience.batch.sequences])
+            return super().updates(experience, seed)
+
+    monkeypatch.setitem(METHODS, "on_policy", Telling)
+    one = distill(changed(tmp_path / "one", tiny_student, steps=2))
+    assert happened == [(what, 8) for _ in range(2) for what in ("written", "asked", "answered")]
+    happened.clear()
+    several = distill(changed(tmp_path / "several", tiny_student, steps=2, micro_batch_tokens=120))
+    assert sum(rows for what, rows in happened if what == "written") == 16
+    kinds = [what for what, _ in happened]
+    assert kinds.count("written") > 4
+    assert kinds.index("asked") < [place for place, what in enumerate(kinds) if what == "written"][1]
+    assert learned[:2] == learned[2:], "rows stand in another order than the data's"
+    assert_same_learning(one.output, several.output)
+
+
+def test_rows_that_cannot_be_used_are_left_out_of_their_group(monkeypatch, tmp_path, tiny_student, served):
+    learned: list[list[int]] = []
+
+    class Refusing(OnPolicy):
+        async def prepare(self, batch):
+            bad = [row for row, sequence in enumerate(batch.sequences) if int(sequence.where.rsplit(" ")[-1]) % 3 == 0]
+            if bad:
+                raise UnusableSignal("These rows cannot be used.", bad)
+            return await super().prepare(batch)
+
+        def updates(self, experience, seed):
+            learned.append([int(row.where.rsplit(" ")[-1]) for row in experience.batch.sequences])
+            return super().updates(experience, seed)
+
+    monkeypatch.setitem(METHODS, "on_policy", Refusing)
+    runs = {
+        tokens: distill(
+            changed(tmp_path / str(tokens), tiny_student, steps=3, unusable_rows="skip", micro_batch_tokens=tokens)
+        )
+        for tokens in (8192, 120)
+    }  # fmt: skip
+    assert learned[:3] == learned[3:]
+    assert all(line % 3 for rows in learned for line in rows)
+    assert curve(runs[120].output, "skipped_rows") == [8 - len(rows) for rows in learned[3:]]
+    assert_same_learning(runs[8192].output, runs[120].output)

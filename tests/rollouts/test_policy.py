@@ -142,3 +142,19 @@ def test_metrics_tell_length_end_repetition_and_age():
     assert repetition(np.array([7] * 13)) == pytest.approx(9 / 10)
     sums = summarise([rollout([7] * 13, "length", 2), rollout([1, 2], "stop", 3)], version=4)
     assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3, 5, 5 / 6])
+
+
+def test_who_leaves_ends_what_was_being_written_for_him(learner):
+    learner.generation_config.eos_token_id = None
+    policy, forwards = policy_of(learner), []
+    learner.register_forward_hook(lambda *_: forwards.append(1))
+    endless = SamplingParameters(max_new_tokens=400)
+
+    async def left():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(policy.generate(prompts(), endless, range(24)), 0.1)
+        return await policy.generate(prompts(1), PARAMETERS, [0])  # on the same thread, after it
+
+    [rollout] = asyncio.run(left())
+    assert len(rollout.completion_ids) == 8
+    assert len(forwards) < 300

@@ -142,8 +142,8 @@ def cached_config(folder: Path, student: str, name: str, **changes):
 
 
 def steps(run: Path) -> list[dict]:
-    timed = ("tokens_per_second", "teacher_wait_seconds", "step_seconds", "cached_tokens")
-    return [{name: value for name, value in row.items() if name not in timed} for row in metrics(run)]
+    timed = ("_seconds", "_at", "tokens_per_second", "cached_tokens")
+    return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in metrics(run)]
 
 
 def test_a_second_run_asks_nothing_and_learns_the_same(tmp_path, tiny_student, served):

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayk.config import TeacherConfig, TrainingConfig, parse_config
+from rayk.config import TrainingConfig, parse_config
 from rayk.data.batches import BatchSampler
 from rayk.data.examples import tokenize
 from rayk.errors import RunFailed
@@ -16,7 +16,6 @@ from rayk.methods import METHODS, Supervised
 from rayk.run import distill
 from rayk.sequences import Sequence
 from rayk.support import TopK
-from rayk.teachers import serve_teacher
 from rayk.training.loop import learning_rate_at
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -126,20 +125,6 @@ def test_hidden_signals_teach_what_the_whole_vocabulary_would(tmp_path, served):
         curves[name] = curve(tmp_path / name / "run")
     np.testing.assert_allclose(curves["hidden"], curves["topk"], atol=1e-3)
     np.testing.assert_allclose(curves["sampled"], curves["topk"], rtol=0.1)
-
-
-@pytest.fixture
-def broken(ray_cluster, tmp_path):
-    """A teacher that computes NaN for every row with an '8' in it, and how `teachers` names it."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(seed=1, peaked=4.0)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[tokenizer("8").input_ids[0]] = torch.nan
-    model.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
-    settings = TeacherConfig(name="broken", model=str(tmp_path / "broken"), resources={"num_cpus": 0.25})
-    with serve_teacher(settings):
-        yield [{"name": "broken", "attach": True}]
 
 
 def test_rows_without_a_usable_signal_stop_the_run_or_are_left_out(tmp_path, tiny_student, served, broken):

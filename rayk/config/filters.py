@@ -1,0 +1,148 @@
+"""The filters of quality control, told apart by `kind`: what is left out of what teachers write."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rayk.config.base import Positive, Settings, Share
+
+FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+
+
+class FieldFilter(Settings):
+    """What filters of one field share."""
+
+    field: str = "completion"
+    """Which field of the candidate is judged: `prompt`, `completion`, or one that the recipe adds."""
+
+
+class EmptyFilter(FieldFilter):
+    """Rejects what has no visible character."""
+
+    kind: Literal["empty"] = "empty"
+
+
+class TruncatedFilter(Settings):
+    """Rejects completions that were cut at the token limit (`finish_reason` is 'length')."""
+
+    kind: Literal["truncated"] = "truncated"
+
+
+class LengthFilter(FieldFilter):
+    """Rejects what is shorter or longer; of scripts without spaces a word is a character."""
+
+    kind: Literal["length"] = "length"
+    unit: Literal["words", "characters", "tokens"] = "words"
+    """`tokens`: those that the teacher counted of its completion, whatever `field` says."""
+    minimum: Annotated[int, Field(ge=0)] = 1
+    maximum: Positive | None = None
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> "LengthFilter":
+        if self.maximum is not None and self.maximum < self.minimum:
+            raise ValueError(f"filter 'length': maximum ({self.maximum}) is below minimum ({self.minimum})")
+        return self
+
+
+class LanguageFilter(FieldFilter):
+    """Rejects what is in another language (py3langid). Text too short or too mixed to tell is kept."""
+
+    kind: Literal["language"] = "language"
+    languages: Annotated[list[str], Field(min_length=1)]
+    """ISO 639-1 codes: en, zh, de, …"""
+    margin: Annotated[float, Field(ge=1)] = 10.0
+    """How many times likelier another language must be than those wanted together."""
+
+
+class RepetitionFilter(FieldFilter):
+    """Rejects what goes round in circles: too many of its n-grams of words repeat earlier ones, or too much of it is
+    one character over and over."""
+
+    kind: Literal["repetition"] = "repetition"
+    n: Positive = 4
+    maximum: Share = 0.3
+    """The largest share of repeated n-grams, or of one run of one character, that is kept."""
+
+
+class RefusalFilter(FieldFilter):
+    """Rejects answers that begin by refusing (the patterns in `rayk.text.refusals`)."""
+
+    kind: Literal["refusal"] = "refusal"
+    patterns: list[str] = Field(default_factory=list)
+    """Regular expressions beside the built-in ones, sought in the beginning of the answer in lower case."""
+
+    @field_validator("patterns")
+    @classmethod
+    def _compile(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
+        return patterns
+
+
+class KeywordsFilter(FieldFilter):
+    """Rejects what has one of the words or phrases in it, as whole words whatever their case; of scripts without
+    spaces, anywhere."""
+
+    kind: Literal["keywords"] = "keywords"
+    keywords: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+class ContaminationFilter(Settings):
+    """Rejects what shares a run of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165 appendix C). A
+    shorter evaluation prompt rejects only a field that is the same, word for word."""
+
+    kind: Literal["contamination"] = "contamination"
+    n: Positive = 13
+    """Words in the run; of scripts without spaces, characters."""
+    fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
+
+
+class NearDuplicatesFilter(Settings):
+    """Rejects what is nearly the same as a candidate kept before: Jaccard similarity of their sets of word n-grams,
+    whose pairs are found by MinHash (datasketch)."""
+
+    kind: Literal["near_duplicates"] = "near_duplicates"
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """The similarity from which on a candidate is a duplicate."""
+    n: Positive = 3
+    permutations: Annotated[int, Field(ge=16)] = 128
+    """Hashes of each text: more of them miss fewer pairs near the threshold and take more memory, 8 bytes each."""
+    fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
+    """Compared together as one text."""
+
+
+class RougeFilter(Settings):
+    """Rejects what has ROUGE-L F ≥ `threshold` to a candidate kept before (Self-Instruct, arXiv 2212.10560 §2.2)."""
+
+    kind: Literal["rouge"] = "rouge"
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    field: str = "prompt"
+
+
+class CustomFilter(Settings):
+    """Asks a function of the user's: it is given the candidate (a mapping of fields) and returns None to keep it, or
+    the reason for leaving it out as text."""
+
+    kind: Literal["custom"] = "custom"
+    function: Annotated[str, Field(pattern=FUNCTION_PATTERN)]
+    """'module:name'; the module is looked for where rayk was started, too."""
+
+
+FilterConfig = Annotated[
+    EmptyFilter
+    | TruncatedFilter
+    | LengthFilter
+    | LanguageFilter
+    | RepetitionFilter
+    | RefusalFilter
+    | KeywordsFilter
+    | ContaminationFilter
+    | NearDuplicatesFilter
+    | RougeFilter
+    | CustomFilter,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,171 @@
+"""What teachers write for the student to learn from, and how; told apart by `kind`."""
+
+import string
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from rayk.config.base import AnswerPattern, Positive, Settings
+from rayk.config.data import DataSource
+from rayk.config.filters import FUNCTION_PATTERN, FilterConfig, TruncatedFilter
+
+AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
+
+
+class SamplingConfig(Settings):
+    """How the teacher writes."""
+
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Texts that end a completion and are no part of it, such as "\\nQ:" for a base model that would go on asking."""
+
+
+class AnswerConfig(Settings):
+    """What counts as an answer, and where a row has the right one."""
+
+    type: AnswerType = "free"
+    """What an answer looks like in what the teacher writes. `choice`: one of the letters `choices`; `date`: with the
+    month before the day where both are numbers; `free`: text up to the end of its line."""
+    choices: Annotated[str, Field(pattern=r"^[A-Z]{2,}$")] = "ABCDE"
+    field: str = "answer"
+    """The row's field with the truth."""
+    pattern: AnswerPattern | None = None
+    """A regular expression with one group that finds the answer in that field (the last match counts), such as
+    '#### (.+)'; by default the whole field."""
+
+
+def _whole_ones() -> list[FilterConfig]:
+    return [TruncatedFilter()]
+
+
+class SynthesisSettings(Settings):
+    """What all recipes share."""
+
+    kind: str
+    teacher: str | None = None
+    """Which of `teachers` writes; by default the first. Unless the method asks it for signals too, it comes down before
+    training, and may have a tokenizer of its own."""
+    prompts: DataSource | None = None
+    """The rows to write for, instead of `data.train`; only their prompts are read, and the truth where it is used."""
+    chat: bool = False
+    """Wrap what the teacher is asked in its tokenizer's chat template, as a user's message. An endpoint (engine kind
+    `openai`) has its own `engine.chat`."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    filters: list[FilterConfig] = Field(default_factory=_whole_ones)
+    """What is left out of what was written, in this order; by default what was cut at `sampling.max_new_tokens`, for
+    the student would learn to stop so."""
+    in_flight: Positive = 64
+    """Prompts asked for at once."""
+
+    @property
+    def reads_truth(self) -> bool:
+        """Whether the rows' right answers are needed."""
+        return False
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Whether the teacher makes up the prompts too, so that no rows are given."""
+        return False
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether the teacher must tell the log-probs of what it writes."""
+        return False
+
+
+class ResponsesConfig(SynthesisSettings):
+    """The teacher's answers to the rows' prompts (SeqKD)."""
+
+    kind: Literal["responses"] = "responses"
+    samples: Positive = 1
+    """Completions asked for each prompt."""
+    keep: Literal["all", "best"] = "all"
+    """All samples of a prompt, or the one that `scorer` likes best (the first of equals)."""
+    scorer: Annotated[str, Field(pattern=rf"^(mean_logprob|answer|{FUNCTION_PATTERN[1:-1]})$")] = "mean_logprob"
+    """For `keep: best`: the teacher's own `mean_logprob`; `answer`: a right one, and no sample where none is right; or
+    your function `module:name`, called with (prompt, completion, row), which returns a number, higher is better."""
+    answer: AnswerConfig = Field(default_factory=AnswerConfig)
+    """For scorer `answer`."""
+
+    @property
+    def reads_truth(self) -> bool:
+        return self.keep == "best" and self.scorer == "answer"
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.keep == "best" and self.scorer == "mean_logprob"
+
+
+def _template_with(*needed: str):
+    def check(template: str) -> str:
+        try:
+            names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"is not a template: {error}; write {{{{ and }}}} for literal braces") from error
+        if names != set(needed):
+            raise ValueError(f"needs the names {', '.join(f'{{{name}}}' for name in needed)} and no others")
+        return template
+
+    return AfterValidator(check)
+
+
+class ChainOfThoughtConfig(SynthesisSettings):
+    """The teacher's rationales that end in the right answer (Fine-tune-CoT)."""
+
+    kind: Literal["chain_of_thought"] = "chain_of_thought"
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
+    rationales: Positive = 1
+    """D: rationales asked for each question."""
+    answer: AnswerConfig = Field(default_factory=AnswerConfig)
+    keep: Literal["correct", "answered"] = "correct"
+    """Rationales whose answer is the row's; or all that have an answer, where rows have no truth."""
+    rationale_template: Annotated[str, _template_with("question")] = "Q: {question}\nA: Let's think step by step."
+    """The first call."""
+    answer_template: Annotated[str, _template_with("asked", "rationale")] = (
+        "{asked} {rationale}\nTherefore, the answer is"
+    )
+    """The second call; {asked} is the first."""
+    answer_tokens: Positive = 32
+    """Longest answer of the second call, which is greedy."""
+    student_format: Literal["delimiters", "plain"] = "delimiters"
+    """What the student learns: `<question> ###` and `<rationale> --> <answer>`; or the question as it is and
+    `<rationale>\\nTherefore, the answer is <answer>.`, which suits `data.chat_template: true`."""
+
+    @property
+    def reads_truth(self) -> bool:
+        return self.keep == "correct"
+
+
+class SelfInstructConfig(SynthesisSettings):
+    """Tasks with inputs and answers that the teacher makes up itself (Self-Instruct); a base model will do."""
+
+    kind: Literal["self_instruct"] = "self_instruct"
+    seed_tasks: str | None = None
+    """The tasks it starts from, JSONL in the paper's format: {"instruction": …, "is_classification": true or false,
+    "instances": [{"input": …, "output": …}, …]}. By default 70 that were written for rayk."""
+    instructions: Positive = 1000
+    """How many to make up; fewer where the teacher has no new ideas any more. Each becomes up to 5 rows."""
+    batch: Positive = 16
+    """Lists of 8 new instructions asked for before they join the pool."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=1024, temperature=0.7, top_p=0.5)
+    """Of the lists; whether a task is a classification and its instances are written greedily."""
+    instance_tokens: Positive = 350
+    """Longest text of a task's instances."""
+    blacklist: tuple[Annotated[str, Field(min_length=1)], ...] = (
+        "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
+        "go to",
+    )  # fmt: skip
+    """Words of instructions that a model of text alone cannot follow; the paper's. [] for none."""
+    filters: list[FilterConfig] = Field(default_factory=list)
+    """Of the rows, beside the recipe's own rules. A cut answer's last instance is left out anyway, but `truncated`
+    would leave out the whole ones before it too."""
+
+    @property
+    def makes_prompts(self) -> bool:
+        return True
+
+
+SynthesisConfig = Annotated[ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig, Field(discriminator="kind")]

@@ -1,0 +1,128 @@
+"""What a recipe is: prompts in, candidates for training rows out, in an order that depends on nothing but them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rayk.config import SamplingConfig, SynthesisSettings
+from rayk.engines.base import SamplingParameters
+from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.scribe import Scribe, in_order
+from rayk.synthesis.store import Written
+
+S = TypeVar("S", bound=SynthesisSettings)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A training row that may be.
+
+    Attributes:
+        prompt, completion: what the student would learn.
+        origin: which prompt it is for, by place.
+        written: what the teacher wrote for it, call by call.
+        fields: what else is kept with it.
+        rejected_by: the check that it did not pass, with the `reason` in words; empty while it is kept.
+    """
+
+    prompt: str
+    completion: str
+    origin: int
+    written: tuple[Written, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    rejected_by: str = ""
+    reason: str = ""
+
+    def rejected(self, by: str, reason: str) -> "Candidate":
+        return replace(self, rejected_by=by, reason=reason)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of the report: a share from 0 to 1, or a mean."""
+
+    name: str
+    value: float
+    share: bool = True
+
+
+class Recipe(ABC, Generic[S]):
+    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them."""
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: Scribe):
+        self.settings, self.prompts, self.scribe = settings, prompts, scribe
+
+    @classmethod
+    def check(cls, settings: S) -> None:
+        """Refuse settings that cannot work, before a teacher is brought up.
+
+        Raises:
+            InputError: they cannot.
+        """
+
+    @classmethod
+    def own_prompts(cls, settings: S) -> list[Prompt]:
+        """What a recipe starts from that makes up its prompts (`settings.makes_prompts`).
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def requests(self) -> int:
+        """The completions it asks for, at the most."""
+
+    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
+        """The candidates of one prompt, those that cannot be used rejected with the reason. A recipe that does not go
+        prompt by prompt has `candidates` instead."""
+        raise NotImplementedError
+
+    async def candidates(self) -> AsyncGenerator[Candidate, None]:
+        """All candidates, prompt by prompt."""
+        self.scribe.total = self.requests
+        work = (self.write_for(place, prompt) for place, prompt in enumerate(self.prompts))
+        async with aclosing(in_order(work, self.settings.in_flight)) as written:
+            async for candidates in written:
+                for candidate in candidates:
+                    yield candidate
+
+    def choose(self, kept: list[Candidate]) -> list[Candidate]:
+        """Look once more at what has passed the filters, all prompts together: the same candidates in order, some of
+        them rejected now."""
+        return kept
+
+    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
+        """What the recipe reports of all its candidates."""
+        return []
+
+
+def parameters_of(sampling: SamplingConfig) -> SamplingParameters:
+    """How the teacher is asked to write."""
+    return SamplingParameters(
+        sampling.max_new_tokens, sampling.temperature, sampling.top_p, stop=tuple(sampling.stop)
+    )  # fmt: skip
+
+
+def text_of(written: Written, stop: Sequence[str] = ()) -> str:
+    """What was written up to the text that ended it (engines differ in whether they keep that), without the white space
+    behind."""
+    text = written.text
+    for each in stop:
+        text = text.split(each, 1)[0]
+    return text.rstrip()
+
+
+def fault_of(written: Written, text: str) -> tuple[str, str] | None:
+    """The check that a completion does not pass by itself, and why; None where it is one."""
+    if written.finish_reason == "error":
+        return "unanswered", written.reason
+    if not text.strip():
+        return "empty", "the teacher wrote nothing"
+    return None

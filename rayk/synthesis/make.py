@@ -1,0 +1,155 @@
+"""From prompts to training rows: a recipe's candidates, checked, filtered, and told of."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any
+
+from rayk.config import SynthesisSettings
+from rayk.errors import RunFailed
+from rayk.synthesis.base import Candidate, Recipe
+from rayk.synthesis.chain_of_thought import ChainOfThought
+from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.responses import Responses
+from rayk.synthesis.scribe import Progress, Scribe
+from rayk.synthesis.self_instruct import SelfInstruct
+from rayk.synthesis.store import Store
+from rayk.teachers import Teacher
+from rayk.teachers.background import run_to_the_end
+from rayk.text import Filter, sift
+
+RECIPES: dict[str, type[Recipe]] = {
+    "responses": Responses,
+    "chain_of_thought": ChainOfThought,
+    "self_instruct": SelfInstruct,
+}
+
+_EXAMPLES = 3
+
+
+def synthesise(
+    settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
+    filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
+
+    Args:
+        filters: `settings.filters`, built.
+
+    Returns:
+        The summary, as `summary.json` holds it.
+
+    Raises:
+        InputError: a setting does not fit the teacher.
+        RunFailed: the teacher answers nothing, the disk is full, or no row is left.
+        TeacherUnavailable: as `Teacher.generate`.
+    """
+    scribe = Scribe(teacher, store, settings, seed, progress)
+    recipe = RECIPES[settings.kind](settings, prompts, scribe)
+    candidates = run_to_the_end(_written(recipe, scribe))
+    candidates = _chosen(recipe, _sifted(_unlike(candidates), filters, prompts))
+    kept = [each for each in candidates if not each.rejected_by]
+    rejected = [each for each in candidates if each.rejected_by]
+    summary = {
+        "kind": settings.kind,
+        "about": recipe.summary,
+        "paper": recipe.paper,
+        "teacher": {"name": teacher.name, "model": teacher.info.model, "engine": teacher.info.engine},
+        "prompts": len(prompts),
+        "candidates": len(candidates),
+        "kept": len(kept),
+        "rejected": {each.name: 0 for each in filters} | dict(Counter(each.rejected_by for each in rejected)),
+        "unanswered": scribe.unanswered,
+        "completions": len(store),
+        "figures": [asdict(figure) for figure in recipe.figures(candidates)],
+        "usage": scribe.charged,
+        "examples": {
+            "kept": [_example(each, prompts) for each in _spread(kept)],
+            "rejected": [
+                _example(each, prompts)
+                for by in dict.fromkeys(each.rejected_by for each in rejected)
+                for each in _spread([one for one in rejected if one.rejected_by == by])
+            ],
+        },
+    }
+    store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
+    if not kept:
+        raise RunFailed(
+            f"None of {len(candidates)} completions can be learned from ({_reasons(rejected)}); "
+            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
+        )
+    store.finish(summary)
+    return summary
+
+
+async def _written(recipe: Recipe, scribe: Scribe) -> list[Candidate]:
+    async with scribe, aclosing(recipe.candidates()) as candidates:
+        return [candidate async for candidate in candidates]
+
+
+def _unlike(candidates: list[Candidate]) -> list[Candidate]:
+    """A row that is the same as one before it is rejected."""
+    seen: set[tuple[str, str]] = set()
+    checked = []
+    for each in candidates:
+        row = (each.prompt.strip(), each.completion.strip())
+        again = not each.rejected_by and row in seen
+        checked.append(each.rejected("duplicate", "the same prompt and completion came before") if again else each)
+        if not each.rejected_by:
+            seen.add(row)
+    return checked
+
+
+def _sifted(candidates: list[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
+    """With what the filters reject rejected."""
+    rows = [None if each.rejected_by else _row(each, prompts) for each in candidates]
+    rejections = {id(each.candidate): each for each in sift(filter(None, rows), filters).rejected}
+    found = [rejections.get(id(row)) for row in rows]
+    return [
+        each if rejection is None else each.rejected(rejection.filter, rejection.reason)
+        for each, rejection in zip(candidates, found, strict=True)
+    ]
+
+
+def _chosen(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
+    """With the recipe's last word on those that are kept so far."""
+    chosen = iter(recipe.choose([each for each in candidates if not each.rejected_by]))
+    return [each if each.rejected_by else next(chosen) for each in candidates]
+
+
+def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a row of `rows.parquet` or `rejected.parquet` holds: the source row's fields, and over them what is new."""
+    written = candidate.written
+    logprobs = [each.mean_logprob for each in written if each.mean_logprob is not None]
+    return {
+        **prompts[candidate.origin].fields,
+        "prompt": candidate.prompt,
+        "completion": candidate.completion,
+        **candidate.fields,
+        "where": prompts[candidate.origin].where,
+        "finish_reason": written[0].finish_reason,
+        **({} if written[0].tokens is None else {"tokens": written[0].tokens}),
+        # Rounded, for a model's last digits depend on which prompts shared a batch.
+        "mean_logprob": round(logprobs[0], 4) if logprobs else None,
+        "keys": [each.key for each in written],
+        **({"rejected_by": candidate.rejected_by, "reason": candidate.reason} if candidate.rejected_by else {}),
+    }
+
+
+def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    return {
+        "where": prompts[candidate.origin].where,
+        **{name: getattr(candidate, name) for name in ("prompt", "completion", "rejected_by", "reason")},
+    }
+
+
+def _spread(candidates: list[Candidate]) -> list[Candidate]:
+    """Some of them, from all over."""
+    return candidates[:: max(1, len(candidates) // _EXAMPLES)][:_EXAMPLES]
+
+
+def _reasons(rejected: list[Candidate]) -> str:
+    first: Mapping[str, str] = {each.rejected_by: each.reason for each in reversed(rejected)}
+    counts = Counter(each.rejected_by for each in rejected)
+    return "; ".join(f"{count} {by}, the first: {first[by]}" for by, count in counts.most_common())

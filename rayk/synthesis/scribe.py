@@ -1,0 +1,270 @@
+"""The scribe: asks a teacher, and remembers.
+
+A recipe is plain code that asks a scribe for completions. What the store holds is not asked again, so running a recipe
+again means going on where it was stopped. For that a recipe must ask the same whenever the same was answered: its
+chance comes from `Scribe.seed`, by the place of a row, never from the order in which answers come.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rayk.config import SynthesisSettings
+from rayk.data.tokens import Encoder
+from rayk.engines.base import SamplingParameters
+from rayk.engines.batching import gather
+from rayk.errors import RaykError, RunFailed
+from rayk.models import load_tokenizer
+from rayk.synthesis.store import Store, Written
+from rayk.teachers import Teacher
+from rayk.teachers.client import Completion
+
+Progress = Callable[[int, int, str], None]
+"""Told (done, total, what to say of it)."""
+
+_FLUSH_COMPLETIONS = 256
+_TICK_SECONDS = 2.0
+_TELL_SECONDS = 0.2
+_UNANSWERED_IN_A_ROW = 32
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to be written."""
+
+    prompt: str
+    seed: int
+    parameters: SamplingParameters
+
+
+class Scribe:
+    """Asks `teacher` what `store` does not hold, up to `settings.in_flight` prompts at once. An async context manager:
+    at its end, or when it is cancelled, all that was written is on disk.
+
+    Attributes:
+        total: how many completions the recipe will ask for, for the progress; the recipe says so.
+        asked: completions asked of the teacher, the others being found in the store.
+        unanswered: those of them that did not come.
+        charged: what an endpoint has charged for all that the store holds, as `rayk.engines.base.Usage` names it.
+
+    Raises:
+        InputError: `settings.chat` is set, but the teacher's tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0,
+        progress: Progress = lambda done, total, text: None,
+    ):  # fmt: skip
+        self.total = self.asked = self.done = self.unanswered = 0
+        self._store, self._settings, self._seed, self._progress = store, settings, seed, progress
+        in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
+        self._teacher = Teacher(teacher.name, teacher.info, in_flight)
+        self._encoder = None
+        if teacher.info.engine != "openai":
+            remote = teacher.settings.trust_remote_code
+            self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
+        self._slots = asyncio.Semaphore(settings.in_flight)
+        self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
+        self._ordinals: Counter[str] = Counter()
+        self._in_a_row = 0
+        self._failure: RaykError | None = None
+        self._tokens = 0
+        self._charged_before = self.charged = store.usage
+        self._usage_at_start: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
+
+    async def __aenter__(self) -> "Scribe":
+        self._began = self._told = time.monotonic()
+        self._usage_at_start = self._seen = await self._usage()
+        self._ticking = asyncio.create_task(self._tick())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._ended.set()
+        await self._ticking
+        await self._flush()
+
+    @property
+    def chats(self) -> bool:
+        """Whether the teacher reads its prompts as a user's messages."""
+        return self._settings.chat or self._teacher.info.chats
+
+    def seed(self, *place: int) -> int:
+        """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
+        return int(np.random.SeedSequence([self._seed, *place]).generate_state(1, np.uint64)[0])
+
+    async def write(self, requests: Iterable[Request]) -> list[Written]:
+        """A completion for each request, in order; see `ask`."""
+        return await gather(self.ask(request) for request in requests)
+
+    async def ask(self, request: Request) -> Written:
+        """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
+        'error' and is not kept: another run asks again.
+
+        Raises:
+            RunFailed: the teacher leaves everything unanswered, or the disk is full.
+            TeacherUnavailable, InputError: as `Teacher.generate`.
+        """
+        key = self._key(request)
+        written = self._store.find(key)
+        if written is None:
+            async with self._slots:
+                if self._failure is not None:
+                    raise self._failure
+                written = await self._asked(key, request)
+        self.done += 1
+        self._tell()
+        return written
+
+    def _key(self, request: Request) -> str:
+        """What tells requests apart; an equal one that comes again is another one."""
+        info = self._teacher.info
+        asked = [
+            request.prompt, asdict(request.parameters), request.seed, info.engine,
+            info.weights_fingerprint or info.model, self._settings.chat,
+        ]  # fmt: skip
+        same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self._ordinals[same] += 1
+        return f"{same}-{self._ordinals[same]}"
+
+    async def _asked(self, key: str, request: Request) -> Written:
+        text, prompt = self._sent(request.prompt)
+        if reason := self._too_long(prompt, request.parameters):
+            return Written(key, "", None, None, "error", reason)
+        completion = (await self._teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+        self.asked += 1
+        if completion.finish_reason == "error":
+            return self._left_unanswered(key, completion.reason)
+        self._in_a_row = 0
+        written = _written(key, completion)
+        self._tokens += written.tokens or 0
+        provenance = {
+            "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
+            "teacher": self._teacher.name, "model": self._teacher.info.model,
+            "weights": self._teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
+        }  # fmt: skip
+        self._store.add(written, provenance)
+        if self._store.unwritten >= _FLUSH_COMPLETIONS:
+            await self._flush()
+        return written
+
+    def _sent(self, prompt: str) -> tuple[str, str | np.ndarray]:
+        """What the teacher reads: as text, and as it is sent."""
+        if self._encoder is None:
+            return prompt, prompt
+        if not self._settings.chat:
+            return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
+        ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
+        return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
+
+    def _too_long(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
+        limit = self._teacher.info.max_tokens
+        if isinstance(prompt, str) or len(prompt) + parameters.max_new_tokens <= limit:
+            return ""
+        return (
+            f"the prompt of {len(prompt)} tokens leaves no room for {parameters.max_new_tokens} more: the teacher "
+            f"takes {limit}"
+        )
+
+    def _left_unanswered(self, key: str, reason: str) -> Written:
+        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
+        self.unanswered += 1
+        self._in_a_row += 1
+        if self._in_a_row >= _UNANSWERED_IN_A_ROW:
+            self._failure = RunFailed(
+                f"Teacher '{self._teacher.name}' left {self._in_a_row} prompts in a row unanswered, the last since "
+                f"{reason}. What was written before is kept; see to the teacher and run again."
+            )
+            raise self._failure
+        return Written(key, "", None, None, "error", reason)
+
+    async def _tick(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _TICK_SECONDS)
+            try:
+                await self._flush()
+            except RaykError as error:
+                self._failure = error
+                return
+
+    async def _flush(self) -> None:
+        async with self._flushing:
+            if not self._store.unwritten:
+                return
+            await asyncio.to_thread(self._store.flush)
+            if used := await self._usage():
+                if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
+                    self._charged_before, self._usage_at_start = self.charged, {}
+                self._seen = used
+                self.charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
+                self._store.usage = self.charged
+
+    async def _usage(self) -> dict[str, Any]:
+        """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
+        if self._teacher.info.engine != "openai":
+            return {}
+        usage = await asyncio.to_thread(self._teacher.usage)
+        return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told < _TELL_SECONDS and self.done != self.total:
+            return
+        self._told = now
+        seconds = max(now - self._began, 1e-3)
+        text = f"{self.asked / seconds:,.1f} completions/s"
+        if self._tokens:
+            text += f", {self._tokens / seconds:,.0f} tokens/s"
+        if (cost := self.charged.get("cost")) is not None:
+            text += f", cost {cost:,.4f}"
+        if self.unanswered:
+            text += f", {self.unanswered:,} unanswered"
+        if self.asked and self.done < self.total:
+            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
+        self._progress(self.done, self.total, text)
+
+
+async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
+    """Results of `work` in order, up to `at_once` pieces under way; leaving early cancels them."""
+    under_way: list[asyncio.Task[T]] = []
+    try:
+        for piece in work:
+            under_way.append(asyncio.create_task(piece))
+            if len(under_way) >= at_once:
+                yield await under_way.pop(0)
+        while under_way:
+            yield await under_way.pop(0)
+    finally:
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+
+
+def _written(key: str, completion: Completion) -> Written:
+    known = len(completion.logprobs) > 0
+    return Written(
+        key, completion.text, len(completion.token_ids) or None,
+        # As the store keeps it, so that an answer reads the same whether it has just come or was found.
+        float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
+    )  # fmt: skip
+
+
+def _sum(one: dict[str, Any], other: dict[str, Any], sign: int = 1) -> dict[str, Any]:
+    return {name: one.get(name, 0) + sign * other.get(name, 0) for name in one | other}
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

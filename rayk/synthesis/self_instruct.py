@@ -1,0 +1,185 @@
+"""Tasks that the teacher makes up itself, with their inputs and answers: Self-Instruct (Wang et al. 2022, arXiv
+2212.10560).
+
+From 8 instructions of the pool, 6 of them a person's and 2 a machine's (while there are none, a person's too), the
+teacher goes on to 8 more. One enters the pool if it passes the paper's rules: 4 to 150 words, none about what a
+language model cannot handle, and ROUGE-L F below 0.7 to every instruction of the pool. Each is then sorted into
+classification or not, and the teacher writes instances: label first where it is one, input first where it is not.
+
+The pool grows batch by batch: all lists of a batch are asked for with the pool as it was when the batch began, and read
+in the order in which they were asked for. So the same seed makes the same tasks, however often it is interrupted and
+however much is in flight. The paper's presence penalty is not among rayk's sampling parameters.
+"""
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rayk.config import KeywordsFilter, LengthFilter, RougeFilter, SelfInstructConfig
+from rayk.engines.base import SamplingParameters
+from rayk.errors import RunFailed
+from rayk.synthesis import tasks
+from rayk.synthesis.base import Candidate, Figure, Recipe, parameters_of, text_of
+from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.scribe import Request, Scribe, in_order
+from rayk.synthesis.store import Written
+from rayk.synthesis.tasks import SeedTask
+from rayk.text import Filter, build_filters, judge
+
+_LIST, _CHOICE, _SORT, _INSTANCES, _TEMPLATE = range(10, 15)  # the stages of a seed
+_MACHINE_MADE = 2
+_WORDS = (4, 150)
+_NOVEL_BELOW = 0.7
+_SORT_TOKENS = 4
+_FRUITLESS_BATCHES = 5
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An instruction that the teacher made up, in which list, and the place of a seed task that the list went on
+    from."""
+
+    instruction: str
+    origin: int
+    written: Written
+
+
+class SelfInstruct(Recipe[SelfInstructConfig]):
+    """See the module."""
+
+    summary = "tasks, inputs and answers that the teacher makes up, starting from tasks written by people"
+    paper = "Wang et al. 2022, arXiv 2212.10560"
+
+    def __init__(self, settings: SelfInstructConfig, prompts: Sequence[Prompt], scribe: Scribe):
+        super().__init__(settings, prompts, scribe)
+        self._seeds = tasks.read_seed_tasks(settings.seed_tasks)
+        self._chat = scribe.chats
+        listed = parameters_of(settings.sampling)
+        stop = (*tasks.LIST_STOP, *([] if self._chat else ["\n\n"]), *listed.stop)
+        self._listing = SamplingParameters(listed.max_new_tokens, listed.temperature, listed.top_p, stop=stop)
+        self._sorting = SamplingParameters(_SORT_TOKENS, 0.0, stop=tasks.ANSWER_STOP)
+
+    @classmethod
+    def own_prompts(cls, settings: SelfInstructConfig) -> list[Prompt]:
+        return [
+            Prompt(seed.instruction, seed.where, {}, json.dumps([seed.is_classification, *map(vars, seed.instances)]))
+            for seed in tasks.read_seed_tasks(settings.seed_tasks)
+        ]
+
+    @property
+    def requests(self) -> int:
+        lists = -(-self.settings.instructions // tasks.NEW_INSTRUCTIONS)
+        return lists + 2 * self.settings.instructions
+
+    async def candidates(self) -> AsyncGenerator[Candidate, None]:
+        """The instructions that were left out, then the instances of the others, instruction by instruction."""
+        self.scribe.total = self.requests
+        made: list[_Made] = []
+        async with aclosing(self._instructions(made)) as left_out:
+            async for candidate in left_out:
+                yield candidate
+        self.scribe.total = self.scribe.done + 2 * len(made)
+        work = (self._instances_of(place, each) for place, each in enumerate(made))
+        async with aclosing(in_order(work, self.settings.in_flight)) as written:
+            async for candidates in written:
+                for candidate in candidates:
+                    yield candidate
+
+    async def _instructions(self, made: list[_Made]) -> AsyncGenerator[Candidate, None]:
+        """Fills `made` with as many instructions as are asked for, or as the teacher has ideas; yields the others.
+
+        Raises:
+            RunFailed: a list was left unanswered; with a gap in it the pool would not be the same again.
+        """
+        filters = instruction_filters(self.settings.blacklist, self._seeds)
+        wanted = self.settings.instructions
+        batch = fruitless = 0
+        while len(made) < wanted and fruitless < _FRUITLESS_BATCHES:
+            before = len(made)
+            lists = min(self.settings.batch, -(-(wanted - before) // tasks.NEW_INSTRUCTIONS))
+            origins, requests = zip(*(self._list(batch, number, made) for number in range(lists)), strict=True)
+            for origin, written in zip(origins, await self.scribe.write(requests), strict=True):
+                for instruction in self._read(written):
+                    rejection = judge({"instruction": instruction}, filters)
+                    if rejection is not None:
+                        candidate = Candidate(instruction, "", origin, (written,), {"instruction": instruction})
+                        yield candidate.rejected(rejection.filter, rejection.reason)
+                    elif len(made) < wanted:
+                        made.append(_Made(instruction, origin, written))
+            batch += 1
+            fruitless = fruitless + 1 if len(made) == before else 0
+
+    def _list(self, batch: int, number: int, made: Sequence[_Made]) -> tuple[int, Request]:
+        """A request for new instructions, and the place of the first seed task in it."""
+        draw = np.random.default_rng(self.scribe.seed(_CHOICE, batch, number))
+        machine = [made[i].instruction for i in draw.permutation(len(made))[:_MACHINE_MADE]]
+        people = draw.permutation(len(self._seeds))[: tasks.INSTRUCTIONS_IN_CONTEXT - len(machine)]
+        shown = [*machine, *(self._seeds[i].instruction for i in people)]
+        asked = tasks.instructions_prompt([shown[i] for i in draw.permutation(len(shown))], self._chat)
+        return int(people[0]), Request(asked, self.scribe.seed(_LIST, batch, number), self._listing)
+
+    def _read(self, written: Written) -> list[str]:
+        if written.finish_reason == "error":
+            raise RunFailed(
+                f"The teacher left a prompt for new instructions unanswered: {written.reason}. What was written before "
+                "is kept; see to the teacher and run again."
+            )
+        return tasks.parse_instructions(text_of(written, self._listing.stop), written.finish_reason, self._chat)
+
+    async def _instances_of(self, place: int, made: _Made) -> list[Candidate]:
+        """The rows of the instruction that was the `place`th to be made up."""
+        asked = tasks.classification_prompt(made.instruction, self._seeds, self._chat)
+        sort = await self.scribe.ask(Request(asked, self.scribe.seed(_SORT, place), self._sorting))
+        fields = {"instruction": made.instruction}
+        if sort.finish_reason == "error":
+            self.scribe.total -= 1  # its instances are not asked for
+            unsorted = Candidate(made.instruction, "", made.origin, (sort, made.written), fields)
+            return [unsorted.rejected("unanswered", sort.reason)]
+        is_classification = tasks.parse_is_classification(sort.text)
+        stop = tasks.LABELLED_STOP if is_classification else tasks.EXAMPLES_STOP
+        asked = tasks.instances_prompt(made.instruction, self._seeds, is_classification, self._chat)
+        parameters = SamplingParameters(self.settings.instance_tokens, 0.0, stop=stop)
+        written = await self.scribe.ask(Request(asked, self.scribe.seed(_INSTANCES, place), parameters))
+        whole = Candidate(made.instruction, text_of(written, stop), made.origin, (written, sort, made.written), fields)
+        if written.finish_reason == "error":
+            return [whole.rejected("unanswered", written.reason)]
+        found, fault = tasks.parse_instances(whole.completion, is_classification, written.finish_reason)
+        if fault is not None:
+            return [whole.rejected("instances", fault)]
+        return [
+            replace(
+                whole,
+                prompt=tasks.student_prompt(made.instruction, each.input, self.scribe.seed(_TEMPLATE, place, number)),
+                completion=each.output,
+                fields=fields | {"input": each.input, "is_classification": is_classification},
+            )
+            for number, each in enumerate(found)
+        ]
+
+    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
+        kept = [each for each in candidates if not each.rejected_by]
+        sorts = {each.fields["instruction"]: each.fields["is_classification"] for each in kept}
+        if not sorts:
+            return []
+        return [
+            Figure("tasks", len(sorts), share=False),
+            Figure("classification among them", sum(sorts.values()) / len(sorts)),
+            Figure("rows a task", len(kept) / len(sorts), share=False),
+        ]
+
+
+def instruction_filters(blacklist: Sequence[str], seeds: Sequence[SeedTask]) -> list[Filter]:
+    """The paper's rules for new instructions (field `instruction`); the seeds are in the pool already."""
+    field, (shortest, longest) = "instruction", _WORDS
+    length = LengthFilter(field=field, minimum=shortest, maximum=longest)
+    keywords = [KeywordsFilter(field=field, keywords=list(blacklist))] if blacklist else []
+    beginning = Filter("beginning", lambda candidate: tasks.instruction_fault(candidate[field]))
+    rouge = RougeFilter(field=field, threshold=_NOVEL_BELOW)
+    filters = [*build_filters([length]), beginning, *build_filters([*keywords, rouge])]
+    for seed in seeds:
+        for each in filters:
+            each.remember({field: seed.instruction})
+    return filters

@@ -1,0 +1,84 @@
+"""Who writes, and what dies while it is written, do not change what is learned."""
+
+import pytest
+import ray
+from ray import serve
+
+from rayk.config import parse_config
+from rayk.errors import PolicyUnavailable, RunFailed
+from rayk.rollouts.weights import NAMESPACE
+from rayk.run import distill, policy_application
+from rayk.training.checkpoint import CheckpointStore
+from tests.integration.test_deaths import Striking
+from tests.runs import actors, assert_same_learning, curve, settings, until
+
+pytestmark = pytest.mark.cluster
+
+METHOD = {"kind": "on_policy", "support": {"kind": "requested", "k": 8}, "requested_ids": 4}
+SERVED = {"kind": "served", "replicas": 2, "resources": {"num_cpus": 0.25}}
+
+
+def prepared(folder, student, rollouts, **training):
+    folder.mkdir(exist_ok=True)
+    values = settings(folder, student, METHOD, **{"learning_rate": 1e-3, **training})
+    values["rollouts"] |= rollouts
+    return parse_config(values)
+
+
+@pytest.fixture
+def nothing_left(ray_cluster):
+    yield
+    assert not [name for name in serve.status().applications if name.startswith("_policy-")]
+    until(lambda: not named_actors(), "the end of the actor that knows the weights")
+
+
+def named_actors():
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return [each["name"] for each in found if each["namespace"] == NAMESPACE]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_a_served_policy_teaches_what_the_workers_own_does(max_staleness, tmp_path, tiny_student, served, nothing_left):
+    rollouts = {"max_staleness": max_staleness}
+    distill(prepared(tmp_path / "worker", tiny_student, rollouts))
+    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts))
+    assert_same_learning(tmp_path / "worker" / "run", tmp_path / "served" / "run")
+    ages = [min(step, max_staleness) for step in range(6)]
+    assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages
+
+
+def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, tiny_student, served, nothing_left):
+    training = {"steps": 40, "checkpoint_every_steps": 5}
+    distill(prepared(tmp_path / "whole", tiny_student, {"max_staleness": 1}, **training))
+    hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=2, **training)
+
+    def strike():
+        actors(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
+        actors("RayTrainWorker")[-1].kill()
+
+    watcher = Striking(12, strike)
+    distill(hurt, watcher=watcher)
+    assert watcher.struck.is_set()
+    assert_same_learning(tmp_path / "whole" / "run", hurt.output_path, 1e-3)
+
+
+def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worker(
+    tmp_path, tiny_student, served, nothing_left
+):
+    training = {"steps": 40}
+    distill(prepared(tmp_path / "whole", tiny_student, {}, **training))
+    stopped = prepared(tmp_path / "stopped", tiny_student, SERVED | {"deadline_seconds": 3}, workers=2, **training)
+    watcher = Striking(12, lambda: serve.delete(policy_application(stopped)))
+    with pytest.raises(PolicyUnavailable, match="The served policy did not answer within 3 s"):
+        distill(stopped, watcher=watcher)
+    reached = curve(stopped.output_path, "step")[-1]
+    assert 12 <= reached < 40
+    assert CheckpointStore(f"{stopped.output_path}/checkpoints").steps()[-1] == reached
+    distill(prepared(tmp_path / "stopped", tiny_student, {"kind": "worker"}, **training), resume=True)
+    assert_same_learning(tmp_path / "whole" / "run", stopped.output_path, 1e-3)
+
+
+def test_completions_that_take_too_long_end_the_run_in_one_sentence(tmp_path, tiny_student, served):
+    rollouts = {"timeout_seconds": 0.05, "max_new_tokens": 400}
+    with pytest.raises(RunFailed, match=r"completions of step 1 took longer than rollouts.timeout_seconds \(0.05 s\)"):
+        distill(prepared(tmp_path, tiny_student, rollouts))

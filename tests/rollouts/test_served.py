@@ -1,0 +1,254 @@
+"""A served policy writes what the policy in the worker would, under the weights it is asked for and no others."""
+
+import asyncio
+import copy
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import serve
+
+from rayk.config import parse_config
+from rayk.engines.base import SamplingParameters
+from rayk.errors import InputError, PolicyUnavailable, RaykError
+from rayk.models import load_model
+from rayk.rollouts import ServedPolicy, WorkerPolicy, serve_policy
+from rayk.rollouts.weights import NAMESPACE, Published, Version, checksum, pack
+from tests.rollouts.test_policy import prompts
+from tests.runs import settings
+from tests.teachers.asking import eventually, replicas_of
+from tests.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.cluster
+
+APPLICATION = "_policy-tests"
+PARAMETERS = SamplingParameters(max_new_tokens=8)
+
+
+def run_config(folder, student, **rollouts):
+    values = settings(folder, student, "on_policy")
+    values["rollouts"] |= {"kind": "served", "replicas": 2, "resources": {"num_cpus": 0.25}, **rollouts}
+    return parse_config(values)
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster, tiny_student, tmp_path_factory):
+    config = run_config(tmp_path_factory.mktemp("run"), tiny_student, deadline_seconds=120)
+    with serve_policy(config, APPLICATION, tiny_student) as address:
+        yield address
+
+
+@pytest.fixture
+def begun(address, tiny_student, request):
+    """A learner, and its policy of an attempt of its own; what makes other workers of it."""
+    learner = load_model(tiny_student).train()
+    config = run_config_of(tiny_student)
+
+    def policy(publishes=False):
+        found = ServedPolicy(learner, config.rollouts, address, publishes=publishes)
+        found.begin(request.node.name)
+        return found
+
+    first = policy(publishes=True)
+    first.update(0)
+    return learner, first, policy
+
+
+def run_config_of(student):
+    values = {"kind": "served", "deadline_seconds": 120}
+    return parse_config(
+        {
+            "teachers": [{"name": "none", "attach": True}], "student": {"model": student},
+            "data": {"train": {"path": "rows.jsonl"}}, "method": {"kind": "on_policy"}, "rollouts": values,
+        }
+    )  # fmt: skip
+
+
+def worker(learner):
+    config = run_config_of("student").rollouts
+    return WorkerPolicy(copy.deepcopy(learner), tiny_tokenizer(), config, batch_tokens=10_000)
+
+
+def moved(learner):
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(0.2 * torch.ones_like(parameter).cumsum(0).sin())
+
+
+def written(policy, rows=None, parameters=PARAMETERS):
+    rows = prompts() if rows is None else rows
+    return asyncio.run(policy.generate(rows, parameters, range(len(rows))))
+
+
+def assert_same(rollouts, expected, version):
+    assert [each.input_ids.tolist() for each in rollouts] == [each.input_ids.tolist() for each in expected]
+    for one, other in zip(rollouts, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        assert (one.finish_reason, one.where, one.fields) == (other.finish_reason, other.where, other.fields)
+        assert (one.prompt_tokens, one.version) == (other.prompt_tokens, version)
+
+
+def test_it_writes_and_reads_what_the_workers_policy_does_under_each_version(begun):
+    learner, policy, _ = begun
+    seen = []
+    for version in range(3):
+        there = worker(learner)
+        rollouts, expected = written(policy), written(there)
+        assert_same(rollouts, expected, version)
+        seen.append([each.input_ids.tolist() for each in rollouts])
+        mine, theirs = (asyncio.run(each.logprobs(rollouts)) for each in (policy, there))
+        for one, other in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+        mine, theirs = (asyncio.run(each.top_ids(rollouts, 3)) for each in (policy, there))
+        assert [each.tolist() for each in mine] == [each.tolist() for each in theirs]
+        moved(learner)
+        policy.update(version + 1)
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_worker_that_lags_behind_gets_the_version_it_asks_for(begun):
+    learner, first, another = begun
+    second = another()
+    second.update(0)
+    old = written(worker(learner))
+    moved(learner)
+    first.update(1)
+    new = written(worker(learner))
+
+    async def together():
+        parts = [policy.generate(prompts(), PARAMETERS, range(24)) for policy in (first, second) * 3]
+        return await asyncio.gather(*parts)
+
+    for number, rollouts in enumerate(asyncio.run(together())):
+        assert_same(rollouts, old if number % 2 else new, 1 - number % 2)
+
+
+def test_a_worker_that_is_ahead_waits_for_the_publication(begun):
+    learner, first, another = begun
+    second = another()
+    second.update(1)
+
+    async def ahead():
+        asked = asyncio.create_task(second.generate(prompts(), PARAMETERS, range(24)))
+        await asyncio.sleep(0.2)
+        assert not asked.done()
+        moved(learner)
+        first.update(1)
+        return await asked
+
+    assert_same(asyncio.run(ahead()), written(worker(learner)), 1)
+
+
+def test_torn_weights_write_nothing_and_others_go_on(begun):
+    learner, policy, _ = begun
+    weights = pack(learner)
+    sound = checksum(weights)
+    data = weights["lm_head.weight"].data.copy()
+    data[7] ^= 1
+    torn = weights | {"lm_head.weight": replace(weights["lm_head.weight"], data=data)}
+    version = Version(policy._version.attempt, 1)
+    ray.get(policy._store.publish.remote(version, Published(sound, ray.put(torn))))
+    before = policy._version
+    policy._version = version
+    with pytest.raises(RaykError, match="served policy failed at generate: .* weights of version 1 arrived torn"):
+        written(policy)
+    policy._version = before
+    assert_same(written(policy), written(worker(learner)), 0)
+
+
+def test_what_is_gone_is_an_error_at_once(begun):
+    learner, policy, another = begun
+    late = another()
+    late.update(0)
+    for version in (1, 2):
+        policy.update(version)
+    with pytest.raises(RaykError, match="weights of version 0 are stale"):
+        written(late)
+    with pytest.raises(RaykError, match="stale and were not published"):
+        policy.update(2)
+    policy.begin("a new group of workers")
+    with pytest.raises(RaykError, match="stale"):
+        written(late)
+    policy.update(2)
+    assert_same(written(policy), written(worker(learner)), 2)
+
+
+def test_replicas_that_are_killed_cost_time_and_nothing_else(begun):
+    learner, policy, _ = begun
+    rows, parameters = prompts(64), SamplingParameters(max_new_tokens=200, temperature=1.0)
+    expected = written(worker(learner), rows, parameters)
+
+    async def disturbed():
+        asked = asyncio.create_task(policy.generate(rows, parameters, range(64)))
+        calls = policy.statistics.calls
+        while policy.statistics.calls <= calls:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        replicas_of(APPLICATION)[0].kill()
+        return await asked
+
+    for _ in range(6):  # until a kill has hit a replica that was answering
+        eventually(lambda: len(replicas_of(APPLICATION)) == 2, seconds=120)
+        assert_same(asyncio.run(disturbed()), expected, 0)
+        if policy.statistics.retries:
+            return
+    pytest.fail("no kill hit a replica that was answering")
+
+
+def test_replicas_report_the_tokens_that_are_waited_for(begun):
+    _, policy, _ = begun
+
+    async def reported():
+        asked = asyncio.create_task(policy.generate(prompts(64), SamplingParameters(max_new_tokens=200), range(64)))
+        heard = []
+        while not asked.done():
+            heard += (await policy._handle.record_autoscaling_stats.remote()).values()
+        return max(heard)
+
+    # Of all calls, or of the first of two; askers before this one are remembered for a while.
+    assert asyncio.run(reported()) >= 64 * 200 / 2
+
+
+def test_it_does_not_write_together_with_a_teacher(begun):
+    _, policy, _ = begun
+    with pytest.raises(InputError, match="use rollouts.kind 'worker'"):
+        asyncio.run(policy.generate_mixed(prompts(), None, None, range(24)))
+
+
+@contextmanager
+def leaving(config, student):
+    """A policy of its own; afterwards nothing of it may be left."""
+    application = "_policy-leaving"
+    try:
+        with serve_policy(config, application, student) as address:
+            assert ray.get_actor(address.store, NAMESPACE)
+            yield address
+    finally:
+        assert application not in serve.status().applications
+        eventually(lambda: not [each for each in named_actors() if each.startswith(application)])
+
+
+def named_actors():
+    return [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
+
+
+def test_a_version_nobody_has_and_a_policy_that_is_gone_are_errors_after_the_deadline(
+    ray_cluster, tiny_student, tmp_path
+):
+    config = run_config(tmp_path, tiny_student, replicas=1, deadline_seconds=2)
+    learner = load_model(tiny_student)
+    with leaving(config, tiny_student) as address:
+        policy = ServedPolicy(learner, config.rollouts, address, publishes=False)
+        policy.begin("attempt")
+        policy.update(3)
+        with pytest.raises(RaykError, match="weights of version 3 were not published within 1 s"):
+            written(policy)
+        ray.kill(ray.get_actor(address.store, NAMESPACE))
+        with pytest.raises(RaykError, match="knows where the student's weights are has died"):
+            written(policy)
+        serve.delete("_policy-leaving")
+        with pytest.raises(PolicyUnavailable, match=r"did not answer within 2 s.* raise rollouts.deadline_seconds"):
+            written(policy)

@@ -1,0 +1,39 @@
+"""A teacher whose answers the test decides: an endpoint behind real Ray Serve."""
+
+import pytest
+
+from rayk.config import TeacherConfig
+from rayk.synthesis import Store
+from rayk.teachers import serve_teacher
+from tests.engines.endpoint import Endpoint
+from tests.synthesis.writing import engine_of
+
+
+@pytest.fixture(scope="session")
+def _endpoint():
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture(scope="session")
+def parrot(ray_cluster, _endpoint):
+    """The teacher: what its endpoint says, word for word."""
+    config = TeacherConfig(
+        name="parrot", model="parrot-1", engine=engine_of(_endpoint), resources={"num_cpus": 0.25}
+    )  # fmt: skip
+    with serve_teacher(config) as teacher:
+        yield teacher
+
+
+@pytest.fixture
+def endpoint(_endpoint):
+    _endpoint.begin_anew()
+    return _endpoint
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "synthesis") as opened:
+        opened.claim({}, set(), set())
+        yield opened

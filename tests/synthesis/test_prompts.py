@@ -1,0 +1,66 @@
+"""Rows become prompts with their truth, and a row that cannot is named."""
+
+import json
+
+import pytest
+
+from rayk.config import AnswerConfig, DataSource
+from rayk.errors import InputError
+from rayk.synthesis import fingerprint, read_prompts
+from rayk.synthesis.prompts import is_right
+
+
+def read(tmp_path, *rows, answer=None, **source):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_prompts(DataSource(path=str(path), **source), "data.train.", answer)
+
+
+def test_prompts_are_what_the_student_reads(tmp_path):
+    rows = [{"question": "2 + 2?", "answer": "4"}, {"question": "3 + 3?", "answer": "6"}]
+    assert [each.text for each in read(tmp_path, *rows, prompt_field="question")] == ["2 + 2?", "3 + 3?"]
+    first, _ = read(tmp_path, *rows, prompt_template="Q: {question}")
+    assert (first.text, first.fields["answer"], first.truth) == ("Q: 2 + 2?", "4", None)
+    assert first.where.endswith("rows.jsonl, line 1")
+    said = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    assert [each.text for each in read(tmp_path, said)] == ["Hi"]
+
+
+def test_the_truth_is_found_by_field_and_pattern(tmp_path):
+    answer = AnswerConfig(type="number", pattern="#### (.+)")
+    row = {"prompt": "?", "answer": "48/2 = 24, 24 + 1,000\n#### 1,024"}
+    (prompt,) = read(tmp_path, row, answer=answer)
+    assert prompt.truth == "1,024"
+    assert is_right("1024", prompt.truth, answer)
+    assert not is_right("24", prompt.truth, answer)
+    assert not is_right(None, prompt.truth, answer)
+    (prompt,) = read(tmp_path, {"prompt": "?", "sum": 4}, answer=AnswerConfig(type="number", field="sum"))
+    assert prompt.truth == "4"
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "said"),
+    [
+        ({"prompt": " "}, {}, "line 1 has an empty prompt"),
+        ({"text": "once"}, {}, "is plain text, which has no prompt to write for; set data.train.prompt_field"),
+        ({"foo": "bar"}, {}, "has neither 'prompt'"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, {}, "more than one user's message"),
+        ({"prompt": "?"}, {"answer": AnswerConfig()}, "has no field 'answer' with the right answer; set synth"),
+        ({"prompt": "?", "answer": "4"}, {"answer": AnswerConfig(pattern="#### (.+)")}, "by its pattern '#### "),
+        ({"prompt": "?", "answer": "four"}, {"answer": AnswerConfig(type="number")}, "by its type 'number' in"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_named(tmp_path, row, settings, said):
+    with pytest.raises(InputError, match="rows.jsonl, line 1") as caught:
+        read(tmp_path, row, **settings)
+    assert said in str(caught.value)
+
+
+def test_the_fingerprint_changes_with_texts_and_order_and_the_whole_with_truths_and_fields(tmp_path):
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    other = [rows[0], rows[1] | {"answer": "3"}]
+    texts = read(tmp_path, *rows)
+    assert fingerprint(texts) == fingerprint(read(tmp_path, *other)) == fingerprint(read(tmp_path, *rows))
+    assert len({fingerprint(each) for each in (texts, texts[::-1], texts[:1])}) == 3
+    wholes = [texts, texts[::-1], read(tmp_path, *other), read(tmp_path, *rows, answer=AnswerConfig())]
+    assert len({fingerprint(each, whole=True) for each in wholes}) == 4

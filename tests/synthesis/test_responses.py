@@ -1,0 +1,142 @@
+"""A teacher's answers become rows; of several the best, where what is best is known."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.config import ResponsesConfig
+from rayk.errors import InputError, RunFailed
+from rayk.synthesis import Store, synthesise
+from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.responses import Responses
+from rayk.text import build_filters
+from tests.engines.endpoint import Reply, completion
+from tests.synthesis.writing import prompts_of
+
+pytestmark = pytest.mark.cluster
+
+
+def write(teacher, store, prompts, seed=0, **settings):
+    settings = ResponsesConfig(**settings)
+    return synthesise(settings, prompts, teacher, store, build_filters(settings.filters), seed=seed)
+
+
+def rows(store, name="rows"):
+    return pq.read_table(store.folder / f"{name}.parquet").to_pylist()
+
+
+def test_answers_become_rows_with_what_the_source_says(parrot, endpoint, store):
+    prompts = prompts_of("a", "b", domain="letters")
+    summary = write(parrot, store, prompts)
+    assert (summary["kept"], summary["candidates"], summary["unanswered"]) == (2, 2, 0)
+    assert summary["teacher"] == {"name": "parrot", "model": "parrot-1", "engine": "openai"}
+    assert summary["usage"]["requests"] == 2
+    assert store.summary == summary
+    first, second = rows(store)
+    assert (first["prompt"], first["completion"], first["domain"]) == ("a", "[a]", "letters")
+    assert (second["where"], second["finish_reason"]) == ("rows.jsonl, line 2", "stop")
+    assert store.find(first["keys"][0]).text == "[a]"
+
+
+def test_the_same_seed_writes_the_same_rows_and_another_one_others(served, tmp_path):
+    written = []
+    for name, seed, in_flight in (("one", 3, 64), ("two", 3, 2), ("other", 4, 64)):
+        with Store(tmp_path / name) as store:
+            store.claim({}, set(), set())
+            settings = {"samples": 2, "sampling": {"max_new_tokens": 8, "temperature": 1.0}, "filters": []}
+            write(served, store, prompts_of("the cat", "Question:", "what is"), seed, in_flight=in_flight, **settings)
+            written.append(rows(store))
+    assert written[0] == written[1]
+    assert len({row["completion"] for row in written[0]}) == 6
+    assert [row["completion"] for row in written[0]] != [row["completion"] for row in written[2]]
+    assert not {key for row in written[0] for key in row["keys"]} & {key for row in written[2] for key in row["keys"]}
+
+
+def test_the_best_is_the_one_the_teacher_holds_likeliest(served, store):
+    summary = write(
+        served, store, prompts_of("the cat", "the dog"), samples=4, keep="best", filters=[],
+        sampling={"max_new_tokens": 8, "temperature": 1.0},
+    )  # fmt: skip
+    assert (summary["kept"], summary["rejected"]) == (2, {"not_best": 6})
+    kept, rejected = rows(store), rows(store, "rejected")
+    for row in kept:
+        others = [each["mean_logprob"] for each in rejected if each["prompt"] == row["prompt"]]
+        assert len(others) == 3
+        assert row["mean_logprob"] == row["score"] >= max(others)
+
+
+def test_the_best_is_a_right_one_and_where_none_is_right_none_is_kept(parrot, endpoint, store):
+    prompts = [Prompt(f"{i} + {i}", f"line {i}", {}, str(2 * i)) for i in range(1, 4)]
+    right = {"1 + 1": "It makes 2.", "2 + 2": "so 5, no: the answer is 4.0", "3 + 3": "It makes 7."}
+    endpoint.answer = lambda body: completion(body, right[body["messages"][0]["content"]])
+    settings = {"keep": "best", "scorer": "answer", "answer": {"type": "number"}}
+    summary = write(parrot, store, prompts, samples=2, **settings)
+    assert (summary["kept"], summary["rejected"]) == (2, {"truncated": 0, "wrong_answer": 2, "duplicate": 2})
+    assert [row["completion"] for row in rows(store)] == [right["1 + 1"], right["2 + 2"]]
+    assert {row["reason"] for row in rows(store, "rejected") if row["rejected_by"] == "wrong_answer"} == {
+        "does not end in 6"
+    }
+
+
+def test_a_function_of_the_users_chooses(parrot, endpoint, store, tmp_path, monkeypatch):
+    (tmp_path / "tastes.py").write_text(
+        "def short(prompt, completion, row):\n    return -len(completion) * row['weight']"
+    )
+    monkeypatch.chdir(tmp_path)
+    lengths = iter([9, 3, 6])
+    endpoint.answer = lambda body: completion(body, "x" * next(lengths))
+    summary = write(
+        parrot, store, prompts_of("a", weight=2), samples=3, keep="best", scorer="tastes:short", in_flight=1
+    )  # fmt: skip
+    assert summary["rejected"]["not_best"] == 2
+    assert [(row["completion"], row["score"]) for row in rows(store)] == [("xxx", -6.0)]
+    with pytest.raises(InputError, match=r"synthesis.scorer: module 'tastes' has no function 'long'"):
+        Responses.check(ResponsesConfig(keep="best", scorer="tastes:long"))
+
+
+def test_filters_come_before_the_choice_and_say_why(parrot, endpoint, store):
+    """The best of what may be kept, not nothing where the best may not be."""
+    texts = {"a": ["no no no no no no no no no no", "yes, of course it is so"], "b": ["fine then, have it so"]}
+
+    def answer(body):
+        mine = texts[body["messages"][0]["content"]]
+        return completion(body, mine.pop(0) if len(mine) > 1 else mine[0])
+
+    endpoint.answer = answer
+    prompts = [Prompt("a", "line 1", {}, None), Prompt("b", "line 2", {}, None)]
+    filters = [{"kind": "repetition"}, {"kind": "length", "maximum": 50}]
+    summary = write(parrot, store, prompts, samples=2, filters=filters, in_flight=1)
+    assert summary["rejected"] == {"repetition": 1, "length": 0, "duplicate": 1}
+    assert [row["completion"] for row in rows(store)] == [texts["a"][-1], texts["b"][-1]]
+    examples = summary["examples"]["rejected"]
+    assert {(each["rejected_by"], each["reason"]) for each in examples} == {
+        ("repetition", "repeats 86% of its 4-grams"),
+        ("duplicate", "the same prompt and completion came before"),
+    }
+
+
+def test_empty_cut_and_missing_answers_are_rejected_with_the_reason(parrot, endpoint, store):
+    endpoint.replies["refused"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
+    kinds = {"empty": {"written": " \n"}, "cut": {"finish_reason": "length"}}
+    endpoint.answer = lambda body: completion(body, **kinds.get(body["messages"][0]["content"], {}))
+    summary = write(parrot, store, prompts_of("refused", "empty", "cut", "good"))
+    assert summary["rejected"] == {"truncated": 1, "unanswered": 1, "empty": 1}
+    assert summary["unanswered"] == 1
+    assert [row["prompt"] for row in rows(store)] == ["good"]
+    assert {row["prompt"]: row["reason"] for row in rows(store, "rejected")} == {
+        "refused": "400: too rude", "empty": "the teacher wrote nothing", "cut": "was cut at the token limit",
+    }  # fmt: skip
+
+
+def test_nothing_left_to_learn_from_is_told_with_the_reasons(parrot, endpoint, store):
+    endpoint.answer = lambda body: completion(body, "")
+    with pytest.raises(RunFailed, match="^None of 2 completions can be learned from .2 empty, the first: the teacher"):
+        write(parrot, store, prompts_of("a", "b"))
+    assert store.summary is None
+    assert len(rows(store, "rejected")) == 2
+
+
+def test_what_ends_a_completion_is_no_part_of_it(parrot, endpoint, store):
+    endpoint.answer = lambda body: completion(body, "four \nQ: and")  # some endpoints keep it
+    write(parrot, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
+    assert [row["completion"] for row in rows(store)] == ["four"]
+    assert endpoint.asked[0].body["stop"] == ["\nQ:"]

@@ -1,0 +1,192 @@
+"""The scribe asks once, whatever happens; what cannot be had costs the others nothing."""
+
+import asyncio
+import time
+from concurrent.futures import CancelledError
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.config import ResponsesConfig
+from rayk.engines.base import SamplingParameters
+from rayk.errors import InputError, RunFailed
+from rayk.synthesis.scribe import Request, Scribe, in_order
+from rayk.teachers.background import run_to_the_end
+from tests.engines.endpoint import Reply
+
+pytestmark = pytest.mark.cluster
+
+SHORT = SamplingParameters(8, 0.7)
+
+
+def ask(teacher, store, requests, **settings):
+    """What a scribe brings for the requests, and the scribe."""
+    told = []
+    scribe = Scribe(teacher, store, ResponsesConfig(**settings), progress=lambda *all: told.append(all))
+    scribe.total = len(requests)
+
+    async def work():
+        async with scribe:
+            return await scribe.write(requests)
+
+    return run_to_the_end(work()), scribe, told
+
+
+def requests(count, parameters=SHORT, prompt="prompt {}"):
+    return [Request(prompt.format(i), i, parameters) for i in range(count)]
+
+
+def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served, store):
+    written, scribe, told = ask(served, store, requests(12))
+    assert scribe.asked == 12
+    assert told[-1][:2] == (12, 12)
+    assert "completions/s" in told[-1][2] and "tokens/s" in told[-1][2]
+    expected = run_to_the_end(served.agenerate([each.prompt for each in requests(12)], SHORT, range(12)))
+    assert [each.text for each in written] == [each.text for each in expected]
+    assert [each.tokens for each in written] == [len(each.token_ids) for each in expected]
+    assert written[3].mean_logprob == pytest.approx(expected[3].logprobs.mean(), abs=1e-4)
+    repeated, scribe, _ = ask(served, store, requests(12))
+    assert (repeated, scribe.asked) == (written, 0)
+
+
+def test_rows_have_their_provenance(served, store):
+    written, _, _ = ask(served, store, requests(1))
+    (part,) = (store.folder / "completions").glob("*.parquet")
+    (row,) = pq.read_table(part).to_pylist()
+    assert (row["prompt"], row["seed"], row["teacher"], row["text"]) == ("prompt 0", 0, "served", written[0].text)
+    assert (row["model"], row["weights"]) == (served.info.model, served.info.weights_fingerprint)
+    assert '"temperature": 0.7' in row["parameters"]
+    assert abs(row["written_at_seconds"] - time.time()) < 600
+
+
+def test_other_parameters_seeds_and_repetitions_are_other_requests(parrot, endpoint, store):
+    one = Request("prompt", 1, SHORT)
+    asked = [one, one, Request("prompt", 2, SHORT), Request("prompt", 1, SamplingParameters(9, 0.7))]
+    written, _, _ = ask(parrot, store, asked)
+    assert len({each.key for each in written}) == 4
+    assert len(endpoint.asked) == 4
+    ask(parrot, store, asked)
+    assert len(endpoint.asked) == 4
+
+
+def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
+    (written,), _, _ = ask(served, store, requests(1, prompt="Hello {}"), chat=True)
+    (part,) = (store.folder / "completions").glob("*.parquet")
+    assert pq.read_table(part).to_pylist()[0]["prompt"] == "<|user|>\nHello 0<|end|>\n<|assistant|>\n"
+    plain, scribe, _ = ask(served, store, requests(1, prompt="Hello {}"))
+    assert scribe.asked == 1
+    assert plain[0].text != written.text
+
+
+def test_no_more_than_in_flight_are_asked_at_once(parrot, endpoint, store):
+    endpoint.most_at_once = 0
+    endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.05)] for i in range(12)}
+    ask(parrot, store, requests(12), in_flight=3)
+    assert endpoint.most_at_once == 3
+
+
+def test_what_an_endpoint_refuses_is_told_and_asked_again_next_time(parrot, endpoint, store):
+    endpoint.replies["prompt 1"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
+    endpoint.replies["prompt 2"] = [Reply(body=b'{"choices": [{"mess')] * 2
+    endpoint.replies["prompt 3"] = [Reply(429, b"slow down", {"retry-after": "0.2"})]
+    written, scribe, told = ask(parrot, store, requests(5))
+    assert [each.finish_reason for each in written] == ["stop", "error", "error", "stop", "stop"]
+    assert written[1].reason == "400: too rude"
+    assert "not JSON" in written[2].reason
+    first, second = endpoint.requests_of("prompt 3")
+    assert second.at_seconds - first.at_seconds >= 0.2
+    assert scribe.unanswered == 2
+    assert "2 unanswered" in told[-1][2]
+    before = len(endpoint.asked)
+    repeated, scribe, _ = ask(parrot, store, requests(5))
+    assert [each.text for each in repeated] == [f"[prompt {i}]" for i in range(5)]
+    assert [each.prompt for each in endpoint.asked[before:]] == ["prompt 1", "prompt 2"]
+
+
+def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
+    ask(parrot, store, requests(3))
+    endpoint.replies |= {f"prompt {i}": [Reply(400, b'{"error": {"message": "down"}}')] for i in range(3, 200)}
+    with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 400: down\."):
+        ask(parrot, store, requests(200), in_flight=4)
+    assert len(endpoint.asked) <= 3 + 32 + 4
+    endpoint.begin_anew()
+    _, scribe, _ = ask(parrot, store, requests(5))
+    assert scribe.asked == 2
+
+
+def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
+    _, scribe, _ = ask(parrot, store, requests(4))
+    assert scribe.charged["requests"] == 4
+    assert scribe.charged["cost"] == pytest.approx(4 * 5e-6)
+    _, scribe, _ = ask(parrot, store, requests(6))
+    assert (scribe.charged["requests"], store.usage["completion_tokens"]) == (6, 12)
+
+
+def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
+    long = Request("the cat sat " * 200, 0, SHORT)
+    (one, other), scribe, _ = ask(served, store, [long, Request("the cat", 0, SHORT)])
+    assert (one.finish_reason, other.finish_reason != "error") == ("error", True)
+    assert one.reason.endswith("leaves no room for 8 more: the teacher takes 512")
+    assert scribe.unanswered == 0  # asking again would not help
+
+
+def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
+    endpoint.replies["prompt 9"] = [Reply(delay_seconds=5)]
+
+    scribe = Scribe(parrot, store, ResponsesConfig())
+
+    async def work():
+        async with scribe:
+            await scribe.write(requests(10))
+
+    async def interrupted():
+        task = asyncio.create_task(work())
+        while scribe.done < 9:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    with pytest.raises(CancelledError):
+        run_to_the_end(interrupted())
+    assert store.unwritten == 0
+    endpoint.begin_anew()
+    _, scribe, _ = ask(parrot, store, requests(10))
+    assert scribe.asked == 1
+
+
+def test_a_wrong_key_stops_at_once(parrot, endpoint, store):
+    endpoint.replies["prompt 0"] = [Reply(401, b'{"error": {"message": "who are you?"}}')]
+    with pytest.raises(InputError, match="refused the key"):
+        ask(parrot, store, requests(1))
+
+
+def test_results_come_in_order_however_they_come_and_leaving_early_cancels():
+    begun, ended = [], []
+
+    async def piece(number):
+        begun.append(number)
+        await asyncio.sleep(0.02 * (number % 3))
+        ended.append(number)
+        return number
+
+    async def some(count):
+        results = []
+        work = in_order((piece(number) for number in range(20)), 4)
+        async for result in work:
+            results.append(result)
+            if len(results) == count:
+                break
+        await work.aclose()
+        return results
+
+    assert asyncio.run(some(20)) == list(range(20))
+    assert ended != list(range(20))
+    begun.clear()
+    assert asyncio.run(some(2)) == [0, 1]
+    assert len(begun) <= 6
+
+
+def test_seeds_follow_from_the_place(parrot, store):
+    one, other = (Scribe(parrot, store, ResponsesConfig(), seed) for seed in (0, 1))
+    assert one.seed(0, 1, 2) == Scribe(parrot, store, ResponsesConfig(), 0).seed(0, 1, 2)
+    assert len({one.seed(0, 1, 2), one.seed(0, 2, 1), one.seed(1, 1, 2), other.seed(0, 1, 2)}) == 4

@@ -1,0 +1,203 @@
+"""A teacher makes up tasks and solves them; whatever is interrupted, the same ones."""
+
+import random
+import re
+from contextlib import nullcontext
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.config import SelfInstructConfig, parse_config
+from rayk.errors import InputError, RunFailed
+from rayk.run import distill, synthesize
+from rayk.synthesis import Store, synthesise
+from rayk.synthesis.self_instruct import SelfInstruct
+from rayk.synthesis.tasks import read_seed_tasks
+from rayk.text import build_filters, rouge_l
+from tests.engines.endpoint import Reply, completion, prompt_of
+from tests.runs import settings
+
+pytestmark = pytest.mark.cluster
+
+WORDS = ["river", "copper", "violin", "desert", "lantern", "orbit", "pepper", "castle", "signal", "winter", "marble"]
+WORDS += ["thread", "harbour", "comet", "ladder", "meadow"]
+
+
+def imagine(body) -> bytes:
+    """A teacher of the kind that Self-Instruct needs, for chat: the same for the same prompt and seed."""
+    prompt = prompt_of(body)
+    draw = random.Random(f"{prompt} {body['seed']}")
+    if "Continue the list" in prompt:
+        lines = [f"{number}. {_instruction(draw)}" for number in range(9, 17)]
+        return completion(body, "Here you are:\n" + "\n".join(lines))
+    if "Task: " not in prompt:
+        return completion(body)  # what a teacher is asked to see whether it is there
+    task = prompt.split("\n\n")[-2].removeprefix("Task: ")
+    if "Yes or No" in prompt:
+        return completion(body, "Yes." if task.startswith("Decide") else "No.")
+    if task.startswith("Decide"):
+        return completion(
+            body, f"Class label: warm\nInput: the {task[-9:]}\n\nClass label: cold\nInput: no {task[-9:]}"
+        )
+    if task.startswith("Compare"):
+        return completion(body, "Example 1\nInput: a\nOutput: b\n\nExample 2\nInput: a\nOutput: c")
+    return completion(body, f"Output: {task[::-1]}")
+
+
+def _instruction(draw: random.Random) -> str:
+    words = " ".join(draw.sample(WORDS, 6))
+    beginnings = ["Decide whether it is", "Compare", "Describe the", "Sing of the", "Draw the", "Write a program on"]
+    return f"{draw.choice(beginnings)} {words}"
+
+
+def write(teacher, store, seed=0, **changed):
+    given = SelfInstructConfig(**({"instructions": 40, "batch": 3} | changed))
+    return synthesise(given, SelfInstruct.own_prompts(given), teacher, store, build_filters(given.filters), seed=seed)
+
+
+def rows(store, name="rows"):
+    return pq.read_table(store.folder / f"{name}.parquet").to_pylist()
+
+
+def opened(folder):
+    store = Store(folder)
+    store.__enter__()
+    store.claim({}, set(), set())
+    return store
+
+
+def test_tasks_are_made_up_sorted_and_solved(parrot, endpoint, store):
+    endpoint.answer = imagine
+    summary = write(parrot, store)
+    kept, rejected = rows(store), rows(store, "rejected")
+    instructions = {row["instruction"] for row in kept}
+    assert summary["kept"] == len(kept) and summary["unanswered"] == 0
+    assert {row["rejected_by"] for row in rejected} >= {"keywords", "beginning", "instances"}
+    assert all(row["instruction"].startswith("Compare") for row in rejected if row["rejected_by"] == "instances")
+    assert len(instructions | {r["instruction"] for r in rejected if r["rejected_by"] == "instances"}) == 40
+    for row in kept:
+        sort = row["instruction"].startswith("Decide")
+        assert row["is_classification"] is sort
+        assert row["completion"] in (("warm", "cold") if sort else (row["instruction"][::-1],))
+        assert row["instruction"] in row["prompt"] and row["input"] in row["prompt"]
+        assert re.search(r"seed_tasks.jsonl, line \d+$", row["where"])
+        assert [bool(store.find(key)) for key in row["keys"]] == [True] * 3
+    assert [figure["name"] for figure in summary["figures"]] == ["tasks", "classification among them", "rows a task"]
+    assert summary["figures"][0]["value"] == len(instructions)
+
+
+def test_new_instructions_are_unlike_the_pool_and_two_of_them_are_shown(parrot, endpoint, store):
+    endpoint.answer = imagine
+    write(parrot, store)
+    made = {row["instruction"] for name in ("rows", "rejected") for row in rows(store, name)
+            if row.get("rejected_by") in (None, "instances")}  # fmt: skip
+    pool = [*made, *(seed.instruction for seed in read_seed_tasks())]
+    assert all(rouge_l(one, other) < 0.7 for one in made for other in pool if one != other)
+    lists = [each.prompt for each in endpoint.asked if "Continue the list" in each.prompt]
+    shown = [[line.split(". ", 1)[1] for line in prompt.split("\n")[1:9]] for prompt in lists]
+    by_machine = [len(made & set(each)) for each in shown]
+    assert by_machine[:3] == [0, 0, 0] and set(by_machine[3:]) == {2}
+    assert all(len(set(each)) == 8 for each in shown)
+
+
+def test_the_same_seed_makes_the_same_rows_whatever_is_in_flight_and_another_seed_others(parrot, endpoint, tmp_path):
+    endpoint.answer = imagine
+    made = []
+    for name, seed, in_flight in (("one", 3, 64), ("two", 3, 1), ("other", 4, 64)):
+        store = opened(tmp_path / name)
+        with store:
+            write(parrot, store, seed, in_flight=in_flight)
+            made.append((rows(store), rows(store, "rejected")))
+    assert made[0] == made[1]
+    assert not {row["instruction"] for row in made[0][0]} & {row["instruction"] for row in made[2][0]}
+
+
+@pytest.mark.parametrize(("broken_at", "in_lists"), [(2, True), (7, True), (70, False)])
+def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp_path, broken_at, in_lists):
+    endpoint.answer = imagine
+    with opened(tmp_path / "whole") as store:
+        write(parrot, store)
+        whole, asked = rows(store), len(endpoint.asked)
+    count = 0
+
+    def breaking(body):
+        nonlocal count
+        count += 1
+        return imagine(body) if count <= broken_at else b"{"
+
+    endpoint.begin_anew()
+    endpoint.answer = breaking
+    with opened(tmp_path / "broken") as store:
+        with pytest.raises(RunFailed, match="unanswered") if in_lists else nullcontext():
+            write(parrot, store, in_flight=1)
+        done = len(store)
+        endpoint.begin_anew()
+        endpoint.answer = imagine
+        write(parrot, store)
+        assert rows(store) == whole
+    assert done == broken_at
+    assert len(endpoint.asked) == asked - done
+
+
+def test_more_instructions_later_keep_those_before(parrot, endpoint, store):
+    endpoint.answer = imagine
+    write(parrot, store, instructions=20)
+    few = rows(store)
+    write(parrot, store, instructions=40)
+    assert {row["instruction"] for row in few} < {row["instruction"] for row in rows(store)}
+
+
+def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
+    def repeat(body):
+        if "Continue the list" not in prompt_of(body):
+            return imagine(body)
+        return completion(body, "\n".join(f"{n}. Describe the weather of the northern coast." for n in range(9, 17)))
+
+    endpoint.answer = repeat
+    summary = write(parrot, store)
+    assert summary["kept"] == 1
+    assert summary["rejected"]["rouge"] == 3 * 8 * 6 - 1
+
+
+def test_prompts_are_its_own(tmp_path, tiny_student):
+    values = settings(tmp_path, tiny_student, "supervised", steps=1)
+    rows_file = values["data"]["train"]
+    values |= {"teachers": [{"name": "parrot", "attach": True}], "synthesis": {"kind": "self_instruct"}}
+    with pytest.raises(InputError, match="makes up its own prompts; leave out data.train and synthesis.prompts"):
+        parse_config(values)
+    with pytest.raises(InputError, match="makes up its own prompts"):
+        parse_config(values | {"data": {}, "synthesis": values["synthesis"] | {"prompts": rows_file}})
+
+
+def test_from_seeds_to_a_student_in_one_run(tmp_path, tiny_student, parrot, endpoint):
+    endpoint.answer = imagine
+    values = settings(tmp_path, tiny_student, "supervised", steps=2)
+    synthesis = {"kind": "self_instruct", "instructions": 12, "batch": 2, "filters": [{"kind": "empty"}]}
+    values |= {"teachers": [{"name": "parrot", "attach": True}], "data": {}, "synthesis": synthesis}
+    result = distill(parse_config(values))
+    written = pq.read_table(tmp_path / "run" / "synthesis" / "rows.parquet").num_rows
+    assert result.summary["rows"]["train"] == written > 0
+    asked = len(endpoint.asked)
+    assert synthesize(parse_config(values))["kept"] == written
+    assert len(endpoint.asked) == asked
+    seeds = tmp_path / "broken.jsonl"
+    seeds.write_text('{"instruction": "x"\n')
+    values["synthesis"]["seed_tasks"] = str(seeds)
+    with pytest.raises(InputError, match=r"broken\.jsonl, line 1 is not JSON"):
+        synthesize(parse_config(values | {"output": str(tmp_path / "other")}))
+
+
+def test_a_broken_answer_costs_its_own_task_only(parrot, endpoint, store):
+    failed = []
+
+    def sometimes(body):
+        if "in the same form" in prompt_of(body) and prompt_of(body) not in failed and len(failed) < 2:
+            failed.append(prompt_of(body))
+            endpoint.replies[prompt_of(body)] = [Reply(400, b"{}")]
+            return b"{"
+        return imagine(body)
+
+    endpoint.answer = sometimes
+    summary = write(parrot, store, in_flight=1)
+    assert summary["unanswered"] >= 1 and summary["rejected"]["unanswered"] == summary["unanswered"]
+    assert write(parrot, store)["unanswered"] == 0

@@ -1,0 +1,233 @@
+"""What was paid for is kept, whatever happens, and what is not whole is never read back."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from contextlib import contextmanager
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.errors import InputError, RunFailed
+from rayk.synthesis.store import Store, Written
+
+PROVENANCE = {
+    "prompt": "2 + 2", "parameters": "{}", "seed": 2**64 - 1, "teacher": "t", "model": "m", "weights": "w",
+    "written_at_seconds": 1.5,
+}  # fmt: skip
+
+
+def written(number, text=None):
+    text = f"text {number}" if text is None else text
+    return Written(f"key-{number}", text, number, -0.5 if number % 2 else None, "stop")
+
+
+@contextmanager
+def opened(folder, **settings):
+    with Store(folder) as store:
+        store.claim(settings, {"in_flight"}, {"filters"})
+        yield store
+
+
+def added(folder, numbers):
+    with opened(folder) as store:
+        for number in numbers:
+            store.add(written(number), PROVENANCE)
+        store.flush()
+
+
+def parts(folder):
+    return sorted((folder / "completions").glob("part-*.parquet"))
+
+
+def found(folder):
+    with opened(folder) as store:
+        return {number for number in range(1000) if store.find(f"key-{number}") == written(number)}
+
+
+def in_a_child(work):
+    """Run `work` in a forked process; its id, and what it writes."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return child, os.fdopen(reading)
+    try:
+        with os.fdopen(writing, "w", buffering=1) as pipe:
+            work(pipe)
+    finally:
+        os._exit(0)
+
+
+def test_a_completion_is_found_before_and_after_it_is_on_disk(tmp_path):
+    with opened(tmp_path) as store:
+        assert store.find("key-1") is None
+        store.add(written(1), PROVENANCE)
+        assert (store.find("key-1"), store.unwritten, len(store)) == (written(1), 1, 1)
+        assert not parts(tmp_path)
+        store.flush()
+        assert (store.find("key-1"), store.unwritten, len(store)) == (written(1), 0, 1)
+    assert found(tmp_path) == {1}
+    (row,) = pq.read_table(parts(tmp_path)[0]).to_pylist()
+    assert row.items() >= PROVENANCE.items()
+    assert row.items() >= {"key": "key-1", "text": "text 1", "tokens": 1, "finish_reason": "stop"}.items()
+
+
+@pytest.mark.parametrize("damage", ["cut", "bits", "empty"])
+def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_path, caplog, damage):
+    added(tmp_path, range(10))
+    added(tmp_path, range(10, 20))
+    torn = parts(tmp_path)[0]
+    content = bytearray(torn.read_bytes())
+    if damage == "bits":
+        content[len(content) // 3] ^= 0xFF
+    torn.write_bytes(content[: {"cut": len(content) // 2, "bits": None, "empty": 0}[damage]])
+    assert found(tmp_path) == set(range(10, 20))
+    assert f"'{torn}' is damaged" in caplog.text
+    assert len(list((tmp_path / "completions").glob("*.damaged"))) == 1
+    added(tmp_path, range(10))
+    assert found(tmp_path) == set(range(20))
+
+
+def test_no_flipped_bit_is_read_back(tmp_path):
+    text = "".join(chr(random.randrange(33, 127)) for _ in range(3000))
+    with opened(tmp_path) as store:
+        store.add(written(1, text), PROVENANCE)
+        store.flush()
+    (part,) = parts(tmp_path)
+    content = part.read_bytes()
+    outcomes = set()
+    for position in range(0, len(content), len(content) // 60):
+        part.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
+        with opened(tmp_path) as store:
+            outcomes.add(store.find("key-1"))
+    assert outcomes == {None, written(1, text)}
+
+
+def test_what_was_not_finished_writing_is_not_read(tmp_path):
+    added(tmp_path, [1])
+    unfinished = tmp_path / "completions" / "part-000009-x.parquet.unfinished"
+    unfinished.write_bytes(parts(tmp_path)[0].read_bytes())
+    assert found(tmp_path) == {1}
+    assert not unfinished.exists()
+
+
+def test_a_kill_loses_nothing_that_was_flushed(tmp_path):
+    def work(pipe):
+        with opened(tmp_path) as store:
+            for number in range(1000):
+                store.add(written(number), PROVENANCE)
+                store.flush()
+                pipe.write(f"{number}\n")
+
+    child, pipe = in_a_child(work)
+    told = [int(pipe.readline()) for _ in range(5)]
+    time.sleep(random.random() * 0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    told += [int(line) for line in pipe]
+    there = found(tmp_path)
+    assert there >= set(told)
+    assert there == set(range(len(there)))
+    assert len(there) < 1000, "it was over before it was killed"
+
+
+def test_a_second_process_is_refused_in_a_sentence_and_let_in_after_the_first(tmp_path):
+    def work(pipe):
+        with opened(tmp_path):
+            pipe.write("open\n")
+            signal.pause()
+
+    child, pipe = in_a_child(work)
+    assert pipe.readline() == "open\n"
+    with pytest.raises(InputError, match=f"^Another process is writing into '{tmp_path}'; wait"), opened(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with opened(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_no_half_file(tmp_path):
+    added(tmp_path, [1])
+
+    def work(pipe):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with opened(tmp_path) as store:
+            store.add(written(2, random.randbytes(100_000).hex()), PROVENANCE)
+            try:
+                store.flush()
+            except RunFailed as error:
+                pipe.write(f"{error}\n")
+            pipe.write(f"{store.find('key-2') is not None}\n")
+
+    child, pipe = in_a_child(work)
+    told = pipe.read().splitlines()
+    os.waitpid(child, 0)
+    assert told[0].startswith(f"No room is left in '{tmp_path}' (File too large); what was written before is kept.")
+    assert told[1] == "True"  # it may still be written, once there is room
+    assert found(tmp_path) == {1}
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_another_setting_is_refused_by_its_name(tmp_path):
+    with opened(tmp_path, seed=1, sampling={"temperature": 0.7, "stop": ["a"]}, in_flight=4):
+        pass
+    for changed, name in [
+        ({"seed": 2}, "seed"),
+        ({"sampling": {"temperature": 0.8, "stop": ["a"]}}, "sampling.temperature"),
+        ({"sampling": {"temperature": 0.7, "stop": []}}, "sampling.stop"),
+    ]:
+        store = Store(tmp_path)
+        with store, pytest.raises(InputError, match=f"was made with another '{name}'"):
+            store.claim({"seed": 1, "sampling": {"temperature": 0.7, "stop": ["a"]}} | changed, {"in_flight"}, set())
+    with opened(tmp_path, seed=1, sampling={"temperature": 0.7, "stop": ["a"]}, in_flight=8):
+        pass
+
+
+def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
+    with opened(tmp_path, filters=["a"], in_flight=1) as store:
+        store.add(written(1), PROVENANCE)
+        store.flush()
+        store.keep([{"prompt": "p"}], [])
+        store.finish({"kept": 1})
+    with opened(tmp_path, filters=["a"], in_flight=2) as store:
+        assert store.summary == {"kept": 1}
+    with opened(tmp_path, filters=["b"], in_flight=2) as store:
+        assert store.summary is None
+        assert store.find("key-1") == written(1)
+
+
+def test_many_small_parts_become_one(tmp_path):
+    with opened(tmp_path) as store:
+        for number in range(70):
+            store.add(written(number), PROVENANCE)
+            store.flush()
+    assert len(parts(tmp_path)) == 70
+    assert found(tmp_path) == set(range(70))
+    assert len(parts(tmp_path)) == 1
+    assert found(tmp_path) == set(range(70))
+
+
+def test_rows_keep_their_types_and_mixed_ones_become_json(tmp_path):
+    rows = [{"prompt": "a", "level": 1, "answer": 4}, {"prompt": "b", "level": None, "answer": "four", "more": [1, 2]}]
+    with opened(tmp_path) as store:
+        store.keep(rows, [])
+        assert store.summary is None
+        assert pq.read_table(store.rows).to_pylist() == [
+            {"prompt": "a", "level": 1, "answer": "4", "more": None},
+            {"prompt": "b", "level": None, "answer": '"four"', "more": [1, 2]},
+        ]
+        assert pq.read_table(tmp_path / "rejected.parquet").num_rows == 0
+        store.finish({"kept": 2})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"kept": 2}
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "synthesis"
+    with pytest.raises(InputError, match=f"^'{folder}' cannot be written"), opened(folder):
+        pass

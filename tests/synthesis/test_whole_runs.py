@@ -1,0 +1,217 @@
+"""From prompts to a trained student in one run, whoever writes and whatever is killed."""
+
+import json
+import os
+import signal
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+from ray import serve
+
+from rayk.config import parse_config
+from rayk.doctor import examine
+from rayk.errors import InputError, RunFailed
+from rayk.fill import fill_cache
+from rayk.inputs import on_written_rows
+from rayk.run import Watcher, distill, located, synthesize
+from tests.engines.endpoint import Reply, completion, prompt_of
+from tests.runs import curve, rayk, settings, until
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.cluster
+
+PARROT = {"name": "parrot", "attach": True}
+
+
+class Stages(Watcher):
+    def __init__(self):
+        self.stages, self.applications, self.seen = [], {}, []
+
+    def stage(self, text):
+        self.stages.append(text)
+        if text.startswith("Training"):
+            self.applications = serve.status().applications
+
+    def progress(self, done, total, text, unit):
+        assert unit == "completion"
+        self.seen.append((done, total, text))
+
+
+def run_of(folder, student, synthesis, teacher=PARROT, method="supervised", count=24, **sections):
+    values = settings(folder, student, method, steps=3)
+    rows = folder / "questions.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n} + {n} =", "answer": 2 * n}) + "\n" for n in range(count)))
+    values |= {"teachers": [teacher], "data": {"train": {"path": str(rows)}}, "synthesis": synthesis, **sections}
+    return values
+
+
+def rows_of(folder):
+    return pq.read_table(folder / "run" / "synthesis" / "rows.parquet").to_pylist()
+
+
+def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_student, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses", "samples": 2, "filters": [{"kind": "repetition"}]})
+    values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
+    numbers = iter(range(1000))
+    endpoint.answer = lambda body: completion(body, f" sum {next(numbers)}")
+    watching = Stages()
+    result = distill(parse_config(values), watcher=watching)
+    assert len(rows_of(tmp_path)) == 48 == result.summary["rows"]["train"]
+    assert watching.seen[-1][:2] == (48, 48)
+    assert "cost 0.0002" in watching.seen[-1][2] or len(endpoint.asked) == 48
+    page = (result.output / "report.html").read_text()
+    assert "What the teacher wrote" in page
+    assert "48 (100.0%)" in page
+    # Learned as if the rows had been the user's.
+    (tmp_path / "plain").mkdir()
+    plain = settings(tmp_path / "plain", tiny_student, steps=3)
+    plain["data"] = {"train": {"path": str(result.output / "synthesis" / "rows.parquet")}}
+    assert curve(distill(parse_config(plain)).output) == curve(result.output)
+
+    asked = len(endpoint.asked)
+    watching = Stages()
+    distill(parse_config(values), resume=True, watcher=watching)
+    assert len(endpoint.asked) == asked
+    assert not any("Synthesising" in stage for stage in watching.stages)
+    with pytest.raises(InputError, match=r"was started with another 'synthesis\.samples'"):
+        distill(parse_config(values | {"synthesis": values["synthesis"] | {"samples": 3}}), resume=True)
+
+
+def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_begins(tmp_path, tiny_student):
+    tokenizer = tiny_tokenizer(sentences=("ein anderer Wortschatz als der des Schülers",), vocab_size=300)
+    tiny_model(tmp_path / "teacher", vocab_size=300, peaked=3.0, tokenizer=tokenizer)
+    teacher = {"name": "own", "model": str(tmp_path / "teacher"), "resources": {"num_cpus": 0.25}}
+    synthesis = {
+        "kind": "chain_of_thought", "chat": True, "rationales": 2, "keep": "answered", "answer_tokens": 8,
+        "sampling": {"max_new_tokens": 12, "temperature": 1.0}, "filters": [],
+    }  # fmt: skip
+    watching = Stages()
+    result = distill(parse_config(run_of(tmp_path, tiny_student, synthesis, teacher, count=8)), watcher=watching)
+    assert "own" in watching.stages[1]
+    assert not [name for name in watching.applications if name.startswith("own")]
+    rows = rows_of(tmp_path)
+    assert 0 < len(rows) <= 16
+    for row in rows:
+        assert row["prompt"].endswith(" = ###")
+        assert row["completion"] == f" {row['rationale']} --> {row['teacher_answer']}"
+        assert row["answer"] == 2 * int(row["prompt"].split()[0])
+    assert result.summary["teacher"] == {}
+    assert (result.model / "config.json").exists()
+
+
+def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
+    synthesis = {"kind": "responses", "sampling": {"max_new_tokens": 8}, "filters": []}
+    values = run_of(tmp_path, tiny_student, synthesis, {"name": "served", "attach": True}, "logit_kd", count=8)
+    with pytest.raises(InputError, match="The training rows are not written yet .*; run `rayk synthesize` first"):
+        on_written_rows(located(parse_config(values)))
+    values["cache"] = {"path": str(tmp_path / "cache")}
+    with pytest.raises(InputError, match="not written yet"):
+        fill_cache(parse_config(values))
+    summary = synthesize(parse_config(values))
+    assert summary["kept"] == 8
+    assert sum(filled.tokens for filled in fill_cache(parse_config(values))) > 8
+    result = distill(parse_config(values))
+    assert {"forward_kl", "loss"} <= json.loads((result.output / "metrics.jsonl").read_text().splitlines()[0]).keys()
+
+
+def test_an_endpoint_writes_what_another_teacher_is_matched_on(tmp_path, tiny_student, served, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, PARROT, "logit_kd", count=8)
+    values["teachers"] = [PARROT | {"engine": {"kind": "openai"}}, {"name": "served", "attach": True}]
+    values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
+    result = distill(parse_config(values))
+    assert [row["completion"] for row in rows_of(tmp_path)] == [f"[{n} + {n} =]" for n in range(8)]
+    assert result.summary["teacher"]["loss"] > 0
+    assert result.summary["student"].keys() >= {"forward_kl", "agreement"}
+
+
+def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_student, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses", "in_flight": 4}, count=150)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    for n in range(150):
+        endpoint.replies[f"{n} + {n} ="] = [Reply(delay_seconds=0.1)] * 3
+    folder = tmp_path / "run" / "synthesis"
+    address = ray.get_runtime_context().gcs_address
+
+    def on_disk():
+        parts = (folder / "completions").glob("part-*.parquet")
+        return [key for part in parts for key in pq.read_table(part).column("prompt").to_pylist()]
+
+    with rayk("synthesize", path, log=tmp_path / "first.log", RAY_ADDRESS=address) as process:
+        until(lambda: len(on_disk()) > 20, "some completions", process)
+        os.killpg(process.pid, signal.SIGKILL)
+    kept, before = on_disk(), len(endpoint.asked)
+    assert 20 < len(kept) < 150
+    with rayk("synthesize", path, log=tmp_path / "second.log", RAY_ADDRESS=address) as process:
+        assert process.wait() == 0, (tmp_path / "second.log").read_text()
+    again = [asked.prompt for asked in endpoint.asked[before:]]
+    assert not set(again) & set(kept)
+    assert sorted(set(again) | set(kept)) == sorted(f"{n} + {n} =" for n in range(150))
+    log = (tmp_path / "second.log").read_text()
+    assert f"for 150 prompts, {len(kept)} completions are there" in log
+    assert "150 of 150 for 150 prompts" in log
+    interrupted = rows_of(tmp_path)
+
+    (tmp_path / "whole").mkdir()
+    endpoint.begin_anew()
+    whole = run_of(tmp_path / "whole", tiny_student, values["synthesis"], count=150)
+    synthesize(parse_config(whole))
+    path_of = {"where": None}
+    assert [row | path_of for row in rows_of(tmp_path / "whole")] == [row | path_of for row in interrupted]
+
+
+def test_what_was_left_unanswered_is_asked_again_until_it_is_learned_from(tmp_path, tiny_student, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
+    busy = Reply(400, b'{"error": {"message": "no"}}')
+    endpoint.replies["3 + 3 ="], endpoint.replies["4 + 4 ="] = [busy], [busy, busy]
+    assert synthesize(parse_config(values))["unanswered"] == 2
+    asked = len(endpoint.asked)
+    result = distill(parse_config(values))  # the folder holds nothing but synthesis/, so it may be a run's
+    assert [each.prompt for each in endpoint.asked[asked:]] == ["3 + 3 =", "4 + 4 ="]
+    assert result.summary["rows"]["train"] == 7
+    distill(parse_config(values), resume=True)
+    assert len(endpoint.asked) == asked + 2
+    assert synthesize(parse_config(values))["kept"] == 8
+    with pytest.raises(InputError, match="are not those the run in .* was started with"):
+        distill(parse_config(values), resume=True)
+
+
+def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_student, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
+    assert synthesize(parse_config(values))["kept"] == 8
+    asked = len(endpoint.asked)
+    values["synthesis"]["filters"] = [{"kind": "keywords", "keywords": ["3"]}]
+    assert synthesize(parse_config(values))["rejected"] == {"keywords": 1}
+    rows = tmp_path / "questions.jsonl"
+    values["synthesis"] |= {"keep": "best", "scorer": "answer", "answer": {"type": "number"}}
+    rows.write_text(rows.read_text().replace('"answer": 4', '"answer": 2'))  # which the endpoint's "[2 + 2 =]" ends in
+    assert synthesize(parse_config(values))["rejected"]["wrong_answer"] == 6
+    assert {row["answer"] for row in rows_of(tmp_path)} == {0, 2}
+    assert len(endpoint.asked) == asked
+    values["synthesis"]["sampling"] = {"temperature": 0.1}
+    with pytest.raises(InputError, match=r"was made with another 'synthesis\.sampling\.temperature'"):
+        synthesize(parse_config(values))
+
+
+def test_an_answer_that_holds_nothing_stops_the_run_before_training(tmp_path, tiny_student, parrot, endpoint):
+    endpoint.answer = lambda body: completion(body, "")
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
+    with pytest.raises(RunFailed, match="None of 3 completions can be learned from"):
+        distill(parse_config(values))
+    endpoint.answer = lambda body: completion(body, f"so {prompt_of(body)}")
+    asked = len(endpoint.asked)
+    with pytest.raises(RunFailed, match="None of 3"):  # they are answers, and are paid for
+        distill(parse_config(values), resume=True)
+    assert len(endpoint.asked) == asked
+
+
+def test_doctor_looks_at_what_will_be_written(tmp_path, tiny_student, parrot):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    told = [(check.state, check.text) for check in examine(str(path))]
+    assert ("ok", "synthesis: teacher 'parrot' writes responses for 24 prompts.") in told
+    assert ("note", "The training rows are not written yet; the run has them written first.") in told
+    assert not [text for state, text in told if state == "wrong"]
