@@ -225,10 +225,16 @@ class Demonstrator:
 
     def longest(self, rows: Ordered[Example]) -> int:
         """At most so many tokens has one of `rows` with its demonstrations."""
-        demonstrations = nlargest(self.settings.k, (len(self._demonstration(row)) for row in self._pool))
-        queries = max(len(self._query(row, [])) for row in rows)
-        answers = max((len(option) for row in rows for option in self.options(row)), default=0)
-        return min(self.max_tokens, sum(demonstrations) + queries + answers)
+        demonstrations = {
+            task: sum(nlargest(self.settings.k, (len(self._demonstration(self._pool[place])) for place in places)))
+            for task, places in self._of_task.items()
+        }
+        longest = 0
+        for row in rows:
+            query = self._query(row, [])
+            answer = max(query.counted_tokens, *map(len, query.options), 0)
+            longest = max(longest, demonstrations.get(self.task(row), 0) + query.prompt_tokens + answer)
+        return min(self.max_tokens, longest)
 
     def _texts(self, inputs: list[np.ndarray]) -> list[str]:
         return [str(self._encoder.tokenizer.decode(ids)) for ids in inputs]
