@@ -294,8 +294,9 @@ class InContextConfig(TaughtConfig):
                 f"student_demonstrations ({self.student_demonstrations}) are the last of the teacher's, which are "
                 f"{self.demonstrations.k}; raise demonstrations.k"
             )
-        compares_tokens = self.targets == "tokens" or self.text_weight
-        if compares_tokens and self.asks and isinstance(self.support, Logprob | Requested):
+        if self.targets == "label_words" and not self.text_weight:
+            object.__setattr__(self, "support", Logprob())  # all that whole words take
+        elif self.asks and isinstance(self.support, Logprob | Requested):
             raise ValueError(f"in_context cannot compare tokens by support '{self.support.kind}'; use 'topk' or "
                              "'hidden'")  # fmt: skip
         return self
