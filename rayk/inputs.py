@@ -75,7 +75,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     demonstrator = _demonstrator(config, tokenizer, train_table, tables)
     _check_lengths(models, config, train_table, evaluation, tables)
     if demonstrator is not None:
-        _check_demonstrated(models, demonstrator, tables)
+        _check_demonstrated(models, config, demonstrator, tables)
     _check_contexts(models, config, tokenizer, tables)
     _check_many_teachers(config, tables)
     if evaluation is not None:
@@ -183,7 +183,7 @@ def _check_lengths(
             )
         rolled_out = int(train_table.prompt_tokens.max()) + config.rollouts.max_new_tokens
     for name, settings in models.items():
-        limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = _positions(settings)
         if longest > limit:
             raise InputError(
                 f"The longest row has {longest} tokens, but {name} takes {limit}; lower data.max_tokens and set "
@@ -212,6 +212,7 @@ def _demonstrator(
         rows = RowTokenizer(pool, config.data, tokenizer, section="method.demonstrations.pool.")
         pool_table = collect(rows, read_rows(pool), pool.path)
     else:
+        assert config.data.train is not None
         pool_table = train_table or tokenize(config.data.train, config.data, tokenizer)
     demonstrator = Demonstrator(pool_table, config.method, tokenizer, config.data.max_tokens)
     for row in (row for table in tables for row in table):
@@ -219,15 +220,23 @@ def _demonstrator(
     return demonstrator
 
 
-def _check_demonstrated(models: Mapping[str, Any], demonstrator: Demonstrator, tables: list[ExampleTable]) -> None:
-    longest = max(demonstrator.longest(list(table)) for table in tables)
+def _check_demonstrated(
+    models: Mapping[str, Any], config: RunConfig, demonstrator: Demonstrator, tables: list[ExampleTable]
+) -> None:
+    written = config.evaluation.generation.max_new_tokens if config.evaluation.generation else 0
+    longest = max(demonstrator.longest(list(table)) for table in tables) + written
     for name, settings in models.items():
-        limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
-        if longest > limit:
+        if longest > (limit := _positions(settings)):
             raise InputError(
-                f"A row with its demonstrations may have {longest} tokens, but {name} takes {limit}; lower "
-                "data.max_tokens, beyond which demonstrations are cut off, or method.demonstrations.k."
+                f"A row with its demonstrations and what is written after it may have {longest} tokens, but {name} "
+                f"takes {limit}; lower data.max_tokens, beyond which demonstrations are cut off, or "
+                "method.demonstrations.k."
             )
+
+
+def _positions(settings: Any) -> float:
+    """How many tokens a model reads at most; unlimited where its settings, or None for them, do not say."""
+    return getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any, tables: list[ExampleTable]) -> None:
@@ -236,7 +245,7 @@ def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any
         if teacher.prompt_template is None:
             continue
         settings = models.get(f"teacher '{teacher.name}'")
-        limit = getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = _positions(settings)
         prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
         for row in (answer for table in tables for each in table for answer in each.answers):
             if (length := len(seen_after(prompts, row))) > limit:

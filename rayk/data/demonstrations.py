@@ -61,7 +61,7 @@ class Query(Shown):
     hard_label_weight: float = 1.0
 
     @property
-    def answers(self) -> list[Shown]:
+    def alternatives(self) -> list[Shown]:
         """The row with each of its options as the output, which counts."""
         assert self.teacher_row is not None
         return [

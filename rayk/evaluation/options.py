@@ -38,7 +38,7 @@ def answer_by_options(
 
 def likeliest(queries: Ordered[Query], log_probs: LogProbs, *, per_token: bool) -> list[int]:
     """Which of its options each query is answered; with `per_token` by the mean over the option's tokens."""
-    answers = [answer for query in queries for answer in query.answers]
+    answers = [answer for query in queries for answer in query.alternatives]
     scores = iter(
         score / answer.counted_tokens if per_token else score
         for score, answer in zip(log_probs(answers), answers, strict=True)

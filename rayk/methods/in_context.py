@@ -113,7 +113,7 @@ class InContext(Method):
         return replace(experience, beside=texts)
 
     async def _of_label_words(self, queries: list[Query], pad_id: int) -> LabelWords:
-        answers = collate((answer for query in queries for answer in query.answers), pad_id)
+        answers = collate((answer for query in queries for answer in query.alternatives), pad_id)
         bounds = _bounds(torch.tensor([len(query.options) for query in queries]))
         signals = None
         if self.settings.asks:

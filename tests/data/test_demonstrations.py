@@ -54,7 +54,7 @@ def test_the_layout_is_metaicls(shower, tokenizer):
     assert tokenizer.decode(query.targets) == "no"
     assert [tokenizer.decode(option) for option in query.options] == OPTIONS
     assert query.gold == 1
-    for answer, option in zip(query.answers, OPTIONS, strict=True):
+    for answer, option in zip(query.alternatives, OPTIONS, strict=True):
         assert tokenizer.decode(answer.input_ids) == expected.removesuffix("no") + option
         assert tokenizer.decode(answer.targets) == tokenizer.decode(answer.teacher_row.targets) == option
 
@@ -106,7 +106,7 @@ def test_what_the_student_reads_is_how_the_teachers_text_ends(students, max_toke
         assert np.array_equal(query.teacher_row.input_ids[-len(query) :], query.input_ids)
         whole = query.whole
         assert whole.counted_tokens == len(query) - 1
-        for shown in (query, whole, *query.answers):
+        for shown in (query, whole, *query.alternatives):
             assert np.array_equal(shown.targets, shown.teacher_row.targets)
 
 
@@ -198,5 +198,5 @@ def test_a_row_that_cannot_be_learned_from_is_named(change, said, shower):
 def test_no_row_with_its_demonstrations_is_longer_than_promised(shower):
     for max_tokens in (1024, 30):
         shows, rows = shower(tasks(), max_tokens=max_tokens, demonstrations={"k": 16})
-        longest = max(len(answer.teacher_row) for row in rows for answer in shows.query(row, 0).answers)
+        longest = max(len(answer.teacher_row) for row in rows for answer in shows.query(row, 0).alternatives)
         assert longest <= shows.longest(rows) <= min(max_tokens, longest + 30)

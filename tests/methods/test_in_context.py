@@ -15,6 +15,7 @@ from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import tokenize
 from rayk.errors import InputError
 from rayk.fill import fill_cache
+from rayk.inputs import read_inputs
 from rayk.methods.in_context import InContext, LabelWords
 from rayk.plan import plan
 from rayk.run import distill, evaluate_model
@@ -238,6 +239,17 @@ def test_hard_labels_alone_need_no_teacher(tmp_path, tiny_student):
     assert all("forward_kl" not in row for row in metrics(tmp_path / "run"))
     with pytest.raises(InputError, match="'in_context' needs a teacher"):
         parse_config(settings(tmp_path, tiny_student, method_of()) | {"teachers": []})
+
+
+def test_demonstrations_that_a_model_cannot_read_are_told_before_the_run(tmp_path, tiny_student):
+    write_tasks(tmp_path)
+    method = method_of({"k": 16}, hard_label_weight=1.0, text_weight=0.0)
+    values = settings(tmp_path, tiny_student, method) | {"teachers": []}
+    read_inputs(parse_config(values), {})
+    values["data"]["evaluation"] = {"path": str(tmp_path / "rows.jsonl")}
+    values["evaluation"] = {"generation": {"max_new_tokens": 400}}
+    with pytest.raises(InputError, match=r"may have \d+ tokens, but the student takes 512; .* demonstrations.k"):
+        read_inputs(parse_config(values), {})
 
 
 def test_what_cannot_be_asked_ahead_is_refused(tmp_path, tiny_student, served):
