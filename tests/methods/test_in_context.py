@@ -248,7 +248,7 @@ def test_demonstrations_that_a_model_cannot_read_are_told_before_the_run(tmp_pat
     read_inputs(parse_config(values), {})
     values["data"]["evaluation"] = {"path": str(tmp_path / "rows.jsonl")}
     values["evaluation"] = {"generation": {"max_new_tokens": 400}}
-    with pytest.raises(InputError, match=r"may have \d+ tokens, but the student takes 512; .* demonstrations.k"):
+    with pytest.raises(InputError, match=r"may have \d+ tokens, but the student takes 512; .*demonstrations.k"):
         read_inputs(parse_config(values), {})
 
 
