@@ -92,7 +92,7 @@ def _signal_size(settings: RunConfig) -> Iterator[Check]:
     from rayk.support import bytes_a_token
 
     yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
-    support = getattr(settings.method, "support", None)
+    support = settings.asked_support
     for teacher in settings.teachers:
         if support is not None and teacher.name == settings.compared_teacher and teacher.model is not None:
             model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()

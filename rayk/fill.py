@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from rayk.cluster import start_ray
-from rayk.config import CacheConfig, RunConfig
+from rayk.config import CacheConfig, InContextConfig, RunConfig
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
@@ -57,6 +57,10 @@ def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled
     if not getattr(config.method, "reads_completions", True):
         raise InputError(
             f"method '{config.method.kind}' learns from rows that are not written yet; nothing can be asked ahead."
+        )
+    if isinstance(config.method, InContextConfig):
+        raise InputError(
+            "method 'in_context' asks about rows with demonstrations, which its run draws; the run fills the cache."
         )
     watcher.stage("Reading data and models")
     with ExitStack() as stack:

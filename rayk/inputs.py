@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from rayk.config import DataSource, RunConfig, TeacherConfig
-from rayk.data.examples import ExampleTable, tokenize
+from rayk.config import DataSource, InContextConfig, RunConfig, TeacherConfig
+from rayk.data.demonstrations import Demonstrator
+from rayk.data.examples import ExampleTable, RowTokenizer, collect, tokenize
+from rayk.data.sources import read_rows
 from rayk.errors import InputError
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
+from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.students import architecture
 from rayk.support import Hidden, TopK
@@ -34,6 +37,8 @@ class Inputs:
     evaluation: ExampleTable | None
     pretraining: ExampleTable | None = None
     """Plain text learned from beside `train`."""
+    demonstrator: Demonstrator | None = None
+    """Who shows rows demonstrations, with method `in_context`; which are nearest is not known yet."""
 
 
 def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
@@ -51,7 +56,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code
             )
-    support, vocab_size = getattr(config.method, "support", None), real_vocab_size(tokenizer)
+    support, vocab_size = config.asked_support, real_vocab_size(tokenizer)
     if isinstance(support, TopK) and support.k > vocab_size:
         raise InputError(
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
@@ -67,14 +72,19 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     beside = getattr(config.method, "pretraining", None) if training else None
     pretraining = tokenize(beside.data, config.data, tokenizer) if beside else None
     tables = [table for table in (train_table, evaluation, pretraining) if table is not None]
+    demonstrator = _demonstrator(config, tokenizer, train_table, tables)
     _check_lengths(models, config, train_table, evaluation, tables)
+    if demonstrator is not None:
+        _check_demonstrated(models, config, demonstrator, tables)
     _check_contexts(models, config, tokenizer, tables)
     _check_many_teachers(config, tables)
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
-        for example in with_prompts(evaluation, config.evaluation):
+        for example in [
+            *with_prompts(evaluation, config.evaluation, demonstrator), *with_options(evaluation, demonstrator),
+        ]:  # fmt: skip
             scorer.expected(example)
-    return Inputs(name, tokenizer, train_table, evaluation, pretraining)
+    return Inputs(name, tokenizer, train_table, evaluation, pretraining, demonstrator)
 
 
 def prompts_written_for(config: RunConfig) -> list[Prompt]:
@@ -185,7 +195,7 @@ def _check_lengths(
             )
         rolled_out = int(train_table.prompt_tokens.max()) + config.rollouts.max_new_tokens
     for name, settings in models.items():
-        limit = getattr(settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = _positions(settings)
         if longest > limit:
             raise InputError(
                 f"The longest row has {longest} tokens, but {name} takes {limit}; lower data.max_tokens and set "
@@ -203,13 +213,51 @@ def _check_lengths(
             )
 
 
+def _demonstrator(
+    config: RunConfig, tokenizer: Any, train_table: ExampleTable | None, tables: list[ExampleTable]
+) -> Demonstrator | None:
+    """Who shows rows demonstrations; each row of `tables` can be shown some."""
+    if not isinstance(config.method, InContextConfig):
+        return None
+    pool = config.method.demonstrations.pool
+    if pool is not None:
+        rows = RowTokenizer(pool, config.data, tokenizer, section="method.demonstrations.pool.")
+        pool_table = collect(rows, read_rows(pool), pool.path)
+    else:
+        assert config.data.train is not None
+        pool_table = train_table or tokenize(config.data.train, config.data, tokenizer)
+    demonstrator = Demonstrator(pool_table, config.method, tokenizer, config.data.max_tokens)
+    for row in (row for table in tables for row in table):
+        demonstrator.check(row)
+    return demonstrator
+
+
+def _check_demonstrated(
+    models: Mapping[str, Any], config: RunConfig, demonstrator: Demonstrator, tables: list[ExampleTable]
+) -> None:
+    written = config.evaluation.generation.max_new_tokens if config.evaluation.generation else 0
+    longest = max(demonstrator.longest(list(table)) for table in tables) + written
+    for name, settings in models.items():
+        if longest > (limit := _positions(settings)):
+            raise InputError(
+                f"A row with its demonstrations and what is written after it may have {longest} tokens, but {name} "
+                f"takes {limit}; lower data.max_tokens, beyond which demonstrations are cut off, or "
+                "method.demonstrations.k."
+            )
+
+
+def _positions(settings: Any) -> float:
+    """How many tokens a model reads at most; unlimited where its settings, or None for them, do not say."""
+    return getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any, tables: list[ExampleTable]) -> None:
     """Each teacher's own prompts can be made, and leave room for the completion."""
     for teacher in config.teachers:
         if teacher.prompt_template is None:
             continue
         settings = models.get(f"teacher '{teacher.name}'")
-        limit = getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = _positions(settings)
         prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
         for row in (answer for table in tables for each in table for answer in each.answers):
             if (length := len(seen_after(prompts, row))) > limit:
@@ -220,7 +268,7 @@ def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any
 
 
 def _check_many_teachers(config: RunConfig, tables: list[ExampleTable]) -> None:
-    support = getattr(config.method, "support", None)
+    support = config.asked_support
     if config.ensemble is not None and support is not None:
         check_ensemble(support, config.ensemble.combine)
     if config.route is None:

@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from rayk.config import RunConfig
+from rayk.config import InContextConfig, RunConfig
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.evaluation.run_directory import read_lines
@@ -66,10 +66,10 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
         InputError: the run has no teacher to ask, or the student's rate is neither given nor measured.
     """
     config = located(config)
-    support: Support | None = getattr(config.method, "support", None)
+    support: Support | None = config.asked_support
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
-    if config.rollouts is not None:
+    if config.rollouts is not None or isinstance(config.method, InContextConfig):
         raise InputError(
             f"method.kind '{config.method.kind}' learns from rows that are not written yet; plan a 'logit_kd' run on "
             "rows of such length instead."

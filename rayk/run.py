@@ -15,6 +15,7 @@ from typing import Any
 
 from rayk.cluster import start_ray
 from rayk.config import RunConfig, ServedRollouts, StudentConfig, difference, load_config, parse_config
+from rayk.data.demonstrations import Demonstrator
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.evaluation.report import write_report
@@ -129,6 +130,7 @@ def distill(
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
         claim_rows(config, inputs.train.fingerprint)
+        demonstrator = _ranked(inputs, watcher)
         applications = applications_of(config)
         others = [each.name for each in config.training_teachers if each.name not in running]
         if new := [each.name for each in config.teachers if each.name in others and not each.attach]:
@@ -149,6 +151,7 @@ def distill(
             None if inputs.evaluation is None else inputs.evaluation.table,
             None if inputs.pretraining is None else inputs.pretraining.table,
             policy,
+            demonstrator,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
             outcome = train(job)
@@ -182,7 +185,8 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
         applications = applications_of(config)
         teachers = serve_all(config, applications, stack, stack.enter_context(opened(config.cache)))
         watcher.stage(f"Measuring {measured}")
-        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table)
+        demonstrator = _ranked(inputs, watcher)
+        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table, demonstrator=demonstrator)
         evaluation = evaluate_remotely(job)
         teacher = _measured(config, teachers, inputs) if config.compared_teacher else None
     return {
@@ -273,7 +277,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         (values["data"]["train"] or {}, "path"), (values["data"]["evaluation"] or {}, "path"),
         (((values["synthesis"] or {}).get("prompts")) or {}, "path"), (values["synthesis"] or {}, "seed_tasks"),
         ((values["method"].get("pretraining") or {}).get("data") or {}, "path"),
-        *((teacher, "model") for teacher in values["teachers"]),
+        *((teacher, "model") for teacher in values["teachers"]), *_of_demonstrations(values["method"]),
     ]:  # fmt: skip
         value = section.get(key)
         if isinstance(value, str) and (value.startswith(("./", "../", "~")) or os.path.exists(value)):
@@ -283,6 +287,12 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         if place and "://" not in place:
             section[key] = os.path.abspath(os.path.expanduser(place))
     return parse_config(values)
+
+
+def _of_demonstrations(method: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Where method `in_context` names local paths."""
+    demonstrations = method.get("demonstrations", {})
+    return [(demonstrations, "encoder"), (demonstrations.get("pool") or {}, "path")]
 
 
 def claim(config: RunConfig, resume: bool) -> None:
@@ -398,11 +408,22 @@ def serve_all(
     return running
 
 
+def _ranked(inputs: Inputs, watcher: Watcher) -> Demonstrator | None:
+    """The inputs' demonstrator, which knows now what is nearest to each row."""
+    if inputs.demonstrator is not None:
+        watcher.stage("Choosing demonstrations")
+        for table in (inputs.train, inputs.evaluation):
+            inputs.demonstrator.rank(table or ())
+    return inputs.demonstrator
+
+
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
     assert inputs.evaluation is not None
     teacher = scorer_of(config, teachers, inputs.tokenizer)
     assert teacher is not None
-    return evaluate_teacher(teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer)
+    return evaluate_teacher(
+        teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer, demonstrator=inputs.demonstrator
+    )
 
 
 def summarise(

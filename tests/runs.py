@@ -35,6 +35,22 @@ def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
     return path
 
 
+def write_tasks(folder: Path, count: int = 24) -> Path:
+    """Two tasks with options of unequal number and length, in `folder`/rows.jsonl."""
+    words = ["cat", "dog", "mat", "log", "sat"]
+    options = [["the log", "no"], ["yes", "no", "the mat and the dog"]]
+    random = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            text = " ".join(random.choice(words, random.integers(1, 7)))
+            of_task = options[i % 2]
+            row = {"prompt": f"{text} {i}", "completion": of_task[i // 2 % len(of_task)], "options": of_task}
+            file.write(json.dumps(row | {"task": f"task {i % 2}"}) + "\n")
+    return path
+
+
 def settings(
     folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any
 ) -> dict[str, Any]:

@@ -34,3 +34,5 @@ class EvaluationConfig(Settings):
     '#### (.+)'; by default the whole text, white space folded."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Completions kept for the report."""
+    demonstration_draws: Positive = 1
+    """With method `in_context`: how many random draws of demonstrations answer a row; the majority decides."""

@@ -63,6 +63,11 @@ class TaughtConfig(Settings):
     """Which of `teachers`; by default the first."""
     support: Support = TopK()
 
+    @property
+    def asks(self) -> bool:
+        """Whether a teacher is asked at all."""
+        return True
+
 
 class MatchingConfig(TaughtConfig):
     """What the methods share in which the student matches the teacher's distribution."""
@@ -224,6 +229,79 @@ class MiniLLMConfig(TaughtConfig):
         return self
 
 
+class DemonstrationsConfig(Settings):
+    """Solved examples that stand before a row: of each its input, `output_separator`, its output, `separator`; then the
+    row's own input and `output_separator` (MetaICL, arXiv 2110.15943)."""
+
+    k: Annotated[int, Field(ge=0)] = 16
+    """How many the teacher reads; as many as there are of the row's task where they are fewer."""
+    choice: Literal["random", "bm25", "embedding"] = "random"
+    """`random`: others in every epoch. `bm25`, `embedding`: those whose inputs are nearest to the row's, the nearest
+    last."""
+    encoder: str | None = None
+    """The model whose mean hidden states `embedding` compares, a local folder or hub id."""
+    pool: DataSource | None = None
+    """Rows that demonstrations are taken from; by default the training rows. None has the same input as the row it
+    stands before."""
+    separator: Annotated[str, Field(min_length=1)] = "\n\n\n"
+    output_separator: Annotated[str, Field(min_length=1)] = "\n"
+    max_tokens: Positive = 256
+    """Of one demonstration without its separators; of a longer one the end of the input is cut off. Where all together
+    are more than `data.max_tokens`, they are cut off at their beginning."""
+    task_field: str = "task"
+    """Only rows of the same task are demonstrations to each other; rows without the field are of one task."""
+    options_field: str = "options"
+    """The row's field with the list of its possible outputs."""
+
+    @model_validator(mode="after")
+    def _encoder_fits(self) -> "DemonstrationsConfig":
+        if (self.choice == "embedding") != (self.encoder is not None):
+            raise ValueError("'encoder' names the model of choice 'embedding', and of no other; set both or neither")
+        return self
+
+
+class InContextConfig(TaughtConfig):
+    """The student learns to learn from demonstrations as the teacher does."""
+
+    kind: Literal["in_context"] = "in_context"
+    demonstrations: DemonstrationsConfig = Field(default_factory=DemonstrationsConfig)
+    student_demonstrations: Annotated[int, Field(ge=0)] | None = None
+    """How many of them the student reads, the last ones; by default all."""
+    targets: Literal["label_words", "tokens"] = "label_words"
+    """`label_words`: the probabilities of a row's options, renormalised over them; every row needs options. `tokens`:
+    the distribution at each token of the output, over the vocabulary."""
+    hard_label_weight: Share = 1.0
+    """α in α·hard + (1−α)·soft at the first step, from where it moves in a straight line."""
+    final_hard_label_weight: Share | None = 0.0
+    """α at the end; `null`: the same throughout. The paper's own schedule is not known to us; this is our choice."""
+    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    """β: of the same hard and soft loss at every token of what the student reads, demonstrations included. It helps
+    where the tasks are those of the evaluation (Multitask-ICT) and hurts where they are new (Meta-ICT)."""
+
+    def hard_label_weight_at(self, progress: float) -> float:
+        """α after this share of the run."""
+        last = self.hard_label_weight if self.final_hard_label_weight is None else self.final_hard_label_weight
+        return self.hard_label_weight + (last - self.hard_label_weight) * progress
+
+    @property
+    def asks(self) -> bool:
+        return self.hard_label_weight < 1 or self.final_hard_label_weight not in (None, 1)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "InContextConfig":
+        if self.student_demonstrations is not None and self.student_demonstrations > self.demonstrations.k:
+            raise ValueError(
+                f"student_demonstrations ({self.student_demonstrations}) are the last of the teacher's, which are "
+                f"{self.demonstrations.k}; raise demonstrations.k"
+            )
+        if self.targets == "label_words" and not self.text_weight:
+            object.__setattr__(self, "support", Logprob())  # all that whole words take
+        elif self.asks and isinstance(self.support, Logprob | Requested):
+            raise ValueError(f"in_context cannot compare tokens by support '{self.support.kind}'; use 'topk' or "
+                             "'hidden'")  # fmt: skip
+        return self
+
+
 class PreferenceConfig(Settings):
     """Of two answers to a prompt the student comes to prefer the chosen one (DPO)."""
 
@@ -253,5 +331,6 @@ class PreferenceConfig(Settings):
 
 
 MethodConfig = Annotated[
-    SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig | PreferenceConfig, Field(discriminator="kind")
+    SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig | InContextConfig | PreferenceConfig,
+    Field(discriminator="kind"),
 ]

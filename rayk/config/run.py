@@ -10,11 +10,19 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.methods import MethodConfig, MiniLLMConfig, OnPolicyConfig, PreferenceConfig, TaughtConfig
+from rayk.config.methods import (
+    InContextConfig,
+    MethodConfig,
+    MiniLLMConfig,
+    OnPolicyConfig,
+    PreferenceConfig,
+    TaughtConfig,
+)
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.synthesis import SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
+from rayk.support import Support
 
 
 class TrackingConfig(Settings):
@@ -54,7 +62,7 @@ class RunConfig(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: two share a name ({', '.join(names)})")
         wanted = getattr(self.method, "teacher", None)
-        if isinstance(self.method, TaughtConfig) and not names:
+        if isinstance(self.method, TaughtConfig) and self.method.asks and not names:
             raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
             raise ValueError(
@@ -64,9 +72,10 @@ class RunConfig(Settings):
         self._many_teachers_fit(names, wanted)
         self._signals_can_be_had()
         self._pairs_can_be_read()
+        self._demonstrations_can_be_shown()
         self._completions_can_be_written()
         for teacher in self.teachers:
-            support = getattr(self.method, "support", None)
+            support = self.asked_support
             asked = wanted in (None, teacher.name) and teacher.name not in self.only_writing
             if support is not None and not teacher.attach and asked:
                 try:
@@ -147,6 +156,51 @@ class RunConfig(Settings):
                     f"teacher '{teacher.name}': engine kind 'openai' writes text and gives no signals, so neither "
                     "'ensemble' nor 'route' nor a method but 'supervised' can use it; choose engine kind "
                     "'transformers' or 'vllm', or train on the text it writes with method 'supervised'"
+                )
+
+    def _demonstrations_can_be_shown(self) -> None:
+        draws = self.evaluation.demonstration_draws
+        if not isinstance(self.method, InContextConfig):
+            if draws > 1:
+                raise ValueError(
+                    f"evaluation.demonstration_draws is set, but method '{self.method.kind}' shows no demonstrations; "
+                    "leave it out"
+                )
+            return
+        if draws > 1 and self.method.demonstrations.choice != "random":
+            raise ValueError(
+                f"evaluation.demonstration_draws is {draws}, but method.demonstrations.choice "
+                f"'{self.method.demonstrations.choice}' chooses the same every time; leave it out, or choose 'random'"
+            )
+        if self.synthesis is not None:
+            raise ValueError(
+                "method 'in_context' shows its training rows to each other and needs them as it begins; run `rayk "
+                "synthesize` with another method first, and set data.train to its rows.parquet"
+            )
+        if self.data.chat_template:
+            raise ValueError("method 'in_context' lays rows out itself; leave data.chat_template out")
+        sources = {
+            "data.train": self.data.train, "data.evaluation": self.data.evaluation,
+            "method.demonstrations.pool": self.method.demonstrations.pool,
+        }  # fmt: skip
+        for name, source in sources.items():
+            if source is None:
+                continue
+            if source.format not in ("auto", "prompt_completion"):
+                raise ValueError(
+                    f"{name}.format is '{source.format}', but method 'in_context' needs an input and an output in each "
+                    "row; leave it out, and set prompt_field and completion_field"
+                )
+            object.__setattr__(source, "format", "prompt_completion")
+        if self.ensemble is not None and self.method.targets == "label_words":
+            raise ValueError(
+                "an ensemble gives no probabilities of whole label words; use one teacher, or method.targets: tokens"
+            )
+        for teacher in self.teachers:
+            if teacher.prompt_template is not None:
+                raise ValueError(
+                    f"teacher '{teacher.name}' has a prompt_template, but method 'in_context' says itself what each "
+                    "model reads; leave it out"
                 )
 
     def _pairs_can_be_read(self) -> None:
@@ -232,6 +286,11 @@ class RunConfig(Settings):
             )
 
     @property
+    def asked_support(self) -> Support | None:
+        """What the method asks teachers for; None where it asks nothing."""
+        return getattr(self.method, "support", None) if getattr(self.method, "asks", True) else None
+
+    @property
     def _asking(self) -> str:
         """The method's setting that names whom it asks."""
         return "reference" if isinstance(self.method, PreferenceConfig) else "teacher"
@@ -244,7 +303,7 @@ class RunConfig(Settings):
             asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if getattr(self.method, "support", None) is not None and not asked:
+        if self.asked_support is not None and not asked:
             able = [t.name for t in self.teachers if t.name != self.writer or t.gives_signals]
             asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
         return asked

@@ -1,7 +1,9 @@
 """Scoring answers: the task's own truth against what a model wrote."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from rayk.config import EvaluationConfig
 from rayk.data.examples import Example
@@ -37,6 +39,15 @@ class AnswerScorer:
         prompt = self._tokenizer.decode(example.prompt_ids, skip_special_tokens=True)
         correct = self._extract(text) == self.expected(example)
         return Answer(example.where, prompt, self._truth(example), text, correct, finish_reason, tokens)
+
+    def majority(self, texts: Sequence[str]) -> int:
+        """The place of a text that gives the answer most of them give; of several such the first."""
+        answers = [self._extract(text) for text in texts]
+        return max(range(len(texts)), key=lambda place: answers.count(answers[place]))
+
+    def text_of(self, ids: np.ndarray) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def expected(self, example: Example) -> str:
         """The right answer of the row.

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from rayk.config import EvaluationConfig
 from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
+from rayk.data.demonstrations import Demonstrator, Shown
 from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import generate
 from rayk.evaluation.answers import Answer, AnswerScorer
+from rayk.evaluation.options import answer_by_options, with_options
 from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_probs, sequence_sum
 from rayk.models import Head, real_vocab_size
 from rayk.signal import SignalBatch
 from rayk.support import Logprob, TopK
-from rayk.teachers import Scorer, Teacher
-from rayk.teachers.background import background_stream
+from rayk.teachers import Ensemble, Scorer, Teacher
+from rayk.teachers.background import background, background_stream, wait_for
+from rayk.teachers.context import Demonstrated
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23
 
@@ -82,13 +85,15 @@ class Evaluator:
 
     def __init__(
         self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer, teacher: Scorer | None,
-        micro_batch_tokens: int, rank: int = 0, world: int = 1,
+        micro_batch_tokens: int, rank: int = 0, world: int = 1, demonstrator: Demonstrator | None = None,
     ):  # fmt: skip
         every = list(examples)
         self._settings = settings
-        self._examples = every[rank::world]
+        self._demonstrator = demonstrator
+        self._examples = first_drawn(every[rank::world], demonstrator)
+        self._with_options = with_options(every, demonstrator)[rank::world]
         # Numbered before they are shared out: an answer's seed is its number, whoever asks.
-        self._asked = list(enumerate(with_prompts(every, settings)))[rank::world]
+        self._asked = list(enumerate(with_prompts(every, settings, demonstrator)))[rank::world]
         self._tokenizer = tokenizer
         self._teacher = teacher
         self._budget = micro_batch_tokens
@@ -107,6 +112,8 @@ class Evaluator:
         parts += [measure_preferences(student, pairs.to(student.model.device)) for pairs in self._pairs()]
         if answers and self._settings.generation:
             parts.append(self._answers(student.model))
+        if answers and self._with_options:
+            parts.append(self._chosen(student))
         return Evaluation.merge(parts)
 
     def _ask(self, batches: list[Batch]) -> list[SignalBatch | None]:
@@ -117,18 +124,49 @@ class Evaluator:
     def _answers(self, model) -> Evaluation:
         settings = self._settings.generation
         assert settings is not None
-        parameters = SamplingParameters(settings.max_new_tokens, settings.temperature)
+        # After demonstrations a model goes on to the next one, where it writes no end token.
+        separator = "" if self._demonstrator is None else self._demonstrator.settings.separator
+        stop = (separator,) if separator else ()
+        parameters = SamplingParameters(settings.max_new_tokens, settings.temperature, stop=stop)
         scorer = AnswerScorer(self._settings, self._tokenizer)
         evaluation = Evaluation()
         vocab_size = real_vocab_size(self._tokenizer)
-        lengths = [example.prompt_tokens + settings.max_new_tokens for _, example in self._asked]
-        for rows in micro_batches(lengths, self._budget):
-            seeds, examples = zip(*(self._asked[row] for row in rows), strict=True)
+        asked = [(number, shown) for number, row in self._asked for shown in self._drawn(row)]
+        answers: dict[int, list[Answer]] = {}
+        for rows in micro_batches([shown.prompt_tokens + settings.max_new_tokens for _, shown in asked], self._budget):
+            seeds, examples = zip(*(asked[row] for row in rows), strict=True)
             prompts = [example.prompt_ids for example in examples]
-            answers = generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds)
-            for example, written in zip(examples, answers, strict=True):
-                text = self._tokenizer.decode(written.token_ids, skip_special_tokens=True)
-                add_answer(evaluation, scorer.score(example, text, written.finish_reason, len(written.token_ids)))
+            completions = generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds)
+            for number, example, written in zip(seeds, examples, completions, strict=True):
+                text = scorer.text_of(written.token_ids).removesuffix(separator)
+                answer = scorer.score(example, text, written.finish_reason, len(written.token_ids))
+                answers.setdefault(number, []).append(answer)
+        for of_row in answers.values():
+            add_answer(evaluation, of_row[scorer.majority([answer.text for answer in of_row])])
+        return evaluation
+
+    def _drawn(self, row: Example) -> Sequence[Example]:
+        """What the student is asked about `row`: after each draw of demonstrations, where there are any."""
+        if self._demonstrator is None:
+            return [row]
+        return [self._demonstrator.drawn(row, draw) for draw in range(self._settings.demonstration_draws)]
+
+    def _chosen(self, student) -> Evaluation:
+        """Answers to the rows with options."""
+        assert self._demonstrator is not None
+        evaluation = Evaluation()
+
+        def log_probs(rows: list[Shown]) -> list[float]:
+            found: dict[int, float] = {}
+            for group in micro_batches([len(row) for row in rows], self._budget):
+                batch = collate([rows[row] for row in group], pad_id_of(self._tokenizer)).to(student.model.device)
+                per_token = -linear_cross_entropy(student.hidden(batch), student.head, batch.targets)
+                found |= zip(group, sequence_sum(per_token.double(), batch.offsets).tolist(), strict=True)
+            return [found[row] for row in range(len(rows))]
+
+        scorer, draws = AnswerScorer(self._settings, self._tokenizer), self._settings.demonstration_draws
+        for answer in answer_by_options(self._with_options, self._demonstrator, draws, scorer, log_probs):
+            add_answer(evaluation, answer)
         return evaluation
 
     def _pairs(self) -> Iterator[Batch]:
@@ -181,10 +219,12 @@ def measure_preferences(student, batch: Batch) -> Evaluation:
 
 
 def evaluate_teacher(
-    teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192
-) -> Evaluation:
+    teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192,
+    demonstrator: Demonstrator | None = None,
+) -> Evaluation:  # fmt: skip
     """The teacher's own loss and answers, for comparison; asked through its service. Several teachers as one have a
-    loss, but no answers of their own."""
+    loss, but no answers of their own; nor has one after demonstrations, but to rows with options."""
+    options, examples = with_options(examples, demonstrator), first_drawn(examples, demonstrator)
     rows_of = micro_batches([len(example) for example in examples], batch_tokens)
     batches = [collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of]
     evaluation = Evaluation()
@@ -201,14 +241,36 @@ def evaluate_teacher(
         )
         for example, written in zip(asked, completions, strict=True):
             add_answer(evaluation, scorer.score(example, written.text, written.finish_reason, len(written.token_ids)))
+    if demonstrator is not None and options and not _several(teacher):
+        for answer in _options_of_teacher(teacher, settings, options, tokenizer, demonstrator):
+            add_answer(evaluation, answer)
     return evaluation
 
 
-def with_prompts(examples: Iterable[Example], settings: EvaluationConfig) -> list[Example]:
-    """The rows whose prompts are to be answered."""
+def _options_of_teacher(
+    teacher: Scorer, settings: EvaluationConfig, rows: list[Example], tokenizer, demonstrator: Demonstrator
+) -> Iterator[Answer]:
+    def log_probs(answers: list[Shown]) -> list[float]:
+        signals = wait_for(background(teacher.ascore(answers, Logprob())))
+        return sequence_sum(signals.target_logprobs.double(), signals.offsets).tolist()
+
+    scorer = AnswerScorer(settings, tokenizer)
+    return answer_by_options(rows, demonstrator, settings.demonstration_draws, scorer, log_probs)
+
+
+def first_drawn(examples: Iterable[Example], demonstrator: Demonstrator | None) -> list[Example]:
+    """The rows as losses and divergences are measured on them: after their first draw of demonstrations."""
+    return [row if demonstrator is None else demonstrator.drawn(row, 0) for row in examples]
+
+
+def with_prompts(
+    examples: Iterable[Example], settings: EvaluationConfig, demonstrator: Demonstrator | None = None
+) -> list[Example]:
+    """The rows whose prompts are to be answered by writing."""
     if settings.generation is None:
         return []
-    return [example for example in examples if example.prompt_tokens][: settings.generation.rows]
+    written = (row for row in examples if demonstrator is None or not demonstrator.options(row))
+    return [example for example in written if example.prompt_tokens][: settings.generation.rows]
 
 
 def add_answer(evaluation: Evaluation, answer: Answer) -> None:
@@ -217,6 +279,11 @@ def add_answer(evaluation: Evaluation, answer: Answer) -> None:
     evaluation.add(
         answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop"
     )
+
+
+def _several(teacher: Scorer) -> bool:
+    """Whether an ensemble answers, which has no log-probs of whole texts."""
+    return isinstance(teacher.teacher if isinstance(teacher, Demonstrated) else teacher, Ensemble)
 
 
 def fitting(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:

@@ -27,6 +27,7 @@ from rayk.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
+from rayk.losses.label_words import label_word_loss
 from rayk.losses.policy_gradient import (
     cumulative_log_weights,
     importance_log_weights,
@@ -57,6 +58,7 @@ __all__ = [
     "importance_log_weights",
     "jensen_shannon",
     "kl_estimate",
+    "label_word_loss",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_log_probs",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rayk.data.batches import Batch, collate
+from rayk.data.demonstrations import Demonstrator
 from rayk.models import Head
 from rayk.rollouts import Policy
 from rayk.signal import SignalBatch, concatenate
@@ -84,7 +85,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of each unit (token, or pair), nats [count], and the terms it is made of, for the metrics."""
+    """The loss of each unit (token, pair or query), nats [count], and the terms it is made of, for the metrics."""
 
     per_token: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -103,11 +104,16 @@ class Method(ABC):
     needs: ClassVar[str]
     """What it asks of a teacher, with the cost."""
 
-    def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
+    def __init__(
+        self, settings: Any, teacher: Scorer | None, policy: Policy | None = None,
+        demonstrator: Demonstrator | None = None,
+    ):  # fmt: skip
         self.settings = settings
         self.teacher = teacher
         self.policy = policy
         """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
+        self.demonstrator = demonstrator
+        """Who shows rows demonstrations, with method `in_context`."""
 
     @property
     def fewest_rows(self) -> int:
@@ -133,9 +139,10 @@ class Method(ABC):
         """Called after `look_at_start` with what all workers have seen."""
 
     async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
-        """The rows that the step learns from, for methods that have the policy write them; by default the data's.
+        """The rows that the step learns from, for methods that have the policy write them or draw something to each; by
+        default the data's.
 
-        Runs while the policy holds the weights promised to the step, before `prepare`.
+        Runs before `prepare`, where there is a policy while it holds the weights promised to the step.
 
         Args:
             seeds: one a row, all that its random choices may depend on.

@@ -48,8 +48,8 @@ class OnPolicy(Method):
     paper = "Agarwal et al. 2024 (GKD); Lin et al. 2020 (ImitKD)"
     needs = "as logit_kd, of new rows at every step; or requested: 4·(k + m) + 8 bytes a token (6·(k + m) + 8)"
 
-    def __init__(self, settings: OnPolicyConfig, teacher: Scorer | None, policy: Policy | None = None):
-        super().__init__(settings, teacher, policy)
+    def __init__(self, settings: OnPolicyConfig, teacher: Scorer | None, policy: Policy | None = None, **parts: Any):
+        super().__init__(settings, teacher, policy, **parts)
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
         self._replaying = False

@@ -72,8 +72,8 @@ class Preference(Method):
     paper = "Rafailov et al. 2023 (DPO)"
     needs = "no teacher: the student as it begins is the reference; or, as `reference`, logprob: 4 bytes a token"
 
-    def __init__(self, settings: PreferenceConfig, teacher: Scorer | None, policy: Policy | None = None):
-        super().__init__(settings, teacher, policy)
+    def __init__(self, settings: PreferenceConfig, teacher: Scorer | None, policy: Policy | None = None, **parts: Any):
+        super().__init__(settings, teacher, policy, **parts)
         self._initial: dict[bytes, float] = {}
         """The initial student's log-probs of whole answers, by their content: whichever row or epoch asks."""
 

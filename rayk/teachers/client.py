@@ -51,6 +51,15 @@ class HasSequences(Protocol):
     def sequences(self) -> list[Sequence]: ...
 
 
+class Scorer(Protocol):
+    """Who can be asked for signals: a teacher, or several as one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch: ...
+
+
 @dataclass(frozen=True)
 class Completion:
     """What a teacher wrote after one prompt; `logprobs` (nats) are the model's own, at temperature 1, untruncated.

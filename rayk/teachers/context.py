@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayk.config import DataConfig, DataSource
+from rayk.data.demonstrations import Shown
 from rayk.data.examples import Example, RowTokenizer
 from rayk.data.sources import Row
 from rayk.errors import InputError
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch
 from rayk.support import Support
-from rayk.teachers.client import HasSequences, Teacher, sequences_of
+from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +37,22 @@ class InContext:
     async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
         """As `Teacher.ascore`, of sequences that are rows (`rayk.data.Example`)."""
         return await self.teacher.ascore([seen_after(self._prompts, row) for row in sequences_of(batch)], support)
+
+
+class Demonstrated:
+    """`teacher` after the demonstrations that rows carry for it (`rayk.data.demonstrations`)."""
+
+    def __init__(self, teacher: Scorer):
+        self.teacher = teacher
+
+    @property
+    def vocab_size(self) -> int:
+        return self.teacher.vocab_size
+
+    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+        """As `Teacher.ascore`, of rows after demonstrations."""
+        rows = (row.teacher_row if isinstance(row, Shown) else row for row in sequences_of(batch))
+        return await self.teacher.ascore([row for row in rows if row is not None], support)
 
 
 def prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,20 +19,11 @@ from rayk.models import Head
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch, concatenate, distinct_fill
 from rayk.support import Hidden, Requested, Support, TopK
-from rayk.teachers.client import HasSequences, Teacher, sequences_of
-from rayk.teachers.context import InContext
+from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
+from rayk.teachers.context import Demonstrated, InContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Scorer(Protocol):
-    """Who can be asked for signals: a teacher, or several as one."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch: ...
 
 
 class Ensemble:
@@ -165,9 +156,10 @@ def scorer_of(
             _check_members([teachers[name] for name in names])
         weights = [config.ensemble.weights.get(name, 1.0) for name in names]
         known["ensemble"] = Ensemble([known[name] for name in names], weights, config.ensemble.combine)
+    asked = known.get("ensemble") or known.get(config.compared_teacher)
     if config.route is not None:
-        return Route(config.route, known)
-    return known.get("ensemble") or known.get(config.compared_teacher)
+        asked = Route(config.route, known)
+    return Demonstrated(asked) if asked and config.method.kind == "in_context" else asked
 
 
 def name_for(row: Sequence, route: RouteConfig) -> str:

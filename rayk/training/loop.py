@@ -1,7 +1,7 @@
 """What one Ray Train worker does: prepare, step, measure, checkpoint, until the last step.
 
 The result does not depend on the number of workers or on micro-batching: step i learns from the same rows whoever
-takes them, and every token (or pair) weighs 1 / (the step's counted tokens, or pairs, over all workers).
+takes them, and every unit (token, pair or query) weighs 1 / (the step's units over all workers).
 """
 
 import logging
@@ -15,7 +15,6 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.train
 import torch
@@ -57,6 +56,8 @@ class Job:
     pretraining_table: Any = None
     policy: PolicyAddress | None = None
     """Where the policy is served; None: each worker writes by itself."""
+    demonstrator: Any = None
+    """Who shows rows demonstrations, with method `in_context`."""
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
@@ -107,7 +108,10 @@ def evaluate_worker(job: Job) -> Evaluation:
     examples = list(ExampleTable(_fetched(job.evaluation_table)))
     with opened(config.cache) as cache:
         teacher = scorer_of(config, job.teachers(cache), tokenizer)
-        evaluator = Evaluator(config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens)
+        evaluator = Evaluator(
+            config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens,
+            demonstrator=_fetched(job.demonstrator),
+        )  # fmt: skip
         return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
 
 
@@ -126,7 +130,9 @@ class Trainer:
         teacher = scorer_of(config, self.teachers, self.tokenizer)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.policy = _policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
-        self.method: Method = METHODS[config.method.kind](config.method, teacher, self.policy)
+        self.method: Method = METHODS[config.method.kind](
+            config.method, teacher, self.policy, demonstrator=_fetched(job.demonstrator)
+        )
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -154,7 +160,7 @@ class Trainer:
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
                 config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
-                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world,
+                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, self.method.demonstrator,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
@@ -456,5 +462,5 @@ def _use_threads(settings: TrainingConfig, ranks: Ranks) -> None:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
 
 
-def _fetched(table: Any) -> pa.Table:
-    return ray.get(table) if isinstance(table, ray.ObjectRef) else table
+def _fetched(shared: Any) -> Any:
+    return ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared

@@ -132,7 +132,7 @@ class Supply:
         if batch is None and self._gate is not None:
             experience, written, scored = await self._written(step, self._gate)
         else:
-            experience, scored = await self._scored(batch or self._rows(step, self._table, self._sampler))
+            experience, scored = await self._scored(batch or await self._sample(step))
         if self._pretraining is not None:
             beside, _ = await self._scored(self._rows(step, self._pretraining, self._pretraining_sampler))
             experience = replace(experience, beside=beside, skipped=experience.skipped + beside.skipped)
@@ -180,6 +180,10 @@ class Supply:
                 f"({self._config.rollouts.timeout_seconds} s); see what holds them up, lower rollouts.max_new_tokens, "
                 "or raise it."
             ) from error
+
+    async def _sample(self, step: int) -> Batch:
+        rows = self._rows(step, self._table, self._sampler)
+        return await self._method.sample(rows, self._seeds(step), step / self._sampler.steps)
 
     def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
         rows = sampler.share(step, self._rank, self._world)

@@ -32,7 +32,7 @@ def train(job: Job) -> Outcome:
         return _checked(trainer.fit().return_value)
     shared = replace(
         job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table),
-        pretraining_table=_put(job.pretraining_table),
+        pretraining_table=_put(job.pretraining_table), demonstrator=_put(job.demonstrator),
     )  # fmt: skip
     gpus = gpus_each(settings.resources.num_gpus)
     trainer = TorchTrainer(
@@ -78,8 +78,8 @@ def _checked(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _put(table):
-    return None if table is None else ray.put(table)
+def _put(shared):
+    return None if shared is None else ray.put(shared)
 
 
 def _cause(error: ray.train.TrainingFailedError) -> str:

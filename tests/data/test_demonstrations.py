@@ -1,0 +1,202 @@
+"""A row's demonstrations: which ones, how they are laid out, and that teacher and student count the same tokens."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from rayk.config import DataConfig, DataSource, InContextConfig
+from rayk.data.demonstrations import Demonstrator
+from rayk.data.examples import ExampleTable, RowTokenizer
+from rayk.data.retrieval import Embedder, best_of, scores_by_bm25
+from rayk.data.sources import Row
+from rayk.errors import InputError
+from tests.tiny import BOS, EOS, tiny_model, tiny_tokenizer
+
+OPTIONS = ["the log", "no"]
+
+
+def tasks(count=12):
+    return [
+        {"task": f"task {i % 2}", "prompt": f"cat {i} sat", "completion": OPTIONS[i % 3 == 0], "options": OPTIONS}
+        for i in range(count)
+    ]
+
+
+def table_of(rows, tokenizer):
+    source = DataSource(path="rows.jsonl", format="prompt_completion")
+    lines = [Row(fields, f"rows.jsonl, line {i}") for i, fields in enumerate(rows, start=1)]
+    return ExampleTable.from_examples(RowTokenizer(source, DataConfig(train=source), tokenizer).examples(lines))
+
+
+@pytest.fixture
+def shower(tokenizer):
+    """make(rows, max_tokens=…, **settings of the method): a demonstrator whose pool are the rows, and the rows."""
+
+    def make(rows, *, tokenizer=tokenizer, max_tokens=1024, **settings):
+        table = table_of(rows, tokenizer)
+        demonstrations = settings.pop("demonstrations", {})
+        method = InContextConfig(demonstrations={"k": 3} | demonstrations, **settings)
+        return Demonstrator(table, method, tokenizer, max_tokens), list(table)
+
+    return make
+
+
+def test_the_layout_is_metaicls(shower, tokenizer):
+    shows, rows = shower(tasks())
+    query = shows.query(rows[0], seed=5)
+    parts = [rows[place] for place in shows.chosen(rows[0], 5)]
+    expected = (
+        "".join(f"{part.fields['prompt']}\n{part.fields['completion']}\n\n\n" for part in parts) + "cat 0 sat\nno"
+    )
+    assert tokenizer.decode(query.input_ids) == expected
+    assert tokenizer.decode(query.prompt_ids) == expected.removesuffix("no")
+    assert tokenizer.decode(query.targets) == "no"
+    assert [tokenizer.decode(option) for option in query.options] == OPTIONS
+    assert query.gold == 1
+    for answer, option in zip(query.alternatives, OPTIONS, strict=True):
+        assert tokenizer.decode(answer.input_ids) == expected.removesuffix("no") + option
+        assert tokenizer.decode(answer.targets) == tokenizer.decode(answer.teacher_row.targets) == option
+
+
+def test_separators_are_as_set_and_a_row_without_options_ends_with_eos(shower, tokenizer):
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks(4)]
+    settings = {"k": 1, "separator": " ### ", "output_separator": " => "}
+    shows, rows = shower(rows, targets="tokens", demonstrations=settings)
+    text = tokenizer.decode(shows.query(rows[3], 0).input_ids)
+    assert text.count(" => ") == 2 and text.count(" ### ") == 1
+    assert text.endswith(f" => no{EOS}") and text.count(EOS) == 1
+
+
+def test_the_tokenizers_prefix_stands_once_and_first(shower):
+    tokenizer = tiny_tokenizer(bos=True)
+    shows, rows = shower(tasks(), tokenizer=tokenizer, student_demonstrations=1)
+    query = shows.query(rows[1], 0)
+    for ids in (query.input_ids, query.teacher_row.input_ids):
+        assert np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(BOS)).tolist() == [0]
+    assert query.whole.counted.tolist() == [False] + [True] * (len(query) - 1)
+
+
+def test_draws_are_of_the_task_never_of_the_rows_own_input_and_repeat(shower):
+    rows = [*tasks(40), tasks(40)[4]]  # the same row twice
+    shows, rows = shower(rows)
+    seen = set()
+    for seed in range(60):
+        chosen = shows.chosen(rows[4], seed)
+        assert chosen == shows.chosen(rows[4], seed) == pickle.loads(pickle.dumps(shows)).chosen(rows[4], seed)
+        assert len(set(chosen)) == 3
+        assert all(rows[place].fields["task"] == "task 0" for place in chosen)
+        seen |= set(chosen)
+    assert seen == set(range(0, 40, 2)) - {4}
+
+
+def test_a_small_pool_is_shown_whole_in_any_order(shower):
+    shows, rows = shower(tasks(6), demonstrations={"k": 16})
+    orders = {tuple(shows.chosen(rows[0], seed)) for seed in range(20)}
+    assert orders == {(2, 4), (4, 2)}
+
+
+@pytest.mark.parametrize("students", [0, 1, 3])
+@pytest.mark.parametrize("max_tokens", [1024, 24])
+def test_what_the_student_reads_is_how_the_teachers_text_ends(students, max_tokens, shower):
+    shows, rows = shower(tasks(), max_tokens=max_tokens, student_demonstrations=students)
+    for row in rows:
+        query = shows.query(row, 1)
+        assert len(query.teacher_row) <= max_tokens
+        assert np.array_equal(query.teacher_row.input_ids[-len(query) :], query.input_ids)
+        whole = query.whole
+        assert whole.counted_tokens == len(query) - 1
+        for shown in (query, whole, *query.alternatives):
+            assert np.array_equal(shown.targets, shown.teacher_row.targets)
+
+
+def test_too_much_is_cut_off_at_the_beginning_and_never_the_row(shower, tokenizer):
+    shows, rows = shower(tasks())
+    whole = shows.query(rows[0], 2)
+    cut, rows = shower(tasks(), max_tokens=20)
+    query = cut.query(rows[0], 2)
+    assert len(query.prompt_ids) + max(map(len, query.options)) == 20
+    assert np.array_equal(whole.prompt_ids[-len(query.prompt_ids) :], query.prompt_ids)
+    tight, rows = shower(tasks(), max_tokens=5)
+    with pytest.raises(InputError, match=r"line 1 has no room .* data.max_tokens \(5\)"):
+        tight.check(rows[0])
+
+
+def test_a_long_demonstration_loses_the_end_of_its_input(shower, tokenizer):
+    rows = tasks(4)
+    rows[2]["prompt"] = "the mat and " * 30
+    shows, rows = shower(rows, demonstrations={"k": 1, "max_tokens": 8})
+    text = tokenizer.decode(shows.query(rows[0], 0).prompt_ids)
+    demonstration = text.split("\n\n\n")[0]
+    assert demonstration.startswith("the mat and the") and demonstration.endswith("\nthe log")
+    assert len(tokenizer(demonstration.replace("\n", "")).input_ids) <= 9
+
+
+def test_bm25_puts_the_nearest_last_and_leaves_the_row_itself_out(shower):
+    rows = tasks(2)
+    words = ["red fish", "red fish swims", "blue bird", "red fish swims far", "green tree"]
+    rows = [rows[0] | {"prompt": text} for text in words]
+    shows, rows = shower(rows, demonstrations={"k": 2, "choice": "bm25"})
+    shows.rank(rows)
+    assert [words[place] for place in shows.chosen(rows[3], 0)] == ["red fish", "red fish swims"]
+    assert shows.chosen(rows[3], 1) == shows.chosen(rows[3], 0)
+
+
+def test_bm25_scores_are_okapis():
+    pool = [np.array(ids) for ids in ([1, 2, 2], [2, 3], [4, 4, 4, 1])]
+    [scores] = scores_by_bm25(pool, [np.array([2, 4])])
+    length, k1, b = 3.0, 1.5, 0.75
+
+    def part(count, matching, tokens):
+        inverse = np.log(1 + (len(pool) - matching + 0.5) / (matching + 0.5))
+        return inverse * count / (count + k1 * (1 - b + b * tokens / length))
+
+    assert scores == pytest.approx([part(2, 2, 3), part(1, 2, 2), part(3, 1, 4)], rel=1e-5)
+
+
+def test_an_embedding_is_the_mean_of_the_hidden_states_whatever_stands_beside_it(shower, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(tmp_path / "encoder", seed=5, tokenizer=tokenizer)
+    embedder = Embedder(str(tmp_path / "encoder"))
+    texts = ["the cat sat on the mat", "cat", "the dog sat on the log and the mat"]
+    together = embedder.vectors(texts)
+    for text, vector in zip(texts, together, strict=True):
+        np.testing.assert_allclose(embedder.vectors([text])[0], vector, atol=1e-5)
+    rows = [tasks(1)[0] | {"prompt": text} for text in texts]
+    shows, rows = shower(rows, demonstrations={"k": 1, "choice": "embedding", "encoder": str(tmp_path / "encoder")})
+    shows.rank(rows)
+    similar = together @ together.T - 9 * np.eye(3)
+    assert [shows.chosen(row, 0) for row in rows] == [[int(best)] for best in similar.argmax(1)]
+    with pytest.raises(InputError, match="encoder 'nowhere' cannot be loaded"):
+        Embedder("nowhere")
+
+
+def test_the_best_scores_come_first_and_of_equals_the_earlier():
+    assert best_of(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3) == [1, 3, 2]
+    assert best_of(np.array([1.0]), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"completion": "yes"}, "the output is none of the options"),
+        ({"options": ["no"]}, "no list of at least two different texts in its field 'options'"),
+        ({"options": ["no", "no"]}, "no list of at least two different texts"),
+        ({"options": "no, the log"}, "no list of at least two different texts"),
+        ({"options": None}, "set method.targets to 'tokens'"),
+        ({"task": "another"}, "task 'another', of which there is no other input"),
+    ],
+    ids=["output", "one", "twice", "text", "none", "lonely"],
+)
+def test_a_row_that_cannot_be_learned_from_is_named(change, said, shower):
+    shows, rows = shower([*tasks(4), tasks(1)[0] | {"prompt": "here"} | change])
+    with pytest.raises(InputError, match=f"line 5.*{said}"):
+        shows.check(rows[4])
+    shows.check(rows[0])
+
+
+def test_no_row_with_its_demonstrations_is_longer_than_promised(shower):
+    for max_tokens in (1024, 30):
+        shows, rows = shower(tasks(), max_tokens=max_tokens, demonstrations={"k": 16})
+        longest = max(len(answer.teacher_row) for row in rows for answer in shows.query(row, 0).alternatives)
+        assert longest <= shows.longest(rows) <= min(max_tokens, longest + 30)

@@ -1,0 +1,123 @@
+"""A row with options is answered by the likeliest, and by the majority of the draws."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayk.config import DataConfig, EvaluationConfig, InContextConfig
+from rayk.data.demonstrations import Demonstrator
+from rayk.data.examples import ExampleTable, tokenize
+from rayk.evaluation.answers import AnswerScorer
+from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
+from rayk.evaluation.options import answer_by_options
+from rayk.teachers.context import Demonstrated
+from rayk.training.student import Student
+from tests.runs import write_tasks
+
+DRAWS = 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_student):
+    return AutoTokenizer.from_pretrained(tiny_student)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder, count=12)
+    data = DataConfig(train={"path": str(folder / "rows.jsonl"), "format": "prompt_completion"})
+    return tokenize(data.train, data, tokenizer)
+
+
+def demonstrator_of(examples, tokenizer, **settings):
+    return Demonstrator(examples, InContextConfig(demonstrations={"k": 2}, **settings), tokenizer, 512)
+
+
+@torch.no_grad()
+def enumerated(model, demonstrator, row, tokenizer, draw, per_token):
+    """The option that whole logits choose after a draw."""
+    query = demonstrator.drawn(row, draw)
+    scores = []
+    for text in row.fields["options"]:
+        option = tokenizer(text).input_ids
+        ids = torch.tensor([*query.prompt_ids.tolist(), *option])
+        logprobs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        chosen = logprobs[-len(option) :]
+        scores.append(float(chosen.mean() if per_token else chosen.sum()))
+    return row.fields["options"][int(np.argmax(scores))]
+
+
+@pytest.mark.parametrize("targets", ["label_words", "tokens"])
+def test_shares_answer_as_whole_logits_and_the_majority_say(targets, examples, tokenizer, tiny_student):
+    model = AutoModelForCausalLM.from_pretrained(tiny_student).eval()
+    shows = demonstrator_of(examples, tokenizer, targets=targets)
+    settings = EvaluationConfig(demonstration_draws=DRAWS)
+    shares = [
+        Evaluator(settings, examples, tokenizer, None, 200, rank, 2, shows).run(Student(model), True)
+        for rank in range(2)
+    ]
+    answers = {answer.where: answer for answer in Evaluation.merge(shares).answers}
+    assert len(answers) == len(examples)
+    for row in examples:
+        votes = [enumerated(model, shows, row, tokenizer, draw, targets == "tokens") for draw in range(DRAWS)]
+        assert answers[row.where].text == max(votes, key=votes.count)
+        assert answers[row.where].correct == (answers[row.where].text == row.fields["completion"])
+
+
+def test_the_teacher_answers_after_its_own_demonstrations(examples, tokenizer, tiny_teacher, served):
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    shows = demonstrator_of(examples, tokenizer, student_demonstrations=0)
+    everything = demonstrator_of(examples, tokenizer)
+    measured = evaluate_teacher(Demonstrated(served), EvaluationConfig(), list(examples), tokenizer, demonstrator=shows)
+    texts = [enumerated(model, everything, row, tokenizer, 0, False) for row in examples]
+    assert [answer.text for answer in measured.answers] == texts
+
+
+def test_a_majority_outvotes_and_the_first_of_equals_stands(examples, tokenizer):
+    shows = demonstrator_of(examples, tokenizer)
+    row = examples[1]  # three options
+    scorer = AnswerScorer(EvaluationConfig(), tokenizer)
+    for votes, expected in (((2, 0, 2), 2), ((1, 0, 2), 1), ((0, 1, 1), 1)):
+
+        def log_probs(answers, votes=votes):
+            return [float(place % 3 == votes[place // 3]) for place in range(len(answers))]
+
+        [answer] = answer_by_options([row], shows, DRAWS, scorer, log_probs)
+        assert answer.text == row.fields["options"][expected]
+
+
+def test_written_answers_are_voted_on_too(examples, tokenizer, tiny_student):
+    model = AutoModelForCausalLM.from_pretrained(tiny_student).eval()
+    rows = [replace(row, fields={"task": row.fields["task"]}) for row in examples]
+    shows = demonstrator_of(ExampleTable.from_examples(rows), tokenizer, targets="tokens")
+    generation = {"max_new_tokens": 3, "rows": 5}
+    single = [
+        {
+            answer.where: answer.text
+            for answer in Evaluator(
+                EvaluationConfig(generation=generation), rows, tokenizer, None, 200, demonstrator=_only(shows, draw)
+            )
+            .run(Student(model), True)
+            .answers
+        }
+        for draw in range(DRAWS)
+    ]
+    settings = EvaluationConfig(generation=generation, demonstration_draws=DRAWS)
+    voted = Evaluator(settings, rows, tokenizer, None, 200, demonstrator=shows).run(Student(model), True).answers
+    assert len(voted) == 5
+    for answer in voted:
+        texts = [each[answer.where] for each in single]
+        assert answer.text in texts
+        assert texts.count(answer.text) == max(map(texts.count, texts))
+
+
+def _only(shows, draw):
+    """`shows`, with `draw` for its first."""
+    other = copy.copy(shows)
+    other.drawn = lambda row, _: shows.drawn(row, draw)
+    return other

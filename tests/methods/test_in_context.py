@@ -1,0 +1,287 @@
+"""in_context: label words and tokens against whole logits, teacher and student after demonstrations of their own."""
+
+import asyncio
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayk.config import InContextConfig, parse_config
+from rayk.data.batches import collate
+from rayk.data.demonstrations import Demonstrator
+from rayk.data.examples import tokenize
+from rayk.errors import InputError
+from rayk.fill import fill_cache
+from rayk.inputs import read_inputs
+from rayk.methods.in_context import InContext, LabelWords
+from rayk.plan import plan
+from rayk.run import distill, evaluate_model
+from rayk.teachers.context import Demonstrated
+from rayk.training.student import Student
+from tests.runs import assert_same_learning, config, curve, metrics, settings, weights, write_tasks
+
+ALPHA = 0.25
+
+
+def method_of(demonstrations=None, **values):
+    support = {"kind": "hidden", "dtype": "float32"}
+    shared = {"hard_label_weight": ALPHA, "final_hard_label_weight": None, "support": support, "text_weight": 0.5}
+    return {"kind": "in_context", "demonstrations": {"k": 3} | (demonstrations or {}), **shared, **values}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, tiny_teacher):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    data = config(folder, tiny_teacher).data
+    return tokenize(data.train, data, AutoTokenizer.from_pretrained(tiny_teacher))
+
+
+@pytest.fixture(scope="module")
+def make(rows, tiny_teacher, served):
+    """make(**settings): the method, asking the suite's teacher."""
+
+    def made(**values):
+        given = InContextConfig.model_validate(method_of(**values))
+        demonstrator = Demonstrator(rows, given, AutoTokenizer.from_pretrained(tiny_teacher), 1024)
+        return InContext(given, Demonstrated(served), demonstrator=demonstrator)
+
+    return made
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def experience_of(method, rows, progress=0.0):
+    batch = collate(rows, pad_id=0)
+
+    async def made():
+        return await method.prepare(await method.sample(batch, range(len(rows)), progress))
+
+    return asyncio.run(made())
+
+
+def text_ids(tokenizer, rows, places, row):
+    """A row after the given demonstrations, from its texts."""
+    parts = []
+    for place in places:
+        fields = rows[place].fields
+        parts += [fields["prompt"], "\n", fields["completion"], "\n\n\n"]
+    return [each for ids in tokenizer([*parts, row.fields["prompt"], "\n"]).input_ids for each in ids]
+
+
+@torch.no_grad()
+def log_probs(model, ids, vocabulary):
+    """log p of the next token at each position, [length - 1, vocabulary], and that of the actual one."""
+    ids = torch.tensor(ids)
+    distributions = model(input_ids=ids[None]).logits[0, :-1, :vocabulary].double().log_softmax(-1)
+    return distributions, distributions.gather(1, ids[1:, None])[:, 0]
+
+
+def dense(model, teacher, method, rows, students, tokenizer, vocabulary):
+    """What the loss should be: of each query over label words, and of all text tokens, from texts and whole logits."""
+    of_words, of_text, of_output = [], [], []
+    for seed, row in enumerate(rows[i] for i in range(6)):
+        chosen = method.demonstrator.chosen(row, seed)
+        contexts = {
+            "teacher": text_ids(tokenizer, rows, chosen, row),
+            "student": text_ids(tokenizer, rows, chosen[len(chosen) - students :], row),
+        }
+        words = {"teacher": [], "student": []}
+        for name, each in (("teacher", teacher), ("student", model)):
+            for option in row.fields["options"]:
+                ids = tokenizer(option).input_ids
+                words[name].append(log_probs(each, contexts[name] + ids, vocabulary)[1][-len(ids) :].sum())
+        p, q = (torch.stack(words[name]).log_softmax(0) for name in ("teacher", "student"))
+        gold = row.fields["options"].index(row.fields["completion"])
+        of_words.append(ALPHA * -q[gold] + (1 - ALPHA) * (p.exp() * (p - q)).sum())
+        output = tokenizer(row.fields["completion"]).input_ids
+        # Hidden states stand for all columns of the teacher's embedding, of which the student's has as many.
+        theirs, _ = log_probs(teacher, contexts["teacher"] + output, None)
+        ours, actual = log_probs(model, contexts["student"] + output, None)
+        theirs = theirs[-len(ours) :]
+        distance = (theirs.exp() * (theirs - ours)).sum(1)
+        tokens = ALPHA * -actual + (1 - ALPHA) * distance
+        of_text.append(tokens)
+        of_output.append(tokens[-len(output) :])
+    return torch.stack(of_words), torch.cat(of_text), torch.cat(of_output)
+
+
+@pytest.mark.parametrize("students", [3, 1, 0])
+def test_the_loss_is_the_one_of_whole_logits(students, make, rows, tiny_student, tiny_teacher, served):
+    tokenizer, model, teacher = AutoTokenizer.from_pretrained(tiny_student), loaded(tiny_student), loaded(tiny_teacher)
+    method = make(student_demonstrations=students)
+    words, text, output = dense(model, teacher, method, rows, students, tokenizer, served.info.vocab_size)
+    experience = experience_of(method, [rows[i] for i in range(6)])
+    assert isinstance(experience, LabelWords)
+    with torch.no_grad():
+        loss, beside = (method.loss(Student(model), part) for part in (experience, experience.beside))
+        torch.testing.assert_close(loss.per_token.double(), words, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(beside.per_token.double(), 0.5 * text, rtol=1e-3, atol=2e-3)
+        method = make(student_demonstrations=students, targets="tokens")
+        loss = method.loss(Student(model), experience_of(method, [rows[i] for i in range(6)]))
+        torch.testing.assert_close(loss.per_token.double(), output, rtol=1e-3, atol=2e-3)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_after_the_same_demonstrations(make, rows, tiny_teacher):
+    model = Student(loaded(tiny_teacher))
+    for students, nothing in ((None, True), (1, False)):
+        method = make(student_demonstrations=students)
+        experience = experience_of(method, [rows[i] for i in range(6)])
+        with torch.no_grad():
+            of_words = method.loss(model, experience).terms["forward_kl"]
+            of_text = method.loss(model, experience.beside).terms["text_forward_kl"]
+        assert (of_text.abs().max() < 1e-4) == nothing
+        if nothing:
+            assert of_words.abs().max() < 1e-4
+
+
+def test_parts_of_an_experience_lose_what_the_whole_does(make, rows, tiny_student):
+    method, student = make(), Student(loaded(tiny_student))
+    experience = experience_of(method, [rows[i] for i in range(7)])
+    assert experience.count == 7
+    assert experience.lengths == [
+        len(query) * max(map(len, experience.batch.sequences[first : first + len(query)]))
+        for query, first in zip(
+            [rows[i].fields["options"] for i in range(7)], experience.queries.tolist(), strict=False
+        )
+    ]
+    with torch.no_grad():
+        whole = method.loss(student, experience)
+        for chosen in ([5, 0], [3], [6, 1, 2, 4]):
+            part = method.loss(student, experience.select(chosen))
+            for name in whole.terms:
+                torch.testing.assert_close(part.terms[name], whole.terms[name][chosen], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(part.per_token, whole.per_token[chosen], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("students", [3, 1])
+def test_counting_one_token_further_would_be_noticed(students, make, rows, tiny_student, tiny_teacher, served):
+    tokenizer, model, teacher = AutoTokenizer.from_pretrained(tiny_student), loaded(tiny_student), loaded(tiny_teacher)
+    method = make(student_demonstrations=students)
+    words, _, _ = dense(model, teacher, method, rows, students, tokenizer, served.info.vocab_size)
+    experience = experience_of(method, [rows[i] for i in range(6)])
+    shifted = [replace(row, counted=np.roll(row.counted, -1)) for row in experience.batch.sequences]
+    moved = replace(experience, batch=collate(shifted, 0))
+    with torch.no_grad():
+        assert (method.loss(Student(model), moved).per_token - words).abs().min() > 1e-3
+
+
+def test_hard_label_weight_moves_in_a_straight_line():
+    linear = InContextConfig(hard_label_weight=0.8, final_hard_label_weight=0.2)
+    assert [linear.hard_label_weight_at(share) for share in (0, 0.5, 1)] == pytest.approx([0.8, 0.5, 0.2])
+    constant = InContextConfig(hard_label_weight=0.3, final_hard_label_weight=None)
+    assert constant.hard_label_weight_at(0.7) == 0.3
+
+
+def small(folder, student, method=None, **training):
+    write_tasks(folder)
+    values = settings(folder, student, method or method_of(support={"kind": "topk", "k": 8}), **training)
+    values["data"]["max_tokens"] = 256
+    return parse_config(values)
+
+
+def test_a_run_weighs_by_its_progress_and_repeats_whatever_the_micro_batches(tmp_path, tiny_student, served):
+    method = method_of(support={"kind": "topk", "k": 8}, hard_label_weight=1.0, final_hard_label_weight=0.0)
+    for name, tokens in (("one", 100_000), ("cut", 300)):
+        distill(small(tmp_path / name, tiny_student, method, micro_batch_tokens=tokens))
+        steps = metrics(tmp_path / name / "run")
+        assert [row["hard_label_weight"] for row in steps] == pytest.approx([1 - step / 6 for step in range(6)])
+        for row in steps:
+            alpha = row["hard_label_weight"]
+            loss, text = (
+                alpha * row[f"{kind}cross_entropy"] + (1 - alpha) * row[f"{kind}forward_kl"] for kind in ("", "text_")
+            )
+            assert row["loss"] == pytest.approx(loss + 0.5 * text, rel=1e-4)
+    assert_same_learning(tmp_path / "one" / "run", tmp_path / "cut" / "run")
+
+
+def test_two_workers_and_a_resumption_learn_what_one_run_does(tmp_path, tiny_student, served):
+    distill(small(tmp_path / "alone", tiny_student))
+    distill(small(tmp_path / "group", tiny_student, workers=2, micro_batch_tokens=300))
+    assert_same_learning(tmp_path / "alone" / "run", tmp_path / "group" / "run")
+    parts = small(tmp_path / "parts", tiny_student, checkpoint_every_steps=2, keep_checkpoints=5)
+    distill(parts)
+    for step in (4, 6):
+        shutil.rmtree(parts.output_path / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(parts.output_path / "model")
+    distill(parts, resume=True)
+    assert curve(parts.output_path) == curve(tmp_path / "alone" / "run")
+    mine, theirs = weights(parts.output_path), weights(tmp_path / "alone" / "run")
+    assert all((mine[name] == theirs[name]).all() for name in mine)
+
+
+@pytest.mark.parametrize("choice", ["bm25", "embedding"])
+def test_the_nearest_are_shown_in_training_and_in_evaluation(choice, tmp_path, tiny_student, tiny_teacher, served):
+    write_tasks(tmp_path)
+    demonstrations = {"choice": choice, "encoder": tiny_teacher if choice == "embedding" else None}
+    method = method_of(demonstrations, student_demonstrations=1, targets="tokens", support={"kind": "topk", "k": 8})
+    values = settings(tmp_path, tiny_student, method, steps=3)
+    values["data"] |= {"max_tokens": 256, "evaluation": {"path": str(tmp_path / "rows.jsonl"), "rows": 8}}
+    values["evaluation"] = {"support": {"k": 8}}
+    learned = distill(parse_config(values)).summary
+    measured = evaluate_model(parse_config(values))
+    for who in ("student", "teacher"):
+        numbers = {name: learned[who][name] for name in measured[who]}
+        assert numbers == pytest.approx(measured[who], rel=1e-4)
+        assert {"loss", "accuracy"} <= set(measured[who])
+    assert {"loss", "text_forward_kl"} <= set(metrics(tmp_path / "run")[-1])
+
+
+def test_hard_labels_alone_need_no_teacher(tmp_path, tiny_student):
+    write_tasks(tmp_path)
+    method = method_of(hard_label_weight=1.0, targets="tokens", text_weight=0.0)
+    distill(parse_config(settings(tmp_path, tiny_student, method, steps=2) | {"teachers": []}))
+    assert all("forward_kl" not in row for row in metrics(tmp_path / "run"))
+    with pytest.raises(InputError, match="'in_context' needs a teacher"):
+        parse_config(settings(tmp_path, tiny_student, method_of()) | {"teachers": []})
+
+
+def test_demonstrations_that_a_model_cannot_read_are_told_before_the_run(tmp_path, tiny_student):
+    write_tasks(tmp_path)
+    method = method_of({"k": 16}, hard_label_weight=1.0, text_weight=0.0)
+    values = settings(tmp_path, tiny_student, method) | {"teachers": []}
+    read_inputs(parse_config(values), {})
+    values["data"]["evaluation"] = {"path": str(tmp_path / "rows.jsonl")}
+    values["evaluation"] = {"generation": {"max_new_tokens": 400}}
+    with pytest.raises(InputError, match=r"may have \d+ tokens, but the student takes 512; .*demonstrations.k"):
+        read_inputs(parse_config(values), {})
+
+
+def test_what_cannot_be_asked_ahead_is_refused(tmp_path, tiny_student, served):
+    run = small(tmp_path, tiny_student)
+    with pytest.raises(InputError, match="the run fills the cache"):
+        fill_cache(parse_config(run.model_dump(mode="json") | {"cache": {"path": str(tmp_path / "cache")}}))
+    teacher = {"name": "served", "model": str(tiny_student)}
+    with pytest.raises(InputError, match="not written yet"):
+        plan(parse_config(run.model_dump(mode="json") | {"teachers": [teacher]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": {"student_demonstrations": 4}}, "raise demonstrations.k"),
+        ({"method": {"support": {"kind": "logprob"}}}, "cannot compare tokens by support 'logprob'"),
+        ({"method": {"demonstrations": {"choice": "embedding"}}}, "set both or neither"),
+        ({"data": {"chat_template": True}}, "leave data.chat_template out"),
+        (
+            {"evaluation": {"demonstration_draws": 3}, "method": {"demonstrations": {"choice": "bm25"}}},
+            "choose 'random'",
+        ),
+        ({"evaluation": {"demonstration_draws": 3}, "method": {"kind": "logit_kd"}}, "shows no demonstrations"),
+    ],
+    ids=["more", "support", "encoder", "chat", "draws", "other method"],
+)
+def test_settings_that_do_not_fit_are_refused(change, said, tmp_path, tiny_student):
+    write_tasks(tmp_path)
+    values = settings(tmp_path, tiny_student, method_of())
+    if change.get("method") == {"kind": "logit_kd"}:
+        values["method"] = {"kind": "logit_kd"}
+    for section, given in change.items():
+        values[section] = values.get(section, {}) | given
+    with pytest.raises(InputError, match=said):
+        parse_config(values)
