@@ -101,8 +101,8 @@ def run_in_two_parts(folder, student, **changes):
 class Remembering(Supervised):
     """Counts its steps, and weighs the loss by the count: without its state the curve would be another."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
+    def __init__(self, *arguments, **parts):
+        super().__init__(*arguments, **parts)
         self.steps = 0
         self.average = torch.zeros(2)
 
