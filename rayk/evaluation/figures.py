@@ -64,6 +64,8 @@ def draw_figures(runs: list[Run]) -> list[Group]:
                  _curves(runs, "tokens_per_second"), axis="count"),
             Plot("Waiting for the teacher", "Seconds each step stood still for its batch.",
                  _curves(runs, "teacher_wait_seconds")),
+            Plot("Waiting for the policy", "Seconds each step stood still until what its weights were promised for was "
+                 "written.", _curves(runs, "policy_wait_seconds")),
             Plot("Writing", "Seconds in which the student wrote a step's completions, ahead of it.",
                  _curves(runs, "generate_seconds")),
             Plot("Scoring", "Seconds from a step's first question to the teacher to its last answer, ahead of it.",

@@ -58,9 +58,11 @@ def _timeline(run: Run) -> Panel | None:
 def _bars(row: Mapping[str, Any]) -> list[_Bar]:
     step, end = row["step"], row["ended_at"]
     trained_from = end - row["step_seconds"] + row["teacher_wait_seconds"]
+    trained_to = end - row.get("policy_wait_seconds", 0.0)
     bars = [
         _Bar("wait", step, end - row["step_seconds"], trained_from),
-        _Bar("train", step, trained_from, end),
+        _Bar("train", step, trained_from, trained_to),
+        *([_Bar("wait", step, trained_to, end)] if trained_to < end else []),
     ]
     for lane in ("generate", "score"):
         start = row.get(f"{lane}_started_at")

@@ -172,7 +172,8 @@ class Trainer:
             for step in range(self.step, self.total_steps):
                 row = self._step(step, experiences)
                 self.step = step + 1
-                self.supply.finish()
+                if self.policy is not None:
+                    row |= self._wait_for_policy(row)
                 last = self.step == self.total_steps
                 if self.evaluator and (last or self.step % (self.config.evaluation.every_steps or math.inf) == 0):
                     try:
@@ -301,6 +302,19 @@ class Trainer:
             **(_spanned("score", prepared.scored) if self.teachers else {}),
             **(_spanned("generate", prepared.written) if prepared.written else {}),
             **self._of_rollouts(prepared.experience, step),
+        }
+
+    def _wait_for_policy(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Let it write what it was promised the present weights for; the step's times with that wait."""
+        began = time.perf_counter()
+        self.supply.finish()
+        waited = time.perf_counter() - began
+        seconds = row["step_seconds"] + waited
+        return {
+            "policy_wait_seconds": waited,
+            "step_seconds": seconds,
+            "tokens_per_second": row["tokens"] / seconds,
+            "ended_at": time.time(),
         }
 
     def _update(self, step: int, experience: Experience) -> tuple[float, dict[str, float]]:

@@ -28,6 +28,11 @@ def test_bars_stand_where_the_row_says():
     }  # fmt: skip
 
 
+def test_waiting_for_the_policy_ends_the_step():
+    bars = [(bar.lane, bar.start, bar.end) for bar in _bars(row(3) | {"policy_wait_seconds": 0.25})]
+    assert bars[:3] == [("wait", 104.0, 104.5), ("train", 104.5, 105.75), ("wait", 105.75, 106.0)]
+
+
 def test_figure_says_what_each_lane_took():
     (group,) = draw_timelines([run_of([row(step) for step in range(1, 31)])])
     (panel,) = group.panels
