@@ -10,8 +10,9 @@ import numpy as np
 
 from rayk.config import DataSource, InContextConfig, RunConfig, TeacherConfig
 from rayk.data.demonstrations import Demonstrator
-from rayk.data.examples import ExampleTable, RowTokenizer, collect, tokenize
+from rayk.data.examples import ExampleTable
 from rayk.data.sources import read_rows
+from rayk.data.tokenizing import RowTokenizer, collect, tokenize
 from rayk.errors import InputError
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts

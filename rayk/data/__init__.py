@@ -8,8 +8,9 @@ from rayk.data.batches import (
     micro_batches,
     pad_id_of,
 )
-from rayk.data.examples import Example, ExampleTable, RowTokenizer, tokenize
+from rayk.data.examples import Example, ExampleTable
 from rayk.data.sources import Row, read_rows
+from rayk.data.tokenizing import RowTokenizer, tokenize
 
 __all__ = [
     "Batch",

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rayk.config import DataConfig, DataSource
-from rayk.data.examples import RowTokenizer, collect
 from rayk.data.sources import Row, read_rows
+from rayk.data.tokenizing import RowTokenizer, collect
 from rayk.errors import InputError
 from rayk.sequences import Sequence
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.demonstrations import Shown
-from rayk.data.examples import Example, RowTokenizer
+from rayk.data.examples import Example
 from rayk.data.sources import Row
+from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
 from rayk.sequences import Sequence
 from rayk.signal import SignalBatch

@@ -1,8 +1,8 @@
 import pytest
 
 from rayk.config import DataConfig, DataSource
-from rayk.data.examples import RowTokenizer
 from rayk.data.sources import Row
+from rayk.data.tokenizing import RowTokenizer
 from tests.tiny import tiny_tokenizer
 
 

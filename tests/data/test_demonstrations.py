@@ -7,9 +7,10 @@ import pytest
 
 from rayk.config import DataConfig, DataSource, InContextConfig
 from rayk.data.demonstrations import Demonstrator
-from rayk.data.examples import ExampleTable, RowTokenizer
+from rayk.data.examples import ExampleTable
 from rayk.data.retrieval import Embedder, best_of, scores_by_bm25
 from rayk.data.sources import Row
+from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
 from tests.tiny import BOS, EOS, tiny_model, tiny_tokenizer
 

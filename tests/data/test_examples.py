@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk.config import DataConfig, DataSource
-from rayk.data.examples import ExampleTable, tokenize
+from rayk.data.examples import ExampleTable
+from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
 from tests.tiny import BOS, CHAT_TEMPLATE, END, EOS, tiny_tokenizer
 

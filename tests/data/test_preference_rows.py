@@ -9,7 +9,8 @@ import pytest
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.batches import collate, make_batches
-from rayk.data.examples import ExampleTable, tokenize
+from rayk.data.examples import ExampleTable
+from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
 from tests.tiny import BOS, END, EOS, tiny_tokenizer
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import DataConfig, EvaluationConfig
 from rayk.data.batches import collate
-from rayk.data.examples import tokenize
+from rayk.data.tokenizing import tokenize
 from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
 from rayk.models import real_vocab_size
 from rayk.support import TopK

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import DataConfig, EvaluationConfig, InContextConfig
 from rayk.data.demonstrations import Demonstrator
-from rayk.data.examples import ExampleTable, tokenize
+from rayk.data.examples import ExampleTable
+from rayk.data.tokenizing import tokenize
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
 from rayk.evaluation.options import answer_by_options

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayk.config import InContextConfig, parse_config
 from rayk.data.batches import collate
 from rayk.data.demonstrations import Demonstrator
-from rayk.data.examples import tokenize
+from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
 from rayk.fill import fill_cache
 from rayk.inputs import read_inputs

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.batches import collate
-from rayk.data.examples import tokenize
+from rayk.data.tokenizing import tokenize
 from rayk.methods.base import Experience
 from rayk.methods.matching import with_masses
 from rayk.models import load_tokenizer

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import OnPolicyConfig, TeacherConfig, WorkerRollouts, parse_config
 from rayk.data.batches import collate
-from rayk.data.examples import Example, tokenize
+from rayk.data.examples import Example
+from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, UnusableSignal
 from rayk.methods import METHODS, OnPolicy
 from rayk.plan import plan

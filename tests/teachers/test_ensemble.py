@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk import losses
 from rayk.config import RouteConfig, parse_config
-from rayk.data.examples import Example, tokenize
+from rayk.data.examples import Example
+from rayk.data.tokenizing import tokenize
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.run import distill

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import TrainingConfig, parse_config
 from rayk.data.batches import BatchSampler
-from rayk.data.examples import tokenize
+from rayk.data.tokenizing import tokenize
 from rayk.errors import RunFailed
 from rayk.methods import METHODS, Supervised
 from rayk.run import distill

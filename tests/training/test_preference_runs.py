@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayk.cli import comparison
 from rayk.config import parse_config
 from rayk.data.batches import BatchSampler
-from rayk.data.examples import tokenize
+from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, RunFailed
 from rayk.fill import fill_cache
 from rayk.methods import METHODS, Preference

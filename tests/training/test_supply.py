@@ -5,7 +5,7 @@ import pytest
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.batches import BatchSampler
-from rayk.data.examples import tokenize
+from rayk.data.tokenizing import tokenize
 from rayk.models import load_tokenizer
 from rayk.rollouts import Rollout
 from rayk.rollouts.kept import pack_row
