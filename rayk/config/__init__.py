@@ -39,7 +39,7 @@ from rayk.config.methods import (
     SupervisedConfig,
     TaughtConfig,
 )
-from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
+from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, VLLMPolicyEngine, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
     AnswerConfig,
@@ -52,6 +52,7 @@ from rayk.config.synthesis import (
     SynthesisSettings,
 )
 from rayk.config.teachers import (
+    EngineConfig,
     EnsembleConfig,
     LocalEngine,
     OpenAIEngine,
@@ -79,6 +80,7 @@ __all__ = [
     "DemonstrationsConfig",
     "Divergence",
     "EmptyFilter",
+    "EngineConfig",
     "EnsembleConfig",
     "EvaluationConfig",
     "FilterConfig",
@@ -123,6 +125,7 @@ __all__ = [
     "TransformersEngine",
     "TruncatedFilter",
     "VLLMEngine",
+    "VLLMPolicyEngine",
     "WorkerRollouts",
     "difference",
     "load_config",

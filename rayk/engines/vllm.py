@@ -9,12 +9,14 @@ import asyncio
 import os
 import textwrap
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Ordered
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rayk.config import VLLMEngine as Settings
@@ -45,6 +47,8 @@ _LEAST_TAIL = 2.0**-23
 _SPARE = 8
 _HEAD_ROWS = 512
 _HIGHEST_SEED = 2**63 - 1
+WORKER_EXTENSION = "rayk.engines.vllm_worker.TakesWeights"
+"""For vLLM's argument `worker_extension_cls`: `VLLMEngine.take_over` needs it."""
 
 
 class VLLMEngine:
@@ -57,7 +61,8 @@ class VLLMEngine:
     def __init__(self, model: str, settings: Settings | None = None, *, trust_remote_code: bool = False):
         settings = settings or Settings()
         self.floored_tails = 0
-        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        own = settings.arguments.get("tokenizer", model)
+        self.tokenizer = load_tokenizer(own, trust_remote_code=trust_remote_code)
         self._engine = _start(model, settings, trust_remote_code)
         config = self._engine.vllm_config
         self._columns = config.model_config.get_vocab_size()
@@ -106,19 +111,35 @@ class VLLMEngine:
             )
         return await gather(self._continued(prompt, parameters, seed) for prompt, seed in zip(rows, seeds, strict=True))
 
+    async def take_over(self, weights: Mapping[str, Tensor]) -> None:
+        """Compute with `weights` from now on, all of a checkpoint's tensors under their names there. The engine must
+        have been started with `WORKER_EXTENSION`, and nobody may be asking it for anything.
+
+        Raises:
+            RuntimeError: vLLM cannot load them; what it computes afterwards is nothing to rely on.
+        """
+        # A file without a place, which goes with this process whatever ends it; vLLM's processes, on the same machine,
+        # open it by its number. They take neither tensors nor paths of weights by pickle.
+        file = os.memfd_create("rayk-weights")
+        try:
+            path = f"/proc/{os.getpid()}/fd/{file}"
+            await asyncio.to_thread(save_file, dict(weights), path, {"format": "pt"})
+            with self._telling():
+                await self._engine.collective_rpc("take_over_weights", args=(path,))
+                forgotten = await self._engine.reset_prefix_cache(reset_running_requests=True)
+        finally:
+            os.close(file)
+        if not forgotten:
+            raise RuntimeError("vLLM did not forget what it had computed with the weights before.")
+
     async def warm_up(self) -> None:
-        length = min(64, self.info.max_tokens)
-        ids = np.arange(length, dtype=np.int32) % self.info.vocab_size
-        probe = [Sequence(ids, np.arange(length) > 0)]
-        listed = (await self.score(probe, TopK(1))).target_logprobs
+        listed = (await self.score([probe(self.info)], TopK(1))).target_logprobs
         if self._pooling is not None:
-            own = (await self.score(probe, Hidden())).target_logprobs
-            tolerance = 1e-2 if self.info.dtype == "float32" else 0.3
-            if bool(((own - listed).abs() > tolerance + 0.02 * listed.abs()).any()):
+            own = (await self.score([probe(self.info)], Hidden())).target_logprobs
+            if off := beyond_rounding(own, listed, self.info.dtype):
                 raise InputError(
                     f"The hidden states vLLM gives of {self.info.model} and its head do not make its log-probs (off by "
-                    f"up to {(own - listed).abs().max():.2g} nats); leave 'engine.hidden' out, and please report the "
-                    "architecture."
+                    f"up to {off:.2g} nats); leave 'engine.hidden' out, and please report the architecture."
                 )
 
     async def check_health(self) -> None:
@@ -250,18 +271,37 @@ class VLLMEngine:
         )  # fmt: skip
 
     async def _last(self, outputs: AsyncIterator[Any]) -> Any:
-        """The last of a request's outputs; errors as rayk's own, since vLLM's cannot be read where it is missing."""
+        """The last of a request's outputs."""
+        with self._telling():
+            async for output in outputs:
+                last = output
+            return last
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Errors as rayk's own, since vLLM's cannot be read where it is missing."""
         from vllm.exceptions import VLLMError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            async for output in outputs:
-                last = output
-            return last
+            yield
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's process for {self.info.model} is gone.") from error
         except VLLMError as error:
             raise RuntimeError(f"vLLM failed: {error.__cause__ or error}") from error
+
+
+def probe(info: EngineInfo) -> Sequence:
+    """Some tokens that every model can read."""
+    length = min(64, info.max_tokens)
+    return Sequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
+
+
+def beyond_rounding(own: Tensor, others: Tensor, dtype: str) -> float:
+    """How far log-probs of the same tokens, computed in two ways in `dtype`, are apart at most; 0 where rounding may
+    account for it."""
+    off, allowed = (own - others).abs(), 1e-2 if dtype == "float32" else 0.3
+    return float(off.max()) if bool((off > allowed + 0.02 * others.abs()).any()) else 0.0
 
 
 def likeliest_distinct(ids: np.ndarray, logprobs: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +345,9 @@ def _start(model: str, settings: Settings, trust_remote_code: bool, hidden: bool
         "disable_log_stats": True, "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": settings.max_model_len, "gpu_memory_utilization": settings.gpu_memory_utilization,
     }  # fmt: skip
-    if settings.tensor_parallel_size > 1:
+    if settings.across_nodes:
+        arguments["distributed_executor_backend"] = "ray"  # in the placement group that this process is in
+    elif settings.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"  # Ray has given this process the GPUs already
     if current_platform.is_cpu():
         # A seeded request whose prompt is read in parts ends the engine: "CPU Generator does not use offset".
