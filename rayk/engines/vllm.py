@@ -6,17 +6,17 @@ a signal's tail is what the listed probabilities leave of 1, and there is no tai
 """
 
 import asyncio
+import json
 import os
 import textwrap
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rayk.config import VLLMEngine as Settings
@@ -47,6 +47,10 @@ _LEAST_TAIL = 2.0**-23
 _SPARE = 8
 _HEAD_ROWS = 512
 _HIGHEST_SEED = 2**63 - 1
+_SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 WORKER_EXTENSION = "rayk.engines.vllm_worker.TakesWeights"
 """For vLLM's argument `worker_extension_cls`: `VLLMEngine.take_over` needs it."""
 
@@ -112,25 +116,23 @@ class VLLMEngine:
         return await gather(self._continued(prompt, parameters, seed) for prompt, seed in zip(rows, seeds, strict=True))
 
     async def take_over(self, weights: Mapping[str, Tensor]) -> None:
-        """Compute with `weights` from now on, all of a checkpoint's tensors under their names there. The engine must
-        have been started with `WORKER_EXTENSION`, and nobody may be asking it for anything.
+        """Compute with `weights` from now on. The engine must have been started with `WORKER_EXTENSION`, and nobody may
+        be asking it for anything.
+
+        Args:
+            weights: all of a checkpoint's tensors under their names there, on the CPU.
 
         Raises:
             RuntimeError: vLLM cannot load them; what it computes afterwards is nothing to rely on.
         """
-        # A file without a place, which goes with this process whatever ends it; vLLM's processes, on the same machine,
-        # open it by its number. They take neither tensors nor paths of weights by pickle.
-        file = os.memfd_create("rayk-weights")
-        try:
-            path = f"/proc/{os.getpid()}/fd/{file}"
-            await asyncio.to_thread(save_file, dict(weights), path, {"format": "pt"})
-            with self._telling():
-                await self._engine.collective_rpc("take_over_weights", args=(path,))
-                forgotten = await self._engine.reset_prefix_cache(reset_running_requests=True)
-        finally:
-            os.close(file)
-        if not forgotten:
-            raise RuntimeError("vLLM did not forget what it had computed with the weights before.")
+        # A file in memory, which goes with this process whatever ends it. vLLM's processes, on the same machine, open
+        # it by its number; the tensors themselves they would take as pickles alone.
+        with open(os.memfd_create("rayk-weights"), "wb") as file, self._telling():
+            await asyncio.to_thread(_write, file, weights)
+            path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            await self._engine.collective_rpc("take_over_weights", args=(path,))
+            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM did not forget what it had computed with the weights before.")
 
     async def warm_up(self) -> None:
         listed = (await self.score([probe(self.info)], TopK(1))).target_logprobs
@@ -289,6 +291,24 @@ class VLLMEngine:
             raise EngineDied(f"vLLM's process for {self.info.model} is gone.") from error
         except VLLMError as error:
             raise RuntimeError(f"vLLM failed: {error.__cause__ or error}") from error
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise RuntimeError(f"vLLM failed: {error}") from error  # what a call of its workers came to
+
+
+def _write(file: BinaryIO, weights: Mapping[str, Tensor]) -> None:
+    """Into an open file, as safetensors, whose own `save_file` makes another file and gives that the name."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)
+    file.write(len(described).to_bytes(8, "little") + described)
+    for tensor in weights.values():
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    file.flush()
 
 
 def probe(info: EngineInfo) -> Sequence:

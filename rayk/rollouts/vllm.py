@@ -159,7 +159,7 @@ def whole_weights(writer: Writer) -> dict[str, Tensor]:
     found = {name: tensor.detach() for name, tensor in found.items()}
     if _is_padded(writer):
         found |= {name: found[name][: writer.vocab_size] for name in found if name.startswith(vocabulary)}
-    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, found).items()}
+    return revert_weight_conversion(model, found)
 
 
 def _is_padded(writer: Writer) -> bool:
