@@ -71,13 +71,6 @@ def versions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_loop():
-    """Runs coroutines on the one event loop that the engine's tasks live on."""
-    with asyncio.Runner() as runner:
-        yield runner.run
-
-
-@pytest.fixture(scope="module")
 def vllm(versions, on_loop):
     student = StudentConfig(model=versions._folder)
     engine = VLLMPolicyEngine(tensor_parallel_size=2, arguments={"enforce_eager": True})
