@@ -153,10 +153,11 @@ def whole_weights(writer: Writer) -> dict[str, Tensor]:
         if module is model.get_input_embeddings() or module is model.get_output_embeddings()
     )
     found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not any(tensor is each for each in found.values()):
+    places = set()
+    for name, tensor in model.state_dict().items():
+        if (place := (tensor.data_ptr(), tensor.shape)) not in places:
             found[name] = tensor
-    found = {name: tensor.detach() for name, tensor in found.items()}
+        places.add(place)
     if _is_padded(writer):
         found |= {name: found[name][: writer.vocab_size] for name in found if name.startswith(vocabulary)}
     return revert_weight_conversion(model, found)
