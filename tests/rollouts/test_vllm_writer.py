@@ -59,9 +59,9 @@ class Versions:
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
-    """Of a student whose embedding is padded, and whose padding rows would be likely tokens."""
+    """Of a student whose embedding is its head, and padded by rows that would be likely tokens."""
     folder = str(tmp_path_factory.mktemp("student"))
-    model = tiny_model(seed=1, hidden=128, peaked=2.0)
+    model = tiny_model(seed=1, hidden=128, peaked=2.0, tie=True)
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] *= 2
     model.save_pretrained(folder)
