@@ -44,10 +44,12 @@ from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
     AnswerConfig,
     AnswerType,
+    AskedStudent,
     ChainOfThoughtConfig,
     ResponsesConfig,
     SamplingConfig,
     SelfInstructConfig,
+    StudentReadingSettings,
     SynthesisConfig,
     SynthesisSettings,
 )
@@ -70,6 +72,7 @@ __all__ = [
     "AdaptiveConfig",
     "AnswerConfig",
     "AnswerType",
+    "AskedStudent",
     "CacheConfig",
     "ChainOfThoughtConfig",
     "ContaminationFilter",
@@ -113,6 +116,7 @@ __all__ = [
     "Settings",
     "SimulatedEngine",
     "StudentConfig",
+    "StudentReadingSettings",
     "SupervisedConfig",
     "SynthesisConfig",
     "SynthesisSettings",
