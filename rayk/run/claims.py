@@ -33,7 +33,7 @@ PLACEMENT = {
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
 CHOICE = {"rows", "compared"} | {
-    f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format", "instructions")
+    f"synthesis.{key}" for key in ("filters", "keep", "chosen", "scorer", "answer", "student_format", "instructions")
 }  # fmt: skip
 ROUNDS = "rounds"
 """Where the rounds' own run directories are."""
