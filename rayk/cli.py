@@ -231,7 +231,8 @@ def synthesised(summary: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     usage = summary["usage"]
     rows = {
-        "kept": f"{summary['kept']:,} of {summary['candidates']:,} for {summary['prompts']:,} prompts",
+        "kept": f"{summary['kept']:,} of {summary['candidates']:,}"
+        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] > 1 else ""),
         **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
         **{each["name"]: format(each["value"], ".1%" if each["share"] else ".2f") for each in summary["figures"]},
         "requests": f"{usage['requests']:,}" if "requests" in usage else "",

@@ -96,8 +96,8 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
             model or a function of the user's cannot be loaded.
     """
     assert config.synthesis is not None
-    RECIPES[config.synthesis.kind].check(config.synthesis)
     writer = next(teacher for teacher in config.teachers if teacher.name == config.writer)
+    RECIPES[config.synthesis.kind].check(config.synthesis, writer)
     if writer.gives_signals and writer.model is not None:
         load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
     if config.synthesis.makes_prompts:

@@ -59,7 +59,9 @@ _PLACEMENT = {
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
 _CHOICE = {"rows", "compared"} | {
-    f"synthesis.{key}" for key in ("filters", "keep", "scorer", "answer", "student_format", "instructions")
+    f"synthesis.{key}" for key in (
+        "filters", "keep", "scorer", "answer", "student_format", "instructions", "instruction_filters", "keep_longest",
+    )
 }  # fmt: skip
 _NOT_WRITTEN_WITH = ("prompts", "teacher", "seed_tasks")  # told by what is in them, not by where they are
 
@@ -242,7 +244,8 @@ def write_rows(
             watcher.stage(f"Bringing up {config.writer} on Ray Serve")
         running = serve_all(config, applications_of(config), writing, cache, [config.writer])
         before = f", {len(store):,} completions are there" if len(store) else ""
-        watcher.stage(f"Synthesising {config.synthesis.kind} for {len(prompts):,} prompts{before}")
+        given = f" for {len(prompts):,} prompts" if len(prompts) > 1 else ""
+        watcher.stage(f"Synthesising {config.synthesis.kind}{given}{before}")
         synthesise(
             config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
             progress=partial(watcher.progress, unit="completion"),
@@ -276,6 +279,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         (values["student"], "model"), (values["student"], "config"), (values["student"], "tokenizer"),
         (values["data"]["train"] or {}, "path"), (values["data"]["evaluation"] or {}, "path"),
         (((values["synthesis"] or {}).get("prompts")) or {}, "path"), (values["synthesis"] or {}, "seed_tasks"),
+        (values["synthesis"] or {}, "tokenizer"),
         ((values["method"].get("pretraining") or {}).get("data") or {}, "path"),
         *((teacher, "model") for teacher in values["teachers"]), *_of_demonstrations(values["method"]),
     ]:  # fmt: skip

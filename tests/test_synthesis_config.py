@@ -7,7 +7,9 @@ from rayk.config import parse_config
 from rayk.errors import InputError
 
 API = {"name": "api", "model": "parrot", "engine": {"kind": "openai"}}
+PLAIN = API | {"engine": {"kind": "openai", "chat": False}}
 BIG = {"name": "big", "model": "models/big"}
+MAGPIE = {"teachers": [BIG], "data": {}, "synthesis": {"kind": "magpie"}}
 
 
 def config(**changed):
@@ -69,6 +71,17 @@ def test_who_only_writes_is_not_there_in_training(changed, writer, only_writing,
         ),
         ({"teachers": [BIG | {"prompt_template": "{answer}"}]}, "teacher 'big' only writes, so its prompt_template"),
         ({"synthesis": {"kind": "responses", "filters": [{"kind": "lenght"}]}}, "did you mean 'length'?"),
+        (
+            MAGPIE | {"teachers": [API]},
+            "synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take: teacher 'api'",
+        ),
+        (MAGPIE | {"teachers": [PLAIN]}, "needs engine.chat: false (an endpoint that has plain completions), and"),
+        (MAGPIE | {"synthesis": {"kind": "magpie", "chat": True}}, "always goes by the teacher's chat template"),
+        (MAGPIE | {"data": {"train": {"path": "p"}}}, "synthesis 'magpie' makes up its own prompts; leave out data."),
+        (
+            MAGPIE | {"synthesis": {"kind": "magpie", "instruction_filters": [{"kind": "contamination"}]}},
+            "synthesis.instruction_filters.0: unknown kind 'contamination'",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(changed, said):
@@ -82,6 +95,18 @@ def test_settings_survive_the_way_through_yaml():
     found = config(synthesis={"kind": "chain_of_thought", "filters": [{"kind": "length", "maximum": 9}]})
     assert parse_config(yaml.safe_load(found.to_yaml())) == found
     assert found.synthesis.sampling.max_new_tokens == 128
+    assert config(**MAGPIE | {"teachers": [PLAIN], "synthesis": {"kind": "magpie", "tokenizer": "t"}})
     prompts_alone = config(data={}, synthesis={"kind": "responses", "prompts": {"path": "p.jsonl"}})
     assert prompts_alone.data.train is None
     assert [each.kind for each in prompts_alone.synthesis.filters] == ["truncated"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "top_p"), [("self_instruct", 0.7, 0.5), ("magpie", 1.0, 1.0), ("chain_of_thought", 0.7, 1)]
+)
+def test_one_sampling_setting_leaves_the_recipes_others(kind, temperature, top_p):
+    rows = {} if kind == "chain_of_thought" else {"data": {}}
+    sampling = config(
+        **rows, synthesis={"kind": kind, "sampling": {"max_new_tokens": 9}}, teachers=[BIG]
+    ).synthesis.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (9, temperature, top_p)

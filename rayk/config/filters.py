@@ -91,6 +91,13 @@ class KeywordsFilter(FieldFilter):
     keywords: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
+class EndingFilter(FieldFilter):
+    """Rejects what ends as if something were to follow, white space aside."""
+
+    kind: Literal["ending"] = "ending"
+    endings: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (":", "：")
+
+
 class ContaminationFilter(Settings):
     """Rejects what shares a run of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165 appendix C). A
     shorter evaluation prompt rejects only a field that is the same, word for word."""
@@ -132,7 +139,7 @@ class CustomFilter(Settings):
     """'module:name'; the module is looked for where rayk was started, too."""
 
 
-FilterConfig = Annotated[
+_OfTexts = (
     EmptyFilter
     | TruncatedFilter
     | LengthFilter
@@ -140,9 +147,11 @@ FilterConfig = Annotated[
     | RepetitionFilter
     | RefusalFilter
     | KeywordsFilter
-    | ContaminationFilter
+    | EndingFilter
     | NearDuplicatesFilter
     | RougeFilter
-    | CustomFilter,
-    Field(discriminator="kind"),
-]
+    | CustomFilter
+)
+TextFilterConfig = Annotated[_OfTexts, Field(discriminator="kind")]
+"""Those that need nothing but the candidates."""
+FilterConfig = Annotated[_OfTexts | ContaminationFilter, Field(discriminator="kind")]

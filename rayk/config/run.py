@@ -19,7 +19,7 @@ from rayk.config.methods import (
     TaughtConfig,
 )
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
-from rayk.config.synthesis import SynthesisConfig
+from rayk.config.synthesis import MagpieConfig, SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
 from rayk.support import Support
@@ -124,6 +124,12 @@ class RunConfig(Settings):
             raise ValueError(
                 f"synthesis.chat: teacher '{writer.name}' is an endpoint with a chat template of its own; leave it out "
                 "and see to engine.chat"
+            )
+        if isinstance(self.synthesis, MagpieConfig) and (writer.engine.chat or self.synthesis.tokenizer is None):
+            raise ValueError(
+                f"synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take: teacher "
+                f"'{writer.name}' needs engine.chat: false (an endpoint that has plain completions), and "
+                "synthesis.tokenizer whose chat template it is"
             )
         if self.synthesis.needs_logprobs and not writer.engine.logprobs:
             raise ValueError(

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
-from rayk.config import SamplingConfig, SynthesisSettings
+from rayk.config import SamplingConfig, SynthesisSettings, TeacherConfig
 from rayk.engines.base import SamplingParameters
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Scribe, in_order
@@ -58,8 +58,8 @@ class Recipe(ABC, Generic[S]):
         self.settings, self.prompts, self.scribe = settings, prompts, scribe
 
     @classmethod
-    def check(cls, settings: S) -> None:
-        """Refuse settings that cannot work, before a teacher is brought up.
+    def check(cls, settings: S, writer: TeacherConfig) -> None:
+        """Refuse settings that cannot work, before the teacher that is to write is brought up.
 
         Raises:
             InputError: they cannot.

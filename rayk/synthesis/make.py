@@ -10,6 +10,7 @@ from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
 from rayk.synthesis.base import Candidate, Recipe
 from rayk.synthesis.chain_of_thought import ChainOfThought
+from rayk.synthesis.magpie import Magpie
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
 from rayk.synthesis.scribe import Progress, Scribe
@@ -23,6 +24,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "responses": Responses,
     "chain_of_thought": ChainOfThought,
     "self_instruct": SelfInstruct,
+    "magpie": Magpie,
 }
 
 _EXAMPLES = 3

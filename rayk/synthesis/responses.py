@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
-from rayk.config import ResponsesConfig
+from rayk.config import ResponsesConfig, TeacherConfig
 from rayk.errors import InputError
 from rayk.synthesis.base import Candidate, Recipe, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt, is_right
@@ -32,7 +32,7 @@ class Responses(Recipe[ResponsesConfig]):
         self._own_score = load_function(settings.scorer, "synthesis.scorer") if ":" in settings.scorer else None
 
     @classmethod
-    def check(cls, settings: ResponsesConfig) -> None:
+    def check(cls, settings: ResponsesConfig, writer: TeacherConfig) -> None:
         if ":" in settings.scorer:
             load_function(settings.scorer, "synthesis.scorer")
 

@@ -39,11 +39,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be written."""
+    """One completion to be written.
+
+    Attributes:
+        prompt: what is asked.
+        sent: what the teacher reads for it, to the letter, where the recipe has laid that out itself: neither a chat
+            template nor the tokenizer's own beginning is put around it. The store finds the request by `prompt` all the
+            same, for a template may write the day's date.
+    """
 
     prompt: str
     seed: int
     parameters: SamplingParameters
+    sent: str | None = None
 
 
 class Scribe:
@@ -51,6 +59,7 @@ class Scribe:
     at its end, or when it is cancelled, all that was written is on disk.
 
     Attributes:
+        teacher: who is asked.
         total: how many completions the recipe will ask for, for the progress; the recipe says so.
         asked: completions asked of the teacher, the others being found in the store.
         unanswered: those of them that did not come.
@@ -67,7 +76,7 @@ class Scribe:
         self.total = self.asked = self.done = self.unanswered = 0
         self._store, self._settings, self._seed, self._progress = store, settings, seed, progress
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
-        self._teacher = Teacher(teacher.name, teacher.info, in_flight)
+        self.teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
         if settings.chat and teacher.info.engine == "openai":
             raise InputError(
@@ -103,7 +112,7 @@ class Scribe:
     @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        return self._settings.chat or self._teacher.info.chats
+        return self._settings.chat or self.teacher.info.chats
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
@@ -134,23 +143,23 @@ class Scribe:
 
     def _key(self, request: Request) -> str:
         """What tells requests apart; an equal one that comes again is another one."""
-        info = self._teacher.info
+        info = self.teacher.info
         asked = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
-            info.weights_fingerprint or info.model, self._settings.chat,
+            info.weights_fingerprint or info.model, self._settings.chat if request.sent is None else "sent",
         ]  # fmt: skip
         same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._ordinals[same] += 1
         return f"{same}-{self._ordinals[same]}"
 
     async def _asked(self, key: str, request: Request) -> Written:
-        text, prompt = self._sent(request.prompt)
+        text, prompt = self._sent(request)
         if reason := self._too_long(prompt, request.parameters):
             return Written(key, "", None, None, "error", reason)
         try:
-            completion = (await self._teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+            completion = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
-            if self._teacher.info.engine != "openai":
+            if self.teacher.info.engine != "openai":
                 raise
             return self._left_unanswered(key, str(error))
         self.asked += 1
@@ -161,25 +170,28 @@ class Scribe:
         self._tokens += written.tokens or 0
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
-            "teacher": self._teacher.name, "model": self._teacher.info.model,
-            "weights": self._teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
+            "teacher": self.teacher.name, "model": self.teacher.info.model,
+            "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
         self._store.add(written, provenance)
         if self._store.unwritten >= _FLUSH_COMPLETIONS:
             await self._flush()
         return written
 
-    def _sent(self, prompt: str) -> tuple[str, str | np.ndarray]:
+    def _sent(self, request: Request) -> tuple[str, str | np.ndarray]:
         """What the teacher reads: as text, and as it is sent."""
+        prompt = request.prompt if request.sent is None else request.sent
         if self._encoder is None:
             return prompt, prompt
+        if request.sent is not None:
+            return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32)
         if not self._settings.chat:
             return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
         ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
         return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
 
     def _too_long(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
-        limit = self._teacher.info.max_tokens
+        limit = self.teacher.info.max_tokens
         if isinstance(prompt, str) or len(prompt) + parameters.max_new_tokens <= limit:
             return ""
         return (
@@ -193,7 +205,7 @@ class Scribe:
         self._in_a_row += 1
         if self._in_a_row >= _UNANSWERED_IN_A_ROW:
             self._failure = RunFailed(
-                f"Teacher '{self._teacher.name}' left {self._in_a_row} prompts in a row unanswered, the last since "
+                f"Teacher '{self.teacher.name}' left {self._in_a_row} prompts in a row unanswered, the last since "
                 f"{reason}. What was written before is kept; see to the teacher and run again."
             )
             raise self._failure
@@ -223,9 +235,9 @@ class Scribe:
 
     async def _usage(self) -> dict[str, Any]:
         """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
-        if self._teacher.info.engine != "openai":
+        if self.teacher.info.engine != "openai":
             return {}
-        usage = await asyncio.to_thread(self._teacher.usage)
+        usage = await asyncio.to_thread(self.teacher.usage)
         return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
 
     def _tell(self) -> None:

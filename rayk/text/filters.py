@@ -262,6 +262,15 @@ def _keywords(given: kinds.KeywordsFilter, name: str) -> Judge:
     return judge
 
 
+def _ending(given: kinds.EndingFilter, name: str) -> Judge:
+    def judge(candidate: Candidate) -> str | None:
+        text = _text(candidate, given.field, name).rstrip()
+        found = next((each for each in given.endings if text.endswith(each)), None)
+        return f"ends with {found!r}" if found else None
+
+    return judge
+
+
 def _contamination(given: kinds.ContaminationFilter, name: str, prompts: Iterable[str] | None) -> Judge:
     if prompts is None:
         raise InputError(f"Filter '{name}' compares with the evaluation set; set data.evaluation, or leave it out.")
@@ -329,6 +338,7 @@ _BUILDERS: dict[type, Callable[[Any, str], Judge]] = {
     kinds.RepetitionFilter: _repetition,
     kinds.RefusalFilter: _refusal,
     kinds.KeywordsFilter: _keywords,
+    kinds.EndingFilter: _ending,
     kinds.CustomFilter: _custom,
 }
 _BUILDERS_WITH_MEMORY: dict[type, Callable[[Any, str], Filter]] = {
