@@ -34,6 +34,12 @@ app = typer.Typer(
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 _INTERRUPTED = 130
+_GOES_ON = {
+    "run": "what was checkpointed can be continued with --resume",
+    "synthesize": "what was written is kept, and the same command goes on from there",
+    "cache": "the signals that came are kept, and the same command goes on from there",
+}
+"""What is left of a command that was interrupted."""
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; see jobs/.")]
 Overrides = Annotated[
@@ -307,7 +313,8 @@ def main() -> None:
     except RaykError as error:
         code = _fail(str(error), 1)
     except (KeyboardInterrupt, SystemExit):
-        code = _fail("Interrupted; what was checkpointed can be continued with --resume.", _INTERRUPTED)
+        command = next((each for each in sys.argv[1:] if not each.startswith("-")), "")
+        code = _fail("; ".join(["Interrupted", *filter(None, [_GOES_ON.get(command)])]) + ".", _INTERRUPTED)
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:

@@ -73,7 +73,7 @@ def test_who_only_writes_is_not_there_in_training(changed, writer, only_writing,
         ({"synthesis": {"kind": "responses", "filters": [{"kind": "lenght"}]}}, "did you mean 'length'?"),
         (
             MAGPIE | {"teachers": [API]},
-            "synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take: teacher 'api'",
+            "synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take",
         ),
         (MAGPIE | {"teachers": [PLAIN]}, "needs engine.chat: false (an endpoint that has plain completions), and"),
         (MAGPIE | {"synthesis": {"kind": "magpie", "chat": True}}, "always goes by the teacher's chat template"),

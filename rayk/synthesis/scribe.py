@@ -34,6 +34,7 @@ _FLUSH_COMPLETIONS = 256
 _TICK_SECONDS = 2.0
 _TELL_SECONDS = 0.2
 _UNANSWERED_IN_A_ROW = 32
+_REFUSED_AT_FIRST = 256
 T = TypeVar("T")
 
 
@@ -46,12 +47,14 @@ class Request:
         sent: what the teacher reads for it, to the letter, where the recipe has laid that out itself: neither a chat
             template nor the tokenizer's own beginning is put around it. The store finds the request by `prompt` all the
             same, for a template may write the day's date.
+        refusal_counts: a refusal is an answer, kept like others, because what is asked next depends on it.
     """
 
     prompt: str
     seed: int
     parameters: SamplingParameters
     sent: str | None = None
+    refusal_counts: bool = False
 
 
 class Scribe:
@@ -124,7 +127,7 @@ class Scribe:
 
     async def ask(self, request: Request) -> Written:
         """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
-        'error' and is not kept: another run asks again.
+        'error' and is not kept: another run asks again (but see `Request.refusal_counts`).
 
         Raises:
             RunFailed: the teacher leaves everything unanswered, or the disk is full.
@@ -155,7 +158,7 @@ class Scribe:
     async def _asked(self, key: str, request: Request) -> Written:
         text, prompt = self._sent(request)
         if reason := self._too_long(prompt, request.parameters):
-            return Written(key, "", None, None, "error", reason)
+            return Written(key, "", None, None, "error", reason, refused=True)
         try:
             completion = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
@@ -163,8 +166,8 @@ class Scribe:
                 raise
             return self._left_unanswered(key, str(error))
         self.asked += 1
-        if completion.finish_reason == "error":
-            return self._left_unanswered(key, completion.reason)
+        if completion.finish_reason == "error" and not (completion.refused and request.refusal_counts):
+            return self._left_unanswered(key, completion.reason, completion.refused)
         self._in_a_row = 0
         written = _written(key, completion)
         self._tokens += written.tokens or 0
@@ -199,17 +202,20 @@ class Scribe:
             f"takes {limit}"
         )
 
-    def _left_unanswered(self, key: str, reason: str) -> Written:
-        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
+    def _left_unanswered(self, key: str, reason: str, refused: bool = False) -> Written:
+        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there. Refusals do
+        not, for they are answers of a sort; but where not one prompt was ever taken, it is not the prompts' fault."""
         self.unanswered += 1
-        self._in_a_row += 1
-        if self._in_a_row >= _UNANSWERED_IN_A_ROW:
+        self._in_a_row = 0 if refused else self._in_a_row + 1
+        never = refused and not len(self._store) and self.unanswered >= _REFUSED_AT_FIRST
+        if never or self._in_a_row >= _UNANSWERED_IN_A_ROW:
+            what = f"refused the first {self.unanswered}" if never else f"left {self._in_a_row}"
             self._failure = RunFailed(
-                f"Teacher '{self.teacher.name}' left {self._in_a_row} prompts in a row unanswered, the last since "
-                f"{reason}. What was written before is kept; see to the teacher and run again."
+                f"Teacher '{self.teacher.name}' {what} prompts{'' if never else ' in a row unanswered'}, the last "
+                f"since {reason}. What was written before is kept; see to the teacher and run again."
             )
             raise self._failure
-        return Written(key, "", None, None, "error", reason)
+        return Written(key, "", None, None, "error", reason, refused=refused)
 
     async def _tick(self) -> None:
         while not self._ended.is_set():
@@ -281,6 +287,7 @@ def _written(key: str, completion: Completion) -> Written:
         key, text, len(completion.token_ids) or None,
         # As the store keeps it, so that an answer reads the same whether it has just come or was found.
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
+        completion.reason.encode("utf-8", "replace").decode(), completion.refused,
     )  # fmt: skip
 
 

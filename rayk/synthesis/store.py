@@ -51,6 +51,8 @@ _SCHEMA = pa.schema(
 )
 _READ = ("key", "text", "tokens", "mean_logprob", "finish_reason")
 _MANY_PARTS = 64
+_REFUSED = "refused"
+"""The `finish_reason` of a refusal on disk; its `text` is the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Written:
         tokens: how many; None where an endpoint does not tell.
         mean_logprob: of them, nats a token, under the teacher at temperature 1; None where it is not known.
         finish_reason: 'stop', 'length', or 'error' where there was no answer; `reason` says why.
+        refused: there will be none for this prompt, however often it is asked.
     """
 
     key: str
@@ -71,6 +74,7 @@ class Written:
     mean_logprob: float | None
     finish_reason: str
     reason: str = ""
+    refused: bool = False
 
 
 class Store:
@@ -136,15 +140,17 @@ class Store:
     def find(self, key: str) -> Written | None:
         """What was written for a request."""
         if row := self._pending.get(key):
-            return Written(key, row["text"], row["tokens"], row["mean_logprob"], row["finish_reason"])
+            return _written(row)
         if key not in self._places:
             return None
         part, place = self._places[key]
-        return Written(*(self._parts[part].column(name)[place].as_py() for name in _READ))
+        return _written({name: self._parts[part].column(name)[place].as_py() for name in _READ})
 
     def add(self, written: Written, provenance: Mapping[str, Any]) -> None:
-        """Keep a completion: in memory until the next `flush`."""
+        """Keep a completion, or that there will be none: in memory until the next `flush`."""
         row = {name: getattr(written, name) for name in _READ}
+        if written.refused:
+            row |= {"text": written.reason, "finish_reason": _REFUSED}
         self._pending[written.key] = {**row, **provenance}
 
     @property
@@ -217,7 +223,14 @@ class Store:
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
-            return pq.read_table(path, page_checksum_verification=True).select(_SCHEMA.names)
+            content = path.read_bytes()
+        except OSError as error:  # says nothing of what is in it, which is paid for
+            raise InputError(
+                f"'{path}' cannot be read ({error.strerror}); see to it and run again. It holds completions, which "
+                "would be asked for again if it were moved away."
+            ) from error
+        try:
+            return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(_SCHEMA.names)
         except (pa.ArrowException, OSError, KeyError) as error:
             path.rename(path.with_suffix(".damaged"))
             logger.warning(
@@ -259,6 +272,12 @@ class Store:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _written(row: Mapping[str, Any]) -> Written:
+    if row["finish_reason"] == _REFUSED:
+        return Written(row["key"], "", None, None, "error", row["text"], refused=True)
+    return Written(*(row[name] for name in _READ))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 from rayk.config import MagpieConfig, parse_config
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
+from rayk.inputs import prompts_written_for
 from rayk.run import distill, synthesize
 from rayk.synthesis import synthesise
 from rayk.synthesis.magpie import Magpie
@@ -14,7 +15,7 @@ from rayk.teachers.background import run_to_the_end
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion
 from tests.runs import settings
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
@@ -151,6 +152,17 @@ def test_an_endpoint_that_chats_is_refused_by_name(parrot, scribbler, endpoint, 
     for teacher, tokenizer in ((parrot, template), (scribbler, None)):
         with pytest.raises(InputError, match="needs engine.chat: false, and synthesis.tokenizer"):
             write(teacher, store, tokenizer=tokenizer)
+
+
+def test_a_template_that_is_not_there_is_told_before_anything_is_started(tmp_path, tiny_student):
+    tiny_model(tmp_path / "base", tokenizer=tiny_tokenizer(chat_template=None))
+    values = settings(tmp_path, tiny_student, "supervised", steps=2)
+    teacher = {"name": "base", "model": str(tmp_path / "base")}
+    values |= {"teachers": [teacher], "data": {}, "synthesis": {"kind": "magpie"}}
+    with pytest.raises(InputError, match="teacher 'base' has no chat template in its tokenizer, and magpie draws"):
+        prompts_written_for(parse_config(values))
+    values["synthesis"] |= {"tokenizer": tiny_student}
+    assert prompts_written_for(parse_config(values))
 
 
 def test_from_a_template_to_a_student_in_one_run(tmp_path, tiny_student, scribbler, endpoint, template):
