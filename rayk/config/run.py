@@ -10,6 +10,7 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
+from rayk.config.filters import JudgeFilter
 from rayk.config.methods import (
     InContextConfig,
     MethodConfig,
@@ -112,12 +113,18 @@ class RunConfig(Settings):
                 f"synthesis '{self.synthesis.kind}' writes for the prompts of data.train or of synthesis.prompts; set "
                 "one of the two"
             )
+        for name in self.judges:
+            if name not in names:
+                raise ValueError(
+                    f"synthesis.filters: judge's teacher '{name}' is none of the teachers ({', '.join(names)})"
+                )
+        for teacher in self.teachers:
+            if teacher.name in self.only_writing and teacher.prompt_template is not None:
+                raise ValueError(
+                    f"teacher '{teacher.name}' only writes, so its prompt_template is not read; use a prompt_template "
+                    "of the rows it writes for (data.train or synthesis.prompts)"
+                )
         writer = next(teacher for teacher in self.teachers if teacher.name == self.writer)
-        if writer.name in self.only_writing and writer.prompt_template is not None:
-            raise ValueError(
-                f"teacher '{writer.name}' only writes, so its prompt_template is not read; use a prompt_template of "
-                "the rows it writes for (data.train or synthesis.prompts)"
-            )
         if writer.attach or writer.engine.kind != "openai":
             return
         if self.synthesis.chat:
@@ -310,7 +317,7 @@ class RunConfig(Settings):
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
         if self.asked_support is not None and not asked:
-            able = [t.name for t in self.teachers if t.name != self.writer or t.gives_signals]
+            able = [t.name for t in self.teachers if t.name not in self.writers or t.gives_signals]
             asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
         return asked
 
@@ -320,9 +327,20 @@ class RunConfig(Settings):
         return (self.synthesis.teacher or self.teachers[0].name) if self.synthesis else ""
 
     @property
+    def judges(self) -> list[str]:
+        """The teachers that judge what is written."""
+        filters = self.synthesis.filters if self.synthesis else []
+        return [each.teacher or self.writer for each in filters if isinstance(each, JudgeFilter)]
+
+    @property
+    def writers(self) -> list[str]:
+        """The teachers that are up while the training rows are written."""
+        return list(dict.fromkeys([self.writer, *self.judges])) if self.synthesis else []
+
+    @property
     def only_writing(self) -> list[str]:
         """The teachers that nobody needs once the training rows are written."""
-        return [self.writer] if self.synthesis and self.writer not in self._asked_for_signals else []
+        return [name for name in self.writers if name not in self._asked_for_signals]
 
     @property
     def training_teachers(self) -> list[TeacherConfig]:

@@ -63,9 +63,9 @@ class SynthesisSettings(Settings):
     `openai`) has its own `engine.chat`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     filters: list[FilterConfig] = Field(default_factory=_whole_ones)
-    """What is left out of what was written, in this order, but those that compare rows with each other last, after
-    `keep`; by default what was cut at `sampling.max_new_tokens`, for
-    the student would learn to stop so."""
+    """What is left out of what was written, in this order, but a `judge` after those of text alone, and those that
+    compare rows with each other last, after `keep`; by default what was cut at `sampling.max_new_tokens`, for the
+    student would learn to stop so."""
     in_flight: Positive = 64
     """Prompts asked for at once."""
 

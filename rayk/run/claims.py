@@ -28,7 +28,7 @@ PLACEMENT = {
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
-CHOICE = {"rows", "compared"} | {
+CHOICE = {"rows", "compared", "judges"} | {
     f"synthesis.{key}" for key in (
         "filters", "keep", "scorer", "answer", "student_format", "instructions", "instruction_filters", "keep_longest",
     )

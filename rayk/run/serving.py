@@ -13,7 +13,7 @@ from rayk.teachers.cache import SignalCache
 def cpus_needed(config: RunConfig) -> float:
     """Logical CPUs the run asks Ray for at a time."""
     needs = {t.name: t.resources.num_cpus * t.replicas.max for t in config.teachers if not t.attach}
-    writing = needs.get(config.writer, 0.0)
+    writing = sum(need for name, need in needs.items() if name in config.writers)
     training = sum(need for name, need in needs.items() if name not in config.only_writing)
     if isinstance(config.rollouts, ServedRollouts):
         training += config.rollouts.resources.num_cpus * config.rollouts.replicas.max

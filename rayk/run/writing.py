@@ -49,42 +49,47 @@ def write_rows(
     """Have the training rows written, unless they are.
 
     Args:
-        stack: holds the teacher if training needs it too; else it comes down at once.
+        stack: holds the teachers that training needs too; the others come down at once.
         settled: rows are learned from already; prompts that were left unanswered are not asked again.
 
     Returns:
-        The teacher that stays up, by name.
+        The teachers that stay up, by name.
     """
     assert config.synthesis is not None
-    with Store(written_rows(config).parent) as store, ExitStack() as writing:
+    with Store(written_rows(config).parent) as store, ExitStack() as staying, ExitStack() as leaving:
         store.claim(_made_with(config, prompts), PLACEMENT, CHOICE)
         if (summary := store.summary) and (settled or not summary["unanswered"]):
             return {}
         filters = filters_of(config)
-        if not next(each for each in config.teachers if each.name == config.writer).attach:
-            watcher.stage(f"Bringing up {config.writer} on Ray Serve")
-        running = serve_all(config, applications_of(config), writing, cache, [config.writer])
+        if new := [each.name for each in config.teachers if each.name in config.writers and not each.attach]:
+            watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
+        applications = applications_of(config)
+        needed = [name for name in config.writers if name not in config.only_writing]
+        kept = serve_all(config, applications, staying, cache, needed)
+        running = kept | serve_all(config, applications, leaving, cache, [*{*config.writers} - {*needed}])
         before = f", {len(store):,} completions are there" if len(store) else ""
         given = f" for {len(prompts):,} prompts" if len(prompts) > 1 else ""
         watcher.stage(f"Synthesising {config.synthesis.kind}{given}{before}")
         synthesise(
             config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
-            progress=partial(watcher.progress, unit="completion"),
+            progress=partial(watcher.progress, unit="completion"), judges=running,
         )  # fmt: skip
-        if config.only_writing:
-            return {}
-        stack.enter_context(writing.pop_all())
-        return running
+        stack.enter_context(staying.pop_all())
+        return kept
 
 
 def _made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What the written rows depend on."""
     values = config.model_dump(mode="json")
-    writer = next(teacher for teacher in values["teachers"] if teacher["name"] == config.writer)
+    models = {
+        teacher["name"]: {"model": teacher["model"] or teacher["name"], "engine": teacher["engine"]}
+        for teacher in values["teachers"]
+    }
     return {
         "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _NOT_WRITTEN_WITH},
         "seed": config.seed,
-        "teachers": {"model": writer["model"] or writer["name"], "engine": writer["engine"]},
+        "teachers": models[config.writer],
+        "judges": [models[name] for name in config.judges],
         "prompts": fingerprint(prompts),
         "rows": fingerprint(prompts, whole=True),
         "compared": fingerprint(compared_prompts(config)),

@@ -2,6 +2,7 @@
 
 from rayk.synthesis.make import RECIPES, synthesise
 from rayk.synthesis.prompts import Prompt, fingerprint, read_prompts
+from rayk.synthesis.scribe import check_chats
 from rayk.synthesis.store import Store, Written
 
-__all__ = ["RECIPES", "Prompt", "Store", "Written", "fingerprint", "read_prompts", "synthesise"]
+__all__ = ["RECIPES", "Prompt", "Store", "Written", "check_chats", "fingerprint", "read_prompts", "synthesise"]

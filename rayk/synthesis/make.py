@@ -10,6 +10,7 @@ from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
 from rayk.synthesis.base import Candidate, Recipe
 from rayk.synthesis.chain_of_thought import ChainOfThought
+from rayk.synthesis.judging import Judge, judged, judges_among
 from rayk.synthesis.magpie import Magpie
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
@@ -33,11 +34,13 @@ _EXAMPLES = 3
 def synthesise(
     settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
     filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
+    judges: Mapping[str, Teacher] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
 
     Args:
         filters: `settings.filters`, built.
+        judges: the teachers that judges among them name.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -49,9 +52,19 @@ def synthesise(
     """
     scribe = Scribe(teacher, store, settings, seed, progress)
     recipe = RECIPES[settings.kind](settings, prompts, scribe)
+    given = judges or {}
+    rating = [
+        (judge, _asker(judge, given.get(judge.settings.teacher or "", teacher), store, settings, seed, progress))
+        for judge in judges_among(settings.filters)
+    ]
     candidates = run_to_the_end(_written(recipe, scribe))
+    names = [[each.name for each in filters if each.remembers is which] for which in (False, True)]
     alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
-    candidates = _chosen(recipe, _unlike(_sifted(candidates, alone, prompts)))
+    candidates = _unlike(_sifted(candidates, alone, prompts))
+    for judge, asking in rating:
+        rows = [_row(each, prompts) for each in candidates]
+        candidates = run_to_the_end(judged(judge, candidates, rows, asking, settings.in_flight))
+    candidates = _chosen(recipe, candidates)
     # What remembers others is to remember only what is kept, so it comes after the choice.
     candidates = _sifted(candidates, comparing, prompts)
     kept = [each for each in candidates if not each.rejected_by]
@@ -64,11 +77,12 @@ def synthesise(
         "prompts": len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": {each.name: 0 for each in filters} | dict(Counter(each.rejected_by for each in rejected)),
-        "unanswered": scribe.unanswered,
+        "rejected": dict.fromkeys([*names[0], *(judge.name for judge, _ in rating), *names[1]], 0)
+        | dict(Counter(each.rejected_by for each in rejected)),
+        "unanswered": sum(each.unanswered for each in (scribe, *(asking for _, asking in rating))),
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
-        "usage": scribe.charged,
+        "usage": store.usage,
         "examples": {
             "kept": [_example(each, prompts) for each in _spread(kept)],
             "rejected": [
@@ -86,6 +100,14 @@ def synthesise(
         )
     store.finish(summary)
     return summary
+
+
+def _asker(
+    judge: Judge, rater: Teacher, store: Store, settings: SynthesisSettings, seed: int, progress: Progress
+) -> Scribe:  # fmt: skip
+    """Who asks a judge."""
+    chat = judge.settings.chat and rater.info.engine != "openai"
+    return Scribe(rater, store, settings, seed, progress, role=judge.name, chat=chat)
 
 
 async def _written(recipe: Recipe, scribe: Scribe) -> list[Candidate]:

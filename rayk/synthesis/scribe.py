@@ -61,6 +61,11 @@ class Scribe:
     """Asks `teacher` what `store` does not hold, up to `settings.in_flight` prompts at once. An async context manager:
     at its end, or when it is cancelled, all that was written is on disk.
 
+    Args:
+        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
+            tells them apart.
+        chat: instead of `settings.chat`.
+
     Attributes:
         teacher: who is asked.
         total: how many completions the recipe will ask for, for the progress; the recipe says so.
@@ -74,14 +79,15 @@ class Scribe:
 
     def __init__(
         self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0,
-        progress: Progress = lambda done, total, text: None,
+        progress: Progress = lambda done, total, text: None, *, role: str = "", chat: bool | None = None,
     ):  # fmt: skip
         self.total = self.asked = self.done = self.unanswered = 0
         self._store, self._settings, self._seed, self._progress = store, settings, seed, progress
+        self._role, self._chat = role, settings.chat if chat is None else chat
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
         self.teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
-        if settings.chat and teacher.info.engine == "openai":
+        if self._chat and teacher.info.engine == "openai":
             raise InputError(
                 f"synthesis.chat: teacher '{teacher.name}' is an endpoint with a chat template of its own; leave it "
                 "out."
@@ -89,6 +95,8 @@ class Scribe:
         if teacher.info.engine != "openai":
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
+            if self._chat:
+                check_chats(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
         self._ordinals: Counter[str] = Counter()
@@ -101,6 +109,7 @@ class Scribe:
 
     async def __aenter__(self) -> "Scribe":
         self._began = self._told = time.monotonic()
+        self._charged_before = self.charged = self._store.usage
         self._usage_at_start = self._seen = await self._usage()
         self._ticking = asyncio.create_task(self._tick())
         return self
@@ -115,7 +124,7 @@ class Scribe:
     @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        return self._settings.chat or self.teacher.info.chats
+        return self._chat or self.teacher.info.chats
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
@@ -149,7 +158,8 @@ class Scribe:
         info = self.teacher.info
         asked = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
-            info.weights_fingerprint or info.model, self._settings.chat if request.sent is None else "sent",
+            info.weights_fingerprint or info.model, self._chat if request.sent is None else "sent",
+            *filter(None, [self._role]),
         ]  # fmt: skip
         same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._ordinals[same] += 1
@@ -173,7 +183,7 @@ class Scribe:
         self._tokens += written.tokens or 0
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
-            "teacher": self.teacher.name, "model": self.teacher.info.model,
+            "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
             "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
         self._store.add(written, provenance)
@@ -188,7 +198,7 @@ class Scribe:
             return prompt, prompt
         if request.sent is not None:
             return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32)
-        if not self._settings.chat:
+        if not self._chat:
             return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
         ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
         return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
@@ -262,6 +272,19 @@ class Scribe:
         if self.asked and self.done < self.total:
             text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
         self._progress(self.done, self.total, text)
+
+
+def check_chats(tokenizer: Any, teacher: str) -> None:
+    """Refuse to ask in a chat template where there is none.
+
+    Raises:
+        InputError: the teacher's tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"teacher '{teacher}' has no chat template in its tokenizer; give it one, or leave 'chat' out (of a judge: "
+            "set chat: false)."
+        )
 
 
 async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:

@@ -76,7 +76,8 @@ class Sifted:
 def build_filters(
     settings: Sequence[kinds.FilterConfig], evaluation_prompts: Iterable[str] | None = None
 ) -> list[Filter]:
-    """The filters in their order, with memories that are still empty.
+    """The filters in their order, with memories that are still empty. A `judge` is none of them, for it asks a model
+    (`rayk.synthesis.judging`).
 
     Args:
         evaluation_prompts: what `contamination` compares with; read only where it is asked for.
@@ -90,6 +91,8 @@ def build_filters(
     for each in settings:
         numbers[each.kind] += 1
         name = each.kind if counts[each.kind] == 1 else f"{each.kind} {numbers[each.kind]}"
+        if isinstance(each, kinds.JudgeFilter):
+            continue
         if isinstance(each, kinds.ContaminationFilter):
             built.append(Filter(name, _contamination(each, name, evaluation_prompts)))
         elif isinstance(each, kinds.NearDuplicatesFilter | kinds.RougeFilter):
