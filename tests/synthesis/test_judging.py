@@ -62,9 +62,7 @@ def test_a_row_is_put_into_the_template_whatever_is_in_it():
         {"prompt": "{x} {0}", "completion": "%s", "more": 1}
     )
     assert asked == "{{x} {0}} %s"
-    with pytest.raises(
-        InputError, match=r"Filter 'judge' reads the field 'chosen', which the row has not \(it has: pro"
-    ):
+    with pytest.raises(InputError, match="Filter 'judge' reads the field 'chosen', which the row has not"):
         Judge("judge", JudgeFilter(template="{chosen}")).prompt({"prompt": "?"})
 
 
@@ -140,9 +138,8 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
     assert [(each.path, each.prompt) for each in endpoint.asked] == [
         ("/v1/chat/completions", "a"), ("/v1/completions", "a -> A?"),
     ]  # fmt: skip
-    provenance = [
-        row for part in (store.folder / "completions").glob("*.parquet") for row in pq.read_table(part).to_pylist()
-    ]
+    parts = (store.folder / "completions").glob("*.parquet")
+    provenance = [row for part in parts for row in pq.read_table(part).to_pylist()]
     assert {(row["prompt"], row["teacher"], row["model"]) for row in provenance} == {
         ("a", "parrot", "parrot-1"), ("a -> A?", "judge", "scribbler-1"),
     }  # fmt: skip
