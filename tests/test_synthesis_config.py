@@ -72,6 +72,10 @@ def test_who_only_writes_is_not_there_in_training(changed, writer, only_writing,
         ({"teachers": [BIG | {"prompt_template": "{answer}"}]}, "teacher 'big' only writes, so its prompt_template"),
         ({"synthesis": {"kind": "responses", "filters": [{"kind": "lenght"}]}}, "did you mean 'length'?"),
         (
+            {"synthesis": {"kind": "responses", "filters": [{"kind": "length", "unit": "tokens"}]}},
+            "synthesis.filters: 'length' counts tokens, which teacher 'api' does not tell; set another unit",
+        ),
+        (
             MAGPIE | {"teachers": [API]},
             "synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take",
         ),

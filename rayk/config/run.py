@@ -10,7 +10,7 @@ from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.filters import JudgeFilter
+from rayk.config.filters import JudgeFilter, LengthFilter
 from rayk.config.methods import (
     InContextConfig,
     MethodConfig,
@@ -131,6 +131,12 @@ class RunConfig(Settings):
             raise ValueError(
                 f"synthesis.chat: teacher '{writer.name}' is an endpoint with a chat template of its own; leave it out "
                 "and see to engine.chat"
+            )
+        filters = [*self.synthesis.filters, *getattr(self.synthesis, "instruction_filters", [])]
+        if any(isinstance(each, LengthFilter) and each.unit == "tokens" for each in filters):
+            raise ValueError(
+                f"synthesis.filters: 'length' counts tokens, which teacher '{writer.name}' does not tell; set another "
+                "unit"
             )
         if isinstance(self.synthesis, MagpieConfig) and (writer.engine.chat or self.synthesis.tokenizer is None):
             raise ValueError(

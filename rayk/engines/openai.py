@@ -232,7 +232,7 @@ class OpenAIEngine:
         if ended not in ("stop", "length") or not isinstance(text, str):
             raise _NoAnswer(
                 f"the answer holds no whole completion (finish_reason: {ended})", passing=ended is None,
-                refused=ended == "content_filter",
+                refused=ended == "content_filter" or (self.settings.chat and bool(choice["message"].get("refusal"))),
             )  # fmt: skip
         logprobs = self._logprobs_of(choice) if self.settings.logprobs and text else np.zeros(0, np.float32)
         return Generated(np.zeros(0, np.int32), logprobs, ended, text)

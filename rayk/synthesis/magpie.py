@@ -105,7 +105,8 @@ class Magpie(Recipe[MagpieConfig]):
         """The check that an instruction does not pass, and why; one that passes all is remembered."""
         if fault := fault_of(drawn.written, drawn.instruction):
             return fault
-        if drawn.written.finish_reason == "length":
+        ended = any(end in drawn.written.text for end in self._drawing.stop)  # some endpoints write on
+        if drawn.written.finish_reason == "length" and not ended:
             return "unfinished", "the instruction was cut at synthesis.sampling.max_new_tokens"
         if word := self._cut_by(drawn.written):
             return "role_word", f"the instruction breaks off before {word!r} amid a line"

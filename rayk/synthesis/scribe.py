@@ -26,6 +26,7 @@ from rayk.models import load_tokenizer
 from rayk.synthesis.store import Store, Written
 from rayk.teachers import Teacher
 from rayk.teachers.client import Completion
+from rayk.text.words import whole_characters
 
 Progress = Callable[[int, int, str], None]
 """Told (done, total, what to say of it)."""
@@ -305,12 +306,11 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
 
 def _written(key: str, completion: Completion) -> Written:
     known = len(completion.logprobs) > 0
-    text = completion.text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be kept nowhere
     return Written(
-        key, text, len(completion.token_ids) or None,
+        key, whole_characters(completion.text), len(completion.token_ids) or None,
         # As the store keeps it, so that an answer reads the same whether it has just come or was found.
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
-        completion.reason.encode("utf-8", "replace").decode(), completion.refused,
+        whole_characters(completion.reason), completion.refused,
     )  # fmt: skip
 
 

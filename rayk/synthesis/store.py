@@ -123,7 +123,7 @@ class Store:
         """
         path = self.folder / "settings.yaml"
         if path.exists():
-            before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            before = _settings_in(path)
             if place := difference(before, dict(settings), ignored | chosen_by):
                 raise InputError(
                     f"What is in '{self.folder}' was made with another '{place}'; go on with the same settings, or "
@@ -132,7 +132,8 @@ class Store:
             if difference(before, dict(settings), ignored):
                 self._forget_rows()
         self._write("settings.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
-        self._load()
+        with _told(self.folder):
+            self._load()
 
     def __len__(self) -> int:
         return len(self._places) + len(self._pending)
@@ -187,9 +188,11 @@ class Store:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What the folder's rows come to; None while they are not made."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What the folder's rows come to; None while they are not made, or where it is damaged, so that they are made
+        anew."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        return None
 
     @property
     def rows(self) -> Path:
@@ -272,6 +275,19 @@ class Store:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"'{path}' cannot be read, so nobody knows what the completions beside it were made with; if the settings "
+            "are the same, remove it and run again, or give another --output."
+        )
+    return found
 
 
 def _written(row: Mapping[str, Any]) -> Written:

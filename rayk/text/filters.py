@@ -179,7 +179,9 @@ def _truncated(_: kinds.TruncatedFilter, name: str) -> Judge:
 def _length(given: kinds.LengthFilter, name: str) -> Judge:
     def measure(candidate: Candidate) -> int:
         if given.unit == "tokens":
-            return int(_value(candidate, "tokens", name))
+            if (tokens := candidate.get("tokens")) is None:
+                raise InputError(f"Filter '{name}' counts tokens, which the endpoint does not tell; set another unit.")
+            return int(tokens)
         text = _text(candidate, given.field, name)
         return len(words(text)) if given.unit == "words" else len(text)
 

@@ -118,6 +118,12 @@ def test_an_instruction_that_was_cut_is_not_asked(scribbler, endpoint, store, te
     assert len(endpoint.asked) == 2
 
 
+def test_an_instruction_whose_end_the_endpoint_wrote_over_is_whole(scribbler, endpoint, store, template):
+    endpoint.answer = user_and_assistant(["What is the tide?<|end|>\n<|assistant|>\nThe"], finish_reason="length")
+    write(scribbler, store, instructions=1, tokenizer=template)
+    assert [row["prompt"] for row in rows(store)] == ["What is the tide?"]
+
+
 def test_the_longest_answers_are_kept_and_more_instructions_or_other_filters_ask_nothing_again(
     scribbler, endpoint, store, template
 ):

@@ -224,6 +224,17 @@ def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
         assert store.find("key-1") == written(1)
 
 
+def test_a_damaged_summary_has_the_rows_made_anew_and_damaged_settings_are_told(tmp_path):
+    with opened(tmp_path) as store:
+        store.keep([{"prompt": "p"}], [])
+        store.finish({"kept": 1})
+        (tmp_path / "summary.json").write_text('{"kept"')
+        assert store.summary is None
+    (tmp_path / "settings.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=f"^'{tmp_path}/settings.yaml' cannot be read, so"), opened(tmp_path):
+        pass
+
+
 def test_many_small_parts_become_one(tmp_path):
     with opened(tmp_path) as store:
         for number in range(70):

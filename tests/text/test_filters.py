@@ -185,6 +185,12 @@ def test_keywords(text, found):
 QUESTION = "A train leaves the station at nine and travels for three hours at sixty miles an hour; how far?"
 
 
+def test_tokens_that_nobody_counted_cannot_be():
+    for given in (candidate() | {"tokens": None}, {"prompt": "?", "completion": "!"}):
+        with pytest.raises(InputError, match="Filter 'length' counts tokens, which the endpoint does not tell"):
+            sift([given], filters({"kind": "length", "unit": "tokens"}))
+
+
 def test_endings():
     assert reason({"kind": "ending"}, "Translate this:\n") == "ends with ':'"
     assert reason({"kind": "ending"}, "翻译：") == "ends with '：'"
