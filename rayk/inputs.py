@@ -96,10 +96,14 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
             model or a function of the user's cannot be loaded.
     """
     assert config.synthesis is not None
-    writer = next(teacher for teacher in config.teachers if teacher.name == config.writer)
-    RECIPES[config.synthesis.kind].check(config.synthesis, writer)
-    if writer.gives_signals and writer.model is not None:
-        load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    writing = [teacher for teacher in config.teachers if teacher.name in config.writers]
+    RECIPES[config.synthesis.kind].check(
+        config.synthesis, next(teacher for teacher in writing if teacher.name == config.writer)
+    )
+    for writer in writing:
+        if writer.gives_signals and writer.model is not None:
+            load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    _check_asked_student(config)
     _check_judges(config)
     if config.synthesis.makes_prompts:
         return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
@@ -121,6 +125,21 @@ def _check_judges(config: RunConfig) -> None:
         judge = next(teacher for teacher in config.teachers if teacher.name == (each.teacher or config.writer))
         if each.chat and judge.gives_signals and judge.model is not None:
             check_chats(load_tokenizer(judge.model, trust_remote_code=judge.trust_remote_code), judge.name)
+
+
+def _check_asked_student(config: RunConfig) -> None:
+    """A student that is asked reads and writes by the tokenizer in its folder, which must be the one it learns by."""
+    student = config.student
+    if config.synthesis is None or not config.synthesis.reads_student or not (student.model and student.tokenizer):
+        return
+    own, given = (
+        load_tokenizer(name, trust_remote_code=student.trust_remote_code) for name in (student.model, student.tokenizer)
+    )
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
+        raise InputError(
+            f"student.tokenizer '{student.tokenizer}' is not the tokenizer in '{student.model}', by which synthesis "
+            f"'{config.synthesis.kind}' has the student write; save it there, and leave student.tokenizer out."
+        )
 
 
 def filters_of(config: RunConfig) -> list[Filter]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, model_validator
 
-from rayk.config.base import Settings
+from rayk.config.base import Positive, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
@@ -48,6 +48,9 @@ class RunConfig(Settings):
     data: DataConfig
     synthesis: SynthesisConfig | None = None
     """Let a teacher write the training rows; `null`: `data.train` is learned from as it is."""
+    rounds: Positive = 1
+    """Write rows and train so often, each time with the student of the round before; for a synthesis whose rows depend
+    on the student. Each round is a run directory of its own, OUTPUT/rounds/01 and so on."""
     method: MethodConfig
     rollouts: RolloutConfig | None = None
     """How the student writes, for methods that learn from what it writes; theirs by default, no one else's."""
@@ -96,12 +99,19 @@ class RunConfig(Settings):
         if self.synthesis is None:
             if self.data.train is None:
                 raise ValueError("data.train is missing; set it")
+            if self.rounds > 1:
+                raise ValueError(
+                    f"rounds is {self.rounds}, but without 'synthesis' nothing is written in a round; leave it out"
+                )
             return
         if not names:
             raise ValueError("synthesis needs a teacher that writes; add one under 'teachers'")
         if self.synthesis.teacher not in (None, *names):
             named = f"synthesis.teacher '{self.synthesis.teacher}'"
             raise ValueError(f"{named} is none of the teachers ({', '.join(names)})")
+        if self.referee not in names:
+            raise ValueError(f"synthesis.referee '{self.referee}' is none of the teachers ({', '.join(names)})")
+        self._student_can_be_asked()
         given = self.data.train is not None or self.synthesis.prompts is not None
         if self.synthesis.makes_prompts and given:
             raise ValueError(
@@ -148,6 +158,19 @@ class RunConfig(Settings):
             raise ValueError(
                 f"synthesis.scorer 'mean_logprob' needs log-probs of teacher '{writer.name}'; set engine.logprobs, or "
                 "another scorer"
+            )
+
+    def _student_can_be_asked(self) -> None:
+        assert self.synthesis is not None
+        if self.rounds > 1 and not self.synthesis.reads_student:
+            raise ValueError(
+                f"rounds is {self.rounds}, but what synthesis '{self.synthesis.kind}' writes does not depend on the "
+                "student, so every round would be the same; leave it out"
+            )
+        if self.synthesis.asks_student(0) and self.student.model is None:
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' asks the student for answers as the run begins, but "
+                "'student.config' makes one with random weights; give student.model"
             )
 
     def _many_teachers_fit(self, names: list[str], wanted: str | None) -> None:
@@ -333,15 +356,20 @@ class RunConfig(Settings):
         return (self.synthesis.teacher or self.teachers[0].name) if self.synthesis else ""
 
     @property
+    def referee(self) -> str:
+        """The teacher that compares what is written; the writer where `synthesis` names no other."""
+        return getattr(self.synthesis, "referee", None) or self.writer
+
+    @property
     def judges(self) -> list[str]:
-        """The teachers that judge what is written."""
+        """The teachers that judge what is written, a filter `judge` each."""
         filters = self.synthesis.filters if self.synthesis else []
         return [each.teacher or self.writer for each in filters if isinstance(each, JudgeFilter)]
 
     @property
     def writers(self) -> list[str]:
         """The teachers that are up while the training rows are written."""
-        return list(dict.fromkeys([self.writer, *self.judges])) if self.synthesis else []
+        return list(dict.fromkeys([self.writer, self.referee, *self.judges])) if self.synthesis else []
 
     @property
     def only_writing(self) -> list[str]:

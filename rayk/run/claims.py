@@ -26,6 +26,10 @@ PLACEMENT = {
     *(f"rollouts.{key}" for key in (
         "kind", "engine", "replicas", "resources", "in_flight", "deadline_seconds", "timeout_seconds",
     )),
+    *(f"synthesis.student.{key}" for key in (
+        "replicas", "resources", "deadline_seconds", "engine.batch_tokens", "engine.device", "engine.threads",
+        "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
+    )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
 CHOICE = {"rows", "compared", "judges"} | {
@@ -33,6 +37,8 @@ CHOICE = {"rows", "compared", "judges"} | {
         "filters", "keep", "scorer", "answer", "student_format", "instructions", "instruction_filters", "keep_longest",
     )
 }  # fmt: skip
+ROUNDS = "rounds"
+"""Where the rounds' own run directories are."""
 _ROWS = "data.fingerprint"
 
 
@@ -71,7 +77,19 @@ def claim(config: RunConfig, resume: bool) -> None:
     Raises:
         InputError: it holds another run, or something else.
     """
+    check(config, resume)
+    write_config(config)
+
+
+def check(config: RunConfig, resume: bool) -> None:
+    """See `claim`; nothing is written."""
     folder, file = config.output_path, config.output_path / "config.yaml"
+    in_rounds, begun = (folder / ROUNDS).exists(), {ROUNDS} if config.rounds > 1 else {"synthesis"}
+    if (in_rounds or learned_from(config)) and in_rounds != (config.rounds > 1):
+        raise InputError(
+            f"The run in '{folder}' was started {'with' if in_rounds else 'without'} 'rounds'; resume it as it was, or "
+            "give another --output."
+        )
     if file.exists():
         if not resume:
             raise InputError(
@@ -85,14 +103,22 @@ def claim(config: RunConfig, resume: bool) -> None:
                 f"The run in '{folder}' was started with another '{place}'; resume it with the same settings, or "
                 "give another --output."
             )
-    elif folder.exists() and (not folder.is_dir() or any(each.name != "synthesis" for each in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(each.name not in begun for each in folder.iterdir())):
         raise InputError(f"The output '{folder}' exists and is no run directory of rayk; give another --output.")
     elif config.training.checkpoints and not resume and _checkpointed(config.training.checkpoints):
         raise InputError(
             f"training.checkpoints '{config.training.checkpoints}' holds another run's; continue it with --resume, or "
             "give another place."
         )
-    _write_into(folder, "config.yaml", config.to_yaml())
+
+
+def write_config(config: RunConfig) -> None:
+    """Write `config.yaml` into the run directory.
+
+    Raises:
+        InputError: that cannot be written.
+    """
+    _write_into(config.output_path, "config.yaml", config.to_yaml())
 
 
 def claim_rows(config: RunConfig, fingerprint: str) -> None:

@@ -1,17 +1,17 @@
-"""One run from settings to result: inputs checked, teachers up, student trained, measured and reported."""
+"""One run, or one round of several: inputs checked, teachers up, student trained, measured and reported."""
 
 import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rayk.cluster import start_ray
-from rayk.config import RunConfig, ServedRollouts, StudentConfig, load_config
+from rayk.config import RunConfig, ServedRollouts, StudentConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
@@ -23,7 +23,7 @@ from rayk.rollouts import serve_policy
 from rayk.run.claims import claim, claim_rows, learned_from, located
 from rayk.run.serving import applications_of, attached_teachers, cpus_needed, policy_application, serve_all
 from rayk.run.watching import Watcher, watching
-from rayk.run.writing import write_rows
+from rayk.run.writing import FIRST, RoundOf, write_rows
 from rayk.teachers import Teacher, scorer_of
 from rayk.teachers.cache import opened
 from rayk.training import evaluate_remotely, train
@@ -43,26 +43,8 @@ class Result:
         return self.output / "model"
 
 
-def distill(
-    config: RunConfig | str | os.PathLike, *, output: str | None = None, resume: bool = False,
-    watcher: Watcher | None = None,
-) -> Result:  # fmt: skip
-    """Run `config` (a `RunConfig` or the path of its YAML file) to the end.
-
-    Args:
-        output: the run directory, instead of the config's.
-        resume: go on with the run in that directory, if there is one.
-        watcher: is told how the run goes.
-
-    Raises:
-        InputError: the settings, data or models are wrong, or the directory holds another run.
-        TeacherUnavailable: a teacher did not answer in time; the last step is checkpointed.
-        RunFailed: training broke down (the latest checkpoint stands), or no training row could be synthesised.
-    """
-    if not isinstance(config, RunConfig):
-        config = load_config(config, output=output)
-    config = located(config, output)
-    watcher = watcher or Watcher()
+def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: RoundOf = FIRST) -> Result:
+    """Run `config`, whose paths are absolute, to the end; see `rayk.run.distill`."""
     watcher.stage("Reading data and models")
     with ExitStack() as stack:
         cache = stack.enter_context(opened(config.cache))
@@ -74,7 +56,9 @@ def distill(
             start_ray(cpus_needed(config))
         running: dict[str, Teacher] = {}
         if config.synthesis is not None:
-            running = write_rows(config, prompts, stack, cache, watcher, settled=learned_from(config))
+            running = write_rows(
+                config, prompts, stack, cache, watcher, settled=learned_from(config), round_of=round_of
+            )
             config = on_written_rows(config)
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
@@ -105,7 +89,7 @@ def distill(
         with watching(config.output_path, total, watcher):
             outcome = train(job)
     summary = summarise(config, inputs, outcome.evaluation, teacher_evaluation, time.time() - began)
-    _write_json(config.output_path / "summary.json", summary)
+    write_json(config.output_path / "summary.json", summary)
     write_report([config.output_path], config.output_path / "report.html")
     return Result(config.output_path, summary)
 
@@ -168,8 +152,6 @@ def summarise(
 ) -> dict[str, Any]:
     """What a run came to, for `summary.json`."""
     assert inputs.train is not None
-    rows = read_lines(config.output_path / "metrics.jsonl")
-    spent = sum(row["step_seconds"] for row in rows) or 1.0
     theirs = {answer.where: answer.text for answer in teacher.answers} if teacher else {}
     places = {example.where: place for place, example in enumerate(inputs.evaluation or ())}
     answers = sorted(student.answers if student else [], key=lambda answer: places[answer.where])
@@ -177,11 +159,8 @@ def summarise(
         "name": config.name,
         "method": config.method.kind,
         "about": METHODS[config.method.kind].summary,
-        "steps": len(rows),
         "seconds": seconds,
-        "training_seconds": spent,
-        "tokens_per_second": sum(row["tokens"] for row in rows) / spent,
-        "teacher_wait_share": sum(row["teacher_wait_seconds"] for row in rows) / spent,
+        **speed_of(read_lines(config.output_path / "metrics.jsonl")),
         "rows": {
             "train": len(inputs.train),
             "evaluation": len(inputs.evaluation) if inputs.evaluation else 0,
@@ -196,7 +175,18 @@ def summarise(
     }
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def speed_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the steps of a run, as `metrics.jsonl` has them, took."""
+    spent = sum(row["step_seconds"] for row in rows) or 1.0
+    return {
+        "steps": len(rows),
+        "training_seconds": spent,
+        "tokens_per_second": sum(row["tokens"] for row in rows) / spent,
+        "teacher_wait_share": sum(row["teacher_wait_seconds"] for row in rows) / spent,
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
     part.replace(path)

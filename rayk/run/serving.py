@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 
 from rayk.cluster import start_ray
-from rayk.config import RunConfig, ServedRollouts
+from rayk.config import RunConfig, ServedRollouts, StudentReadingSettings, TeacherConfig
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 
@@ -13,7 +13,10 @@ from rayk.teachers.cache import SignalCache
 def cpus_needed(config: RunConfig) -> float:
     """Logical CPUs the run asks Ray for at a time."""
     needs = {t.name: t.resources.num_cpus * t.replicas.max for t in config.teachers if not t.attach}
-    writing = sum(need for name, need in needs.items() if name in config.writers)
+    writing = sum(needs.get(name, 0.0) for name in config.writers)
+    if config.synthesis is not None and config.synthesis.reads_student:
+        asked = student_to_ask(config)
+        writing += asked.resources.num_cpus * asked.replicas.max
     training = sum(need for name, need in needs.items() if name not in config.only_writing)
     if isinstance(config.rollouts, ServedRollouts):
         training += config.rollouts.resources.num_cpus * config.rollouts.replicas.max
@@ -40,6 +43,15 @@ def applications_of(config: RunConfig) -> dict[str, str]:
 def policy_application(config: RunConfig) -> str:
     """The Serve application of the run's own policy; no teacher's name begins so."""
     return f"_policy-{_owner(config)}"
+
+
+def student_to_ask(config: RunConfig) -> TeacherConfig:
+    """The student as the run begins, as a Serve application that answers like a teacher; no teacher's name is so."""
+    assert isinstance(config.synthesis, StudentReadingSettings)
+    return TeacherConfig(
+        name=f"{_owner(config)}-student", model=config.student.model or "none yet",
+        trust_remote_code=config.student.trust_remote_code, **dict(config.synthesis.student),
+    )  # fmt: skip
 
 
 def _owner(config: RunConfig) -> str:

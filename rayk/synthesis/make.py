@@ -1,20 +1,21 @@
 """From prompts to training rows: a recipe's candidates, checked, filtered, and told of."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
-from rayk.synthesis.base import Candidate, Recipe
+from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
 from rayk.synthesis.judging import Judge, judged, judges_among
 from rayk.synthesis.magpie import Magpie
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
-from rayk.synthesis.scribe import Progress, Scribe
+from rayk.synthesis.scribe import Progress, Scribe, Tally
 from rayk.synthesis.self_instruct import SelfInstruct
 from rayk.synthesis.store import Store
 from rayk.teachers import Teacher
@@ -31,16 +32,35 @@ RECIPES: dict[str, type[Recipe]] = {
 _EXAMPLES = 3
 
 
+@dataclass(frozen=True)
+class Company:
+    """Whom a recipe may ask beside the teacher, and in which round.
+
+    Attributes:
+        number, before: as in `Round`.
+        student: as it is when the round begins; `student_chats`: it is asked in its tokenizer's chat template.
+        referee: where it is not the teacher.
+        judges: those that filters `judge` name.
+    """
+
+    number: int = 0
+    before: Path | None = None
+    student: Teacher | None = None
+    student_chats: bool = False
+    referee: Teacher | None = None
+    judges: Mapping[str, Teacher] = field(default_factory=dict)
+
+
 def synthesise(
     settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
     filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
-    judges: Mapping[str, Teacher] | None = None,
+    company: Company | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
 
     Args:
         filters: `settings.filters`, built.
-        judges: the teachers that judges among them name.
+        company: whom else the recipe may ask, and in which round.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -50,15 +70,15 @@ def synthesise(
         RunFailed: the teacher answers nothing, the disk is full, or no row is left.
         TeacherUnavailable: as `Teacher.generate`.
     """
-    scribe = Scribe(teacher, store, settings, seed, progress)
-    recipe = RECIPES[settings.kind](settings, prompts, scribe)
-    given = judges or {}
-    rating = [
-        (judge, _asker(judge, given.get(judge.settings.teacher or "", teacher), store, settings, seed, progress))
-        for judge in judges_among(settings.filters)
-    ]
-    candidates = run_to_the_end(_written(recipe, scribe))
-    names = [[each.name for each in filters if each.remembers is which] for which in (False, True)]
+    company = company or Company()
+    scribes = _scribes(settings, teacher, store, seed, progress, company)
+    recipe = RECIPES[settings.kind](settings, prompts, scribes["teacher"])
+    recipe.round = Round(
+        company.number, company.before, scribes.get("student"), scribes.get("referee", scribes["teacher"])
+    )
+    tally = scribes["teacher"].tally
+    rating = _rating(settings, teacher, store, seed, tally, company)
+    candidates = run_to_the_end(_written(recipe, scribes.values()))
     alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
     candidates = _unlike(_sifted(candidates, alone, prompts))
     for judge, asking in rating:
@@ -77,12 +97,12 @@ def synthesise(
         "prompts": len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": dict.fromkeys([*names[0], *(judge.name for judge, _ in rating), *names[1]], 0)
+        "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)
         | dict(Counter(each.rejected_by for each in rejected)),
-        "unanswered": sum(each.unanswered for each in (scribe, *(asking for _, asking in rating))),
+        "unanswered": tally.unanswered,
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
-        "usage": store.usage,
+        "usage": tally.charged,
         "examples": {
             "kept": [_example(each, prompts) for each in _spread(kept)],
             "rejected": [
@@ -102,17 +122,44 @@ def synthesise(
     return summary
 
 
-def _asker(
-    judge: Judge, rater: Teacher, store: Store, settings: SynthesisSettings, seed: int, progress: Progress
-) -> Scribe:  # fmt: skip
-    """Who asks a judge."""
-    chat = judge.settings.chat and rater.info.engine != "openai"
-    return Scribe(rater, store, settings, seed, progress, role=judge.name, chat=chat)
+def _scribes(
+    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, progress: Progress, company: Company
+) -> dict[str, Scribe]:
+    """Who asks whom, by what the asked one is."""
+    tally = Tally(store.usage, progress)
+    scribes = {"teacher": Scribe(teacher, store, settings, seed, tally)}
+    if company.student is not None:
+        chat = company.student_chats
+        scribes["student"] = Scribe(company.student, store, settings, seed, tally, role="student", chat=chat)
+    if company.referee is not None:
+        chat = settings.chat and company.referee.info.engine != "openai"
+        scribes["referee"] = Scribe(company.referee, store, settings, seed, tally, role="referee", chat=chat)
+    return scribes
 
 
-async def _written(recipe: Recipe, scribe: Scribe) -> list[Candidate]:
-    async with scribe, aclosing(recipe.candidates()) as candidates:
-        return [candidate async for candidate in candidates]
+def _rating(
+    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, tally: Tally, company: Company
+) -> list[tuple[Judge, Scribe]]:
+    """The judges among the filters, and who asks each."""
+    rating = []
+    for judge in judges_among(settings.filters):
+        rater = teacher if judge.settings.teacher is None else company.judges[judge.settings.teacher]
+        chat = judge.settings.chat and rater.info.engine != "openai"
+        rating.append((judge, Scribe(rater, store, settings, seed, tally, role=judge.name, chat=chat)))
+    return rating
+
+
+def _names(alone: Iterable[Filter], rating: Iterable[tuple[Judge, Scribe]], comparing: Iterable[Filter]) -> list[str]:
+    """What the filters are called, in the order in which they judge."""
+    return [*(each.name for each in alone), *(judge.name for judge, _ in rating), *(each.name for each in comparing)]
+
+
+async def _written(recipe: Recipe, scribes: Iterable[Scribe]) -> list[Candidate]:
+    async with AsyncExitStack() as stack:
+        for scribe in scribes:
+            await stack.enter_async_context(scribe)
+        async with aclosing(recipe.candidates()) as candidates:
+            return [candidate async for candidate in candidates]
 
 
 def _unlike(candidates: list[Candidate]) -> list[Candidate]:

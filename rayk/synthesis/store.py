@@ -90,6 +90,7 @@ class Store:
         self._parts: list[pa.Table] = []
         self._places: dict[str, tuple[int, int]] = {}
         self._pending: dict[str, dict[str, Any]] = {}
+        self._earlier: dict[str, dict[str, Any]] = {}
         self._flushing = threading.Lock()
 
     def __enter__(self) -> "Store":
@@ -135,11 +136,19 @@ class Store:
         with _told(self.folder):
             self._load()
 
+    def look_into(self, folder: Path) -> None:
+        """Let `find` find what another folder, of an earlier round, holds too. It then becomes this one's."""
+        for path in sorted((folder / "completions").glob("part-*.parquet")):
+            with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
+                self._earlier |= {row["key"]: row for row in _completions_in(path).to_pylist()}
+
     def __len__(self) -> int:
         return len(self._places) + len(self._pending)
 
     def find(self, key: str) -> Written | None:
         """What was written for a request."""
+        if key not in self._places and key not in self._pending and key in self._earlier:
+            self._pending[key] = self._earlier.pop(key)
         if row := self._pending.get(key):
             return _written(row)
         if key not in self._places:
@@ -226,14 +235,7 @@ class Store:
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
-            content = path.read_bytes()
-        except OSError as error:  # says nothing of what is in it, which is paid for
-            raise InputError(
-                f"'{path}' cannot be read ({error.strerror}); see to it and run again. It holds completions, which "
-                "would be asked for again if it were moved away."
-            ) from error
-        try:
-            return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(_SCHEMA.names)
+            return _completions_in(path)
         except (pa.ArrowException, OSError, KeyError) as error:
             path.rename(path.with_suffix(".damaged"))
             logger.warning(
@@ -288,6 +290,22 @@ def _settings_in(path: Path) -> dict[str, Any]:
             "are the same, remove it and run again, or give another --output."
         )
     return found
+
+
+def _completions_in(path: Path) -> pa.Table:
+    """What a part holds; where it is damaged, Arrow's error.
+
+    Raises:
+        InputError: it cannot be read just now, which says nothing of what is in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be read ({error.strerror}); see to it and run again. It holds completions, which would "
+            "be asked for again if it were moved away."
+        ) from error
+    return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(_SCHEMA.names)
 
 
 def _written(row: Mapping[str, Any]) -> Written:

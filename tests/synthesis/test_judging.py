@@ -6,7 +6,7 @@ import pytest
 from rayk.config import JudgeFilter, ResponsesConfig, parse_config
 from rayk.errors import InputError
 from rayk.run import synthesize
-from rayk.synthesis import synthesise
+from rayk.synthesis import Company, synthesise
 from rayk.synthesis.judging import Judge, judges_among
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion, prompt_of
@@ -22,7 +22,9 @@ def judge(**changed):
 
 def write(teacher, store, prompts, *filters, judges=None, **changed):
     given = ResponsesConfig(filters=list(filters), **changed)
-    return synthesise(given, prompts, teacher, store, build_filters(given.filters), judges=judges)
+    return synthesise(
+        given, prompts, teacher, store, build_filters(given.filters), company=Company(judges=judges or {})
+    )
 
 
 def rows(store, name="rows"):
