@@ -145,7 +145,7 @@ def _rating(
     for judge in judges_among(settings.filters):
         rater = teacher if judge.settings.teacher is None else company.judges[judge.settings.teacher]
         chat = judge.settings.chat and rater.info.engine != "openai"
-        rating.append((judge, Scribe(rater, store, settings, seed, tally, role=judge.name, chat=chat)))
+        rating.append((judge, Scribe(rater, store, settings, seed, tally, role="judge", chat=chat)))
     return rating
 
 
