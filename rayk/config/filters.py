@@ -165,7 +165,8 @@ class JudgeFilter(Settings):
         "{completion}\n\nSay in two sentences at most what is good and what is bad about it. Then write on a line of "
         "its own 'Score: ' and a number from 1 (useless) to 5 (could not be better)."
     )
-    """What it is asked; {prompt}, {completion} and the row's other fields are put in."""
+    """What it is asked; {prompt}, {completion} (of a pair the better one; {chosen} and {rejected}, too) and the row's
+    other fields are put in."""
     score_pattern: AnswerPattern = r"(?i)\bscore\W{0,5}(\d+(?:\.\d+)?)"
     """A regular expression with one group that finds the rating, a number, in the reply; the last match counts."""
     at_least: float = 4.0

@@ -34,7 +34,8 @@ PLACEMENT = {
 # Settings that say what is made of a teacher's completions, but change none of them.
 CHOICE = {"rows", "compared", "judges"} | {
     f"synthesis.{key}" for key in (
-        "filters", "keep", "scorer", "answer", "student_format", "instructions", "instruction_filters", "keep_longest",
+        "filters", "keep", "chosen", "scorer", "answer", "student_format", "instructions", "instruction_filters",
+        "keep_longest",
     )
 }  # fmt: skip
 ROUNDS = "rounds"

@@ -67,7 +67,7 @@ async def judged(
     """The candidates, those that `judge` does not let pass rejected; with the score and the key of the reply.
 
     Args:
-        rows: what each candidate would be as a row.
+        rows: each candidate as filters see it.
         scribe: asks the judge; `at_once` rows at a time.
     """
     prompts = [None if each.rejected_by else judge.prompt(row) for each, row in zip(candidates, rows, strict=True)]

@@ -7,7 +7,10 @@ from rayk.config import JudgeFilter, ResponsesConfig, parse_config
 from rayk.errors import InputError
 from rayk.run import synthesize
 from rayk.synthesis import Company, synthesise
+from rayk.synthesis.base import Candidate
 from rayk.synthesis.judging import Judge, judges_among
+from rayk.synthesis.make import _judged
+from rayk.synthesis.store import Written
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import settings
@@ -66,6 +69,14 @@ def test_a_row_is_put_into_the_template_whatever_is_in_it():
     assert asked == "{{x} {0}} %s"
     with pytest.raises(InputError, match="Filter 'judge' reads the field 'chosen', which the row has not"):
         Judge("judge", JudgeFilter(template="{chosen}")).prompt({"prompt": "?"})
+
+
+def test_of_a_pair_both_answers_can_be_put_in():
+    written = Written("key", "A", 1, None, "stop")
+    pair = Candidate("a", "better", 0, (written, written), worse="worse")
+    template = "{prompt}: {chosen} or {rejected}? {completion}"
+    row = _judged(pair, prompts_of("a"))
+    assert Judge("judge", JudgeFilter(template=template)).prompt(row) == "a: better or worse? better"
 
 
 def test_several_judges_have_numbers():
