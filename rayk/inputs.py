@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rayk.config import DataSource, InContextConfig, RunConfig, TeacherConfig
+from rayk.config import DataSource, InContextConfig, JudgeFilter, RunConfig, TeacherConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable
 from rayk.data.sources import read_rows
@@ -20,7 +20,7 @@ from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.students import architecture
 from rayk.support import Hidden, TopK
-from rayk.synthesis import RECIPES, Prompt, read_prompts
+from rayk.synthesis import RECIPES, Prompt, check_chats, read_prompts
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
@@ -96,11 +96,15 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
             model or a function of the user's cannot be loaded.
     """
     assert config.synthesis is not None
-    RECIPES[config.synthesis.kind].check(config.synthesis)
-    for writer in (teacher for teacher in config.teachers if teacher.name in config.writers):
+    writing = [teacher for teacher in config.teachers if teacher.name in config.writers]
+    RECIPES[config.synthesis.kind].check(
+        config.synthesis, next(teacher for teacher in writing if teacher.name == config.writer)
+    )
+    for writer in writing:
         if writer.gives_signals and writer.model is not None:
             load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
     _check_asked_student(config)
+    _check_judges(config)
     if config.synthesis.makes_prompts:
         return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
     if config.synthesis.prompts is not None:
@@ -110,6 +114,17 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
         source, section = config.data.train, "data.train."
     answer = getattr(config.synthesis, "answer", None) if config.synthesis.reads_truth else None
     return read_prompts(source, section, answer)
+
+
+def _check_judges(config: RunConfig) -> None:
+    """Refuse judges that cannot be asked as they are to be."""
+    assert config.synthesis is not None
+    for each in config.synthesis.filters:
+        if not isinstance(each, JudgeFilter):
+            continue
+        judge = next(teacher for teacher in config.teachers if teacher.name == (each.teacher or config.writer))
+        if each.chat and judge.gives_signals and judge.model is not None:
+            check_chats(load_tokenizer(judge.model, trust_remote_code=judge.trust_remote_code), judge.name)
 
 
 def _check_asked_student(config: RunConfig) -> None:

@@ -1,7 +1,9 @@
 """The `rayk` command: what it prints, and with which code it ends."""
 
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from rayk import cli
 from rayk.methods import METHODS
 from rayk.run import Watcher, distill
 from tests.runs import config, settings, write_rows
+from tests.runs import rayk as started
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -248,3 +251,20 @@ def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     assert (code, f"The report: {tmp_path}/both.html\n" in err) == (0, True)
     assert "<html" in (tmp_path / "both.html").read_text()
     assert the_sentence(rayk("report", tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["run"], "Interrupted; what was checkpointed can be continued with --resume."),
+        (["synthesize"], "Interrupted; what was written is kept, and the same command goes on from there."),
+        (["evaluate"], "Interrupted."),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(tmp_path, command, said):
+    path = tmp_path / "config.yaml"
+    os.mkfifo(path)
+    with started(*command, path, log=tmp_path / "log") as process, path.open("w"):  # once it reads
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert (tmp_path / "log").read_text().strip() == f"rayk: {said}"

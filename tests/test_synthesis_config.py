@@ -9,8 +9,10 @@ from rayk.run.rounds import round_config
 from rayk.run.serving import applications_of, cpus_needed, student_to_ask
 
 API = {"name": "api", "model": "parrot", "engine": {"kind": "openai"}}
+PLAIN = API | {"engine": {"kind": "openai", "chat": False}}
 PAIRS, DPO = {"kind": "preferences"}, {"kind": "preference"}
 BIG = {"name": "big", "model": "models/big"}
+MAGPIE = {"teachers": [BIG], "data": {}, "synthesis": {"kind": "magpie"}}
 
 
 def config(**changed):
@@ -72,6 +74,21 @@ def test_who_only_writes_is_not_there_in_training(changed, writer, only_writing,
         ),
         ({"teachers": [BIG | {"prompt_template": "{answer}"}]}, "teacher 'big' only writes, so its prompt_template"),
         ({"synthesis": {"kind": "responses", "filters": [{"kind": "lenght"}]}}, "did you mean 'length'?"),
+        (
+            {"synthesis": {"kind": "responses", "filters": [{"kind": "length", "unit": "tokens"}]}},
+            "synthesis.filters: 'length' counts tokens, which teacher 'api' does not tell; set another unit",
+        ),
+        (
+            MAGPIE | {"teachers": [API]},
+            "synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take",
+        ),
+        (MAGPIE | {"teachers": [PLAIN]}, "needs engine.chat: false (an endpoint that has plain completions), and"),
+        (MAGPIE | {"synthesis": {"kind": "magpie", "chat": True}}, "always goes by the teacher's chat template"),
+        (MAGPIE | {"data": {"train": {"path": "p"}}}, "synthesis 'magpie' makes up its own prompts; leave out data."),
+        (
+            MAGPIE | {"synthesis": {"kind": "magpie", "instruction_filters": [{"kind": "contamination"}]}},
+            "synthesis.instruction_filters.0: unknown kind 'contamination'",
+        ),
         ({"rounds": 2}, "what synthesis 'responses' writes does not depend on the student"),
         ({"rounds": 2, "synthesis": None}, "rounds is 2, but without 'synthesis' nothing is written in a round"),
         ({"method": DPO}, "use synthesis 'preferences', another method, or rows that have pairs"),
@@ -104,9 +121,21 @@ def test_settings_survive_the_way_through_yaml():
     found = config(synthesis={"kind": "chain_of_thought", "filters": [{"kind": "length", "maximum": 9}]})
     assert parse_config(yaml.safe_load(found.to_yaml())) == found
     assert found.synthesis.sampling.max_new_tokens == 128
+    assert config(**MAGPIE | {"teachers": [PLAIN], "synthesis": {"kind": "magpie", "tokenizer": "t"}})
     prompts_alone = config(data={}, synthesis={"kind": "responses", "prompts": {"path": "p.jsonl"}})
     assert prompts_alone.data.train is None
     assert [each.kind for each in prompts_alone.synthesis.filters] == ["truncated"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature", "top_p"), [("self_instruct", 0.7, 0.5), ("magpie", 1.0, 1.0), ("chain_of_thought", 0.7, 1)]
+)
+def test_one_sampling_setting_leaves_the_recipes_others(kind, temperature, top_p):
+    rows = {} if kind == "chain_of_thought" else {"data": {}}
+    sampling = config(
+        **rows, synthesis={"kind": kind, "sampling": {"max_new_tokens": 9}}, teachers=[BIG]
+    ).synthesis.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (9, temperature, top_p)
 
 
 def test_the_student_that_is_asked_counts_among_what_is_up_while_rows_are_written():

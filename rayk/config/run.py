@@ -10,6 +10,7 @@ from rayk.config.base import Positive, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
+from rayk.config.filters import JudgeFilter, LengthFilter
 from rayk.config.methods import (
     InContextConfig,
     MethodConfig,
@@ -19,7 +20,7 @@ from rayk.config.methods import (
     TaughtConfig,
 )
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
-from rayk.config.synthesis import SynthesisConfig
+from rayk.config.synthesis import MagpieConfig, SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
 from rayk.support import Support
@@ -122,6 +123,11 @@ class RunConfig(Settings):
                 f"synthesis '{self.synthesis.kind}' writes for the prompts of data.train or of synthesis.prompts; set "
                 "one of the two"
             )
+        for name in self.judges:
+            if name not in names:
+                raise ValueError(
+                    f"synthesis.filters: judge's teacher '{name}' is none of the teachers ({', '.join(names)})"
+                )
         for teacher in self.teachers:
             if teacher.name in self.only_writing and teacher.prompt_template is not None:
                 raise ValueError(
@@ -135,6 +141,18 @@ class RunConfig(Settings):
             raise ValueError(
                 f"synthesis.chat: teacher '{writer.name}' is an endpoint with a chat template of its own; leave it out "
                 "and see to engine.chat"
+            )
+        filters = [*self.synthesis.filters, *getattr(self.synthesis, "instruction_filters", [])]
+        if any(isinstance(each, LengthFilter) and each.unit == "tokens" for each in filters):
+            raise ValueError(
+                f"synthesis.filters: 'length' counts tokens, which teacher '{writer.name}' does not tell; set another "
+                "unit"
+            )
+        if isinstance(self.synthesis, MagpieConfig) and (writer.engine.chat or self.synthesis.tokenizer is None):
+            raise ValueError(
+                f"synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take: teacher "
+                f"'{writer.name}' needs engine.chat: false (an endpoint that has plain completions), and "
+                "synthesis.tokenizer whose chat template it is"
             )
         if self.synthesis.needs_logprobs and not writer.engine.logprobs:
             raise ValueError(
@@ -347,13 +365,19 @@ class RunConfig(Settings):
 
     @property
     def referee(self) -> str:
-        """The teacher that judges what is written; the writer where `synthesis` names no other."""
+        """The teacher that compares what is written; the writer where `synthesis` names no other."""
         return getattr(self.synthesis, "referee", None) or self.writer
+
+    @property
+    def judges(self) -> list[str]:
+        """The teachers that judge what is written, a filter `judge` each."""
+        filters = self.synthesis.filters if self.synthesis else []
+        return [each.teacher or self.writer for each in filters if isinstance(each, JudgeFilter)]
 
     @property
     def writers(self) -> list[str]:
         """The teachers that are up while the training rows are written."""
-        return list(dict.fromkeys([self.writer, self.referee])) if self.synthesis else []
+        return list(dict.fromkeys([self.writer, self.referee, *self.judges])) if self.synthesis else []
 
     @property
     def only_writing(self) -> list[str]:

@@ -7,7 +7,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rayk.config.base import AnswerPattern, Positive, Settings
 from rayk.config.data import DataSource
-from rayk.config.filters import FUNCTION_PATTERN, FilterConfig, TruncatedFilter
+from rayk.config.filters import (
+    FUNCTION_PATTERN,
+    EndingFilter,
+    FilterConfig,
+    LengthFilter,
+    NearDuplicatesFilter,
+    TextFilterConfig,
+    TruncatedFilter,
+)
 from rayk.config.teachers import Replicas, Resources, TransformersEngine, VLLMEngine, as_engine, as_replicas
 
 AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
@@ -59,9 +67,9 @@ class SynthesisSettings(Settings):
     `openai`) has its own `engine.chat`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     filters: list[FilterConfig] = Field(default_factory=_whole_ones)
-    """What is left out of what was written, in this order, but those that compare rows with each other last, after
-    `keep`; by default what was cut at `sampling.max_new_tokens`, for
-    the student would learn to stop so."""
+    """What is left out of what was written, in this order, but a `judge` after those of text alone, and those that
+    compare rows with each other last, after `keep`; by default what was cut at `sampling.max_new_tokens`, for the
+    student would learn to stop so."""
     in_flight: Positive = 64
     """Prompts asked for at once."""
 
@@ -155,11 +163,17 @@ def _template_with(*needed: str):
     return AfterValidator(check)
 
 
+class ReasoningConfig(SamplingConfig):
+    """How rationales are written."""
+
+    max_new_tokens: Positive = 128
+
+
 class ChainOfThoughtConfig(SynthesisSettings):
     """The teacher's rationales that end in the right answer (Fine-tune-CoT)."""
 
     kind: Literal["chain_of_thought"] = "chain_of_thought"
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
+    sampling: ReasoningConfig = Field(default_factory=ReasoningConfig)
     rationales: Positive = 1
     """D: rationales asked for each question."""
     answer: AnswerConfig = Field(default_factory=AnswerConfig)
@@ -182,6 +196,13 @@ class ChainOfThoughtConfig(SynthesisSettings):
         return self.keep == "correct"
 
 
+class ListingConfig(SamplingConfig):
+    """How lists of new instructions are written."""
+
+    max_new_tokens: Positive = 1024
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
 class SelfInstructConfig(SynthesisSettings):
     """Tasks with inputs and answers that the teacher makes up itself (Self-Instruct); a base model will do."""
 
@@ -193,7 +214,7 @@ class SelfInstructConfig(SynthesisSettings):
     """How many to make up; fewer where the teacher has no new ideas any more. Each becomes up to 5 rows."""
     batch: Positive = 16
     """Lists of 8 new instructions asked for before they join the pool."""
-    sampling: SamplingConfig = SamplingConfig(max_new_tokens=1024, temperature=0.7, top_p=0.5)
+    sampling: ListingConfig = Field(default_factory=ListingConfig)
     """Of the lists; whether a task is a classification and its instances are written greedily."""
     instance_tokens: Positive = 350
     """Longest text of a task's instances."""
@@ -209,6 +230,60 @@ class SelfInstructConfig(SynthesisSettings):
     @property
     def makes_prompts(self) -> bool:
         return True
+
+
+class DrawingConfig(SamplingConfig):
+    """How instructions are drawn: as the model has them, without truncation."""
+
+    max_new_tokens: Positive = 2048
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+
+
+class RespondingConfig(SamplingConfig):
+    """How they are answered."""
+
+    max_new_tokens: Positive = 4096
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+
+
+def _instructions_worth_answering() -> list[TextFilterConfig]:
+    return [LengthFilter(minimum=3), EndingFilter(), NearDuplicatesFilter(fields=("prompt",))]
+
+
+class MagpieConfig(SynthesisSettings):
+    """Instructions that a chat model writes when it is given the beginning of a user's turn, and its answers to them
+    (Magpie)."""
+
+    kind: Literal["magpie"] = "magpie"
+    instructions: Positive = 1000
+    """How many to draw; those that pass `instruction_filters` are answered."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """A system prompt before the instructions, such as one that names a subject; the answers are given without it."""
+    tokenizer: str | None = None
+    """Whose chat template is used, a local folder or a hub id; by default the teacher's own. For an endpoint (engine
+    kind `openai`) it is needed, and `engine.chat: false`: a beginning can only go through plain completions."""
+    sampling: DrawingConfig = Field(default_factory=DrawingConfig)
+    """Of the instructions."""
+    responses: RespondingConfig = Field(default_factory=RespondingConfig)
+    role_words: tuple[Annotated[str, Field(min_length=1)], ...] = ("assistant",)
+    """End an instruction too, for a model may write the next role's name without ending the turn. Where one stands
+    amid a line, the instruction is left out. [] for none."""
+    stop_at_newline: bool = False
+    """Instructions of one line."""
+    instruction_filters: list[TextFilterConfig] = Field(default_factory=_instructions_worth_answering)
+    """What is left out of the instructions before they are answered, whichever field a filter names."""
+    keep_longest: Positive | None = None
+    """Of the rows that pass `filters`, only so many with the longest answers, in characters."""
+
+    @property
+    def makes_prompts(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _chats_by_itself(self) -> "MagpieConfig":
+        if self.chat:
+            raise ValueError("synthesis.chat: 'magpie' always goes by the teacher's chat template; leave it out")
+        return self
 
 
 class PreferencesConfig(StudentReadingSettings):
@@ -263,5 +338,6 @@ class PreferencesConfig(StudentReadingSettings):
 
 
 SynthesisConfig = Annotated[
-    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | PreferencesConfig, Field(discriminator="kind")
+    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | MagpieConfig | PreferencesConfig,
+    Field(discriminator="kind"),
 ]

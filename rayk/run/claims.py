@@ -32,8 +32,11 @@ PLACEMENT = {
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, but change none of them.
-CHOICE = {"rows", "compared"} | {
-    f"synthesis.{key}" for key in ("filters", "keep", "chosen", "scorer", "answer", "student_format", "instructions")
+CHOICE = {"rows", "compared", "judges"} | {
+    f"synthesis.{key}" for key in (
+        "filters", "keep", "chosen", "scorer", "answer", "student_format", "instructions", "instruction_filters",
+        "keep_longest",
+    )
 }  # fmt: skip
 ROUNDS = "rounds"
 """Where the rounds' own run directories are."""
@@ -49,6 +52,7 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
         (values["student"], "model"), (values["student"], "config"), (values["student"], "tokenizer"),
         (values["data"]["train"] or {}, "path"), (values["data"]["evaluation"] or {}, "path"),
         (((values["synthesis"] or {}).get("prompts")) or {}, "path"), (values["synthesis"] or {}, "seed_tasks"),
+        (values["synthesis"] or {}, "tokenizer"),
         ((values["method"].get("pretraining") or {}).get("data") or {}, "path"),
         *((teacher, "model") for teacher in values["teachers"]), *_of_demonstrations(values["method"]),
     ]:  # fmt: skip

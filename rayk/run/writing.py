@@ -63,13 +63,14 @@ def write_rows(
         student = leaving.enter_context(serve_teacher(student_to_ask(config))) if asks_student else None
         running = kept | gone
         before = f", {len(store):,} completions are there" if len(store) else ""
-        watcher.stage(f"Synthesising {config.synthesis.kind} for {len(prompts):,} prompts{before}")
+        given = f" for {len(prompts):,} prompts" if len(prompts) > 1 else ""
+        watcher.stage(f"Synthesising {config.synthesis.kind}{given}{before}")
         synthesise(
             config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
             progress=partial(watcher.progress, unit="completion"),
             company=Company(
                 round_of.number, round_of.before, student, config.data.chat_template,
-                running[config.referee] if config.referee != config.writer else None,
+                running[config.referee] if config.referee != config.writer else None, running,
             ),
         )  # fmt: skip
         stack.enter_context(staying.pop_all())
@@ -80,16 +81,16 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt], round_of: RoundOf) 
     """What the written rows depend on."""
     assert config.synthesis is not None
     values = config.model_dump(mode="json")
-    teachers = [
-        {"model": teacher["model"] or teacher["name"], "engine": teacher["engine"]}
-        for name in config.writers
+    models = {
+        teacher["name"]: {"model": teacher["model"] or teacher["name"], "engine": teacher["engine"]}
         for teacher in values["teachers"]
-        if teacher["name"] == name
-    ]
+    }
+    teachers = [models[name] for name in dict.fromkeys([config.writer, config.referee])]
     made_with = {
         "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _NOT_WRITTEN_WITH},
         "seed": config.seed,
         "teachers": teachers if len(teachers) > 1 else teachers[0],
+        "judges": [models[name] for name in config.judges],
         "prompts": fingerprint(prompts),
         "rows": fingerprint(prompts, whole=True),
         "compared": fingerprint(compared_prompts(config)),

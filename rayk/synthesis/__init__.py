@@ -2,6 +2,17 @@
 
 from rayk.synthesis.make import RECIPES, Company, synthesise
 from rayk.synthesis.prompts import Prompt, fingerprint, read_prompts
+from rayk.synthesis.scribe import check_chats
 from rayk.synthesis.store import Store, Written
 
-__all__ = ["RECIPES", "Company", "Prompt", "Store", "Written", "fingerprint", "read_prompts", "synthesise"]
+__all__ = [
+    "RECIPES",
+    "Company",
+    "Prompt",
+    "Store",
+    "Written",
+    "check_chats",
+    "fingerprint",
+    "read_prompts",
+    "synthesise",
+]

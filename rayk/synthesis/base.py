@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from rayk.config import SamplingConfig, SynthesisSettings
+from rayk.config import SamplingConfig, SynthesisSettings, TeacherConfig
 from rayk.engines.base import SamplingParameters
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Scribe, in_order
@@ -88,8 +88,8 @@ class Recipe(ABC, Generic[S]):
         return self.scribe.store
 
     @classmethod
-    def check(cls, settings: S) -> None:
-        """Refuse settings that cannot work, before a teacher is brought up.
+    def check(cls, settings: S, writer: TeacherConfig) -> None:
+        """Refuse settings that cannot work, before the teacher that is to write is brought up.
 
         Raises:
             InputError: they cannot.

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
 from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
+from rayk.synthesis.judging import Judge, judged, judges_among
+from rayk.synthesis.magpie import Magpie
 from rayk.synthesis.preferences import Preferences
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
@@ -25,6 +27,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "responses": Responses,
     "chain_of_thought": ChainOfThought,
     "self_instruct": SelfInstruct,
+    "magpie": Magpie,
     "preferences": Preferences,
 }
 
@@ -39,6 +42,7 @@ class Company:
         number, before: as in `Round`.
         student: as it is when the round begins; `student_chats`: it is asked in its tokenizer's chat template.
         referee: where it is not the teacher.
+        judges: those that filters `judge` name.
     """
 
     number: int = 0
@@ -46,6 +50,7 @@ class Company:
     student: Teacher | None = None
     student_chats: bool = False
     referee: Teacher | None = None
+    judges: Mapping[str, Teacher] = field(default_factory=dict)
 
 
 def synthesise(
@@ -74,9 +79,14 @@ def synthesise(
         company.number, company.before, scribes.get("student"), scribes.get("referee", scribes["teacher"])
     )
     tally = scribes["teacher"].tally
+    rating = _rating(settings, teacher, store, seed, tally, company)
     candidates = run_to_the_end(_written(recipe, scribes.values()))
     alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
-    candidates = _chosen(recipe, _unlike(_sifted(candidates, alone, prompts)))
+    candidates = _unlike(_sifted(candidates, alone, prompts))
+    for judge, asking in rating:
+        rows = [_judged(each, prompts) for each in candidates]
+        candidates = run_to_the_end(judged(judge, candidates, rows, asking, settings.in_flight))
+    candidates = _chosen(recipe, candidates)
     # What remembers others is to remember only what is kept, so it comes after the choice.
     candidates = _sifted(candidates, comparing, prompts)
     kept = [each for each in candidates if not each.rejected_by]
@@ -89,7 +99,8 @@ def synthesise(
         "prompts": len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": {each.name: 0 for each in filters} | dict(Counter(each.rejected_by for each in rejected)),
+        "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)
+        | dict(Counter(each.rejected_by for each in rejected)),
         "unanswered": tally.unanswered,
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
@@ -126,6 +137,23 @@ def _scribes(
         chat = settings.chat and company.referee.info.engine != "openai"
         scribes["referee"] = Scribe(company.referee, store, settings, seed, tally, role="referee", chat=chat)
     return scribes
+
+
+def _rating(
+    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, tally: Tally, company: Company
+) -> list[tuple[Judge, Scribe]]:
+    """The judges among the filters, and who asks each."""
+    rating = []
+    for judge in judges_among(settings.filters):
+        rater = teacher if judge.settings.teacher is None else company.judges[judge.settings.teacher]
+        chat = judge.settings.chat and rater.info.engine != "openai"
+        rating.append((judge, Scribe(rater, store, settings, seed, tally, role="judge", chat=chat)))
+    return rating
+
+
+def _names(alone: Iterable[Filter], rating: Iterable[tuple[Judge, Scribe]], comparing: Iterable[Filter]) -> list[str]:
+    """What the filters are called, in the order in which they judge."""
+    return [*(each.name for each in alone), *(judge.name for judge, _ in rating), *(each.name for each in comparing)]
 
 
 async def _written(recipe: Recipe, scribes: Iterable[Scribe]) -> list[Candidate]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from rayk.config import PreferencesConfig
+from rayk.config import PreferencesConfig, TeacherConfig
 from rayk.engines.batching import gather
 from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
@@ -55,7 +55,7 @@ class Preferences(Recipe[PreferencesConfig]):
         self._scores: dict[str, list[float]] = {"teacher": [], "student": []}
 
     @classmethod
-    def check(cls, settings: PreferencesConfig) -> None:
+    def check(cls, settings: PreferencesConfig, writer: TeacherConfig) -> None:
         AnswerScorer(settings.scorer, settings.answer)
 
     @property

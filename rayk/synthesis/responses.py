@@ -7,7 +7,7 @@ learned from, or the best: by the teacher's own mean log-prob, by the truth, or 
 from collections.abc import Sequence
 from itertools import groupby
 
-from rayk.config import ResponsesConfig
+from rayk.config import ResponsesConfig, TeacherConfig
 from rayk.synthesis.base import Candidate, Recipe, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import AnswerScorer
@@ -29,7 +29,7 @@ class Responses(Recipe[ResponsesConfig]):
         self._score = AnswerScorer(settings.scorer, settings.answer)
 
     @classmethod
-    def check(cls, settings: ResponsesConfig) -> None:
+    def check(cls, settings: ResponsesConfig, writer: TeacherConfig) -> None:
         AnswerScorer(settings.scorer, settings.answer)
 
     @property

@@ -27,6 +27,7 @@ from rayk.models import load_tokenizer
 from rayk.synthesis.store import Store, Written
 from rayk.teachers import Teacher
 from rayk.teachers.client import Completion
+from rayk.text.words import whole_characters
 
 Progress = Callable[[int, int, str], None]
 """Told (done, total, what to say of it)."""
@@ -35,20 +36,36 @@ _FLUSH_COMPLETIONS = 256
 _TICK_SECONDS = 2.0
 _TELL_SECONDS = 0.2
 _UNANSWERED_IN_A_ROW = 32
+_REFUSED_AT_FIRST = 256
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be written."""
+    """One completion to be written.
+
+    Attributes:
+        prompt: what is asked.
+        sent: what the teacher reads for it, to the letter, where the recipe has laid that out itself: neither a chat
+            template nor the tokenizer's own beginning is put around it. The store finds the request by `prompt` all the
+            same, for a template may write the day's date.
+        refusal_counts: a refusal is an answer, kept like others, because what is asked next depends on it.
+    """
 
     prompt: str
     seed: int
     parameters: SamplingParameters
+    sent: str | None = None
+    refusal_counts: bool = False
 
 
 class Tally:
     """What the scribes of one store have asked for, all together, as the progress tells it.
+
+    Args:
+        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
+            tells them apart.
+        chat: instead of `settings.chat`.
 
     Attributes:
         total: how many completions the recipe will ask for; the recipe says so.
@@ -102,6 +119,9 @@ class Scribe:
             tells them apart.
         chat: instead of `settings.chat`.
 
+    Attributes:
+        teacher: who is asked.
+
     Raises:
         InputError: it is to chat, but the model's tokenizer has no chat template, or it is an endpoint.
     """
@@ -114,7 +134,7 @@ class Scribe:
         self._settings, self._seed, self._role = settings, seed, role
         self._chat = settings.chat if chat is None else chat
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
-        self._teacher = Teacher(teacher.name, teacher.info, in_flight)
+        self.teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
         if self._chat and teacher.info.engine == "openai":
             raise InputError(
@@ -124,10 +144,13 @@ class Scribe:
         if teacher.info.engine != "openai":
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
+            if self._chat:
+                check_chats(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
         self._ordinals: Counter[str] = Counter()
-        self._in_a_row = 0
+        self._in_a_row = self._refused = 0
+        self._answered = False
         self._uncounted = False  # whether something came since the endpoint told what it charges
         self._failure: RaykError | None = None
         self._charged_before: dict[str, Any] = {}
@@ -164,7 +187,7 @@ class Scribe:
     @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        return self._chat or self._teacher.info.chats
+        return self._chat or self.teacher.info.chats
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
@@ -176,7 +199,7 @@ class Scribe:
 
     async def ask(self, request: Request) -> Written:
         """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
-        'error' and is not kept: another run asks again.
+        'error' and is not kept: another run asks again (but see `Request.refusal_counts`).
 
         Raises:
             RunFailed: the teacher leaves everything unanswered, or the disk is full.
@@ -189,41 +212,44 @@ class Scribe:
                 if self._failure is not None:
                     raise self._failure
                 written = await self._asked(key, request)
+        else:
+            self._answered = True
         self.tally.done += 1
         self.tally.tell()
         return written
 
     def _key(self, request: Request) -> str:
         """What tells requests apart; an equal one that comes again is another one."""
-        info = self._teacher.info
+        info = self.teacher.info
         asked = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
-            info.weights_fingerprint or info.model, self._chat, *filter(None, [self._role]),
+            info.weights_fingerprint or info.model, self._chat if request.sent is None else "sent",
+            *filter(None, [self._role]),
         ]  # fmt: skip
         same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._ordinals[same] += 1
         return f"{same}-{self._ordinals[same]}"
 
     async def _asked(self, key: str, request: Request) -> Written:
-        text, prompt = self._sent(request.prompt)
+        text, prompt = self._sent(request)
         if reason := self._too_long(prompt, request.parameters):
-            return Written(key, "", None, None, "error", reason)
+            return Written(key, "", None, None, "error", reason, refused=True)
         try:
-            completion = (await self._teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+            completion = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
-            if self._teacher.info.engine != "openai":
+            if self.teacher.info.engine != "openai":
                 raise
             return self._left_unanswered(key, str(error))
         self.tally.asked += 1
-        if completion.finish_reason == "error":
-            return self._left_unanswered(key, completion.reason)
-        self._in_a_row = 0
+        if completion.finish_reason == "error" and not (completion.refused and request.refusal_counts):
+            return self._left_unanswered(key, completion.reason, completion.refused)
+        self._in_a_row, self._answered = 0, True
         written = _written(key, completion)
         self.tally.tokens += written.tokens or 0
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
-            "teacher": self._role or self._teacher.name, "model": self._teacher.info.model,
-            "weights": self._teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
+            "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
+            "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
         self.store.add(written, provenance)
         self._uncounted = True
@@ -231,17 +257,20 @@ class Scribe:
             await self._flush()
         return written
 
-    def _sent(self, prompt: str) -> tuple[str, str | np.ndarray]:
+    def _sent(self, request: Request) -> tuple[str, str | np.ndarray]:
         """What the teacher reads: as text, and as it is sent."""
+        prompt = request.prompt if request.sent is None else request.sent
         if self._encoder is None:
             return prompt, prompt
+        if request.sent is not None:
+            return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32)
         if not self._chat:
             return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
         ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
         return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
 
     def _too_long(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
-        limit = self._teacher.info.max_tokens
+        limit = self.teacher.info.max_tokens
         if isinstance(prompt, str) or len(prompt) + parameters.max_new_tokens <= limit:
             return ""
         return (
@@ -249,17 +278,21 @@ class Scribe:
             f"takes {limit}"
         )
 
-    def _left_unanswered(self, key: str, reason: str) -> Written:
-        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
+    def _left_unanswered(self, key: str, reason: str, refused: bool = False) -> Written:
+        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there. Refusals do
+        not, for they are answers of a sort; but where not one prompt was ever taken, it is not the prompts' fault."""
         self.tally.unanswered += 1
-        self._in_a_row += 1
-        if self._in_a_row >= _UNANSWERED_IN_A_ROW:
+        self._refused += refused
+        self._in_a_row = 0 if refused else self._in_a_row + 1
+        never = not self._answered and self._refused >= _REFUSED_AT_FIRST
+        if never or self._in_a_row >= _UNANSWERED_IN_A_ROW:
+            what = f"refused the first {self._refused}" if never else f"left {self._in_a_row}"
             self._failure = RunFailed(
-                f"Teacher '{self._teacher.name}' left {self._in_a_row} prompts in a row unanswered, the last since "
-                f"{reason}. What was written before is kept; see to the teacher and run again."
+                f"Teacher '{self.teacher.name}' {what} prompts{'' if never else ' in a row unanswered'}, the last "
+                f"since {reason}. What was written before is kept; see to the teacher and run again."
             )
             raise self._failure
-        return Written(key, "", None, None, "error", reason)
+        return Written(key, "", None, None, "error", reason, refused=refused)
 
     async def _tick(self) -> None:
         while not self._ended.is_set():
@@ -287,10 +320,23 @@ class Scribe:
 
     async def _usage(self) -> dict[str, Any]:
         """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
-        if self._teacher.info.engine != "openai":
+        if self.teacher.info.engine != "openai":
             return {}
-        usage = await asyncio.to_thread(self._teacher.usage)
+        usage = await asyncio.to_thread(self.teacher.usage)
         return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
+
+
+def check_chats(tokenizer: Any, teacher: str) -> None:
+    """Refuse to ask in a chat template where there is none.
+
+    Raises:
+        InputError: the teacher's tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"teacher '{teacher}' has no chat template in its tokenizer; give it one, or leave 'chat' out (of a judge: "
+            "set chat: false)."
+        )
 
 
 async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
@@ -311,11 +357,11 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
 
 def _written(key: str, completion: Completion) -> Written:
     known = len(completion.logprobs) > 0
-    text = completion.text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be kept nowhere
     return Written(
-        key, text, len(completion.token_ids) or None,
+        key, whole_characters(completion.text), len(completion.token_ids) or None,
         # As the store keeps it, so that an answer reads the same whether it has just come or was found.
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
+        whole_characters(completion.reason), completion.refused,
     )  # fmt: skip
 
 

@@ -51,6 +51,8 @@ _SCHEMA = pa.schema(
 )
 _READ = ("key", "text", "tokens", "mean_logprob", "finish_reason")
 _MANY_PARTS = 64
+_REFUSED = "refused"
+"""The `finish_reason` of a refusal on disk; its `text` is the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Written:
         tokens: how many; None where an endpoint does not tell.
         mean_logprob: of them, nats a token, under the teacher at temperature 1; None where it is not known.
         finish_reason: 'stop', 'length', or 'error' where there was no answer; `reason` says why.
+        refused: there will be none for this prompt, however often it is asked.
     """
 
     key: str
@@ -71,6 +74,7 @@ class Written:
     mean_logprob: float | None
     finish_reason: str
     reason: str = ""
+    refused: bool = False
 
 
 class Store:
@@ -120,7 +124,7 @@ class Store:
         """
         path = self.folder / "settings.yaml"
         if path.exists():
-            before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            before = _settings_in(path)
             if place := difference(before, dict(settings), ignored | chosen_by):
                 raise InputError(
                     f"What is in '{self.folder}' was made with another '{place}'; go on with the same settings, or "
@@ -129,14 +133,14 @@ class Store:
             if difference(before, dict(settings), ignored):
                 self._forget_rows()
         self._write("settings.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
-        self._load()
+        with _told(self.folder):
+            self._load()
 
     def look_into(self, folder: Path) -> None:
         """Let `find` find what another folder, of an earlier round, holds too. It then becomes this one's."""
         for path in sorted((folder / "completions").glob("part-*.parquet")):
             with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
-                table = pq.read_table(path, page_checksum_verification=True).select(_SCHEMA.names)
-                self._earlier |= {row["key"]: row for row in table.to_pylist()}
+                self._earlier |= {row["key"]: row for row in _completions_in(path).to_pylist()}
 
     def __len__(self) -> int:
         return len(self._places) + len(self._pending)
@@ -146,15 +150,17 @@ class Store:
         if key not in self._places and key not in self._pending and key in self._earlier:
             self._pending[key] = self._earlier.pop(key)
         if row := self._pending.get(key):
-            return Written(key, row["text"], row["tokens"], row["mean_logprob"], row["finish_reason"])
+            return _written(row)
         if key not in self._places:
             return None
         part, place = self._places[key]
-        return Written(*(self._parts[part].column(name)[place].as_py() for name in _READ))
+        return _written({name: self._parts[part].column(name)[place].as_py() for name in _READ})
 
     def add(self, written: Written, provenance: Mapping[str, Any]) -> None:
-        """Keep a completion: in memory until the next `flush`."""
+        """Keep a completion, or that there will be none: in memory until the next `flush`."""
         row = {name: getattr(written, name) for name in _READ}
+        if written.refused:
+            row |= {"text": written.reason, "finish_reason": _REFUSED}
         self._pending[written.key] = {**row, **provenance}
 
     @property
@@ -191,9 +197,11 @@ class Store:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What the folder's rows come to; None while they are not made."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What the folder's rows come to; None while they are not made, or where it is damaged, so that they are made
+        anew."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        return None
 
     @property
     def rows(self) -> Path:
@@ -227,7 +235,7 @@ class Store:
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
-            return pq.read_table(path, page_checksum_verification=True).select(_SCHEMA.names)
+            return _completions_in(path)
         except (pa.ArrowException, OSError, KeyError) as error:
             path.rename(path.with_suffix(".damaged"))
             logger.warning(
@@ -269,6 +277,41 @@ class Store:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"'{path}' cannot be read, so nobody knows what the completions beside it were made with; if the settings "
+            "are the same, remove it and run again, or give another --output."
+        )
+    return found
+
+
+def _completions_in(path: Path) -> pa.Table:
+    """What a part holds; where it is damaged, Arrow's error.
+
+    Raises:
+        InputError: it cannot be read just now, which says nothing of what is in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be read ({error.strerror}); see to it and run again. It holds completions, which would "
+            "be asked for again if it were moved away."
+        ) from error
+    return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(_SCHEMA.names)
+
+
+def _written(row: Mapping[str, Any]) -> Written:
+    if row["finish_reason"] == _REFUSED:
+        return Written(row["key"], "", None, None, "error", row["text"], refused=True)
+    return Written(*(row[name] for name in _READ))
 
 
 @contextlib.contextmanager

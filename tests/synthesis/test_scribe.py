@@ -18,6 +18,7 @@ from tests.engines.endpoint import Reply, completion
 pytestmark = pytest.mark.cluster
 
 SHORT = SamplingParameters(8, 0.7)
+REFUSED = Reply(400, b'{"error": {"message": "too rude"}}')
 
 
 def ask(teacher, store, requests, **settings):
@@ -107,13 +108,38 @@ def test_what_an_endpoint_refuses_is_told_and_asked_again_next_time(parrot, endp
 
 def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
     ask(parrot, store, requests(3))
-    endpoint.replies |= {f"prompt {i}": [Reply(400, b'{"error": {"message": "down"}}')] for i in range(3, 200)}
-    with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 400: down\."):
-        ask(parrot, store, requests(200), in_flight=4)
-    assert len(endpoint.asked) <= 3 + 32 + 4
+    endpoint.replies |= {f"prompt {i}": [Reply(503, b'{"error": {"message": "down"}}')] * 2 for i in range(3, 200)}
+    with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 503: down\."):
+        ask(parrot, store, requests(200), in_flight=8)
+    assert len(endpoint.asked) <= 3 + 2 * (32 + 8)
     endpoint.begin_anew()
     _, scribe, _ = ask(parrot, store, requests(5))
     assert scribe.tally.asked == 2
+
+
+def test_prompts_that_are_refused_do_not_stop_a_healthy_run(parrot, endpoint, store):
+    endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(2, 42)}
+    written, scribe, _ = ask(parrot, store, requests(44), in_flight=1)
+    assert [each.finish_reason for each in written] == ["stop"] * 2 + ["error"] * 40 + ["stop"] * 2
+    assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
+    assert scribe.tally.unanswered == 40
+
+
+def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_ever(parrot, endpoint, store):
+    endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(400)}
+    with pytest.raises(RunFailed, match=r"refused the first 256 prompts, the last since 400: too rude\."):
+        ask(parrot, store, requests(400), in_flight=8)
+    assert len(endpoint.asked) <= 256 + 8
+
+
+def test_a_refusal_that_counts_is_an_answer(parrot, endpoint, store):
+    endpoint.replies["prompt 0"] = [REFUSED]
+    request = Request("prompt 0", 0, SHORT, refusal_counts=True)
+    (written,), scribe, _ = ask(parrot, store, [request])
+    assert (written.finish_reason, written.reason, written.refused) == ("error", "400: too rude", True)
+    assert scribe.tally.unanswered == 0
+    (again,), scribe, _ = ask(parrot, store, [request])
+    assert (again, scribe.tally.asked) == (written, 0)
 
 
 def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
@@ -129,6 +155,7 @@ def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
     (one, other), scribe, _ = ask(served, store, [long, Request("the cat", 0, SHORT)])
     assert (one.finish_reason, other.finish_reason != "error") == ("error", True)
     assert one.reason.endswith("leaves no room for 8 more: the teacher takes 512")
+    assert one.refused
     assert scribe.tally.unanswered == 0  # asking again would not help
 
 
