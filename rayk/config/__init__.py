@@ -39,6 +39,7 @@ from rayk.config.methods import (
     SupervisedConfig,
     TaughtConfig,
 )
+from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelConfig
 from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
@@ -79,6 +80,7 @@ __all__ = [
     "DemonstrationsConfig",
     "Divergence",
     "EmptyFilter",
+    "EncoderTraining",
     "EnsembleConfig",
     "EvaluationConfig",
     "FilterConfig",
@@ -103,6 +105,8 @@ __all__ = [
     "Replicas",
     "Resources",
     "ResponsesConfig",
+    "RetrieverConfig",
+    "RewardModelConfig",
     "RolloutConfig",
     "RougeFilter",
     "RouteConfig",
