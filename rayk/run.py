@@ -15,7 +15,6 @@ from typing import Any
 
 from rayk.cluster import start_ray
 from rayk.config import RunConfig, ServedRollouts, StudentConfig, difference, load_config, parse_config
-from rayk.data.demonstrations import Demonstrator
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.evaluation.report import write_report
@@ -30,6 +29,7 @@ from rayk.inputs import (
     written_rows,
 )
 from rayk.methods import METHODS
+from rayk.retrieval import found_retriever, learned_retriever, retriever_summary
 from rayk.rollouts import serve_policy
 from rayk.synthesis import Prompt, Store, fingerprint, synthesise
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
@@ -130,12 +130,20 @@ def distill(
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
         claim_rows(config, inputs.train.fingerprint)
-        demonstrator = _ranked(inputs, watcher)
+        if config.retriever is None:
+            _rank(inputs, watcher)
         applications = applications_of(config)
         others = [each.name for each in config.training_teachers if each.name not in running]
         if new := [each.name for each in config.teachers if each.name in others and not each.attach]:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
         teachers = running | serve_all(config, applications, stack, cache, others)
+        if config.retriever is not None:
+            assert inputs.demonstrator is not None
+            scorer = teachers[config.retrievers_teacher]
+            retriever = learned_retriever(
+                config, inputs.demonstrator, inputs.train, scorer, watcher.stage, watcher.progress
+            )
+            _rank(inputs, watcher, retriever)
         began = time.time()
         teacher_evaluation = None
         if config.compared_teacher and inputs.evaluation is not None:
@@ -151,7 +159,7 @@ def distill(
             None if inputs.evaluation is None else inputs.evaluation.table,
             None if inputs.pretraining is None else inputs.pretraining.table,
             policy,
-            demonstrator,
+            inputs.demonstrator,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
             outcome = train(job)
@@ -180,13 +188,17 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
     with ExitStack() as stack:
         inputs = read_inputs(config, attached_teachers(config), training=False)
         assert inputs.evaluation is not None
+        retriever = found_retriever(config)
         start_ray(cpus_needed(config))
         watcher.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
         applications = applications_of(config)
         teachers = serve_all(config, applications, stack, stack.enter_context(opened(config.cache)))
         watcher.stage(f"Measuring {measured}")
-        demonstrator = _ranked(inputs, watcher)
-        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table, demonstrator=demonstrator)
+        _rank(inputs, watcher, retriever)
+        job = Job(
+            config, inputs.tokenizer_name, applications, None, inputs.evaluation.table,
+            demonstrator=inputs.demonstrator,
+        )  # fmt: skip
         evaluation = evaluate_remotely(job)
         teacher = _measured(config, teachers, inputs) if config.compared_teacher else None
     return {
@@ -292,7 +304,11 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
 def _of_demonstrations(method: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Where method `in_context` names local paths."""
     demonstrations = method.get("demonstrations", {})
-    return [(demonstrations, "encoder"), (demonstrations.get("pool") or {}, "path")]
+    retriever = demonstrations.get("retriever") or {}
+    return [
+        (demonstrations, "encoder"), (demonstrations.get("pool") or {}, "path"), (retriever, "encoder"),
+        (retriever.get("reward_model") or {}, "model"),
+    ]  # fmt: skip
 
 
 def claim(config: RunConfig, resume: bool) -> None:
@@ -408,13 +424,12 @@ def serve_all(
     return running
 
 
-def _ranked(inputs: Inputs, watcher: Watcher) -> Demonstrator | None:
-    """The inputs' demonstrator, which knows now what is nearest to each row."""
+def _rank(inputs: Inputs, watcher: Watcher, retriever: str | None = None) -> None:
+    """Let the inputs' demonstrator, if there is one, know what is nearest to each row."""
     if inputs.demonstrator is not None:
         watcher.stage("Choosing demonstrations")
         for table in (inputs.train, inputs.evaluation):
-            inputs.demonstrator.rank(table or ())
-    return inputs.demonstrator
+            inputs.demonstrator.rank(table or (), retriever)
 
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
@@ -452,6 +467,7 @@ def summarise(
         },
         "student": student.metrics if student else {},
         "teacher": teacher.metrics if teacher else {},
+        "retriever": retriever_summary(config),
         "samples": [
             {**asdict(answer), "teacher": theirs.get(answer.where)} for answer in answers[: config.evaluation.samples]
         ],

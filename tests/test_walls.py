@@ -19,7 +19,7 @@ FLOORS = [
     {"engines", "data"},
     {"cluster"},
     {"teachers"},
-    {"evaluation", "rollouts", "synthesis"},
+    {"evaluation", "rollouts", "synthesis", "retrieval"},
     {"methods"},
     {"training"},
     {"inputs"},

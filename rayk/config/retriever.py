@@ -1,6 +1,6 @@
 """The learned retriever of demonstrations (LLM-R, arXiv 2307.07164); defaults are those of the paper and its code."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,12 @@ class EncoderTraining(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 400
     max_tokens: Positive
     """Of a longer text the first so many are read."""
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps}); lower it")
+        return self
 
 
 class RewardModelConfig(EncoderTraining):
