@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rayk.errors import InputError
+from rayk.models import quiet_loading
 
 _BATCH_TEXTS = 32
 _READING = "reading.json"
@@ -122,9 +123,11 @@ def load_encoder(model: str, kind: Any, named: str, **options: Any) -> tuple[Any
     from transformers import AutoTokenizer
 
     try:
-        tokenizer, loaded = AutoTokenizer.from_pretrained(model), kind.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{named} '{model}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        with quiet_loading():
+            tokenizer, loaded = AutoTokenizer.from_pretrained(model), kind.from_pretrained(model, **options)
+    except Exception as error:  # of any type, as in `rayk.models`
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{named} '{model}' cannot be loaded: {reason}") from error
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer, loaded

@@ -98,6 +98,7 @@ class Learning:
             TeacherUnavailable: as `Teacher.score`.
         """
         self._claim()
+        self._stage(f"Retriever: measuring {len(self._held_out):,} held-out rows after random and BM25 demonstrations")
         self._measure("random", {
             row.where: self._demonstrator.at_random(row, self._workshop.seed) for row in self._held_out
         })  # fmt: skip
@@ -144,7 +145,7 @@ class Learning:
         drawn = self._candidates(number, embedder)
         asked = [(query, int(place)) for query, places in enumerate(drawn) for place in places
                  if not self._refused(query, int(place))]  # fmt: skip
-        self._stage(f"Retriever, round {number}: {self._teacher.name} scores {len(asked):,} candidates")
+        self._stage(f"Retriever, round {number}: the teacher scores {len(asked):,} candidates")
         shown = ((self._shown(self._queries[query], [place]), [self._pool[place].where]) for query, place in asked)
         scores = dict(zip(asked, self._scores.of(shown, len(asked), self._told("score")), strict=True))
         return [
@@ -251,7 +252,7 @@ class Learning:
         gains = self._measured["learned"].astype(np.float64) - self._measured["bm25"]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
         return {
-            "teacher": {"name": self._teacher.name, "model": self._teacher.info.model},
+            "teacher": self._teacher.info.model,
             "encoder": settings.encoder,
             "reward_model": settings.reward_model and settings.reward_model.model,
             "queries": len(self._queries),

@@ -75,11 +75,7 @@ class Scores:
         """
         scores = np.empty(total, np.float32)
         waiting: list[list[tuple[int, str]]] = []
-        done = 0
-        began = time.monotonic()
-
-        def told() -> str:
-            return f"{self.asked / max(time.monotonic() - began, 1e-3):,.0f} scores/s"
+        done, before, began = 0, self.asked, time.monotonic()
 
         def calls() -> Iterable[Any]:
             nonlocal done
@@ -110,10 +106,10 @@ class Scores:
                     self.asked, done = self.asked + len(rows), done + len(rows)
                     if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                         self._flush()
-                    progress(done, total, told())
+                    rate = (self.asked - before) / max(time.monotonic() - began, 1e-3)
+                    progress(done, total, f"{rate:,.0f} scores/s")
         finally:
             self._flush()
-        progress(total, total, told())
         return scores
 
     def _find(self, key: str) -> float | None:
