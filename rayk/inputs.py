@@ -234,7 +234,7 @@ def _demonstrator(
         demonstrator.check(row)
     if (encoder := config.method.demonstrations.encoder) is not None:
         check_encoder(encoder, "method.demonstrations.encoder")
-    if config.retriever is not None:
+    if config.retriever is not None and train_table is not None:
         check_retriever(config.retriever, demonstrator, train_table)
     return demonstrator
 

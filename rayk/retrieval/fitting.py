@@ -10,6 +10,7 @@ the two terms over one batch nor negatives that are left out by label and row.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,12 @@ class Workshop:
     seed: int
     precision: str = "float32"
     threads: int | None = None
-    """CPU threads; by default as they are set."""
+    """CPU threads; 0: as many as the machine has cores, None: as they are set."""
 
     def enter(self) -> str:
         """Set this process up; the device."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads or os.cpu_count() or 1)
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 

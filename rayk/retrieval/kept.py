@@ -1,7 +1,6 @@
 """The retriever of a run: trained once, and found again."""
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ def learned_retriever(
     assert config.retriever is not None
     folder, training = _folder(config), config.training
     if retriever_summary(config) is None:
-        threads = training.threads or (os.cpu_count() if training.workers else None)
+        threads = training.threads or (0 if training.workers else None)
         Learning(
             config.retriever, demonstrator, rows, teacher, folder, Workshop(config.seed, training.precision, threads),
             partial(run_on, training.resources) if training.workers else None, stage, progress,

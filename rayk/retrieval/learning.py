@@ -267,11 +267,8 @@ class Learning:
         }
 
 
-def check_retriever(settings: RetrieverConfig, demonstrator: Demonstrator, rows: ExampleTable | None) -> None:
-    """See before anything costs time that the models can be loaded and there is something to learn from.
-
-    Args:
-        rows: training rows; None where nothing is to be trained.
+def check_retriever(settings: RetrieverConfig, demonstrator: Demonstrator, rows: ExampleTable) -> None:
+    """See before anything costs time that the models can be loaded and training `rows` have something to learn from.
 
     Raises:
         InputError: the sentence names the setting.
@@ -279,8 +276,6 @@ def check_retriever(settings: RetrieverConfig, demonstrator: Demonstrator, rows:
     check_encoder(settings.encoder, ENCODER_SETTING, settings.max_tokens)
     if settings.reward_model is not None:
         check_encoder(settings.reward_model.model, REWARD_SETTING, settings.reward_model.max_tokens)
-    if rows is None:
-        return
     most = max(demonstrator.candidates(row) for row in rows)
     if most <= settings.positives:
         raise InputError(

@@ -30,17 +30,16 @@ def encoder(tmp_path_factory):
     return tiny_encoder(tmp_path_factory.mktemp("encoders") / "bert", hidden=16, layers=1)
 
 
-def values_of(folder, student, encoder, teacher="served", **changes):
+def values_of(folder, student, bert, **changes):
     """A run that learns a retriever in two short rounds, as plain values."""
     write_tasks(folder, 40)
     common = {"steps": 4, "warmup_steps": 1, "batch_size": 4, "learning_rate": 1e-3}
     retriever = {
-        "encoder": encoder, "reward_model": {"model": encoder, **common}, "candidates": 8, "nearest": 12, **common,
+        "encoder": bert, "reward_model": {"model": bert, **common}, "candidates": 8, "nearest": 12, **common,
     } | changes  # fmt: skip
     demonstrations = {"k": 2, "choice": "learned", "retriever": retriever}
     method = {"kind": "in_context", "text_weight": 0.0, "demonstrations": demonstrations}
     values = settings(folder, student, method, steps=2)
-    values["teachers"] = [{"name": teacher, "attach": True}]
     values["data"] |= {"max_tokens": 256, "evaluation": {"path": str(folder / "rows.jsonl"), "rows": 8}}
     return values | {"evaluation": {"support": {"k": 8}}}
 
@@ -89,7 +88,7 @@ def interrupting(teacher, after):
     return Asker()
 
 
-def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher):
+def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher, served):
     learned, _ = learning(rounds=1)
     learned.to_the_end()
     rows = {f"{tmp_path / 'rows.jsonl'}, line {i}": json.loads(line)
@@ -97,7 +96,7 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(lear
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
     single = [row for row in kept(tmp_path / "retriever") if len(row["demonstrations"]) == 1]
-    assert len(single) > 100
+    assert len(single) > 80
     for score in single[:: len(single) // 8]:
         asked, (shown,) = rows[score["query"]], [rows[where] for where in score["demonstrations"]]
         assert (asked["task"], asked["completion"]) == (shown["task"], shown["completion"])
@@ -106,7 +105,7 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(lear
         ids = [tokenizer(part).input_ids for part in parts]
         whole = torch.tensor([token for part in ids for token in part])
         with torch.no_grad():
-            logits = model(input_ids=whole[None]).logits[0, :-1, : len(tokenizer)]
+            logits = model(input_ids=whole[None]).logits[0, :-1, : served.info.vocab_size]
         of_answer = logits.log_softmax(-1).gather(1, whole[1:, None])[-len(ids[-1]) :]
         assert score["mean_logprob"] == pytest.approx(float(of_answer.mean()), rel=1e-3, abs=1e-3)
         assert score["tokens"] == len(ids[-1])
@@ -223,7 +222,7 @@ def test_a_run_learns_a_retriever_once_and_shows_what_it_finds(tmp_path, tiny_st
         ({"encoder": "nowhere"}, "method.demonstrations.retriever.encoder 'nowhere' cannot be loaded"),
         ({"reward_model": {"model": "nowhere"}}, "retriever.reward_model.model 'nowhere' cannot be loaded"),
         ({"max_tokens": 600}, "retriever.max_tokens is 600, but .* takes 512"),
-        ({"positives": 7}, "has more than 1. candidates|more than [0-9]+ candidates"),
+        ({"positives": 7}, "No training row has more than 6 candidates"),
         ({"teacher": "nobody"}, "retriever.teacher 'nobody' is none of the teachers"),
         ({"candidates": 30}, "raise nearest"),
         ({"positives": 8}, "leave no negative among candidates"),
@@ -237,6 +236,7 @@ def test_what_cannot_work_is_told_at_the_start(change, said, tmp_path, tiny_stud
     if "positives" in change:
         lines = (tmp_path / "rows.jsonl").read_text().splitlines()[:14]
         (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    values["teachers"] = [{"name": "own", "model": tiny_student}]
     with pytest.raises(InputError, match=said):
         read_inputs(parse_config(values), {})
 
