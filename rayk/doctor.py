@@ -86,6 +86,14 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
         )
+    if (retriever := settings.retriever) is not None:
+        most = retriever.candidates * retriever.rounds
+        through = f" and {retriever.reward_model.model}" if retriever.reward_model else ""
+        yield Check(
+            "ok",
+            f"Retriever: {retriever.encoder}{through} can be loaded; teacher '{settings.retrievers_teacher}' scores up "
+            f"to {most} demonstrations for each training input.",
+        )
     yield from _signal_size(settings)
     yield Check("ok", f"The run asks Ray for {cpus_needed(settings):g} CPUs.")
 

@@ -11,6 +11,7 @@ import numpy as np
 from rayk.config import DataSource, InContextConfig, JudgeFilter, RunConfig, TeacherConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable
+from rayk.data.retrieval import check_encoder
 from rayk.data.sources import read_rows
 from rayk.data.tokenizing import RowTokenizer, collect, tokenize
 from rayk.errors import InputError
@@ -18,6 +19,7 @@ from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
 from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.retrieval import check_retriever
 from rayk.students import architecture
 from rayk.support import Hidden, TopK
 from rayk.synthesis import RECIPES, Prompt, check_chats, read_prompts
@@ -261,6 +263,10 @@ def _demonstrator(
     demonstrator = Demonstrator(pool_table, config.method, tokenizer, config.data.max_tokens)
     for row in (row for table in tables for row in table):
         demonstrator.check(row)
+    if (encoder := config.method.demonstrations.encoder) is not None:
+        check_encoder(encoder, "method.demonstrations.encoder")
+    if config.retriever is not None and train_table is not None:
+        check_retriever(config.retriever, demonstrator, train_table)
     return demonstrator
 
 

@@ -42,6 +42,7 @@ from rayk.config.methods import (
     SupervisedConfig,
     TaughtConfig,
 )
+from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelConfig
 from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
@@ -87,6 +88,7 @@ __all__ = [
     "DemonstrationsConfig",
     "Divergence",
     "EmptyFilter",
+    "EncoderTraining",
     "EndingFilter",
     "EnsembleConfig",
     "EvaluationConfig",
@@ -115,6 +117,8 @@ __all__ = [
     "Replicas",
     "Resources",
     "ResponsesConfig",
+    "RetrieverConfig",
+    "RewardModelConfig",
     "RolloutConfig",
     "RougeFilter",
     "RouteConfig",

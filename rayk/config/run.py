@@ -19,6 +19,7 @@ from rayk.config.methods import (
     PreferenceConfig,
     TaughtConfig,
 )
+from rayk.config.retriever import RetrieverConfig
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.synthesis import MagpieConfig, SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
@@ -77,6 +78,7 @@ class RunConfig(Settings):
         self._signals_can_be_had()
         self._pairs_can_be_read()
         self._demonstrations_can_be_shown()
+        self._retriever_can_learn(names)
         self._completions_can_be_written()
         for teacher in self.teachers:
             support = self.asked_support
@@ -245,6 +247,27 @@ class RunConfig(Settings):
                     "model reads; leave it out"
                 )
 
+    def _retriever_can_learn(self, names: list[str]) -> None:
+        if (retriever := self.retriever) is None:
+            return
+        place = "method.demonstrations.retriever.teacher"
+        if retriever.teacher not in (None, *names):
+            listed = ", ".join(names) or "there are none"
+            raise ValueError(f"{place} '{retriever.teacher}' is none of the teachers ({listed})")
+        if not names:
+            raise ValueError("method.demonstrations.choice 'learned' needs a teacher; add one under 'teachers'")
+        if retriever.teacher is None and (self.ensemble or self.route):
+            raise ValueError(
+                f"{place} is missing: one teacher scores candidates, but 'ensemble' or 'route' is set; name one of "
+                f"them ({', '.join(names)})"
+            )
+        scorer = next(teacher for teacher in self.teachers if teacher.name == self.retrievers_teacher)
+        if not scorer.gives_signals:
+            raise ValueError(
+                f"{place}: '{scorer.name}' is an endpoint (engine kind 'openai') and gives no log-probs of right "
+                "answers; name another teacher"
+            )
+
     def _pairs_can_be_read(self) -> None:
         pairs = self.synthesis is not None and self.synthesis.writes_pairs
         if not isinstance(self.method, PreferenceConfig):
@@ -357,6 +380,18 @@ class RunConfig(Settings):
             able = [t.name for t in self.teachers if t.name not in self.writers or t.gives_signals]
             asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
         return asked
+
+    @property
+    def retriever(self) -> RetrieverConfig | None:
+        """How demonstrations are learned to be found; None where they are not."""
+        return self.method.demonstrations.retriever if isinstance(self.method, InContextConfig) else None
+
+    @property
+    def retrievers_teacher(self) -> str:
+        """The teacher that scores demonstrations for the retriever; "" without one."""
+        if self.retriever is None:
+            return ""
+        return self.retriever.teacher or self.compared_teacher or self.teachers[0].name
 
     @property
     def writer(self) -> str:

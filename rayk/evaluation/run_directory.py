@@ -61,6 +61,8 @@ class Run:
     summary: dict[str, Any] | None
     synthesis: dict[str, Any] | None = None
     """What the writing of its training rows came to."""
+    retriever: dict[str, Any] | None = None
+    """What the training of its retriever came to."""
 
     @property
     def colour(self) -> str:
@@ -144,7 +146,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         unique = [other.absolute().name for other in paths].count(folder) == 1
         label = name if names.count(name) == 1 else f"{name} ({folder if unique else path})"
         rows, written = read_lines(path / "metrics.jsonl"), _read_summary(path / "synthesis")
-        runs.append(Run(path, label, place, config, rows, _read_summary(path), written))
+        retriever = _read_summary(path / "retriever")
+        runs.append(Run(path, label, place, config, rows, _read_summary(path), written, retriever))
     return runs
 
 

@@ -69,7 +69,11 @@ def located(config: RunConfig, output: str | None = None) -> RunConfig:
 def _of_demonstrations(method: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Where method `in_context` names local paths."""
     demonstrations = method.get("demonstrations", {})
-    return [(demonstrations, "encoder"), (demonstrations.get("pool") or {}, "path")]
+    retriever = demonstrations.get("retriever") or {}
+    return [
+        (demonstrations, "encoder"), (demonstrations.get("pool") or {}, "path"), (retriever, "encoder"),
+        (retriever.get("reward_model") or {}, "model"),
+    ]  # fmt: skip
 
 
 def claim(config: RunConfig, resume: bool) -> None:

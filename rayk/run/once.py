@@ -12,13 +12,13 @@ from typing import Any
 
 from rayk.cluster import start_ray
 from rayk.config import RunConfig, ServedRollouts, StudentConfig
-from rayk.data.demonstrations import Demonstrator
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.evaluation.report import write_report
 from rayk.evaluation.run_directory import read_lines
 from rayk.inputs import Inputs, on_written_rows, prompts_written_for, read_inputs
 from rayk.methods import METHODS
+from rayk.retrieval import found_retriever, learned_retriever, retriever_summary
 from rayk.rollouts import serve_policy
 from rayk.run.claims import claim, claim_rows, learned_from, located
 from rayk.run.serving import applications_of, attached_teachers, cpus_needed, policy_application, serve_all
@@ -63,12 +63,20 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
         claim_rows(config, inputs.train.fingerprint)
-        demonstrator = _ranked(inputs, watcher)
+        if config.retriever is None:
+            _rank(inputs, watcher)
         applications = applications_of(config)
         others = [each.name for each in config.training_teachers if each.name not in running]
         if new := [each.name for each in config.teachers if each.name in others and not each.attach]:
             watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
         teachers = running | serve_all(config, applications, stack, cache, others)
+        if config.retriever is not None:
+            assert inputs.demonstrator is not None
+            scorer = teachers[config.retrievers_teacher]
+            retriever = learned_retriever(
+                config, inputs.demonstrator, inputs.train, scorer, watcher.stage, watcher.progress
+            )
+            _rank(inputs, watcher, retriever)
         began = time.time()
         teacher_evaluation = None
         if config.compared_teacher and inputs.evaluation is not None:
@@ -84,7 +92,7 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
             None if inputs.evaluation is None else inputs.evaluation.table,
             None if inputs.pretraining is None else inputs.pretraining.table,
             policy,
-            demonstrator,
+            inputs.demonstrator,
         )  # fmt: skip
         with watching(config.output_path, total, watcher):
             outcome = train(job)
@@ -113,13 +121,17 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
     with ExitStack() as stack:
         inputs = read_inputs(config, attached_teachers(config), training=False)
         assert inputs.evaluation is not None
+        retriever = found_retriever(config)
         start_ray(cpus_needed(config))
         watcher.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
         applications = applications_of(config)
         teachers = serve_all(config, applications, stack, stack.enter_context(opened(config.cache)))
         watcher.stage(f"Measuring {measured}")
-        demonstrator = _ranked(inputs, watcher)
-        job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table, demonstrator=demonstrator)
+        _rank(inputs, watcher, retriever)
+        job = Job(
+            config, inputs.tokenizer_name, applications, None, inputs.evaluation.table,
+            demonstrator=inputs.demonstrator,
+        )  # fmt: skip
         evaluation = evaluate_remotely(job)
         teacher = _measured(config, teachers, inputs) if config.compared_teacher else None
     return {
@@ -129,13 +141,12 @@ def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher
     }
 
 
-def _ranked(inputs: Inputs, watcher: Watcher) -> Demonstrator | None:
-    """The inputs' demonstrator, which knows now what is nearest to each row."""
+def _rank(inputs: Inputs, watcher: Watcher, retriever: str | None = None) -> None:
+    """Let the inputs' demonstrator, if there is one, know what is nearest to each row."""
     if inputs.demonstrator is not None:
         watcher.stage("Choosing demonstrations")
         for table in (inputs.train, inputs.evaluation):
-            inputs.demonstrator.rank(table or ())
-    return inputs.demonstrator
+            inputs.demonstrator.rank(table or (), retriever)
 
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
@@ -168,6 +179,7 @@ def summarise(
         },
         "student": student.metrics if student else {},
         "teacher": teacher.metrics if teacher else {},
+        "retriever": retriever_summary(config),
         "samples": [
             {**asdict(answer), "teacher": theirs.get(answer.where)} for answer in answers[: config.evaluation.samples]
         ],
