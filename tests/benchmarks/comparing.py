@@ -44,6 +44,7 @@ class Comparison:
         pairs: whose differences are told, the first less the second.
         compared: in which measures.
         told: what is printed of each run as it ends.
+        known: the rates of methods that are not tuned, as an earlier run has chosen them.
     """
 
     methods: Sequence[str]
@@ -53,6 +54,7 @@ class Comparison:
     pairs: Sequence[tuple[str, str]]
     compared: Sequence[str] = ("accuracy",)
     told: Sequence[str] = ("accuracy", "seconds")
+    known: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ class Runs:
         self.results = {(row["method"], row["seed"], row["learning_rate"]): row for row in read_lines(self.output)}
 
     def add(self, comparison: Comparison, seeds: Iterable[int], run: Run) -> None:
-        """Run what is missing: every method's learning rates, then seed by seed."""
-        for method, rate in itertools.product(comparison.methods, comparison.rates):
+        """Run what is missing: the learning rates of every method that is tuned, then seed by seed."""
+        tuned = [method for method in comparison.methods if method not in comparison.known]
+        for method, rate in itertools.product(tuned, comparison.rates):
             self._add(comparison, (method, comparison.tuning_seed, rate), run)
         for seed, method in itertools.product(seeds, comparison.methods):
             self._add(comparison, (method, seed, self.rate_of(method, comparison)), run)
@@ -102,7 +105,9 @@ class Runs:
         print(f"seed {seed} {method} {rate:g}: { {name: round(row[name], 4) for name in comparison.told} }", flush=True)
 
     def rate_of(self, method: str, comparison: Comparison) -> float:
-        """The learning rate with the best accuracy on the tuning seed."""
+        """The learning rate that is known, or has the best accuracy on the tuning seed."""
+        if method in comparison.known:
+            return comparison.known[method]
         accuracies = {rate: self.results[method, comparison.tuning_seed, rate]["accuracy"] for rate in comparison.rates}
         return max(comparison.rates, key=lambda rate: accuracies[rate])
 
@@ -157,13 +162,20 @@ def paired(ours: Sequence[float], others: Sequence[float]) -> Interval:
 
 
 def arguments(about: str | None, choice: str, every: Iterable[str]) -> argparse.Namespace:
-    """The command line of a comparison: `seeds`, `output`, `print`, and which of `every` are run, under `choice`."""
+    """The command line of a comparison: `seeds`, `output`, `rates`, `print`, and under `choice` which of `every`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(f"--{choice}", default=",".join(every))
+    parser.add_argument(f"--{choice}", type=lambda given: given.split(","), default=list(every))
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; what is in it is not run again")
+    parser.add_argument(
+        "--rates", type=_rates, default={}, help="METHOD=RATE,… of the methods that are not to be tuned"
+    )
     parser.add_argument("--print", action="store_true", help="run nothing; print the seeds that all methods have had")
     return parser.parse_args()
+
+
+def _rates(given: str) -> dict[str, float]:
+    return {method: float(rate) for method, rate in (each.split("=") for each in given.split(","))}
 
 
 def cache_folder(name: str, task: ModuleType, settings: Sequence[Any]) -> Path:

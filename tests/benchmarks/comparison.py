@@ -1,6 +1,7 @@
 """Methods compared on one task with a known truth, from the same start, on the same rows, at equal updates.
 
     python -m tests.benchmarks.comparison --output comparison.jsonl [--seeds 3] [--methods minillm,on_policy]
+                                          [--rates minillm=3e-2,on_policy=3e-2]
 
 The task is `walks`: half of it is beyond the student (width 8, one layer; the teacher has 96 and two). The teacher
 learns it once (kept in the cache), and is served by Ray Serve. For each seed a student is made and, as in the paper,
@@ -18,7 +19,8 @@ four rates with all four methods that had had them, and 3,000 supervised steps o
 that its teacher knew, so there was no gap. After 2,000 such steps one of width 8 still has 0.525 of its walks right,
 the teacher 0.904.
 
-Every finished run is a line of OUTPUT and is not run again. What is measured: `comparison_measures`. Printed as
+Every finished run is a line of OUTPUT and is not run again. `--rates` says what an earlier run has chosen, so that
+nothing is tuned again. What is measured: `comparison_measures`. Printed as
 Markdown: means ± standard deviations over seeds, and paired differences with their 95 % intervals (Student's t, none of
 them corrected for the number of pairs), `undecided` where 0 is inside.
 """
@@ -96,8 +98,8 @@ def main() -> None:
     ) / "model"  # fmt: skip
     measurer = Measurer(model)
     comparison = Comparison(
-        given.methods.split(","), LEARNING_RATES, TUNING_SEED, COLUMNS, PAIRS, compared=("accuracy", "reverse_kl"),
-        told=("accuracy", "reverse_kl", "old_town", "seconds"),
+        given.methods, LEARNING_RATES, TUNING_SEED, COLUMNS, PAIRS, compared=("accuracy", "reverse_kl"),
+        told=("accuracy", "reverse_kl", "old_town", "seconds"), known=given.rates,
     )  # fmt: skip
     runs = Runs(given.output)
     if not given.print:
