@@ -20,9 +20,9 @@ that its teacher knew, so there was no gap. After 2,000 such steps one of width 
 the teacher 0.904.
 
 Every finished run is a line of OUTPUT and is not run again. `--rates` says what an earlier run has chosen, so that
-nothing is tuned again. What is measured: `comparison_measures`. Printed as
-Markdown: means ± standard deviations over seeds, and paired differences with their 95 % intervals (Student's t, none of
-them corrected for the number of pairs), `undecided` where 0 is inside.
+nothing is tuned again. What is measured: `comparison_measures`. Printed as Markdown: means ± standard deviations over
+seeds, and paired differences with their 95 % intervals (Student's t, none of them corrected for the number of pairs),
+`undecided` where 0 is inside.
 """
 
 import os
