@@ -20,9 +20,10 @@ types: .venv/.developing
 bench: .venv/.developing
 	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update dedupe quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
-# The methods beside each other on one task; more than an hour. Goes on where it was stopped.
+# The methods beside each other on tasks with a known truth; two hours. Goes on where it was stopped.
 comparison: .venv/.developing
 	$(BIN)/python -m tests.benchmarks.comparison --output runs/comparison.jsonl
+	$(BIN)/python -m tests.benchmarks.black_box --output runs/black_box.jsonl
 
 clean:
 	rm -rf .venv build *.egg-info
