@@ -31,12 +31,13 @@ from rayk.inputs import (
 )
 from rayk.methods import METHODS
 from rayk.rollouts import serve_policy
+from rayk.students import base_fingerprint
 from rayk.synthesis import Prompt, Store, fingerprint, synthesise
 from rayk.teachers import Teacher, connect_teacher, scorer_of, serve_teacher
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training import evaluate_remotely, train
 from rayk.training.checkpoint import CheckpointStore
-from rayk.training.loop import Job, steps_of_epochs
+from rayk.training.loop import Job, Outcome, steps_of_epochs
 
 # Settings that say where and how fast, not what is learned: they may change between a run and its resumption.
 _PLACEMENT = {
@@ -130,6 +131,7 @@ def distill(
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
         claim_rows(config, inputs.train.fingerprint)
+        base = checked_base(config)
         demonstrator = _ranked(inputs, watcher)
         applications = applications_of(config)
         others = [each.name for each in config.training_teachers if each.name not in running]
@@ -152,10 +154,11 @@ def distill(
             None if inputs.pretraining is None else inputs.pretraining.table,
             policy,
             demonstrator,
+            base,
         )  # fmt: skip
         with _watching(config.output_path, total, watcher):
             outcome = train(job)
-    summary = summarise(config, inputs, outcome.evaluation, teacher_evaluation, time.time() - began)
+    summary = summarise(config, inputs, outcome, teacher_evaluation, time.time() - began)
     _write_json(config.output_path / "summary.json", summary)
     write_report([config.output_path], config.output_path / "report.html")
     return Result(config.output_path, summary)
@@ -341,6 +344,22 @@ def claim_rows(config: RunConfig, fingerprint: str) -> None:
     _write_into(folder, _ROWS, fingerprint)
 
 
+def checked_base(config: RunConfig) -> str:
+    """The fingerprint of the weights below the student's adapter, which its checkpoints do not hold; "" without one.
+
+    Raises:
+        InputError: the run's checkpoints were made on other weights under the same name.
+    """
+    base = base_fingerprint(config.student)
+    before = CheckpointStore(config.checkpoints).base() if base else ""
+    if before not in ("", base):
+        raise InputError(
+            f"The weights of student.model '{config.student.model}' are not those the run in '{config.output_path}' "
+            "was started with, and its checkpoints hold the adapter alone; give it those back, or another --output."
+        )
+    return base
+
+
 def _write_into(folder: Path, name: str, text: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -427,10 +446,11 @@ def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs
 
 
 def summarise(
-    config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None, seconds: float
+    config: RunConfig, inputs: Inputs, outcome: Outcome, teacher: Evaluation | None, seconds: float
 ) -> dict[str, Any]:
     """What a run came to, for `summary.json`."""
-    assert inputs.train is not None
+    assert inputs.train is not None and outcome.size is not None
+    student = outcome.evaluation
     rows = read_lines(config.output_path / "metrics.jsonl")
     spent = sum(row["step_seconds"] for row in rows) or 1.0
     theirs = {answer.where: answer.text for answer in teacher.answers} if teacher else {}
@@ -450,6 +470,7 @@ def summarise(
             "evaluation": len(inputs.evaluation) if inputs.evaluation else 0,
             "skipped": inputs.train.skipped,
         },
+        "parameters": asdict(outcome.size),
         "student": student.metrics if student else {},
         "teacher": teacher.metrics if teacher else {},
         "samples": [

@@ -63,7 +63,7 @@ from rayk.config.teachers import (
     TransformersEngine,
     VLLMEngine,
 )
-from rayk.config.training import StudentConfig, TrainingConfig
+from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
 __all__ = [
     "DIVERGENCE_OPTIONS",
@@ -89,6 +89,7 @@ __all__ = [
     "LengthFilter",
     "LocalEngine",
     "LogitKDConfig",
+    "LoraConfig",
     "MatchingConfig",
     "MethodConfig",
     "MiniLLMConfig",
