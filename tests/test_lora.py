@@ -15,7 +15,7 @@ from rayk.models import check_head, final_hidden, head_of, load_model
 from rayk.rollouts import learned
 from rayk.students import Size, make_model, planned_size, size_of
 from rayk.training.student import save_model
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import moved, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 IDS = torch.arange(3, 27).reshape(3, 8)
@@ -24,6 +24,7 @@ KINDS = [
     {"architecture": "llama"}, {"architecture": "llama", "tie": True}, {"architecture": "gpt2", "tie": True},
     {"architecture": "qwen2"}, {"architecture": "gemma2", "tie": True}, {"architecture": "cohere"},
 ]  # fmt: skip
+A_NAME = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
 WHOLE = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head", "norm"]}
 
 
@@ -35,15 +36,6 @@ def student_of(folder, seed=0, lora=None, dtype="float32", gradient_checkpointin
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     return make_model(config, TOKENIZER, seed)
-
-
-def moved(model):
-    """As if it had learned something."""
-    with torch.no_grad():
-        for number, parameter in enumerate(each for each in model.parameters() if each.requires_grad):
-            waves = torch.arange(parameter.numel(), dtype=torch.float32).add(number).sin()
-            parameter.add_(0.3 * waves.reshape(parameter.shape))
-    return model
 
 
 def logits(model):
@@ -107,9 +99,6 @@ def test_the_adapter_is_drawn_from_the_seed_alone(tmp_path):
     same = {name: torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items()}
     assert all(same.values())
     assert not torch.equal(first.get_parameter(A_NAME), other.get_parameter(A_NAME))
-
-
-A_NAME = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
 
 
 def test_rows_go_through_packed_and_checkpointed_as_padded(tmp_path):
