@@ -149,7 +149,7 @@ def test_wrong_input_is_one_sentence_and_exit_2(rayk, write_config, tmp_path, ti
     def placed(value):
         if isinstance(value, dict):
             return {key: placed(each) for key, each in value.items()}
-        return str(tmp_path / places.get(value, value)) if value in places else value
+        return str(tmp_path / places[value]) if isinstance(value, str) and value in places else value
 
     assert sentence in the_sentence(rayk("run", write_config(**placed(sections))))
     assert not (tmp_path / "run").exists()

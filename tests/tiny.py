@@ -113,5 +113,5 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for number, parameter in enumerate(each for each in model.parameters() if each.requires_grad):
             waves = torch.arange(parameter.numel(), dtype=torch.float32).add(number).sin()
-            parameter.add_(0.3 * waves.reshape(parameter.shape))
+            parameter.add_(0.1 * waves.reshape(parameter.shape))
     return model
