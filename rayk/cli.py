@@ -270,6 +270,7 @@ def planning(plan: "Plan") -> Table:
     fewer = sorted({1, max(1, plan.replicas // 2), max(1, plan.replicas - 1)} - {plan.replicas})
     waits = ", ".join(f"with {count}: {plan.waiting_share(count):.0%}" for count in fewer)
     for name, text in {
+        "the student trains": str(plan.size),
         "student, never waiting": f"{plan.student_rate:,.0f} tokens/s",
         "one replica": f"{plan.teacher_rate:,.0f} tokens/s",
         "replicas": f"{plan.replicas}, with a fifth to spare",

@@ -54,6 +54,7 @@ def _machine() -> Iterator[Check]:
 def _run(settings: RunConfig) -> Iterator[Check]:
     from rayk.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
     from rayk.run import attached_teachers, cpus_needed, located, next_round
+    from rayk.students import planned_size
 
     settings = located(settings)
     if settings.output_path.joinpath("config.yaml").exists():
@@ -86,6 +87,8 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
         )
+    size = planned_size(settings.student, inputs.tokenizer)
+    yield Check("ok", f"The student trains {size}.")
     if (retriever := settings.retriever) is not None:
         most = retriever.candidates * retriever.rounds
         through = f" and {retriever.reward_model.model}" if retriever.reward_model else ""

@@ -20,7 +20,7 @@ from rayk.evaluation.evaluate import with_prompts
 from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
 from rayk.retrieval import check_retriever
-from rayk.students import architecture
+from rayk.students import architecture, planned_size
 from rayk.support import Hidden, TopK
 from rayk.synthesis import RECIPES, Prompt, check_chats, read_prompts
 from rayk.teachers import Teacher
@@ -53,6 +53,8 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     name = tokenizer_of(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = {"the student": architecture(config.student, tokenizer)}
+    if config.student.lora is not None:
+        planned_size(config.student, tokenizer)
     for teacher in config.scoring_teachers:
         _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
         if teacher.model:

@@ -71,7 +71,7 @@ from rayk.config.teachers import (
     TransformersEngine,
     VLLMEngine,
 )
-from rayk.config.training import StudentConfig, TrainingConfig
+from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
 __all__ = [
     "DIVERGENCE_OPTIONS",
@@ -101,6 +101,7 @@ __all__ = [
     "LengthFilter",
     "LocalEngine",
     "LogitKDConfig",
+    "LoraConfig",
     "MagpieConfig",
     "MatchingConfig",
     "MethodConfig",

@@ -439,6 +439,11 @@ class RunConfig(Settings):
     def output_path(self) -> Path:
         return Path(self.output or f"runs/{self.name}").expanduser().absolute()
 
+    @property
+    def checkpoints(self) -> str:
+        """The folder or URI where checkpoints go."""
+        return self.training.checkpoints or str(self.output_path / "checkpoints")
+
     def to_yaml(self) -> str:
         """The resolved settings, as `rayk run` reads them."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

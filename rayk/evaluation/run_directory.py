@@ -107,6 +107,14 @@ class Run:
         return None
 
     @property
+    def trained(self) -> str | None:
+        """What share of the student's parameters was trained, where not all were."""
+        size = (self.summary or {}).get("parameters")
+        if size is None or size["trained"] == size["total"]:
+            return None
+        return f"{size['trained']:,} of {size['total']:,} parameters trained ({size['trained'] / size['total']:.2%})"
+
+    @property
     def status(self) -> str | None:
         """What is missing of an unfinished run."""
         if self.summary is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rayk.config import RunConfig, difference, load_config, parse_config
 from rayk.errors import InputError
+from rayk.students import base_fingerprint
 from rayk.training.checkpoint import CheckpointStore
 
 # Settings that say where and how fast, not what is learned: they may change between a run and its resumption.
@@ -140,6 +141,22 @@ def claim_rows(config: RunConfig, fingerprint: str) -> None:
             "with; give it those back, or another --output."
         )
     _write_into(folder, _ROWS, fingerprint)
+
+
+def checked_base(config: RunConfig) -> str:
+    """The fingerprint of the weights below the student's adapter, which its checkpoints do not hold; "" without one.
+
+    Raises:
+        InputError: the run's checkpoints were made on other weights under the same name.
+    """
+    base = base_fingerprint(config.student)
+    before = CheckpointStore(config.checkpoints).base() if base else ""
+    if before not in ("", base):
+        raise InputError(
+            f"The weights of student.model '{config.student.model}' are not those the run in '{config.output_path}' "
+            "was started with, and its checkpoints hold the adapter alone; give it those back, or another --output."
+        )
+    return base
 
 
 def learned_from(config: RunConfig) -> bool:

@@ -20,14 +20,14 @@ from rayk.inputs import Inputs, on_written_rows, prompts_written_for, read_input
 from rayk.methods import METHODS
 from rayk.retrieval import found_retriever, learned_retriever, retriever_summary
 from rayk.rollouts import serve_policy
-from rayk.run.claims import claim, claim_rows, learned_from, located
+from rayk.run.claims import checked_base, claim, claim_rows, learned_from, located
 from rayk.run.serving import applications_of, attached_teachers, cpus_needed, policy_application, serve_all
 from rayk.run.watching import Watcher, watching
 from rayk.run.writing import FIRST, RoundOf, write_rows
 from rayk.teachers import Teacher, scorer_of
 from rayk.teachers.cache import opened
 from rayk.training import evaluate_remotely, train
-from rayk.training.loop import Job, steps_of_epochs
+from rayk.training.loop import Job, Outcome, steps_of_epochs
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
         claim_rows(config, inputs.train.fingerprint)
+        base = checked_base(config)
         if config.retriever is None:
             _rank(inputs, watcher)
         applications = applications_of(config)
@@ -93,10 +94,11 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
             None if inputs.pretraining is None else inputs.pretraining.table,
             policy,
             inputs.demonstrator,
+            base,
         )  # fmt: skip
         with watching(config.output_path, total, watcher):
             outcome = train(job)
-    summary = summarise(config, inputs, outcome.evaluation, teacher_evaluation, time.time() - began)
+    summary = summarise(config, inputs, outcome, teacher_evaluation, time.time() - began)
     write_json(config.output_path / "summary.json", summary)
     write_report([config.output_path], config.output_path / "report.html")
     return Result(config.output_path, summary)
@@ -159,10 +161,11 @@ def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs
 
 
 def summarise(
-    config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None, seconds: float
+    config: RunConfig, inputs: Inputs, outcome: Outcome, teacher: Evaluation | None, seconds: float
 ) -> dict[str, Any]:
     """What a run came to, for `summary.json`."""
-    assert inputs.train is not None
+    assert inputs.train is not None and outcome.size is not None
+    student = outcome.evaluation
     theirs = {answer.where: answer.text for answer in teacher.answers} if teacher else {}
     places = {example.where: place for place, example in enumerate(inputs.evaluation or ())}
     answers = sorted(student.answers if student else [], key=lambda answer: places[answer.where])
@@ -177,6 +180,7 @@ def summarise(
             "evaluation": len(inputs.evaluation) if inputs.evaluation else 0,
             "skipped": inputs.train.skipped,
         },
+        "parameters": asdict(outcome.size),
         "student": student.metrics if student else {},
         "teacher": teacher.metrics if teacher else {},
         "retriever": retriever_summary(config),
