@@ -69,47 +69,46 @@ def asked(key: str, draw: random.Random) -> list[str]:
     return [*draw.sample(FILLER_WORDS, SHOWN_FILLERS), key]
 
 
-def train_teacher(folder: Path, steps: int, shown: int = 7, batch: int = 48) -> None:
-    """A model that answers by the demonstrations before a row; `shown` + 1 rows a text, the end due after each word. It
-    begins with the embeddings of a family's keys near each other, so that it has only the answering to learn."""
+def train_teacher(folder: Path, steps: int, batch: int = 96) -> None:
+    """A model that answers by the demonstrations before a row, one or two, of which half the time one is of the row's
+    family. It begins with the embeddings of a family's keys near each other, and has only the answering to learn."""
     words = tokenizer()
     place = words.get_vocab()
     torch.manual_seed(0)
     settings = AutoConfig.for_model(
-        "llama", vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
-        bos_token_id=2, initializer_range=0.1, tie_word_embeddings=False,
+        "gpt2", vocab_size=len(VOCABULARY), n_embd=64, n_layer=3, n_head=4, n_positions=64, pad_token_id=0,
+        eos_token_id=1, bos_token_id=2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight.normal_()
+        embedding = model.get_input_embeddings().weight.normal_(std=0.5)
         for keys in KEY_WORDS:
             ids = [place[key] for key in keys]
-            embedding[ids] = 0.2 * embedding[ids] + torch.randn(embedding.shape[1])
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+            embedding[ids] = 0.2 * embedding[ids] + 0.5 * torch.randn(embedding.shape[1])
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
     draw = random.Random(0)
-    length, before_name = SHOWN_FILLERS + 4, SHOWN_FILLERS + 1  # words of a row, and of what stands before "="
     for step in range(1, steps + 1):
-        texts, due_names = [], []
+        texts, due = [], []
+        shown = 1 + step % 2
         for _ in range(batch):
             names = draw.sample(NAMES, FAMILIES)
-            families = draw.choices(draw.sample(range(FAMILIES), 3), k=shown + 1)
-            solved = ([*asked(draw.choice(KEY_WORDS[each]), draw), IS, names[each], THEN] for each in families)
-            texts.append([word for row in solved for word in row])
-            due_names.append([place[names[each]] for each in families])
+            of_shown = draw.sample(range(FAMILIES), shown)
+            family = draw.choice(of_shown) if draw.random() < 0.5 else draw.randrange(FAMILIES)
+            solved = ([*asked(draw.choice(KEY_WORDS[each]), draw), IS, names[each], THEN] for each in of_shown)
+            text = [word for row in solved for word in row]
+            texts.append([*text, *asked(draw.choice(KEY_WORDS[family]), draw), IS, names[family]])
+            due.append([place[names[family]], place[EOS]])
         ids = torch.tensor([[place[word] for word in text] for text in texts])
-        due = torch.full_like(ids, -100)
-        due[:, before_name::length] = torch.tensor(due_names)
-        due[:, before_name + 1 :: length] = place[EOS]
-        loss = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), due.flatten(), ignore_index=-100)
-        loss.backward()
+        logits = model(input_ids=ids).logits[:, -2:]
+        loss = F.cross_entropy(logits.flatten(0, 1), torch.tensor(due).flatten(), reduction="none")
+        loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % (steps // 10) == 0:
-            print(f"teacher, step {step}: loss {loss.item():.3f}", flush=True)
+            print(f"teacher, step {step}: loss {loss.view(-1, 2)[:, 0].mean().item():.3f} a name", flush=True)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
 
@@ -123,8 +122,8 @@ def learned(folder: Path, models_in: Path, seed: int, variant: str) -> dict[str,
     encoder = str(models_in / "encoder")
     reward = {"model": encoder, "steps": 600, "batch_size": 16, "learning_rate": 1e-3, "warmup_steps": 60}
     retriever = {
-        "encoder": encoder, "reward_model": reward, "steps": 600, "batch_size": 32, "learning_rate": 1e-3,
-        "warmup_steps": 60, "temperature": 0.05,
+        "encoder": encoder, "max_tokens": 32, "reward_model": reward, "steps": 600, "batch_size": 32,
+        "learning_rate": 1e-3, "warmup_steps": 60, "temperature": 0.05,
     } | VARIANTS[variant]  # fmt: skip
     demonstrations = {
         "k": K, "choice": "learned", "retriever": retriever, "separator": f" {THEN} ", "output_separator": f" {IS} ",
@@ -132,7 +131,7 @@ def learned(folder: Path, models_in: Path, seed: int, variant: str) -> dict[str,
     config = parse_config({
         "name": "retriever", "output": str(folder / "run"), "seed": seed,
         "teachers": [{"name": "families", "attach": True}], "student": {"model": str(models_in / "teacher")},
-        "data": {"train": {"path": str(data)}, "max_tokens": 128},
+        "data": {"train": {"path": str(data)}, "max_tokens": 64},
         "method": {"kind": "in_context", "targets": "tokens", "text_weight": 0.0, "demonstrations": demonstrations},
         "training": {"workers": 0, "steps": 1}, "tracking": {"tensorboard": False},
     })  # fmt: skip
@@ -142,7 +141,7 @@ def learned(folder: Path, models_in: Path, seed: int, variant: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=1000)
+    parser.add_argument("--teacher-steps", type=int, default=2000)
     given = parser.parse_args()
     set_threading()
     print(machine())
