@@ -13,6 +13,7 @@ held-out rows, and in how many of them a row of the family is among the two.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rayk.cluster import start_ray
@@ -41,6 +41,7 @@ NAMES = [f"name{number}" for number in range(WORDS)]
 IS, THEN = "=", ";"
 VOCABULARY = [PAD, EOS, BOS, "<unk>", IS, THEN, *(key for keys in KEY_WORDS for key in keys), *FILLER_WORDS, *NAMES]
 K = 2
+ROW_WORDS, SHOWN_ROWS = SHOWN_FILLERS + 4, K + 1
 VARIANTS: dict[str, dict[str, Any]] = {"with a reward model": {}, "from the teacher's scores": {"reward_model": None}}
 
 
@@ -69,46 +70,51 @@ def asked(key: str, draw: random.Random) -> list[str]:
     return [*draw.sample(FILLER_WORDS, SHOWN_FILLERS), key]
 
 
-def train_teacher(folder: Path, steps: int, batch: int = 96) -> None:
-    """A model that answers by the demonstrations before a row, one or two, of which half the time one is of the row's
-    family. It begins with the embeddings of a family's keys near each other, and has only the answering to learn."""
+def make_teacher(folder: Path) -> None:
+    """A GPT-2 whose weights are set, not trained. Its first layer tells each word of a row the family of the row's key;
+    its second has "=" look for a name that was told the same family, and looks at "=" itself where there is none."""
     words = tokenizer()
     place = words.get_vocab()
-    torch.manual_seed(0)
+    rows = SHOWN_ROWS
+    sizes = {"family": FAMILIES, "name": WORDS, "row": rows, "told": FAMILIES, "answer": WORDS, "kind": 5}
+    first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    width = sum(sizes.values())
+    key, equals, name, *other = range(first["kind"], width)
     settings = AutoConfig.for_model(
-        "gpt2", vocab_size=len(VOCABULARY), n_embd=64, n_layer=3, n_head=4, n_positions=64, pad_token_id=0,
-        eos_token_id=1, bos_token_id=2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
+        "gpt2", vocab_size=len(VOCABULARY), n_embd=width, n_layer=2, n_head=1, n_positions=rows * ROW_WORDS,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight.normal_(std=0.5)
-        for keys in KEY_WORDS:
-            ids = [place[key] for key in keys]
-            embedding[ids] = 0.2 * embedding[ids] + 0.5 * torch.randn(embedding.shape[1])
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    draw = random.Random(0)
-    for step in range(1, steps + 1):
-        texts, due = [], []
-        shown = 1 + step % 2
-        for _ in range(batch):
-            names = draw.sample(NAMES, FAMILIES)
-            of_shown = draw.sample(range(FAMILIES), shown)
-            family = draw.choice(of_shown) if draw.random() < 0.5 else draw.randrange(FAMILIES)
-            solved = ([*asked(draw.choice(KEY_WORDS[each]), draw), IS, names[each], THEN] for each in of_shown)
-            text = [word for row in solved for word in row]
-            texts.append([*text, *asked(draw.choice(KEY_WORDS[family]), draw), IS, names[family]])
-            due.append([place[names[family]], place[EOS]])
-        ids = torch.tensor([[place[word] for word in text] for text in texts])
-        logits = model(input_ids=ids).logits[:, -2:]
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.tensor(due).flatten(), reduction="none")
-        loss.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % (steps // 10) == 0:
-            print(f"teacher, step {step}: loss {loss.view(-1, 2)[:, 0].mean().item():.3f} a name", flush=True)
+        for part, parameter in model.named_parameters():
+            parameter.fill_(1.0 if ".ln_" in part and part.endswith("weight") else 0.0)
+        embedding, head = model.transformer.wte.weight, model.lm_head.weight
+        embedding[:, other] = 1.0  # every word has two ones, so that the layers' norms scale all alike
+        for family, keys in enumerate(KEY_WORDS):
+            for each in keys:
+                embedding[place[each], [first["family"] + family, key, *other]] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        for number, each in enumerate(NAMES):
+            embedding[place[each], [first["name"] + number, name, *other]] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+            head[place[each], [first["answer"] + number, equals]] = torch.tensor([2.0, 4.0])
+        embedding[place[IS], [equals, other[0]]] = torch.tensor([1.0, 0.0])
+        head[place[EOS], name] = 4.0
+        for number in range(rows):
+            model.transformer.wpe.weight[number * ROW_WORDS : (number + 1) * ROW_WORDS, first["row"] + number] = 1.0
+        for layer, matched, kinds, moved in (
+            (0, ("row", "row"), {key: 1.0}, ("family", "told")), (1, ("told", "told"), {name: 1.0, equals: 0.5}, ("name", "answer")),
+        ):  # fmt: skip
+            attention = model.transformer.h[layer].attn
+            query, looked_for, value = attention.c_attn.weight.split(width, dim=1)
+            bias = attention.c_attn.bias
+            for number in range(sizes[matched[0]]):
+                query[first[matched[0]] + number, number] = 8.0
+                looked_for[first[matched[1]] + number, number] = 8.0
+            bias[width - 1] = 24.0  # of the query, for what a word is whoever asks
+            for kind, weight in kinds.items():
+                looked_for[kind, width - 1] = 8.0 * weight
+            for number in range(sizes[moved[0]]):
+                value[first[moved[0]] + number, number] = 1.0
+                attention.c_proj.weight[number, first[moved[1]] + number] = 1.0
     model.save_pretrained(folder)
     words.save_pretrained(folder)
 
@@ -141,14 +147,13 @@ def learned(folder: Path, models_in: Path, seed: int, variant: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=2000)
     given = parser.parse_args()
     set_threading()
     print(machine())
     start_ray(num_cpus=4)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train_teacher(folder / "teacher", given.teacher_steps)
+        make_teacher(folder / "teacher")
         tiny_encoder(folder / "encoder", tokenizer=tokenizer(), hidden=64)
         with serve_teacher(TeacherConfig(name="families", model=str(folder / "teacher"))):
             for variant in VARIANTS:
