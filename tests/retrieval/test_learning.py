@@ -88,7 +88,7 @@ def interrupting(teacher, after):
     return Asker()
 
 
-def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher, served):
+def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher):
     learned, _ = learning(rounds=1)
     learned.to_the_end()
     rows = {f"{tmp_path / 'rows.jsonl'}, line {i}": json.loads(line)
