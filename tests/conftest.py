@@ -24,6 +24,13 @@ torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
 
+def pytest_collection_modifyitems(items):
+    """Files that start Ray or vLLM first: processes that share the tests take whole files from the top, and what is
+    short fills up the end. A file's tests stay together and in order."""
+    slow = {item.path for item in items if item.get_closest_marker("cluster") or "ray_cluster" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
     """The folder of a model with peaked distributions (logits of standard deviation 4) and its tokenizer."""
