@@ -42,6 +42,7 @@ from rayk.config.methods import (
 from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
+    AdversarialConfig,
     AnswerConfig,
     AnswerType,
     ChainOfThoughtConfig,
@@ -68,6 +69,7 @@ from rayk.config.training import StudentConfig, TrainingConfig
 __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
+    "AdversarialConfig",
     "AnswerConfig",
     "AnswerType",
     "CacheConfig",

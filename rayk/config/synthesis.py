@@ -169,4 +169,39 @@ class SelfInstructConfig(SynthesisSettings):
         return True
 
 
-SynthesisConfig = Annotated[ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig, Field(discriminator="kind")]
+class AdversarialConfig(SynthesisSettings):
+    """Round by round new instructions where the student is behind its teacher (Lion); with `rounds`."""
+
+    kind: Literal["adversarial"] = "adversarial"
+    referee: str | None = None
+    """Which of `teachers` compares answers; by default the one that writes."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=1024, temperature=0.7)
+    """Of answers, the student's too."""
+    referee_sampling: SamplingConfig = SamplingConfig(max_new_tokens=512, temperature=0.2)
+    threshold: float = 1.0
+    """An instruction is hard if the teacher's answer scores so many points of 10 more than the student's, else easy."""
+    instructions: Positive = 3000
+    """How many to make up in each round from hard ones, and as many from easy ones; fewer where the teacher has no new
+    ideas any more, or where there are none of a kind."""
+    batch: Positive = 64
+    """Instructions of a kind asked for before those that pass join the pool."""
+    instruction_temperature: Annotated[float, Field(ge=0)] = 1.0
+    instruction_tokens_per_word: Positive = 4
+    """Longest new instruction, for each word of the one it is made from; never fewer than 32 tokens."""
+    blacklist: tuple[Annotated[str, Field(min_length=1)], ...] = (
+        "instruction", "instructions", "given prompt", "new prompt",
+    )  # fmt: skip
+    """Words of instructions that talk about what the teacher was asked for. [] for none."""
+    hard_template: Annotated[str, _template_with("instruction")] | None = None
+    """How to ask for an instruction of the same domain and type as a hard one; by default rayk's own, for base models
+    with examples, for chat models without."""
+    easy_template: Annotated[str, _template_with("instruction")] | None = None
+    """How to ask for a rarer instruction of the same domain as an easy one."""
+    referee_template: Annotated[str, _template_with("instruction", "first", "second")] | None = None
+    """How to ask for the scores of two answers, 'A' and 'B'. Understood are lines such as 'Score of A: 8', the last of
+    each, and otherwise the last line that has two numbers and nothing else; from 1 to 10."""
+
+
+SynthesisConfig = Annotated[
+    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | AdversarialConfig, Field(discriminator="kind")
+]
