@@ -40,6 +40,7 @@ from rayk.errors import RunFailed
 from rayk.synthesis import tasks
 from rayk.synthesis.adversarial_texts import (
     NEW_PROMPT_STOP,
+    REFEREE_STOP,
     Scores,
     new_prompt,
     parse_new_prompt,
@@ -92,22 +93,30 @@ class Adversarial(Recipe[AdversarialConfig]):
         super().__init__(settings, prompts, scribe)
         self._answering = parameters_of(settings.sampling)
         self._comparisons: list[Comparison] = []
-        self._pools: dict[str, int] = {}
+        self._made: list[_Made] = []
         self._left_out: Counter[str] = Counter()
+        self._pools: dict[str, int] = {}
+
+    @property
+    def requests(self) -> int:
+        return 4 * self.settings.instructions if self.round.number else len(self.prompts)
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """The instructions that were left out, then the answers to the others."""
-        cache, made = [], self._given()
-        if self.round.number:
-            cache, made = read_pool(self.round.before, CACHE), []
+        self.scribe.tally.total = self.requests
+        cache: list[Entry] = []
+        if self.round.number == 0:
+            self._made = self._given()
+        else:
+            cache = read_pool(self.round.before, CACHE)
             await self._discriminate(cache)
-            async with aclosing(self._generate(cache, made)) as left_out:
+            async with aclosing(self._generate(cache)) as left_out:
                 async for candidate in left_out:
                     self._left_out[candidate.rejected_by] += 1
                     yield candidate
-        self.scribe.total = self.scribe.done + len(made)
-        train = []
-        work = (self._answered(place, each) for place, each in enumerate(made))
+        self.scribe.tally.total = self.scribe.tally.done + len(self._made)
+        train: list[Entry] = []
+        work = (self._answered(place, each) for place, each in enumerate(self._made))
         async with aclosing(in_order(work, self.settings.in_flight)) as answered:
             async for entry, candidate in answered:
                 train.append(entry)
@@ -179,22 +188,24 @@ class Adversarial(Recipe[AdversarialConfig]):
     async def _judged(self, place: int, compared: Comparison, order: int) -> tuple[Scores | None, str]:
         """The scores of teacher and student with the answers in this order, or why there are none; asked once more
         where the referee gives none."""
-        answers = (compared.teacher, compared.student)
+        own, answers = self.settings.referee_template, (compared.teacher, compared.student)
         asked = referee_prompt(
-            compared.entry.instruction, *answers[:: 1 if order == 0 else -1], self.round.referee.chats,
-            self.settings.referee_template,
+            compared.entry.instruction, answers if order == 0 else answers[::-1], self.round.referee.chats, own
         )  # fmt: skip
+        parameters = parameters_of(self.settings.referee_sampling)
+        if own is None and not self.round.referee.chats:
+            parameters = replace(parameters, stop=(*REFEREE_STOP, *parameters.stop))
         for attempt in range(2):
             seed = self.scribe.seed(_REFEREE, self.round.number, place, order, attempt)
-            written = await self.round.referee.ask(Request(asked, seed, self._refereeing))
+            written = await self.round.referee.ask(Request(asked, seed, parameters))
             if written.finish_reason == "error":
                 return None, f"the referee left it unanswered: {written.reason}"
-            if scores := parse_scores(text_of(written, self._refereeing.stop)):
+            if scores := parse_scores(text_of(written, parameters.stop)):
                 return scores if order == 0 else scores[::-1], ""
         return None, f"the referee gave no two scores: {written.text[-80:]!r}"
 
-    async def _generate(self, cache: Sequence[Entry], made: list[_Made]) -> AsyncGenerator[Candidate, None]:
-        """Fills `made` with as many instructions of each kind as are asked for, or as the teacher has ideas; yields
+    async def _generate(self, cache: Sequence[Entry]) -> AsyncGenerator[Candidate, None]:
+        """Makes up as many instructions of each kind as are asked for, or as the teacher has ideas; yields
         those that are left out."""
         filters = tasks.pool_filters(
             (each.instruction for each in cache), words=(_SHORTEST_WORDS, None), fault=tasks.beginning_fault,
@@ -218,7 +229,7 @@ class Adversarial(Recipe[AdversarialConfig]):
                     candidate = Candidate(new.instruction, "", new.origin, (written,), _fields_of(new))
                     yield candidate.rejected(*rejection)
                 else:
-                    made.append(_Made(new, (written,)))
+                    self._made.append(_Made(new, (written,)))
                     have[kind] += 1
                     fruitless[kind] = 0
 
@@ -259,7 +270,7 @@ class Adversarial(Recipe[AdversarialConfig]):
 
     def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
         figures = [Figure(name.replace("_", " "), size, share=False) for name, size in self._pools.items()]
-        return [*self._of_comparisons(), *self._of_new_ones(candidates), *figures] if self._comparisons else figures
+        return [*self._of_comparisons(), *self._of_new_ones(), *figures] if self._comparisons else figures
 
     def _of_comparisons(self) -> list[Figure]:
         leads = [each.lead for each in self._comparisons if each.lead is not None]
@@ -272,8 +283,8 @@ class Adversarial(Recipe[AdversarialConfig]):
             Figure("answers whose order decides", sum(e.hangs_on_order for e in self._comparisons) / len(leads)),
         ]
 
-    def _of_new_ones(self, candidates: Sequence[Candidate]) -> list[Figure]:
-        made = Counter(each.kind for each in self._made)
+    def _of_new_ones(self) -> list[Figure]:
+        made = Counter(each.entry.kind for each in self._made)
         return [
             *(Figure(f"new from {kind} ones", made[kind], share=False) for kind in (HARD, EASY)),
             *(Figure(f"left out: {rule}", number, share=False) for rule, number in self._left_out.most_common()),

@@ -6,6 +6,7 @@ an example or two; for a chat model (`chat`) it says what to write.
 """
 
 import re
+from collections.abc import Sequence
 
 Scores = tuple[float, float]
 """Of two answers, from 1 to 10; higher is better."""
@@ -116,8 +117,9 @@ NEW_PROMPT_STOP = ("\n\n", "\nGiven prompt:", "\nNew prompt:")
 """Where a base model's new instruction ends; a chat model's may have paragraphs."""
 
 
-def referee_prompt(instruction: str, first: str, second: str, chat: bool = False, template: str | None = None) -> str:
+def referee_prompt(instruction: str, answers: Sequence[str], chat: bool = False, template: str | None = None) -> str:
     """Ask for the scores of two answers in this order."""
+    first, second = answers
     template = template or (REFEREE_CHAT if chat else REFEREE_BASE)
     return template.format(instruction=instruction.strip(), first=first.strip(), second=second.strip())
 

@@ -9,6 +9,7 @@ from typing import Any
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
 from rayk.synthesis.base import Candidate, Recipe
+from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.chain_of_thought import ChainOfThought
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
@@ -23,6 +24,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "responses": Responses,
     "chain_of_thought": ChainOfThought,
     "self_instruct": SelfInstruct,
+    "adversarial": Adversarial,
 }
 
 _EXAMPLES = 3

@@ -15,7 +15,7 @@ from rayk.synthesis.adversarial_texts import Scores
 from rayk.synthesis.store import Store, table_of
 
 TRAIN, CACHE, COMPARISONS = "train_pool", "cache_pool", "comparisons"
-GIVEN, HARD, EASY = "given", "hard", "easy"
+GIVEN, HARD, EASY, UNSCORED = "given", "hard", "easy", "unscored"
 
 _SCHEMA = pa.schema(
     [
@@ -80,9 +80,11 @@ class Comparison:
         """Whether each order makes another answer the better one."""
         return len(self.leads) == 2 and self.leads[0] * self.leads[1] < 0
 
-    def kind(self, threshold: float) -> str | None:
-        """'hard' or 'easy'; None where nothing is known."""
-        return None if self.lead is None else HARD if self.lead >= threshold else EASY
+    def kind(self, threshold: float) -> str:
+        """'hard', 'easy' or 'unscored'."""
+        if self.lead is None:
+            return UNSCORED
+        return HARD if self.lead >= threshold else EASY
 
 
 def write_pool(store: Store, name: str, entries: Iterable[Entry]) -> None:

@@ -42,10 +42,10 @@ def test_scores_are_read_or_not_there(text, scores):
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_the_referee_sees_both_answers_in_the_order_given(chat):
-    asked = referee_prompt("Why {so}?", "one {first}", "two", chat)
+    asked = referee_prompt("Why {so}?", ("one {first}", "two"), chat)
     assert asked.index("Why {so}?") < asked.index("one {first}") < asked.rindex("two")
     assert asked.endswith("Score of A:") is not chat
-    assert referee_prompt("q", "x", "y", chat, "{second}|{first}|{instruction}") == "y|x|q"
+    assert referee_prompt("q", ("x", "y"), chat, "{second}|{first}|{instruction}") == "y|x|q"
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -82,8 +82,8 @@ def test_a_new_instruction_is_read_without_its_wrapping(text, instruction):
         (((9, 5), (6, 8)), 1.0, "hard", True),
         (((8, 7), (7, 7)), 0.5, "easy", False),
         (((3, 9), (3, 9)), -6.0, "easy", False),
-        (((9, 1), None), None, None, False),
-        ((None, None), None, None, False),
+        (((9, 1), None), None, "unscored", False),
+        ((None, None), None, "unscored", False),
     ],
 )
 def test_the_lead_is_the_mean_of_both_orders_and_known_only_with_both(scores, lead, kind, hangs_on_order):
