@@ -74,11 +74,13 @@ def run(
 def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
     """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
     settings = load_config(config, overrides, output=output)
+    from rayk.inputs import written_rows
+    from rayk.run import located, next_round
     from rayk.run import synthesize as write
 
     summary = write(settings, watcher=watcher())
     _print(synthesised(summary))
-    console.print(f"\nThe rows: {settings.output_path / 'synthesis' / 'rows.parquet'}")
+    console.print(f"\nThe rows: {written_rows(next_round(located(settings))[0])}")
 
 
 @app.command()

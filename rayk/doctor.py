@@ -53,13 +53,17 @@ def _machine() -> Iterator[Check]:
 
 def _run(settings: RunConfig) -> Iterator[Check]:
     from rayk.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
-    from rayk.run import attached_teachers, cpus_needed, located
+    from rayk.run import attached_teachers, cpus_needed, located, next_round
 
     settings = located(settings)
     if settings.output_path.joinpath("config.yaml").exists():
         yield Check(
             "note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output."
         )
+    if settings.rounds > 1:
+        rounds = settings.rounds
+        settings, which = next_round(settings)
+        yield Check("ok", f"rounds: {rounds}, of which round {which.number + 1} is next, in {settings.output_path}.")
     attached = attached_teachers(settings)
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")

@@ -97,9 +97,10 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
     """
     assert config.synthesis is not None
     RECIPES[config.synthesis.kind].check(config.synthesis)
-    writer = next(teacher for teacher in config.teachers if teacher.name == config.writer)
-    if writer.gives_signals and writer.model is not None:
-        load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    for writer in (teacher for teacher in config.teachers if teacher.name in config.writers):
+        if writer.gives_signals and writer.model is not None:
+            load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    _check_asked_student(config)
     if config.synthesis.makes_prompts:
         return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
     if config.synthesis.prompts is not None:
@@ -109,6 +110,21 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
         source, section = config.data.train, "data.train."
     answer = getattr(config.synthesis, "answer", None) if config.synthesis.reads_truth else None
     return read_prompts(source, section, answer)
+
+
+def _check_asked_student(config: RunConfig) -> None:
+    """A student that is asked reads and writes by the tokenizer in its folder, which must be the one it learns by."""
+    student = config.student
+    if config.synthesis is None or not config.synthesis.reads_student or not (student.model and student.tokenizer):
+        return
+    own, given = (
+        load_tokenizer(name, trust_remote_code=student.trust_remote_code) for name in (student.model, student.tokenizer)
+    )
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
+        raise InputError(
+            f"student.tokenizer '{student.tokenizer}' is not the tokenizer in '{student.model}', by which synthesis "
+            f"'{config.synthesis.kind}' has the student write; save it there, and leave student.tokenizer out."
+        )
 
 
 def filters_of(config: RunConfig) -> list[Filter]:

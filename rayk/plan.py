@@ -14,7 +14,7 @@ from rayk.errors import InputError
 from rayk.evaluation.run_directory import read_lines
 from rayk.inputs import on_written_rows, read_inputs
 from rayk.models import load_model_config
-from rayk.run import located
+from rayk.run import located, next_round
 from rayk.support import Support, bytes_a_token
 from rayk.teachers import serve_teacher
 from rayk.training.loop import steps_of_epochs
@@ -65,7 +65,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     Raises:
         InputError: the run has no teacher to ask, or the student's rate is neither given nor measured.
     """
-    config = located(config)
+    config, _ = next_round(located(config))
     support: Support | None = config.asked_support
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")

@@ -6,7 +6,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, model_validator
 
-from rayk.config.base import Settings
+from rayk.config.base import Positive, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
@@ -47,6 +47,9 @@ class RunConfig(Settings):
     data: DataConfig
     synthesis: SynthesisConfig | None = None
     """Let a teacher write the training rows; `null`: `data.train` is learned from as it is."""
+    rounds: Positive = 1
+    """Write rows and train so often, each time with the student of the round before; for a synthesis whose rows depend
+    on the student. Each round is a run directory of its own, OUTPUT/rounds/01 and so on."""
     method: MethodConfig
     rollouts: RolloutConfig | None = None
     """How the student writes, for methods that learn from what it writes; theirs by default, no one else's."""
@@ -95,12 +98,19 @@ class RunConfig(Settings):
         if self.synthesis is None:
             if self.data.train is None:
                 raise ValueError("data.train is missing; set it")
+            if self.rounds > 1:
+                raise ValueError(
+                    f"rounds is {self.rounds}, but without 'synthesis' nothing is written in a round; leave it out"
+                )
             return
         if not names:
             raise ValueError("synthesis needs a teacher that writes; add one under 'teachers'")
         if self.synthesis.teacher not in (None, *names):
             named = f"synthesis.teacher '{self.synthesis.teacher}'"
             raise ValueError(f"{named} is none of the teachers ({', '.join(names)})")
+        if self.referee not in names:
+            raise ValueError(f"synthesis.referee '{self.referee}' is none of the teachers ({', '.join(names)})")
+        self._student_can_be_asked()
         given = self.data.train is not None or self.synthesis.prompts is not None
         if self.synthesis.makes_prompts and given:
             raise ValueError(
@@ -112,12 +122,13 @@ class RunConfig(Settings):
                 f"synthesis '{self.synthesis.kind}' writes for the prompts of data.train or of synthesis.prompts; set "
                 "one of the two"
             )
+        for teacher in self.teachers:
+            if teacher.name in self.only_writing and teacher.prompt_template is not None:
+                raise ValueError(
+                    f"teacher '{teacher.name}' only writes, so its prompt_template is not read; use a prompt_template "
+                    "of the rows it writes for (data.train or synthesis.prompts)"
+                )
         writer = next(teacher for teacher in self.teachers if teacher.name == self.writer)
-        if writer.name in self.only_writing and writer.prompt_template is not None:
-            raise ValueError(
-                f"teacher '{writer.name}' only writes, so its prompt_template is not read; use a prompt_template of "
-                "the rows it writes for (data.train or synthesis.prompts)"
-            )
         if writer.attach or writer.engine.kind != "openai":
             return
         if self.synthesis.chat:
@@ -129,6 +140,19 @@ class RunConfig(Settings):
             raise ValueError(
                 f"synthesis.scorer 'mean_logprob' needs log-probs of teacher '{writer.name}'; set engine.logprobs, or "
                 "another scorer"
+            )
+
+    def _student_can_be_asked(self) -> None:
+        assert self.synthesis is not None
+        if self.rounds > 1 and not self.synthesis.reads_student:
+            raise ValueError(
+                f"rounds is {self.rounds}, but what synthesis '{self.synthesis.kind}' writes does not depend on the "
+                "student, so every round would be the same; leave it out"
+            )
+        if self.synthesis.asks_student(0) and self.student.model is None:
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' asks the student for answers as the run begins, but "
+                "'student.config' makes one with random weights; give student.model"
             )
 
     def _many_teachers_fit(self, names: list[str], wanted: str | None) -> None:
@@ -304,7 +328,7 @@ class RunConfig(Settings):
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
         if self.asked_support is not None and not asked:
-            able = [t.name for t in self.teachers if t.name != self.writer or t.gives_signals]
+            able = [t.name for t in self.teachers if t.name not in self.writers or t.gives_signals]
             asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
         return asked
 
@@ -314,9 +338,19 @@ class RunConfig(Settings):
         return (self.synthesis.teacher or self.teachers[0].name) if self.synthesis else ""
 
     @property
+    def referee(self) -> str:
+        """The teacher that judges what is written; the writer where `synthesis` names no other."""
+        return getattr(self.synthesis, "referee", None) or self.writer
+
+    @property
+    def writers(self) -> list[str]:
+        """The teachers that are up while the training rows are written."""
+        return list(dict.fromkeys([self.writer, self.referee])) if self.synthesis else []
+
+    @property
     def only_writing(self) -> list[str]:
         """The teachers that nobody needs once the training rows are written."""
-        return [self.writer] if self.synthesis and self.writer not in self._asked_for_signals else []
+        return [name for name in self.writers if name not in self._asked_for_signals]
 
     @property
     def training_teachers(self) -> list[TeacherConfig]:

@@ -3,11 +3,12 @@
 import string
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from rayk.config.base import AnswerPattern, Positive, Settings
 from rayk.config.data import DataSource
 from rayk.config.filters import FUNCTION_PATTERN, FilterConfig, TruncatedFilter
+from rayk.config.teachers import Replicas, Resources, TransformersEngine, VLLMEngine, as_engine, as_replicas
 
 AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
 
@@ -75,6 +76,39 @@ class SynthesisSettings(Settings):
     def needs_logprobs(self) -> bool:
         """Whether the teacher must tell the log-probs of what it writes."""
         return False
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether the rows depend on the student, so that there can be `rounds`."""
+        return False
+
+    def asks_student(self, number: int) -> bool:
+        """Whether the student, as it is when round `number` (from 0) begins, has to answer in it."""
+        return self.reads_student
+
+
+class AskedStudent(Settings):
+    """How the student, as it is when a round begins, is served to be asked; it comes down before training."""
+
+    engine: Annotated[
+        Annotated[TransformersEngine | VLLMEngine, Field(discriminator="kind")], BeforeValidator(as_engine)
+    ] = Field(default_factory=TransformersEngine)
+    """By default `kind: transformers`."""
+    replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
+    resources: Resources = Field(default_factory=Resources)
+    deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long one request may take, retries and replica restarts included, before the run stops."""
+
+
+class StudentReadingSettings(SynthesisSettings):
+    """What recipes share whose rows depend on the student."""
+
+    student: AskedStudent = Field(default_factory=AskedStudent)
+    """How it is served while it writes."""
+
+    @property
+    def reads_student(self) -> bool:
+        return True
 
 
 class ResponsesConfig(SynthesisSettings):

@@ -99,7 +99,8 @@ class OpenAIEngine(Settings):
     price_per_million_completion_tokens: Annotated[float, Field(ge=0)] | None = None
 
 
-def _engine(value: Any) -> Any:
+def as_engine(value: Any) -> Any:
+    """An engine without a `kind` is transformers'."""
     return {"kind": "transformers"} | value if isinstance(value, dict) else value
 
 
@@ -188,7 +189,7 @@ class TeacherConfig(Settings):
     """A local model folder or a hub id; with engine kind `openai` the endpoint's name for it."""
     attach: bool = False
     """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
-    engine: Annotated[EngineConfig, BeforeValidator(_engine)] = Field(default_factory=TransformersEngine)
+    engine: Annotated[EngineConfig, BeforeValidator(as_engine)] = Field(default_factory=TransformersEngine)
     """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)

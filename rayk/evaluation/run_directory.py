@@ -130,11 +130,12 @@ class Series:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in `paths`, with labels that tell them apart.
+    """The runs in `paths`, with labels that tell them apart. One of several rounds counts as so many.
 
     Raises:
         InputError: a folder is no run directory.
     """
+    paths = [each for path in paths for each in _rounds_of(path) or [path]]
     configs = [_read_config(path) for path in paths]
     names = [str(config["name"]) for config in configs]
     runs = []
@@ -145,6 +146,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         rows, written = read_lines(path / "metrics.jsonl"), _read_summary(path / "synthesis")
         runs.append(Run(path, label, place, config, rows, _read_summary(path), written))
     return runs
+
+
+def _rounds_of(path: Path) -> list[Path]:
+    """The run directories of a run's rounds that have begun; none where it has no rounds."""
+    return sorted(file.parent for file in path.glob("rounds/*/config.yaml"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rayk.config import SamplingConfig, SynthesisSettings
 from rayk.engines.base import SamplingParameters
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Scribe, in_order
-from rayk.synthesis.store import Written
+from rayk.synthesis.store import Store, Written
 
 S = TypeVar("S", bound=SynthesisSettings)
 
@@ -40,6 +41,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Which round a recipe writes for, and whom it may ask beside the teacher.
+
+    Attributes:
+        number: from 0; a run without `rounds` is its own first one.
+        before: the folder of what was synthesised in the round before; None in the first.
+        student: asks the student as it is when the round begins; None where `settings.asks_student` does not want it.
+        referee: asks `settings.referee`; the teacher's own scribe where that is the same.
+    """
+
+    number: int
+    before: Path | None
+    student: Scribe | None
+    referee: Scribe
+
+
+@dataclass(frozen=True)
 class Figure:
     """A number of the report: a share from 0 to 1, or a mean."""
 
@@ -49,13 +67,23 @@ class Figure:
 
 
 class Recipe(ABC, Generic[S]):
-    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them."""
+    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them.
+
+    Attributes:
+        round: set by whoever has it write, before it does.
+    """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
 
     def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: Scribe):
         self.settings, self.prompts, self.scribe = settings, prompts, scribe
+        self.round = Round(0, None, None, scribe)
+
+    @property
+    def store(self) -> Store:
+        """What was written, and where a recipe may keep more."""
+        return self.scribe.store
 
     @classmethod
     def check(cls, settings: S) -> None:

@@ -1,19 +1,20 @@
 """From prompts to training rows: a recipe's candidates, checked, filtered, and told of."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
-from rayk.synthesis.base import Candidate, Recipe
 from rayk.synthesis.adversarial import Adversarial
+from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
-from rayk.synthesis.scribe import Progress, Scribe
+from rayk.synthesis.scribe import Progress, Scribe, Tally
 from rayk.synthesis.self_instruct import SelfInstruct
 from rayk.synthesis.store import Store
 from rayk.teachers import Teacher
@@ -30,14 +31,33 @@ RECIPES: dict[str, type[Recipe]] = {
 _EXAMPLES = 3
 
 
+@dataclass(frozen=True)
+class Company:
+    """Whom a recipe may ask beside the teacher, and in which round.
+
+    Attributes:
+        number, before: as in `Round`.
+        student: as it is when the round begins; `student_chats`: it is asked in its tokenizer's chat template.
+        referee: where it is not the teacher.
+    """
+
+    number: int = 0
+    before: Path | None = None
+    student: Teacher | None = None
+    student_chats: bool = False
+    referee: Teacher | None = None
+
+
 def synthesise(
     settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
     filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
+    company: Company | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
 
     Args:
         filters: `settings.filters`, built.
+        company: whom else the recipe may ask, and in which round.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -47,9 +67,14 @@ def synthesise(
         RunFailed: the teacher answers nothing, the disk is full, or no row is left.
         TeacherUnavailable: as `Teacher.generate`.
     """
-    scribe = Scribe(teacher, store, settings, seed, progress)
-    recipe = RECIPES[settings.kind](settings, prompts, scribe)
-    candidates = run_to_the_end(_written(recipe, scribe))
+    company = company or Company()
+    scribes = _scribes(settings, teacher, store, seed, progress, company)
+    recipe = RECIPES[settings.kind](settings, prompts, scribes["teacher"])
+    recipe.round = Round(
+        company.number, company.before, scribes.get("student"), scribes.get("referee", scribes["teacher"])
+    )
+    tally = scribes["teacher"].tally
+    candidates = run_to_the_end(_written(recipe, scribes.values()))
     alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
     candidates = _chosen(recipe, _unlike(_sifted(candidates, alone, prompts)))
     # What remembers others is to remember only what is kept, so it comes after the choice.
@@ -65,10 +90,10 @@ def synthesise(
         "candidates": len(candidates),
         "kept": len(kept),
         "rejected": {each.name: 0 for each in filters} | dict(Counter(each.rejected_by for each in rejected)),
-        "unanswered": scribe.unanswered,
+        "unanswered": tally.unanswered,
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
-        "usage": scribe.charged,
+        "usage": tally.charged,
         "examples": {
             "kept": [_example(each, prompts) for each in _spread(kept)],
             "rejected": [
@@ -88,9 +113,27 @@ def synthesise(
     return summary
 
 
-async def _written(recipe: Recipe, scribe: Scribe) -> list[Candidate]:
-    async with scribe, aclosing(recipe.candidates()) as candidates:
-        return [candidate async for candidate in candidates]
+def _scribes(
+    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, progress: Progress, company: Company
+) -> dict[str, Scribe]:
+    """Who asks whom, by what the asked one is."""
+    tally = Tally(store.usage, progress)
+    scribes = {"teacher": Scribe(teacher, store, settings, seed, tally)}
+    if company.student is not None:
+        chat = company.student_chats
+        scribes["student"] = Scribe(company.student, store, settings, seed, tally, role="student", chat=chat)
+    if company.referee is not None:
+        chat = settings.chat and company.referee.info.engine != "openai"
+        scribes["referee"] = Scribe(company.referee, store, settings, seed, tally, role="referee", chat=chat)
+    return scribes
+
+
+async def _written(recipe: Recipe, scribes: Iterable[Scribe]) -> list[Candidate]:
+    async with AsyncExitStack() as stack:
+        for scribe in scribes:
+            await stack.enter_async_context(scribe)
+        async with aclosing(recipe.candidates()) as candidates:
+            return [candidate async for candidate in candidates]
 
 
 def _unlike(candidates: list[Candidate]) -> list[Candidate]:

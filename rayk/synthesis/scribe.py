@@ -7,11 +7,12 @@ chance comes from `Scribe.seed`, by the place of a row, never from the order in 
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -46,30 +47,76 @@ class Request:
     parameters: SamplingParameters
 
 
-class Scribe:
-    """Asks `teacher` what `store` does not hold, up to `settings.in_flight` prompts at once. An async context manager:
-    at its end, or when it is cancelled, all that was written is on disk.
+class Tally:
+    """What the scribes of one store have asked for, all together, as the progress tells it.
 
     Attributes:
-        total: how many completions the recipe will ask for, for the progress; the recipe says so.
-        asked: completions asked of the teacher, the others being found in the store.
+        total: how many completions the recipe will ask for; the recipe says so.
+        done: those that it has.
+        asked: those that were asked for, the others being found in the store.
         unanswered: those of them that did not come.
-        charged: what an endpoint has charged for all that the store holds, as `rayk.engines.base.Usage` names it.
+        tokens: written in answer.
+    """
+
+    def __init__(self, charged: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None):
+        self.total = self.done = self.asked = self.unanswered = self.tokens = 0
+        self._charges: dict[object, Mapping[str, Any]] = {None: charged or {}}
+        self._progress = progress
+        self._began = self._told = time.monotonic()
+
+    @property
+    def charged(self) -> dict[str, Any]:
+        """What endpoints have charged for all that the store holds, as `rayk.engines.base.Usage` names it."""
+        return functools.reduce(_sum, self._charges.values(), {})
+
+    def charge(self, who: object, charged: Mapping[str, Any]) -> None:
+        """Take down what one endpoint has charged since its scribe began."""
+        self._charges[who] = charged
+
+    def tell(self) -> None:
+        """Tell the progress, unless it was told just now."""
+        now = time.monotonic()
+        if now - self._told < _TELL_SECONDS and self.done != self.total:
+            return
+        self._told = now
+        seconds = max(now - self._began, 1e-3)
+        text = f"{self.asked / seconds:,.1f} completions/s"
+        if self.tokens:
+            text += f", {self.tokens / seconds:,.0f} tokens/s"
+        if (cost := self.charged.get("cost")) is not None:
+            text += f", cost {cost:,.4f}"
+        if self.unanswered:
+            text += f", {self.unanswered:,} unanswered"
+        if self.asked and self.done < self.total:
+            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
+        self._progress(self.done, self.total, text)
+
+
+class Scribe:
+    """Asks a model, most often the teacher, what `store` does not hold, up to `settings.in_flight` prompts at once. An
+    async context manager: at its end, or when it is cancelled, all that was written is on disk.
+
+    Args:
+        tally: shared by the scribes of a store; one of its own by default.
+        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
+            tells them apart.
+        chat: instead of `settings.chat`.
 
     Raises:
-        InputError: `settings.chat` is set, but the teacher's tokenizer has no chat template, or it is an endpoint.
+        InputError: it is to chat, but the model's tokenizer has no chat template, or it is an endpoint.
     """
 
     def __init__(
-        self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0,
-        progress: Progress = lambda done, total, text: None,
+        self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0, tally: Tally | None = None, *,
+        role: str = "", chat: bool | None = None,
     ):  # fmt: skip
-        self.total = self.asked = self.done = self.unanswered = 0
-        self._store, self._settings, self._seed, self._progress = store, settings, seed, progress
+        self.store, self.tally = store, tally or Tally(store.usage)
+        self._settings, self._seed, self._role = settings, seed, role
+        self._chat = settings.chat if chat is None else chat
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
         self._teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
-        if settings.chat and teacher.info.engine == "openai":
+        if self._chat and teacher.info.engine == "openai":
             raise InputError(
                 f"synthesis.chat: teacher '{teacher.name}' is an endpoint with a chat template of its own; leave it "
                 "out."
@@ -81,14 +128,14 @@ class Scribe:
         self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
         self._ordinals: Counter[str] = Counter()
         self._in_a_row = 0
+        self._uncounted = False  # whether something came since the endpoint told what it charges
         self._failure: RaykError | None = None
-        self._tokens = 0
-        self._charged_before = self.charged = store.usage
+        self._charged_before: dict[str, Any] = {}
+        self._charged: dict[str, Any] = {}
         self._usage_at_start: dict[str, Any] = {}
         self._seen: dict[str, Any] = {}
 
     async def __aenter__(self) -> "Scribe":
-        self._began = self._told = time.monotonic()
         self._usage_at_start = self._seen = await self._usage()
         self._ticking = asyncio.create_task(self._tick())
         return self
@@ -101,9 +148,23 @@ class Scribe:
             await self._flush()
 
     @property
+    def total(self) -> int:
+        """How many completions the recipe will ask for, of this scribe and those beside it; the recipe says so."""
+        return self.tally.total
+
+    @total.setter
+    def total(self, total: int) -> None:
+        self.tally.total = total
+
+    @property
+    def done(self) -> int:
+        """How many of them it has."""
+        return self.tally.done
+
+    @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        return self._settings.chat or self._teacher.info.chats
+        return self._chat or self._teacher.info.chats
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
@@ -122,14 +183,14 @@ class Scribe:
             TeacherUnavailable, InputError: as `Teacher.generate`.
         """
         key = self._key(request)
-        written = self._store.find(key)
+        written = self.store.find(key)
         if written is None:
             async with self._slots:
                 if self._failure is not None:
                     raise self._failure
                 written = await self._asked(key, request)
-        self.done += 1
-        self._tell()
+        self.tally.done += 1
+        self.tally.tell()
         return written
 
     def _key(self, request: Request) -> str:
@@ -137,7 +198,7 @@ class Scribe:
         info = self._teacher.info
         asked = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
-            info.weights_fingerprint or info.model, self._settings.chat,
+            info.weights_fingerprint or info.model, self._chat, *filter(None, [self._role]),
         ]  # fmt: skip
         same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._ordinals[same] += 1
@@ -153,19 +214,20 @@ class Scribe:
             if self._teacher.info.engine != "openai":
                 raise
             return self._left_unanswered(key, str(error))
-        self.asked += 1
+        self.tally.asked += 1
         if completion.finish_reason == "error":
             return self._left_unanswered(key, completion.reason)
         self._in_a_row = 0
         written = _written(key, completion)
-        self._tokens += written.tokens or 0
+        self.tally.tokens += written.tokens or 0
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
-            "teacher": self._teacher.name, "model": self._teacher.info.model,
+            "teacher": self._role or self._teacher.name, "model": self._teacher.info.model,
             "weights": self._teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
-        self._store.add(written, provenance)
-        if self._store.unwritten >= _FLUSH_COMPLETIONS:
+        self.store.add(written, provenance)
+        self._uncounted = True
+        if self.store.unwritten >= _FLUSH_COMPLETIONS:
             await self._flush()
         return written
 
@@ -173,7 +235,7 @@ class Scribe:
         """What the teacher reads: as text, and as it is sent."""
         if self._encoder is None:
             return prompt, prompt
-        if not self._settings.chat:
+        if not self._chat:
             return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
         ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
         return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
@@ -189,7 +251,7 @@ class Scribe:
 
     def _left_unanswered(self, key: str, reason: str) -> Written:
         """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
-        self.unanswered += 1
+        self.tally.unanswered += 1
         self._in_a_row += 1
         if self._in_a_row >= _UNANSWERED_IN_A_ROW:
             self._failure = RunFailed(
@@ -211,15 +273,17 @@ class Scribe:
 
     async def _flush(self) -> None:
         async with self._flushing:
-            if not self._store.unwritten:
+            if not self.store.unwritten and not self._uncounted:
                 return
-            await asyncio.to_thread(self._store.flush)
+            await asyncio.to_thread(self.store.flush)
+            self._uncounted = False
             if used := await self._usage():
                 if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
-                    self._charged_before, self._usage_at_start = self.charged, {}
+                    self._charged_before, self._usage_at_start = self._charged, {}
                 self._seen = used
-                self.charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
-                self._store.usage = self.charged
+                self._charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
+                self.tally.charge(self, self._charged)
+                self.store.usage = self.tally.charged
 
     async def _usage(self) -> dict[str, Any]:
         """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
@@ -227,23 +291,6 @@ class Scribe:
             return {}
         usage = await asyncio.to_thread(self._teacher.usage)
         return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
-
-    def _tell(self) -> None:
-        now = time.monotonic()
-        if now - self._told < _TELL_SECONDS and self.done != self.total:
-            return
-        self._told = now
-        seconds = max(now - self._began, 1e-3)
-        text = f"{self.asked / seconds:,.1f} completions/s"
-        if self._tokens:
-            text += f", {self._tokens / seconds:,.0f} tokens/s"
-        if (cost := self.charged.get("cost")) is not None:
-            text += f", cost {cost:,.4f}"
-        if self.unanswered:
-            text += f", {self.unanswered:,} unanswered"
-        if self.asked and self.done < self.total:
-            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
-        self._progress(self.done, self.total, text)
 
 
 async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
@@ -272,8 +319,8 @@ def _written(key: str, completion: Completion) -> Written:
     )  # fmt: skip
 
 
-def _sum(one: dict[str, Any], other: dict[str, Any], sign: int = 1) -> dict[str, Any]:
-    return {name: one.get(name, 0) + sign * other.get(name, 0) for name in one | other}
+def _sum(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
+    return {name: one.get(name, 0) + sign * other.get(name, 0) for name in {**one, **other}}
 
 
 def _duration(seconds: float) -> str:

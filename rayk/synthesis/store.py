@@ -86,6 +86,7 @@ class Store:
         self._parts: list[pa.Table] = []
         self._places: dict[str, tuple[int, int]] = {}
         self._pending: dict[str, dict[str, Any]] = {}
+        self._earlier: dict[str, dict[str, Any]] = {}
         self._flushing = threading.Lock()
 
     def __enter__(self) -> "Store":
@@ -130,11 +131,20 @@ class Store:
         self._write("settings.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
         self._load()
 
+    def look_into(self, folder: Path) -> None:
+        """Let `find` find what another folder, of an earlier round, holds too. It then becomes this one's."""
+        for path in sorted((folder / "completions").glob("part-*.parquet")):
+            with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
+                table = pq.read_table(path, page_checksum_verification=True).select(_SCHEMA.names)
+                self._earlier |= {row["key"]: row for row in table.to_pylist()}
+
     def __len__(self) -> int:
         return len(self._places) + len(self._pending)
 
     def find(self, key: str) -> Written | None:
         """What was written for a request."""
+        if key not in self._places and key not in self._pending and key in self._earlier:
+            self._pending[key] = self._earlier.pop(key)
         if row := self._pending.get(key):
             return Written(key, row["text"], row["tokens"], row["mean_logprob"], row["finish_reason"])
         if key not in self._places:

@@ -1,6 +1,7 @@
 """Methods compared on one task with a known truth, from the same start, on the same rows, at equal updates.
 
     python -m tests.benchmarks.comparison --output comparison.jsonl [--seeds 3] [--methods minillm,on_policy]
+                                          [--rates minillm=3e-2,on_policy=3e-2]
 
 The task is `walks`: half of it is beyond the student (width 8, one layer; the teacher has 96 and two). The teacher
 learns it once (kept in the cache), and is served by Ray Serve. For each seed a student is made and, as in the paper,
@@ -18,7 +19,8 @@ four rates with all four methods that had had them, and 3,000 supervised steps o
 that its teacher knew, so there was no gap. After 2,000 such steps one of width 8 still has 0.525 of its walks right,
 the teacher 0.904.
 
-Every finished run is a line of OUTPUT and is not run again. What is measured: `comparison_measures`. Printed as
+Every finished run is a line of OUTPUT and is not run again. `--rates` says what an earlier run has chosen, so that
+nothing is tuned again. What is measured: `comparison_measures`. Printed as
 Markdown: means ± standard deviations over seeds, and paired differences with their 95 % intervals (Student's t, none of
 them corrected for the number of pairs), `undecided` where 0 is inside.
 """
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; what is in it is not run again")
+    parser.add_argument("--rates", default="", help="METHOD=RATE,… of the methods that are not to be tuned")
     parser.add_argument("--print", action="store_true", help="run nothing; print the seeds that all methods have had")
     given = parser.parse_args()
     methods = given.methods.split(",")
@@ -117,19 +120,21 @@ def main() -> None:
     measurer = Measurer(teacher)
     results = {(row["method"], row["seed"], row["learning_rate"]): row for row in read_lines(given.output)}
     seeds = list(range(given.seeds))
+    rates = {method: float(rate) for method, rate in (each.split("=") for each in given.rates.split(",") if each)}
     if not given.print:
-        run_all(methods, seeds, results, given.output, home, measurer)
-    chosen = {method: chosen_rate(method, results) for method in methods}
+        run_all(methods, seeds, rates, results, given.output, home, measurer)
+    chosen = {method: rates.get(method) or chosen_rate(method, results) for method in methods}
     seeds = [seed for seed in seeds if all((method, seed, chosen[method]) in results for method in methods)]
     table = {method: [results[method, seed, chosen[method]] for seed in seeds] for method in methods}
     print_results(table, chosen, measurer.measure(teacher))
 
 
 def run_all(
-    methods: list[str], seeds: list[int], results: dict[Key, dict[str, Any]], output: Path, home: Path,
-    measurer: Measurer,
+    methods: list[str], seeds: list[int], rates: Mapping[str, float], results: dict[Key, dict[str, Any]], output: Path,
+    home: Path, measurer: Measurer,
 ) -> None:  # fmt: skip
-    """Add to `results` and `output` what is not in them yet: every method's learning rates, then seed by seed."""
+    """Add to `results` and `output` what is not in them yet: the learning rates of every method that has none in
+    `rates`, then seed by seed."""
     start_ray(num_cpus=2)
     served = TeacherConfig(name=_TEACHER, model=str(home / "teacher"), resources=Resources(num_cpus=0.5))
     with serve_teacher(served) as teacher:
@@ -145,9 +150,10 @@ def run_all(
             print(f"seed {seed} {method} {rate:g}: {told}", flush=True)
 
         for method, rate in itertools.product(methods, LEARNING_RATES):
-            run(method, TUNING_SEED, rate)
+            if method not in rates:
+                run(method, TUNING_SEED, rate)
         for seed, method in itertools.product(seeds, methods):
-            run(method, seed, chosen_rate(method, results))
+            run(method, seed, rates.get(method) or chosen_rate(method, results))
 
 
 def chosen_rate(method: str, results: Mapping[Key, Mapping[str, Any]]) -> float:
