@@ -203,7 +203,7 @@ class SelfInstructConfig(SynthesisSettings):
         return True
 
 
-class AdversarialConfig(SynthesisSettings):
+class AdversarialConfig(StudentReadingSettings):
     """Round by round new instructions where the student is behind its teacher (Lion); with `rounds`."""
 
     kind: Literal["adversarial"] = "adversarial"
@@ -234,6 +234,9 @@ class AdversarialConfig(SynthesisSettings):
     referee_template: Annotated[str, _template_with("instruction", "first", "second")] | None = None
     """How to ask for the scores of two answers, 'A' and 'B'. Understood are lines such as 'Score of A: 8', the last of
     each, and otherwise the last line that has two numbers and nothing else; from 1 to 10."""
+
+    def asks_student(self, number: int) -> bool:
+        return number > 0
 
 
 SynthesisConfig = Annotated[

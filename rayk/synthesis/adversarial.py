@@ -19,7 +19,8 @@ The teacher's answers come with the cache pool and are not asked for again. Othe
 - an instruction that the referee gave no scores for in one of the orders, asked twice, is neither hard nor easy
   (there, -1 counts as a score);
 - every instruction of a kind is taken once before one is taken again, and any script may begin a new one;
-- a new one may have 32 tokens however short its model is (there, four a word).
+- a new one may have 32 tokens however short its model is (there, four a word);
+- the referee is tried in round 0 already.
 
 Requests of a lap are asked for together and read in the order in which they were asked for, hard and easy in turn;
 which they are depends on no answer but the scores. So the same seed makes the same instructions, however often a round
@@ -27,7 +28,7 @@ is interrupted.
 """
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count, islice, zip_longest
@@ -67,19 +68,27 @@ from rayk.synthesis.store import Written
 from rayk.text import Filter, judge
 from rayk.text.words import words
 
-_ANSWER, _STUDENT, _REFEREE, _CHOICE, _NEW = range(20, 25)  # the stages of a seed
+_ANSWER, _AGAIN, _STUDENT, _REFEREE, _CHOICE, _NEW = range(20, 26)  # the stages of a seed
 _SHORTEST_WORDS = 4
 _TOO_SIMILAR = 0.700001  # a filter leaves out what reaches its threshold; 0.7 itself may stay
 _LEAST_TOKENS = 32
 _LEAST_A_LAP = 8
 _FRUITLESS_LAPS = 5
+_TRIED = 4
 
 
 @dataclass(frozen=True)
 class _Made:
-    """An instruction of the train pool, and what the teacher wrote to make it up; nothing where it was given."""
+    """An instruction of the train pool.
+
+    Attributes:
+        made_of: where it comes from, for its seed: the place of the given prompt, or the seed instruction's and its
+        turn. It is no place in the train pool, for one that is left unanswered and had later would move those behind.
+        written: what the teacher wrote to make it up; nothing where it was given.
+    """
 
     entry: Entry
+    made_of: tuple[int, ...]
     written: tuple[Written, ...] = ()
 
 
@@ -103,24 +112,28 @@ class Adversarial(Recipe[AdversarialConfig]):
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """The instructions that were left out, then the answers to the others."""
-        self.scribe.tally.total = self.requests
+        self.scribe.total = self.requests
         cache: list[Entry] = []
         if self.round.number == 0:
             self._made = self._given()
         else:
+            assert self.round.before is not None
             cache = read_pool(self.round.before, CACHE)
+            self.scribe.total += 3 * len(cache)
             await self._discriminate(cache)
             async with aclosing(self._generate(cache)) as left_out:
                 async for candidate in left_out:
                     self._left_out[candidate.rejected_by] += 1
                     yield candidate
-        self.scribe.tally.total = self.scribe.tally.done + len(self._made)
+        self.scribe.total = self.scribe.done + len(self._made)
         train: list[Entry] = []
-        work = (self._answered(place, each) for place, each in enumerate(self._made))
+        work = (self._answered(each) for each in self._made)
         async with aclosing(in_order(work, self.settings.in_flight)) as answered:
             async for entry, candidate in answered:
                 train.append(entry)
                 yield candidate
+        if self.round.number == 0:
+            await self._try_referee(train)
         for name, pool in ((TRAIN, train), (CACHE, [*cache, *train])):
             write_pool(self.store, name, pool)
             self._pools[name] = len(pool)
@@ -130,19 +143,33 @@ class Adversarial(Recipe[AdversarialConfig]):
         first: dict[str, int] = {}
         for place, prompt in enumerate(self.prompts):
             first.setdefault(prompt.text.strip(), place)
-        return [_Made(Entry(self.prompts[place].text, GIVEN, 0, place)) for place in first.values()]
+        return [_Made(Entry(self.prompts[place].text, GIVEN, 0, place), (place,)) for place in first.values()]
 
-    async def _answered(self, place: int, made: _Made) -> tuple[Entry, Candidate]:
-        """Imitation: the teacher's answer to the train pool's instruction at this place."""
+    async def _answered(self, made: _Made) -> tuple[Entry, Candidate]:
+        """Imitation: the teacher's answer to an instruction of the train pool."""
         entry = made.entry
-        seed = self.scribe.seed(_ANSWER, self.round.number, place)
-        written = await self.scribe.ask(Request(entry.instruction, seed, self._answering))
+        written = await self._ask(self.scribe, entry, (_ANSWER, self.round.number, *made.made_of))
         text = text_of(written, self._answering.stop)
-        candidate = Candidate(entry.instruction, text, entry.origin, (written, *made.written), _fields_of(entry))
+        candidate = _candidate(entry, text, written, *made.written)
         if written.finish_reason == "error":
             return entry, candidate.rejected("unanswered", written.reason)
         fault = fault_of(written, text)
         return replace(entry, answer=text), candidate.rejected(*fault) if fault else candidate
+
+    async def _try_referee(self, train: Sequence[Entry]) -> None:
+        """Have the referee compare some answers with themselves, before a round is trained that it could not follow.
+
+        Raises:
+            RunFailed: it gives no scores.
+        """
+        some = [Comparison(each, each.answer, each.answer) for each in train if each.answer][:_TRIED]
+        tried = await gather(self._judged(place, compared, 0) for place, compared in enumerate(some))
+        if tried and not any(scores for scores, _ in tried):
+            raise RunFailed(
+                f"The referee was tried on {len(tried)} answers of the first round, and could not be used: "
+                f"{tried[0][1]}. See to synthesis.referee and synthesis.referee_template and run again; the answers "
+                "are kept."
+            )
 
     async def _discriminate(self, cache: Sequence[Entry]) -> None:
         """Have the student answer the cache pool, and the referee compare.
@@ -164,6 +191,7 @@ class Adversarial(Recipe[AdversarialConfig]):
 
     async def _compare(self, place: int, entry: Entry) -> Comparison:
         """Both answers to an instruction of the cache pool, and the referee's scores in both orders."""
+        assert self.round.student is not None
         number = self.round.number
         teacher, student = await gather(
             [self._teachers(place, entry), self._ask(self.round.student, entry, (_STUDENT, number, place))]
@@ -180,7 +208,7 @@ class Adversarial(Recipe[AdversarialConfig]):
         """The teacher's answer, which the round that added the instruction may have left open."""
         if entry.answer is not None:
             return Written("", entry.answer, None, None, "stop")
-        return await self._ask(self.scribe, entry, (_ANSWER, self.round.number, place, 1))
+        return await self._ask(self.scribe, entry, (_AGAIN, self.round.number, place))
 
     async def _ask(self, scribe: Scribe, entry: Entry, seed: tuple[int, ...]) -> Written:
         return await scribe.ask(Request(entry.instruction, self.scribe.seed(*seed), self._answering))
@@ -205,12 +233,9 @@ class Adversarial(Recipe[AdversarialConfig]):
         return None, f"the referee gave no two scores: {written.text[-80:]!r}"
 
     async def _generate(self, cache: Sequence[Entry]) -> AsyncGenerator[Candidate, None]:
-        """Makes up as many instructions of each kind as are asked for, or as the teacher has ideas; yields
-        those that are left out."""
-        filters = tasks.pool_filters(
-            (each.instruction for each in cache), words=(_SHORTEST_WORDS, None), fault=tasks.beginning_fault,
-            blacklist=self.settings.blacklist, similar=_TOO_SIMILAR,
-        )  # fmt: skip
+        """Makes up as many instructions of each kind as are asked for, or as the teacher has ideas; yields those that
+        are left out."""
+        filters = new_instruction_filters(self.settings.blacklist, (each.instruction for each in cache))
         kinds = [each.kind(self.settings.threshold) for each in self._comparisons]
         seeds = {kind: self._seeds([i for i, each in enumerate(kinds) if each == kind]) for kind in (HARD, EASY)}
         seeds = {kind: each for kind, each in seeds.items() if kind in kinds}
@@ -220,16 +245,15 @@ class Adversarial(Recipe[AdversarialConfig]):
             laps = [islice(seeds[kind], self._lap(wanted - have[kind])) for kind in going_on]
             asked = [seed for pair in zip_longest(*laps) for seed in pair if seed is not None]
             proposals = await gather(self._propose(cache[place], kinds[place], place, turn) for place, turn in asked)
-            for (place, _), written in zip(asked, proposals, strict=True):
+            for (place, turn), written in zip(asked, proposals, strict=True):
                 kind = kinds[place]
                 if have[kind] == wanted:
                     continue
                 new, rejection = self._read(written, cache[place], kind, filters)
                 if rejection:
-                    candidate = Candidate(new.instruction, "", new.origin, (written,), _fields_of(new))
-                    yield candidate.rejected(*rejection)
+                    yield _candidate(new, "", written).rejected(*rejection)
                 else:
-                    self._made.append(_Made(new, (written,)))
+                    self._made.append(_Made(new, (place, turn), (written,)))
                     have[kind] += 1
                     fruitless[kind] = 0
 
@@ -280,7 +304,8 @@ class Adversarial(Recipe[AdversarialConfig]):
             Figure("teacher's lead over the student, of 9 points", fmean(leads), share=False),
             Figure("hard instructions", hard / len(leads)),
             Figure("judgements without scores", judged.count(None) / len(judged)),
-            Figure("answers whose order decides", sum(e.hangs_on_order for e in self._comparisons) / len(leads)),
+            Figure("not compared", 1 - len(leads) / len(self._comparisons)),
+            Figure("the order of the answers decides", sum(e.hangs_on_order for e in self._comparisons) / len(leads)),
         ]
 
     def _of_new_ones(self) -> list[Figure]:
@@ -291,5 +316,13 @@ class Adversarial(Recipe[AdversarialConfig]):
         ]
 
 
-def _fields_of(entry: Entry) -> dict[str, str]:
-    return {"kind": entry.kind, "made_from": entry.made_from}
+def _candidate(entry: Entry, answer: str, *written: Written) -> Candidate:
+    fields = {"kind": entry.kind, "made_from": entry.made_from}
+    return Candidate(entry.instruction, answer, entry.origin, written, fields, made_up=entry.kind != GIVEN)
+
+
+def new_instruction_filters(blacklist: Sequence[str], cache: Iterable[str]) -> list[Filter]:
+    """The paper's rules for new instructions (field `instruction`) beside those of the cache pool."""
+    return tasks.pool_filters(
+        cache, words=(_SHORTEST_WORDS, None), fault=tasks.beginning_fault, blacklist=blacklist, similar=_TOO_SIMILAR
+    )

@@ -171,7 +171,7 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     written = candidate.written
     logprobs = [each.mean_logprob for each in written if each.mean_logprob is not None]
     return {
-        **prompts[candidate.origin].fields,
+        **({} if candidate.made_up else prompts[candidate.origin].fields),
         "prompt": candidate.prompt,
         "completion": candidate.completion,
         **candidate.fields,

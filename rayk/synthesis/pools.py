@@ -55,14 +55,14 @@ class Comparison:
 
     Attributes:
         scores: of teacher and student, with the teacher's answer shown first, and with the student's; None where the
-        referee gave none.
+        referee gave none. Empty where it was not asked.
         reason: why there are not both.
     """
 
     entry: Entry
     teacher: str
     student: str
-    scores: tuple[Scores | None, Scores | None] = (None, None)
+    scores: tuple[Scores | None, ...] = ()
     reason: str = ""
 
     @property
@@ -104,7 +104,8 @@ def read_pool(folder: Path, name: str) -> list[Entry]:
     except (pa.ArrowException, OSError) as error:
         raise RunFailed(
             f"The pool '{path}' of the round before cannot be read ({str(error).splitlines()[0]}); delete "
-            f"'{folder / 'summary.json'}', and the round's rows and pools are made anew from what was written."
+            f"'{folder / 'summary.json'}' and '{folder.parent / 'summary.json'}' and go on with --resume: that round's "
+            "rows and pools are made anew from what was written."
         ) from error
     return [Entry(**row) for row in rows]
 
@@ -116,8 +117,7 @@ def write_comparisons(store: Store, comparisons: Sequence[Comparison], threshold
             "instruction": each.entry.instruction,
             "kind": each.kind(threshold),
             "lead": each.lead,
-            "scores_teacher_first": each.scores[0],
-            "scores_student_first": each.scores[1],
+            **dict(zip(("scores_teacher_first", "scores_student_first"), each.scores or (None, None), strict=True)),
             "teacher_answer": each.teacher,
             "student_answer": each.student,
             "reason": each.reason,

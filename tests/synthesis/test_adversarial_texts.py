@@ -2,8 +2,11 @@
 
 import pytest
 
+from rayk.config import AdversarialConfig
+from rayk.synthesis.adversarial import new_instruction_filters
 from rayk.synthesis.adversarial_texts import new_prompt, parse_new_prompt, parse_scores, referee_prompt
 from rayk.synthesis.pools import Comparison, Entry
+from rayk.text import judge
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,25 @@ def test_a_new_instruction_is_read_without_its_wrapping(text, instruction):
 def test_the_lead_is_the_mean_of_both_orders_and_known_only_with_both(scores, lead, kind, hangs_on_order):
     compared = Comparison(Entry("x", "given", 0, 0), "teacher's", "student's", scores)
     assert (compared.lead, compared.kind(1.0), compared.hangs_on_order) == (lead, kind, hangs_on_order)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "rule"),
+    [
+        ("Name four rivers in Chile.", None),
+        ("Write a program that sorts rivers.", None),  # Self-Instruct's rule, not Lion's
+        ("为智利的河流写一首诗", None),
+        ("Three words only.", "length"),
+        ("", "length"),
+        ("Write an instruction about four rivers.", "keywords"),
+        ("Write Instructions for four rivers.", "keywords"),
+        ("Reconstruction of four old bridges.", None),
+        ("- name four rivers in Chile", "beginning"),
+        ("a b c d e f g 1 2 3", None),  # exactly 0.7 to the one in the pool
+        ("a b c d e f g h 1 2", "rouge"),
+    ],
+)
+def test_the_rules_for_new_instructions(instruction, rule):
+    rules = new_instruction_filters(AdversarialConfig().blacklist, ["a b c d e f g h i j"])
+    rejection = judge({"instruction": instruction}, rules)
+    assert (rejection and rejection.filter) == rule
