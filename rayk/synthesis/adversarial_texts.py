@@ -61,57 +61,49 @@ REFEREE_STOP = ("\n\n", "\n[")
 """Where a base model's scores end; a chat model's assessment comes before them."""
 
 _ALIKE = "The new prompt is about as long and as difficult as the given one, makes sense by itself and can be answered."
-HARD_CHAT = (
-    """Take the given prompt as a model and write one new prompt. It belongs to the same domain and asks for the same \
-type of task, but it is another prompt and no rewording. """
-    + _ALIKE
-    + """
+
+
+def _chat(how: str) -> str:
+    return f"""{how} {_ALIKE}
 
 Given prompt:
-{instruction}
+{{instruction}}
 
 Write only the new prompt: no heading before it, no answer after it."""
-)
-EASY_CHAT = (
-    """Take the given prompt as a starting point and write one new prompt. It belongs to the same domain, but it is \
-rarer: something from the long tail of that domain that few people would ask. """
-    + _ALIKE
-    + """
 
-Given prompt:
-{instruction}
 
-Write only the new prompt: no heading before it, no answer after it."""
-)
-HARD_BASE = (
-    """Each new prompt belongs to the same domain as the given prompt and asks for the same type of task, but it is \
-another prompt and no rewording. """
-    + _ALIKE
-    + """
+def _base(how: str, saying: str, question: str) -> str:
+    return f"""{how} {_ALIKE}
 
 Given prompt: Put the saying "Still waters run deep" into French.
-New prompt: Put the saying "A stitch in time saves nine" into Spanish.
+New prompt: {saying}
 
 Given prompt: How many hours does a train need for 360 km at 90 km an hour?
-New prompt: How many litres of paint do 48 square metres of wall need if one litre covers 8?
+New prompt: {question}
 
-Given prompt: {instruction}
+Given prompt: {{instruction}}
 New prompt:"""
+
+
+HARD_CHAT = _chat(
+    "Take the given prompt as a model and write one new prompt. It belongs to the same domain and asks for the same type "
+    "of task, but it is another prompt and no rewording."
 )
-EASY_BASE = (
-    """Each new prompt belongs to the same domain as the given prompt, but it is rarer: something from the long tail \
-of that domain that few people would ask. """
-    + _ALIKE
-    + """
-
-Given prompt: Put the saying "Still waters run deep" into French.
-New prompt: Put the Basque saying "Izena duen guztia omen da" into Faroese.
-
-Given prompt: How many hours does a train need for 360 km at 90 km an hour?
-New prompt: How many years does a glacier that moves 0.3 m a day need for the length of its 14 km valley?
-
-Given prompt: {instruction}
-New prompt:"""
+EASY_CHAT = _chat(
+    "Take the given prompt as a starting point and write one new prompt. It belongs to the same domain, but it is rarer: "
+    "something from the long tail of that domain that few people would ask."
+)
+HARD_BASE = _base(
+    "Each new prompt belongs to the same domain as the given prompt and asks for the same type of task, but it is "
+    "another prompt and no rewording.",
+    'Put the saying "A stitch in time saves nine" into Spanish.',
+    "How many litres of paint do 48 square metres of wall need if one litre covers 8?",
+)
+EASY_BASE = _base(
+    "Each new prompt belongs to the same domain as the given prompt, but it is rarer: something from the long tail of "
+    "that domain that few people would ask.",
+    'Put the Basque saying "Izena duen guztia omen da" into Faroese.',
+    "How many years does a glacier that moves 0.3 m a day need for the length of its 14 km valley?",
 )
 NEW_PROMPT_STOP = ("\n\n", "\nGiven prompt:", "\nNew prompt:")
 """Where a base model's new instruction ends; a chat model's may have paragraphs."""
