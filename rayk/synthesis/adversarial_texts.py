@@ -86,12 +86,12 @@ New prompt:"""
 
 
 HARD_CHAT = _chat(
-    "Take the given prompt as a model and write one new prompt. It belongs to the same domain and asks for the same type "
-    "of task, but it is another prompt and no rewording."
+    "Take the given prompt as a model and write one new prompt. It belongs to the same domain and asks for the same "
+    "type of task, but it is another prompt and no rewording."
 )
 EASY_CHAT = _chat(
-    "Take the given prompt as a starting point and write one new prompt. It belongs to the same domain, but it is rarer: "
-    "something from the long tail of that domain that few people would ask."
+    "Take the given prompt as a starting point and write one new prompt. It belongs to the same domain, but it is "
+    "rarer: something from the long tail of that domain that few people would ask."
 )
 HARD_BASE = _base(
     "Each new prompt belongs to the same domain as the given prompt and asks for the same type of task, but it is "
