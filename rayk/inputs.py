@@ -167,7 +167,7 @@ def on_written_rows(config: RunConfig) -> RunConfig:
     path = written_rows(config)
     if not path.with_name("summary.json").exists():
         raise InputError(f"The training rows are not written yet ('{path}'); run `rayk synthesize` first.")
-    rows = DataSource(path=str(path), format="prompt_completion")
+    rows = DataSource(path=str(path), format="preference" if config.synthesis.writes_pairs else "prompt_completion")
     return config.model_copy(update={"data": config.data.model_copy(update={"train": rows})})
 
 

@@ -248,8 +248,8 @@ def test_an_engine_is_transformers_unless_it_says_another_kind():
 
 def test_the_default_config_names_every_section():
     sections = [
-        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "method", "rollouts",
-        "training", "evaluation", "cache", "tracking",
+        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "rounds", "method",
+        "rollouts", "training", "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections
 

@@ -228,12 +228,20 @@ class RunConfig(Settings):
                 )
 
     def _pairs_can_be_read(self) -> None:
+        pairs = self.synthesis is not None and self.synthesis.writes_pairs
         if not isinstance(self.method, PreferenceConfig):
+            if self.synthesis is not None and pairs:
+                raise ValueError(
+                    f"synthesis '{self.synthesis.kind}' writes a better and a worse answer a row, from which only "
+                    f"method 'preference' learns; use it instead of '{self.method.kind}', or another synthesis"
+                )
+            return
+        if pairs:
             return
         if self.synthesis is not None:
             raise ValueError(
                 f"synthesis '{self.synthesis.kind}' writes one answer a row, but method 'preference' learns from pairs;"
-                " use another method, or rows that have pairs"
+                " use synthesis 'preferences', another method, or rows that have pairs"
             )
         if self.data.train is not None and self.data.train.format not in ("auto", "preference"):
             raise ValueError(

@@ -3,7 +3,7 @@
 import string
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from rayk.config.base import AnswerPattern, Positive, Settings
 from rayk.config.data import DataSource
@@ -36,6 +36,9 @@ class AnswerConfig(Settings):
     pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer in that field (the last match counts), such as
     '#### (.+)'; by default the whole field."""
+
+
+Scorer = Annotated[str, Field(pattern=rf"^(mean_logprob|answer|{FUNCTION_PATTERN[1:-1]})$")]
 
 
 def _whole_ones() -> list[FilterConfig]:
@@ -75,6 +78,11 @@ class SynthesisSettings(Settings):
     @property
     def needs_logprobs(self) -> bool:
         """Whether the teacher must tell the log-probs of what it writes."""
+        return False
+
+    @property
+    def writes_pairs(self) -> bool:
+        """Whether a row is a prompt with a better and a worse answer, for method `preference`."""
         return False
 
     @property
@@ -119,7 +127,7 @@ class ResponsesConfig(SynthesisSettings):
     """Completions asked for each prompt."""
     keep: Literal["all", "best"] = "all"
     """All samples of a prompt, or the one that `scorer` likes best (the first of equals)."""
-    scorer: Annotated[str, Field(pattern=rf"^(mean_logprob|answer|{FUNCTION_PATTERN[1:-1]})$")] = "mean_logprob"
+    scorer: Scorer = "mean_logprob"
     """For `keep: best`: the teacher's own `mean_logprob`; `answer`: a right one, and no sample where none is right; or
     your function `module:name`, called with (prompt, completion, row), which returns a number, higher is better."""
     answer: AnswerConfig = Field(default_factory=AnswerConfig)
@@ -239,6 +247,58 @@ class AdversarialConfig(StudentReadingSettings):
         return number > 0
 
 
+class PreferencesConfig(StudentReadingSettings):
+    """A better and a worse answer to each prompt, for method `preference` (DPO); what `filters` look at as `completion`
+    is the better one, `chosen`, the other one is `rejected`."""
+
+    kind: Literal["preferences"] = "preferences"
+    chosen: Literal["teacher", "best"] = "teacher"
+    """The teacher's answer is preferred to the student's; or of all samples the one that `scorer` likes best to the one
+    it likes least."""
+    samples: Positive = 1
+    """The teacher's for each prompt."""
+    student_samples: Annotated[int, Field(ge=0)] = 1
+    """The student's, as it is when the round begins. With `chosen: teacher` each side's are paired in turn, so that
+    there are as many pairs as the side with more of them has samples."""
+    student_sampling: SamplingConfig | None = None
+    """How the student writes, whose prompts are as `data` lays them out; by default as the teacher."""
+    scorer: Scorer = "answer"
+    """For `chosen: best`: whether the `answer` is right; the writer's own `mean_logprob`, where the teacher alone
+    writes; or your function `module:name`, called with (prompt, completion, row), which returns a number."""
+    answer: AnswerConfig = Field(default_factory=AnswerConfig)
+    """For scorer `answer`."""
+
+    @model_validator(mode="after")
+    def _can_be_paired(self) -> "PreferencesConfig":
+        if self.chosen == "teacher" and not self.student_samples:
+            raise ValueError("student_samples is 0, so there is nothing to prefer the teacher to; set chosen: best")
+        if self.samples + self.student_samples < 2:
+            raise ValueError("a pair takes two samples; raise samples or student_samples")
+        if self.needs_logprobs and self.student_samples:
+            raise ValueError(
+                "scorer 'mean_logprob' compares what one model wrote, but teacher and student write; set "
+                "student_samples to 0, or another scorer"
+            )
+        return self
+
+    @property
+    def writes_pairs(self) -> bool:
+        return True
+
+    @property
+    def reads_student(self) -> bool:
+        return self.student_samples > 0
+
+    @property
+    def reads_truth(self) -> bool:
+        return self.chosen == "best" and self.scorer == "answer"
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.chosen == "best" and self.scorer == "mean_logprob"
+
+
 SynthesisConfig = Annotated[
-    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | AdversarialConfig, Field(discriminator="kind")
+    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | AdversarialConfig | PreferencesConfig,
+    Field(discriminator="kind"),
 ]

@@ -34,7 +34,7 @@ PLACEMENT = {
 # Settings that say what is made of a teacher's completions, or what is asked beside them, but change none of them.
 CHOICE = {"rows", "compared"} | {
     f"synthesis.{key}" for key in (
-        "filters", "keep", "scorer", "answer", "student_format", "instructions", "threshold", "blacklist",
+        "filters", "keep", "chosen", "scorer", "answer", "student_format", "instructions", "threshold", "blacklist",
         "hard_template", "easy_template", "referee_template", "referee_sampling",
     )
 }  # fmt: skip

@@ -22,6 +22,7 @@ class Candidate:
 
     Attributes:
         prompt, completion: what the student would learn.
+        worse: beside the completion, a worse answer to the same prompt, where rows are pairs of such.
         origin: which prompt it is for, by place.
         written: what the teacher wrote for it, call by call.
         fields: what else is kept with it.
@@ -37,6 +38,7 @@ class Candidate:
     made_up: bool = False
     rejected_by: str = ""
     reason: str = ""
+    worse: str | None = None
 
     def rejected(self, by: str, reason: str) -> "Candidate":
         return replace(self, rejected_by=by, reason=reason)
@@ -149,10 +151,10 @@ def text_of(written: Written, stop: Sequence[str] = ()) -> str:
     return text.rstrip()
 
 
-def fault_of(written: Written, text: str) -> tuple[str, str] | None:
+def fault_of(written: Written, text: str, by: str = "teacher") -> tuple[str, str] | None:
     """The check that a completion does not pass by itself, and why; None where it is one."""
     if written.finish_reason == "error":
         return "unanswered", written.reason
     if not text.strip():
-        return "empty", "the teacher wrote nothing"
+        return "empty", f"the {by} wrote nothing"
     return None

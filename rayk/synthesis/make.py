@@ -12,6 +12,7 @@ from rayk.errors import RunFailed
 from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
+from rayk.synthesis.preferences import Preferences
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
 from rayk.synthesis.scribe import Progress, Scribe, Tally
@@ -26,6 +27,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "chain_of_thought": ChainOfThought,
     "self_instruct": SelfInstruct,
     "adversarial": Adversarial,
+    "preferences": Preferences,
 }
 
 _EXAMPLES = 3
@@ -138,12 +140,13 @@ async def _written(recipe: Recipe, scribes: Iterable[Scribe]) -> list[Candidate]
 
 def _unlike(candidates: list[Candidate]) -> list[Candidate]:
     """A row that is the same as one before it is rejected."""
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     checked = []
     for each in candidates:
-        row = (each.prompt.strip(), each.completion.strip())
+        row = (each.prompt.strip(), *(text.strip() for text in _answers(each).values()))
         again = not each.rejected_by and row in seen
-        checked.append(each.rejected("duplicate", "the same prompt and completion came before") if again else each)
+        same = "pair" if each.worse is not None else "completion"
+        checked.append(each.rejected("duplicate", f"the same prompt and {same} came before") if again else each)
         if not each.rejected_by:
             seen.add(row)
     return checked
@@ -151,7 +154,7 @@ def _unlike(candidates: list[Candidate]) -> list[Candidate]:
 
 def _sifted(candidates: list[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
     """With what the filters reject rejected."""
-    rows = [None if each.rejected_by else _row(each, prompts) for each in candidates]
+    rows = [None if each.rejected_by else _judged(each, prompts) for each in candidates]
     rejections = {id(each.candidate): each for each in sift(filter(None, rows), filters).rejected}
     found = [rejections.get(id(row)) for row in rows]
     return [
@@ -166,6 +169,11 @@ def _chosen(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
     return [each if each.rejected_by else next(chosen) for each in candidates]
 
 
+def _judged(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What filters look at: of a pair the chosen answer as `completion`, and both by their own names too."""
+    return _row(candidate, prompts) | {"completion": candidate.completion}
+
+
 def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What a row of `rows.parquet` or `rejected.parquet` holds: the source row's fields, and over them what is new."""
     written = candidate.written
@@ -173,7 +181,7 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {
         **({} if candidate.made_up else prompts[candidate.origin].fields),
         "prompt": candidate.prompt,
-        "completion": candidate.completion,
+        **_answers(candidate),
         **candidate.fields,
         "where": prompts[candidate.origin].where,
         "finish_reason": written[0].finish_reason,
@@ -185,10 +193,16 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     }
 
 
+def _answers(candidate: Candidate) -> dict[str, str]:
+    if candidate.worse is None:
+        return {"completion": candidate.completion}
+    return {"chosen": candidate.completion, "rejected": candidate.worse}
+
+
 def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {
         "where": prompts[candidate.origin].where,
-        **{name: getattr(candidate, name) for name in ("prompt", "completion", "rejected_by", "reason")},
+        **{name: getattr(candidate, name) for name in ("prompt", "completion", "worse", "rejected_by", "reason")},
     }
 
 
