@@ -11,9 +11,7 @@ from collections.abc import Sequence
 Scores = tuple[float, float]
 """Of two answers, from 1 to 10; higher is better."""
 
-REFEREE_CHAT = """Two assistants have answered the request below.
-
-[Request]
+_ANSWERS = """[Request]
 {instruction}
 
 [Answer A]
@@ -21,7 +19,10 @@ REFEREE_CHAT = """Two assistants have answered the request below.
 
 [Answer B]
 {second}
+"""
+REFEREE_CHAT = f"""Two assistants have answered the request below.
 
+{_ANSWERS}
 [End of the answers]
 
 Rate both answers for helpfulness, relevance, accuracy and detail. Each gets a score from 1 to 10; higher is better. \
@@ -30,7 +31,7 @@ a number in the place of each dash:
 Score of A: -
 Score of B: -"""
 
-REFEREE_BASE = """Below, two answers to a request are scored from 1 to 10 for helpfulness, relevance, accuracy and \
+REFEREE_BASE = f"""Below, two answers to a request are scored from 1 to 10 for helpfulness, relevance, accuracy and \
 detail; higher is better.
 
 [Request]
@@ -46,15 +47,7 @@ The capital is Sydney.
 Score of A: 9
 Score of B: 2
 
-[Request]
-{instruction}
-
-[Answer A]
-{first}
-
-[Answer B]
-{second}
-
+{_ANSWERS}
 [Scores]
 Score of A:"""
 REFEREE_STOP = ("\n\n", "\n[")
