@@ -72,6 +72,11 @@ def test_who_only_writes_is_not_there_in_training(changed, writer, only_writing,
             {"synthesis": {"kind": "chain_of_thought", "rationale_template": "Q: {prompt}"}},
             "synthesis.rationale_template needs the names {question} and no others.",
         ),
+        (
+            {"synthesis": {"kind": "adversarial", "referee_template": "{instruction} {first}"}},
+            "synthesis.referee_template needs the names {instruction}, {first}, {second} and no others.",
+        ),
+        ({"synthesis": {"kind": "adversarial", "referee": "me"}}, "synthesis.referee 'me' is none of the teachers"),
         ({"teachers": [BIG | {"prompt_template": "{answer}"}]}, "teacher 'big' only writes, so its prompt_template"),
         ({"synthesis": {"kind": "responses", "filters": [{"kind": "lenght"}]}}, "did you mean 'length'?"),
         (

@@ -46,6 +46,7 @@ from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelC
 from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
+    AdversarialConfig,
     AnswerConfig,
     AnswerType,
     AskedStudent,
@@ -76,6 +77,7 @@ from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
+    "AdversarialConfig",
     "AnswerConfig",
     "AnswerType",
     "AskedStudent",

@@ -286,6 +286,55 @@ class MagpieConfig(SynthesisSettings):
         return self
 
 
+class AnsweringConfig(SamplingConfig):
+    """How instructions are answered."""
+
+    max_new_tokens: Positive = 1024
+
+
+class RefereeingConfig(SamplingConfig):
+    """How answers are compared."""
+
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 0.2
+
+
+class AdversarialConfig(StudentReadingSettings):
+    """Round by round new instructions where the student is behind its teacher (Lion); with `rounds`."""
+
+    kind: Literal["adversarial"] = "adversarial"
+    referee: str | None = None
+    """Which of `teachers` compares answers; by default the one that writes."""
+    sampling: AnsweringConfig = Field(default_factory=AnsweringConfig)
+    """Of answers, the student's too."""
+    referee_sampling: RefereeingConfig = Field(default_factory=RefereeingConfig)
+    threshold: float = 1.0
+    """An instruction is hard if the teacher's answer scores so many points of 10 more than the student's, else easy."""
+    instructions: Positive = 3000
+    """How many to make up in each round from hard ones, and as many from easy ones; fewer where the teacher has no new
+    ideas any more, or where there are none of a kind."""
+    batch: Positive = 64
+    """Instructions of a kind asked for before those that pass join the pool."""
+    instruction_temperature: Annotated[float, Field(ge=0)] = 1.0
+    instruction_tokens_per_word: Positive = 4
+    """Longest new instruction, for each word of the one it is made from; never fewer than 32 tokens."""
+    blacklist: tuple[Annotated[str, Field(min_length=1)], ...] = (
+        "instruction", "instructions", "given prompt", "new prompt",
+    )  # fmt: skip
+    """Words of instructions that talk about what the teacher was asked for. [] for none."""
+    hard_template: Annotated[str, _template_with("instruction")] | None = None
+    """How to ask for an instruction of the same domain and type as a hard one; by default rayk's own, for base models
+    with examples, for chat models without."""
+    easy_template: Annotated[str, _template_with("instruction")] | None = None
+    """How to ask for a rarer instruction of the same domain as an easy one."""
+    referee_template: Annotated[str, _template_with("instruction", "first", "second")] | None = None
+    """How to ask for the scores of two answers, 'A' and 'B'. Understood are lines such as 'Score of A: 8', the last of
+    each, and otherwise the last line that has two numbers and nothing else; from 1 to 10."""
+
+    def asks_student(self, number: int) -> bool:
+        return number > 0
+
+
 class PreferencesConfig(StudentReadingSettings):
     """A better and a worse answer to each prompt, for method `preference` (DPO); what `filters` look at as `completion`
     is the better one, `chosen`, the other one is `rejected`."""
@@ -338,6 +387,6 @@ class PreferencesConfig(StudentReadingSettings):
 
 
 SynthesisConfig = Annotated[
-    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | MagpieConfig | PreferencesConfig,
+    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | MagpieConfig | AdversarialConfig | PreferencesConfig,
     Field(discriminator="kind"),
 ]

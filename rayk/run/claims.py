@@ -32,11 +32,12 @@ PLACEMENT = {
         "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
     )),
 }  # fmt: skip
-# Settings that say what is made of a teacher's completions, but change none of them.
+# Settings that say what is made of a teacher's completions, or what is asked beside them, but change none of them.
 CHOICE = {"rows", "compared", "judges"} | {
     f"synthesis.{key}" for key in (
         "filters", "keep", "chosen", "scorer", "answer", "student_format", "instructions", "instruction_filters",
-        "keep_longest",
+        "keep_longest", "threshold", "blacklist", "hard_template", "easy_template", "referee_template",
+        "referee_sampling",
     )
 }  # fmt: skip
 ROUNDS = "rounds"

@@ -26,6 +26,7 @@ class Candidate:
         origin: which prompt it is for, by place.
         written: what the teacher wrote for it, call by call.
         fields: what else is kept with it.
+        made_up: the teacher made up the prompt, so that the other fields of the row it is for say nothing about it.
         rejected_by: the check that it did not pass, with the `reason` in words; empty while it is kept.
     """
 
@@ -34,6 +35,7 @@ class Candidate:
     origin: int
     written: tuple[Written, ...]
     fields: dict[str, Any] = field(default_factory=dict)
+    made_up: bool = False
     rejected_by: str = ""
     reason: str = ""
     worse: str | None = None

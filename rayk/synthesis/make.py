@@ -9,6 +9,7 @@ from typing import Any
 
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
+from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
 from rayk.synthesis.judging import Judge, judged, judges_among
@@ -28,6 +29,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "chain_of_thought": ChainOfThought,
     "self_instruct": SelfInstruct,
     "magpie": Magpie,
+    "adversarial": Adversarial,
     "preferences": Preferences,
 }
 
@@ -205,7 +207,7 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     written = candidate.written
     logprobs = [each.mean_logprob for each in written if each.mean_logprob is not None]
     return {
-        **prompts[candidate.origin].fields,
+        **({} if candidate.made_up else prompts[candidate.origin].fields),
         "prompt": candidate.prompt,
         **_answers(candidate),
         **candidate.fields,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayk.config import KeywordsFilter, LengthFilter, RougeFilter, SelfInstructConfig
+from rayk.config import SelfInstructConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import RunFailed
 from rayk.synthesis import tasks
@@ -28,7 +28,7 @@ from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.store import Written
 from rayk.synthesis.tasks import SeedTask
-from rayk.text import Filter, build_filters, judge
+from rayk.text import Filter, judge
 
 _LIST, _CHOICE, _SORT, _INSTANCES, _TEMPLATE = range(10, 15)  # the stages of a seed
 _MACHINE_MADE = 2
@@ -186,13 +186,7 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
 
 def instruction_filters(blacklist: Sequence[str], seeds: Sequence[SeedTask]) -> list[Filter]:
     """The paper's rules for new instructions (field `instruction`); the seeds are in the pool already."""
-    field, (shortest, longest) = "instruction", _WORDS
-    length = LengthFilter(field=field, minimum=shortest, maximum=longest)
-    keywords = [KeywordsFilter(field=field, keywords=list(blacklist))] if blacklist else []
-    beginning = Filter("beginning", lambda candidate: tasks.instruction_fault(candidate[field]))
-    rouge = RougeFilter(field=field, threshold=_NOVEL_BELOW)
-    filters = [*build_filters([length]), beginning, *build_filters([*keywords, rouge])]
-    for seed in seeds:
-        for each in filters:
-            each.remember({field: seed.instruction})
-    return filters
+    return tasks.pool_filters(
+        (seed.instruction for seed in seeds), words=_WORDS, fault=tasks.instruction_fault, blacklist=blacklist,
+        similar=_NOVEL_BELOW,
+    )  # fmt: skip

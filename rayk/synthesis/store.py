@@ -202,6 +202,10 @@ class Store:
         for name, table in (("rows", rows), ("rejected", rejected)):
             self._write(f"{name}.parquet", parquet_bytes(table_of(table)))
 
+    def put(self, name: str, table: pa.Table) -> None:
+        """Write a table of a recipe's own, `name`.parquet."""
+        self._write(f"{name}.parquet", parquet_bytes(table))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of what was kept."""
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
