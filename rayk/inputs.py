@@ -1,6 +1,7 @@
 """What a run needs before anything is started: tokenizer and rows, held against the models and the settings."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rayk.config import DataSource, InContextConfig, JudgeFilter, RunConfig, TeacherConfig
+from rayk.config import DataSource, InContextConfig, JudgeFilter, RunConfig, ServedRollouts, TeacherConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable
 from rayk.data.retrieval import check_encoder
@@ -247,6 +248,20 @@ def _check_lengths(
                 f"The longest prompt with what is written after it may have {rolled_out} tokens, but {name} takes "
                 f"{limit}; lower rollouts.max_new_tokens."
             )
+    _check_policy_lengths(models["the student"], config, max(longest, rolled_out))
+
+
+def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None:
+    """vLLM writes at least a token after whatever it reads, and so takes one less than the model does."""
+    if not isinstance(config.rollouts, ServedRollouts) or config.rollouts.engine.kind != "vllm":
+        return
+    limit = min(_positions(student), config.rollouts.engine.max_model_len or sys.maxsize) - 1
+    if longest > limit:
+        raise InputError(
+            f"The longest row, or prompt with what is written after it, may have {longest} tokens, but the policy "
+            f"takes {limit} on vLLM; lower rollouts.max_new_tokens or data.max_tokens, or raise "
+            "rollouts.engine.max_model_len."
+        )
 
 
 def _demonstrator(

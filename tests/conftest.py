@@ -1,5 +1,6 @@
 """What the whole suite shares: tiny models, and one Ray cluster with one served teacher, started when first needed."""
 
+import asyncio
 import os
 
 from rayk.environment import set_threading
@@ -45,6 +46,13 @@ def tiny_student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "student"
     tiny_model(folder, seed=2, hidden=16, layers=1, tokenizer=tiny_tokenizer())
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def on_loop():
+    """Runs coroutines on the one event loop that an engine's tasks live on."""
+    with asyncio.Runner() as runner:
+        yield runner.run
 
 
 @pytest.fixture(scope="session")

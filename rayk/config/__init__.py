@@ -43,7 +43,7 @@ from rayk.config.methods import (
     TaughtConfig,
 )
 from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelConfig
-from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
+from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, VLLMPolicyEngine, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
     AdversarialConfig,
@@ -61,6 +61,7 @@ from rayk.config.synthesis import (
     SynthesisSettings,
 )
 from rayk.config.teachers import (
+    EngineConfig,
     EnsembleConfig,
     LocalEngine,
     OpenAIEngine,
@@ -92,6 +93,7 @@ __all__ = [
     "EmptyFilter",
     "EncoderTraining",
     "EndingFilter",
+    "EngineConfig",
     "EnsembleConfig",
     "EvaluationConfig",
     "FilterConfig",
@@ -144,6 +146,7 @@ __all__ = [
     "TransformersEngine",
     "TruncatedFilter",
     "VLLMEngine",
+    "VLLMPolicyEngine",
     "WorkerRollouts",
     "difference",
     "load_config",

@@ -298,6 +298,7 @@ class RunConfig(Settings):
         rollouts = self.rollouts or WorkerRollouts()
         object.__setattr__(self, "rollouts", rollouts)
         self._agree_before_collectives_end(rollouts)
+        self._vllm_can_write(rollouts)
         sampled_plainly = (rollouts.temperature, rollouts.top_p, rollouts.top_k) == (1.0, 1.0, 0)
         if not sampled_plainly and (isinstance(self.method, MiniLLMConfig) or self.method.form == "policy"):
             raise ValueError(
@@ -320,6 +321,22 @@ class RunConfig(Settings):
             raise ValueError(
                 f"method.teacher_written: teacher '{written_by.name}' has a prompt_template, and what it writes after "
                 "its own prompt is not what it says about the student's; set one of the two aside"
+            )
+
+    def _vllm_can_write(self, rollouts: RolloutConfig) -> None:
+        if not isinstance(rollouts, ServedRollouts) or rollouts.engine.kind != "vllm":
+            return
+        if not (rollouts.temperature == 0 or 0.01 <= rollouts.temperature <= 2):
+            raise ValueError(
+                f"rollouts.temperature is {rollouts.temperature:g}, but vLLM samples at temperatures from 0.01 to 2, "
+                "or 0 for greedy"
+            )
+        weighs = isinstance(self.method, MiniLLMConfig) or getattr(self.method, "form", "") == "policy"
+        if weighs and "bfloat16" in (self.training.precision, self.student.dtype):
+            raise ValueError(
+                f"{self.method.kind}'s policy gradient weighs tokens by log-probs that the training step must be able "
+                "to compute again, which vLLM's in bfloat16 are not; use rollouts.engine.kind 'transformers', or "
+                "training.precision and student.dtype 'float32'"
             )
 
     def _agree_before_collectives_end(self, rollouts: RolloutConfig) -> None:

@@ -19,8 +19,8 @@ PLACEMENT = {
     )),
     *(f"teachers.{key}" for key in (
         "attach", "replicas", "resources", "call_tokens", "in_flight", "deadline_seconds", "engine.batch_tokens",
-        "engine.device", "engine.threads", "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
-        "engine.api_key_variable", "engine.concurrency", "engine.requests_per_minute", "engine.tokens_per_minute",
+        "engine.device", "engine.threads", "engine.tensor_parallel_size", "engine.across_nodes",
+        "engine.gpu_memory_utilization", "engine.api_key_variable", "engine.concurrency", "engine.requests_per_minute", "engine.tokens_per_minute",
         "engine.attempts", "engine.timeout_seconds", "engine.price_per_million_prompt_tokens",
         "engine.price_per_million_completion_tokens",
     )),
@@ -29,7 +29,7 @@ PLACEMENT = {
     )),
     *(f"synthesis.student.{key}" for key in (
         "replicas", "resources", "deadline_seconds", "engine.batch_tokens", "engine.device", "engine.threads",
-        "engine.tensor_parallel_size", "engine.gpu_memory_utilization",
+        "engine.tensor_parallel_size", "engine.across_nodes", "engine.gpu_memory_utilization",
     )),
 }  # fmt: skip
 # Settings that say what is made of a teacher's completions, or what is asked beside them, but change none of them.

@@ -52,13 +52,6 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_loop():
-    """Runs coroutines on the one event loop that the engine's tasks live on."""
-    with asyncio.Runner() as runner:
-        yield runner.run
-
-
-@pytest.fixture(scope="module")
 def engine(folder, on_loop):
     engine = VLLMEngine(folder, SETTINGS.model_copy(update={"hidden": True}))
     on_loop(engine.warm_up())
