@@ -20,9 +20,9 @@ PLACEMENT = {
     *(f"teachers.{key}" for key in (
         "attach", "replicas", "resources", "call_tokens", "in_flight", "deadline_seconds", "engine.batch_tokens",
         "engine.device", "engine.threads", "engine.tensor_parallel_size", "engine.across_nodes",
-        "engine.gpu_memory_utilization", "engine.api_key_variable", "engine.concurrency", "engine.requests_per_minute", "engine.tokens_per_minute",
-        "engine.attempts", "engine.timeout_seconds", "engine.price_per_million_prompt_tokens",
-        "engine.price_per_million_completion_tokens",
+        "engine.gpu_memory_utilization", "engine.api_key_variable", "engine.concurrency", "engine.requests_per_minute",
+        "engine.tokens_per_minute", "engine.attempts", "engine.timeout_seconds",
+        "engine.price_per_million_prompt_tokens", "engine.price_per_million_completion_tokens",
     )),
     *(f"rollouts.{key}" for key in (
         "kind", "engine", "replicas", "resources", "in_flight", "deadline_seconds", "timeout_seconds",
