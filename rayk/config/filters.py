@@ -15,7 +15,8 @@ class FieldFilter(Settings):
     """What filters of one field share."""
 
     field: str = "completion"
-    """Which field of the candidate is judged: `prompt`, `completion`, or one that the recipe adds."""
+    """Which field of the candidate is judged: `prompt`, `completion`, or one that the recipe adds. Of a pair
+    `completion` is the chosen answer, `rejected` the other."""
 
 
 class EmptyFilter(FieldFilter):

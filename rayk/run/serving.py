@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from rayk.cluster import start_ray
 from rayk.config import RunConfig, ServedRollouts, StudentReadingSettings, TeacherConfig
+from rayk.models import weights_fingerprint
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 
@@ -14,9 +15,8 @@ def cpus_needed(config: RunConfig) -> float:
     """Logical CPUs the run asks Ray for at a time."""
     needs = {t.name: t.resources.num_cpus * t.replicas.max for t in config.teachers if not t.attach}
     writing = sum(needs.get(name, 0.0) for name in config.writers)
-    if config.synthesis is not None and config.synthesis.reads_student:
-        asked = student_to_ask(config)
-        writing += asked.resources.num_cpus * asked.replicas.max
+    if isinstance(config.synthesis, StudentReadingSettings) and config.synthesis.reads_student:
+        writing += config.synthesis.student.resources.num_cpus * config.synthesis.student.replicas.max
     training = sum(need for name, need in needs.items() if name not in config.only_writing)
     if isinstance(config.rollouts, ServedRollouts):
         training += config.rollouts.resources.num_cpus * config.rollouts.replicas.max
@@ -46,10 +46,12 @@ def policy_application(config: RunConfig) -> str:
 
 
 def student_to_ask(config: RunConfig) -> TeacherConfig:
-    """The student as the run begins, as a Serve application that answers like a teacher; no teacher's name is so."""
-    assert isinstance(config.synthesis, StudentReadingSettings)
+    """The student as the run begins, as a Serve application that answers like a teacher. No teacher's name is so, nor
+    that of a student with other weights, which a killed run may have left under the same path."""
+    model = config.student.model
+    assert isinstance(config.synthesis, StudentReadingSettings) and model is not None
     return TeacherConfig(
-        name=f"{_owner(config)}-student", model=config.student.model or "none yet",
+        name=f"{_owner(config)}-student-{weights_fingerprint(model)[:8] or 'hub'}", model=model,
         trust_remote_code=config.student.trust_remote_code, **dict(config.synthesis.student),
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ class Stages(Watcher):
 
     def stage(self, text):
         if text.startswith(("Training", "Synthesising")):
-            self.up.append(len([name for name in serve.status().applications if name.endswith("-student")]))
+            self.up.append(len([name for name in serve.status().applications if "-student-" in name]))
 
 
 def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_student, parrot, endpoint):
