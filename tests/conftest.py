@@ -11,6 +11,7 @@ os.environ["RAY_AUTH_MODE"] = (
     "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
 )
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # no Ray but those that are asked for; Serve's threads would start one
 # Train's controller looks at its workers five times a second instead of every other one.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
@@ -23,6 +24,13 @@ from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start Ray or vLLM first: processes that share the tests take whole files from the top, and what is
+    short fills up the end. A file's tests stay together and in order."""
+    slow = {item.path for item in items if item.get_closest_marker("cluster") or "ray_cluster" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +60,13 @@ def on_loop():
 def ray_cluster():
     """One local Ray for the session, with more logical CPUs than the machine has."""
     import ray
+    from ray import serve
 
     from rayk.cluster import start_ray
 
     start_ray(num_cpus=8)
     yield
+    serve.shutdown()  # also this process's handles, which go on reporting to a controller that is no more
     ray.shutdown()
 
 

@@ -282,8 +282,8 @@ def test_a_policy_on_vllm_is_what_was_said():
 
 def test_the_default_config_names_every_section():
     sections = [
-        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "method", "rollouts",
-        "training", "evaluation", "cache", "tracking",
+        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "rounds", "method",
+        "rollouts", "training", "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections
 

@@ -22,6 +22,7 @@ from rayk.config import VLLMEngine as Settings
 from rayk.engines.base import SamplingParameters
 from rayk.engines.vllm import WORKER_EXTENSION, VLLMEngine, beyond_rounding, probe
 from rayk.errors import EngineDied, InputError
+from rayk.lora import has_adapter, merged
 from rayk.rollouts.weights import Published, Version, take_over
 from rayk.rollouts.writer import Writer
 from rayk.support import Logprob, TopK
@@ -142,8 +143,8 @@ async def start_vllm(
 
 
 def whole_weights(writer: Writer) -> dict[str, Tensor]:
-    """Every tensor of the student's model once, under its name in a checkpoint; no rows for ids that are no tokens, so
-    that vLLM's probabilities are those among the real ones."""
+    """Every tensor of the student's model once, an adapter merged, under its name in a checkpoint; no rows for ids that
+    are no tokens, so that vLLM's probabilities are those among the real ones."""
     from transformers.core_model_loading import revert_weight_conversion
 
     model: Any = writer.model
@@ -154,7 +155,7 @@ def whole_weights(writer: Writer) -> dict[str, Tensor]:
     )
     found: dict[str, Tensor] = {}
     places = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (merged(model) if has_adapter(model) else model.state_dict()).items():
         if (place := (tensor.data_ptr(), tensor.shape)) not in places:
             found[name] = tensor
         places.add(place)

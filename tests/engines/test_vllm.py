@@ -29,6 +29,8 @@ from tests.engines.reference import (
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.cluster
+
 SETTINGS = Settings(dtype="float32", arguments={"enforce_eager": True})
 
 

@@ -22,9 +22,10 @@ METHOD = {"kind": "on_policy", "support": {"kind": "requested", "k": 8}, "reques
 SERVED = {"kind": "served", "replicas": 2, "resources": {"num_cpus": 0.25}}
 
 
-def prepared(folder, student, rollouts, **training):
+def prepared(folder, student, rollouts, lora=None, **training):
     folder.mkdir(exist_ok=True)
     values = settings(folder, student, METHOD, **{"learning_rate": 1e-3, **training})
+    values["student"]["lora"] = lora
     values["rollouts"] |= rollouts
     return parse_config(values)
 
@@ -41,11 +42,13 @@ def named_actors():
     return [each["name"] for each in found if each["namespace"] == NAMESPACE]
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_served_policy_teaches_what_the_workers_own_does(max_staleness, tmp_path, tiny_student, served, nothing_left):
+@pytest.mark.parametrize(("max_staleness", "lora"), [(0, None), (1, None), (1, {"r": 4, "dropout": 0.2})])
+def test_a_served_policy_teaches_what_the_workers_own_does(
+    max_staleness, lora, tmp_path, tiny_student, served, nothing_left
+):
     rollouts = {"max_staleness": max_staleness}
-    distill(prepared(tmp_path / "worker", tiny_student, rollouts))
-    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts))
+    distill(prepared(tmp_path / "worker", tiny_student, rollouts, lora))
+    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts, lora))
     assert_same_learning(tmp_path / "worker" / "run", tmp_path / "served" / "run")
     ages = [min(step, max_staleness) for step in range(6)]
     assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages

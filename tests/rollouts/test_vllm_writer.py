@@ -13,13 +13,14 @@ from rayk.config import StudentConfig, VLLMPolicyEngine
 from rayk.engines.base import SamplingParameters
 from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
-from rayk.rollouts.vllm import Turns, start_vllm
+from rayk.rollouts.vllm import Turns, start_vllm, whole_weights
 from rayk.rollouts.weights import Published, UnusableWeights, Version, checksum, pack
 from rayk.rollouts.writer import Writer
 from rayk.sequences import Sequence
+from rayk.students import make_model
 from rayk.support import Logprob, TopK
 from tests.rollouts.test_policy import VOCABULARY
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import moved, tiny_model, tiny_tokenizer
 
 PARAMETERS = SamplingParameters(max_new_tokens=16)
 PROMPTS = [np.arange(4, 4 + length, dtype=np.int32) for length in (3, 20, 9)]
@@ -212,3 +213,22 @@ def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(vllm, v
             await write(vllm, versions, 2)
 
     on_loop(main())
+
+
+def test_an_adapter_is_merged_into_what_vllm_takes_over(tmp_path):
+    tiny_model(tmp_path / "base", seed=3, tokenizer=tiny_tokenizer())
+    config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
+    adapted = moved(make_model(config, tiny_tokenizer(), 0)).eval()
+    plain = load_model(str(tmp_path / "base"))
+    weights = whole_weights(Writer(adapted, tiny_tokenizer()))
+    width = weights["lm_head.weight"].shape[0]
+    assert width < plain.lm_head.weight.shape[0]  # rows that are no tokens do not travel
+    state = plain.state_dict()
+    assert weights.keys() == state.keys()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = torch.cat([weights[name], state[name][width:]])
+    plain.load_state_dict(weights)
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+        assert (plain(ids).logits - load_model(str(tmp_path / "base"))(ids).logits).abs().max() > 1e-3
