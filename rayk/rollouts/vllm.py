@@ -8,6 +8,7 @@ likeliest ids at its positions from reading it as a prompt.
 """
 
 import asyncio
+import copy
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -136,7 +137,9 @@ async def start_vllm(
     origin = student.model or student.config
     with nullcontext(origin) if isinstance(origin, str) else tempfile.TemporaryDirectory() as folder:
         if folder is not origin:
-            writer.model.config.save_pretrained(folder)
+            described = copy.copy(writer.model.config)
+            described.architectures = [type(writer.model).__name__]  # without it vLLM makes a guess
+            described.save_pretrained(folder)
         started = VLLMEngine(str(folder), settings, trust_remote_code=student.trust_remote_code)
     await _hand_over(started, writer)
     return VLLMWriter(started, writer)
@@ -172,12 +175,12 @@ def _is_padded(writer: Writer) -> bool:
 
 async def _hand_over(engine: VLLMEngine, writer: Writer) -> None:
     """The first weights, and a look at what vLLM makes of them: of a tensor that it was not given it just warns."""
+    sequence = probe(engine.info)
     try:
         await engine.take_over(whole_weights(writer))
+        theirs = (await engine.score([sequence], Logprob())).target_logprobs
     except RuntimeError as error:
-        raise InputError(f"vLLM does not take over weights of {engine.info.model}: {error}") from error
-    sequence = probe(engine.info)
-    theirs = (await engine.score([sequence], Logprob())).target_logprobs
+        raise InputError(f"vLLM cannot write as {engine.info.model} with the student's weights: {error}") from error
     with writer.computing():
         own = torch.from_numpy(writer.logprobs([sequence])[0])
     if off := beyond_rounding(own, theirs, engine.info.dtype):
