@@ -1,6 +1,8 @@
 # Two commands: `make quickstart` and `make test`. Both make the virtual environment first, where there is none.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Processes that share the tests, file by file; each has a Ray of its own. `make test PROCESSES=0` for one after the other.
+PROCESSES ?= 2
 
 .PHONY: quickstart test lint types bench comparison clean
 
@@ -8,7 +10,7 @@ quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
 
 test: .venv/.developing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.developing
 	$(BIN)/ruff check .
@@ -20,9 +22,10 @@ types: .venv/.developing
 bench: .venv/.developing
 	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update dedupe quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
-# The methods beside each other on one task; more than an hour. Goes on where it was stopped.
+# The methods beside each other on tasks with a known truth; two hours. Goes on where it was stopped.
 comparison: .venv/.developing
 	$(BIN)/python -m tests.benchmarks.comparison --output runs/comparison.jsonl
+	$(BIN)/python -m tests.benchmarks.black_box --output runs/black_box.jsonl
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -55,18 +55,18 @@ class Parts:
         """Read what the folder holds.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: it cannot be written, or read just now.
         """
         with told(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder)
-        paths = self._paths()
-        for path in paths:
-            table = self._read(path)
-            if table is not None:
-                self._hold(table)
-        if len(paths) > _MANY_PARTS:
-            self._merge(paths)
+            paths = self._paths()
+            for path in paths:
+                table = self._read(path)
+                if table is not None:
+                    self._hold(table)
+            if len(paths) > _MANY_PARTS:
+                self._merge(paths)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows.
@@ -81,7 +81,7 @@ class Parts:
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
-            return pq.read_table(path, page_checksum_verification=True).select(self._schema.names)
+            return rows_in(path, self._schema)
         except (pa.ArrowException, OSError, KeyError) as error:
             path.rename(path.with_suffix(".damaged"))
             logger.warning(
@@ -107,6 +107,22 @@ class Parts:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
+
+
+def rows_in(path: Path, schema: pa.Schema) -> pa.Table:
+    """What a part holds; where it is damaged, Arrow's error.
+
+    Raises:
+        InputError: it cannot be read just now, which says nothing of what is in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be read ({error.strerror}); see to it and run again. What it holds was paid for, and "
+            "would be asked for again if it were moved away."
+        ) from error
+    return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(schema.names)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "rayk"
 FLOORS = [
     {"errors", "support", "environment"},
     {"config", "sequences", "packing", "storage"},
-    {"models", "text"},
+    {"models", "lora", "text"},
     {"signal", "speculative", "key_values", "students"},
     {"losses", "signal_codec"},
     {"engines", "data"},

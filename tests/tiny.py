@@ -128,3 +128,12 @@ def tiny_encoder(
         AutoModel.from_config(settings).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, what learns of it changed as if it had."""
+    with torch.no_grad():
+        for number, parameter in enumerate(each for each in model.parameters() if each.requires_grad):
+            waves = torch.arange(parameter.numel(), dtype=torch.float32).add(number).sin()
+            parameter.add_(0.1 * waves.reshape(parameter.shape))
+    return model

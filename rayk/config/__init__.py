@@ -12,7 +12,9 @@ from rayk.config.filters import (
     ContaminationFilter,
     CustomFilter,
     EmptyFilter,
+    EndingFilter,
     FilterConfig,
+    JudgeFilter,
     KeywordsFilter,
     LanguageFilter,
     LengthFilter,
@@ -20,6 +22,7 @@ from rayk.config.filters import (
     RefusalFilter,
     RepetitionFilter,
     RougeFilter,
+    TextFilterConfig,
     TruncatedFilter,
 )
 from rayk.config.loading import difference, load_config, parse_config
@@ -40,19 +43,25 @@ from rayk.config.methods import (
     TaughtConfig,
 )
 from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelConfig
-from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, WorkerRollouts
+from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, VLLMPolicyEngine, WorkerRollouts
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
+    AdversarialConfig,
     AnswerConfig,
     AnswerType,
+    AskedStudent,
     ChainOfThoughtConfig,
+    MagpieConfig,
+    PreferencesConfig,
     ResponsesConfig,
     SamplingConfig,
     SelfInstructConfig,
+    StudentReadingSettings,
     SynthesisConfig,
     SynthesisSettings,
 )
 from rayk.config.teachers import (
+    EngineConfig,
     EnsembleConfig,
     LocalEngine,
     OpenAIEngine,
@@ -64,13 +73,15 @@ from rayk.config.teachers import (
     TransformersEngine,
     VLLMEngine,
 )
-from rayk.config.training import StudentConfig, TrainingConfig
+from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
 __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
+    "AdversarialConfig",
     "AnswerConfig",
     "AnswerType",
+    "AskedStudent",
     "CacheConfig",
     "ChainOfThoughtConfig",
     "ContaminationFilter",
@@ -81,16 +92,21 @@ __all__ = [
     "Divergence",
     "EmptyFilter",
     "EncoderTraining",
+    "EndingFilter",
+    "EngineConfig",
     "EnsembleConfig",
     "EvaluationConfig",
     "FilterConfig",
     "GenerationConfig",
     "InContextConfig",
+    "JudgeFilter",
     "KeywordsFilter",
     "LanguageFilter",
     "LengthFilter",
     "LocalEngine",
     "LogitKDConfig",
+    "LoraConfig",
+    "MagpieConfig",
     "MatchingConfig",
     "MethodConfig",
     "MiniLLMConfig",
@@ -99,6 +115,7 @@ __all__ = [
     "OpenAIEngine",
     "PolicyEngine",
     "PreferenceConfig",
+    "PreferencesConfig",
     "PretrainingConfig",
     "RefusalFilter",
     "RepetitionFilter",
@@ -117,16 +134,19 @@ __all__ = [
     "Settings",
     "SimulatedEngine",
     "StudentConfig",
+    "StudentReadingSettings",
     "SupervisedConfig",
     "SynthesisConfig",
     "SynthesisSettings",
     "TaughtConfig",
     "TeacherConfig",
+    "TextFilterConfig",
     "TrackingConfig",
     "TrainingConfig",
     "TransformersEngine",
     "TruncatedFilter",
     "VLLMEngine",
+    "VLLMPolicyEngine",
     "WorkerRollouts",
     "difference",
     "load_config",

@@ -26,7 +26,7 @@ import yaml
 
 from rayk.config import difference
 from rayk.errors import InputError
-from rayk.storage import Parts, parquet_bytes, remove_unfinished, told, write_whole
+from rayk.storage import Parts, parquet_bytes, remove_unfinished, rows_in, told, write_whole
 
 _SCHEMA = pa.schema(
     [
@@ -45,6 +45,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _READ = ("key", "text", "tokens", "mean_logprob", "finish_reason")
+_REFUSED = "refused"
+"""The `finish_reason` of a refusal on disk; its `text` is the reason."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Written:
         tokens: how many; None where an endpoint does not tell.
         mean_logprob: of them, nats a token, under the teacher at temperature 1; None where it is not known.
         finish_reason: 'stop', 'length', or 'error' where there was no answer; `reason` says why.
+        refused: there will be none for this prompt, however often it is asked.
     """
 
     key: str
@@ -65,6 +68,7 @@ class Written:
     mean_logprob: float | None
     finish_reason: str
     reason: str = ""
+    refused: bool = False
 
 
 class Store:
@@ -78,6 +82,7 @@ class Store:
         self.folder = folder
         self._completions = Parts(folder / "completions", _SCHEMA)
         self._pending: dict[str, dict[str, Any]] = {}
+        self._earlier: dict[str, dict[str, Any]] = {}
         self._flushing = threading.Lock()
 
     def __enter__(self) -> "Store":
@@ -111,7 +116,7 @@ class Store:
         """
         path = self.folder / "settings.yaml"
         if path.exists():
-            before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            before = _settings_in(path)
             if place := difference(before, dict(settings), ignored | chosen_by):
                 raise InputError(
                     f"What is in '{self.folder}' was made with another '{place}'; go on with the same settings, or "
@@ -123,19 +128,29 @@ class Store:
         remove_unfinished(self.folder)
         self._completions.load()
 
+    def look_into(self, folder: Path) -> None:
+        """Let `find` find what another folder, of an earlier round, holds too. It then becomes this one's."""
+        for path in sorted((folder / "completions").glob("part-*.parquet")):
+            with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
+                self._earlier |= {row["key"]: row for row in rows_in(path, _SCHEMA).to_pylist()}
+
     def __len__(self) -> int:
         return len(self._completions) + len(self._pending)
 
     def find(self, key: str) -> Written | None:
         """What was written for a request."""
+        if key not in self._completions and key not in self._pending and key in self._earlier:
+            self._pending[key] = self._earlier.pop(key)
         if row := self._pending.get(key):
-            return Written(key, row["text"], row["tokens"], row["mean_logprob"], row["finish_reason"])
+            return _written(row)
         found = self._completions.find(key, _READ)
-        return None if found is None else Written(*found)
+        return None if found is None else _written(dict(zip(_READ, found, strict=True)))
 
     def add(self, written: Written, provenance: Mapping[str, Any]) -> None:
-        """Keep a completion: in memory until the next `flush`."""
+        """Keep a completion, or that there will be none: in memory until the next `flush`."""
         row = {name: getattr(written, name) for name in _READ}
+        if written.refused:
+            row |= {"text": written.reason, "finish_reason": _REFUSED}
         self._pending[written.key] = {**row, **provenance}
 
     @property
@@ -170,9 +185,11 @@ class Store:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What the folder's rows come to; None while they are not made."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What the folder's rows come to; None while they are not made, or where it is damaged, so that they are made
+        anew."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        return None
 
     @property
     def rows(self) -> Path:
@@ -185,6 +202,10 @@ class Store:
         for name, table in (("rows", rows), ("rejected", rejected)):
             self._write(f"{name}.parquet", parquet_bytes(table_of(table)))
 
+    def put(self, name: str, table: pa.Table) -> None:
+        """Write a table of a recipe's own, `name`.parquet."""
+        self._write(f"{name}.parquet", parquet_bytes(table))
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary of what was kept."""
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
@@ -195,6 +216,25 @@ class Store:
 
     def _write(self, name: str, content: bytes) -> None:
         write_whole(self.folder / name, content)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(
+            f"'{path}' cannot be read, so nobody knows what the completions beside it were made with; if the settings "
+            "are the same, remove it and run again, or give another --output."
+        )
+    return found
+
+
+def _written(row: Mapping[str, Any]) -> Written:
+    if row["finish_reason"] == _REFUSED:
+        return Written(row["key"], "", None, None, "error", row["text"], refused=True)
+    return Written(*(row[name] for name in _READ))
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

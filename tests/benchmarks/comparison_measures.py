@@ -1,14 +1,12 @@
 """What `comparison` measures of a student, against the teacher and against the task's truth."""
 
 import statistics
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rayk.data.batches import collate, pad_id_of
@@ -23,8 +21,6 @@ SAMPLES_A_PROMPT, DATA_ROWS = 4, 768
 LENGTHS = (8, 16, 32, 48)
 """At which ExAccErr is taken, in tokens."""
 MAX_NEW_TOKENS = walks.MAX_WORDS + 4
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -128,10 +124,3 @@ def excess_error(own: Tensor, theirs: Tensor, length: int) -> float:
     and l·ε are means over rows of what the first `length` tokens sum up to. 0 where there is no error on either."""
     gathered, reference = (float(each[:, :length].double().sum(1).mean()) for each in (own, theirs))
     return gathered / reference - 1 if reference else 0.0
-
-
-def paired(ours: Ordered[float], others: Ordered[float]) -> Interval:
-    """Mean of the paired differences, and half its 95 % interval (Student's t)."""
-    differences = [one - other for one, other in zip(ours, others, strict=True)]
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    return statistics.mean(differences), float(half)

@@ -10,13 +10,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from scipy import stats
-
 from rayk.cluster import start_ray
 from rayk.environment import set_threading
 from rayk.quickstart import METHODS, cache_folder, student_config, teacher_config, teacher_model
 from rayk.run import Watcher, distill
 from rayk.teachers import serve_teacher
+from tests.benchmarks.comparing import paired
 from tests.benchmarks.machine import machine
 
 MEASURES = ("accuracy", "loss", "forward_kl", "reverse_kl", "agreement")
@@ -41,10 +40,9 @@ def main() -> None:
                 print(f"seed {seed} {method:12}", {name: round(student[name], 4) for name in MEASURES}, flush=True)
     for name in MEASURES:
         values = {method: [result[name] for result in results[method]] for method in METHODS}
-        differences = [kd - plain for kd, plain in zip(values["logit_kd"], values["supervised"], strict=True)]
-        half = stats.t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
+        mean, half = paired(values["logit_kd"], values["supervised"])
         spread = "  ".join(f"{m} {statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for m, v in values.items())
-        print(f"{name:12} {spread}  paired difference {statistics.mean(differences):+.4f} ± {half:.4f} (95 %)")
+        print(f"{name:12} {spread}  paired difference {mean:+.4f} ± {half:.4f} (95 %)")
 
 
 if __name__ == "__main__":

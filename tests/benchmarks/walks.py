@@ -15,20 +15,17 @@ Everything is known: the distribution of each next word (`following`), whether a
 """
 
 import itertools
-import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tests.benchmarks.words import EOS, PAD, UNKNOWN
 
 TOWN_SEED = 0
 KEYS, QUARTERS, PLACES, JUNCTIONS = 24, 3, 8, 3
 MAX_WORDS = 60
 """No walk is longer, its end included; one that were (about 8 %) is drawn again."""
 
-ARROW, PAD, EOS, UNKNOWN = "->", "<pad>", "<eos>", "<unk>"
+ARROW = "->"
 SQUARE, TO_PLAIN, TO_OLD = "square", "toplain", "toold"
 KEY_WORDS = [f"key{key}" for key in range(KEYS)]
 PLAIN_WORDS = [f"plain{place}" for place in range(PLACES)]
@@ -116,15 +113,3 @@ def _walk(prompt: str, draw: random.Random) -> list[str]:
             if word == EOS:
                 return walk
             walk.append(word)
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def task_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; ``encode`` adds no special tokens."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

@@ -1,0 +1,99 @@
+"""What `black_box` measures with is right: its tasks' truths, what it counts of rows, and which runs it makes."""
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+
+from tests.benchmarks import purse, signs
+from tests.benchmarks.black_box_reckoning import of_rows
+from tests.benchmarks.comparing import Comparison, Runs
+from tests.benchmarks.words import tokenizer_of
+
+
+def test_workings_are_sound_and_changed_ones_are_not():
+    draw = random.Random(0)
+    for question in purse.questions(50, draw):
+        working = purse.working(question, draw)
+        words = working.split()
+        assert purse.is_sound(question, working) and words[-1] == purse.answer_to(question)
+        for place in range(len(words)):
+            wrong = [*words[:place], "coin99" if place % 2 == 0 else str((int(words[place]) + 1) % 10)]
+            assert not purse.is_sound(question, " ".join([*wrong, *words[place + 1 :]]))
+        assert not purse.is_sound(question, " ".join(words[:-2]))
+    slipped = [purse.working(question, draw, 0.1) for question in purse.questions(400, draw)]
+    right = sum(working.split()[-1] == purse.answer_to(" ".join(working.split()[::2])) for working in slipped)
+    assert 0.9**5 - 0.1 < right / 400 < 0.9**5 + 0.1
+
+
+def test_the_teacher_learns_from_other_purses_than_its_students():
+    draw = random.Random(0)
+    theirs, ours = (
+        {frozenset(question.split()) for question in purse.questions(1800, draw, teachers=teachers)}
+        for teachers in (True, False)
+    )
+    assert len(theirs) == len(ours) == 1800 and not theirs & ours
+
+
+def test_rows_right_for_wrong_reasons_are_counted():
+    question = "coin0 coin1 coin2 coin3 coin4"
+    answer, sound = purse.answer_to(question), purse.working(question, random.Random(0))
+    words = sound.split()
+    lucky = " ".join([*words[:3], str((int(words[3]) + 1) % 10), *words[4:]])
+    wrong = str((int(answer) + 1) % 10)
+    said = [f" {sound} --> {answer}", f" {lucky} --> {answer}", f" {sound} --> {wrong}", f" {sound} --> {answer}"]
+    rows = [{"prompt": f"{question} ###", "completion": each, "answer": answer} for each in said]
+    assert of_rows(rows) == {"rows": 4, "right_rows": 0.75, "by_luck": pytest.approx(1 / 3), "different": 3.0}
+    assert "by_luck" not in of_rows([rows[0] | {"completion": f" --> {answer}"}])
+
+
+def test_every_word_has_its_token():
+    for words in (purse.WORDS, signs.WORDS):
+        tokenizer = tokenizer_of(words)
+        assert tokenizer(" ".join(words)).input_ids == list(range(len(words)))
+    assert tokenizer_of(purse.WORDS)(" \n").input_ids == []
+
+
+def test_new_tasks_are_by_rules_that_no_training_row_has():
+    draw = random.Random(0)
+    learned, new = signs.tasks(40, signs.LEARNED, draw), signs.tasks(20, signs.HELD_OUT, draw)
+    assert not {task.rule for task in learned} & {task.rule for task in new}
+    assert len(set(learned)) == 40 and {task.rule for task in learned} == set(signs.LEARNED)
+    for task in learned:
+        for row in signs.task_rows(task, 20, draw):
+            assert row["output"] == task.words[str(row["input"]).split()[1] not in task.rule]
+            assert set(task.words) == set(row["options"])
+
+
+def test_the_best_guess_is_certain_once_all_is_shown():
+    draw = random.Random(0)
+    (task,) = signs.tasks(1, signs.HELD_OUT, draw)
+    every = [" ".join(sign) for sign in itertools.product(signs.COLOURS, signs.SHAPES)]
+    shown = [(sign, signs.called(task, sign)) for sign in every]
+    assert all(signs.best_guess(shown, sign, task.words) == word for sign, word in shown)
+    assert len({signs.best_guess(shown[:1], sign, task.words) for sign in every}) == 2
+
+
+def test_a_rate_is_chosen_on_the_tuning_seed_and_no_run_is_made_twice(tmp_path, capsys):
+    made = []
+
+    def run(method, seed, rate):
+        made.append((method, seed, rate))
+        return {"accuracy": (rate if method == "high" else 1 - rate) + 0.01 * seed * (method == "high"), "seconds": 1.0}
+
+    columns = {"accuracy": ("right", "{:.1%}"), "luck": ("luck", "{:.1%}")}
+    comparison = Comparison(["high", "low"], (0.1, 0.3), 1000, columns, [("high", "low")])
+    for seeds in (2, 3, 3):
+        Runs(tmp_path / "runs.jsonl").add(comparison, range(seeds), run)
+    assert made[:4] == [(method, 1000, rate) for method in ("high", "low") for rate in (0.1, 0.3)]
+    assert made[4:] == [(m, seed, rate) for seed in range(3) for m, rate in (("high", 0.3), ("low", 0.1))]
+    known = replace(comparison, methods=["new"], known={"new": 0.5})
+    Runs(tmp_path / "runs.jsonl").add(known, range(1), run)
+    assert made[10:] == [("new", 0, 0.5)]
+    capsys.readouterr()
+    Runs(tmp_path / "runs.jsonl").print(comparison, range(5), {"accuracy": 1.0})
+    printed = capsys.readouterr().out
+    assert "over 3 seeds" in printed and "| teacher | – | 100.0% | – |" in printed
+    assert "| high | 0.3 | 31.0% ± 1.0% | – |" in printed
+    assert "| high − low | -0.590 ± 0.025 |" in printed
