@@ -17,7 +17,7 @@ from tests.benchmarks.words import llama, tokenizer_of, write_rows
 
 TEACHER_MODEL = llama(purse.WORDS, hidden=64, layers=2, heads=4, between=192)
 STUDENT_MODEL = llama(purse.WORDS, hidden=32, layers=2, heads=4, between=96)
-TEACHER_ROWS, TEACHER_TRAINING = 30_000, {"steps": 700, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50}
+TEACHER_ROWS, TEACHER_TRAINING = 30_000, {"steps": 260, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 50}
 STUDENT_TRAINING = {"steps": 600, "batch_size": 64, "warmup_steps": 20}
 LEARNING_RATES, TUNING_SEED = (1e-3, 3e-3, 1e-2), 1000
 HELD_OUT, COT_QUESTIONS, RESPONSES_QUESTIONS, SLIPS = 400, 200, 600, 0.1
