@@ -1,6 +1,8 @@
 # Two commands: `make quickstart` and `make test`. Both make the virtual environment first, where there is none.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Processes that share the tests, file by file; each has a Ray of its own. `make test PROCESSES=0` for one after the other.
+PROCESSES ?= 2
 
 .PHONY: quickstart test lint types bench comparison clean
 
@@ -8,7 +10,7 @@ quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
 
 test: .venv/.developing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.developing
 	$(BIN)/ruff check .

@@ -34,6 +34,12 @@ app = typer.Typer(
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 _INTERRUPTED = 130
+_GOES_ON = {
+    "run": "what was checkpointed can be continued with --resume",
+    "synthesize": "what was written is kept, and the same command goes on from there",
+    "cache": "the signals that came are kept, and the same command goes on from there",
+}
+"""What is left of a command that was interrupted."""
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; see jobs/.")]
 Overrides = Annotated[
@@ -74,11 +80,13 @@ def run(
 def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
     """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
     settings = load_config(config, overrides, output=output)
+    from rayk.inputs import written_rows
+    from rayk.run import located, next_round
     from rayk.run import synthesize as write
 
     summary = write(settings, watcher=watcher())
     _print(synthesised(summary))
-    console.print(f"\nThe rows: {settings.output_path / 'synthesis' / 'rows.parquet'}")
+    console.print(f"\nThe rows: {written_rows(next_round(located(settings))[0])}")
 
 
 @app.command()
@@ -231,7 +239,8 @@ def synthesised(summary: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     usage = summary["usage"]
     rows = {
-        "kept": f"{summary['kept']:,} of {summary['candidates']:,} for {summary['prompts']:,} prompts",
+        "kept": f"{summary['kept']:,} of {summary['candidates']:,}"
+        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] > 1 else ""),
         **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
         **{each["name"]: format(each["value"], ".1%" if each["share"] else ".2f") for each in summary["figures"]},
         "requests": f"{usage['requests']:,}" if "requests" in usage else "",
@@ -261,6 +270,7 @@ def planning(plan: "Plan") -> Table:
     fewer = sorted({1, max(1, plan.replicas // 2), max(1, plan.replicas - 1)} - {plan.replicas})
     waits = ", ".join(f"with {count}: {plan.waiting_share(count):.0%}" for count in fewer)
     for name, text in {
+        "the student trains": str(plan.size),
         "student, never waiting": f"{plan.student_rate:,.0f} tokens/s",
         "one replica": f"{plan.teacher_rate:,.0f} tokens/s",
         "replicas": f"{plan.replicas}, with a fifth to spare",
@@ -306,7 +316,8 @@ def main() -> None:
     except RaykError as error:
         code = _fail(str(error), 1)
     except (KeyboardInterrupt, SystemExit):
-        code = _fail("Interrupted; what was checkpointed can be continued with --resume.", _INTERRUPTED)
+        command = next((each for each in sys.argv[1:] if not each.startswith("-")), "")
+        code = _fail("; ".join(["Interrupted", *filter(None, [_GOES_ON.get(command)])]) + ".", _INTERRUPTED)
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:

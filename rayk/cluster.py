@@ -4,13 +4,16 @@ import logging
 import os
 import signal
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 
+from rayk.config import Resources
 from rayk.environment import THREADING
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
+T = TypeVar("T")
 
 
 def start_ray(num_cpus: float = 0) -> None:
@@ -51,3 +54,18 @@ def gpus_each(requested: float | None, needed: float = 1.0) -> float:
     if requested is not None:
         return requested
     return needed if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def run_on(resources: Resources, work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` returns, run as a task with these resources somewhere on the cluster.
+
+    Raises:
+        Whatever it raises.
+    """
+    task = ray.remote(work).options(
+        num_cpus=resources.num_cpus, num_gpus=gpus_each(resources.num_gpus), resources=resources.custom
+    )
+    try:
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error

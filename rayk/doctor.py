@@ -53,13 +53,18 @@ def _machine() -> Iterator[Check]:
 
 def _run(settings: RunConfig) -> Iterator[Check]:
     from rayk.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
-    from rayk.run import attached_teachers, cpus_needed, located
+    from rayk.run import attached_teachers, cpus_needed, located, next_round
+    from rayk.students import planned_size
 
     settings = located(settings)
     if settings.output_path.joinpath("config.yaml").exists():
         yield Check(
             "note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output."
         )
+    if settings.rounds > 1:
+        rounds = settings.rounds
+        settings, which = next_round(settings)
+        yield Check("ok", f"rounds: {rounds}, of which round {which.number + 1} is next, in {settings.output_path}.")
     attached = attached_teachers(settings)
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
@@ -81,6 +86,16 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.longest}"
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
+        )
+    size = planned_size(settings.student, inputs.tokenizer)
+    yield Check("ok", f"The student trains {size}.")
+    if (retriever := settings.retriever) is not None:
+        most = retriever.candidates * retriever.rounds
+        through = f" and {retriever.reward_model.model}" if retriever.reward_model else ""
+        yield Check(
+            "ok",
+            f"Retriever: {retriever.encoder}{through} can be loaded; teacher '{settings.retrievers_teacher}' scores up "
+            f"to {most} demonstrations for each training input.",
         )
     yield from _signal_size(settings)
     yield Check("ok", f"The run asks Ray for {cpus_needed(settings):g} CPUs.")

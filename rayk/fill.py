@@ -12,7 +12,7 @@ from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
 from rayk.evaluation.evaluate import fitting
 from rayk.inputs import Inputs, on_written_rows, read_inputs
-from rayk.run import Watcher, applications_of, attached_teachers, cpus_needed, located, serve_all
+from rayk.run import Watcher, applications_of, attached_teachers, cpus_needed, located, next_round, serve_all
 from rayk.support import Logprob, Requested, Support, TopK
 from rayk.teachers import Teacher
 from rayk.teachers.background import background_stream
@@ -48,7 +48,7 @@ def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled
         InputError: there is no cache or no teacher to fill it, or the inputs are wrong.
         UnusableSignal: a row's signal cannot be learned from, and `training.unusable_rows` is "stop".
     """
-    config, watcher = on_written_rows(located(config)), watcher or Watcher()
+    config, watcher = on_written_rows(next_round(located(config))[0]), watcher or Watcher()
     settings = _settings(config)
     if not config.teachers:
         raise InputError("There is no teacher to fill the cache from; add one under 'teachers'.")

@@ -1,6 +1,7 @@
 """What a run needs before anything is started: tokenizer and rows, held against the models and the settings."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rayk.config import DataSource, InContextConfig, RunConfig, TeacherConfig
+from rayk.config import DataSource, InContextConfig, JudgeFilter, RunConfig, ServedRollouts, TeacherConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable
+from rayk.data.retrieval import check_encoder
 from rayk.data.sources import read_rows
 from rayk.data.tokenizing import RowTokenizer, collect, tokenize
 from rayk.errors import InputError
@@ -18,9 +20,10 @@ from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
 from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
-from rayk.students import architecture
+from rayk.retrieval import check_retriever
+from rayk.students import architecture, planned_size
 from rayk.support import Hidden, TopK
-from rayk.synthesis import RECIPES, Prompt, read_prompts
+from rayk.synthesis import RECIPES, Prompt, check_chats, read_prompts
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
@@ -51,6 +54,8 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     name = tokenizer_of(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = {"the student": architecture(config.student, tokenizer)}
+    if config.student.lora is not None:
+        planned_size(config.student, tokenizer)
     for teacher in config.scoring_teachers:
         _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
         if teacher.model:
@@ -96,10 +101,15 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
             model or a function of the user's cannot be loaded.
     """
     assert config.synthesis is not None
-    RECIPES[config.synthesis.kind].check(config.synthesis)
-    writer = next(teacher for teacher in config.teachers if teacher.name == config.writer)
-    if writer.gives_signals and writer.model is not None:
-        load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    writing = [teacher for teacher in config.teachers if teacher.name in config.writers]
+    RECIPES[config.synthesis.kind].check(
+        config.synthesis, next(teacher for teacher in writing if teacher.name == config.writer)
+    )
+    for writer in writing:
+        if writer.gives_signals and writer.model is not None:
+            load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
+    _check_asked_student(config)
+    _check_judges(config)
     if config.synthesis.makes_prompts:
         return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
     if config.synthesis.prompts is not None:
@@ -109,6 +119,32 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
         source, section = config.data.train, "data.train."
     answer = getattr(config.synthesis, "answer", None) if config.synthesis.reads_truth else None
     return read_prompts(source, section, answer)
+
+
+def _check_judges(config: RunConfig) -> None:
+    """Refuse judges that cannot be asked as they are to be."""
+    assert config.synthesis is not None
+    for each in config.synthesis.filters:
+        if not isinstance(each, JudgeFilter):
+            continue
+        judge = next(teacher for teacher in config.teachers if teacher.name == (each.teacher or config.writer))
+        if each.chat and judge.gives_signals and judge.model is not None:
+            check_chats(load_tokenizer(judge.model, trust_remote_code=judge.trust_remote_code), judge.name)
+
+
+def _check_asked_student(config: RunConfig) -> None:
+    """A student that is asked reads and writes by the tokenizer in its folder, which must be the one it learns by."""
+    student = config.student
+    if config.synthesis is None or not config.synthesis.reads_student or not (student.model and student.tokenizer):
+        return
+    own, given = (
+        load_tokenizer(name, trust_remote_code=student.trust_remote_code) for name in (student.model, student.tokenizer)
+    )
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(given):
+        raise InputError(
+            f"student.tokenizer '{student.tokenizer}' is not the tokenizer in '{student.model}', by which synthesis "
+            f"'{config.synthesis.kind}' has the student write; save it there, and leave student.tokenizer out."
+        )
 
 
 def filters_of(config: RunConfig) -> list[Filter]:
@@ -151,7 +187,7 @@ def on_written_rows(config: RunConfig) -> RunConfig:
     path = written_rows(config)
     if not path.with_name("summary.json").exists():
         raise InputError(f"The training rows are not written yet ('{path}'); run `rayk synthesize` first.")
-    rows = DataSource(path=str(path), format="prompt_completion")
+    rows = DataSource(path=str(path), format="preference" if config.synthesis.writes_pairs else "prompt_completion")
     return config.model_copy(update={"data": config.data.model_copy(update={"train": rows})})
 
 
@@ -212,6 +248,20 @@ def _check_lengths(
                 f"The longest prompt with what is written after it may have {rolled_out} tokens, but {name} takes "
                 f"{limit}; lower rollouts.max_new_tokens."
             )
+    _check_policy_lengths(models["the student"], config, max(longest, rolled_out))
+
+
+def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None:
+    """vLLM writes at least a token after whatever it reads, and so takes one less than the model does."""
+    if not isinstance(config.rollouts, ServedRollouts) or config.rollouts.engine.kind != "vllm":
+        return
+    limit = min(_positions(student), config.rollouts.engine.max_model_len or sys.maxsize) - 1
+    if longest > limit:
+        raise InputError(
+            f"The longest row, or prompt with what is written after it, may have {longest} tokens, but the policy "
+            f"takes {limit} on vLLM; lower rollouts.max_new_tokens or data.max_tokens, or raise "
+            "rollouts.engine.max_model_len."
+        )
 
 
 def _demonstrator(
@@ -230,6 +280,10 @@ def _demonstrator(
     demonstrator = Demonstrator(pool_table, config.method, tokenizer, config.data.max_tokens)
     for row in (row for table in tables for row in table):
         demonstrator.check(row)
+    if (encoder := config.method.demonstrations.encoder) is not None:
+        check_encoder(encoder, "method.demonstrations.encoder")
+    if config.retriever is not None and train_table is not None:
+        check_retriever(config.retriever, demonstrator, train_table)
     return demonstrator
 
 

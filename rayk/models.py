@@ -301,7 +301,7 @@ def _from_pretrained(loader, name: str, what: str, **options):
             f"The folder '{name}' does not exist, so no {what} can be loaded; give a model folder or a hub id."
         )
     try:
-        with _quiet_loading():
+        with quiet_loading():
             return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)
     except Exception as error:  # of any type: transformers, safetensors, tokenizers and the hub each have their own
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
@@ -310,7 +310,7 @@ def _from_pretrained(loader, name: str, what: str, **options):
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Without transformers' progress bars and load reports; what matters of those, `load_model` says itself."""
     from transformers.utils import logging
 

@@ -14,7 +14,8 @@ from rayk.errors import InputError
 from rayk.evaluation.run_directory import read_lines
 from rayk.inputs import on_written_rows, read_inputs
 from rayk.models import load_model_config
-from rayk.run import located
+from rayk.run import located, next_round
+from rayk.students import Size, planned_size
 from rayk.support import Support, bytes_a_token
 from rayk.teachers import serve_teacher
 from rayk.training.loop import steps_of_epochs
@@ -38,6 +39,8 @@ class Plan:
     """Of a counted token's signal."""
     total_tokens: float
     """Over the whole run."""
+    size: Size
+    """Of the student."""
 
     @property
     def bytes_a_second(self) -> float:
@@ -65,7 +68,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     Raises:
         InputError: the run has no teacher to ask, or the student's rate is neither given nor measured.
     """
-    config = located(config)
+    config, _ = next_round(located(config))
     support: Support | None = config.asked_support
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
@@ -77,7 +80,8 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     teacher = next(each for each in config.teachers if each.name == config.compared_teacher)
     if teacher.model is None:
         raise InputError(f"Teacher '{teacher.name}' has no 'model' to plan for; set it beside 'attach'.")
-    table = read_inputs(on_written_rows(config), {}).train
+    inputs = read_inputs(on_written_rows(config), {})
+    table = inputs.train
     assert table is not None
     student_rate = student_rate or _student_rate(config)
     if teacher_rate is None and teacher.engine.kind == "simulated":
@@ -95,6 +99,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
         counted_share=float(table.counted_tokens.sum() / table.lengths.sum()),
         bytes_a_token=bytes_a_token(support, model.vocab_size, model.hidden_size),
         total_tokens=steps * config.training.batch_size * float(table.lengths.mean()),
+        size=planned_size(config.student, inputs.tokenizer),
     )
 
 

@@ -1,5 +1,6 @@
 """What the whole suite shares: tiny models, and one Ray cluster with one served teacher, started when first needed."""
 
+import asyncio
 import os
 
 from rayk.environment import set_threading
@@ -10,6 +11,7 @@ os.environ["RAY_AUTH_MODE"] = (
     "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
 )
 os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # no Ray but those that are asked for; Serve's threads would start one
 # Train's controller looks at its workers five times a second instead of every other one.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
@@ -22,6 +24,13 @@ from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start Ray or vLLM first: processes that share the tests take whole files from the top, and what is
+    short fills up the end. A file's tests stay together and in order."""
+    slow = {item.path for item in items if item.get_closest_marker("cluster") or "ray_cluster" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +49,24 @@ def tiny_student(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def on_loop():
+    """Runs coroutines on the one event loop that an engine's tasks live on."""
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray for the session, with more logical CPUs than the machine has."""
     import ray
+    from ray import serve
 
     from rayk.cluster import start_ray
 
     start_ray(num_cpus=8)
     yield
+    serve.shutdown()  # also this process's handles, which go on reporting to a controller that is no more
     ray.shutdown()
 
 

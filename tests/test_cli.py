@@ -1,7 +1,9 @@
 """The `rayk` command: what it prints, and with which code it ends."""
 
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from rayk import cli
 from rayk.methods import METHODS
 from rayk.run import Watcher, distill
 from tests.runs import config, settings, write_rows
+from tests.runs import rayk as started
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -114,6 +117,10 @@ BAD = {
         {"student": {"config": {"model_type": "llama", "vocab_size": 100}, "tokenizer": "STUDENT"}},
         "The student's vocabulary (100) is smaller than its tokenizer's",
     ),
+    "no such module": (
+        {"student": {"model": "STUDENT", "lora": {"target_modules": ["q_prof"]}}},
+        "student.lora.target_modules names 'q_prof', which LlamaForCausalLM lacks; it has",
+    ),
     "no such data": ({"data": {"train": {"path": "./nowhere.jsonl"}}}, "nowhere.jsonl"),
     "empty data": ({"data": {"train": {"path": "EMPTY"}}}, "empty.jsonl"),
     "no such field": (
@@ -145,7 +152,7 @@ def test_wrong_input_is_one_sentence_and_exit_2(rayk, write_config, tmp_path, ti
     def placed(value):
         if isinstance(value, dict):
             return {key: placed(each) for key, each in value.items()}
-        return str(tmp_path / places.get(value, value)) if value in places else value
+        return str(tmp_path / places[value]) if isinstance(value, str) and value in places else value
 
     assert sentence in the_sentence(rayk("run", write_config(**placed(sections))))
     assert not (tmp_path / "run").exists()
@@ -213,7 +220,10 @@ def test_doctor_finds_what_a_run_would_stumble_over(rayk, write_config, tmp_path
     code, _, err = rayk("doctor", write_config())
     assert code == 0
     assert "data.train: 48 rows" in err
+    assert re.search(r"The student trains all of its [\d,]+ parameters", err)
     assert not (tmp_path / "run").exists()
+    code, _, err = rayk("doctor", write_config(), "--set", "student.lora.r=2")
+    assert (code, bool(re.search(r"trains [\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", err))) == (0, True)
     code, _, err = rayk("doctor", write_config(student={"model": "./nowhere"}))
     assert (code, "✗ The " in err) == (2, True)
 
@@ -223,6 +233,7 @@ def test_plan_says_how_many_replicas_feed_the_student(rayk, write_config, tiny_t
     path = write_config({"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, teachers=[simulated])
     code, out, _ = rayk("plan", path, "--student-tokens-per-second", "1000")
     assert code == 0
+    assert re.search(r"^the student trains +all of its ", out, re.MULTILINE)
     assert re.search(r"^replicas +5, ", out, re.MULTILINE)  # 1.2 · 1000 / 250, rounded up
     assert re.search(r"^the student would wait +with 1: 75%, with 2: 50%, with 4: 0%", out, re.MULTILINE)
     assert re.search(r"^a counted token +about 72 bytes; \d+% of the tokens count", out, re.MULTILINE)
@@ -248,3 +259,20 @@ def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     assert (code, f"The report: {tmp_path}/both.html\n" in err) == (0, True)
     assert "<html" in (tmp_path / "both.html").read_text()
     assert the_sentence(rayk("report", tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["run"], "Interrupted; what was checkpointed can be continued with --resume."),
+        (["synthesize"], "Interrupted; what was written is kept, and the same command goes on from there."),
+        (["evaluate"], "Interrupted."),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(tmp_path, command, said):
+    path = tmp_path / "config.yaml"
+    os.mkfifo(path)
+    with started(*command, path, log=tmp_path / "log") as process, path.open("w"):  # once it reads
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert (tmp_path / "log").read_text().strip() == f"rayk: {said}"

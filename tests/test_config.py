@@ -5,7 +5,16 @@ import re
 import pytest
 import yaml
 
-from rayk.config import RunConfig, TeacherConfig, TransformersEngine, VLLMEngine, load_config, parse_config
+from rayk.config import (
+    PolicyEngine,
+    RunConfig,
+    TeacherConfig,
+    TransformersEngine,
+    VLLMEngine,
+    VLLMPolicyEngine,
+    load_config,
+    parse_config,
+)
 from rayk.errors import InputError
 from rayk.support import Logprob
 
@@ -32,6 +41,10 @@ def changed(**places):
             inside = inside.setdefault(part, {})
         inside[last] = value
     return values
+
+
+def on_vllm(**engine):
+    return {"kind": "served", "engine": {"kind": "vllm", **engine}}
 
 
 def test_settings_survive_the_way_through_yaml(tmp_path):
@@ -116,9 +129,22 @@ WRONG = {
     "key of the other rollouts": (
         changed(method={"kind": "on_policy"}, rollouts={"replicas": 2}), "rollouts: unknown key 'replicas'"
     ),
-    "vLLM as a policy": (
-        changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "engine": {"kind": "vllm"}}),
-        "rollouts.engine: engine kind 'vllm' cannot take over a student's weights",
+    "vLLM as a policy with a key of the teachers'": (
+        changed(method={"kind": "on_policy"}, rollouts=on_vllm(dtype="float32")), "unknown key 'dtype'"
+    ),
+    "what vLLM's replica says itself": (
+        changed(method={"kind": "on_policy"}, rollouts=on_vllm(arguments={"load_format": "auto"})),
+        "'load_format' is what a policy's replica says itself; leave it out",
+    ),
+    "heat that vLLM lacks": (
+        changed(method={"kind": "on_policy"}, rollouts=on_vllm() | {"temperature": 2.5}),
+        "rollouts.temperature is 2.5, but vLLM samples at temperatures from 0.01 to 2",
+    ),
+    "ratios in vLLM's bfloat16": (
+        changed(
+            method={"kind": "minillm", "teacher_share": 0}, rollouts=on_vllm(), training={"precision": "bfloat16"}
+        ),
+        "use rollouts.engine.kind 'transformers', or training.precision and student.dtype 'float32'",
     ),
     "patience of the rollouts": (
         changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "deadline_seconds": 1800}),
@@ -246,10 +272,18 @@ def test_an_engine_is_transformers_unless_it_says_another_kind():
     assert TeacherConfig.model_validate(config.model_dump(mode="json")) == config
 
 
+def test_a_policy_on_vllm_is_what_was_said():
+    method = {"kind": "on_policy", "form": "policy"}
+    settings = parse_config(changed(method=method, rollouts=on_vllm(tensor_parallel_size=2)))
+    assert settings.rollouts.engine == VLLMPolicyEngine(tensor_parallel_size=2)
+    assert parse_config(yaml.safe_load(settings.to_yaml())) == settings
+    assert parse_config(changed(method=method, rollouts={"kind": "served"})).rollouts.engine == PolicyEngine()
+
+
 def test_the_default_config_names_every_section():
     sections = [
-        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "method", "rollouts",
-        "training", "evaluation", "cache", "tracking",
+        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "rounds", "method",
+        "rollouts", "training", "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections
 

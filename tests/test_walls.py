@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "rayk"
 # Each floor may use the floors above it in this list; rooms on one floor do not know each other.
 FLOORS = [
     {"errors", "support", "environment"},
-    {"config", "sequences", "packing"},
-    {"models", "text"},
+    {"config", "sequences", "packing", "storage"},
+    {"models", "lora", "text"},
     {"signal", "speculative", "key_values", "students"},
     {"losses", "signal_codec"},
     {"engines", "data"},
     {"cluster"},
     {"teachers"},
-    {"evaluation", "rollouts", "synthesis"},
+    {"evaluation", "rollouts", "synthesis", "retrieval"},
     {"methods"},
     {"training"},
     {"inputs"},

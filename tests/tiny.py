@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS, BOS, END = "<pad>", "<eos>", "<bos>", "<|end|>"
 
@@ -105,4 +105,35 @@ def tiny_model(
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    return model
+
+
+def tiny_encoder(
+    folder: Path | str, *, tokenizer: PreTrainedTokenizerFast | None = None, hidden: int = 32, layers: int = 2,
+    seed: int = 0, positions: int = 512,
+) -> str:  # fmt: skip
+    """The folder of a BERT with random weights and a tokenizer that marks where texts and pairs of them end, as
+    cross-encoders want it."""
+    tokenizer = tokenizer or tiny_tokenizer(bos=True)
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (BOS, EOS)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} $B {EOS}", special_tokens=marks
+    )
+    settings = AutoConfig.for_model(
+        "bert", vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * hidden, max_position_embeddings=positions, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModel.from_config(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, what learns of it changed as if it had."""
+    with torch.no_grad():
+        for number, parameter in enumerate(each for each in model.parameters() if each.requires_grad):
+            waves = torch.arange(parameter.numel(), dtype=torch.float32).add(number).sin()
+            parameter.add_(0.1 * waves.reshape(parameter.shape))
     return model

@@ -1,11 +1,12 @@
 """The filters of quality control, told apart by `kind`: what is left out of what teachers write."""
 
 import re
+import string
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rayk.config.base import Positive, Settings, Share
+from rayk.config.base import AnswerPattern, Positive, Settings, Share
 
 FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
@@ -14,7 +15,8 @@ class FieldFilter(Settings):
     """What filters of one field share."""
 
     field: str = "completion"
-    """Which field of the candidate is judged: `prompt`, `completion`, or one that the recipe adds."""
+    """Which field of the candidate is judged: `prompt`, `completion`, or one that the recipe adds. Of a pair
+    `completion` is the chosen answer, `rejected` the other."""
 
 
 class EmptyFilter(FieldFilter):
@@ -91,6 +93,13 @@ class KeywordsFilter(FieldFilter):
     keywords: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
+class EndingFilter(FieldFilter):
+    """Rejects what ends as if something were to follow, white space aside."""
+
+    kind: Literal["ending"] = "ending"
+    endings: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (":", "：")
+
+
 class ContaminationFilter(Settings):
     """Rejects what shares a run of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165 appendix C). A
     shorter evaluation prompt rejects only a field that is the same, word for word."""
@@ -132,7 +141,44 @@ class CustomFilter(Settings):
     """'module:name'; the module is looked for where rayk was started, too."""
 
 
-FilterConfig = Annotated[
+def _fields_alone(template: str) -> str:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"is not a template: {error}; write {{{{ and }}}} for literal braces") from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    wrong = next((name for name in names if not name.isidentifier()), None)
+    if wrong is not None or not names:
+        said = f"has {{{wrong}}}" if names else "names no field"
+        raise ValueError(f"{said}; name fields of the row in it, such as {{prompt}} and {{completion}}")
+    return template
+
+
+class JudgeFilter(Settings):
+    """Has a model rate each row, and rejects what it rates low. It comes after the filters of text alone and before
+    `keep`; what has no rating, because the model's reply has none or there is no reply, is rejected as such."""
+
+    kind: Literal["judge"] = "judge"
+    teacher: str | None = None
+    """Which of `teachers` judges; by default the one that writes."""
+    template: Annotated[str, AfterValidator(_fields_alone)] = (
+        "Rate an answer to a task: is it right, does it do what was asked, is it clear?\n\nTask:\n{prompt}\n\nAnswer:\n"
+        "{completion}\n\nSay in two sentences at most what is good and what is bad about it. Then write on a line of "
+        "its own 'Score: ' and a number from 1 (useless) to 5 (could not be better)."
+    )
+    """What it is asked; {prompt}, {completion} (of a pair the better one; {chosen} and {rejected}, too) and the row's
+    other fields are put in."""
+    score_pattern: AnswerPattern = r"(?i)\bscore\W{0,5}(\d+(?:\.\d+)?)"
+    """A regular expression with one group that finds the rating, a number, in the reply; the last match counts."""
+    at_least: float = 4.0
+    """The lowest rating that is kept."""
+    max_new_tokens: Positive = 512
+    """Longest reply, which is greedy."""
+    chat: bool = True
+    """Ask in the judge's chat template; an endpoint (engine kind `openai`) has its own `engine.chat`."""
+
+
+_OfTexts = (
     EmptyFilter
     | TruncatedFilter
     | LengthFilter
@@ -140,9 +186,11 @@ FilterConfig = Annotated[
     | RepetitionFilter
     | RefusalFilter
     | KeywordsFilter
-    | ContaminationFilter
+    | EndingFilter
     | NearDuplicatesFilter
     | RougeFilter
-    | CustomFilter,
-    Field(discriminator="kind"),
-]
+    | CustomFilter
+)
+TextFilterConfig = Annotated[_OfTexts, Field(discriminator="kind")]
+"""Those that need nothing but the candidates."""
+FilterConfig = Annotated[_OfTexts | ContaminationFilter | JudgeFilter, Field(discriminator="kind")]

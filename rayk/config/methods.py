@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Positive, Settings, Share
 from rayk.config.data import DataSource
+from rayk.config.retriever import RetrieverConfig
 from rayk.support import Logprob, Requested, Sampled, Support, TopK
 
 DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -235,11 +236,14 @@ class DemonstrationsConfig(Settings):
 
     k: Annotated[int, Field(ge=0)] = 16
     """How many the teacher reads; as many as there are of the row's task where they are fewer."""
-    choice: Literal["random", "bm25", "embedding"] = "random"
+    choice: Literal["random", "bm25", "embedding", "learned"] = "random"
     """`random`: others in every epoch. `bm25`, `embedding`: those whose inputs are nearest to the row's, the nearest
-    last."""
+    last. `learned`: likewise by an encoder that is trained first to find what helps a teacher (`retriever`)."""
     encoder: str | None = None
-    """The model whose mean hidden states `embedding` compares, a local folder or hub id."""
+    """The model whose mean hidden states `embedding` compares, a local folder or hub id; OUTPUT/retriever of a run with
+    `learned` too."""
+    retriever: RetrieverConfig | None = None
+    """How `learned` learns; its own, and no other choice's."""
     pool: DataSource | None = None
     """Rows that demonstrations are taken from; by default the training rows. None has the same input as the row it
     stands before."""
@@ -257,6 +261,13 @@ class DemonstrationsConfig(Settings):
     def _encoder_fits(self) -> "DemonstrationsConfig":
         if (self.choice == "embedding") != (self.encoder is not None):
             raise ValueError("'encoder' names the model of choice 'embedding', and of no other; set both or neither")
+        if self.choice != "learned":
+            if self.retriever is not None:
+                raise ValueError(f"'retriever' is choice 'learned's, but choice is '{self.choice}'; leave one out")
+            return self
+        if not self.k:
+            raise ValueError("choice 'learned' has nothing to choose where 'k' is 0; raise it")
+        object.__setattr__(self, "retriever", self.retriever or RetrieverConfig())
         return self
 
 

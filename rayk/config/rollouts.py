@@ -5,7 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from rayk.config.base import Positive, Settings
-from rayk.config.teachers import LocalEngine, Replicas, Resources, as_replicas
+from rayk.config.teachers import LocalEngine, OnVLLM, Replicas, Resources, as_replicas, on_transformers
+
+# What a replica says itself: where the architecture comes from, that the weights come later, and how they get in.
+_ITS_OWN_ARGUMENTS = {
+    "model", "tokenizer", "dtype", "load_format", "worker_extension_cls", "max_logprobs", "logprobs_mode",
+    "trust_remote_code",
+}  # fmt: skip
 
 
 class _Sampling(Settings):
@@ -41,27 +47,42 @@ class PolicyEngine(LocalEngine):
     kind: Literal["transformers"] = "transformers"
 
 
+class VLLMPolicyEngine(OnVLLM):
+    """vLLM writes, in bfloat16 where the student or `training.precision` is, else in float32. The replica itself keeps
+    a copy of the student in the host's memory, from which vLLM takes the weights of each step.
+
+    What it says of a sequence differs from what a training step computes by vLLM's rounding: nothing in float32, too
+    much in bfloat16 for methods that weigh tokens by a ratio of the two.
+    """
+
+    batch_tokens: Positive = 65_536
+    """Tokens, prompts and completions, that one replica is given to write at a time. The teacher reads them while the
+    next ones are written."""
+
+    @field_validator("arguments")
+    @classmethod
+    def _its_own(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := _ITS_OWN_ARGUMENTS & value.keys():
+            raise ValueError(f"'{min(taken)}' is what a policy's replica says itself; leave it out")
+        return value
+
+
+_Engines = Annotated[PolicyEngine | VLLMPolicyEngine, Field(discriminator="kind")]
+
+
 class ServedRollouts(_Sampling):
     """Replicas on Ray Serve generate, and take over the student's weights after each step; so generation scales apart
     from training. Ray's object store holds the weights of two versions."""
 
     kind: Literal["served"] = "served"
-    engine: PolicyEngine = Field(default_factory=PolicyEngine)
+    engine: Annotated[_Engines, BeforeValidator(on_transformers)] = Field(default_factory=PolicyEngine)
+    """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)
     in_flight: Positive = 4
     """Calls one worker may have open at a time for each replica that runs."""
     deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How long one call may take, retries and replica restarts included, before the run stops."""
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _no_vllm(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("kind") == "vllm":
-            raise ValueError(
-                "engine kind 'vllm' cannot take over a student's weights while it trains; use 'transformers'"
-            )
-        return value
 
 
 def _rollouts(value: Any) -> Any:

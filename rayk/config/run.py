@@ -6,10 +6,11 @@ from typing import Annotated
 import yaml
 from pydantic import Field, model_validator
 
-from rayk.config.base import Settings
+from rayk.config.base import Positive, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
+from rayk.config.filters import JudgeFilter, LengthFilter
 from rayk.config.methods import (
     InContextConfig,
     MethodConfig,
@@ -18,8 +19,9 @@ from rayk.config.methods import (
     PreferenceConfig,
     TaughtConfig,
 )
+from rayk.config.retriever import RetrieverConfig
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
-from rayk.config.synthesis import SynthesisConfig
+from rayk.config.synthesis import MagpieConfig, SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
 from rayk.support import Support
@@ -47,6 +49,9 @@ class RunConfig(Settings):
     data: DataConfig
     synthesis: SynthesisConfig | None = None
     """Let a teacher write the training rows; `null`: `data.train` is learned from as it is."""
+    rounds: Positive = 1
+    """Write rows and train so often, each time with the student of the round before; for a synthesis whose rows depend
+    on the student. Each round is a run directory of its own, OUTPUT/rounds/01 and so on."""
     method: MethodConfig
     rollouts: RolloutConfig | None = None
     """How the student writes, for methods that learn from what it writes; theirs by default, no one else's."""
@@ -73,6 +78,7 @@ class RunConfig(Settings):
         self._signals_can_be_had()
         self._pairs_can_be_read()
         self._demonstrations_can_be_shown()
+        self._retriever_can_learn(names)
         self._completions_can_be_written()
         for teacher in self.teachers:
             support = self.asked_support
@@ -95,12 +101,19 @@ class RunConfig(Settings):
         if self.synthesis is None:
             if self.data.train is None:
                 raise ValueError("data.train is missing; set it")
+            if self.rounds > 1:
+                raise ValueError(
+                    f"rounds is {self.rounds}, but without 'synthesis' nothing is written in a round; leave it out"
+                )
             return
         if not names:
             raise ValueError("synthesis needs a teacher that writes; add one under 'teachers'")
         if self.synthesis.teacher not in (None, *names):
             named = f"synthesis.teacher '{self.synthesis.teacher}'"
             raise ValueError(f"{named} is none of the teachers ({', '.join(names)})")
+        if self.referee not in names:
+            raise ValueError(f"synthesis.referee '{self.referee}' is none of the teachers ({', '.join(names)})")
+        self._student_can_be_asked()
         given = self.data.train is not None or self.synthesis.prompts is not None
         if self.synthesis.makes_prompts and given:
             raise ValueError(
@@ -112,12 +125,18 @@ class RunConfig(Settings):
                 f"synthesis '{self.synthesis.kind}' writes for the prompts of data.train or of synthesis.prompts; set "
                 "one of the two"
             )
+        for name in self.judges:
+            if name not in names:
+                raise ValueError(
+                    f"synthesis.filters: judge's teacher '{name}' is none of the teachers ({', '.join(names)})"
+                )
+        for teacher in self.teachers:
+            if teacher.name in self.only_writing and teacher.prompt_template is not None:
+                raise ValueError(
+                    f"teacher '{teacher.name}' only writes, so its prompt_template is not read; use a prompt_template "
+                    "of the rows it writes for (data.train or synthesis.prompts)"
+                )
         writer = next(teacher for teacher in self.teachers if teacher.name == self.writer)
-        if writer.name in self.only_writing and writer.prompt_template is not None:
-            raise ValueError(
-                f"teacher '{writer.name}' only writes, so its prompt_template is not read; use a prompt_template of "
-                "the rows it writes for (data.train or synthesis.prompts)"
-            )
         if writer.attach or writer.engine.kind != "openai":
             return
         if self.synthesis.chat:
@@ -125,10 +144,35 @@ class RunConfig(Settings):
                 f"synthesis.chat: teacher '{writer.name}' is an endpoint with a chat template of its own; leave it out "
                 "and see to engine.chat"
             )
+        filters = [*self.synthesis.filters, *getattr(self.synthesis, "instruction_filters", [])]
+        if any(isinstance(each, LengthFilter) and each.unit == "tokens" for each in filters):
+            raise ValueError(
+                f"synthesis.filters: 'length' counts tokens, which teacher '{writer.name}' does not tell; set another "
+                "unit"
+            )
+        if isinstance(self.synthesis, MagpieConfig) and (writer.engine.chat or self.synthesis.tokenizer is None):
+            raise ValueError(
+                f"synthesis 'magpie' feeds the beginning of a user's turn, which chat completions do not take: teacher "
+                f"'{writer.name}' needs engine.chat: false (an endpoint that has plain completions), and "
+                "synthesis.tokenizer whose chat template it is"
+            )
         if self.synthesis.needs_logprobs and not writer.engine.logprobs:
             raise ValueError(
                 f"synthesis.scorer 'mean_logprob' needs log-probs of teacher '{writer.name}'; set engine.logprobs, or "
                 "another scorer"
+            )
+
+    def _student_can_be_asked(self) -> None:
+        assert self.synthesis is not None
+        if self.rounds > 1 and not self.synthesis.reads_student:
+            raise ValueError(
+                f"rounds is {self.rounds}, but what synthesis '{self.synthesis.kind}' writes does not depend on the "
+                "student, so every round would be the same; leave it out"
+            )
+        if self.synthesis.asks_student(0) and self.student.model is None:
+            raise ValueError(
+                f"synthesis '{self.synthesis.kind}' asks the student for answers as the run begins, but "
+                "'student.config' makes one with random weights; give student.model"
             )
 
     def _many_teachers_fit(self, names: list[str], wanted: str | None) -> None:
@@ -203,13 +247,42 @@ class RunConfig(Settings):
                     "model reads; leave it out"
                 )
 
+    def _retriever_can_learn(self, names: list[str]) -> None:
+        if (retriever := self.retriever) is None:
+            return
+        place = "method.demonstrations.retriever.teacher"
+        if retriever.teacher not in (None, *names):
+            listed = ", ".join(names) or "there are none"
+            raise ValueError(f"{place} '{retriever.teacher}' is none of the teachers ({listed})")
+        if not names:
+            raise ValueError("method.demonstrations.choice 'learned' needs a teacher; add one under 'teachers'")
+        if retriever.teacher is None and (self.ensemble or self.route):
+            raise ValueError(
+                f"{place} is missing: one teacher scores candidates, but 'ensemble' or 'route' is set; name one of "
+                f"them ({', '.join(names)})"
+            )
+        scorer = next(teacher for teacher in self.teachers if teacher.name == self.retrievers_teacher)
+        if not scorer.gives_signals:
+            raise ValueError(
+                f"{place}: '{scorer.name}' is an endpoint (engine kind 'openai') and gives no log-probs of right "
+                "answers; name another teacher"
+            )
+
     def _pairs_can_be_read(self) -> None:
+        pairs = self.synthesis is not None and self.synthesis.writes_pairs
         if not isinstance(self.method, PreferenceConfig):
+            if self.synthesis is not None and pairs:
+                raise ValueError(
+                    f"synthesis '{self.synthesis.kind}' writes a better and a worse answer a row, from which only "
+                    f"method 'preference' learns; use it instead of '{self.method.kind}', or another synthesis"
+                )
+            return
+        if pairs:
             return
         if self.synthesis is not None:
             raise ValueError(
                 f"synthesis '{self.synthesis.kind}' writes one answer a row, but method 'preference' learns from pairs;"
-                " use another method, or rows that have pairs"
+                " use synthesis 'preferences', another method, or rows that have pairs"
             )
         if self.data.train is not None and self.data.train.format not in ("auto", "preference"):
             raise ValueError(
@@ -225,6 +298,7 @@ class RunConfig(Settings):
         rollouts = self.rollouts or WorkerRollouts()
         object.__setattr__(self, "rollouts", rollouts)
         self._agree_before_collectives_end(rollouts)
+        self._vllm_can_write(rollouts)
         sampled_plainly = (rollouts.temperature, rollouts.top_p, rollouts.top_k) == (1.0, 1.0, 0)
         if not sampled_plainly and (isinstance(self.method, MiniLLMConfig) or self.method.form == "policy"):
             raise ValueError(
@@ -247,6 +321,22 @@ class RunConfig(Settings):
             raise ValueError(
                 f"method.teacher_written: teacher '{written_by.name}' has a prompt_template, and what it writes after "
                 "its own prompt is not what it says about the student's; set one of the two aside"
+            )
+
+    def _vllm_can_write(self, rollouts: RolloutConfig) -> None:
+        if not isinstance(rollouts, ServedRollouts) or rollouts.engine.kind != "vllm":
+            return
+        if not (rollouts.temperature == 0 or 0.01 <= rollouts.temperature <= 2):
+            raise ValueError(
+                f"rollouts.temperature is {rollouts.temperature:g}, but vLLM samples at temperatures from 0.01 to 2, "
+                "or 0 for greedy"
+            )
+        weighs = isinstance(self.method, MiniLLMConfig) or getattr(self.method, "form", "") == "policy"
+        if weighs and "bfloat16" in (self.training.precision, self.student.dtype):
+            raise ValueError(
+                f"{self.method.kind}'s policy gradient weighs tokens by log-probs that the training step must be able "
+                "to compute again, which vLLM's in bfloat16 are not; use rollouts.engine.kind 'transformers', or "
+                "training.precision and student.dtype 'float32'"
             )
 
     def _agree_before_collectives_end(self, rollouts: RolloutConfig) -> None:
@@ -304,9 +394,21 @@ class RunConfig(Settings):
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
         if self.asked_support is not None and not asked:
-            able = [t.name for t in self.teachers if t.name != self.writer or t.gives_signals]
+            able = [t.name for t in self.teachers if t.name not in self.writers or t.gives_signals]
             asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
         return asked
+
+    @property
+    def retriever(self) -> RetrieverConfig | None:
+        """How demonstrations are learned to be found; None where they are not."""
+        return self.method.demonstrations.retriever if isinstance(self.method, InContextConfig) else None
+
+    @property
+    def retrievers_teacher(self) -> str:
+        """The teacher that scores demonstrations for the retriever; "" without one."""
+        if self.retriever is None:
+            return ""
+        return self.retriever.teacher or self.compared_teacher or self.teachers[0].name
 
     @property
     def writer(self) -> str:
@@ -314,9 +416,25 @@ class RunConfig(Settings):
         return (self.synthesis.teacher or self.teachers[0].name) if self.synthesis else ""
 
     @property
+    def referee(self) -> str:
+        """The teacher that compares what is written; the writer where `synthesis` names no other."""
+        return getattr(self.synthesis, "referee", None) or self.writer
+
+    @property
+    def judges(self) -> list[str]:
+        """The teachers that judge what is written, a filter `judge` each."""
+        filters = self.synthesis.filters if self.synthesis else []
+        return [each.teacher or self.writer for each in filters if isinstance(each, JudgeFilter)]
+
+    @property
+    def writers(self) -> list[str]:
+        """The teachers that are up while the training rows are written."""
+        return list(dict.fromkeys([self.writer, self.referee, *self.judges])) if self.synthesis else []
+
+    @property
     def only_writing(self) -> list[str]:
         """The teachers that nobody needs once the training rows are written."""
-        return [self.writer] if self.synthesis and self.writer not in self._asked_for_signals else []
+        return [name for name in self.writers if name not in self._asked_for_signals]
 
     @property
     def training_teachers(self) -> list[TeacherConfig]:
@@ -337,6 +455,11 @@ class RunConfig(Settings):
     @property
     def output_path(self) -> Path:
         return Path(self.output or f"runs/{self.name}").expanduser().absolute()
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder or URI where checkpoints go."""
+        return self.training.checkpoints or str(self.output_path / "checkpoints")
 
     def to_yaml(self) -> str:
         """The resolved settings, as `rayk run` reads them."""

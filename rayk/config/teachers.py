@@ -27,27 +27,41 @@ class TransformersEngine(LocalEngine):
     """What the teacher computes in; `auto` is what its checkpoint was saved in."""
 
 
-class VLLMEngine(Settings):
-    """vLLM's asynchronous engine: fast, on one or more GPUs of a node; top-k signals at temperature 1.
+class OnVLLM(Settings):
+    """vLLM's asynchronous engine in a process beside the replica's own, or several of them.
 
     A replica asks Ray for `tensor_parallel_size` GPUs of one node unless `resources.num_gpus` says otherwise, and vLLM
-    runs a process on each. One copy over several nodes would take a placement group, which replicas do not have.
+    runs a process on each.
     """
 
     kind: Literal["vllm"] = "vllm"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` is vLLM's choice: as saved, but 16 bits for a checkpoint in float32."""
     tensor_parallel_size: Positive = 1
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest sequence, prompt and continuation together; by default what the model takes. The cache must hold one."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of each GPU's memory one engine takes; by default vLLM's. On a CPU, of the machine's memory; by default
     the cache has 1 GiB there."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Anything else for vLLM's `AsyncEngineArgs`, under its names there."""
+
+
+class VLLMEngine(OnVLLM):
+    """vLLM: fast, on one or more GPUs of a node; top-k signals at temperature 1."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto` is vLLM's choice: as saved, but 16 bits for a checkpoint in float32."""
+    across_nodes: bool = False
+    """The GPUs of one copy may lie on several nodes: a replica asks Ray for a placement group, one GPU a bundle, on as
+    few nodes as it takes, and vLLM's processes are Ray's. For models that no node holds."""
     hidden: bool = False
     """Also give support `hidden`. vLLM needs a second engine for it, which loads the model once more: keep
     `gpu_memory_utilization` below a half, with room for the head."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """Anything else for vLLM's `AsyncEngineArgs`, under its names there."""
+
+    @model_validator(mode="after")
+    def _one_engine_across_nodes(self) -> "VLLMEngine":
+        if self.across_nodes and self.hidden:
+            raise ValueError("'across_nodes' has GPUs for one engine, but 'hidden' needs a second; leave one out")
+        return self
 
 
 class SimulatedEngine(Settings):
@@ -99,7 +113,8 @@ class OpenAIEngine(Settings):
     price_per_million_completion_tokens: Annotated[float, Field(ge=0)] | None = None
 
 
-def _engine(value: Any) -> Any:
+def on_transformers(value: Any) -> Any:
+    """An engine whose `kind` is left out runs on transformers."""
     return {"kind": "transformers"} | value if isinstance(value, dict) else value
 
 
@@ -188,7 +203,7 @@ class TeacherConfig(Settings):
     """A local model folder or a hub id; with engine kind `openai` the endpoint's name for it."""
     attach: bool = False
     """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
-    engine: Annotated[EngineConfig, BeforeValidator(_engine)] = Field(default_factory=TransformersEngine)
+    engine: Annotated[EngineConfig, BeforeValidator(on_transformers)] = Field(default_factory=TransformersEngine)
     """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)

@@ -2,10 +2,41 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Positive, Settings, Share
 from rayk.config.teachers import Resources
+
+
+def _all_or_named(value: Any) -> Any:
+    if value != "all-linear" and not (
+        isinstance(value, list) and value and all(isinstance(each, str) for each in value)
+    ):
+        raise ValueError(f"is {value!r}; it may be 'all-linear' or a list of modules, such as [q_proj, v_proj]")
+    return value
+
+
+class LoraConfig(Settings):
+    """Learn an adapter on frozen weights instead of all of them (`rayk.lora`); needs `pip install 'rayk[lora]'`."""
+
+    r: Positive = 16
+    """The rank: how many directions of each weight learn."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter's output counts alpha/r times."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of what the adapter reads, in training steps alone."""
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_all_or_named)] = "all-linear"
+    """The modules that get an adapter, by the end of their names (`[q_proj, v_proj]`); `all-linear`: all linear layers
+    but the head."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that learn whole, by the end of their names, in the student's `dtype`."""
+
+    @model_validator(mode="after")
+    def _one_way_each(self) -> "LoraConfig":
+        both = [] if isinstance(self.target_modules, str) else set(self.target_modules) & set(self.modules_to_save)
+        if both:
+            raise ValueError(f"'{min(both)}' is in both target_modules and modules_to_save; leave it out of one")
+        return self
 
 
 class StudentConfig(Settings):
@@ -20,6 +51,8 @@ class StudentConfig(Settings):
     """Folder or hub id; by default the student's own (`model`), or the first teacher's (`config`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The weights' type; `training.precision` chooses what the step computes in."""
+    lora: LoraConfig | None = None
+    """Learn an adapter on the loaded weights, which stay as they are; `null`: learn all weights."""
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 
@@ -27,6 +60,8 @@ class StudentConfig(Settings):
     def _one_origin(self) -> "StudentConfig":
         if (self.model is None) == (self.config is None):
             raise ValueError("needs exactly one of 'model' (load weights) and 'config' (start from random weights)")
+        if self.lora is not None and self.model is None:
+            raise ValueError("'lora' adapts trained weights, but 'config' starts from random ones; leave one out")
         return self
 
 

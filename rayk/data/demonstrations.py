@@ -14,7 +14,7 @@ student reads is then how the teacher's text ends, so any token of it counts for
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 from heapq import nlargest
@@ -104,7 +104,7 @@ class Demonstrator:
         # What is trained on whole label words is asked for them; else MetaICL's rule, the lowest mean loss a token.
         self.per_token = not self.wants_options
         self.max_tokens = max_tokens
-        self._pool = pool
+        self.pool = pool
         self._encoder = Encoder(tokenizer)
         self._output_separator, self._separator = map(
             _array, self._encoder.encode([self.settings.output_separator, self.settings.separator])
@@ -113,7 +113,7 @@ class Demonstrator:
         self._of_input: dict[bytes, list[int]] = defaultdict(list)
         for place, row in enumerate(pool):
             self._of_task[self.task(row)].append(place)
-            self._of_input[self._key(row)].append(place)
+            self._of_input[self.key(row)].append(place)
         self._nearest: dict[bytes, list[int]] = {}
 
     def query(self, row: Example, seed: int, hard_label_weight: float = 1.0) -> Query:
@@ -122,9 +122,15 @@ class Demonstrator:
         Raises:
             InputError: as `check`.
         """
-        return self._query(
-            row, [self._demonstration(self._pool[place]) for place in self.chosen(row, seed)], hard_label_weight
-        )
+        return self.after(row, self.chosen(row, seed), hard_label_weight)
+
+    def after(self, row: Example, places: Ordered[int], hard_label_weight: float = 1.0) -> Query:
+        """`row` after these rows of the pool.
+
+        Raises:
+            InputError: as `check`.
+        """
+        return self._query(row, [self._demonstration(self.pool[place]) for place in places], hard_label_weight)
 
     def _query(self, row: Example, demonstrations: list[np.ndarray], hard_label_weight: float = 1.0) -> Query:
         options = self.options(row)
@@ -148,7 +154,7 @@ class Demonstrator:
 
     def drawn(self, row: Example, draw: int) -> Query:
         """`row` after evaluation's draw number `draw`: the same in every run, whoever measures it."""
-        content = int.from_bytes(self._key(row))
+        content = int.from_bytes(self.key(row))
         return self.query(row, int(np.random.SeedSequence([draw, content]).generate_state(1, np.uint64)[0]))
 
     def check(self, row: Example) -> None:
@@ -157,7 +163,7 @@ class Demonstrator:
             InputError: the row has no options where they are needed, or others than its output, is no input with an
                 output, is too long, or there is no other row of its task.
         """
-        if self.settings.k and not self._candidates(row):
+        if self.settings.k and not self.candidates(row):
             raise InputError(
                 f"{row.where} is of task '{self.task(row)}', of which there is no other input to show it; give more "
                 "rows of it, set method.demonstrations.pool, or set method.demonstrations.k to 0."
@@ -167,6 +173,12 @@ class Demonstrator:
     def task(self, row: Example) -> str:
         """The name of the row's task; "" where it has none."""
         return str(row.fields.get(self.settings.task_field, ""))
+
+    def key(self, row: Example) -> bytes:
+        """The same for the same input in the same task."""
+        digest = hashlib.blake2b(self.task(row).encode(), digest_size=16)
+        digest.update(self._input(row).astype("<i4").tobytes())
+        return digest.digest()
 
     def options(self, row: Example) -> list[np.ndarray]:
         """The token ids of each of the row's options, int32 [length] each.
@@ -192,8 +204,12 @@ class Demonstrator:
         if not self.settings.k:
             return []
         if self.settings.choice != "random":
-            return self._nearest[self._key(row)]
-        members, same = self._of_task.get(self.task(row), []), self._of_input.get(self._key(row), [])
+            return self._nearest[self.key(row)]
+        return self.at_random(row, seed)
+
+    def at_random(self, row: Example, seed: int) -> list[int]:
+        """As many rows of the pool as may stand before `row`, drawn."""
+        members, same = self._of_task.get(self.task(row), []), self._of_input.get(self.key(row), [])
         count = min(self.settings.k, len(members) - len(same))
         # Raw numbers alone are promised by numpy never to change; not of the streams of what the seed is used for else.
         numbers = np.random.Philox(np.random.SeedSequence([seed, 2]))
@@ -204,29 +220,67 @@ class Demonstrator:
                 drawn[place] = None
         return list(drawn)
 
-    def rank(self, rows: Iterable[Example]) -> None:
-        """Find what stands before each of `rows`, where that is what is nearest to it."""
+    def rank(self, rows: Iterable[Example], encoder: str | None = None) -> None:
+        """Find what stands before each of `rows`, where that is what is nearest to it.
+
+        Args:
+            encoder: what choice 'learned' has learned.
+        """
         if self.settings.choice == "random" or not self.settings.k:
             return
-        embedder = Embedder(self.settings.encoder) if self.settings.encoder else None
+        encoder = encoder or self.settings.encoder
+        for row, best in self.nearest(rows, self.settings.k, Embedder(encoder) if encoder else None):
+            self._nearest[self.key(row)] = best[::-1]
+
+    def nearest(
+        self, rows: Iterable[Example], count: int, embedder: Embedder | None = None
+    ) -> Iterator[tuple[Example, list[int]]]:
+        """Each different input of `rows` with the rows of the pool nearest to it, the nearest first: by the words of
+        their inputs (BM25), or as `embedder` sees them."""
         for task, queries in self._by_task(rows).items():
             members = self._of_task[task]
-            inputs = [self._input(self._pool[place]) for place in members]
+            pool = [self.pool[place] for place in members]
             asked = [self._input(row) for row in queries]
-            scores = (
-                scores_by_bm25(inputs, asked)
-                if embedder is None
-                else embedder.scores(*map(self._texts, (inputs, asked)))
-            )
+            if embedder is None:
+                scores = scores_by_bm25([self._input(row) for row in pool], asked)
+            else:
+                read = self._solved if embedder.reading.outputs else self._input
+                scores = embedder.scores(self._texts(map(read, pool)), self._texts(asked))
             for row, of_row in zip(queries, scores, strict=True):
-                of_row[np.isin(members, self._of_input.get(self._key(row), []))] = -np.inf
-                best = best_of(of_row, min(self.settings.k, self._candidates(row)))
-                self._nearest[self._key(row)] = [members[each] for each in reversed(best)]
+                of_row[np.isin(members, self._of_input.get(self.key(row), []))] = -np.inf
+                yield row, [members[each] for each in best_of(of_row, min(count, self.candidates(row)))]
+
+    def distinct(self, rows: Iterable[Example]) -> list[Example]:
+        """The first of each input."""
+        return [row for of_task in self._by_task(rows).values() for row in of_task]
+
+    @property
+    def solved(self) -> list[str]:
+        """The text of each row of the pool as a demonstration, without the separator behind it."""
+        return self._texts(map(self._solved, self.pool))
+
+    def texts(self, row: Example) -> tuple[str, str]:
+        """Of a row's input and of its output."""
+        asked, answer = self._texts([self._input(row), self._output(row, ended=False)])
+        return asked, answer
+
+    def label(self, row: Example) -> tuple[str, frozenset[str], str] | None:
+        """Task, options and which of them the row's output is: rows that agree in the first two are of one
+        classification. None where it has no options."""
+        options = self.options(row)
+        if not options:
+            return None
+        texts = frozenset(row.fields[self.settings.options_field])
+        return self.task(row), texts, self._texts([self._output(row, ended=False)])[0]
+
+    def candidates(self, row: Example) -> int:
+        """How many rows of the pool may stand before `row`."""
+        return len(self._of_task.get(self.task(row), [])) - len(self._of_input.get(self.key(row), []))
 
     def longest(self, rows: Ordered[Example]) -> int:
         """At most so many tokens has one of `rows` with its demonstrations."""
         demonstrations = {
-            task: sum(nlargest(self.settings.k, (len(self._demonstration(self._pool[place])) for place in places)))
+            task: sum(nlargest(self.settings.k, (len(self._demonstration(self.pool[place])) for place in places)))
             for task, places in self._of_task.items()
         }
         longest = 0
@@ -236,18 +290,15 @@ class Demonstrator:
             longest = max(longest, demonstrations.get(self.task(row), 0) + query.prompt_tokens + answer)
         return min(self.max_tokens, longest)
 
-    def _texts(self, inputs: list[np.ndarray]) -> list[str]:
+    def _texts(self, inputs: Iterable[np.ndarray]) -> list[str]:
         return [str(self._encoder.tokenizer.decode(ids)) for ids in inputs]
 
     def _by_task(self, rows: Iterable[Example]) -> Mapping[str, list[Example]]:
         """The rows with different inputs, by task."""
         found: dict[str, dict[bytes, Example]] = defaultdict(dict)
         for row in rows:
-            found[self.task(row)].setdefault(self._key(row), row)
+            found[self.task(row)].setdefault(self.key(row), row)
         return {task: list(inputs.values()) for task, inputs in found.items()}
-
-    def _candidates(self, row: Example) -> int:
-        return len(self._of_task.get(self.task(row), [])) - len(self._of_input.get(self._key(row), []))
 
     def _context(self, demonstrations: list[np.ndarray], row: Example, room: int) -> np.ndarray:
         """What stands before the output, int32 [at most `room`]."""
@@ -261,9 +312,12 @@ class Demonstrator:
         return np.concatenate([prefix, np.concatenate([*demonstrations, query])[-room:]])
 
     def _demonstration(self, row: Example) -> np.ndarray:
+        return np.concatenate([self._solved(row), self._separator])
+
+    def _solved(self, row: Example) -> np.ndarray:
         output = self._output(row, ended=False)[: self.settings.max_tokens]
         shortened = self._input(row)[: self.settings.max_tokens - len(output)]
-        return np.concatenate([shortened, self._output_separator, output, self._separator])
+        return np.concatenate([shortened, self._output_separator, output])
 
     def _input(self, row: Example) -> np.ndarray:
         if not row.prompt_tokens:
@@ -275,12 +329,6 @@ class Demonstrator:
     def _output(self, row: Example, *, ended: bool) -> np.ndarray:
         ids = row.input_ids[row.prompt_tokens :]
         return ids[:-1] if not ended and ids[-1] == self._encoder.eos_id else ids
-
-    def _key(self, row: Example) -> bytes:
-        """The same for the same input in the same task."""
-        digest = hashlib.blake2b(self.task(row).encode(), digest_size=16)
-        digest.update(self._input(row).astype("<i4").tobytes())
-        return digest.digest()
 
 
 def _ended(context: np.ndarray, output: np.ndarray, row: Example) -> Example:

@@ -1,16 +1,23 @@
 """Which texts are nearest to others: by the words they share (BM25), or by what a model makes of them."""
 
+import json
 import logging
+import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Ordered
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rayk.errors import InputError
+from rayk.models import quiet_loading
 
 _BATCH_TEXTS = 32
-_LONGEST_TOKENS = 512
+_READING = "reading.json"
 
 
 def scores_by_bm25(pool: Ordered[np.ndarray], queries: Ordered[np.ndarray]) -> Iterator[np.ndarray]:
@@ -32,21 +39,24 @@ def scores_by_bm25(pool: Ordered[np.ndarray], queries: Ordered[np.ndarray]) -> I
 class Embedder:
     """Texts as the means of a transformers model's last hidden states.
 
+    Args:
+        model: a folder or hub id. A folder that `save` wrote says itself how it reads.
+        reading: how another one reads.
+        named: the setting that names it.
+
     Raises:
         InputError: the model cannot be loaded.
     """
 
-    def __init__(self, model: str):
-        from transformers import AutoModel, AutoTokenizer
+    def __init__(self, model: str, reading: "Reading | None" = None, named: str = "method.demonstrations.encoder"):
+        from transformers import AutoModel
 
-        try:
-            self._tokenizer, self._model = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"method.demonstrations.encoder '{model}' cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
-        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
-        self._tokenizer.padding_side = "right"
+        self.tokenizer, self.model = load_encoder(model, AutoModel, named)
+        saved = Path(model) / _READING
+        if saved.is_file():
+            reading = Reading(**json.loads(saved.read_text(encoding="utf-8")))
+        self.reading = reading or Reading()
+        self._longest = min(self.reading.max_tokens, getattr(self.model.config, "max_position_embeddings", math.inf))
 
     def scores(self, pool: Ordered[str], queries: Ordered[str]) -> Iterator[np.ndarray]:
         """For each query its cosine with each text of the pool, float32 [pool]."""
@@ -55,18 +65,72 @@ class Embedder:
 
     @torch.inference_mode()
     def vectors(self, texts: Ordered[str]) -> np.ndarray:
-        """Unit vectors, float32 [texts, width]; of a long text the first 512 tokens are read."""
-        parts = []
-        for start in range(0, len(texts), _BATCH_TEXTS):
-            given = self._tokenizer(
-                list(texts[start : start + _BATCH_TEXTS]), return_tensors="pt", padding=True, truncation=True,
-                max_length=_LONGEST_TOKENS, return_token_type_ids=False,
-            )  # fmt: skip
-            mask = given["attention_mask"][:, :, None]
-            states = self._model(**given).last_hidden_state.float()
-            mean = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
-            parts.append(torch.nn.functional.normalize(mean, dim=1))
-        return torch.cat(parts).numpy()
+        """Unit vectors, float32 [texts, width]."""
+        self.model.eval()
+        starts = range(0, len(texts), _BATCH_TEXTS)
+        return torch.cat([self.encode(texts[start : start + _BATCH_TEXTS]) for start in starts]).cpu().numpy()
+
+    def encode(self, texts: Ordered[str]) -> Tensor:
+        """`vectors` with their gradients."""
+        given = self.tokenizer(
+            [self.reading.prompt + text for text in texts], return_tensors="pt", padding=True, truncation=True,
+            max_length=self._longest, return_token_type_ids=False,
+        ).to(self.model.device)  # fmt: skip
+        mask = given["attention_mask"][:, :, None]
+        states = self.model(**given).last_hidden_state.float()
+        mean = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return torch.nn.functional.normalize(mean, dim=1)
+
+    def save(self, folder: Path) -> None:
+        """Write it for `Embedder(folder)`, and for `AutoModel.from_pretrained`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / _READING).write_text(json.dumps(asdict(self.reading)), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an encoder reads."""
+
+    max_tokens: int = 512
+    """Of a longer text the first so many."""
+    prompt: str = ""
+    """What stands before every text."""
+    outputs: bool = False
+    """Whether it reads a demonstration's output behind its input."""
+
+
+def check_encoder(model: str, named: str, max_tokens: int = 0) -> None:
+    """See that a model's settings and tokenizer can be loaded, without its weights, and that it reads `max_tokens`.
+
+    Raises:
+        InputError: they cannot, or it does not.
+    """
+    from transformers import AutoConfig
+
+    _, settings = load_encoder(model, AutoConfig, named)
+    if max_tokens > (limit := getattr(settings, "max_position_embeddings", math.inf)):
+        section = named.rpartition(".")[0]
+        raise InputError(f"{section}.max_tokens is {max_tokens}, but {named} '{model}' takes {limit}; lower it.")
+
+
+def load_encoder(model: str, kind: Any, named: str, **options: Any) -> tuple[Any, Any]:
+    """The tokenizer and the model (`kind`, a transformers auto class) of a folder or hub id.
+
+    Raises:
+        InputError: it cannot be loaded; the sentence begins with the setting that names it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_loading():
+            tokenizer, loaded = AutoTokenizer.from_pretrained(model), kind.from_pretrained(model, **options)
+    except Exception as error:  # of any type, as in `rayk.models`
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{named} '{model}' cannot be loaded: {reason}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer, loaded
 
 
 def best_of(scores: np.ndarray, count: int) -> list[int]:

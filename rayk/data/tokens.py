@@ -89,7 +89,7 @@ class Encoder:
 
     def chat_prompt(self, messages: list[dict[str, Any]], where: str) -> list[int]:
         """The ids of messages with the generation prompt behind them."""
-        return self.encode([self._render(messages, where, add_generation_prompt=True)])[0]
+        return self.encode([self.render(messages, where, add_generation_prompt=True)])[0]
 
     def chat(self, messages: list[dict[str, Any]], turns: list[int], where: str) -> Tokens:
         """Messages as the chat template writes them; the assistant turns at the indices `turns` count.
@@ -100,7 +100,7 @@ class Encoder:
         Raises:
             InputError: the template fails on these messages or is not prefix-stable.
         """
-        whole = self._render(messages, where)
+        whole = self.render(messages, where)
         ids: list[int] = []
         spans: list[Span] = []
         done = 0
@@ -120,8 +120,8 @@ class Encoder:
 
     def _span(self, whole: str, messages: list[dict[str, Any]], turn: int, where: str) -> Span:
         """Where in the whole text the turn at index `turn` starts and ends, in characters."""
-        before = self._render(messages[:turn], where, add_generation_prompt=True)
-        through = self._render(messages[: turn + 1], where)
+        before = self.render(messages[:turn], where, add_generation_prompt=True)
+        through = self.render(messages[: turn + 1], where)
         if not (through.startswith(before) and whole.startswith(through)):
             raise InputError(
                 f"{where}: the tokenizer's chat template is not prefix-stable (what it writes for the first "
@@ -145,7 +145,12 @@ class Encoder:
                 return len(ids) if str(self.tokenizer.decode(ids[i + 1 :])).strip() else i + 1
         return len(ids)
 
-    def _render(self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False) -> str:
+        """Messages as the chat template writes them.
+
+        Raises:
+            InputError: there is no template, or it fails on these messages.
+        """
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:

@@ -69,7 +69,8 @@ class Generated:
     1 without truncation (nats), `finish_reason` 'stop' or 'length', and its text without special tokens.
 
     An endpoint tells no token ids, and log-probs only where asked to, in its own way. A continuation that could not be
-    had from it has `finish_reason` 'error' and a `reason`.
+    had from it has `finish_reason` 'error' and a `reason`; `refused` where that lies in the prompt and not in the
+    endpoint, so that asking again would not help.
     """
 
     token_ids: np.ndarray
@@ -77,6 +78,7 @@ class Generated:
     finish_reason: str
     text: str
     reason: str = ""
+    refused: bool = False
 
 
 @dataclass

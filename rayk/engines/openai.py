@@ -37,6 +37,7 @@ from rayk.support import Support
 logger = logging.getLogger(__name__)
 
 _PASSING = {408, 409, 425, 429}  # and what is wrong with the server itself, from 500 on
+_ABOUT_THE_PROMPT = {400, 413, 422, 451}  # too long, against the rules, …; other refusals concern all prompts
 _LONGEST_PAUSE_SECONDS = 120.0
 _BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
 _CHARACTERS_A_TOKEN = 4
@@ -45,11 +46,12 @@ _HIGHEST_SEED = 2**31 - 1
 
 
 class _NoAnswer(Exception):
-    """Why a request brought no continuation. `passing`: asking again may help, after `pause_seconds` at the least."""
+    """Why a request brought no continuation. `passing`: asking again may help, after `pause_seconds` at the least;
+    `refused`: it is the prompt's fault."""
 
-    def __init__(self, reason: str, *, passing: bool, pause_seconds: float = 0.0):
+    def __init__(self, reason: str, *, passing: bool, pause_seconds: float = 0.0, refused: bool = False):
         super().__init__(reason)
-        self.passing = passing
+        self.passing, self.refused = passing, refused
         self.pause_seconds = pause_seconds
 
 
@@ -126,7 +128,7 @@ class OpenAIEngine:
         except _NoAnswer as error:
             self.usage.given_up += 1
             logger.warning("%s left a prompt unanswered: %s", self.info.model, error)
-            return Generated(np.zeros(0, np.int32), np.zeros(0, np.float32), "error", "", str(error))
+            return Generated(np.zeros(0, np.int32), np.zeros(0, np.float32), "error", "", str(error), error.refused)
 
     async def _ask(self, prompt: str, parameters: SamplingParameters, seed: int) -> Generated:
         """One request, when the limits allow it."""
@@ -187,6 +189,7 @@ class OpenAIEngine:
         return _NoAnswer(
             f"{status}: {said}" + (f" (to be asked again after {pause:g} s)" if pause else ""),
             passing=(status in _PASSING or status >= 500) and pause <= _LONGEST_PAUSE_SECONDS, pause_seconds=pause,
+            refused=status in _ABOUT_THE_PROMPT,
         )  # fmt: skip
 
     def _said(self, response: httpx2.Response) -> tuple[str, str]:
@@ -227,7 +230,10 @@ class OpenAIEngine:
         except (KeyError, IndexError, TypeError):
             raise _NoAnswer("the answer holds no completion", passing=True) from None
         if ended not in ("stop", "length") or not isinstance(text, str):
-            raise _NoAnswer(f"the answer holds no whole completion (finish_reason: {ended})", passing=ended is None)
+            raise _NoAnswer(
+                f"the answer holds no whole completion (finish_reason: {ended})", passing=ended is None,
+                refused=ended == "content_filter" or (self.settings.chat and bool(choice["message"].get("refusal"))),
+            )  # fmt: skip
         logprobs = self._logprobs_of(choice) if self.settings.logprobs and text else np.zeros(0, np.float32)
         return Generated(np.zeros(0, np.int32), logprobs, ended, text)
 

@@ -6,12 +6,14 @@ a signal's tail is what the listed probabilities leave of 1, and there is no tai
 """
 
 import asyncio
+import json
 import os
 import textwrap
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Ordered
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -45,6 +47,12 @@ _LEAST_TAIL = 2.0**-23
 _SPARE = 8
 _HEAD_ROWS = 512
 _HIGHEST_SEED = 2**63 - 1
+_SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+WORKER_EXTENSION = "rayk.engines.vllm_worker.TakesWeights"
+"""For vLLM's argument `worker_extension_cls`: `VLLMEngine.take_over` needs it."""
 
 
 class VLLMEngine:
@@ -57,7 +65,8 @@ class VLLMEngine:
     def __init__(self, model: str, settings: Settings | None = None, *, trust_remote_code: bool = False):
         settings = settings or Settings()
         self.floored_tails = 0
-        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        own = settings.arguments.get("tokenizer", model)
+        self.tokenizer = load_tokenizer(own, trust_remote_code=trust_remote_code)
         self._engine = _start(model, settings, trust_remote_code)
         config = self._engine.vllm_config
         self._columns = config.model_config.get_vocab_size()
@@ -106,19 +115,33 @@ class VLLMEngine:
             )
         return await gather(self._continued(prompt, parameters, seed) for prompt, seed in zip(rows, seeds, strict=True))
 
+    async def take_over(self, weights: Mapping[str, Tensor]) -> None:
+        """Compute with `weights` from now on. The engine must have been started with `WORKER_EXTENSION`, and nobody may
+        be asking it for anything.
+
+        Args:
+            weights: all of a checkpoint's tensors under their names there, on the CPU.
+
+        Raises:
+            RuntimeError: vLLM cannot load them; what it computes afterwards is nothing to rely on.
+        """
+        # A file in memory, which goes with this process whatever ends it. vLLM's processes, on the same machine, open
+        # it by its number; the tensors themselves they would take as pickles alone.
+        with open(os.memfd_create("rayk-weights"), "wb") as file, self._telling():
+            await asyncio.to_thread(_write, file, weights)
+            path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            await self._engine.collective_rpc("take_over_weights", args=(path,))
+            if not await self._engine.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM did not forget what it had computed with the weights before.")
+
     async def warm_up(self) -> None:
-        length = min(64, self.info.max_tokens)
-        ids = np.arange(length, dtype=np.int32) % self.info.vocab_size
-        probe = [Sequence(ids, np.arange(length) > 0)]
-        listed = (await self.score(probe, TopK(1))).target_logprobs
+        listed = (await self.score([probe(self.info)], TopK(1))).target_logprobs
         if self._pooling is not None:
-            own = (await self.score(probe, Hidden())).target_logprobs
-            tolerance = 1e-2 if self.info.dtype == "float32" else 0.3
-            if bool(((own - listed).abs() > tolerance + 0.02 * listed.abs()).any()):
+            own = (await self.score([probe(self.info)], Hidden())).target_logprobs
+            if off := beyond_rounding(own, listed, self.info.dtype):
                 raise InputError(
                     f"The hidden states vLLM gives of {self.info.model} and its head do not make its log-probs (off by "
-                    f"up to {(own - listed).abs().max():.2g} nats); leave 'engine.hidden' out, and please report the "
-                    "architecture."
+                    f"up to {off:.2g} nats); leave 'engine.hidden' out, and please report the architecture."
                 )
 
     async def check_health(self) -> None:
@@ -250,18 +273,55 @@ class VLLMEngine:
         )  # fmt: skip
 
     async def _last(self, outputs: AsyncIterator[Any]) -> Any:
-        """The last of a request's outputs; errors as rayk's own, since vLLM's cannot be read where it is missing."""
+        """The last of a request's outputs."""
+        with self._telling():
+            async for output in outputs:
+                last = output
+            return last
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Errors as rayk's own, since vLLM's cannot be read where it is missing."""
         from vllm.exceptions import VLLMError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            async for output in outputs:
-                last = output
-            return last
+            yield
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's process for {self.info.model} is gone.") from error
         except VLLMError as error:
             raise RuntimeError(f"vLLM failed: {error.__cause__ or error}") from error
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise RuntimeError(f"vLLM failed: {error}") from error  # what a call of its workers came to
+
+
+def _write(file: BinaryIO, weights: Mapping[str, Tensor]) -> None:
+    """Into an open file, as safetensors, whose own `save_file` makes another file and gives that the name."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)
+    file.write(len(described).to_bytes(8, "little") + described)
+    for tensor in weights.values():
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    file.flush()
+
+
+def probe(info: EngineInfo) -> Sequence:
+    """Some tokens that every model can read."""
+    length = min(64, info.max_tokens)
+    return Sequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
+
+
+def beyond_rounding(own: Tensor, others: Tensor, dtype: str) -> float:
+    """How far log-probs of the same tokens, computed in two ways in `dtype`, are apart at most; 0 where rounding may
+    account for it."""
+    off, allowed = (own - others).abs(), 1e-2 if dtype == "float32" else 0.3
+    return float(off.max()) if bool((off > allowed + 0.02 * others.abs()).any()) else 0.0
 
 
 def likeliest_distinct(ids: np.ndarray, logprobs: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +365,9 @@ def _start(model: str, settings: Settings, trust_remote_code: bool, hidden: bool
         "disable_log_stats": True, "tensor_parallel_size": settings.tensor_parallel_size,
         "max_model_len": settings.max_model_len, "gpu_memory_utilization": settings.gpu_memory_utilization,
     }  # fmt: skip
-    if settings.tensor_parallel_size > 1:
+    if settings.across_nodes:
+        arguments["distributed_executor_backend"] = "ray"  # in the placement group that this process is in
+    elif settings.tensor_parallel_size > 1:
         arguments["distributed_executor_backend"] = "mp"  # Ray has given this process the GPUs already
     if current_platform.is_cpu():
         # A seeded request whose prompt is read in parts ends the engine: "CPU Generator does not use offset".

@@ -59,6 +59,7 @@ def _page(runs: list[Run]) -> str:
         smoothed=f"{SMOOTHED_SHARE:.0%}",
         samples=_samples(runs),
         writings=[_writing(run) for run in runs if run.synthesis is not None],
+        retrievers=[_retrieving(run) for run in runs if run.retriever is not None],
         differences=_differences(runs),
         configs=[yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) for run in runs],
         version=rayk.__version__,
@@ -274,6 +275,38 @@ def _writing(run: Run) -> Writing:
         f"({summary['paper']}).",
         figures,
         summary["examples"]["kept"] + summary["examples"]["rejected"],
+    )
+
+
+@dataclass(frozen=True)
+class Retrieving:
+    """How well a run finds demonstrations: in a sentence and in numbers."""
+
+    run: Run
+    sentence: str
+    figures: list[tuple[str, str]]
+
+
+def _retrieving(run: Run) -> Retrieving:
+    summary = run.retriever
+    assert summary is not None
+    held_out, gain = summary["held_out"], summary["held_out"]["learned_over_bm25"]
+    after = {"random": "random ones", "bm25": "the nearest by BM25", "learned": "those of the retriever"}
+    figures = [(f"after {after[what]}", f"{value:.3f}") for what, value in held_out["mean_logprob"].items()]
+    error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.3f}"
+    figures.append(("the retriever over BM25 (± one standard error)", f"{gain['mean']:+.3f}{error}"))
+    for each in summary["rounds"]:
+        text = f"{each['candidates']:,} candidates"
+        text += f" ({each['refused']:,} refused for their label)" if each["refused"] else ""
+        figures.append((f"round {each['round']}", f"{text}; {each['mean_logprob']:.3f} after it"))
+    learned = f"{last_part(summary['encoder'])} learned from {last_part(summary['teacher'])}"
+    through = f" through the reward model {last_part(summary['reward_model'])}" if summary["reward_model"] else ""
+    return Retrieving(
+        run,
+        f"{learned}{through}, on {summary['queries']:,} rows, which of {summary['pool']:,} demonstrations help. "
+        f"Below, how likely the right answers of {held_out['rows']:,} held-out rows are to that teacher after "
+        "demonstrations: mean log-probability, in nats a token; higher is better, 0 is certainty.",
+        figures,
     )
 
 

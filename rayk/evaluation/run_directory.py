@@ -61,6 +61,8 @@ class Run:
     summary: dict[str, Any] | None
     synthesis: dict[str, Any] | None = None
     """What the writing of its training rows came to."""
+    retriever: dict[str, Any] | None = None
+    """What the training of its retriever came to."""
 
     @property
     def colour(self) -> str:
@@ -105,6 +107,14 @@ class Run:
         return None
 
     @property
+    def trained(self) -> str | None:
+        """What share of the student's parameters was trained, where not all were."""
+        size = (self.summary or {}).get("parameters")
+        if size is None or size["trained"] == size["total"]:
+            return None
+        return f"{size['trained']:,} of {size['total']:,} parameters trained ({size['trained'] / size['total']:.2%})"
+
+    @property
     def status(self) -> str | None:
         """What is missing of an unfinished run."""
         if self.summary is not None:
@@ -130,11 +140,12 @@ class Series:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in `paths`, with labels that tell them apart.
+    """The runs in `paths`, with labels that tell them apart. One of several rounds counts as so many.
 
     Raises:
         InputError: a folder is no run directory.
     """
+    paths = [each for path in paths for each in _rounds_of(path) or [path]]
     configs = [_read_config(path) for path in paths]
     names = [str(config["name"]) for config in configs]
     runs = []
@@ -143,8 +154,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         unique = [other.absolute().name for other in paths].count(folder) == 1
         label = name if names.count(name) == 1 else f"{name} ({folder if unique else path})"
         rows, written = read_lines(path / "metrics.jsonl"), _read_summary(path / "synthesis")
-        runs.append(Run(path, label, place, config, rows, _read_summary(path), written))
+        retriever = _read_summary(path / "retriever")
+        runs.append(Run(path, label, place, config, rows, _read_summary(path), written, retriever))
     return runs
+
+
+def _rounds_of(path: Path) -> list[Path]:
+    """The run directories of a run's rounds that have begun; none where it has no rounds."""
+    return sorted(file.parent for file in path.glob("rounds/*/config.yaml"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Each divergence takes student logits [tokens, vocab] and a teacher (logits, or a `SignalBatch`) and returns nats per
 token; `token_mean` and `sequence_mean` make one number of them. The `linear_*` forms start from hidden states instead.
 Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`;
-preferences between two answers (DPO) have `preference`.
+preferences between two answers (DPO) have `preference`, retrievers `retrieval`.
 """
 
 from rayk.losses.chunked import (
@@ -42,6 +42,7 @@ from rayk.losses.policy_gradient import (
 )
 from rayk.losses.preference import dpo_loss, implicit_rewards
 from rayk.losses.reductions import kl_estimate, sequence_mean, sequence_sum, token_mean
+from rayk.losses.retrieval import full_contrastive_loss, no_negatives, reward_distillation
 
 __all__ = [
     "DIVERGENCES",
@@ -53,6 +54,7 @@ __all__ = [
     "divergence",
     "dpo_loss",
     "forward_kl",
+    "full_contrastive_loss",
     "gold_uncertainty",
     "implicit_rewards",
     "importance_log_weights",
@@ -65,10 +67,12 @@ __all__ = [
     "linear_outcomes",
     "log_ratio_policy_loss",
     "moment_sums",
+    "no_negatives",
     "policy_loss",
     "prefix_log_weights",
     "returns_to_go",
     "reverse_kl",
+    "reward_distillation",
     "sequence_mean",
     "sequence_sum",
     "skew_forward_kl",

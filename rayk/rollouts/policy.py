@@ -19,6 +19,7 @@ from rayk.engines.base import Generated, SamplingParameters
 from rayk.losses import importance_log_weights
 from rayk.models import CausalLM
 from rayk.rollouts.teacher_mixed import MixedRollout, Verify, sample_teacher_mixed
+from rayk.rollouts.weights import learned
 from rayk.rollouts.writer import Writer
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
@@ -124,9 +125,7 @@ class WorkerPolicy:
         self.parameters = parameters_of(settings)
         self.version = version
         self._learner = learner
-        # The copy's parameters go on requiring gradients: only such are cast just once by an autocast.
-        model = learner if settings.max_staleness == 0 else copy.deepcopy(learner).eval()
-        self._writer = Writer(model, tokenizer, precision)
+        self._writer = Writer(learner if settings.max_staleness == 0 else _copied(learner), tokenizer, precision)
         self._batch_tokens = batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
@@ -189,7 +188,7 @@ class WorkerPolicy:
     def update(self, version: int) -> None:
         """See `Policy`; nobody may be generating."""
         if self._writer.model is not self._learner:
-            self._writer.model.load_state_dict(self._learner.state_dict())
+            self._writer.model.load_state_dict(learned(self._learner), strict=False)
         self.version = version
 
     async def _in_batches(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
@@ -203,6 +202,13 @@ class WorkerPolicy:
             return [found[row] for row in range(len(lengths))]
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, quietly)
+
+
+def _copied(learner: CausalLM) -> CausalLM:
+    """`learner` as it is now, for generation; what is frozen is shared. What learns goes on requiring gradients in the
+    copy: only such parameters are cast just once by an autocast."""
+    frozen = {id(each): each for each in learner.parameters() if not each.requires_grad}
+    return copy.deepcopy(learner, frozen).eval()
 
 
 def parameters_of(settings: RolloutConfig) -> SamplingParameters:

@@ -16,36 +16,24 @@ from uuid import uuid4
 
 import numpy as np
 import ray
-import torch
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
-from rayk.config import RunConfig, ServedRollouts, StudentConfig
+from rayk.config import RunConfig, ServedRollouts
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example
-from rayk.engines.base import Generated, SamplingParameters
-from rayk.engines.batching import MicroBatcher, gather
+from rayk.engines.base import SamplingParameters
+from rayk.engines.batching import gather
 from rayk.errors import InputError, PolicyUnavailable
-from rayk.models import CausalLM, load_tokenizer, pick_device
+from rayk.models import CausalLM
 from rayk.rollouts.policy import Rollout, lengths_of, parameters_of, rollouts_of
+from rayk.rollouts.replica import PolicyReplica, Versioned
 from rayk.rollouts.teacher_mixed import Verify
-from rayk.rollouts.weights import (
-    Published,
-    UnusableWeights,
-    Version,
-    checksum,
-    pack,
-    start_store,
-    store_named,
-    take_over,
-)
-from rayk.rollouts.writer import Writer
+from rayk.rollouts.weights import Published, UnusableWeights, Version, checksum, pack, start_store, store_named
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
-from rayk.students import make_model
 from rayk.support import Logprob, TopK
 from rayk.teachers import deployment
-from rayk.teachers.autoscaling import METRIC, Asker, Demand
 from rayk.teachers.background import background
 from rayk.teachers.calls import ServedModel
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
@@ -59,94 +47,6 @@ class PolicyAddress:
 
     application: str
     store: str
-
-
-@dataclass(frozen=True)
-class Versioned:
-    """A request, and the weights it is to be answered under."""
-
-    version: Version
-    request: GenerateRequest | ScoreRequest
-
-    @property
-    def tokens(self) -> int:
-        return self.request.tokens
-
-
-class PolicyReplica:
-    """One copy of the policy. It begins without weights of its own and takes over those of each request's version; a
-    batch is computed under one version."""
-
-    async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
-        student = StudentConfig.model_validate(settings["student"])
-        rollouts = ServedRollouts.model_validate(settings["rollouts"])
-        engine, device = rollouts.engine, pick_device(rollouts.engine.device)
-        if device == "cpu":
-            torch.set_num_threads(engine.threads or max(1, int(rollouts.resources.num_cpus)))
-        tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
-        model = make_model(student, tokenizer, settings["seed"], device)
-        self._writer = Writer(model.eval(), tokenizer, settings["precision"])
-        self._store = store_named(settings["store"])
-        self._version: Version | None = None
-        self._batcher = MicroBatcher(self._run, engine.batch_tokens)
-        self._demand = Demand()
-        self._fatal: Exception | None = None
-
-    async def generate(self, asked: Versioned, asker: Asker | None = None) -> list[Generated]:
-        """A continuation for each prompt."""
-        request = asked.request
-        assert isinstance(request, GenerateRequest)
-        lengths = [len(prompt) + request.parameters.max_new_tokens for prompt in request.prompts]
-        items = list(zip(request.prompts, request.seeds, strict=True))
-        return await self._answer(asked, asker, request.parameters, items, lengths)
-
-    async def read(self, asked: Versioned, asker: Asker | None = None) -> list[np.ndarray]:
-        """At each sequence's counted positions the likeliest ids (support `topk`), or the log-prob of the token there
-        (`logprob`); see `rayk.rollouts.Policy`."""
-        request = asked.request
-        assert isinstance(request, ScoreRequest)
-        sequences = request.sequences()
-        return await self._answer(asked, asker, request.support, sequences, [len(each) for each in sequences])
-
-    async def check_health(self) -> None:
-        if self._fatal is not None:
-            raise RuntimeError(f"The device failed: {self._fatal}")
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve passes to `rayk.teachers.autoscaling.WaitingTokensPolicy`."""
-        return {METRIC: float(self._demand.waiting_tokens())}
-
-    async def _answer(
-        self, asked: Versioned, asker: Asker | None, how: Any, items: list[Any], lengths: list[int]
-    ) -> list[Any]:
-        with self._demand.answering(asker, asked.tokens):
-            # Waited for here, not where batches are computed: others may still need an older version.
-            published = await self._find(asked.version)
-            return await self._batcher.submit((asked.version, published, how), items, lengths)
-
-    async def _find(self, version: Version) -> Published:
-        try:
-            return await self._store.find.remote(version)
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError:
-            raise UnusableWeights("The actor that knows where the student's weights are has died.") from None
-
-    def _run(self, key: Any, items: list[Any]) -> list[Any]:
-        version, published, how = key
-        try:
-            if version != self._version:
-                self._version = None
-                take_over(self._writer.model, ray.get(published.weights), published.checksum, version)
-                self._version = version
-            with self._writer.computing():
-                if isinstance(how, SamplingParameters):
-                    prompts, seeds = zip(*items, strict=True)
-                    return self._writer.generate(prompts, how, seeds)
-                return self._writer.top_ids(items, how.k) if isinstance(how, TopK) else self._writer.logprobs(items)
-        except torch.AcceleratorError as error:
-            self._fatal = error  # a CUDA context does not recover: the health check has the replica replaced
-            raise
 
 
 class ServedPolicy(ServedModel):
@@ -257,8 +157,8 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
     }  # fmt: skip
     try:
         deployment.start_application(
-            application, PolicyReplica, settings, rollouts.replicas, rollouts.resources, gpus=1.0,
-            what=ServedPolicy.what,
+            application, PolicyReplica, settings, rollouts.replicas, rollouts.resources,
+            gpus=deployment.gpus_needed(rollouts.engine), what=ServedPolicy.what,
         )  # fmt: skip
         yield address
     finally:

@@ -1,7 +1,18 @@
 """Training rows that teachers write: recipes, the scribe that asks, and the store that remembers."""
 
-from rayk.synthesis.make import RECIPES, synthesise
+from rayk.synthesis.make import RECIPES, Company, synthesise
 from rayk.synthesis.prompts import Prompt, fingerprint, read_prompts
+from rayk.synthesis.scribe import check_chats
 from rayk.synthesis.store import Store, Written
 
-__all__ = ["RECIPES", "Prompt", "Store", "Written", "fingerprint", "read_prompts", "synthesise"]
+__all__ = [
+    "RECIPES",
+    "Company",
+    "Prompt",
+    "Store",
+    "Written",
+    "check_chats",
+    "fingerprint",
+    "read_prompts",
+    "synthesise",
+]

@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from rayk.config import SamplingConfig, SynthesisSettings
+from rayk.config import SamplingConfig, SynthesisSettings, TeacherConfig
 from rayk.engines.base import SamplingParameters
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Scribe, in_order
-from rayk.synthesis.store import Written
+from rayk.synthesis.store import Store, Written
 
 S = TypeVar("S", bound=SynthesisSettings)
 
@@ -21,9 +22,11 @@ class Candidate:
 
     Attributes:
         prompt, completion: what the student would learn.
+        worse: beside the completion, a worse answer to the same prompt, where rows are pairs of such.
         origin: which prompt it is for, by place.
         written: what the teacher wrote for it, call by call.
         fields: what else is kept with it.
+        made_up: the teacher made up the prompt, so that the other fields of the row it is for say nothing about it.
         rejected_by: the check that it did not pass, with the `reason` in words; empty while it is kept.
     """
 
@@ -32,11 +35,30 @@ class Candidate:
     origin: int
     written: tuple[Written, ...]
     fields: dict[str, Any] = field(default_factory=dict)
+    made_up: bool = False
     rejected_by: str = ""
     reason: str = ""
+    worse: str | None = None
 
     def rejected(self, by: str, reason: str) -> "Candidate":
         return replace(self, rejected_by=by, reason=reason)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Which round a recipe writes for, and whom it may ask beside the teacher.
+
+    Attributes:
+        number: from 0; a run without `rounds` is its own first one.
+        before: the folder of what was synthesised in the round before; None in the first.
+        student: asks the student as it is when the round begins; None where `settings.asks_student` does not want it.
+        referee: asks `settings.referee`; the teacher's own scribe where that is the same.
+    """
+
+    number: int
+    before: Path | None
+    student: Scribe | None
+    referee: Scribe
 
 
 @dataclass(frozen=True)
@@ -49,17 +71,27 @@ class Figure:
 
 
 class Recipe(ABC, Generic[S]):
-    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them."""
+    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them.
+
+    Attributes:
+        round: set by whoever has it write, before it does.
+    """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
 
     def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: Scribe):
         self.settings, self.prompts, self.scribe = settings, prompts, scribe
+        self.round = Round(0, None, None, scribe)
+
+    @property
+    def store(self) -> Store:
+        """What was written, and where a recipe may keep more."""
+        return self.scribe.store
 
     @classmethod
-    def check(cls, settings: S) -> None:
-        """Refuse settings that cannot work, before a teacher is brought up.
+    def check(cls, settings: S, writer: TeacherConfig) -> None:
+        """Refuse settings that cannot work, before the teacher that is to write is brought up.
 
         Raises:
             InputError: they cannot.
@@ -119,10 +151,10 @@ def text_of(written: Written, stop: Sequence[str] = ()) -> str:
     return text.rstrip()
 
 
-def fault_of(written: Written, text: str) -> tuple[str, str] | None:
+def fault_of(written: Written, text: str, by: str = "teacher") -> tuple[str, str] | None:
     """The check that a completion does not pass by itself, and why; None where it is one."""
     if written.finish_reason == "error":
         return "unanswered", written.reason
     if not text.strip():
-        return "empty", "the teacher wrote nothing"
+        return "empty", f"the {by} wrote nothing"
     return None

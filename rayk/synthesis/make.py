@@ -1,18 +1,23 @@
 """From prompts to training rows: a recipe's candidates, checked, filtered, and told of."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
-from rayk.synthesis.base import Candidate, Recipe
+from rayk.synthesis.adversarial import Adversarial
+from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
+from rayk.synthesis.judging import Judge, judged, judges_among
+from rayk.synthesis.magpie import Magpie
+from rayk.synthesis.preferences import Preferences
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
-from rayk.synthesis.scribe import Progress, Scribe
+from rayk.synthesis.scribe import Progress, Scribe, Tally
 from rayk.synthesis.self_instruct import SelfInstruct
 from rayk.synthesis.store import Store
 from rayk.teachers import Teacher
@@ -23,19 +28,43 @@ RECIPES: dict[str, type[Recipe]] = {
     "responses": Responses,
     "chain_of_thought": ChainOfThought,
     "self_instruct": SelfInstruct,
+    "magpie": Magpie,
+    "adversarial": Adversarial,
+    "preferences": Preferences,
 }
 
 _EXAMPLES = 3
 
 
+@dataclass(frozen=True)
+class Company:
+    """Whom a recipe may ask beside the teacher, and in which round.
+
+    Attributes:
+        number, before: as in `Round`.
+        student: as it is when the round begins; `student_chats`: it is asked in its tokenizer's chat template.
+        referee: where it is not the teacher.
+        judges: those that filters `judge` name.
+    """
+
+    number: int = 0
+    before: Path | None = None
+    student: Teacher | None = None
+    student_chats: bool = False
+    referee: Teacher | None = None
+    judges: Mapping[str, Teacher] = field(default_factory=dict)
+
+
 def synthesise(
     settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
     filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
+    company: Company | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
 
     Args:
         filters: `settings.filters`, built.
+        company: whom else the recipe may ask, and in which round.
 
     Returns:
         The summary, as `summary.json` holds it.
@@ -45,11 +74,21 @@ def synthesise(
         RunFailed: the teacher answers nothing, the disk is full, or no row is left.
         TeacherUnavailable: as `Teacher.generate`.
     """
-    scribe = Scribe(teacher, store, settings, seed, progress)
-    recipe = RECIPES[settings.kind](settings, prompts, scribe)
-    candidates = run_to_the_end(_written(recipe, scribe))
+    company = company or Company()
+    scribes = _scribes(settings, teacher, store, seed, progress, company)
+    recipe = RECIPES[settings.kind](settings, prompts, scribes["teacher"])
+    recipe.round = Round(
+        company.number, company.before, scribes.get("student"), scribes.get("referee", scribes["teacher"])
+    )
+    tally = scribes["teacher"].tally
+    rating = _rating(settings, teacher, store, seed, tally, company)
+    candidates = run_to_the_end(_written(recipe, scribes.values()))
     alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
-    candidates = _chosen(recipe, _unlike(_sifted(candidates, alone, prompts)))
+    candidates = _unlike(_sifted(candidates, alone, prompts))
+    for judge, asking in rating:
+        rows = [_judged(each, prompts) for each in candidates]
+        candidates = run_to_the_end(judged(judge, candidates, rows, asking, settings.in_flight))
+    candidates = _chosen(recipe, candidates)
     # What remembers others is to remember only what is kept, so it comes after the choice.
     candidates = _sifted(candidates, comparing, prompts)
     kept = [each for each in candidates if not each.rejected_by]
@@ -62,11 +101,12 @@ def synthesise(
         "prompts": len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": {each.name: 0 for each in filters} | dict(Counter(each.rejected_by for each in rejected)),
-        "unanswered": scribe.unanswered,
+        "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)
+        | dict(Counter(each.rejected_by for each in rejected)),
+        "unanswered": tally.unanswered,
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
-        "usage": scribe.charged,
+        "usage": tally.charged,
         "examples": {
             "kept": [_example(each, prompts) for each in _spread(kept)],
             "rejected": [
@@ -86,19 +126,55 @@ def synthesise(
     return summary
 
 
-async def _written(recipe: Recipe, scribe: Scribe) -> list[Candidate]:
-    async with scribe, aclosing(recipe.candidates()) as candidates:
-        return [candidate async for candidate in candidates]
+def _scribes(
+    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, progress: Progress, company: Company
+) -> dict[str, Scribe]:
+    """Who asks whom, by what the asked one is."""
+    tally = Tally(store.usage, progress)
+    scribes = {"teacher": Scribe(teacher, store, settings, seed, tally)}
+    if company.student is not None:
+        chat = company.student_chats
+        scribes["student"] = Scribe(company.student, store, settings, seed, tally, role="student", chat=chat)
+    if company.referee is not None:
+        chat = settings.chat and company.referee.info.engine != "openai"
+        scribes["referee"] = Scribe(company.referee, store, settings, seed, tally, role="referee", chat=chat)
+    return scribes
+
+
+def _rating(
+    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, tally: Tally, company: Company
+) -> list[tuple[Judge, Scribe]]:
+    """The judges among the filters, and who asks each."""
+    rating = []
+    for judge in judges_among(settings.filters):
+        rater = teacher if judge.settings.teacher is None else company.judges[judge.settings.teacher]
+        chat = judge.settings.chat and rater.info.engine != "openai"
+        rating.append((judge, Scribe(rater, store, settings, seed, tally, role="judge", chat=chat)))
+    return rating
+
+
+def _names(alone: Iterable[Filter], rating: Iterable[tuple[Judge, Scribe]], comparing: Iterable[Filter]) -> list[str]:
+    """What the filters are called, in the order in which they judge."""
+    return [*(each.name for each in alone), *(judge.name for judge, _ in rating), *(each.name for each in comparing)]
+
+
+async def _written(recipe: Recipe, scribes: Iterable[Scribe]) -> list[Candidate]:
+    async with AsyncExitStack() as stack:
+        for scribe in scribes:
+            await stack.enter_async_context(scribe)
+        async with aclosing(recipe.candidates()) as candidates:
+            return [candidate async for candidate in candidates]
 
 
 def _unlike(candidates: list[Candidate]) -> list[Candidate]:
     """A row that is the same as one before it is rejected."""
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     checked = []
     for each in candidates:
-        row = (each.prompt.strip(), each.completion.strip())
+        row = (each.prompt.strip(), *(text.strip() for text in _answers(each).values()))
         again = not each.rejected_by and row in seen
-        checked.append(each.rejected("duplicate", "the same prompt and completion came before") if again else each)
+        same = "pair" if each.worse is not None else "completion"
+        checked.append(each.rejected("duplicate", f"the same prompt and {same} came before") if again else each)
         if not each.rejected_by:
             seen.add(row)
     return checked
@@ -106,7 +182,7 @@ def _unlike(candidates: list[Candidate]) -> list[Candidate]:
 
 def _sifted(candidates: list[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
     """With what the filters reject rejected."""
-    rows = [None if each.rejected_by else _row(each, prompts) for each in candidates]
+    rows = [None if each.rejected_by else _judged(each, prompts) for each in candidates]
     rejections = {id(each.candidate): each for each in sift(filter(None, rows), filters).rejected}
     found = [rejections.get(id(row)) for row in rows]
     return [
@@ -121,14 +197,19 @@ def _chosen(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
     return [each if each.rejected_by else next(chosen) for each in candidates]
 
 
+def _judged(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What filters look at: of a pair the chosen answer as `completion`, and both by their own names too."""
+    return _row(candidate, prompts) | {"completion": candidate.completion}
+
+
 def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What a row of `rows.parquet` or `rejected.parquet` holds: the source row's fields, and over them what is new."""
     written = candidate.written
     logprobs = [each.mean_logprob for each in written if each.mean_logprob is not None]
     return {
-        **prompts[candidate.origin].fields,
+        **({} if candidate.made_up else prompts[candidate.origin].fields),
         "prompt": candidate.prompt,
-        "completion": candidate.completion,
+        **_answers(candidate),
         **candidate.fields,
         "where": prompts[candidate.origin].where,
         "finish_reason": written[0].finish_reason,
@@ -140,10 +221,16 @@ def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     }
 
 
+def _answers(candidate: Candidate) -> dict[str, str]:
+    if candidate.worse is None:
+        return {"completion": candidate.completion}
+    return {"chosen": candidate.completion, "rejected": candidate.worse}
+
+
 def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {
         "where": prompts[candidate.origin].where,
-        **{name: getattr(candidate, name) for name in ("prompt", "completion", "rejected_by", "reason")},
+        **{name: getattr(candidate, name) for name in ("prompt", "completion", "worse", "rejected_by", "reason")},
     }
 
 

@@ -85,7 +85,9 @@ def _truth(row: Row, answer: AnswerConfig) -> str:
         raise InputError(
             f"{row.where} has no field '{answer.field}' with the right answer; set synthesis.answer.field."
         )
-    text = str(row.fields[answer.field])
+    value = row.fields[answer.field]
+    yes_or_no = answer.type == "yes_no" and isinstance(value, bool)
+    text = ("no", "yes")[value] if yes_or_no else str(value)
     truth = matched(text, answer.pattern)
     if truth is None or answer_in(truth, answer.type, choices=answer.choices) is None:
         looked_for = f"pattern {answer.pattern!r}" if truth is None else f"type '{answer.type}'"

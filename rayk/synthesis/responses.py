@@ -4,18 +4,15 @@ The student is then trained on the teacher's text, by any method. With several s
 learned from, or the best: by the teacher's own mean log-prob, by the truth, or by a function of yours.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 
-from rayk.config import ResponsesConfig
-from rayk.errors import InputError
+from rayk.config import ResponsesConfig, TeacherConfig
 from rayk.synthesis.base import Candidate, Recipe, fault_of, parameters_of, text_of
-from rayk.synthesis.prompts import Prompt, is_right
+from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.scoring import AnswerScorer
 from rayk.synthesis.scribe import Request, Scribe
 from rayk.synthesis.store import Written
-from rayk.text.answers import answer_in
-from rayk.text.functions import load_function
 
 _SAMPLE = 0  # the stage of a seed
 
@@ -29,12 +26,11 @@ class Responses(Recipe[ResponsesConfig]):
     def __init__(self, settings: ResponsesConfig, prompts: Sequence[Prompt], scribe: Scribe):
         super().__init__(settings, prompts, scribe)
         self._parameters = parameters_of(settings.sampling)
-        self._own_score = load_function(settings.scorer, "synthesis.scorer") if ":" in settings.scorer else None
+        self._score = AnswerScorer(settings.scorer, settings.answer)
 
     @classmethod
-    def check(cls, settings: ResponsesConfig) -> None:
-        if ":" in settings.scorer:
-            load_function(settings.scorer, "synthesis.scorer")
+    def check(cls, settings: ResponsesConfig, writer: TeacherConfig) -> None:
+        AnswerScorer(settings.scorer, settings.answer)
 
     @property
     def requests(self) -> int:
@@ -52,36 +48,10 @@ class Responses(Recipe[ResponsesConfig]):
             return candidate.rejected(*fault)
         if self.settings.keep == "all":
             return candidate
-        scored = Candidate(prompt.text, text, place, (written,), {"score": self._score(prompt, candidate)})
+        scored = Candidate(prompt.text, text, place, (written,), {"score": self._score(prompt, written, text)})
         if self.settings.scorer == "answer" and not scored.fields["score"]:
             return scored.rejected("wrong_answer", f"does not end in {prompt.truth}")
         return scored
-
-    def _score(self, prompt: Prompt, candidate: Candidate) -> float:
-        (written,) = candidate.written
-        if self.settings.scorer == "mean_logprob":
-            if written.mean_logprob is None:
-                raise InputError(
-                    "synthesis.scorer 'mean_logprob': the teacher tells no log-probs of what it writes; choose another "
-                    "scorer."
-                )
-            return round(written.mean_logprob, 4)
-        if self.settings.scorer == "answer":
-            assert prompt.truth is not None
-            answer = self.settings.answer
-            found = answer_in(candidate.completion, answer.type, choices=answer.choices)
-            return float(is_right(found, prompt.truth, answer))
-        assert self._own_score is not None
-        try:
-            score = float(self._own_score(prompt.text, candidate.completion, dict(prompt.fields)))
-        except Exception as error:  # a function of the user's fails in ways of its own
-            raise InputError(
-                f"synthesis.scorer '{self.settings.scorer}' failed with {type(error).__name__} ({error}) for "
-                f"{prompt.where}."
-            ) from error
-        if math.isnan(score):
-            raise InputError(f"synthesis.scorer '{self.settings.scorer}' returned NaN for {prompt.where}.")
-        return score
 
     def choose(self, kept: list[Candidate]) -> list[Candidate]:
         if self.settings.keep == "all":

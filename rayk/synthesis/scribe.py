@@ -7,11 +7,12 @@ chance comes from `Scribe.seed`, by the place of a row, never from the order in 
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from rayk.models import load_tokenizer
 from rayk.synthesis.store import Store, Written
 from rayk.teachers import Teacher
 from rayk.teachers.client import Completion
+from rayk.text.words import whole_characters
 
 Progress = Callable[[int, int, str], None]
 """Told (done, total, what to say of it)."""
@@ -34,42 +36,107 @@ _FLUSH_COMPLETIONS = 256
 _TICK_SECONDS = 2.0
 _TELL_SECONDS = 0.2
 _UNANSWERED_IN_A_ROW = 32
+_REFUSED_AT_FIRST = 256
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to be written."""
+    """One completion to be written.
+
+    Attributes:
+        prompt: what is asked.
+        sent: what the teacher reads for it, to the letter, where the recipe has laid that out itself: neither a chat
+            template nor the tokenizer's own beginning is put around it. The store finds the request by `prompt` all the
+            same, for a template may write the day's date.
+        refusal_counts: a refusal is an answer, kept like others, because what is asked next depends on it.
+    """
 
     prompt: str
     seed: int
     parameters: SamplingParameters
+    sent: str | None = None
+    refusal_counts: bool = False
+
+
+class Tally:
+    """What the scribes of one store have asked for, all together, as the progress tells it.
+
+    Args:
+        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
+            tells them apart.
+        chat: instead of `settings.chat`.
+
+    Attributes:
+        total: how many completions the recipe will ask for; the recipe says so.
+        done: those that it has.
+        asked: those that were asked for, the others being found in the store.
+        unanswered: those of them that did not come.
+        tokens: written in answer.
+    """
+
+    def __init__(self, charged: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None):
+        self.total = self.done = self.asked = self.unanswered = self.tokens = 0
+        self._charges: dict[object, Mapping[str, Any]] = {None: charged or {}}
+        self._progress = progress
+        self._began = self._told = time.monotonic()
+
+    @property
+    def charged(self) -> dict[str, Any]:
+        """What endpoints have charged for all that the store holds, as `rayk.engines.base.Usage` names it."""
+        return functools.reduce(_sum, self._charges.values(), {})
+
+    def charge(self, who: object, charged: Mapping[str, Any]) -> None:
+        """Take down what one endpoint has charged since its scribe began."""
+        self._charges[who] = charged
+
+    def tell(self) -> None:
+        """Tell the progress, unless it was told just now."""
+        now = time.monotonic()
+        if now - self._told < _TELL_SECONDS and self.done != self.total:
+            return
+        self._told = now
+        seconds = max(now - self._began, 1e-3)
+        text = f"{self.asked / seconds:,.1f} completions/s"
+        if self.tokens:
+            text += f", {self.tokens / seconds:,.0f} tokens/s"
+        if (cost := self.charged.get("cost")) is not None:
+            text += f", cost {cost:,.4f}"
+        if self.unanswered:
+            text += f", {self.unanswered:,} unanswered"
+        if self.asked and self.done < self.total:
+            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
+        self._progress(self.done, self.total, text)
 
 
 class Scribe:
-    """Asks `teacher` what `store` does not hold, up to `settings.in_flight` prompts at once. An async context manager:
-    at its end, or when it is cancelled, all that was written is on disk.
+    """Asks a model, most often the teacher, what `store` does not hold, up to `settings.in_flight` prompts at once. An
+    async context manager: at its end, or when it is cancelled, all that was written is on disk.
+
+    Args:
+        tally: shared by the scribes of a store; one of its own by default.
+        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
+            tells them apart.
+        chat: instead of `settings.chat`.
 
     Attributes:
-        total: how many completions the recipe will ask for, for the progress; the recipe says so.
-        asked: completions asked of the teacher, the others being found in the store.
-        unanswered: those of them that did not come.
-        charged: what an endpoint has charged for all that the store holds, as `rayk.engines.base.Usage` names it.
+        teacher: who is asked.
 
     Raises:
-        InputError: `settings.chat` is set, but the teacher's tokenizer has no chat template, or it is an endpoint.
+        InputError: it is to chat, but the model's tokenizer has no chat template, or it is an endpoint.
     """
 
     def __init__(
-        self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0,
-        progress: Progress = lambda done, total, text: None,
+        self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0, tally: Tally | None = None, *,
+        role: str = "", chat: bool | None = None,
     ):  # fmt: skip
-        self.total = self.asked = self.done = self.unanswered = 0
-        self._store, self._settings, self._seed, self._progress = store, settings, seed, progress
+        self.store, self.tally = store, tally or Tally(store.usage)
+        self._settings, self._seed, self._role = settings, seed, role
+        self._chat = settings.chat if chat is None else chat
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
-        self._teacher = Teacher(teacher.name, teacher.info, in_flight)
+        self.teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
-        if settings.chat and teacher.info.engine == "openai":
+        if self._chat and teacher.info.engine == "openai":
             raise InputError(
                 f"synthesis.chat: teacher '{teacher.name}' is an endpoint with a chat template of its own; leave it "
                 "out."
@@ -77,18 +144,21 @@ class Scribe:
         if teacher.info.engine != "openai":
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
+            if self._chat:
+                check_chats(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
         self._ordinals: Counter[str] = Counter()
-        self._in_a_row = 0
+        self._in_a_row = self._refused = 0
+        self._answered = False
+        self._uncounted = False  # whether something came since the endpoint told what it charges
         self._failure: RaykError | None = None
-        self._tokens = 0
-        self._charged_before = self.charged = store.usage
+        self._charged_before: dict[str, Any] = {}
+        self._charged: dict[str, Any] = {}
         self._usage_at_start: dict[str, Any] = {}
         self._seen: dict[str, Any] = {}
 
     async def __aenter__(self) -> "Scribe":
-        self._began = self._told = time.monotonic()
         self._usage_at_start = self._seen = await self._usage()
         self._ticking = asyncio.create_task(self._tick())
         return self
@@ -101,9 +171,23 @@ class Scribe:
             await self._flush()
 
     @property
+    def total(self) -> int:
+        """How many completions the recipe will ask for, of this scribe and those beside it; the recipe says so."""
+        return self.tally.total
+
+    @total.setter
+    def total(self, total: int) -> None:
+        self.tally.total = total
+
+    @property
+    def done(self) -> int:
+        """How many of them it has."""
+        return self.tally.done
+
+    @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        return self._settings.chat or self._teacher.info.chats
+        return self._chat or self.teacher.info.chats
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
@@ -115,71 +199,78 @@ class Scribe:
 
     async def ask(self, request: Request) -> Written:
         """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
-        'error' and is not kept: another run asks again.
+        'error' and is not kept: another run asks again (but see `Request.refusal_counts`).
 
         Raises:
             RunFailed: the teacher leaves everything unanswered, or the disk is full.
             TeacherUnavailable, InputError: as `Teacher.generate`.
         """
         key = self._key(request)
-        written = self._store.find(key)
+        written = self.store.find(key)
         if written is None:
             async with self._slots:
                 if self._failure is not None:
                     raise self._failure
                 written = await self._asked(key, request)
-        self.done += 1
-        self._tell()
+        else:
+            self._answered = True
+        self.tally.done += 1
+        self.tally.tell()
         return written
 
     def _key(self, request: Request) -> str:
         """What tells requests apart; an equal one that comes again is another one."""
-        info = self._teacher.info
+        info = self.teacher.info
         asked = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
-            info.weights_fingerprint or info.model, self._settings.chat,
+            info.weights_fingerprint or info.model, self._chat if request.sent is None else "sent",
+            *filter(None, [self._role]),
         ]  # fmt: skip
         same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._ordinals[same] += 1
         return f"{same}-{self._ordinals[same]}"
 
     async def _asked(self, key: str, request: Request) -> Written:
-        text, prompt = self._sent(request.prompt)
+        text, prompt = self._sent(request)
         if reason := self._too_long(prompt, request.parameters):
-            return Written(key, "", None, None, "error", reason)
+            return Written(key, "", None, None, "error", reason, refused=True)
         try:
-            completion = (await self._teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+            completion = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
-            if self._teacher.info.engine != "openai":
+            if self.teacher.info.engine != "openai":
                 raise
             return self._left_unanswered(key, str(error))
-        self.asked += 1
-        if completion.finish_reason == "error":
-            return self._left_unanswered(key, completion.reason)
-        self._in_a_row = 0
+        self.tally.asked += 1
+        if completion.finish_reason == "error" and not (completion.refused and request.refusal_counts):
+            return self._left_unanswered(key, completion.reason, completion.refused)
+        self._in_a_row, self._answered = 0, True
         written = _written(key, completion)
-        self._tokens += written.tokens or 0
+        self.tally.tokens += written.tokens or 0
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
-            "teacher": self._teacher.name, "model": self._teacher.info.model,
-            "weights": self._teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
+            "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
+            "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
-        self._store.add(written, provenance)
-        if self._store.unwritten >= _FLUSH_COMPLETIONS:
+        self.store.add(written, provenance)
+        self._uncounted = True
+        if self.store.unwritten >= _FLUSH_COMPLETIONS:
             await self._flush()
         return written
 
-    def _sent(self, prompt: str) -> tuple[str, str | np.ndarray]:
+    def _sent(self, request: Request) -> tuple[str, str | np.ndarray]:
         """What the teacher reads: as text, and as it is sent."""
+        prompt = request.prompt if request.sent is None else request.sent
         if self._encoder is None:
             return prompt, prompt
-        if not self._settings.chat:
+        if request.sent is not None:
+            return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32)
+        if not self._chat:
             return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
         ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
         return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
 
     def _too_long(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
-        limit = self._teacher.info.max_tokens
+        limit = self.teacher.info.max_tokens
         if isinstance(prompt, str) or len(prompt) + parameters.max_new_tokens <= limit:
             return ""
         return (
@@ -187,17 +278,21 @@ class Scribe:
             f"takes {limit}"
         )
 
-    def _left_unanswered(self, key: str, reason: str) -> Written:
-        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
-        self.unanswered += 1
-        self._in_a_row += 1
-        if self._in_a_row >= _UNANSWERED_IN_A_ROW:
+    def _left_unanswered(self, key: str, reason: str, refused: bool = False) -> Written:
+        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there. Refusals do
+        not, for they are answers of a sort; but where not one prompt was ever taken, it is not the prompts' fault."""
+        self.tally.unanswered += 1
+        self._refused += refused
+        self._in_a_row = 0 if refused else self._in_a_row + 1
+        never = not self._answered and self._refused >= _REFUSED_AT_FIRST
+        if never or self._in_a_row >= _UNANSWERED_IN_A_ROW:
+            what = f"refused the first {self._refused}" if never else f"left {self._in_a_row}"
             self._failure = RunFailed(
-                f"Teacher '{self._teacher.name}' left {self._in_a_row} prompts in a row unanswered, the last since "
-                f"{reason}. What was written before is kept; see to the teacher and run again."
+                f"Teacher '{self.teacher.name}' {what} prompts{'' if never else ' in a row unanswered'}, the last "
+                f"since {reason}. What was written before is kept; see to the teacher and run again."
             )
             raise self._failure
-        return Written(key, "", None, None, "error", reason)
+        return Written(key, "", None, None, "error", reason, refused=refused)
 
     async def _tick(self) -> None:
         while not self._ended.is_set():
@@ -211,39 +306,37 @@ class Scribe:
 
     async def _flush(self) -> None:
         async with self._flushing:
-            if not self._store.unwritten:
+            if not self.store.unwritten and not self._uncounted:
                 return
-            await asyncio.to_thread(self._store.flush)
+            await asyncio.to_thread(self.store.flush)
+            self._uncounted = False
             if used := await self._usage():
                 if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
-                    self._charged_before, self._usage_at_start = self.charged, {}
+                    self._charged_before, self._usage_at_start = self._charged, {}
                 self._seen = used
-                self.charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
-                self._store.usage = self.charged
+                self._charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
+                self.tally.charge(self, self._charged)
+                self.store.usage = self.tally.charged
 
     async def _usage(self) -> dict[str, Any]:
         """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
-        if self._teacher.info.engine != "openai":
+        if self.teacher.info.engine != "openai":
             return {}
-        usage = await asyncio.to_thread(self._teacher.usage)
+        usage = await asyncio.to_thread(self.teacher.usage)
         return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
 
-    def _tell(self) -> None:
-        now = time.monotonic()
-        if now - self._told < _TELL_SECONDS and self.done != self.total:
-            return
-        self._told = now
-        seconds = max(now - self._began, 1e-3)
-        text = f"{self.asked / seconds:,.1f} completions/s"
-        if self._tokens:
-            text += f", {self._tokens / seconds:,.0f} tokens/s"
-        if (cost := self.charged.get("cost")) is not None:
-            text += f", cost {cost:,.4f}"
-        if self.unanswered:
-            text += f", {self.unanswered:,} unanswered"
-        if self.asked and self.done < self.total:
-            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
-        self._progress(self.done, self.total, text)
+
+def check_chats(tokenizer: Any, teacher: str) -> None:
+    """Refuse to ask in a chat template where there is none.
+
+    Raises:
+        InputError: the teacher's tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"teacher '{teacher}' has no chat template in its tokenizer; give it one, or leave 'chat' out (of a judge: "
+            "set chat: false)."
+        )
 
 
 async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
@@ -264,16 +357,16 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
 
 def _written(key: str, completion: Completion) -> Written:
     known = len(completion.logprobs) > 0
-    text = completion.text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be kept nowhere
     return Written(
-        key, text, len(completion.token_ids) or None,
+        key, whole_characters(completion.text), len(completion.token_ids) or None,
         # As the store keeps it, so that an answer reads the same whether it has just come or was found.
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
+        whole_characters(completion.reason), completion.refused,
     )  # fmt: skip
 
 
-def _sum(one: dict[str, Any], other: dict[str, Any], sign: int = 1) -> dict[str, Any]:
-    return {name: one.get(name, 0) + sign * other.get(name, 0) for name in one | other}
+def _sum(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
+    return {name: one.get(name, 0) + sign * other.get(name, 0) for name in {**one, **other}}
 
 
 def _duration(seconds: float) -> str:

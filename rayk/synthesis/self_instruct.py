@@ -7,8 +7,9 @@ language model cannot handle, and ROUGE-L F below 0.7 to every instruction of th
 classification or not, and the teacher writes instances: label first where it is one, input first where it is not.
 
 The pool grows batch by batch: all lists of a batch are asked for with the pool as it was when the batch began, and read
-in the order in which they were asked for. So the same seed makes the same tasks, however often it is interrupted and
-however much is in flight. The paper's presence penalty is not among rayk's sampling parameters.
+in the order in which they were asked for; of the last batch only as many as are needed. So the same seed makes the same
+tasks, however often it is interrupted and however much is in flight, and more of them go on from those there are. The
+paper's presence penalty is not among rayk's sampling parameters.
 """
 
 import json
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rayk.config import KeywordsFilter, LengthFilter, RougeFilter, SelfInstructConfig
+from rayk.config import SelfInstructConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import RunFailed
 from rayk.synthesis import tasks
@@ -27,7 +28,7 @@ from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.store import Written
 from rayk.synthesis.tasks import SeedTask
-from rayk.text import Filter, build_filters, judge
+from rayk.text import Filter, judge
 
 _LIST, _CHOICE, _SORT, _INSTANCES, _TEMPLATE = range(10, 15)  # the stages of a seed
 _MACHINE_MADE = 2
@@ -92,16 +93,23 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
         """Fills `made` with as many instructions as are asked for, or as the teacher has ideas; yields the others.
 
         Raises:
-            RunFailed: a list was left unanswered; with a gap in it the pool would not be the same again.
+            RunFailed: a list was left unanswered, and may be answered another time; with a gap in it the pool would not
+                be the same again. One that is refused stays so.
         """
         filters = instruction_filters(self.settings.blacklist, self._seeds)
-        wanted = self.settings.instructions
-        batch = fruitless = 0
+        wanted, batch_size = self.settings.instructions, self.settings.batch
+        pool: list[_Made] = []  # as the lists of the batch see it, however many of them are needed
+        batch = first = fruitless = dry = 0
         while len(made) < wanted and fruitless < _FRUITLESS_BATCHES:
             before = len(made)
-            lists = min(self.settings.batch, -(-(wanted - before) // tasks.NEW_INSTRUCTIONS))
-            origins, requests = zip(*(self._list(batch, number, made) for number in range(lists)), strict=True)
+            needed = -(-(wanted - before) // tasks.NEW_INSTRUCTIONS)
+            end = min(first + needed * 2**dry, batch_size)
+            origins, requests = zip(*(self._list(batch, number, pool) for number in range(first, end)), strict=True)
             for origin, written in zip(origins, await self.scribe.write(requests), strict=True):
+                if written.refused:
+                    refused = Candidate("", "", origin, (written,), {"instruction": ""})
+                    yield refused.rejected("unanswered", f"a list of instructions: {written.reason}")
+                    continue
                 for instruction in self._read(written):
                     rejection = judge({"instruction": instruction}, filters)
                     if rejection is not None:
@@ -109,17 +117,22 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
                         yield candidate.rejected(rejection.filter, rejection.reason)
                     elif len(made) < wanted:
                         made.append(_Made(instruction, origin, written))
-            batch += 1
-            fruitless = fruitless + 1 if len(made) == before else 0
+            first, dry = end, dry + 1 if len(made) == before else 0
+            if first == batch_size:
+                fruitless = fruitless + 1 if len(made) == len(pool) else 0
+                batch, first, pool = batch + 1, 0, list(made)
 
     def _list(self, batch: int, number: int, made: Sequence[_Made]) -> tuple[int, Request]:
-        """A request for new instructions, and the place of the first seed task in it."""
+        """A request for new instructions, after those `made` before its batch, and the place of the first seed task in
+        it."""
         draw = np.random.default_rng(self.scribe.seed(_CHOICE, batch, number))
         machine = [made[i].instruction for i in draw.permutation(len(made))[:_MACHINE_MADE]]
         people = draw.permutation(len(self._seeds))[: tasks.INSTRUCTIONS_IN_CONTEXT - len(machine)]
         shown = [*machine, *(self._seeds[i].instruction for i in people)]
         asked = tasks.instructions_prompt([shown[i] for i in draw.permutation(len(shown))], self._chat)
-        return int(people[0]), Request(asked, self.scribe.seed(_LIST, batch, number), self._listing)
+        return int(people[0]), Request(
+            asked, self.scribe.seed(_LIST, batch, number), self._listing, refusal_counts=True
+        )
 
     def _read(self, written: Written) -> list[str]:
         if written.finish_reason == "error":
@@ -173,13 +186,7 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
 
 def instruction_filters(blacklist: Sequence[str], seeds: Sequence[SeedTask]) -> list[Filter]:
     """The paper's rules for new instructions (field `instruction`); the seeds are in the pool already."""
-    field, (shortest, longest) = "instruction", _WORDS
-    length = LengthFilter(field=field, minimum=shortest, maximum=longest)
-    keywords = [KeywordsFilter(field=field, keywords=list(blacklist))] if blacklist else []
-    beginning = Filter("beginning", lambda candidate: tasks.instruction_fault(candidate[field]))
-    rouge = RougeFilter(field=field, threshold=_NOVEL_BELOW)
-    filters = [*build_filters([length]), beginning, *build_filters([*keywords, rouge])]
-    for seed in seeds:
-        for each in filters:
-            each.remember({field: seed.instruction})
-    return filters
+    return tasks.pool_filters(
+        (seed.instruction for seed in seeds), words=_WORDS, fault=tasks.instruction_fault, blacklist=blacklist,
+        similar=_NOVEL_BELOW,
+    )  # fmt: skip

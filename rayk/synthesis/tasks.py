@@ -1,4 +1,5 @@
-"""Self-Instruct's texts (Wang et al. 2022, arXiv 2212.10560): what a teacher is asked, and how its answers are read.
+"""Self-Instruct's texts (Wang et al. 2022, arXiv 2212.10560): what a teacher is asked, and how its answers are read
+and judged.
 
 Pure functions of text. Every prompt comes in two forms: for a base model it breaks off where the answer begins, for a
 chat model (`chat`) it ends by saying what to write; answers to both are read by the same parsers. Rules are those of
@@ -11,14 +12,15 @@ the paper's code, except that
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayk.config import DataSource
+from rayk.config import DataSource, KeywordsFilter, LengthFilter, RougeFilter
 from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
+from rayk.text import Filter, build_filters
 
 INSTRUCTIONS_IN_CONTEXT = 8
 NEW_INSTRUCTIONS = 8
@@ -145,9 +147,37 @@ def instruction_fault(instruction: str) -> str | None:
     """What of the paper's rules for beginnings an instruction breaks, in words; None where none."""
     if instruction.lower().startswith("write a program"):
         return "asks for a program"
+    return beginning_fault(instruction)
+
+
+def beginning_fault(instruction: str) -> str | None:
+    """Why no instruction begins as this one does, in words; None where one may."""
     if unicodedata.category(instruction[0])[0] not in "LN":
         return f"begins with {instruction[0]!r}"
     return None
+
+
+def pool_filters(
+    pool: Iterable[str], *, words: tuple[int, int | None], fault: Callable[[str], str | None],
+    blacklist: Sequence[str], similar: float,
+) -> list[Filter]:  # fmt: skip
+    """What judges new instructions (field `instruction`) beside those of a pool, which grows by those that pass.
+
+    Args:
+        words: the fewest and the most. fault: what is wrong with one that has some, in words. blacklist: words it may
+        not have. similar: the ROUGE-L F to one of the pool that is too much.
+    """
+    field = "instruction"
+    keywords = [KeywordsFilter(field=field, keywords=list(blacklist))] if blacklist else []
+    filters = [
+        *build_filters([LengthFilter(field=field, minimum=words[0], maximum=words[1])]),
+        Filter("beginning", lambda candidate: fault(candidate[field])),
+        *build_filters([*keywords, RougeFilter(field=field, threshold=similar)]),
+    ]
+    for known in pool:
+        for each in filters:
+            each.remember({field: known})
+    return filters
 
 
 def classification_prompt(instruction: str, seeds: Sequence[SeedTask], chat: bool = False) -> str:

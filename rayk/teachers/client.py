@@ -65,7 +65,7 @@ class Completion:
     """What a teacher wrote after one prompt; `logprobs` (nats) are the model's own, at temperature 1, untruncated.
 
     A black-box endpoint (engine kind `openai`) tells no `token_ids`. Where it had no answer, `finish_reason` is 'error'
-    and `reason` says why.
+    and `reason` says why; `refused` where it will not answer this prompt.
     """
 
     text: str
@@ -73,6 +73,7 @@ class Completion:
     logprobs: np.ndarray
     finish_reason: str
     reason: str = ""
+    refused: bool = False
 
 
 class Teacher(ServedModel):
@@ -276,7 +277,7 @@ class Teacher(ServedModel):
             for i in starts
         )
         return [
-            Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason)
+            Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason, one.refused)
             for part in parts for one in part
         ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from rayk.cluster import gpus_each
-from rayk.config import Replicas, Resources, TeacherConfig
+from rayk.config import EngineConfig, PolicyEngine, Replicas, Resources, TeacherConfig, VLLMPolicyEngine
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage, VerifyingEngine
 from rayk.engines.checks import check_verifies
 from rayk.environment import THREADING
@@ -184,38 +184,36 @@ def deploy(config: TeacherConfig) -> None:
     """
     start_application(
         config.name, TeacherReplica, _settings_of(config), config.replicas, config.resources,
-        gpus=_gpus_needed(config), what=f"Teacher '{config.name}'",
+        gpus=gpus_needed(config.engine), what=f"Teacher '{config.name}'",
+        across_nodes=config.engine.kind == "vllm" and config.engine.across_nodes,
     )  # fmt: skip
 
 
 def start_application(
-    name: str, replica: type, settings: dict, replicas: Replicas, resources: Resources, *, gpus: float, what: str
-) -> None:
+    name: str, replica: type, settings: dict, replicas: Replicas, resources: Resources, *, gpus: float, what: str,
+    across_nodes: bool = False,
+) -> None:  # fmt: skip
     """Start Serve application `name`, so many copies of `replica(settings)`, and wait until every one stands.
 
     Args:
         replica: reports waiting tokens for autoscaling, as `TeacherReplica` does.
         gpus: what each needs, where `resources` does not say and the cluster has any.
         what: how errors and warnings call it.
+        across_nodes: the GPUs of one may lie on several nodes.
 
     Raises:
         InputError: they do not start.
     """
     serve.start(proxy_location="Disabled")
-    actor = {
-        "num_cpus": resources.num_cpus,
-        "num_gpus": gpus_each(resources.num_gpus, gpus),
-        "resources": resources.custom,
-        "runtime_env": {"env_vars": THREADING},
-    }
+    gpus = gpus_each(resources.num_gpus, gpus)
     options: dict[str, Any] = {
+        **placement(resources, gpus, across_nodes),
         "name": DEPLOYMENT,
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
         "health_check_period_s": _HEALTH_CHECK_SECONDS,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_constructor_retry_count": _START_ATTEMPTS,
-        "ray_actor_options": actor,
     }
     if replicas.min == replicas.max:
         options["num_replicas"] = replicas.min
@@ -233,13 +231,33 @@ def start_application(
                 "policy_kwargs": {"tokens_a_replica": replicas.waiting_tokens},
             },
         }
-    _warn_where_short(what, replicas.min, actor)
+    _warn_where_short(what, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
     application = serve.deployment(replica).options(**options).bind(settings)
     try:
         serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
         reason = failure_of(name) or str(error)
         raise InputError(f"{what} did not start: {reason}") from error
+
+
+def placement(resources: Resources, gpus: float, across_nodes: bool) -> dict[str, Any]:
+    """Serve's options that say where a replica stands.
+
+    Args:
+        gpus: of one replica.
+        across_nodes: a bundle for each of them, on as few nodes as it takes. The replica is in the first with its CPUs
+            and custom resources, and holds no GPU itself, so that what it starts in the group can have them all.
+    """
+    grouped = across_nodes and gpus >= 1
+    actor = {
+        "num_cpus": resources.num_cpus, "num_gpus": 0.0 if grouped else gpus, "resources": resources.custom,
+        "runtime_env": {"env_vars": THREADING},
+    }  # fmt: skip
+    if not grouped:
+        return {"ray_actor_options": actor}
+    first = {"CPU": resources.num_cpus, "GPU": 1.0, **resources.custom}
+    bundles = [first, *({"GPU": 1.0} for _ in range(int(gpus) - 1))]
+    return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
 
 
 def already_runs(config: TeacherConfig) -> bool:
@@ -261,10 +279,11 @@ def already_runs(config: TeacherConfig) -> bool:
     return True
 
 
-def _gpus_needed(config: TeacherConfig) -> float:
-    if config.engine.kind == "openai":
+def gpus_needed(engine: EngineConfig | PolicyEngine | VLLMPolicyEngine) -> float:
+    """GPUs of one replica with such an engine."""
+    if engine.kind == "openai":
         return 0.0
-    return config.engine.tensor_parallel_size if config.engine.kind == "vllm" else 1.0
+    return engine.tensor_parallel_size if engine.kind == "vllm" else 1.0
 
 
 def _settings_of(config: TeacherConfig) -> dict:
@@ -275,10 +294,10 @@ def _settings_of(config: TeacherConfig) -> dict:
     return config.model_copy(update={"model": folder} if is_path else {}).model_dump(mode="json")
 
 
-def _warn_where_short(what: str, replicas: int, actor: dict) -> None:
+def _warn_where_short(what: str, replicas: int, needs: dict[str, float]) -> None:
     """Say what the cluster lacks: Serve waits for it without a word, rightly so where a cluster grows on demand."""
     there = ray.cluster_resources()
-    for name, each in {"CPU": actor["num_cpus"], "GPU": actor["num_gpus"], **actor["resources"]}.items():
+    for name, each in needs.items():
         if each * replicas > there.get(name, 0):
             logger.warning(
                 "%s asks for %g %s in all, but the cluster has %g now: waiting until it has more.",

@@ -76,7 +76,8 @@ class Sifted:
 def build_filters(
     settings: Sequence[kinds.FilterConfig], evaluation_prompts: Iterable[str] | None = None
 ) -> list[Filter]:
-    """The filters in their order, with memories that are still empty.
+    """The filters in their order, with memories that are still empty. A `judge` is none of them, for it asks a model
+    (`rayk.synthesis.judging`).
 
     Args:
         evaluation_prompts: what `contamination` compares with; read only where it is asked for.
@@ -90,6 +91,8 @@ def build_filters(
     for each in settings:
         numbers[each.kind] += 1
         name = each.kind if counts[each.kind] == 1 else f"{each.kind} {numbers[each.kind]}"
+        if isinstance(each, kinds.JudgeFilter):
+            continue
         if isinstance(each, kinds.ContaminationFilter):
             built.append(Filter(name, _contamination(each, name, evaluation_prompts)))
         elif isinstance(each, kinds.NearDuplicatesFilter | kinds.RougeFilter):
@@ -176,7 +179,9 @@ def _truncated(_: kinds.TruncatedFilter, name: str) -> Judge:
 def _length(given: kinds.LengthFilter, name: str) -> Judge:
     def measure(candidate: Candidate) -> int:
         if given.unit == "tokens":
-            return int(_value(candidate, "tokens", name))
+            if (tokens := candidate.get("tokens")) is None:
+                raise InputError(f"Filter '{name}' counts tokens, which the endpoint does not tell; set another unit.")
+            return int(tokens)
         text = _text(candidate, given.field, name)
         return len(words(text)) if given.unit == "words" else len(text)
 
@@ -262,6 +267,15 @@ def _keywords(given: kinds.KeywordsFilter, name: str) -> Judge:
     return judge
 
 
+def _ending(given: kinds.EndingFilter, name: str) -> Judge:
+    def judge(candidate: Candidate) -> str | None:
+        text = _text(candidate, given.field, name).rstrip()
+        found = next((each for each in given.endings if text.endswith(each)), None)
+        return f"ends with {found!r}" if found else None
+
+    return judge
+
+
 def _contamination(given: kinds.ContaminationFilter, name: str, prompts: Iterable[str] | None) -> Judge:
     if prompts is None:
         raise InputError(f"Filter '{name}' compares with the evaluation set; set data.evaluation, or leave it out.")
@@ -329,6 +343,7 @@ _BUILDERS: dict[type, Callable[[Any, str], Judge]] = {
     kinds.RepetitionFilter: _repetition,
     kinds.RefusalFilter: _refusal,
     kinds.KeywordsFilter: _keywords,
+    kinds.EndingFilter: _ending,
     kinds.CustomFilter: _custom,
 }
 _BUILDERS_WITH_MEMORY: dict[type, Callable[[Any, str], Filter]] = {

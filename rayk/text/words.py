@@ -39,3 +39,8 @@ def words(text: str) -> list[str]:
 def ngrams(items: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
     """Every run of `n` items, in order; none where there are fewer."""
     return zip(*(items[start:] for start in range(n)), strict=False)
+
+
+def whole_characters(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which JSON may hold and nothing else can keep."""
+    return text.encode("utf-8", "replace").decode()

@@ -9,7 +9,6 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +29,14 @@ class Checkpoint:
 
     step: int
     model: dict[str, Tensor]
+    """What training changes of the student and of the method's modules; what is frozen is where it came from."""
     optimizer: dict[str, Any]
     method: list[dict[str, Any]]
     """The method's state, one entry a worker."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Rows already written for later steps (`rayk.training.supply`), of all workers."""
+    base: str = ""
+    """The fingerprint of what is frozen; "" where nothing is, or nothing tells."""
 
 
 class CheckpointStore:
@@ -52,7 +54,7 @@ class CheckpointStore:
         self._delete(folder)  # a torn one of the same step
         self._fs.create_dir(folder, recursive=True)
         files = {
-            "model.safetensors": save_tensors({name: t.contiguous() for name, t in checkpoint.model.items()}),
+            "model.safetensors": save_tensors({name: t.detach().contiguous() for name, t in checkpoint.model.items()}),
             "optimizer.pt": _pack(checkpoint.optimizer),
             "method.pt": _pack(checkpoint.method),
             "rollouts.pt": _pack(checkpoint.rollouts),
@@ -60,7 +62,8 @@ class CheckpointStore:
         for name, data in files.items():
             self._write(f"{folder}/{name}", data)
         sums = {name: _sums(data) for name, data in files.items()}
-        self._write(f"{folder}/{_MANIFEST}.part", json.dumps({"step": checkpoint.step, "files": sums}).encode())
+        manifest = {"step": checkpoint.step, "files": sums, "base": checkpoint.base}
+        self._write(f"{folder}/{_MANIFEST}.part", json.dumps(manifest).encode())
         self._fs.move(f"{folder}/{_MANIFEST}.part", f"{folder}/{_MANIFEST}")
         for step in self.steps()[:-keep]:
             # The manifest goes first, so that a half-deleted checkpoint is none.
@@ -76,7 +79,7 @@ class CheckpointStore:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole."""
         for step in reversed(self.steps()):
-            files = self._read_whole(f"{self._folder}/step-{step:08d}")
+            files = self._read_whole(step)
             if files is not None:
                 return Checkpoint(
                     step,
@@ -84,14 +87,26 @@ class CheckpointStore:
                     _unpack(files["optimizer.pt"]),
                     _unpack(files["method.pt"]),
                     _unpack(files["rollouts.pt"]),
+                    self._manifest(step)["base"],
                 )
         return None
 
-    def _read_whole(self, folder: str) -> dict[str, bytes] | None:
+    def base(self) -> str:
+        """`Checkpoint.base` of the newest; "" without any."""
+        return next((manifest["base"] for step in reversed(self.steps()) if (manifest := self._manifest(step))), "")
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        """Empty where it is damaged or gone."""
         try:
-            manifest = json.loads(self._read(f"{folder}/{_MANIFEST}"))
-            files = {name: self._read(f"{folder}/{name}") for name in manifest["files"]}
+            return {"base": "", **json.loads(self._read(f"{self._folder}/step-{step:08d}/{_MANIFEST}"))}
         except (FileNotFoundError, ValueError):
+            return {}
+
+    def _read_whole(self, step: int) -> dict[str, bytes] | None:
+        manifest = self._manifest(step)
+        try:
+            files = {name: self._read(f"{self._folder}/step-{step:08d}/{name}") for name in manifest["files"]}
+        except (FileNotFoundError, KeyError):
             return None
         sums = {name: _sums(data) for name, data in files.items()}
         return files if sums == manifest["files"] else None
@@ -107,12 +122,6 @@ class CheckpointStore:
     def _delete(self, folder: str) -> None:
         if self._fs.get_file_info(folder).type == fs.FileType.Directory:
             self._fs.delete_dir(folder)
-
-
-def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with each tensor once: tied weights share storage, which safetensors refuses."""
-    first_names = {tensor.data_ptr(): name for name, tensor in reversed(list(state.items()))}
-    return {name: tensor for name, tensor in state.items() if first_names[tensor.data_ptr()] == name}
 
 
 def _sums(data: bytes) -> dict[str, int]:

@@ -28,11 +28,11 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import CausalLM, load_tokenizer, pick_device
-from rayk.rollouts import Policy, PolicyAddress, Rollout, ServedPolicy, WorkerPolicy, summarise
-from rayk.students import make_model
+from rayk.rollouts import Policy, PolicyAddress, Rollout, ServedPolicy, WorkerPolicy, learned, summarise
+from rayk.students import Size, make_model, size_of
 from rayk.teachers import Teacher, connect_teacher, scorer_of
 from rayk.teachers.cache import SignalCache, opened
-from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
+from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
 from rayk.training.student import UNUSABLE, Step, Student, save_model, wrap
@@ -58,14 +58,12 @@ class Job:
     """Where the policy is served; None: each worker writes by itself."""
     demonstrator: Any = None
     """Who shows rows demonstrations, with method `in_context`."""
+    base: str = ""
+    """The fingerprint of the frozen weights below an adapter."""
 
     def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Each teacher by its name in the settings, asked once whether it answers."""
         return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
-
-    @property
-    def checkpoints(self) -> str:
-        return self.config.training.checkpoints or str(self.config.output_path / "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,8 @@ class Outcome:
     total_steps: int
     evaluation: Evaluation | None = None
     problem: RaykError | None = None
+    size: Size | None = None
+    """Of the student."""
 
 
 def train_worker(job: Job) -> Outcome:
@@ -150,7 +150,8 @@ class Trainer:
             config, self.method, self.policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world,
             pretraining=beside,
         )  # fmt: skip
-        self.store = CheckpointStore(job.checkpoints)
+        self.store = CheckpointStore(config.checkpoints)
+        self._base = job.base
         self.step = 0
         self._midway = False
         """The weights are those of no whole number of steps, so not to be kept."""
@@ -198,7 +199,7 @@ class Trainer:
             save_model(self.student.model, self.tokenizer, self.config.output_path / "model")
         if evaluation is None and self.evaluator:  # resumed after the last step
             evaluation = self._evaluate(last=True)
-        return Outcome(self.step, self.total_steps, evaluation)
+        return Outcome(self.step, self.total_steps, evaluation, size=size_of(self.student.model))
 
     def close(self) -> None:
         self._closing.close()
@@ -402,7 +403,7 @@ class Trainer:
         problem = None
         if self.ranks.rank == 0:
             state = Checkpoint(
-                self.step, unshared(self.module.state_dict()), self.optimizer.state_dict(), states, rollouts
+                self.step, learned(self.module), self.optimizer.state_dict(), states, rollouts, self._base
             )
             try:
                 self.store.save(state, self.settings.keep_checkpoints)
@@ -415,7 +416,7 @@ class Trainer:
         if checkpoint is None:
             return
         missing, unexpected = self.module.load_state_dict(checkpoint.model, strict=False)
-        if unexpected or set(missing) & set(unshared(self.module.state_dict())):
+        if unexpected or set(missing) & set(learned(self.module)):
             raise RaykError(f"The checkpoint of step {checkpoint.step} belongs to another student; use another output.")
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])

@@ -1,6 +1,8 @@
 """The model that learns: run as body + head, saved as an ordinary transformers folder."""
 
 import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rayk.data.batches import Batch
+from rayk.lora import has_adapter, merged, save_adapter
 from rayk.methods import Experience, Method
 from rayk.models import DTYPES, Head, final_hidden, head_of
 
@@ -67,12 +70,21 @@ def wrap(step: Step) -> nn.Module:
 
 
 def save_model(model: Any, tokenizer, folder: Path) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; it appears whole or not at all."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if folder.exists():
-        import shutil
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; an adapter is merged into it, and lies in
+    `adapter` beside it as peft's own. Each appears whole or not at all."""
+    if has_adapter(model):
+        with _appearing(folder.with_name("adapter")) as unfinished:
+            save_adapter(model, unfinished)
+    with _appearing(folder) as unfinished:
+        model.save_pretrained(unfinished, state_dict=merged(model) if has_adapter(model) else None)
+        tokenizer.save_pretrained(unfinished)
 
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """Where to write what is to stand in `folder` once it is whole."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    yield unfinished
+    if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)

@@ -11,7 +11,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayk.cluster import gpus_each
+from rayk.cluster import gpus_each, run_on
 from rayk.errors import RunFailed
 from rayk.evaluation.evaluate import Evaluation
 from rayk.training.loop import Job, Outcome, evaluate_worker, train_worker
@@ -62,14 +62,7 @@ def train(job: Job) -> Outcome:
 
 def evaluate_remotely(job: Job) -> Evaluation:
     """Measure the student of `job` on its evaluation rows, on one worker's resources."""
-    resources = job.config.training.resources
-    task = ray.remote(evaluate_worker).options(
-        num_cpus=resources.num_cpus, num_gpus=gpus_each(resources.num_gpus), resources=resources.custom
-    )
-    try:
-        return ray.get(task.remote(job))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+    return run_on(job.config.training.resources, evaluate_worker, job)
 
 
 def _checked(outcome: Outcome) -> Outcome:

@@ -1,6 +1,6 @@
 """What it costs to have replicas write with new weights, and served rollouts beside those in the worker.
 
-    python -m tests.benchmarks.weight_update [--rounds 5]
+    python -m tests.benchmarks.weight_update [--rounds 5] [--engine vllm]
 
 Publishing is the training worker's part: checksum, and a copy into the object store; the steps wait for it. Taking over
 is a replica's: the look-up, checksum and copy before the first batch under a version, measured as what a short request
@@ -37,7 +37,10 @@ ROWS, PROMPT, NEW_TOKENS = 64, 32, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    options = parser.parse_args()
+    rounds = options.rounds
+    engine = {"kind": options.engine, **({"arguments": {"enforce_eager": True}} if options.engine == "vllm" else {})}
     torch.set_num_threads(1)
     print(f"{machine()}; each replica and the worker on one thread")
     start_ray(4)
@@ -45,16 +48,16 @@ def main() -> None:
         for hidden, layers in SIZES:
             model = f"{folder}/{hidden}"
             tiny_model(model, hidden=hidden, layers=layers, tokenizer=tiny_tokenizer())
-            with_new_weights(model, rounds)
+            with_new_weights(model, engine, rounds)
         for replicas in (1, 2):
-            beside_the_worker(f"{folder}/{SIZES[0][0]}", replicas, rounds)
+            beside_the_worker(f"{folder}/{SIZES[0][0]}", engine, replicas, rounds)
 
 
-def with_new_weights(model: str, rounds: int) -> None:
+def with_new_weights(model: str, engine: dict, rounds: int) -> None:
     learner = load_model(model)
     size = sum(parameter.numel() for parameter in learner.parameters())
     publish, first, again = [], [], []
-    config = config_of(model, 1)
+    config = config_of(model, engine, 1)
     with serve_policy(config, "_policy-benchmark", model) as address:
         assert address is not None and isinstance(config.rollouts, ServedRollouts)
         policy = ServedPolicy(learner, config.rollouts, address, publishes=True)
@@ -72,9 +75,9 @@ def with_new_weights(model: str, rounds: int) -> None:
     )
 
 
-def beside_the_worker(model: str, replicas: int, rounds: int) -> None:
+def beside_the_worker(model: str, engine: dict, replicas: int, rounds: int) -> None:
     learner = load_model(model)
-    config = config_of(model, replicas)
+    config = config_of(model, engine, replicas)
     with serve_policy(config, "_policy-benchmark", model) as address:
         assert address is not None and isinstance(config.rollouts, ServedRollouts)
         served = ServedPolicy(learner, config.rollouts, address, publishes=True)
@@ -95,12 +98,12 @@ def beside_the_worker(model: str, replicas: int, rounds: int) -> None:
     )
 
 
-def config_of(model: str, replicas: int):
+def config_of(model: str, engine: dict, replicas: int):
     return parse_config(
         {
             "teachers": [{"name": "none", "attach": True}], "student": {"model": model},
             "data": {"train": {"path": "none"}}, "method": {"kind": "on_policy"},
-            "rollouts": {"kind": "served", "replicas": replicas, "max_new_tokens": NEW_TOKENS},
+            "rollouts": {"kind": "served", "engine": engine, "replicas": replicas, "max_new_tokens": NEW_TOKENS},
         }
     )  # fmt: skip
 

@@ -367,6 +367,7 @@ def answers(url):
         return False
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("chat", [False, True])
 def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder, chat):
     tokenizer, twin = tiny_tokenizer(), TransformersEngine(folder)

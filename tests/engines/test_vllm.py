@@ -29,6 +29,8 @@ from tests.engines.reference import (
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.cluster
+
 SETTINGS = Settings(dtype="float32", arguments={"enforce_eager": True})
 
 
@@ -47,13 +49,6 @@ def folder(model, tmp_path_factory):
     model.save_pretrained(path)
     tiny_tokenizer(path)
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def on_loop():
-    """Runs coroutines on the one event loop that the engine's tasks live on."""
-    with asyncio.Runner() as runner:
-        yield runner.run
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from tests.runs import (
     until,
 )
 
+pytestmark = pytest.mark.cluster
+
 
 def free_ports(count):
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]

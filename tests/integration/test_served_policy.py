@@ -1,5 +1,6 @@
 """Who writes, and what dies while it is written, do not change what is learned."""
 
+import psutil
 import pytest
 import ray
 from ray import serve
@@ -8,9 +9,12 @@ from rayk.config import parse_config
 from rayk.errors import PolicyUnavailable, RunFailed
 from rayk.rollouts.weights import NAMESPACE
 from rayk.run import distill, policy_application
+from rayk.teachers import deployment
 from rayk.training.checkpoint import CheckpointStore
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
+from tests.teachers.asking import replicas_of
+from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
@@ -18,9 +22,10 @@ METHOD = {"kind": "on_policy", "support": {"kind": "requested", "k": 8}, "reques
 SERVED = {"kind": "served", "replicas": 2, "resources": {"num_cpus": 0.25}}
 
 
-def prepared(folder, student, rollouts, **training):
+def prepared(folder, student, rollouts, lora=None, **training):
     folder.mkdir(exist_ok=True)
     values = settings(folder, student, METHOD, **{"learning_rate": 1e-3, **training})
+    values["student"]["lora"] = lora
     values["rollouts"] |= rollouts
     return parse_config(values)
 
@@ -37,11 +42,13 @@ def named_actors():
     return [each["name"] for each in found if each["namespace"] == NAMESPACE]
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_served_policy_teaches_what_the_workers_own_does(max_staleness, tmp_path, tiny_student, served, nothing_left):
+@pytest.mark.parametrize(("max_staleness", "lora"), [(0, None), (1, None), (1, {"r": 4, "dropout": 0.2})])
+def test_a_served_policy_teaches_what_the_workers_own_does(
+    max_staleness, lora, tmp_path, tiny_student, served, nothing_left
+):
     rollouts = {"max_staleness": max_staleness}
-    distill(prepared(tmp_path / "worker", tiny_student, rollouts))
-    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts))
+    distill(prepared(tmp_path / "worker", tiny_student, rollouts, lora))
+    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts, lora))
     assert_same_learning(tmp_path / "worker" / "run", tmp_path / "served" / "run")
     ages = [min(step, max_staleness) for step in range(6)]
     assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages
@@ -60,6 +67,31 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
     distill(hurt, watcher=watcher)
     assert watcher.struck.is_set()
     assert_same_learning(tmp_path / "whole" / "run", hurt.output_path, 1e-3)
+
+
+def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_killed(
+    tmp_path, served, nothing_left, monkeypatch
+):
+    """Greedy, so that both write the same as long as they have the same weights."""
+    monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
+    student = str(tmp_path / "student")
+    tiny_model(student, seed=2, hidden=128, layers=1, peaked=4.0, tokenizer=tiny_tokenizer())
+    rollouts = {"max_staleness": 1, "temperature": 0.0, "max_new_tokens": 8}
+    vllm = {"kind": "vllm", "arguments": {"enforce_eager": True}, "batch_tokens": 256}
+    training = {"steps": 24}
+    distill(prepared(tmp_path / "worker", student, rollouts, **training))
+    run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, **training)
+
+    def strike():
+        [replica] = replicas_of(policy_application(run))
+        [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
+        core.kill()
+
+    watcher = Striking(6, strike)
+    distill(run, watcher=watcher)
+    assert watcher.struck.is_set()
+    assert_same_learning(tmp_path / "worker" / "run", run.output_path, 1e-3)
+    assert len(set(curve(run.output_path, "rollout_repetition"))) > 6, "what is written hardly changes"
 
 
 def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worker(

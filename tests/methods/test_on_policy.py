@@ -242,6 +242,9 @@ def test_prompts_alone_suffice(tmp_path, tiny_student, served):
 def test_what_cannot_be_written_is_refused_beforehand(tmp_path, tiny_student, served):
     with pytest.raises(InputError, match=r"takes 512; lower rollouts.max_new_tokens"):
         distill(changed(tmp_path, tiny_student, rollouts={"max_new_tokens": 500}))
+    vllm = {"kind": "served", "engine": {"kind": "vllm", "max_model_len": 100}}
+    with pytest.raises(InputError, match=r"the policy takes 99 on vLLM; .* raise rollouts.engine.max_model_len"):
+        distill(changed(tmp_path, tiny_student, rollouts=vllm | {"max_new_tokens": 90}))
     with pytest.raises(InputError, match="not written yet"):
         plan(changed(tmp_path, tiny_student))
     (tmp_path / "rows.jsonl").write_text('{"text": "What is 1?"}\n' * 8)

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from rayk.config import WorkerRollouts
+from rayk.config import LoraConfig, WorkerRollouts
 from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
+from rayk.lora import add_adapter
 from rayk.models import real_vocab_size
 from rayk.rollouts import Rollout, WorkerPolicy, summarise
 from rayk.rollouts.kept import pack_row, unpack_row
 from rayk.rollouts.policy import repetition
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import moved, tiny_model, tiny_tokenizer
 
 ENDS = list(range(100, 160))
 """So many end tokens that a random model often writes one."""
@@ -107,6 +108,22 @@ def test_a_stale_policy_writes_with_the_weights_it_last_took_over(learner):
     taken = written(stale)
     assert [each.input_ids.tolist() for each in taken] == now
     assert {each.version for each in taken} == {1}
+
+
+def test_a_stale_policy_of_an_adapter_shares_what_is_frozen(learner):
+    add_adapter(learner, LoraConfig(r=4, dropout=0.5), 0, "base")
+    stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
+    first = [each.input_ids.tolist() for each in written(stale)]
+    assert [each.input_ids.tolist() for each in written(fresh)] == first  # dropout is off in both
+    moved(learner)
+    assert [each.input_ids.tolist() for each in written(stale)] == first
+    now = [each.input_ids.tolist() for each in written(fresh)]
+    assert now != first
+    stale.update(1)
+    assert [each.input_ids.tolist() for each in written(stale)] == now
+    copies = dict(stale._writer.model.named_parameters())
+    for name, parameter in learner.named_parameters():
+        assert (copies[name] is parameter) == (not parameter.requires_grad), name
 
 
 def test_the_ids_named_for_the_teacher_are_the_policys_likeliest_real_ones(learner):

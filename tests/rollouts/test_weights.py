@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from rayk.config import LoraConfig
+from rayk.lora import add_adapter
 from rayk.rollouts.weights import (
     Published,
     UnusableWeights,
@@ -18,7 +20,7 @@ from rayk.rollouts.weights import (
     pack,
     take_over,
 )
-from tests.tiny import tiny_model
+from tests.tiny import moved, tiny_model
 
 FIRST = Version("attempt", 0)
 
@@ -53,6 +55,26 @@ def test_what_is_frozen_does_not_travel():
     take_over(model, weights, checksum(weights), FIRST)
     assert torch.equal(model.lm_head.weight, learner.lm_head.weight)
     assert all(torch.equal(value, body[name]) for name, value in model.model.state_dict().items())
+
+
+def test_of_an_adapter_only_its_own_bytes_travel():
+    learner, replica = (tiny_model(seed=1, hidden=64, vocab_size=2048) for _ in range(2))
+    whole = pack(learner)
+    for seed, each in enumerate((learner, replica)):
+        add_adapter(each, LoraConfig(r=2), seed, "base")
+    weights = copied(pack(moved(learner)))
+    assert all(".lora_" in name for name in weights)
+    assert sum(map(size_of, weights.values())) < sum(map(size_of, whole.values())) / 20
+    with pytest.raises(UnusableWeights, match="torn"):
+        take_over(replica, broken_byte(weights), checksum(weights), FIRST)
+    with pytest.raises(UnusableWeights, match="of another model"):
+        take_over(replica, whole, checksum(whole), FIRST)
+    take_over(replica, weights, checksum(weights), FIRST)
+    assert all(torch.equal(value, learner.state_dict()[name]) for name, value in replica.state_dict().items())
+
+
+def size_of(packed):
+    return packed.data.nbytes
 
 
 def test_kept_buffers_travel_too():

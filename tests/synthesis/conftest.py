@@ -26,6 +26,16 @@ def parrot(ray_cluster, _endpoint):
         yield teacher
 
 
+@pytest.fixture(scope="session")
+def scribbler(ray_cluster, _endpoint):
+    """The same endpoint, asked for plain completions."""
+    config = TeacherConfig(
+        name="scribbler", model="scribbler-1", engine=engine_of(_endpoint, chat=False), resources={"num_cpus": 0.25}
+    )  # fmt: skip
+    with serve_teacher(config) as teacher:
+        yield teacher
+
+
 @pytest.fixture
 def endpoint(_endpoint):
     _endpoint.begin_anew()

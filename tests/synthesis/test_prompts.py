@@ -38,6 +38,16 @@ def test_the_truth_is_found_by_field_and_pattern(tmp_path):
     assert prompt.truth == "4"
 
 
+def test_yes_and_no_may_be_true_and_false(tmp_path):
+    rows = [{"prompt": "Is it?", "answer": answer} for answer in (True, False, "Yes.")]
+    answer = AnswerConfig(type="yes_no")
+    read_rows = read(tmp_path, *rows, answer=answer)
+    assert [each.truth for each in read_rows] == ["yes", "no", "Yes."]
+    assert is_right("yes", read_rows[0].truth, answer)
+    with pytest.raises(InputError, match="by its type 'number' in the truth 'True'"):
+        read(tmp_path, rows[0], answer=AnswerConfig(type="number"))
+
+
 @pytest.mark.parametrize(
     ("row", "settings", "said"),
     [

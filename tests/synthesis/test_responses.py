@@ -90,7 +90,7 @@ def test_a_function_of_the_users_chooses(parrot, endpoint, store, tmp_path, monk
     assert summary["rejected"]["not_best"] == 2
     assert [(row["completion"], row["score"]) for row in rows(store)] == [("xxx", -6.0)]
     with pytest.raises(InputError, match=r"synthesis.scorer: module 'tastes' has no function 'long'"):
-        Responses.check(ResponsesConfig(keep="best", scorer="tastes:long"))
+        Responses.check(ResponsesConfig(keep="best", scorer="tastes:long"), parrot.settings)
 
 
 def test_filters_come_before_the_choice_and_say_why(parrot, endpoint, store):

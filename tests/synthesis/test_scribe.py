@@ -10,7 +10,7 @@ import pytest
 from rayk.config import ResponsesConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
-from rayk.synthesis.scribe import Request, Scribe, in_order
+from rayk.synthesis.scribe import Request, Scribe, Tally, in_order
 from rayk.teachers.background import run_to_the_end
 from rayk.teachers.client import Teacher
 from tests.engines.endpoint import Reply, completion
@@ -18,12 +18,14 @@ from tests.engines.endpoint import Reply, completion
 pytestmark = pytest.mark.cluster
 
 SHORT = SamplingParameters(8, 0.7)
+REFUSED = Reply(400, b'{"error": {"message": "too rude"}}')
 
 
 def ask(teacher, store, requests, **settings):
     """What a scribe brings for the requests, and the scribe."""
     told = []
-    scribe = Scribe(teacher, store, ResponsesConfig(**settings), progress=lambda *all: told.append(all))
+    tally = Tally(store.usage, lambda *all: told.append(all))
+    scribe = Scribe(teacher, store, ResponsesConfig(**settings), tally=tally)
     scribe.total = len(requests)
 
     async def work():
@@ -39,7 +41,7 @@ def requests(count, parameters=SHORT, prompt="prompt {}"):
 
 def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served, store):
     written, scribe, told = ask(served, store, requests(12))
-    assert scribe.asked == 12
+    assert scribe.tally.asked == 12
     assert told[-1][:2] == (12, 12)
     assert "completions/s" in told[-1][2] and "tokens/s" in told[-1][2]
     expected = run_to_the_end(served.agenerate([each.prompt for each in requests(12)], SHORT, range(12)))
@@ -47,7 +49,7 @@ def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served,
     assert [each.tokens for each in written] == [len(each.token_ids) for each in expected]
     assert written[3].mean_logprob == pytest.approx(expected[3].logprobs.mean(), abs=1e-4)
     repeated, scribe, _ = ask(served, store, requests(12))
-    assert (repeated, scribe.asked) == (written, 0)
+    assert (repeated, scribe.tally.asked) == (written, 0)
 
 
 def test_rows_have_their_provenance(served, store):
@@ -75,7 +77,7 @@ def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
     (part,) = (store.folder / "completions").glob("*.parquet")
     assert pq.read_table(part).to_pylist()[0]["prompt"] == "<|user|>\nHello 0<|end|>\n<|assistant|>\n"
     plain, scribe, _ = ask(served, store, requests(1, prompt="Hello {}"))
-    assert scribe.asked == 1
+    assert scribe.tally.asked == 1
     assert plain[0].text != written.text
 
 
@@ -96,7 +98,7 @@ def test_what_an_endpoint_refuses_is_told_and_asked_again_next_time(parrot, endp
     assert "not JSON" in written[2].reason
     first, second = endpoint.requests_of("prompt 3")
     assert second.at_seconds - first.at_seconds >= 0.2
-    assert scribe.unanswered == 2
+    assert scribe.tally.unanswered == 2
     assert "2 unanswered" in told[-1][2]
     before = len(endpoint.asked)
     repeated, scribe, _ = ask(parrot, store, requests(5))
@@ -106,21 +108,46 @@ def test_what_an_endpoint_refuses_is_told_and_asked_again_next_time(parrot, endp
 
 def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
     ask(parrot, store, requests(3))
-    endpoint.replies |= {f"prompt {i}": [Reply(400, b'{"error": {"message": "down"}}')] for i in range(3, 200)}
-    with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 400: down\."):
-        ask(parrot, store, requests(200), in_flight=4)
-    assert len(endpoint.asked) <= 3 + 32 + 4
+    endpoint.replies |= {f"prompt {i}": [Reply(503, b'{"error": {"message": "down"}}')] * 2 for i in range(3, 200)}
+    with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 503: down\."):
+        ask(parrot, store, requests(200), in_flight=8)
+    assert len(endpoint.asked) <= 3 + 2 * (32 + 8)
     endpoint.begin_anew()
     _, scribe, _ = ask(parrot, store, requests(5))
-    assert scribe.asked == 2
+    assert scribe.tally.asked == 2
+
+
+def test_prompts_that_are_refused_do_not_stop_a_healthy_run(parrot, endpoint, store):
+    endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(2, 42)}
+    written, scribe, _ = ask(parrot, store, requests(44), in_flight=1)
+    assert [each.finish_reason for each in written] == ["stop"] * 2 + ["error"] * 40 + ["stop"] * 2
+    assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
+    assert scribe.tally.unanswered == 40
+
+
+def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_ever(parrot, endpoint, store):
+    endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(400)}
+    with pytest.raises(RunFailed, match=r"refused the first 256 prompts, the last since 400: too rude\."):
+        ask(parrot, store, requests(400), in_flight=8)
+    assert len(endpoint.asked) <= 256 + 8
+
+
+def test_a_refusal_that_counts_is_an_answer(parrot, endpoint, store):
+    endpoint.replies["prompt 0"] = [REFUSED]
+    request = Request("prompt 0", 0, SHORT, refusal_counts=True)
+    (written,), scribe, _ = ask(parrot, store, [request])
+    assert (written.finish_reason, written.reason, written.refused) == ("error", "400: too rude", True)
+    assert scribe.tally.unanswered == 0
+    (again,), scribe, _ = ask(parrot, store, [request])
+    assert (again, scribe.tally.asked) == (written, 0)
 
 
 def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
     _, scribe, _ = ask(parrot, store, requests(4))
-    assert scribe.charged["requests"] == 4
-    assert scribe.charged["cost"] == pytest.approx(4 * 5e-6)
+    assert scribe.tally.charged["requests"] == 4
+    assert scribe.tally.charged["cost"] == pytest.approx(4 * 5e-6)
     _, scribe, _ = ask(parrot, store, requests(6))
-    assert (scribe.charged["requests"], store.usage["completion_tokens"]) == (6, 12)
+    assert (scribe.tally.charged["requests"], store.usage["completion_tokens"]) == (6, 12)
 
 
 def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
@@ -128,7 +155,8 @@ def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
     (one, other), scribe, _ = ask(served, store, [long, Request("the cat", 0, SHORT)])
     assert (one.finish_reason, other.finish_reason != "error") == ("error", True)
     assert one.reason.endswith("leaves no room for 8 more: the teacher takes 512")
-    assert scribe.unanswered == 0  # asking again would not help
+    assert one.refused
+    assert scribe.tally.unanswered == 0  # asking again would not help
 
 
 def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
@@ -152,7 +180,7 @@ def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
     assert store.unwritten == 0
     endpoint.begin_anew()
     _, scribe, _ = ask(parrot, store, requests(10))
-    assert scribe.asked == 1
+    assert scribe.tally.asked == 1
 
 
 def test_a_wrong_key_stops_at_once(parrot, endpoint, store):
@@ -197,7 +225,7 @@ def test_half_a_character_is_kept_as_a_sign_that_something_was_there(parrot, end
     endpoint.answer = lambda body: completion(body, "snow \ud83d")
     (written,), _, _ = ask(parrot, store, requests(1))
     assert written.text == "snow ?"
-    assert ask(parrot, store, requests(1))[1].asked == 0
+    assert ask(parrot, store, requests(1))[1].tally.asked == 0
 
 
 def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endpoint, store):
@@ -212,7 +240,7 @@ def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endp
     written, scribe, _ = ask(impatient, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "stop", "error", "stop", "stop"]
     assert "did not answer within 8 s" in written[2].reason
-    assert scribe.unanswered == 1
+    assert scribe.tally.unanswered == 1
 
 
 def test_an_endpoint_has_its_own_chat_template(parrot, store):

@@ -147,6 +147,42 @@ def test_more_instructions_later_keep_those_before(parrot, endpoint, store):
     assert {row["instruction"] for row in few} < {row["instruction"] for row in rows(store)}
 
 
+def lists_of(endpoint):
+    return [(each.prompt, each.body["seed"]) for each in endpoint.asked if "Continue the list" in each.prompt]
+
+
+def test_all_that_few_instructions_took_is_used_for_more(parrot, endpoint, tmp_path):
+    endpoint.answer = imagine
+    for instructions in (16, 20, 40):
+        with opened(tmp_path / "growing") as store:
+            write(parrot, store, instructions=instructions)
+            grown = rows(store)
+    asked = lists_of(endpoint)
+    endpoint.begin_anew()
+    endpoint.answer = imagine
+    with opened(tmp_path / "at once") as store:
+        write(parrot, store, instructions=40)
+        assert rows(store) == grown
+    assert sorted(asked) == sorted(lists_of(endpoint))
+
+
+def test_a_list_that_is_refused_is_left_out_for_good(parrot, endpoint, tmp_path):
+    endpoint.answer = imagine
+    with opened(tmp_path / "whole") as store:
+        write(parrot, store)
+    (_, (second, _), *_) = lists_of(endpoint)
+    endpoint.begin_anew()
+    endpoint.answer = imagine
+    endpoint.replies[second] = [Reply(400, b'{"error": {"message": "too rude"}}')]
+    with opened(tmp_path / "refused") as store:
+        write(parrot, store)
+        kept, asked = rows(store), len(endpoint.asked)
+        (refusal,) = [row for row in rows(store, "rejected") if row["rejected_by"] == "unanswered"]
+        assert refusal["reason"] == "a list of instructions: 400: too rude"
+        summary = write(parrot, store)
+        assert (rows(store), len(endpoint.asked), summary["unanswered"]) == (kept, asked, 0)
+
+
 def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
     def repeat(body):
         if "Continue the list" not in prompt_of(body):

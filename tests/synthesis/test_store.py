@@ -92,6 +92,29 @@ def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_pa
     assert found(tmp_path) == set(range(20))
 
 
+def test_a_part_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
+    added(tmp_path, range(10))
+    (part,) = parts(tmp_path)
+    hidden = part.rename(tmp_path / "elsewhere")
+    part.symlink_to(part)  # what root cannot read either
+    with pytest.raises(InputError, match=f"^'{part}' cannot be read .Too many levels of symbolic links.; see to it"):
+        found(tmp_path)
+    hidden.replace(part)
+    assert found(tmp_path) == set(range(10))
+
+
+def test_a_refusal_is_kept_with_its_reason(tmp_path):
+    refusal = Written("key-1", "", None, None, "error", "400: no", refused=True)
+    with opened(tmp_path) as store:
+        store.add(refusal, PROVENANCE)
+        assert store.find("key-1") == refusal
+        store.flush()
+    with opened(tmp_path) as store:
+        assert store.find("key-1") == refusal
+    (row,) = pq.read_table(parts(tmp_path)[0]).to_pylist()
+    assert (row["finish_reason"], row["text"]) == ("refused", "400: no")
+
+
 def test_no_flipped_bit_is_read_back(tmp_path):
     text = "".join(chr(random.randrange(33, 127)) for _ in range(3000))
     with opened(tmp_path) as store:
@@ -167,7 +190,8 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_no_half_file(tmp_path):
     child, pipe = in_a_child(work)
     told = pipe.read().splitlines()
     os.waitpid(child, 0)
-    assert told[0].startswith(f"No room is left in '{tmp_path}' (File too large); what was written before is kept.")
+    full = tmp_path / "completions"
+    assert told[0].startswith(f"No room is left in '{full}' (File too large); what was written before is kept.")
     assert told[1] == "True"  # it may still be written, once there is room
     assert found(tmp_path) == {1}
     assert not list(tmp_path.rglob("*.unfinished"))
@@ -199,6 +223,17 @@ def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
     with opened(tmp_path, filters=["b"], in_flight=2) as store:
         assert store.summary is None
         assert store.find("key-1") == written(1)
+
+
+def test_a_damaged_summary_has_the_rows_made_anew_and_damaged_settings_are_told(tmp_path):
+    with opened(tmp_path) as store:
+        store.keep([{"prompt": "p"}], [])
+        store.finish({"kept": 1})
+        (tmp_path / "summary.json").write_text('{"kept"')
+        assert store.summary is None
+    (tmp_path / "settings.yaml").write_text("a: [")
+    with pytest.raises(InputError, match=f"^'{tmp_path}/settings.yaml' cannot be read, so"), opened(tmp_path):
+        pass
 
 
 def test_many_small_parts_become_one(tmp_path):

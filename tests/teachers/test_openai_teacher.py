@@ -5,7 +5,8 @@ import pytest
 from rayk.config import parse_config
 from rayk.engines.base import Usage
 from rayk.errors import InputError
-from rayk.run import located, read_inputs
+from rayk.inputs import read_inputs
+from rayk.run import located
 from rayk.support import TopK
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply

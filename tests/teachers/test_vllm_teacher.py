@@ -1,43 +1,97 @@
-"""A teacher whose replica holds vLLM, on real Ray Serve."""
+"""A teacher whose replica holds vLLM, on real Ray Serve. The last test kills it."""
 
 import asyncio
+import json
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
+from rayk.config import parse_config
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine
+from rayk.run import distill
 from rayk.support import TopK
 from rayk.teachers import deployment, serve_teacher
+from tests.runs import curve, settings
 from tests.teachers.asking import assert_alike, config_of, eventually, replicas_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
+SEQUENCES, PROMPTS = sequences_of(20), [np.arange(4, 12), np.arange(20, 25)]
 
-def test_a_vllm_teacher_answers_and_is_replaced_when_its_engine_is_killed(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
-    tiny_model(tmp_path, hidden=128, tokenizer=tiny_tokenizer())
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model(folder, hidden=128, tokenizer=tiny_tokenizer())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def twin(folder):
+    return TransformersEngine(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(twin):
+    return asyncio.run(twin.score(SEQUENCES, TopK(16)))
+
+
+@pytest.fixture(scope="module")
+def teacher(ray_cluster, folder):
     engine = {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}
-    sequences, prompts = sequences_of(20), [np.arange(4, 12), np.arange(20, 25)]
-    twin = TransformersEngine(str(tmp_path))
-    expected = asyncio.run(twin.score(sequences, TopK(16)))
-    written = asyncio.run(twin.generate(prompts, SamplingParameters(12, 0.0), [0, 0]))
-    with serve_teacher(config_of("vllm", str(tmp_path), engine=engine)) as teacher:
-        assert teacher.info.supports == ("topk", "logprob")
-        assert_alike(teacher.score(sequences, TopK(16)), expected)
-        completions = teacher.generate(prompts, max_new_tokens=12, temperature=0.0)
-        assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in written]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
+        with serve_teacher(config_of("vllm", folder, engine=engine)) as teacher:
+            yield teacher
 
-        [replica] = replicas_of("vllm")
-        [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
-        core.kill()
-        assert_alike(teacher.score(sequences, TopK(16)), expected)
-        assert teacher.statistics.retries > 0
-        [successor] = replicas_of("vllm")
-        assert successor.pid != replica.pid
 
-        processes = psutil.Process(successor.pid).children(recursive=True)
-        successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
-        eventually(lambda: not any(each.is_running() for each in processes))
+def test_a_vllm_teacher_answers(teacher, twin, expected):
+    written = asyncio.run(twin.generate(PROMPTS, SamplingParameters(12, 0.0), [0, 0]))
+    assert teacher.info.supports == ("topk", "logprob")
+    assert_alike(teacher.score(SEQUENCES, TopK(16)), expected)
+    completions = teacher.generate(PROMPTS, max_new_tokens=12, temperature=0.0)
+    assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in written]
+
+
+def test_what_a_vllm_teacher_writes_is_learned_from_and_measured_in_one_run(teacher, twin, tmp_path, tiny_student):
+    """It writes the rows, gives the signals they are learned by, and is what the student is measured against."""
+    values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, steps=12)
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"prompt": f"{n} + {n} =", "answer": str(2 * n)} for n in range(24)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(questions)}
+    values |= {
+        "teachers": [{"name": "vllm", "attach": True}],
+        "data": {"train": source, "evaluation": source | {"completion_field": "answer"}},
+        "synthesis": {"kind": "responses", "samples": 2, "sampling": {"max_new_tokens": 10}, "filters": []},
+        "evaluation": {"generation": {"max_new_tokens": 6}, "every_steps": 6},
+    }
+    result = distill(parse_config(values))
+    written = pq.read_table(result.output / "synthesis" / "rows.parquet").to_pylist()
+    assert len(written) == 48 == result.summary["rows"]["train"]
+    assert len({row["completion"] for row in written}) > 24
+    losses = curve(result.output)
+    assert losses[-1] < losses[0]
+    student = result.summary["student"]
+    assert 0 < student["forward_kl"] < np.inf
+    assert {"loss", "accuracy", "agreement"} <= student.keys()
+    assert "What the teacher wrote" in (result.output / "report.html").read_text()
+
+
+def test_it_is_replaced_when_its_engine_is_killed(teacher, expected):
+    [replica] = replicas_of("vllm")
+    [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
+    core.kill()
+    retries = teacher.statistics.retries
+    assert_alike(teacher.score(SEQUENCES, TopK(16)), expected)
+    assert teacher.statistics.retries > retries
+    [successor] = replicas_of("vllm")
+    assert successor.pid != replica.pid
+
+    processes = psutil.Process(successor.pid).children(recursive=True)
+    successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
+    eventually(lambda: not any(each.is_running() for each in processes))

@@ -185,6 +185,19 @@ def test_keywords(text, found):
 QUESTION = "A train leaves the station at nine and travels for three hours at sixty miles an hour; how far?"
 
 
+def test_tokens_that_nobody_counted_cannot_be():
+    for given in (candidate() | {"tokens": None}, {"prompt": "?", "completion": "!"}):
+        with pytest.raises(InputError, match="Filter 'length' counts tokens, which the endpoint does not tell"):
+            sift([given], filters({"kind": "length", "unit": "tokens"}))
+
+
+def test_endings():
+    assert reason({"kind": "ending"}, "Translate this:\n") == "ends with ':'"
+    assert reason({"kind": "ending"}, "翻译：") == "ends with '：'"
+    assert reason({"kind": "ending"}, "Note: it is done.") is None
+    assert reason({"kind": "ending", "endings": ["…"], "field": "prompt"}, "", prompt="And so…") == "ends with '…'"
+
+
 def test_contamination_is_a_shared_run_of_words():
     settings = {"kind": "contamination", "n": 8}
     evaluation = [QUESTION, "red fox sees old king", "北京是哪个国家的首都城市呢"]

@@ -8,8 +8,9 @@ import torch
 from rayk.config import parse_config
 from rayk.errors import InputError, RunFailed
 from rayk.methods import METHODS, Supervised
+from rayk.rollouts import learned
 from rayk.run import distill
-from rayk.training.checkpoint import Checkpoint, CheckpointStore, unshared
+from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from tests.runs import assert_same_learning, config, curve, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -78,7 +79,7 @@ def test_checkpoints_live_at_any_uri(tmp_path):
 
 def test_tied_weights_are_held_once_and_come_back_tied(tmp_path):
     tiny_model(tmp_path / "student", hidden=16, layers=1, tie=True, tokenizer=tiny_tokenizer())
-    state = unshared(tiny_model(hidden=16, layers=1, tie=True).state_dict())
+    state = learned(tiny_model(hidden=16, layers=1, tie=True))
     assert "model.embed_tokens.weight" in state
     assert "lm_head.weight" not in state
     run_in_two_parts(tmp_path, str(tmp_path / "student"))

@@ -1,0 +1,121 @@
+"""A student that learns as a small adapter on frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685, §4.1).
+
+    h = W x + (α/r)·B A x        A [r, in] random, B [out, r] zero, both float32; W frozen
+
+so the student starts as its base exactly. peft puts the pairs (A, B) into the model's own layers, and the model stays
+of the transformers class it was: body, head and generation are reached as ever. What learns is what requires gradients,
+and only that is optimised, kept in checkpoints and sent to a served policy's replicas. The head has no pair, for losses
+read its weight as it is (`rayk.models.Head`).
+"""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rayk.config import LoraConfig
+from rayk.errors import InputError
+
+_NAME = "default"
+_WHOLE = f".modules_to_save.{_NAME}."
+
+
+def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
+    """Freeze `model` (a transformers causal LM) and give it an adapter, A drawn from `seed`.
+
+    Args:
+        base: the folder or hub id the model came from; peft's files name it.
+
+    Raises:
+        InputError: peft is not there, or the settings name modules that the model lacks or that cannot be adapted.
+    """
+    peft = _peft()
+    _check_names(model, "target_modules", settings.target_modules)
+    _check_names(model, "modules_to_save", settings.modules_to_save)
+    config = peft.LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, task_type="CAUSAL_LM",
+        target_modules=settings.target_modules, modules_to_save=settings.modules_to_save or None,
+        base_model_name_or_path=base,
+    )  # fmt: skip
+    model.requires_grad_(False)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.simplefilter("ignore", UserWarning)  # that GPT-2 holds its weights transposed, which peft heeds
+        try:
+            peft.inject_adapter_in_model(config, model, _NAME)
+        except (ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"student.lora cannot be added to {type(model).__name__}: {reason}.") from error
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether `add_adapter` has given `model` one."""
+    return hasattr(model, "peft_config")
+
+
+@torch.no_grad()
+def merged(model: Any) -> dict[str, Tensor]:
+    """The state of `model` as one without an adapter: W + (α/r)·B A, in W's dtype, under the base's names."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        layer, _, part = name.partition(".base_layer.")
+        if part == "weight":
+            update = model.get_submodule(layer).get_delta_weight(_NAME)
+            tensor = (tensor.float() + update).to(tensor.dtype).cpu()
+        state[name.replace(".base_layer.", ".").replace(_WHOLE, ".")] = tensor
+    return state
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter of `model` as peft does, for `PeftModel.from_pretrained`."""
+    peft = _peft()
+    state = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[_NAME])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def _check_names(model: Any, field: str, names: str | list[str]) -> None:
+    """Each of `names`, all or the last part of a module's, is there and can be what `field` makes of it."""
+    if isinstance(names, str):
+        return
+    modules = dict(model.named_modules())
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    for name in names:
+        found = [module for key, module in modules.items() if key == name or key.endswith(f".{name}")]
+        where = f"student.lora.{field} names '{name}'"
+        if not found:
+            inside = {key.rpartition(".")[2] for key, module in modules.items() if _adaptable(module)}
+            raise InputError(f"{where}, which {type(model).__name__} lacks; it has {', '.join(sorted(inside))}.")
+        if any(next(module.children(), None) for module in found):
+            raise InputError(f"{where}, which is made of other modules; name those.")
+        if tied and any(module is head or module is embeddings for module in found):
+            raise InputError(f"{where}, but the student's embeddings and head are one tensor; leave it out.")
+        if field == "target_modules" and any(module is head for module in found):
+            raise InputError(f"{where}, the student's head; name it in student.lora.modules_to_save, or leave it out.")
+
+
+def _adaptable(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("student.lora needs the peft package: pip install 'rayk[lora]'") from error
+    return peft

@@ -1,0 +1,119 @@
+"""What the retriever's models are trained on, and that they learn it."""
+
+import numpy as np
+import pytest
+import torch
+
+from rayk.config import RetrieverConfig
+from rayk.data.retrieval import Embedder, Reading
+from rayk.errors import RunFailed
+from rayk.retrieval.fitting import Graded, RewardModel, Texts, Workshop, fit_encoder, fit_reward_model, rewarded
+from rayk.retrieval.scores import REFUSED
+from tests.tiny import tiny_encoder
+
+WORDS = ["cat", "dog", "mat", "log", "sat", "clips"]
+WORKSHOP = Workshop(seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return tiny_encoder(tmp_path_factory.mktemp("encoders") / "bert")
+
+
+@pytest.fixture
+def settings(encoder):
+    """make(**changes): a retriever's settings, small."""
+
+    def make(**changes):
+        common = {"steps": 80, "warmup_steps": 5, "batch_size": 8, "learning_rate": 3e-3}
+        given = {
+            "encoder": encoder, "reward_model": {"model": encoder, "negatives": 3, **common}, "positives": 1,
+            "worst": 4, "passages": 3, "temperature": 0.1, **common,
+        }  # fmt: skip
+        return RetrieverConfig.model_validate(given | changes)
+
+    return make
+
+
+def task():
+    """Six queries about a word each; of six passages the one about its neighbour is good, as only the scores tell."""
+    count = len(WORDS)
+    rows, none = np.arange(count), np.full(count, -1)
+    texts = Texts(
+        [f"the {word}" for word in WORDS], [f"\n{word}" for word in WORDS],
+        [f"on the {word}\nyes" for word in WORDS], rows, rows + count, none, none,
+    )  # fmt: skip
+    graded = [
+        Graded(query, rows, np.where(rows == (query + 1) % count, 0.0, -6.0).astype(np.float32))
+        for query in range(count)
+    ]
+    return texts, graded
+
+
+def test_the_best_and_the_worst_are_parted_and_none_is_both():
+    graded = Graded(0, np.arange(7), np.array([-3, -1, -2, -9, -1.5, REFUSED, -4], np.float32))
+    best, worst = graded.parted(positives=3, worst=2)
+    assert best.tolist() == [1, 4, 2] and worst.tolist() == [3, 5]
+    best, worst = graded.parted(positives=3, worst=16)
+    assert best.tolist() == [1, 4, 2] and worst.tolist() == [0, 6, 3, 5]
+
+
+@pytest.mark.parametrize("scores", [[-1, -2], [-1, REFUSED, -2], [REFUSED] * 5], ids=["few", "two", "none"])
+def test_a_query_without_enough_of_use_is_left_out(scores):
+    graded = Graded(0, np.arange(len(scores)), np.array(scores, np.float32))
+    assert [len(part) for part in graded.parted(positives=2 if len(scores) == 2 else 3, worst=16)] == [0, 0]
+
+
+def test_the_encoder_learns_whom_the_scores_favour_and_is_loaded_as_it_was(settings, tmp_path):
+    texts, graded = task()
+    told = []
+    fit_encoder(settings(), texts, graded, tmp_path / "fit", WORKSHOP, lambda *given: told.append(given))
+    assert [done for done, _, _ in told] == list(range(1, 81))
+    embedder = Embedder(str(tmp_path / "fit"))
+    assert embedder.reading == Reading(max_tokens=256, prompt="", outputs=True)
+    similar = np.stack(list(embedder.scores(texts.passages, texts.queries)))
+    assert similar.argmax(1).tolist() == [1, 2, 3, 4, 5, 0]
+    before = np.stack(list(Embedder(settings().encoder).scores(texts.passages, texts.queries)))
+    assert before.argmax(1).tolist() != [1, 2, 3, 4, 5, 0]
+
+
+def test_the_reward_model_learns_the_scores_and_gives_them_back_in_order(settings, tmp_path):
+    texts, graded = task()
+    favourite = np.where(np.arange(len(WORDS)) == 2, 0.0, -6.0).astype(np.float32)
+    graded = [Graded(each.query, np.roll(each.candidates, each.query), np.roll(favourite, each.query))
+              for each in graded]  # fmt: skip
+    own = settings().reward_model
+    loss = fit_reward_model(settings(), texts, graded, tmp_path / "reward", WORKSHOP)
+    assert loss < 0.3 < np.log(own.negatives + 1)
+    rewards = rewarded(own, texts, graded, tmp_path / "reward", WORKSHOP)
+    assert [int(each.candidates[given.argmax()]) for each, given in zip(graded, rewards, strict=True)] == [2] * 6
+    model = RewardModel(str(tmp_path / "reward"), own)
+    with torch.inference_mode():
+        alone = [float(model.scores(texts, [(each.query, each.candidates[4])])) for each in graded]
+    assert alone == pytest.approx([float(each[4]) for each in rewards], abs=1e-4)
+
+
+def test_training_repeats_and_leaves_chance_as_it_was(settings, tmp_path):
+    texts, graded = task()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    losses = [fit_encoder(settings(steps=6), texts, graded, tmp_path / name, WORKSHOP) for name in "ab"]
+    assert losses[0] == losses[1]
+    assert torch.equal(torch.rand(3), expected)
+    other = fit_encoder(settings(steps=6), texts, graded, tmp_path / "c", Workshop(seed=1))
+    assert other != losses[0]
+
+
+def test_candidates_of_the_querys_label_are_no_negatives(settings, tmp_path):
+    texts, graded = task()
+    labels = np.zeros(len(WORDS), np.int64)
+    same = Texts(**{**vars(texts), "query_labels": labels, "passage_labels": labels})
+    with pytest.raises(RunFailed, match="No training row has candidates both good and bad"):
+        fit_encoder(settings(), same, graded, tmp_path / "fit", WORKSHOP)
+
+
+def test_a_loss_that_is_no_number_stops_training(settings, tmp_path):
+    texts, graded = task()
+    with pytest.raises(RunFailed, match="lower method.demonstrations.retriever's learning_rate"):
+        fit_encoder(settings(learning_rate=1e30), texts, graded, tmp_path / "fit", WORKSHOP)

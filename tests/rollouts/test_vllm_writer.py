@@ -1,0 +1,234 @@
+"""A policy's replica that writes with vLLM, for real, on the CPU; one engine for all, with the model cut into two
+parts (tensor parallel). The last test kills it."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from rayk.config import StudentConfig, VLLMPolicyEngine
+from rayk.engines.base import SamplingParameters
+from rayk.errors import EngineDied
+from rayk.models import load_model, real_vocab_size
+from rayk.rollouts.vllm import Turns, start_vllm, whole_weights
+from rayk.rollouts.weights import Published, UnusableWeights, Version, checksum, pack
+from rayk.rollouts.writer import Writer
+from rayk.sequences import Sequence
+from rayk.students import make_model
+from rayk.support import Logprob, TopK
+from tests.rollouts.test_policy import VOCABULARY
+from tests.tiny import moved, tiny_model, tiny_tokenizer
+
+PARAMETERS = SamplingParameters(max_new_tokens=16)
+PROMPTS = [np.arange(4, 4 + length, dtype=np.int32) for length in (3, 20, 9)]
+
+
+class There:
+    """Weights that are at hand, where Ray's object store would have them."""
+
+    def __init__(self, weights):
+        self._weights = weights
+
+    def __await__(self):
+        yield from ()
+        return self._weights
+
+
+class Versions:
+    """The student as it learns: its model after so many steps, and what is published of it."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def model(self, number):
+        model = load_model(self._folder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * number * torch.ones_like(parameter).cumsum(0).sin())
+        return model.eval()
+
+    def published(self, number):
+        weights = pack(self.model(number))
+        return Version("attempt", number), Published(checksum(weights), There(weights))
+
+    def writer(self, number):
+        return Writer(self.model(number), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory):
+    """Of a student whose embedding is padded, and whose padding rows would be likely tokens."""
+    folder = str(tmp_path_factory.mktemp("student"))
+    model = tiny_model(seed=1, hidden=128, peaked=2.0)
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] *= 2
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    assert model.config.vocab_size > real_vocab_size(tiny_tokenizer())
+    return Versions(folder)
+
+
+@pytest.fixture(scope="module")
+def vllm(versions, on_loop):
+    student = StudentConfig(model=versions._folder)
+    engine = VLLMPolicyEngine(tensor_parallel_size=2, arguments={"enforce_eager": True})
+    started = on_loop(start_vllm(versions.writer(0), student, engine, tokenizer=versions._folder, precision="float32"))
+    yield started
+    started._engine.close()
+
+
+async def write(vllm, versions, number, seed=0, parameters=PARAMETERS):
+    items = [(prompt, seed + i) for i, prompt in enumerate(PROMPTS)]
+    return await vllm.answer(*versions.published(number), parameters, items, [0] * len(items))
+
+
+def texts(written):
+    return [each.token_ids.tolist() for each in written]
+
+
+def sequences_of(written):
+    return [
+        Sequence(np.concatenate([prompt, each.token_ids]), np.arange(len(prompt) + len(each.token_ids)) >= len(prompt))
+        for prompt, each in zip(PROMPTS, written, strict=True)
+    ]
+
+
+def test_each_version_writes_with_its_own_weights_and_says_their_log_probs(vllm, versions, on_loop):
+    seen = []
+    for number in (1, 2, 1, 0):
+        written, again = (on_loop(write(vllm, versions, number)) for _ in range(2))
+        assert texts(written) == texts(again)
+        sequences = sequences_of(written)
+        there = versions.writer(number)
+        with there.computing():
+            expected = there.logprobs(sequences)
+            likeliest = there.top_ids(sequences, 5)
+            greedy = there.generate(PROMPTS, replace(PARAMETERS, temperature=0.0), [0, 0, 0])
+        version = versions.published(number)
+        own = on_loop(vllm.answer(*version, Logprob(), sequences, [0, 0, 0]))
+        ids = on_loop(vllm.answer(*version, TopK(5), sequences, [0, 0, 0]))
+        for each, read, exact in zip(written, own, expected, strict=True):
+            np.testing.assert_allclose(each.logprobs, exact, atol=1e-3)
+            np.testing.assert_allclose(read, exact, atol=1e-3)
+        assert np.mean(np.concatenate(ids) == np.concatenate(likeliest)) > 0.99  # near-equal ones may swap places
+        assert all(each.dtype == np.int32 and each.max() < VOCABULARY for each in ids)
+        assert texts(on_loop(write(vllm, versions, number, parameters=replace(PARAMETERS, temperature=0.0)))) == texts(
+            greedy
+        )
+        seen.append(texts(written))
+    assert seen[0] == seen[2]
+    assert seen[0] != seen[1] != seen[3] != seen[0]
+    wide = on_loop(vllm.answer(*versions.published(0), TopK(1000), sequences, [0, 0, 0]))
+    assert wide[0].shape[1] == VOCABULARY
+
+
+def test_versions_that_are_asked_for_together_do_not_mix(vllm, versions, on_loop):
+    alone = {number: on_loop(write(vllm, versions, number)) for number in (1, 2)}
+
+    async def together():
+        return await asyncio.gather(*(write(vllm, versions, 1 + turn % 2) for turn in range(6)))
+
+    for turn, written in enumerate(on_loop(together())):
+        assert texts(written) == texts(alone[1 + turn % 2])
+        for one, other in zip(written, alone[1 + turn % 2], strict=True):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_torn_weights_write_nothing_and_others_go_on(vllm, versions, on_loop):
+    version, published = versions.published(3)
+    torn = Published(published.checksum ^ 1, published.weights)
+    with pytest.raises(UnusableWeights, match="weights of version 3 arrived torn"):
+        on_loop(vllm.answer(version, torn, PARAMETERS, [(PROMPTS[0], 0)], [0]))
+    on_loop(vllm.check_health())
+    assert texts(on_loop(write(vllm, versions, 3))) != texts(on_loop(write(vllm, versions, 2)))
+
+
+def test_a_caller_that_leaves_while_weights_are_taken_over_does_no_harm(vllm, versions, on_loop):
+    expected = [texts(on_loop(write(vllm, versions, number))) for number in (1, 2)]
+
+    async def leave():
+        leaving = asyncio.create_task(write(vllm, versions, 1))
+        while vllm._turns._version is not None:
+            await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        return [texts(await write(vllm, versions, number)) for number in (1, 2)]
+
+    assert on_loop(leave()) == expected
+
+
+def test_requests_of_another_version_wait_for_those_that_run_and_hold_back_later_ones():
+    """Turns by themselves: what runs, and when, is seen better without an engine."""
+    events = []
+
+    async def change(version, _):
+        events.append(f"become {version.number}")
+
+    async def main():
+        turns, done = Turns(change), [asyncio.Event() for _ in range(4)]
+
+        async def request(name, number):
+            async with turns.of(Version("attempt", number), None):
+                events.append(f"begin {name}")
+                await done[name].wait()
+
+        tasks = []
+        for name, number in enumerate((1, 1, 2, 1)):
+            tasks.append(asyncio.create_task(request(name, number)))
+            await asyncio.sleep(0.01)
+        assert events == ["become 1", "begin 0", "begin 1"]
+        done[0].set()
+        await asyncio.sleep(0.01)
+        assert len(events) == 3
+        done[1].set()
+        await asyncio.sleep(0.01)
+        assert events[3:] == ["become 2", "begin 2"]
+        tasks[2].cancel()
+        await asyncio.sleep(0.01)
+        assert events[5:] == ["become 1", "begin 3"]
+        done[3].set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(vllm, versions, on_loop):
+    async def main():
+        await vllm.check_health()
+        asking = asyncio.create_task(write(vllm, versions, 1, parameters=replace(PARAMETERS, max_new_tokens=400)))
+        while not vllm._engine._engine.get_num_unfinished_requests():
+            await asyncio.sleep(0.001)
+        for process in psutil.Process().children():
+            if "EngineCore" in process.name():
+                process.kill()
+        with pytest.raises(EngineDied):
+            await asyncio.wait_for(asking, 30)
+        with pytest.raises(EngineDied):
+            await vllm.check_health()
+        with pytest.raises(EngineDied):
+            await write(vllm, versions, 2)
+
+    on_loop(main())
+
+
+def test_an_adapter_is_merged_into_what_vllm_takes_over(tmp_path):
+    tiny_model(tmp_path / "base", seed=3, tokenizer=tiny_tokenizer())
+    config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
+    adapted = moved(make_model(config, tiny_tokenizer(), 0)).eval()
+    plain = load_model(str(tmp_path / "base"))
+    weights = whole_weights(Writer(adapted, tiny_tokenizer()))
+    width = weights["lm_head.weight"].shape[0]
+    assert width < plain.lm_head.weight.shape[0]  # rows that are no tokens do not travel
+    state = plain.state_dict()
+    assert weights.keys() == state.keys()
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = torch.cat([weights[name], state[name][width:]])
+    plain.load_state_dict(weights)
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+        assert (plain(ids).logits - load_model(str(tmp_path / "base"))(ids).logits).abs().max() > 1e-3

@@ -1,0 +1,171 @@
+"""A model rates rows, and what it rates low is left out; what is not rated is so for a reason of its own."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.config import JudgeFilter, ResponsesConfig, parse_config
+from rayk.errors import InputError
+from rayk.run import synthesize
+from rayk.synthesis import Company, synthesise
+from rayk.synthesis.base import Candidate
+from rayk.synthesis.judging import Judge, judges_among
+from rayk.synthesis.make import _judged
+from rayk.synthesis.store import Written
+from rayk.text import build_filters
+from tests.engines.endpoint import Reply, completion, prompt_of
+from tests.runs import settings
+from tests.synthesis.writing import prompts_of
+
+SHORT = "{prompt} -> {completion}?"
+
+
+def judge(**changed):
+    return {"kind": "judge", "template": SHORT, **changed}
+
+
+def write(teacher, store, prompts, *filters, judges=None, **changed):
+    given = ResponsesConfig(filters=list(filters), **changed)
+    return synthesise(
+        given, prompts, teacher, store, build_filters(given.filters), company=Company(judges=judges or {})
+    )
+
+
+def rows(store, name="rows"):
+    return pq.read_table(store.folder / f"{name}.parquet").to_pylist()
+
+
+def rating(replies):
+    """An endpoint that answers "a" with "A", and rates "a -> A?" with what `replies` has for "a"."""
+
+    def answer(body):
+        prompt = prompt_of(body)
+        rated = prompt.endswith("?")
+        return completion(body, replies[prompt.split(" ->")[0]] if rated else prompt.upper())
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Good.\nScore: 4", 4.0), ("**Score:** 4.5", 4.5), ("score - 3", 3.0), ("Score: 2. No: Score: 5", 5.0),
+        ("Four of five", None), ("", None), ("Score: five", None), ("Score", None),
+    ],
+)  # fmt: skip
+def test_the_last_score_of_a_reply_counts(reply, score):
+    assert Judge("judge", JudgeFilter()).score(reply) == score
+    if score is not None:
+        assert Judge("judge", JudgeFilter(score_pattern=r"(\d+)")).score(reply) in (score, 5.0)
+
+
+def test_what_is_no_number_is_no_score():
+    assert Judge("judge", JudgeFilter(score_pattern="(good|bad)")).score("It is good.") is None
+
+
+def test_a_row_is_put_into_the_template_whatever_is_in_it():
+    asked = Judge("judge", JudgeFilter(template="{{{prompt}}} {completion}")).prompt(
+        {"prompt": "{x} {0}", "completion": "%s", "more": 1}
+    )
+    assert asked == "{{x} {0}} %s"
+    with pytest.raises(InputError, match="Filter 'judge' reads the field 'chosen', which the row has not"):
+        Judge("judge", JudgeFilter(template="{chosen}")).prompt({"prompt": "?"})
+
+
+def test_of_a_pair_both_answers_can_be_put_in():
+    written = Written("key", "A", 1, None, "stop")
+    pair = Candidate("a", "better", 0, (written, written), worse="worse")
+    template = "{prompt}: {chosen} or {rejected}? {completion}"
+    row = _judged(pair, prompts_of("a"))
+    assert Judge("judge", JudgeFilter(template=template)).prompt(row) == "a: better or worse? better"
+
+
+def test_several_judges_have_numbers():
+    names = [each.name for each in judges_among([JudgeFilter(), *ResponsesConfig().filters, JudgeFilter()])]
+    assert names == ["judge 1", "judge 2"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"template": "Good?"}, "names no field; name fields of the row in it, such as {prompt}"),
+        ({"template": "{prompt.x}"}, "has {prompt.x}; name fields of the row"),
+        ({"template": "{prompt"}, "is not a template"),
+        ({"score_pattern": r"\d"}, "needs exactly one group"),
+        ({"teacher": "apy"}, "synthesis.filters: judge's teacher 'apy' is none of the teachers (parrot)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_judge_is_told_in_a_sentence(tmp_path, tiny_student, changed, said):
+    values = settings(tmp_path, tiny_student)
+    values |= {"teachers": [{"name": "parrot", "attach": True}]}
+    with pytest.raises(InputError) as caught:
+        parse_config(values | {"synthesis": {"kind": "responses", "filters": [judge(**changed)]}})
+    assert said in str(caught.value)
+
+
+@pytest.mark.cluster
+def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, store):
+    replies = {"a": "Score: 5", "b": "Bad. Score: 2", "c": "I would not say.", "d": "Score: 4", "e": "no", "f": "no"}
+    endpoint.answer = rating(replies)
+    endpoint.replies["e -> E?"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
+    prompts = prompts_of(*"abcdef")
+    short = {"kind": "keywords", "keywords": ["f"]}
+    summary = write(parrot, store, prompts, judge(), short)
+    kept, rejected = rows(store), rows(store, "rejected")
+    assert [(row["prompt"], row["completion"], row["judge_score"]) for row in kept] == [("a", "A", 5), ("d", "D", 4)]
+    assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
+        "b": ("judge", "is rated 2 of at least 4"),
+        "c": ("judge unparsable", "no score in 'I would not say.'"),
+        "e": ("judge unanswered", "400: too rude"),
+        "f": ("keywords", "has 'f' in it"),
+    }
+    assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge unanswered": 1}
+    assert summary["unanswered"] == 1
+    assert [store.find(key).text for key in kept[0]["keys"]] == ["A", "Score: 5"]
+    asked = [each for each in endpoint.asked if each.prompt == "a -> A?"]
+    assert (asked[0].body["temperature"], asked[0].body["max_tokens"]) == (0.0, 512)
+    before = len(endpoint.asked)
+    assert before == 6 + 5
+    endpoint.answer = rating(replies | {"e": "Score: 4"})
+    write(parrot, store, prompts, judge(at_least=2), short)
+    assert [row["prompt"] for row in rows(store)] == ["a", "b", "d", "e"]
+    assert [each.prompt for each in endpoint.asked[before:]] == ["e -> E?"]
+
+
+@pytest.mark.cluster
+def test_equal_questions_are_asked_once_and_rejected_rows_are_no_duplicates(parrot, endpoint, store):
+    endpoint.answer = rating({"the same words": "Score: 1", "the same  words": "Score: 5"})
+    near = {"kind": "near_duplicates", "fields": ["prompt"]}
+    summary = write(parrot, store, prompts_of("the same words", "the same  words"), near, judge())
+    assert [row["prompt"] for row in rows(store)] == ["the same  words"]
+    assert summary["rejected"] == {"judge": 1, "near_duplicates": 0}
+    endpoint.answer = rating({"x": "Score: 5"})
+    asked = len(endpoint.asked)
+    write(parrot, store, prompts_of("x", "x", "x"), judge(template="{prompt} ->?"))
+    assert len(endpoint.asked) == asked + 3 + 1
+
+
+@pytest.mark.cluster
+def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpoint, store, tmp_path, tiny_student):
+    endpoint.answer = rating({"a": "Score: 5"})
+    write(parrot, store, prompts_of("a"), judge(teacher="scribbler"), judges={"scribbler": scribbler})
+    assert [(each.path, each.prompt) for each in endpoint.asked] == [
+        ("/v1/chat/completions", "a"), ("/v1/completions", "a -> A?"),
+    ]  # fmt: skip
+    parts = (store.folder / "completions").glob("*.parquet")
+    provenance = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert {(row["prompt"], row["teacher"], row["model"]) for row in provenance} == {
+        ("a", "parrot", "parrot-1"), ("a -> A?", "judge", "scribbler-1"),
+    }  # fmt: skip
+    # In a run: the endpoint writes, the tiny teacher judges in its chat template, and says nothing that is a number.
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    values = settings(tmp_path, tiny_student)
+    filters = [judge(teacher="served", max_new_tokens=4, score_pattern="()", at_least=0)]
+    values |= {
+        "teachers": [{"name": "parrot", "attach": True}, {"name": "served", "attach": True}],
+        "data": {"train": {"path": str(path)}}, "synthesis": {"kind": "responses", "filters": filters},
+    }  # fmt: skip
+    config = parse_config(values)
+    assert (config.writers, config.only_writing) == (["parrot", "served"], ["parrot", "served"])
+    with pytest.raises(Exception, match="None of 1 completions can be learned from .1 judge unparsable"):
+        synthesize(config)

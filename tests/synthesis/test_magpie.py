@@ -1,0 +1,185 @@
+"""A chat model given the beginning of a user's turn writes the user's part, and only what is worth it is answered."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rayk.config import MagpieConfig, parse_config
+from rayk.engines.base import SamplingParameters
+from rayk.errors import InputError, RunFailed
+from rayk.inputs import prompts_written_for
+from rayk.run import distill, synthesize
+from rayk.synthesis import synthesise
+from rayk.synthesis.magpie import Magpie
+from rayk.teachers.background import run_to_the_end
+from rayk.text import build_filters
+from tests.engines.endpoint import Reply, completion
+from tests.runs import settings
+from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.cluster
+
+BEGUN = "<|user|>\n"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """The tokenizer of what is behind the endpoint, which begins every text with its BOS itself."""
+    folder = tmp_path_factory.mktemp("template")
+    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write(teacher, store, seed=0, **changed):
+    given = MagpieConfig(**({"instructions": 12} | changed))
+    return synthesise(given, Magpie.own_prompts(given), teacher, store, build_filters(given.filters), seed=seed)
+
+
+def rows(store, name="rows"):
+    return pq.read_table(store.folder / f"{name}.parquet").to_pylist()
+
+
+def user_and_assistant(instructions, **whole):
+    """A chat model behind plain completions: as the user it says the next of `instructions`."""
+    said = list(instructions)
+
+    def answer(body):
+        if body["prompt"].endswith(BEGUN):
+            return completion(body, said.pop(0), **whole)
+        asked = body["prompt"].removeprefix(BEGUN).removesuffix("<|end|>\n<|assistant|>\n")
+        return completion(body, f"On {asked}:{' well' * len(asked)}")
+
+    return answer
+
+
+def test_a_model_is_fed_the_tokens_before_the_users_text_and_then_asked_what_it_wrote(served, store):
+    # A model of random weights ends its turn at last; letters end it sooner.
+    sampling = {"max_new_tokens": 24, "stop": ["a", "e", "n", "s"]}
+    given = {"sampling": sampling, "responses": sampling, "instruction_filters": [], "filters": []}
+    summary = write(served, store, 3, **given)
+    kept, rejected = rows(store), rows(store, "rejected")
+    assert summary["kept"] == len(kept) > 0
+    assert {row["rejected_by"] for row in rejected} <= {"empty", "unfinished", "role_word", "duplicate"}
+    parts = (store.folder / "completions").glob("*.parquet")
+    sent = {row["key"]: row for part in parts for row in pq.read_table(part).to_pylist()}
+    for row in kept:
+        response = sent[row["keys"][0]]
+        assert response["prompt"] == f"{BEGUN}{row['prompt']}<|end|>\n<|assistant|>\n"
+    first = [row for row in sent.values() if row["prompt"] == BEGUN]
+    assert len(first) == 12 and len({row["seed"] for row in first}) == 12
+    ids = np.asarray(tiny_tokenizer()(BEGUN, add_special_tokens=False)["input_ids"])
+    drawing = SamplingParameters(24, 1.0, stop=("<|end|>", "assistant", *sampling["stop"]))
+    expected = run_to_the_end(served.agenerate([ids] * 12, drawing, [row["seed"] for row in first]))
+    assert [row["text"] for row in first] == [each.text for each in expected]
+    before = len(store)
+    write(served, store, 3, **given)
+    assert (len(store), rows(store)) == (before, kept)
+
+
+def test_an_endpoint_is_sent_the_template_without_the_beginning_it_adds_itself(scribbler, endpoint, store, template):
+    endpoint.answer = user_and_assistant([" What is the tide? ", "Who was Ada Lovelace?"])
+    write(scribbler, store, instructions=2, in_flight=1, tokenizer=template)
+    first, *_, last = endpoint.asked
+    assert (first.path, first.prompt) == ("/v1/completions", BEGUN)
+    assert (first.body["temperature"], first.body["top_p"], first.body["max_tokens"]) == (1.0, 1.0, 2048)
+    assert first.body["stop"] == ["<|end|>", "assistant"]
+    assert last.prompt == f"{BEGUN}Who was Ada Lovelace?<|end|>\n<|assistant|>\n"
+    assert (last.body["temperature"], last.body["max_tokens"], last.body["stop"]) == (0.0, 4096, ["<|end|>"])
+    assert [row["prompt"] for row in rows(store)] == ["What is the tide?", "Who was Ada Lovelace?"]
+
+
+def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, template):
+    said = [
+        "What is the tide of the sea?", "Hi", "Translate the following text:", "What is the tide of the sea ?", " ",
+        "Write an ad for a virtual ", "How do bees find home?", "Why is the sky blue?assistant\n\nIt",
+    ]  # fmt: skip
+    endpoint.answer = user_and_assistant(said)
+    endpoint.replies[BEGUN] = [Reply(), Reply(400, b'{"error": {"message": "no"}}')]
+    summary = write(scribbler, store, instructions=9, in_flight=1, tokenizer=template)
+    assert [row["prompt"] for row in rows(store)] == [said[0], said[6], "Why is the sky blue?"]
+    assert {row["rejected_by"]: (row["prompt"], row["reason"]) for row in rows(store, "rejected")} == {
+        "unanswered": ("", "400: no"),
+        "instruction length": ("Hi", "has 1 of at least 3 words"),
+        "instruction ending": ("Translate the following text:", "ends with ':'"),
+        "instruction near_duplicates": (said[3], f"is a near-duplicate (1.00) of {said[0]!r}"),
+        "empty": ("", "the teacher wrote nothing"),
+        "role_word": ("Write an ad for a virtual", "the instruction breaks off before 'assistant' amid a line"),
+    }
+    assert len(endpoint.asked) == 9 + 3
+    assert summary["figures"][0] == {"name": "instructions that could be used", "value": 3 / 8, "share": True}
+
+
+def test_an_instruction_that_was_cut_is_not_asked(scribbler, endpoint, store, template):
+    endpoint.answer = user_and_assistant(["What is the tide of"] * 2, finish_reason="length")
+    with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was cut at synthesis.sampling.max"):
+        write(scribbler, store, instructions=2, tokenizer=template)
+    assert len(endpoint.asked) == 2
+
+
+def test_an_instruction_whose_end_the_endpoint_wrote_over_is_whole(scribbler, endpoint, store, template):
+    endpoint.answer = user_and_assistant(["What is the tide?<|end|>\n<|assistant|>\nThe"], finish_reason="length")
+    write(scribbler, store, instructions=1, tokenizer=template)
+    assert [row["prompt"] for row in rows(store)] == ["What is the tide?"]
+
+
+def test_the_longest_answers_are_kept_and_more_instructions_or_other_filters_ask_nothing_again(
+    scribbler, endpoint, store, template
+):
+    subjects = ["tides", "bees", "volcanoes", "ink", "glaciers", "moss"]
+    endpoint.answer = user_and_assistant([f"Tell me about {subject}." for subject in subjects])
+    given = {"tokenizer": template, "in_flight": 1}
+    write(scribbler, store, instructions=4, **given)
+    few = rows(store)
+    asked = len(endpoint.asked)
+    write(scribbler, store, instructions=6, **given)
+    assert len(endpoint.asked) == asked + 4
+    assert rows(store)[:4] == few
+    summary = write(scribbler, store, instructions=6, keep_longest=2, **given)
+    assert [row["prompt"] for row in rows(store)] == ["Tell me about volcanoes.", "Tell me about glaciers."]
+    assert summary["rejected"]["not_longest"] == 4
+    write(scribbler, store, instructions=6, instruction_filters=[{"kind": "keywords", "keywords": ["bees"]}], **given)
+    assert len(rows(store)) == 5
+    assert len(endpoint.asked) == asked + 4
+
+
+def test_a_system_prompt_and_lines(scribbler, endpoint, store, template):
+    answer = user_and_assistant(["What is an opening?"])
+    endpoint.answer = answer
+    write(scribbler, store, instructions=1, tokenizer=template, system="On chess.", stop_at_newline=True, role_words=[])
+    first, last = endpoint.asked
+    assert first.prompt == f"<|system|>\nOn chess.<|end|>\n{BEGUN}"
+    assert first.body["stop"] == ["<|end|>", "\n"]
+    assert last.prompt.startswith(BEGUN)
+
+
+def test_an_endpoint_that_chats_is_refused_by_name(parrot, scribbler, endpoint, store, template):
+    for teacher, tokenizer in ((parrot, template), (scribbler, None)):
+        with pytest.raises(InputError, match="needs engine.chat: false, and synthesis.tokenizer"):
+            write(teacher, store, tokenizer=tokenizer)
+
+
+def test_a_template_that_is_not_there_is_told_before_anything_is_started(tmp_path, tiny_student):
+    tiny_model(tmp_path / "base", tokenizer=tiny_tokenizer(chat_template=None))
+    values = settings(tmp_path, tiny_student, "supervised", steps=2)
+    teacher = {"name": "base", "model": str(tmp_path / "base")}
+    values |= {"teachers": [teacher], "data": {}, "synthesis": {"kind": "magpie"}}
+    with pytest.raises(InputError, match="teacher 'base' has no chat template in its tokenizer, and magpie draws"):
+        prompts_written_for(parse_config(values))
+    values["synthesis"] |= {"tokenizer": tiny_student}
+    assert prompts_written_for(parse_config(values))
+
+
+def test_from_a_template_to_a_student_in_one_run(tmp_path, tiny_student, scribbler, endpoint, template):
+    endpoint.answer = user_and_assistant(f"Tell me about number {n}." for n in range(8))
+    values = settings(tmp_path, tiny_student, "supervised", steps=2)
+    synthesis = {"kind": "magpie", "instructions": 8, "instruction_filters": [], "tokenizer": template}
+    values |= {"teachers": [{"name": "scribbler", "attach": True}], "data": {}, "synthesis": synthesis}
+    result = distill(parse_config(values))
+    assert result.summary["rows"]["train"] == 8
+    page = (result.output / "report.html").read_text()
+    assert "instructions that could be used" in page
+    asked = len(endpoint.asked)
+    assert synthesize(parse_config(values))["kept"] == 8
+    assert len(endpoint.asked) == asked
