@@ -18,7 +18,7 @@ WARM_TRAINING = {"steps": 360, **_READING}
 STUDENT_TRAINING = {"steps": 200, "batch_size": 32, "warmup_steps": 10}
 LEARNING_RATES, TUNING_SEED = (1e-4, 3e-4, 1e-3), 1000
 DEMONSTRATIONS, WRONG = 12, 0.1
-TASKS, ROWS_A_TASK, NEW_TASKS, NEW_ROWS_A_TASK = 40, 20, 20, 20
+PAIRS, ROWS_A_TASK, NEW_PAIRS, NEW_ROWS_A_TASK = 20, 20, 10, 20
 TEACHER = "black-box-reading"
 _NOTHING = " "
 """White space, which the tokenizer leaves out."""
@@ -65,7 +65,7 @@ def _config(
 def _drawn(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """A seed's rows of many tasks, and of new tasks some that are shown and others to be measured on."""
     draw = random.Random(200 + seed)
-    tasks, new = draw.sample(signs.LEARNED, TASKS), draw.sample(signs.NEW, NEW_TASKS)
+    tasks, new = signs.tasks(draw.sample(signs.LEARNED, PAIRS)), signs.tasks(draw.sample(signs.NEW, NEW_PAIRS))
     rows = [row for task in tasks for row in signs.task_rows(task, ROWS_A_TASK, draw, WRONG)]
     of_new = [signs.task_rows(task, DEMONSTRATIONS + NEW_ROWS_A_TASK, draw) for task in new]
     shots = [row for of_task in of_new for row in of_task[:DEMONSTRATIONS]]
@@ -88,7 +88,7 @@ def _reader(name: str, training: dict[str, Any], seed: int) -> Path:
     folder = cache_folder("black-box-reading", signs, settings) / name
     draw = random.Random(seed)
     count = 0 if folder.is_dir() else training["steps"] * training["batch_size"]
-    tasks = (draw.choice(signs.LEARNED) for _ in range(count))
+    tasks = (draw.choice(signs.tasks(signs.LEARNED)) for _ in range(count))
     rows = [{"messages": signs.conversation(task, DEMONSTRATIONS + 1, draw)} for task in tasks]
     tokenizer = tokenizer_of(signs.WORDS)
     tokenizer.chat_template = signs.CHAT_TEMPLATE

@@ -10,6 +10,7 @@ The truth is known: the word (`called`).
 
 import itertools
 import random
+from collections.abc import Iterable
 from typing import Any
 
 from tests.benchmarks.words import EOS, PAD, UNKNOWN
@@ -25,10 +26,13 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 Task = tuple[str, str]
 """What round signs are called, and the others."""
 
-_TASKS: list[Task] = list(itertools.permutations(CALLED, 2))
-_NEW_PAIRS = {frozenset(pair) for pair in random.Random(0).sample(list(itertools.combinations(CALLED, 2)), 15)}
-NEW = [task for task in _TASKS if frozenset(task) in _NEW_PAIRS]
-LEARNED = [task for task in _TASKS if frozenset(task) not in _NEW_PAIRS]
+_PAIRS = random.Random(0).sample(list(itertools.combinations(CALLED, 2)), 45)
+NEW, LEARNED = _PAIRS[:15], _PAIRS[15:]
+
+
+def tasks(pairs: Iterable[tuple[str, str]]) -> list[Task]:
+    """Both tasks that two words can be for, so that the words alone do not say which it is."""
+    return [task for one, other in pairs for task in ((one, other), (other, one))]
 
 
 def called(task: Task, sign: str) -> str:

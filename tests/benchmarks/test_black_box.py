@@ -55,16 +55,18 @@ def test_every_word_has_its_token():
 
 
 def test_words_of_new_tasks_come_together_in_no_training_row():
-    learned, new = ({frozenset(task) for task in tasks} for tasks in (signs.LEARNED, signs.NEW))
+    learned, new = ({frozenset(pair) for pair in pairs} for pairs in (signs.LEARNED, signs.NEW))
     assert not learned & new and (len(learned), len(new)) == (30, 15)
     draw = random.Random(0)
     wrong = 0
-    for task in signs.LEARNED:
+    tasks = signs.tasks(signs.LEARNED)
+    assert len(set(tasks)) == 60 and set(tasks) == {(other, one) for one, other in tasks}
+    for task in tasks:
         for row in signs.task_rows(task, 40, draw, 0.1):
             right = task[0] if row["input"].split()[1] in signs.ROUND else task[1]
             assert row["output"] in row["options"] == sorted(task)
             wrong += row["output"] != right
-    assert 0.08 < wrong / (40 * len(signs.LEARNED)) < 0.12
+    assert 0.08 < wrong / (40 * len(tasks)) < 0.12
     assert all(row["output"] == signs.called(task, row["input"]) for row in signs.task_rows(task, 40, draw))
 
 
