@@ -187,7 +187,7 @@ def cache_folder(name: str, task: ModuleType, settings: Sequence[Any]) -> Path:
 
 def made(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
-    seed: int, **training: Any,
+    seed: int, *, train_on: str = "last", **training: Any,
 ) -> Path:  # fmt: skip
     """`folder` with `train.jsonl` and, trained on it with supervision from random weights, `model`; made now unless it
     is there."""
@@ -199,7 +199,9 @@ def made(
     tokenizer.save_pretrained(work / "tokenizer")
     train = write_rows(work / "train.jsonl", rows)
     student = {"config": dict(model), "tokenizer": str(work / "tokenizer")}
-    config = run_config(work / "run", student, {"path": str(train)}, seed, {"kind": "supervised"}, training)
+    config = run_config(
+        work / "run", student, {"path": str(train), "train_on": train_on}, seed, {"kind": "supervised"}, training
+    )
     distill(config).model.rename(work / "model")
     shutil.rmtree(work / "run")
     work.rename(folder)

@@ -1,6 +1,5 @@
 """What `black_box` measures with is right: its tasks' truths, what it counts of rows, and which runs it makes."""
 
-import itertools
 import random
 from dataclasses import replace
 
@@ -55,24 +54,29 @@ def test_every_word_has_its_token():
     assert tokenizer_of(purse.WORDS)(" \n").input_ids == []
 
 
-def test_new_tasks_are_by_rules_that_no_training_row_has():
+def test_words_of_new_tasks_come_together_in_no_training_row():
+    learned, new = ({frozenset(pair) for pair in pairs} for pairs in (signs.LEARNED, signs.NEW))
+    assert not learned & new and (len(learned), len(new)) == (30, 15)
     draw = random.Random(0)
-    learned, new = signs.tasks(40, signs.LEARNED, draw), signs.tasks(20, signs.HELD_OUT, draw)
-    assert not {task.rule for task in learned} & {task.rule for task in new}
-    assert len(set(learned)) == 40 and {task.rule for task in learned} == set(signs.LEARNED)
-    for task in learned:
-        for row in signs.task_rows(task, 20, draw):
-            assert row["output"] == task.words[str(row["input"]).split()[1] not in task.rule]
-            assert set(task.words) == set(row["options"])
+    wrong = 0
+    tasks = signs.tasks(signs.LEARNED)
+    assert len(set(tasks)) == 60 and set(tasks) == {(other, one) for one, other in tasks}
+    for task in tasks:
+        for row in signs.task_rows(task, 40, draw, 0.1):
+            right = task[0] if row["input"].split()[1] in signs.ROUND else task[1]
+            assert row["output"] in row["options"] == sorted(task)
+            wrong += row["output"] != right
+    assert 0.08 < wrong / (40 * len(tasks)) < 0.12
+    assert all(row["output"] == signs.called(task, row["input"]) for row in signs.task_rows(task, 40, draw))
 
 
-def test_the_best_guess_is_certain_once_all_is_shown():
-    draw = random.Random(0)
-    (task,) = signs.tasks(1, signs.HELD_OUT, draw)
-    every = [" ".join(sign) for sign in itertools.product(signs.COLOURS, signs.SHAPES)]
-    shown = [(sign, signs.called(task, sign)) for sign in every]
-    assert all(signs.best_guess(shown, sign, task.words) == word for sign, word in shown)
-    assert len({signs.best_guess(shown[:1], sign, task.words) for sign in every}) == 2
+def test_conversations_read_as_demonstrations_do():
+    tokenizer = tokenizer_of(signs.WORDS)
+    tokenizer.chat_template = signs.CHAT_TEMPLATE
+    messages = signs.conversation(signs.NEW[0], 3, random.Random(0))
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole.split() == [word for message in messages for word in message["content"].split()]
+    assert len(whole.split()) == 9
 
 
 def test_a_rate_is_chosen_on_the_tuning_seed_and_no_run_is_made_twice(tmp_path, capsys):
