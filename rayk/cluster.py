@@ -36,6 +36,8 @@ def start_ray(num_cpus: float = 0) -> None:
         for name in ("ray", "ray.serve", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.ERROR)
     if not os.environ.get("RAY_ADDRESS"):
+        # Train would start an actor with each group of workers that asks whether nodes are about to be taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         common |= {
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, int(num_cpus + 0.999)),

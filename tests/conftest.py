@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 
 from rayk.environment import set_threading
 
@@ -15,6 +16,8 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # no Ray but those that are asked f
 # Train's controller looks at its workers five times a second instead of every other one.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
+# A shell that starts something in the background has it ignore Ctrl-C, and all that it starts in turn.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
