@@ -7,10 +7,10 @@ from ray import serve
 
 from rayk.config import parse_config
 from rayk.errors import PolicyUnavailable, RunFailed
-from rayk.rollouts.weights import NAMESPACE
 from rayk.run import distill, policy_application
 from rayk.teachers import deployment
 from rayk.training.checkpoint import CheckpointStore
+from rayk.weight_store import NAMESPACE
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
 from tests.teachers.asking import replicas_of

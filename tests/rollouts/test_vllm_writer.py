@@ -14,11 +14,12 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
 from rayk.rollouts.vllm import Turns, start_vllm, whole_weights
-from rayk.rollouts.weights import Published, UnusableWeights, Version, checksum, pack
+from rayk.rollouts.weights import checksum, pack
 from rayk.rollouts.writer import Writer
 from rayk.sequences import Sequence
 from rayk.students import make_model
 from rayk.support import Logprob, TopK
+from rayk.weight_store import Published, UnusableWeights, Version
 from tests.rollouts.test_policy import VOCABULARY
 from tests.tiny import moved, tiny_model, tiny_tokenizer
 
