@@ -219,9 +219,8 @@ def test_a_resumed_adaptive_run_remembers_what_it_kept(max_staleness, tmp_path, 
     assert max(curve(parts.output_path, "rollout_staleness")) > max_staleness
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_workers_do_not_change_what_is_written_and_learned(max_staleness, tmp_path, tiny_student, served):
-    rollouts = {"max_staleness": max_staleness}
+def test_workers_do_not_change_what_is_written_and_learned(tmp_path, tiny_student, served):
+    rollouts = {"max_staleness": 1}  # the first step learns from the present weights, as all do with 0
     distill(changed(tmp_path / "alone", tiny_student, rollouts=rollouts, steps=3))
     distill(changed(tmp_path / "group", tiny_student, rollouts=rollouts, steps=3, workers=2))
     alone, group = (metrics(tmp_path / name / "run") for name in ("alone", "group"))
