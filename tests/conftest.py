@@ -66,9 +66,11 @@ def ray_cluster():
     """One local Ray for the session, with more logical CPUs than the machine has."""
     import ray
     from ray import serve
+    from ray.serve._private import client
 
     from rayk.cluster import start_ray
 
+    client.CLIENT_POLLING_INTERVAL_S = 0.1  # how often it looks whether an application is up, or gone; else each second
     start_ray(num_cpus=8)
     yield
     serve.shutdown()  # also this process's handles, which go on reporting to a controller that is no more
