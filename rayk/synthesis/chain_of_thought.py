@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rayk.config import ChainOfThoughtConfig
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
-from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, parameters_of, text_of
+from rayk.synthesis.base import Candidate, Figure, PromptByPrompt, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt, is_right
 from rayk.synthesis.scribe import Request, Scribe
 from rayk.synthesis.store import Written
@@ -20,7 +20,7 @@ from rayk.text.answers import answer_in
 _RATIONALE, _ANSWER = 1, 2  # the stages of a seed
 
 
-class ChainOfThought(Recipe[ChainOfThoughtConfig]):
+class ChainOfThought(PromptByPrompt[ChainOfThoughtConfig]):
     """See the module."""
 
     summary = "the teacher's rationales that end in the right answer, several a question"

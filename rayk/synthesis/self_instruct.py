@@ -23,7 +23,7 @@ from rayk.config import SelfInstructConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import RunFailed
 from rayk.synthesis import tasks
-from rayk.synthesis.base import Candidate, Figure, Recipe, parameters_of, text_of
+from rayk.synthesis.base import Candidate, Figure, OwnPrompts, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.store import Written
@@ -48,7 +48,7 @@ class _Made:
     written: Written
 
 
-class SelfInstruct(Recipe[SelfInstructConfig]):
+class SelfInstruct(OwnPrompts[SelfInstructConfig]):
     """See the module."""
 
     summary = "tasks, inputs and answers that the teacher makes up, starting from tasks written by people"

@@ -92,6 +92,14 @@ def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_pa
     assert found(tmp_path) == set(range(20))
 
 
+def test_what_was_set_aside_stays_whatever_is_damaged_later(tmp_path):
+    for content in (b"one", b"two", b"three"):
+        added(tmp_path, [1])
+        parts(tmp_path)[0].write_bytes(content)
+        assert found(tmp_path) == set()
+    assert {each.read_bytes() for each in (tmp_path / "completions").glob("*.damaged")} == {b"one", b"two", b"three"}
+
+
 def test_a_part_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
     added(tmp_path, range(10))
     (part,) = parts(tmp_path)
