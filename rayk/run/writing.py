@@ -1,6 +1,6 @@
 """Having a run's training rows written, and what they depend on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,7 @@ def write_rows(
     asks_student = config.synthesis.asks_student(round_of.number)
     with Store(written_rows(config).parent) as store, ExitStack() as staying, ExitStack() as leaving:
         store.claim(_made_with(config, prompts, round_of), PLACEMENT, CHOICE)
-        if (summary := store.summary) and (settled or not summary["unanswered"]):
+        if (summary := store.summary) and (settled or not _wants_more(store, summary)):
             return {}
         if round_of.before is not None:
             store.look_into(round_of.before)
@@ -75,6 +75,11 @@ def write_rows(
         )  # fmt: skip
         stack.enter_context(staying.pop_all())
         return kept
+
+
+def _wants_more(store: Store, summary: Mapping[str, Any]) -> bool:
+    """Whether there is something to ask again: it was left unanswered, or its refusal was deleted."""
+    return summary["unanswered"] > 0 or store.refusals < summary.get("refused", 0)
 
 
 def _made_with(config: RunConfig, prompts: Sequence[Prompt], round_of: RoundOf) -> dict[str, Any]:

@@ -163,10 +163,21 @@ def text_of(written: Written, stop: Sequence[str] = ()) -> str:
     return text.rstrip()
 
 
+NO_ANSWER = ("unanswered", "refused")
+"""By what is rejected that was not written: it may be another time, or will not be."""
+
+
+def lack_of(written: Written) -> tuple[str, str] | None:
+    """Which of `NO_ANSWER` this is, and why; None where it is an answer."""
+    if written.finish_reason != "error":
+        return None
+    return NO_ANSWER[written.refused], written.reason
+
+
 def fault_of(written: Written, text: str, by: str = "teacher") -> tuple[str, str] | None:
     """The check that a completion does not pass by itself, and why; None where it is one."""
-    if written.finish_reason == "error":
-        return "unanswered", written.reason
+    if lack := lack_of(written):
+        return lack
     if not text.strip():
         return "empty", f"the {by} wrote nothing"
     return None

@@ -104,6 +104,7 @@ def synthesise(
         "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)
         | dict(Counter(each.rejected_by for each in rejected)),
         "unanswered": tally.unanswered,
+        "refused": store.refusals,
         "completions": len(store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
         "usage": tally.charged,

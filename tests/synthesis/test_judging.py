@@ -115,11 +115,11 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
         "b": ("judge", "is rated 2 of at least 4"),
         "c": ("judge unparsable", "no score in 'I would not say.'"),
-        "e": ("judge unanswered", "400: too rude"),
+        "e": ("judge refused", "400: too rude"),
         "f": ("keywords", "has 'f' in it"),
     }
-    assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge unanswered": 1}
-    assert summary["unanswered"] == 1
+    assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge refused": 1}
+    assert (summary["refused"], summary["unanswered"]) == (1, 0)
     assert [store.find(key).text for key in kept[0]["keys"]] == ["A", "Score: 5"]
     asked = [each for each in endpoint.asked if each.prompt == "a -> A?"]
     assert (asked[0].body["temperature"], asked[0].body["max_tokens"]) == (0.0, 512)
@@ -127,8 +127,8 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     assert before == 6 + 5
     endpoint.answer = rating(replies | {"e": "Score: 4"})
     write(parrot, store, prompts, judge(at_least=2), short)
-    assert [row["prompt"] for row in rows(store)] == ["a", "b", "d", "e"]
-    assert [each.prompt for each in endpoint.asked[before:]] == ["e -> E?"]
+    assert [row["prompt"] for row in rows(store)] == ["a", "b", "d"]
+    assert len(endpoint.asked) == before
 
 
 @pytest.mark.cluster
