@@ -236,13 +236,15 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
 
 def synthesised(summary: dict[str, Any]) -> Table:
     """What a teacher's writing came to."""
+    from rayk.evaluation.report import figure_text
+
     table = Table(box=None, pad_edge=False, show_header=False)
     usage = summary["usage"]
     rows = {
         "kept": f"{summary['kept']:,} of {summary['candidates']:,}"
-        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] > 1 else ""),
+        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] else ""),
         **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
-        **{each["name"]: format(each["value"], ".1%" if each["share"] else ".2f") for each in summary["figures"]},
+        **{each["name"]: figure_text(each) for each in summary["figures"]},
         "requests": f"{usage['requests']:,}" if "requests" in usage else "",
         "cost": f"{usage['cost']:,.4f}" if "cost" in usage else "",
     }

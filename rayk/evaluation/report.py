@@ -6,7 +6,7 @@ time and unfinished ones as far as they got. `report.html.j2` holds the page, th
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
@@ -262,20 +262,28 @@ def _writing(run: Run) -> Writing:
     summary = run.synthesis
     assert summary is not None
     candidates, usage = summary["candidates"], summary["usage"]
+    given = f" for {summary['prompts']:,} prompts" if summary["prompts"] else ""
     figures = [("kept", _share_of(summary["kept"], candidates))]
     figures += [(f"rejected: {by}", _share_of(count, candidates)) for by, count in summary["rejected"].items()]
-    figures += [(each["name"], format(each["value"], ".1%" if each["share"] else ".2f")) for each in summary["figures"]]
+    figures += [(each["name"], figure_text(each)) for each in summary["figures"]]
     counted = [name for name in ("requests", "prompt_tokens", "completion_tokens") if name in usage]
     figures += [(name.replace("_", " "), f"{usage[name]:,}") for name in counted]
     if "cost" in usage:
         figures.append(("cost, in the currency of the prices", f"{usage['cost']:,.4f}"))
     return Writing(
         run,
-        f"{last_part(summary['teacher']['model'])} wrote for {summary['prompts']:,} prompts: {summary['about']} "
-        f"({summary['paper']}).",
+        f"{last_part(summary['teacher']['model'])} wrote{given}: {summary['about']} ({summary['paper']}).",
         figures,
         summary["examples"]["kept"] + summary["examples"]["rejected"],
     )
+
+
+def figure_text(figure: Mapping[str, Any]) -> str:
+    """A figure of a recipe: a share, a count, or a mean."""
+    value = figure["value"]
+    if figure["share"]:
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 @dataclass(frozen=True)

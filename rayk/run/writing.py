@@ -63,9 +63,9 @@ def write_rows(
         student = leaving.enter_context(serve_teacher(student_to_ask(config))) if asks_student else None
         running = kept | gone
         before = f", {len(store):,} completions are there" if len(store) else ""
-        given = f" for {len(prompts):,} prompts" if len(prompts) > 1 else ""
+        given = "" if config.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
         watcher.stage(f"Synthesising {config.synthesis.kind}{given}{before}")
-        synthesise(
+        summary = synthesise(
             config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
             progress=partial(watcher.progress, unit="completion"),
             company=Company(
@@ -73,8 +73,16 @@ def write_rows(
                 running[config.referee] if config.referee != config.writer else None, running,
             ),
         )  # fmt: skip
+        watcher.stage(_came_to(summary))
         stack.enter_context(staying.pop_all())
         return kept
+
+
+def _came_to(summary: Mapping[str, Any]) -> str:
+    """How many rows there are, and what became of the others."""
+    left_out = ", ".join(f"{count:,} {by}" for by, count in summary["rejected"].items() if count)
+    rows = f"{summary['kept']:,} of {summary['candidates']:,} rows are kept"
+    return f"{rows}; left out: {left_out}" if left_out else rows
 
 
 def _wants_more(store: Store, summary: Mapping[str, Any]) -> bool:

@@ -63,7 +63,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of the report: a share from 0 to 1, or a mean."""
+    """A number of the report: a share from 0 to 1, a count (an int) or a mean."""
 
     name: str
     value: float

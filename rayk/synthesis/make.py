@@ -98,7 +98,7 @@ def synthesise(
         "about": recipe.summary,
         "paper": recipe.paper,
         "teacher": {"name": teacher.name, "model": teacher.info.model, "engine": teacher.info.engine},
-        "prompts": len(prompts),
+        "prompts": 0 if settings.makes_prompts else len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
         "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)

@@ -173,8 +173,10 @@ class Scribe:
         try:
             await self._ticking
         finally:
-            await self._flush()
-            self.tally.scribes.remove(self)
+            try:
+                await self._flush()
+            finally:
+                self.tally.scribes.remove(self)
 
     @property
     def total(self) -> int:
