@@ -86,7 +86,7 @@ def _total_steps(run: Run) -> int | None:
 def _speed(rows: list[dict[str, Any]]) -> str:
     seconds = sum(row["step_seconds"] for row in rows)
     waited = sum(row["teacher_wait_seconds"] for row in rows)
-    return f"{sum(row['tokens'] for row in rows) / seconds:,.0f} tokens/s, {waited / seconds:.0%} spent waiting for signals"
+    return f"{sum(row['tokens'] for row in rows) / seconds:,.0f} tokens/s, {waited / seconds:.0%} waiting for signals"
 
 
 def _measures(metrics: Mapping[str, float]) -> str:

@@ -31,7 +31,7 @@ def test_an_unfinished_run(tmp_path):
     assert said["step"] == "45 of 60 (75%)"
     assert said["to go"] == "about 7.5 s of steps"
     assert said["loss"] == f"{sum(9 / step for step in range(26, 46)) / 20:.4f}, mean of 20 steps"
-    assert said["speed"] == "2,000 tokens/s, 20% spent waiting for signals"
+    assert said["speed"] == "2,000 tokens/s, 20% waiting for signals"
     assert said["measured"] == "at step 40: loss 1.525, forward KL 0.3250, reverse KL 0.4250"
     assert said["checkpoint"] == "step 40; --resume goes on from there"
 
@@ -48,7 +48,8 @@ def test_the_whole_of_a_run_in_epochs_is_known_from_its_steps(tmp_path):
     folder = make_run(tmp_path / "epochs", steps=10, finished=False)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("steps: 60", "steps: null").replace("epochs: null", "epochs: 3"))
-    rows = [json.loads(line) | {"epoch": 0.1 * number} for number, line in enumerate(open(folder / "metrics.jsonl"), 1)]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"epoch": row["step"] / 10} for row in rows]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert status(folder)[0]["step"] == "10 of 30 (33%)"
 

@@ -72,7 +72,7 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
 def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_killed(
     tmp_path, served, nothing_left, monkeypatch
 ):
-    """Greedy, so that both write the same as long as they have the same weights; with an adapter, that vLLM has merged."""
+    """Greedy, so that both write the same as long as they have the same weights: those of an adapter, merged."""
     monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
     student = str(tmp_path / "student")
     tiny_model(student, seed=2, hidden=128, layers=1, peaked=4.0, tokenizer=tiny_tokenizer())
