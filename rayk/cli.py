@@ -182,6 +182,23 @@ def report(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run, finished or not.")],
+) -> None:
+    """Say how far a run is: rows written, steps, speed, last evaluation and checkpoint."""
+    from rayk.status import status as status_of
+
+    for number, part in enumerate(status_of(run)):
+        if number:
+            print()
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, text in part.items():
+            if text:
+                table.add_row(name, Text(text))
+        _print(table)
+
+
+@app.command()
 def methods() -> None:
     """List the ways of learning: what each needs from a teacher and what that costs."""
     from rayk.methods import METHODS

@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 import rayk
 from rayk.errors import InputError
 from rayk.evaluation.figures import SMOOTHED_SHARE, draw_figures
-from rayk.evaluation.run_directory import Run, flattened, last_part, read_runs, teachers_of
+from rayk.evaluation.run_directory import Run, duration, flattened, last_part, read_runs, teachers_of
 from rayk.evaluation.timeline import draw_timelines
 
 
@@ -43,7 +43,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 
 def _page(runs: list[Run]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["duration"] = _duration
+    environment.filters["duration"] = duration
     source = resources.files("rayk.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         title=_listed([run.label for run in runs]) if len(runs) <= 3 else f"{len(runs)} runs compared",
@@ -346,10 +346,3 @@ def _listed(items: Iterable[str]) -> str:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
