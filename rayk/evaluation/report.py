@@ -55,6 +55,7 @@ def _page(runs: list[Run]) -> str:
         columns=_columns(runs),
         table=_table(runs),
         support=_support(runs),
+        measured=any(run.metrics.keys() & {column.metric for column in COLUMNS} for run in runs),
         figures=draw_figures(runs) + draw_timelines(runs),
         smoothed=f"{SMOOTHED_SHARE:.0%}",
         samples=_samples(runs),
@@ -69,7 +70,10 @@ def _page(runs: list[Run]) -> str:
 
 def _sentence(runs: list[Run]) -> str:
     """What was done, for someone who sees the page first."""
-    students = list(dict.fromkeys(_student(run) for run in runs))
+    # A student that goes on learning from round to round is one.
+    trained_here = {str(Path(run.config["output"]) / "model") for run in runs if "output" in run.config}
+    began = [run for run in runs if (run.config.get("student") or {}).get("model") not in trained_here]
+    students = list(dict.fromkeys(_student(run) for run in began or runs))
     teachers = list(dict.fromkeys(run.teacher_name for run in runs if run.teacher_name))
     steps = sorted({run.steps for run in runs})
     lasted = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
@@ -174,8 +178,12 @@ COLUMNS = (
 
 
 def _columns(runs: list[Run]) -> list[Column]:
-    """Those of all methods, and those of preferences where there are pairs."""
-    return [c for c in COLUMNS if c.metric != "preference_accuracy" or any(c.of(run) is not None for run in runs)]
+    """Those that were measured, of a student or a teacher."""
+    by_teachers = [metrics for _, metrics in teachers_of(runs)]
+    return [
+        column for column in COLUMNS
+        if any(column.of(run) is not None for run in runs) or any(column.metric in metrics for metrics in by_teachers)
+    ]  # fmt: skip
 
 
 def _table(runs: list[Run]) -> list[Line]:
