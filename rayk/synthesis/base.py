@@ -72,7 +72,7 @@ class Figure:
 
 class Recipe(ABC, Generic[S]):
     """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them. One that writes for each
-    prompt alone is a `PromptByPrompt`, one that makes up its prompts a `OwnPrompts`.
+    prompt alone is a `PromptByPrompt`, one that makes up its prompts an `OwnPrompts`.
 
     Attributes:
         round: set by whoever has it write, before it does.
