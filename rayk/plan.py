@@ -73,9 +73,10 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
     if config.rollouts is not None or isinstance(config.method, InContextConfig):
+        rows = "each row after its demonstrations" if config.rollouts is None else "rows that are not written yet"
         raise InputError(
-            f"method.kind '{config.method.kind}' learns from rows that are not written yet; plan a 'logit_kd' run on "
-            "rows of such length instead."
+            f"method.kind '{config.method.kind}' learns from {rows}; plan a 'logit_kd' run on rows of such length "
+            "instead."
         )
     teacher = next(each for each in config.teachers if each.name == config.compared_teacher)
     if teacher.model is None:
