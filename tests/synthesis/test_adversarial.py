@@ -72,6 +72,8 @@ class World:
         before = self.folder / f"round-{number - 1}" if number else None
         with opening(folder) as store:
             store.claim({}, set(), set())
+            if before is not None:
+                store.look_into(before)
             return synthesise(
                 settings, prompts_of(*given), self.teacher, store, build_filters(settings.filters), seed=seed,
                 company=Company(number, before, self.student if number else None)
