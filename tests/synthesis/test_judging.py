@@ -1,11 +1,13 @@
 """A model rates rows, and what it rates low is left out; what is not rated is so for a reason of its own."""
 
+import re
+
 import pyarrow.parquet as pq
 import pytest
 
 from rayk.config import JudgeFilter, ResponsesConfig, parse_config
 from rayk.errors import InputError
-from rayk.run import synthesize
+from rayk.run import distill, synthesize
 from rayk.synthesis import Company, synthesise
 from rayk.synthesis.base import Candidate
 from rayk.synthesis.judging import Judge, judges_among
@@ -169,3 +171,26 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
     assert (config.writers, config.only_writing) == (["parrot", "served"], ["parrot", "served"])
     with pytest.raises(Exception, match="None of 1 completions can be learned from .1 judge unparsable"):
         synthesize(config)
+
+
+@pytest.mark.cluster
+def test_a_run_learns_from_what_its_judge_lets_pass(tmp_path, tiny_student, served, parrot, endpoint):
+    """A served model writes, an endpoint judges."""
+    endpoint.answer = lambda body: completion(body, f"Score: {5 if prompt_of(body)[0] in 'aceg' else 2}")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdefgh"))
+    values = settings(tmp_path, tiny_student, steps=2) | {
+        "teachers": [{"name": "served", "attach": True}, {"name": "parrot", "attach": True}],
+        "data": {"train": {"path": str(path)}},
+        "synthesis": {
+            "kind": "responses", "sampling": {"max_new_tokens": 8}, "filters": [judge(teacher="parrot")],
+        },
+    }  # fmt: skip
+    result = distill(parse_config(values))
+    kept = pq.read_table(result.output / "synthesis" / "rows.parquet").to_pylist()
+    assert [(row["prompt"], row["judge_score"]) for row in kept] == [(letter, 5) for letter in "aceg"]
+    assert result.summary["rows"]["train"] == 4
+    assert sorted(each.prompt[0] for each in endpoint.asked) == list("abcdefgh")
+    assert "b ✗ judge: is rated 2 of at least 4" in " ".join(
+        re.sub(r"<[^>]*>", " ", (result.output / "report.html").read_text()).split()
+    )
