@@ -155,6 +155,8 @@ class Trainer:
         self.step = 0
         self._midway = False
         """The weights are those of no whole number of steps, so not to be kept."""
+        self._measured = True
+        """The evaluation that was due after `step` is made."""
         self._restore()
         self._saved = self.step
         self.evaluator: Evaluator | None = None
@@ -167,7 +169,7 @@ class Trainer:
 
     def run(self) -> Outcome:
         self._start_together()
-        evaluation = None
+        evaluation = None if self._measured else self._measured_late()
         experiences = self.supply.stream(self.step, self.total_steps)
         try:
             for step in range(self.step, self.total_steps):
@@ -180,10 +182,11 @@ class Trainer:
                     try:
                         evaluation = self._evaluate(last)
                     except StopTogether:
+                        self._measured = False
                         if self.recorder:  # its step is done, whatever became of the evaluation
                             self.recorder.record(row)
                         raise
-                    row |= {f"evaluation_{name}": value for name, value in evaluation.metrics.items()}
+                    row |= _of_evaluation(evaluation)
                 if self.recorder:
                     self.recorder.record(row)
                 if last or self.step % self.settings.checkpoint_every_steps == 0:
@@ -396,6 +399,14 @@ class Trainer:
         self.method.on_evaluation(whole.metrics)
         return whole
 
+    def _measured_late(self) -> Evaluation:
+        """The evaluation that the run before had to stop at; its numbers join its step's row."""
+        evaluation = self._evaluate(last=self.step == self.total_steps)
+        self._measured = True
+        if self.recorder:
+            self.recorder.add_to_last(_of_evaluation(evaluation))
+        return evaluation
+
     def _checkpoint(self) -> None:
         self._saved = self.step
         states = self.ranks.gather(self.method.state_dict())
@@ -403,8 +414,9 @@ class Trainer:
         problem = None
         if self.ranks.rank == 0:
             state = Checkpoint(
-                self.step, learned(self.module), self.optimizer.state_dict(), states, rollouts, self._base
-            )
+                self.step, learned(self.module), self.optimizer.state_dict(), states, rollouts, self._base,
+                self._measured,
+            )  # fmt: skip
             try:
                 self.store.save(state, self.settings.keep_checkpoints)
             except OSError as error:
@@ -421,7 +433,7 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
         self.supply.load_state(checkpoint.step, checkpoint.rollouts)
-        self.step = checkpoint.step
+        self.step, self._measured = checkpoint.step, checkpoint.measured
 
 
 def _policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Policy | None:
@@ -454,6 +466,10 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> f
 
 def _spanned(name: str, span: Span) -> dict[str, float]:
     return {f"{name}_started_at": span.started_at, f"{name}_seconds": span.seconds}
+
+
+def _of_evaluation(evaluation: Evaluation) -> dict[str, float]:
+    return {f"evaluation_{name}": value for name, value in evaluation.metrics.items()}
 
 
 def _mean_over(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
