@@ -18,7 +18,7 @@ from rayk.run import located, next_round
 from rayk.students import Size, planned_size
 from rayk.support import Support, bytes_a_token
 from rayk.teachers import serve_teacher
-from rayk.training.loop import steps_of_epochs
+from rayk.training import steps_of_epochs
 
 _HEADROOM = 1.2
 _PROBE_TOKENS = 40_000
