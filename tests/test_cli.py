@@ -65,7 +65,7 @@ def test_help_names_every_command(rayk):
         "report",
         "methods",
         "plan",
-        "cache",
+        "status",
         "doctor",
     ):
         assert name in out
@@ -259,6 +259,9 @@ def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     assert (code, f"The report: {tmp_path}/both.html\n" in err) == (0, True)
     assert "<html" in (tmp_path / "both.html").read_text()
     assert the_sentence(rayk("report", tmp_path / "nowhere"))
+    code, out, _ = rayk("status", runs[0])
+    assert (code, "finished after 2 steps" in out) == (0, True)
+    assert the_sentence(rayk("status", tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(

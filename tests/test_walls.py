@@ -24,7 +24,7 @@ FLOORS = [
     {"training"},
     {"inputs"},
     {"run"},
-    {"doctor", "quickstart", "progress", "fill", "plan"},
+    {"doctor", "quickstart", "progress", "fill", "plan", "status"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

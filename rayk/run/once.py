@@ -26,8 +26,7 @@ from rayk.run.watching import Watcher, watching
 from rayk.run.writing import FIRST, RoundOf, write_rows
 from rayk.teachers import Teacher, scorer_of
 from rayk.teachers.cache import opened
-from rayk.training import evaluate_remotely, train
-from rayk.training.loop import Job, Outcome, steps_of_epochs
+from rayk.training import Job, Outcome, evaluate_remotely, steps_of_epochs, train
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from rayk.cluster import gpus_each, run_on
 from rayk.errors import RunFailed
 from rayk.evaluation.evaluate import Evaluation
 from rayk.training.group import GroupTrainer
-from rayk.training.loop import Job, Outcome, evaluate_worker, train_worker
+from rayk.training.job import Job, Outcome
+from rayk.training.loop import evaluate_worker, train_worker
 
 
 def train(job: Job) -> Outcome:

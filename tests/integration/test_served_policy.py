@@ -75,15 +75,15 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
 def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_killed(
     tmp_path, served, nothing_left, monkeypatch
 ):
-    """Greedy, so that both write the same as long as they have the same weights."""
+    """Greedy, so that both write the same as long as they have the same weights: those of an adapter, merged."""
     monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
     student = str(tmp_path / "student")
     tiny_model(student, seed=2, hidden=128, layers=1, peaked=4.0, tokenizer=tiny_tokenizer())
     rollouts = {"max_staleness": 1, "temperature": 0.0, "max_new_tokens": 8}
     vllm = {"kind": "vllm", "arguments": {"enforce_eager": True}, "batch_tokens": 256}
-    training = {"steps": 24}
-    distill(prepared(tmp_path / "worker", student, rollouts, **training))
-    run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, **training)
+    training, lora = {"steps": 24, "learning_rate": 3e-3}, {"r": 8}
+    distill(prepared(tmp_path / "worker", student, rollouts, lora, **training))
+    run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, lora, **training)
 
     def strike():
         [replica] = replicas_of(policy_application(run))

@@ -74,7 +74,9 @@ def versions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(versions, on_loop):
-    student = StudentConfig(model=versions._folder)
+    # From an architecture: vLLM has no folder of the student's to read. The integration test starts from one.
+    architecture = load_model(versions._folder).config.to_dict() | {"architectures": None}
+    student = StudentConfig(config=architecture, tokenizer=versions._folder)
     engine = VLLMPolicyEngine(tensor_parallel_size=2, arguments={"enforce_eager": True})
     started = on_loop(start_vllm(versions.writer(0), student, engine, tokenizer=versions._folder, precision="float32"))
     yield started

@@ -16,7 +16,7 @@ from rayk.methods import METHODS, Supervised
 from rayk.run import distill
 from rayk.sequences import Sequence
 from rayk.support import TopK
-from rayk.training.loop import learning_rate_at
+from rayk.training.optimisation import learning_rate_at
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
