@@ -42,7 +42,9 @@ def expected(twin):
 
 @pytest.fixture(scope="module")
 def teacher(ray_cluster, folder):
-    engine = {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}
+    # With a worker in a process of its own (see conftest), so that there is more to leave behind.
+    arguments = {"enforce_eager": True, "distributed_executor_backend": "mp"}
+    engine = {"kind": "vllm", "dtype": "float32", "arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
         with serve_teacher(config_of("vllm", folder, engine=engine)) as teacher:
@@ -123,5 +125,6 @@ def test_it_is_replaced_when_its_engine_is_killed(teacher, expected):
     assert successor.pid != replica.pid
 
     processes = psutil.Process(successor.pid).children(recursive=True)
+    assert {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in processes}
     successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
     eventually(lambda: not any(each.is_running() for each in processes))
