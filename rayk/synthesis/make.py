@@ -93,7 +93,23 @@ def synthesise(
     candidates = _sifted(candidates, comparing, prompts)
     kept = [each for each in candidates if not each.rejected_by]
     rejected = [each for each in candidates if each.rejected_by]
-    summary = {
+    summary = _summary(recipe, candidates, _names(alone, rating, comparing))
+    store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
+    if not kept:
+        raise RunFailed(
+            f"None of {len(candidates)} completions can be learned from ({_reasons(rejected)}); "
+            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
+        )
+    store.finish(summary)
+    return summary
+
+
+def _summary(recipe: Recipe, candidates: list[Candidate], filters: Sequence[str]) -> dict[str, Any]:
+    """What `summary.json` holds; `filters`: their names, in order."""
+    settings, prompts, teacher, tally = recipe.settings, recipe.prompts, recipe.scribe.teacher, recipe.scribe.tally
+    kept = [each for each in candidates if not each.rejected_by]
+    rejected = [each for each in candidates if each.rejected_by]
+    return {
         "kind": settings.kind,
         "about": recipe.summary,
         "paper": recipe.paper,
@@ -101,11 +117,10 @@ def synthesise(
         "prompts": 0 if settings.makes_prompts else len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)
-        | dict(Counter(each.rejected_by for each in rejected)),
+        "rejected": dict.fromkeys(filters, 0) | dict(Counter(each.rejected_by for each in rejected)),
         "unanswered": tally.unanswered,
-        "refused": store.refusals,
-        "completions": len(store),
+        "refused": recipe.store.refusals,
+        "completions": len(recipe.store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
         "usage": tally.charged,
         "examples": {
@@ -117,14 +132,6 @@ def synthesise(
             ],
         },
     }
-    store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
-    if not kept:
-        raise RunFailed(
-            f"None of {len(candidates)} completions can be learned from ({_reasons(rejected)}); "
-            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
-        )
-    store.finish(summary)
-    return summary
 
 
 def _scribes(
