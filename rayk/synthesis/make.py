@@ -118,6 +118,11 @@ def synthesise(
         },
     }
     store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
+    if not candidates:
+        raise RunFailed(
+            f"Nothing in the {len(store):,} completions is what synthesis '{settings.kind}' asked for; see "
+            f"'{store.folder / 'completions'}'. A teacher that chats wants synthesis.chat, one that does not none."
+        )
     if not kept:
         raise RunFailed(
             f"None of {len(candidates)} completions can be learned from ({_reasons(rejected)}); "
