@@ -121,7 +121,8 @@ def synthesise(
     if not candidates:
         raise RunFailed(
             f"Nothing in the {len(store):,} completions is what synthesis '{settings.kind}' asked for; see "
-            f"'{store.folder / 'completions'}'. A teacher that chats wants synthesis.chat, one that does not none."
+            f"'{store.folder / 'completions'}', and to synthesis.chat (of an endpoint: engine.chat), which is for chat "
+            "models alone."
         )
     if not kept:
         raise RunFailed(
