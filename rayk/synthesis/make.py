@@ -120,9 +120,9 @@ def synthesise(
     store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
     if not candidates:
         raise RunFailed(
-            f"Nothing in the {len(store):,} completions is what synthesis '{settings.kind}' asked for; see "
-            f"'{store.folder / 'completions'}', and to synthesis.chat (of an endpoint: engine.chat), which is for chat "
-            "models alone."
+            f"Nothing in the {len(store):,} completions is what synthesis '{settings.kind}' asked for; look into "
+            f"'{store.folder / 'completions'}'. Is synthesis.chat (of an endpoint: engine.chat) as the teacher is, a "
+            "chat model or a base model?"
         )
     if not kept:
         raise RunFailed(
