@@ -96,10 +96,7 @@ def synthesise(
     summary = _summary(recipe, candidates, _names(alone, rating, comparing))
     store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
     if not kept:
-        raise RunFailed(
-            f"None of {len(candidates)} completions can be learned from ({_reasons(rejected)}); "
-            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
-        )
+        raise RunFailed(_why_nothing(recipe, rejected))
     store.finish(summary)
     return summary
 
@@ -245,6 +242,21 @@ def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
 def _spread(candidates: list[Candidate]) -> list[Candidate]:
     """Some of them, from all over."""
     return candidates[:: max(1, len(candidates) // _EXAMPLES)][:_EXAMPLES]
+
+
+def _why_nothing(recipe: Recipe, rejected: list[Candidate]) -> str:
+    """Why no row is left, in sentences."""
+    store = recipe.store
+    if rejected:
+        return (
+            f"None of {len(rejected)} completions can be learned from ({_reasons(rejected)}); "
+            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
+        )
+    return (
+        f"Nothing in the {len(store):,} completions is what synthesis '{recipe.settings.kind}' asked for; look into "
+        f"'{store.folder / 'completions'}'. Is synthesis.chat (of an endpoint: engine.chat) as the teacher is, a chat "
+        "model or a base model?"
+    )
 
 
 def _reasons(rejected: list[Candidate]) -> str:

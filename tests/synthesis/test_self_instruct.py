@@ -195,6 +195,12 @@ def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
     assert summary["rejected"]["rouge"] == 3 * 8 * 6 - 1
 
 
+def test_a_teacher_that_makes_no_list_is_told_of(parrot, endpoint, store):
+    endpoint.answer = lambda body: completion(body, "I would rather not.")
+    with pytest.raises(RunFailed, match=r"Nothing in the \d+ completions is what synthesis 'self_instruct' asked for"):
+        write(parrot, store)
+
+
 def test_prompts_are_its_own(tmp_path, tiny_student):
     values = settings(tmp_path, tiny_student, "supervised", steps=1)
     rows_file = values["data"]["train"]
