@@ -46,12 +46,17 @@ import torch  # noqa: E402
 from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import Resources, TeacherConfig  # noqa: E402
 from rayk.teachers import serve_teacher  # noqa: E402
+from tests.benchmarks.black_box_preferring import PREFERENCES_PART  # noqa: E402
 from tests.benchmarks.black_box_reading import IN_CONTEXT_PART  # noqa: E402
 from tests.benchmarks.black_box_reckoning import COT_PART, RESPONSES_PART  # noqa: E402
+from tests.benchmarks.black_box_rounds import ADVERSARIAL_PART  # noqa: E402
 from tests.benchmarks.comparing import Part, Runs, arguments  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 
-PARTS: dict[str, Part] = {"cot": COT_PART, "responses": RESPONSES_PART, "in_context": IN_CONTEXT_PART}
+PARTS: dict[str, Part] = {
+    "cot": COT_PART, "responses": RESPONSES_PART, "in_context": IN_CONTEXT_PART,
+    "adversarial": ADVERSARIAL_PART, "preferences": PREFERENCES_PART,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -68,7 +73,7 @@ def main() -> None:
         print(f"\n## {name}: the teacher has {teacher}", flush=True)
         if not given.print:
             served = TeacherConfig(name=part.application, model=str(model), resources=Resources(num_cpus=0.5))
-            with serve_teacher(served):
+            with part.serving(model) if part.serving else serve_teacher(served):
                 runs.add(comparison, seeds, part.run)
         runs.print(comparison, seeds, teacher)
 
