@@ -1,7 +1,7 @@
 """Black-box distillation compared with what could be done without: tasks whose truth is known, real teachers on Ray
 Serve, everything through `rayk.distill`.
 
-    python -m tests.benchmarks.black_box --output black_box.jsonl [--seeds 3] [--parts cot,responses,in_context]
+    python -m tests.benchmarks.black_box --output black_box.jsonl [--seeds 3] [--parts cot,responses]
 
 `cot` and `responses` are about the world of `purse`. Its teacher (64×2) was shown sound workings of 2,500 purses and
 stopped while it still made mistakes; students (32×2, random weights) are asked about other purses, 400 of them
@@ -20,6 +20,9 @@ probabilities of both words in a straight line, or the teacher's alone. Measured
 are shown 12 solved signs and asked 20. No text is learned from beside (Meta-ICT). On pilots models of these sizes did
 not learn within 1,500 steps to read which shapes, or whether colours, decide; and where two words came in one order
 only, all students learned the words' order by heart instead of reading, and did worse than before.
+
+`adversarial` and `preferences` state theirs in `black_box_rounds` and `black_box_preferring`; what follows holds for
+them, too.
 
 Settled before the runs. Every student of a part makes as many updates of as many rows (600 of 64; `in_context` 200 of
 32) with AdamW and a cosine to zero after a warm-up; that a rationale has more tokens than an answer is not made up

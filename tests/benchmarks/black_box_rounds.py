@@ -1,5 +1,23 @@
-"""The black-box comparison's part on adversarial rounds, in the world of `currencies`: what a referee that looks for
-where the student is behind is worth, at equal rows, updates and answers. Settings are stated in `black_box`."""
+"""The black-box comparison's part `adversarial`: what it is worth that a referee looks for where the student is behind,
+in Lion's rounds, at equal rows, updates and answers.
+
+The world is that of `currencies`, six kinds of purses, of which two are rare and three are longer than the others. Its
+teacher and its referee are no models but a program that knows the truth, behind an OpenAI-compatible endpoint: what is
+measured is what the rounds do where both can be trusted. Students (48×2) begin as 600 updates on the answers to 400
+questions as people ask them have left them. In the first round they learn those once more, and then in two rounds 200
+each that the program makes up:
+
+- `adversarial`: 100 from questions that the referee finds hard for the student as it is, of the same currency, and 100
+  of a rarer currency from easy ones;
+- `by_dice`: the same with a referee that throws dice;
+- `hard_alone`: 200 from hard ones;
+- `as_they_come`: 200 of the same currency, from any.
+
+Without rounds they learn the answers to 800 questions as people ask them, the 400 among them (`at_once`), or to the
+400 alone (`given_alone`). All but the last cost the teacher 800 answers. Every student makes 600 updates of 64 rows,
+200 a round where there are three, each with a cosine of its own. Rates are 3e-4, 1e-3, 3e-3; measured are 100 questions
+of each currency, weighed as people ask them, and those of the two rare and of the two common ones alone.
+"""
 
 import random
 import statistics
@@ -15,17 +33,18 @@ from rayk.config import TeacherConfig
 from rayk.run import Result, distill
 from rayk.teachers import serve_teacher
 from tests.benchmarks import currencies
-from tests.benchmarks.comparing import Comparison, Part, run_config
+from tests.benchmarks.comparing import Comparison, Part, cache_folder, made, run_config
 from tests.benchmarks.words import llama, tokenizer_of, write_rows
 from tests.engines.endpoint import Endpoint
 
 STUDENT_MODEL = llama(currencies.WORDS, hidden=48, layers=2, heads=4, between=128)
-GIVEN, NEW, ROUNDS, UPDATES, HELD_OUT = 1200, 300, 3, 900, 100
+BEFORE = {"steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20}
+GIVEN, NEW, ROUNDS, UPDATES, HELD_OUT = 400, 100, 3, 600, 100
 TRAINING = {"batch_size": 64, "warmup_steps": 20}
-LEARNING_RATES, TUNING_SEED = (1e-3, 3e-3, 1e-2), 1000
+LEARNING_RATES, TUNING_SEED = (3e-4, 1e-3, 3e-3), 1000
 TEACHER, DICE = "black-box-currencies", "black-box-dice"
 
-_TOKENS = 20
+_TOKENS = 8
 _RESPONSES: dict[str, Any] = {"kind": "responses"}
 
 
@@ -48,25 +67,38 @@ def _run(method: str, seed: int, rate: float) -> dict[str, Any]:
     synthesis = {**ADVERSARIAL[method], "sampling": {"max_new_tokens": _TOKENS, "temperature": 0.7}}
     rounds = ROUNDS if synthesis["kind"] == "adversarial" else 1
     teachers = [TEACHER, *([DICE] if "referee" in synthesis else [])]
-    draw = random.Random(100 + seed)
-    held_out = currencies.held_out(HELD_OUT, draw)
-    given = currencies.asked(GIVEN + 2 * NEW * (ROUNDS - 1), draw)
+    given, held_out = _drawn(seed)
     given = given if method == "at_once" else given[:GIVEN]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        tokenizer_of(currencies.WORDS).save_pretrained(home / "tokenizer")
-        student = {"config": STUDENT_MODEL, "tokenizer": str(home / "tokenizer")}
-        rows = write_rows(home / "train.jsonl", [{"prompt": question} for question in given])
-        answered = [{"prompt": each, "completion": f" {currencies.answer(each, draw)}"} for each in held_out]
-        asked = write_rows(home / "held_out.jsonl", answered)
+        asked, measured = write_rows(home / "train.jsonl", given), write_rows(home / "held_out.jsonl", held_out)
         config = run_config(
-            home / "run", student, {"path": str(rows)}, seed, {"kind": "supervised"},
-            {**TRAINING, "steps": UPDATES // rounds, "learning_rate": rate}, data={"evaluation": {"path": str(asked)}},
+            home / "run", {"model": str(_started(seed))}, {"path": str(asked)}, seed, {"kind": "supervised"},
+            {**TRAINING, "steps": UPDATES // rounds, "learning_rate": rate},
+            data={"evaluation": {"path": str(measured)}},
             evaluation={"generation": {"max_new_tokens": _TOKENS}, "samples": len(held_out)},
             rounds=rounds, synthesis=synthesis,
             teachers=[{"name": name, "attach": True} for name in teachers],
         )  # fmt: skip
         return _figures(distill(config))
+
+
+def _drawn(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """A seed's questions with their answers, those to learn from and those to be measured on."""
+    draw = random.Random(100 + seed)
+    asked, held_out = currencies.asked(GIVEN + 2 * NEW * (ROUNDS - 1), draw), currencies.held_out(HELD_OUT, draw)
+    return [_row(each) for each in asked], [_row(each) for each in held_out]
+
+
+def _row(question: str) -> dict[str, str]:
+    return {"prompt": question, "completion": f" {currencies.answer(question)}"}
+
+
+def _started(seed: int) -> Path:
+    """The student as all methods of a seed find it: it has learned the answers to the given questions."""
+    home = cache_folder("black-box-rounds", currencies, [STUDENT_MODEL, BEFORE, GIVEN, NEW, ROUNDS]) / str(seed)
+    given = _drawn(seed)[0][:GIVEN]
+    return made(home, tokenizer_of(currencies.WORDS), STUDENT_MODEL, given, seed, **BEFORE) / "model"
 
 
 def _figures(result: Result) -> dict[str, Any]:
@@ -105,7 +137,7 @@ def _program() -> Path:
 def _program_measured(program: Path) -> dict[str, float]:
     """The program's answers to the first seed's held-out questions."""
     draw = random.Random(100)
-    answers = {question: currencies.answer(question, draw) for question in currencies.held_out(HELD_OUT, draw)}
+    answers = {question: currencies.answer(question) for question in currencies.held_out(HELD_OUT, draw)}
     return currencies.accuracies({question: currencies.score(question, said) > 2 for question, said in answers.items()})
 
 

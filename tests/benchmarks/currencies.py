@@ -5,12 +5,16 @@ of a currency's 16 coins is worth must be known by heart, so that what is learne
 another. There are two lands, whose purses have 5 and 7 coins, and in each a currency that most questions are about
 (35 % of all), one that is less common (12 %), and a rare one (3 %). A quarter of all purses is only asked to measure.
 
-`respond` is a teacher and a referee that know all this: a program, no model. It answers any question by a sound
-working; makes of a question another one of the same currency, or where a rarer one is asked for, of a rarer currency of
-the same land (the rarest has only itself); and scores an answer 9 for a sound working with its answer, 6 for the right
-answer otherwise, and 2 for a wrong one. As `DICE` it is a referee that throws dice.
+An answer says what the coins come to so far, modulo 10, in the order of the question: ``4 3 3 5 2``; it is right if
+the last number is.
+
+`respond` is a teacher and a referee that know all this: a program, no model. It answers any question right; makes of a
+question another one of the same currency, or where a rarer one is asked for, of a rarer currency of the same land (the
+rarest has only itself); and scores an answer 9 if all of it is right, 6 if the last number is, and 2 otherwise. As
+`DICE` it is a referee that throws dice.
 """
 
+import itertools
 import random
 import re
 import zlib
@@ -19,11 +23,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tests.benchmarks import purse
 from tests.benchmarks.words import EOS, PAD, UNKNOWN
 from tests.engines.endpoint import completion, prompt_of
 
-COINS = 16
+COINS, MODULUS = 16, 10
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ CURRENCIES = [
 """In each land the most common one first."""
 COMMON, RARE = CURRENCIES[::3], CURRENCIES[2::3]
 NAMES = [coin for currency in CURRENCIES for coin in currency.coins]
-WORTH = dict(zip(NAMES, random.Random(0).choices(range(purse.MODULUS), k=len(NAMES)), strict=True))
-WORDS = [PAD, EOS, UNKNOWN, "=", "-->", *map(str, range(purse.MODULUS)), *NAMES]
+WORTH = dict(zip(NAMES, random.Random(0).choices(range(MODULUS), k=len(NAMES)), strict=True))
+WORDS = [PAD, EOS, UNKNOWN, "=", *map(str, range(MODULUS)), *NAMES]
 DICE = "dice"
 """The model that is asked for as a referee that knows nothing."""
 
@@ -76,19 +79,16 @@ def currency_of(asked: str) -> Currency:
     return next(each for each in CURRENCIES if asked.split()[0].rstrip("0123456789") == each.name)
 
 
-def score(asked: str, answer: str) -> int:
-    """9 for a sound working with its answer, 6 for the right answer otherwise, 2 for a wrong one."""
-    coins = asked.removesuffix("=").strip()
-    working, _, said = answer.partition("-->")
-    if said.split() != [purse.answer_to(coins, WORTH)]:
-        return 2
-    return 9 if purse.is_sound(coins, working, WORTH) else 6
+def answer(asked: str) -> str:
+    """What the coins come to so far, one after the other."""
+    totals = itertools.accumulate(WORTH[coin] for coin in asked.removesuffix("=").split())
+    return " ".join(str(total % MODULUS) for total in totals)
 
 
-def answer(asked: str, draw: random.Random) -> str:
-    """A sound working and what it comes to."""
-    working = purse.working(asked.removesuffix("=").strip(), draw, worth=WORTH)
-    return f"{working} --> {working.split()[-1]}"
+def score(asked: str, said: str) -> int:
+    """9 if all of the answer is right, 6 if its last number is, 2 otherwise."""
+    found, right = said.split(), answer(asked).split()
+    return 9 if found == right else 6 if found[-1:] == right[-1:] else 2
 
 
 def another(model: str, draw: random.Random, *, rarer: bool) -> str:
@@ -115,7 +115,7 @@ def respond(body: dict[str, Any]) -> bytes:
         return completion(body, _scored(scores))
     if varied := _TO_VARY.search(prompt):
         return completion(body, another(varied[1], draw, rarer="rarer" in prompt))
-    return completion(body, f" {answer(prompt, draw)}")
+    return completion(body, f" {answer(prompt)}")
 
 
 def _scored(scores: Sequence[int]) -> str:

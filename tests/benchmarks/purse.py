@@ -12,7 +12,6 @@ answer need not be: two wrong steps may make up for each other, or a coin worth 
 
 import itertools
 import random
-from collections.abc import Mapping
 
 from tests.benchmarks.words import EOS, PAD, UNKNOWN
 
@@ -36,28 +35,28 @@ def questions(count: int, draw: random.Random, *, teachers: bool = False) -> lis
     return [" ".join(draw.sample(purse, IN_A_PURSE)) for purse in purses]
 
 
-def answer_to(question: str, worth: Mapping[str, int] = WORTH) -> str:
+def answer_to(question: str) -> str:
     """The right answer."""
-    return str(sum(worth[coin] for coin in question.split()) % MODULUS)
+    return str(sum(WORTH[coin] for coin in question.split()) % MODULUS)
 
 
-def working(question: str, draw: random.Random, slips: float = 0.0, worth: Mapping[str, int] = WORTH) -> str:
+def working(question: str, draw: random.Random, slips: float = 0.0) -> str:
     """A working in an order drawn at random. Whoever writes it slips at each step with probability `slips`, writes
     another number, and goes on from that."""
-    total, words, coins = 0, [], question.split()
-    for coin in draw.sample(coins, len(coins)):
-        total = (total + worth[coin]) % MODULUS
+    total, words = 0, []
+    for coin in draw.sample(question.split(), IN_A_PURSE):
+        total = (total + WORTH[coin]) % MODULUS
         if draw.random() < slips:
             total = (total + draw.randrange(1, MODULUS)) % MODULUS
         words += [coin, str(total)]
     return " ".join(words)
 
 
-def is_sound(question: str, rationale: str, worth: Mapping[str, int] = WORTH) -> bool:
+def is_sound(question: str, rationale: str) -> bool:
     """Whether `rationale` takes each coin of the question once, and every number in it is right."""
     words = rationale.split()
     coins, numbers = words[::2], words[1::2]
     if sorted(coins) != sorted(question.split()):
         return False
-    totals = itertools.accumulate(worth[coin] for coin in coins)
+    totals = itertools.accumulate(WORTH[coin] for coin in coins)
     return numbers == [str(total % MODULUS) for total in totals]
