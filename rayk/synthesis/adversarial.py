@@ -125,6 +125,12 @@ class Adversarial(Recipe[AdversarialConfig]):
                 async for candidate in left_out:
                     self._left_out[candidate.rejected_by] += 1
                     yield candidate
+            if not self._made and not self._left_out:
+                raise RunFailed(
+                    f"No instruction of the cache pool's {len(cache)} is hard for the student in round "
+                    f"{self.round.number + 1}, and from easy ones none are to be made; lower synthesis.threshold, or "
+                    "raise synthesis.easy_instructions."
+                )
         self.scribe.total = self.scribe.done + len(self._made)
         train: list[Entry] = []
         work = (self._answered(each) for each in self._made)
@@ -184,8 +190,8 @@ class Adversarial(Recipe[AdversarialConfig]):
         if not any(each.lead is not None for each in self._comparisons):
             reason = next(each.reason for each in self._comparisons)
             raise RunFailed(
-                f"None of the cache pool's {len(cache)} instructions could be compared in round {self.round.number}; "
-                f"the first because {reason}. See '{self.store.folder / COMPARISONS}.parquet', and to "
+                f"None of the cache pool's {len(cache)} instructions could be compared in round "
+                f"{self.round.number + 1}; the first because {reason}. See '{self.store.folder / COMPARISONS}.parquet', and to "
                 "synthesis.referee and synthesis.referee_template."
             )
 

@@ -11,6 +11,7 @@ from rayk.synthesis.adversarial import new_instruction_filters
 from rayk.synthesis.adversarial_texts import new_prompt, parse_new_prompt, parse_scores, referee_prompt
 from rayk.text import judge
 from tests.benchmarks import currencies, purse, signs
+from tests.benchmarks.black_box_preferring import of_steps
 from tests.benchmarks.black_box_reckoning import of_rows
 from tests.benchmarks.comparing import Comparison, Runs
 from tests.benchmarks.words import tokenizer_of
@@ -118,6 +119,12 @@ def test_accuracies_weigh_currencies_as_people_ask():
     right = {each: currencies.currency_of(each) in currencies.COMMON for each in asked}
     told = currencies.accuracies(right)
     assert told == {"accuracy": pytest.approx(0.7), "rare": 0.0, "common": 1.0}
+
+
+def test_what_answers_gained_is_told_in_nats_by_a_rounds_last_steps():
+    steps = [{"chosen_reward": 5.0, "rejected_reward": 5.0}] + [{"chosen_reward": -0.4, "rejected_reward": -1.0}] * 10
+    gained = {"chosen_gained": pytest.approx(-4), "rejected_gained": pytest.approx(-10)}
+    assert of_steps(steps) == gained and of_steps([{"loss": 1.0}]) == {}
 
 
 def test_words_of_new_tasks_come_together_in_no_training_row():

@@ -258,6 +258,13 @@ def test_from_easy_instructions_come_as_many_as_are_asked_for(world, endpoint, e
     assert bool(rarer) == bool(easy)
 
 
+def test_where_nothing_is_hard_and_nothing_easy_is_wanted_the_round_says_so(world):
+    given = ["Tell little of everything"]
+    world.round(0, given)
+    with pytest.raises(RunFailed, match=r"No .* cache pool's 1 is hard .* in round 2.*easy_instructions"):
+        world.round(1, given, easy_instructions=0)
+
+
 def test_each_rule_leaves_out_what_it_is_for(world, endpoint):
     bad = {
         "keywords": "Write an instruction about rivers", "length": "Only three words", "cut": "Tell me all that",
