@@ -191,8 +191,8 @@ class Adversarial(Recipe[AdversarialConfig]):
             reason = next(each.reason for each in self._comparisons)
             raise RunFailed(
                 f"None of the cache pool's {len(cache)} instructions could be compared in round "
-                f"{self.round.number + 1}; the first because {reason}. See '{self.store.folder / COMPARISONS}.parquet', and to "
-                "synthesis.referee and synthesis.referee_template."
+                f"{self.round.number + 1}; the first because {reason}. See "
+                f"'{self.store.folder / COMPARISONS}.parquet', and to synthesis.referee and synthesis.referee_template."
             )
 
     async def _compare(self, place: int, entry: Entry) -> Comparison:

@@ -2,12 +2,12 @@
 student's own, against further supervision on the teacher's.
 
 The world is that of `purse`, the teacher that of `black_box_reckoning`; it writes greedily. Students begin as 600
-updates on 600 people's workings have left them, and there are 600 new questions. They make 300 updates of 64 rows, or
+updates on 600 people's workings have left them, and there are 600 new questions. They make 150 updates of 64 rows, or
 pairs:
 
 - `seqkd_on`: supervised on the teacher's answers;
 - `teacher_first`: DPO (β 0.1) with the teacher's answer before the student's, which it samples at 0.7 as it is when the
-  round begins; two rounds of 150 updates, or one of 300 (`teacher_first_1`);
+  round begins; two rounds of 75 updates, or one of 150 (`teacher_first_1`);
 - `right_first`: the same where just one of the two answers is right, and that one first;
 - `right_of_5`: the best before the worst of the teacher's answer and four of the student's, of equals the student's;
 - `teacher_first_beside`: `teacher_first` with supervision on the chosen answers beside (`chosen_weight` 1).
@@ -50,8 +50,8 @@ from tests.benchmarks.comparing import Comparison, Part, cache_folder, made, run
 from tests.benchmarks.words import tokenizer_of, write_rows
 
 BEFORE = {**STUDENT_TRAINING, "learning_rate": 3e-3}
-BEFORE_QUESTIONS, QUESTIONS, UPDATES = 600, 600, 300
-TRAINING = {"batch_size": 64, "warmup_steps": 20}
+BEFORE_QUESTIONS, QUESTIONS, UPDATES = 600, 600, 150
+TRAINING = {"batch_size": 64, "warmup_steps": 10}
 LEARNING_RATES = (2e-5, 2e-4, 2e-3)
 LAST = 10
 
