@@ -6,13 +6,13 @@ updates on 600 people's workings have left them, and there are 600 new questions
 pairs:
 
 - `seqkd_on`: supervised on the teacher's answers;
-- `teacher_first`: DPO (β 0.1) with the teacher's answer before the student's, which it samples at 0.7 as it is when the
-  round begins; two rounds of 75 updates, or one of 150 (`teacher_first_1`);
-- `right_first`: the same where just one of the two answers is right, and that one first;
+- `right_first`: DPO (β 0.1) where of the teacher's answer and the student's, which it samples at 0.7 as it is when the
+  round begins, just one is right, and that one is chosen; two rounds of 75 updates, or one of 150 (`right_first_1`);
 - `right_of_5`: the best before the worst of the teacher's answer and four of the student's, of equals the student's;
-- `teacher_first_beside`: `teacher_first` with supervision on the chosen answers beside (`chosen_weight` 1).
+- `right_first_beside`: `right_first` with supervision on the chosen answers beside (`chosen_weight` 1).
 
-Rates are 2e-5, 2e-4, 2e-3.
+Rates are 2e-5, 2e-4, 2e-3. That the teacher's answer is preferred whether or not the student's is right, which is
+`preferences`' default, was tried on pilots alone, and did no better.
 """
 
 import random
@@ -57,16 +57,14 @@ LAST = 10
 
 _TEACHERS: dict[str, Any] = {"sampling": {"max_new_tokens": 18, "temperature": 0.0}}
 _OWN = {"student_sampling": {"max_new_tokens": 18, "temperature": 0.7}, "student": {"resources": {"num_cpus": 0.5}}}
-_TEACHER_FIRST = {"kind": "preferences", **_TEACHERS, **_OWN}
-_RIGHT_FIRST = {**_TEACHER_FIRST, "chosen": "best", "answer": ANSWER}
+_RIGHT_FIRST = {"kind": "preferences", "chosen": "best", "answer": ANSWER, **_TEACHERS, **_OWN}
 _DPO: dict[str, Any] = {"kind": "preference"}
 PREFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "seqkd_on": ({"kind": "responses", **_TEACHERS}, {"kind": "supervised"}, 1),
-    "teacher_first_1": (_TEACHER_FIRST, _DPO, 1),
-    "teacher_first": (_TEACHER_FIRST, _DPO, 2),
+    "right_first_1": (_RIGHT_FIRST, _DPO, 1),
     "right_first": (_RIGHT_FIRST, _DPO, 2),
     "right_of_5": (_RIGHT_FIRST | {"student_samples": 4}, _DPO, 2),
-    "teacher_first_beside": (_TEACHER_FIRST, _DPO | {"chosen_weight": 1.0}, 2),
+    "right_first_beside": (_RIGHT_FIRST, _DPO | {"chosen_weight": 1.0}, 2),
 }
 """Of each method what is written, how it is learned from, and in how many rounds."""
 
@@ -136,8 +134,7 @@ PREFERENCES_PART = Part(
         },
         pairs=[
             *((method, "seqkd_on") for method in PREFERENCES if method != "seqkd_on"),
-            ("teacher_first", "teacher_first_1"), ("right_first", "teacher_first"),
-            ("right_of_5", "right_first"), ("teacher_first_beside", "teacher_first"),
+            ("right_first", "right_first_1"), ("right_of_5", "right_first"), ("right_first_beside", "right_first"),
         ],
         compared=("accuracy", "sound"),
     ),
