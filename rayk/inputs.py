@@ -201,6 +201,11 @@ def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
 
 def _check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer, tokenizer_name: str) -> None:
     if running is not None:
+        if running.info.engine == "openai":
+            raise InputError(
+                f"Teacher '{teacher.name}' is an endpoint: it writes text and gives no signals, and nothing of this "
+                "run has it write; leave it out of 'teachers', or name it in 'synthesis'."
+            )
         fingerprint = running.info.tokenizer_fingerprint
     else:
         assert teacher.model is not None

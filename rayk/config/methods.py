@@ -321,6 +321,9 @@ class PreferenceConfig(Settings):
     """β: how dear it is to leave the reference; small is cheap."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """The share of pairs taken to be the wrong way round (conservative DPO)."""
+    chosen_weight: Annotated[float, Field(ge=0)] = 0.0
+    """α: how much the chosen answer's own loss, nats a token, counts beside (iterative RPO, Pang et al. 2024, has 1).
+    Where the chosen answers are not the student's own it keeps them from becoming unlikely too."""
     reference: str | None = None
     """The frozen model that the student is held against: one of `teachers`; by default the student as the run begins,
     whatever teachers there are."""

@@ -311,8 +311,10 @@ class AdversarialConfig(StudentReadingSettings):
     threshold: float = 1.0
     """An instruction is hard if the teacher's answer scores so many points of 10 more than the student's, else easy."""
     instructions: Positive = 3000
-    """How many to make up in each round from hard ones, and as many from easy ones; fewer where the teacher has no new
-    ideas any more, or where there are none of a kind."""
+    """How many to make up in each round from hard ones; fewer where the teacher has no new ideas any more, or where
+    there are none."""
+    easy_instructions: Annotated[int, Field(ge=0)] | None = None
+    """How many from easy ones; by default as many as from hard ones. 0: none."""
     batch: Positive = 64
     """Instructions of a kind asked for before those that pass join the pool."""
     instruction_temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -330,6 +332,12 @@ class AdversarialConfig(StudentReadingSettings):
     referee_template: Annotated[str, _template_with("instruction", "first", "second")] | None = None
     """How to ask for the scores of two answers, 'A' and 'B'. Understood are lines such as 'Score of A: 8', the last of
     each, and otherwise the last line that has two numbers and nothing else; from 1 to 10."""
+
+    @property
+    def instructions_of(self) -> dict[str, int]:
+        """How many to make up in each round, by the kind of what they are made from."""
+        easy = self.instructions if self.easy_instructions is None else self.easy_instructions
+        return {"hard": self.instructions, "easy": easy}
 
     def asks_student(self, number: int) -> bool:
         return number > 0

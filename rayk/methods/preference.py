@@ -1,15 +1,17 @@
 """Direct preference optimisation: of two answers to a prompt the student comes to prefer the chosen one (DPO, Rafailov
 et al. 2023, arXiv 2305.18290, eq. 7).
 
-    L = −(1/N) Σ [ (1−ε)·log σ(m) + ε·log σ(−m) ],   m = β·[ log q(y_c)/q_ref(y_c) − log q(y_r)/q_ref(y_r) ]
+    L = −(1/N) Σ [ (1−ε)·log σ(m) + ε·log σ(−m) + (α/|y_c|)·log q(y_c) ],
+    m = β·[ log q(y_c)/q_ref(y_c) − log q(y_r)/q_ref(y_r) ]
 
 over N pairs of a chosen answer y_c and a rejected one y_r to one prompt, each log-prob the sum over the answer's tokens
 and its EOS. The frozen reference q_ref is the student as the run began, or a teacher (`reference`). Of the first the
 log-probs are taken once, before the first update, and kept in every checkpoint: they can never be those of weights that
 have moved. ε is `label_smoothing`, the share of pairs taken to be the wrong way round.
 
-Nothing keeps the chosen answers' own log-probs from falling, as long as the rejected ones' fall faster, and longer
-answers move further: both are among the metrics.
+DPO itself (α = 0) does not keep the chosen answers' own log-probs from falling, as long as the rejected ones' fall
+faster, and longer answers move further: both are among the metrics. α is `chosen_weight`, of supervision on the chosen
+answers beside (Pang et al. 2024, arXiv 2404.19733, eq. 1).
 """
 
 import hashlib
@@ -124,7 +126,7 @@ class Preference(Method):
         margin = rewards[0::2] - rewards[1::2]
         tokens = experience.batch.offsets.diff().float()
         return Loss(
-            per_pair,
+            per_pair - settings.chosen_weight * chosen / tokens[0::2],
             {
                 "reward_margin": margin,
                 # A margin of exactly 0 is a coin's toss.

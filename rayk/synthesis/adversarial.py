@@ -108,7 +108,7 @@ class Adversarial(Recipe[AdversarialConfig]):
 
     @property
     def requests(self) -> int:
-        return 4 * self.settings.instructions if self.round.number else len(self.prompts)
+        return 2 * sum(self.settings.instructions_of.values()) if self.round.number else len(self.prompts)
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """The instructions that were left out, then the answers to the others."""
@@ -125,6 +125,12 @@ class Adversarial(Recipe[AdversarialConfig]):
                 async for candidate in left_out:
                     self._left_out[candidate.rejected_by] += 1
                     yield candidate
+            if not self._made and not self._left_out:
+                raise RunFailed(
+                    f"No instruction of the cache pool's {len(cache)} is hard for the student in round "
+                    f"{self.round.number + 1}, and from easy ones none are to be made; lower synthesis.threshold, or "
+                    "raise synthesis.easy_instructions."
+                )
         self.scribe.total = self.scribe.done + len(self._made)
         train: list[Entry] = []
         work = (self._answered(each) for each in self._made)
@@ -184,9 +190,9 @@ class Adversarial(Recipe[AdversarialConfig]):
         if not any(each.lead is not None for each in self._comparisons):
             reason = next(each.reason for each in self._comparisons)
             raise RunFailed(
-                f"None of the cache pool's {len(cache)} instructions could be compared in round {self.round.number}; "
-                f"the first: {reason}. See '{self.store.folder / COMPARISONS}.parquet', and to "
-                "synthesis.referee and synthesis.referee_template."
+                f"None of the cache pool's {len(cache)} instructions could be compared in round "
+                f"{self.round.number + 1}; the first: {reason}. See '{self.store.folder / COMPARISONS}.parquet', and "
+                "to synthesis.referee and synthesis.referee_template."
             )
 
     async def _compare(self, place: int, entry: Entry) -> Comparison:
@@ -240,15 +246,15 @@ class Adversarial(Recipe[AdversarialConfig]):
         kinds = [each.kind(self.settings.threshold) for each in self._comparisons]
         seeds = {kind: self._seeds([i for i, each in enumerate(kinds) if each == kind]) for kind in (HARD, EASY)}
         seeds = {kind: each for kind, each in seeds.items() if kind in kinds}
-        wanted, have, fruitless = self.settings.instructions, Counter[str](), Counter[str]()
-        while going_on := [kind for kind in seeds if have[kind] < wanted and fruitless[kind] < _FRUITLESS_LAPS]:
+        wanted, have, fruitless = self.settings.instructions_of, Counter[str](), Counter[str]()
+        while going_on := [kind for kind in seeds if have[kind] < wanted[kind] and fruitless[kind] < _FRUITLESS_LAPS]:
             fruitless.update(going_on)
-            laps = [islice(seeds[kind], self._lap(wanted - have[kind])) for kind in going_on]
+            laps = [islice(seeds[kind], self._lap(wanted[kind] - have[kind], wanted[kind])) for kind in going_on]
             asked = [seed for pair in zip_longest(*laps) for seed in pair if seed is not None]
             proposals = await gather(self._propose(cache[place], kinds[place], place, turn) for place, turn in asked)
             for (place, turn), written in zip(asked, proposals, strict=True):
                 kind = kinds[place]
-                if have[kind] == wanted:
+                if have[kind] == wanted[kind]:
                     continue
                 new, rejection = self._read(written, cache[place], kind, filters)
                 if rejection:
@@ -265,9 +271,9 @@ class Adversarial(Recipe[AdversarialConfig]):
             chance = {place: self.scribe.seed(_CHOICE, self.round.number, turn, place) for place in places}
             yield from ((place, turn) for place in sorted(places, key=chance.__getitem__))
 
-    def _lap(self, missing: int) -> int:
-        """How many calls for a kind go out together while so many of it are missing."""
-        return min(self.settings.batch, max(missing, min(_LEAST_A_LAP, self.settings.instructions)))
+    def _lap(self, missing: int, wanted: int) -> int:
+        """How many calls for a kind go out together while so many of those that are wanted are missing."""
+        return min(self.settings.batch, max(missing, min(_LEAST_A_LAP, wanted)))
 
     async def _propose(self, model: Entry, kind: str, place: int, turn: int) -> Written:
         template = self.settings.hard_template if kind == HARD else self.settings.easy_template

@@ -1,7 +1,7 @@
 """Black-box distillation compared with what could be done without: tasks whose truth is known, real teachers on Ray
 Serve, everything through `rayk.distill`.
 
-    python -m tests.benchmarks.black_box --output black_box.jsonl [--seeds 3] [--parts cot,responses,in_context]
+    python -m tests.benchmarks.black_box --output black_box.jsonl [--seeds 3] [--parts cot,responses]
 
 `cot` and `responses` are about the world of `purse`. Its teacher (64×2) was shown sound workings of 2,500 purses and
 stopped while it still made mistakes; students (32×2, random weights) are asked about other purses, 400 of them
@@ -29,6 +29,9 @@ demonstrations are right and words few. Students as large as the teacher that sa
 learned those by heart and did worse than before, whatever they were trained with. One word in ten is wrong because with
 a quarter wrong `labels` fell below the start there, and with none both learned as much.
 
+`adversarial` and `preferences` state theirs in `black_box_rounds` and `black_box_preferring`; what follows holds for
+them, too.
+
 Settled before the runs. Every student of a part makes as many updates of as many rows (600 of 64; `in_context` 200 of
 32) with AdamW and a cosine to zero after a warm-up; that a rationale has more tokens than an answer, and a row more
 with demonstrations, is not made up for. The one thing tuned is the learning rate: of three (1e-3, 3e-3, 1e-2) the one
@@ -55,12 +58,17 @@ import torch  # noqa: E402
 from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import Resources, TeacherConfig  # noqa: E402
 from rayk.teachers import serve_teacher  # noqa: E402
+from tests.benchmarks.black_box_preferring import PREFERENCES_PART  # noqa: E402
 from tests.benchmarks.black_box_reading import IN_CONTEXT_PART  # noqa: E402
 from tests.benchmarks.black_box_reckoning import COT_PART, RESPONSES_PART  # noqa: E402
+from tests.benchmarks.black_box_rounds import ADVERSARIAL_PART  # noqa: E402
 from tests.benchmarks.comparing import Part, Runs, arguments  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 
-PARTS: dict[str, Part] = {"cot": COT_PART, "responses": RESPONSES_PART, "in_context": IN_CONTEXT_PART}
+PARTS: dict[str, Part] = {
+    "cot": COT_PART, "responses": RESPONSES_PART, "in_context": IN_CONTEXT_PART,
+    "adversarial": ADVERSARIAL_PART, "preferences": PREFERENCES_PART,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -77,7 +85,7 @@ def main() -> None:
         print(f"\n## {name}: the teacher has {teacher}", flush=True)
         if not given.print:
             served = TeacherConfig(name=part.application, model=str(model), resources=Resources(num_cpus=0.5))
-            with serve_teacher(served):
+            with part.serving(model) if part.serving else serve_teacher(served):
                 runs.add(comparison, seeds, part.run)
         runs.print(comparison, seeds, teacher)
 

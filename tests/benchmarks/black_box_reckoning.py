@@ -24,12 +24,12 @@ HELD_OUT, COT_QUESTIONS, RESPONSES_QUESTIONS, SLIPS = 400, 200, 600, 0.1
 TEACHER = "black-box-reckoning"
 
 _SAMPLING = {"max_new_tokens": 16, "temperature": 0.7}
-_ANSWER = {"type": "number", "field": "answer"}
+ANSWER = {"type": "number", "field": "answer"}
 _PATTERN = r"-->\s*(\d+)"
 
 
 def _rationales(count: int, **changed: Any) -> dict[str, Any]:
-    asked = {"rationales": count, "answer": _ANSWER, "sampling": _SAMPLING, "answer_tokens": 4}
+    asked = {"rationales": count, "answer": ANSWER, "sampling": _SAMPLING, "answer_tokens": 4}
     return {"kind": "chain_of_thought", **asked, **changed}
 
 
@@ -49,10 +49,10 @@ RESPONSES: dict[str, dict[str, Any] | None] = {
     "supervised_right": None,
     "seqkd": _responses(1),
     "seqkd_likeliest": _responses(4, keep="best", scorer="mean_logprob"),
-    "seqkd_right": _responses(4, keep="best", scorer="answer", answer=_ANSWER),
+    "seqkd_right": _responses(4, keep="best", scorer="answer", answer=ANSWER),
 }
 
-_OF_STUDENTS = {"accuracy": ("right answers", "{:.1%}"), "sound": ("sound workings", "{:.1%}")}
+OF_STUDENTS = {"accuracy": ("right answers", "{:.1%}"), "sound": ("sound workings", "{:.1%}")}
 _OF_ROWS = {
     "rows": ("rows", "{:,.0f}"), "right_rows": ("right rows", "{:.1%}"),
     "by_luck": ("of them right for wrong reasons", "{:.1%}"), "different": ("different rows a question", "{:.2f}"),
@@ -62,35 +62,35 @@ _OF_RATIONALES = {"teacher_accuracy": ("teacher's accuracy", "{:.1%}"), "yield":
 
 
 def _run_cot(method: str, seed: int, rate: float) -> dict[str, Any]:
-    asked, held_out = _drawn(seed, COT_QUESTIONS)
+    asked, held_out = drawn(seed, COT_QUESTIONS)
     if COT[method] is None:
-        rows = [_row(question, f" --> {purse.answer_to(question)}") for question in asked]
+        rows = [row_of(question, f" --> {purse.answer_to(question)}") for question in asked]
     else:
         rows = [{"prompt": question, "answer": purse.answer_to(question)} for question in asked]
     return _trained(COT[method], rows, held_out, seed, rate)
 
 
 def _run_responses(method: str, seed: int, rate: float) -> dict[str, Any]:
-    asked, held_out = _drawn(seed, RESPONSES_QUESTIONS)
+    asked, held_out = drawn(seed, RESPONSES_QUESTIONS)
     draw = random.Random(seed)
     workings = [purse.working(question, draw, SLIPS) for question in asked]
-    rows = [_row(question, _said(working)) for question, working in zip(asked, workings, strict=True)]
+    rows = [row_of(question, said_of(working)) for question, working in zip(asked, workings, strict=True)]
     if method == "supervised_right":
         rows = [row for row in rows if row["completion"].endswith(f" {row['answer']}")]
     return _trained(RESPONSES[method], rows, held_out, seed, rate)
 
 
-def _drawn(seed: int, count: int) -> tuple[list[str], list[str]]:
+def drawn(seed: int, count: int) -> tuple[list[str], list[str]]:
     """A seed's questions, those to learn from and those to be measured on."""
     every = purse.questions(count + HELD_OUT, random.Random(100 + seed))
     return every[:count], every[count:]
 
 
-def _row(question: str, completion: str) -> dict[str, str]:
+def row_of(question: str, completion: str) -> dict[str, str]:
     return {"prompt": f"{question} ###", "completion": completion, "answer": purse.answer_to(question)}
 
 
-def _said(working: str) -> str:
+def said_of(working: str) -> str:
     return f" {working} --> {working.split()[-1]}"
 
 
@@ -108,25 +108,27 @@ def _trained(
         given = {"path": str(write_rows(home / "train.jsonl", rows))}
         config = run_config(
             home / "run", student, given, seed, {"kind": "supervised"}, {**STUDENT_TRAINING, "learning_rate": rate},
-            **_measured(home, held_out), **sections,
+            **measured_by(home, held_out), **sections,
         )  # fmt: skip
         result = distill(config)
-        learned = rows if synthesis is None else _written(result, "rows")
+        learned = rows if synthesis is None else written_rows(result, "rows")
         return {
-            **_of_student(result.summary), **of_rows(learned),
+            **of_student(result.summary), **of_rows(learned),
             **({} if synthesis is None else _of_synthesis(result, learned)),
             "seconds": result.summary["training_seconds"],
         }  # fmt: skip
 
 
-def _measured(home: Path, held_out: Iterable[str]) -> dict[str, Any]:
-    rows = [_row(question, f" --> {purse.answer_to(question)}") for question in held_out]
+def measured_by(home: Path, held_out: Iterable[str]) -> dict[str, Any]:
+    """The settings of how a student is measured: it answers greedily. Method `preference` wants pairs there, too."""
+    rows = [row_of(question, f" --> {purse.answer_to(question)}") for question in held_out]
+    rows = [row | {"chosen": row["completion"], "rejected": " -->"} for row in rows]
     generation = {"generation": {"max_new_tokens": 18}, "answer_pattern": _PATTERN, "samples": HELD_OUT}
     path = write_rows(home / "held_out.jsonl", rows)
     return {"data": {"evaluation": {"path": str(path)}}, "evaluation": generation}
 
 
-def _of_student(summary: Mapping[str, Any]) -> dict[str, float]:
+def of_student(summary: Mapping[str, Any]) -> dict[str, float]:
     sound = [_is_sound(each["prompt"], each["text"]) for each in summary["samples"]]
     return {"accuracy": summary["student"]["accuracy"], "sound": statistics.mean(sound)}
 
@@ -151,12 +153,12 @@ def _is_sound(prompt: str, completion: str) -> bool:
     return sound and said.split()[:1] == working.split()[-1:]
 
 
-def _written(result: Result, name: str) -> list[dict[str, Any]]:
+def written_rows(result: Result, name: str) -> list[dict[str, Any]]:
     return pq.read_table(result.output / "synthesis" / f"{name}.parquet").to_pylist()
 
 
 def _of_synthesis(result: Result, kept: list[dict[str, Any]]) -> dict[str, float]:
-    rejected = _written(result, "rejected")
+    rejected = written_rows(result, "rejected")
     written = [*kept, *rejected]
     right = [row["correct"] for row in written if row.get("correct") is not None]
     accuracy = {"teacher_accuracy": statistics.mean(right)} if right else {}
@@ -188,24 +190,29 @@ def _concluding(question: str, working: str) -> dict[str, str]:
 
 
 def _saying(question: str, working: str) -> dict[str, str]:
-    return _row(question, _said(working))
+    return row_of(question, said_of(working))
 
 
 def teacher_measured(model: Path) -> dict[str, float]:
-    """The teacher on the first seed's held-out questions, as students are measured: greedily, asked in their form."""
+    """The teacher on the first seed's held-out questions."""
+    return {"accuracy": accuracy_of(model, drawn(0, COT_QUESTIONS)[1])}
+
+
+def accuracy_of(model: Path, held_out: Iterable[str]) -> float:
+    """How a model in a folder does, measured as students are: greedily, asked in their form."""
     with tempfile.TemporaryDirectory() as folder:
-        home, (_, held_out) = Path(folder), _drawn(0, COT_QUESTIONS)
+        home = Path(folder)
         config = run_config(
             home / "run", {"model": str(model)}, {"path": "none"}, 0, {"kind": "supervised"}, {},
-            **_measured(home, held_out),
+            **measured_by(home, held_out),
         )  # fmt: skip
-        return {"accuracy": evaluate_model(config, str(model))["student"]["accuracy"]}
+        return evaluate_model(config, str(model))["student"]["accuracy"]
 
 
 COT_PART = Part(
     Comparison(
         methods=list(COT), rates=LEARNING_RATES, tuning_seed=TUNING_SEED,
-        columns=_OF_STUDENTS | _OF_RATIONALES | _OF_ROWS,
+        columns=OF_STUDENTS | _OF_RATIONALES | _OF_ROWS,
         pairs=[
             ("rationales_1", "answers"), ("rationales_4", "rationales_1"), ("rationales_8", "rationales_4"),
             ("rationales_8", "rationales_8_unchecked"), ("rationales_8", "answers"),
@@ -217,7 +224,7 @@ COT_PART = Part(
 RESPONSES_PART = Part(
     Comparison(
         methods=list(RESPONSES), rates=LEARNING_RATES, tuning_seed=TUNING_SEED,
-        columns=_OF_STUDENTS | {"yield": _OF_RATIONALES["yield"]} | _OF_ROWS,
+        columns=OF_STUDENTS | {"yield": _OF_RATIONALES["yield"]} | _OF_ROWS,
         pairs=[
             ("seqkd", "supervised"), ("seqkd", "supervised_right"), ("seqkd_likeliest", "seqkd"),
             ("seqkd_right", "seqkd"), ("seqkd_right", "seqkd_likeliest"), ("seqkd_right", "supervised_right"),

@@ -13,6 +13,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -63,9 +64,10 @@ class Part:
 
     Attributes:
         application: the teacher's name on Ray Serve.
-        teacher: the folder of its model, made now unless the cache has it.
-        measured: what the model in a folder comes to, as students are measured.
+        teacher: the folder of its model, made now unless the cache has it; or a program's file.
+        measured: what that comes to, as students are measured.
         run: a student's run.
+        serving: has it served, where it is no model.
     """
 
     comparison: Comparison
@@ -73,6 +75,7 @@ class Part:
     teacher: Callable[[], Path]
     measured: Callable[[Path], dict[str, float]]
     run: Run
+    serving: Callable[[Path], AbstractContextManager[None]] | None = None
 
 
 @dataclass

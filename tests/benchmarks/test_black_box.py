@@ -1,11 +1,17 @@
 """What `black_box` measures with is right: its tasks' truths, what it counts of rows, and which runs it makes."""
 
+import json
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from tests.benchmarks import black_box_reading, purse, signs
+from rayk.synthesis.adversarial import new_instruction_filters
+from rayk.synthesis.adversarial_texts import new_prompt, parse_new_prompt, parse_scores, referee_prompt
+from rayk.text import judge
+from tests.benchmarks import black_box_reading, currencies, purse, signs
+from tests.benchmarks.black_box_preferring import of_steps
 from tests.benchmarks.black_box_reckoning import of_rows
 from tests.benchmarks.comparing import Comparison, Runs
 from tests.benchmarks.words import tokenizer_of
@@ -48,10 +54,77 @@ def test_rows_right_for_wrong_reasons_are_counted():
 
 
 def test_every_word_has_its_token():
-    for words in (purse.WORDS, signs.WORDS):
+    for words in (purse.WORDS, signs.WORDS, currencies.WORDS):
         tokenizer = tokenizer_of(words)
         assert tokenizer(" ".join(words)).input_ids == list(range(len(words)))
     assert tokenizer_of(purse.WORDS)(" \n").input_ids == []
+
+
+def said(prompt, model="currencies", seed=0):
+    """What the world of currencies answers at its endpoint."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "seed": seed}
+    return json.loads(currencies.respond(body))["choices"][0]["message"]["content"]
+
+
+def test_questions_about_currencies_come_as_often_as_is_said_and_none_is_held_out():
+    asked, held_out = currencies.asked(4000, random.Random(0)), currencies.held_out(100, random.Random(1))
+    purses = [{frozenset(each.split()) for each in questions} for questions in (asked, held_out)]
+    assert len(set(asked)) == 4000 and len(set(held_out)) == 600 and not purses[0] & purses[1]
+    often = Counter(currencies.currency_of(each).name for each in asked)
+    for currency in currencies.CURRENCIES:
+        assert often[currency.name] / 4000 == pytest.approx(currency.share, abs=0.03)
+    assert sum(each.share for each in currencies.CURRENCIES) == pytest.approx(1)
+    assert Counter(map(currencies.currency_of, held_out)) == dict.fromkeys(currencies.CURRENCIES, 100)
+    assert not set(currencies.COMMON) & set(currencies.RARE)
+
+
+def test_the_world_of_currencies_answers_right_and_knows_who_does():
+    for question in currencies.held_out(5, random.Random(0)):
+        answer, coins = said(question), question.split()[:-1]
+        assert [int(each) for each in answer.split()] == [
+            sum(currencies.WORTH[coin] for coin in coins[: place + 1]) % 10 for place in range(len(coins))
+        ]
+        *before, last = answer.split()
+        wrong, lucky = " ".join([*before, str((int(last) + 1) % 10)]), last
+        assert [currencies.score(question, each) for each in (answer, lucky, wrong, "", "=")] == [9, 6, 2, 2, 2]
+        for answers, scores in (((answer, wrong), (9, 2)), ((wrong, answer), (2, 9)), ((lucky, answer), (6, 9))):
+            assert parse_scores(said(referee_prompt(question, answers, chat=True))) == scores
+
+
+def test_dice_do_not_look_at_the_answers():
+    question = currencies.asked(1, random.Random(0))[0]
+    asked = referee_prompt(question, (said(question), "nonsense"), chat=True)
+    thrown = [parse_scores(said(asked, currencies.DICE, seed)) for seed in range(300)]
+    leads = [first - second for first, second in thrown]
+    assert abs(sum(leads)) / 300 < 1 and {-9, 9} & set(leads)
+
+
+def test_new_questions_are_of_the_same_currency_or_of_a_rarer_one_of_the_same_land_and_pass():
+    given = currencies.asked(300, random.Random(0))
+    filters = new_instruction_filters((), given)
+    passed = Counter()
+    for seed, model in enumerate(given):
+        currency = currencies.currency_of(model)
+        for hard in (True, False):
+            new = parse_new_prompt(said(new_prompt(model, hard, chat=True), seed=seed))
+            of = currencies.currency_of(new)
+            assert of == currency if hard else of.land == currency.land
+            assert hard or of.share < currency.share or of in currencies.RARE
+            passed[hard] += judge({"instruction": new}, filters) is None
+    assert min(passed.values()) > 200
+
+
+def test_accuracies_weigh_currencies_as_people_ask():
+    asked = currencies.held_out(10, random.Random(0))
+    right = {each: currencies.currency_of(each) in currencies.COMMON for each in asked}
+    told = currencies.accuracies(right)
+    assert told == {"accuracy": pytest.approx(0.7), "rare": 0.0, "common": 1.0}
+
+
+def test_what_answers_gained_is_told_in_nats_by_a_rounds_last_steps():
+    steps = [{"chosen_reward": 5.0, "rejected_reward": 5.0}] + [{"chosen_reward": -0.4, "rejected_reward": -1.0}] * 10
+    gained = {"chosen_gained": pytest.approx(-4), "rejected_gained": pytest.approx(-10)}
+    assert of_steps(steps) == gained and of_steps([{"loss": 1.0}]) == {}
 
 
 def test_words_of_new_tasks_come_together_in_no_training_row():

@@ -39,13 +39,15 @@ class Endpoint:
     """Gives each prompt the replies written for it, one a request, and proper ones after them.
 
     Attributes:
+        asked: the requests, where it `remembers` them.
         answer: makes the proper ones; by default completions that repeat the prompt in brackets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, remembers: bool = True) -> None:
         self.replies: dict[str, list[Reply]] = defaultdict(list)
         self.answer: Callable[[dict[str, Any]], bytes] = completion
         self.asked: list[Asked] = []
+        self._remembers = remembers
         self.most_at_once = 0
         self._open = 0
         self._lock = threading.Lock()
@@ -98,8 +100,9 @@ class Endpoint:
         with self._lock:
             self._open += 1
             self.most_at_once = max(self.most_at_once, self._open)
-            self.asked.append(Asked(prompt, path, key, body, time.monotonic()))
-            return self.replies[prompt].pop(0) if self.replies[prompt] else Reply()
+            if self._remembers:
+                self.asked.append(Asked(prompt, path, key, body, time.monotonic()))
+            return self.replies[prompt].pop(0) if self.replies.get(prompt) else Reply()
 
 
 def prompt_of(body: dict[str, Any]) -> str:

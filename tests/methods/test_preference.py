@@ -107,6 +107,14 @@ def test_the_gradient_reaches_both_answers_as_that_of_dense_logits_does(student,
         torch.testing.assert_close(ours[name], dense[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_supervision_on_the_chosen_answer_counts_by_its_tokens(student, reference, method):
+    rows = pairs()
+    beside = begun(Preference(SETTINGS.model_copy(update={"chosen_weight": 0.5}), None), reference)
+    alone, both = (each.loss(student, prepared(each)).per_token for each in (method, beside))
+    supervised = [-by_hand(student.model, row.answers[0]) / (len(row) - row.prompt_tokens) for row in rows]
+    torch.testing.assert_close(both, alone + 0.5 * torch.stack(supervised), rtol=1e-4, atol=1e-5)
+
+
 def test_pairs_stay_together_in_every_cut(student, method):
     whole = prepared(method)
     assert whole.count == 5

@@ -250,6 +250,24 @@ def test_a_pool_of_one_instruction_is_enough(world, given, kinds):
     assert (told["train pool"], told["cache pool"]) == (3, 4)
 
 
+@pytest.mark.parametrize(("easy", "kinds"), [(0, ["hard"] * 4), (2, ["hard", "easy"] * 2 + ["hard"] * 2)])
+def test_from_easy_instructions_come_as_many_as_are_asked_for(world, endpoint, easy, kinds):
+    world.round(0)
+    endpoint.asked.clear()
+    told = figures(world.round(1, easy_instructions=easy))
+    assert [row["kind"] for row in world.rows(1)] == kinds
+    assert (told["new from hard ones"], told["new from easy ones"]) == (4, easy)
+    rarer = [each for each in endpoint.asked if "rarer" in each.prompt]
+    assert bool(rarer) == bool(easy)
+
+
+def test_where_nothing_is_hard_and_nothing_easy_is_wanted_the_round_says_so(world):
+    given = ["Tell little of everything"]
+    world.round(0, given)
+    with pytest.raises(RunFailed, match=r"No .* cache pool's 1 is hard .* in round 2.*easy_instructions"):
+        world.round(1, given, easy_instructions=0)
+
+
 def test_each_rule_leaves_out_what_it_is_for(world, endpoint):
     bad = {
         "keywords": "Write an instruction about rivers", "length": "Only three words", "cut": "Tell me all that",

@@ -223,6 +223,14 @@ def test_an_answer_that_holds_nothing_stops_the_run_before_training(tmp_path, ti
     assert len(endpoint.asked) == asked
 
 
+def test_an_attached_endpoint_that_nothing_asks_is_told_of(tmp_path, tiny_student, parrot, scribbler, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
+    values["teachers"] += [PARROT | {"name": scribbler.name}]
+    with pytest.raises(InputError, match=f"'{scribbler.name}' is an endpoint: .* nothing of this run has it write"):
+        distill(parse_config(values))
+    assert not endpoint.asked
+
+
 def test_doctor_looks_at_what_will_be_written(tmp_path, tiny_student, parrot):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"})
     path = tmp_path / "run.yaml"
