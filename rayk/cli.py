@@ -182,6 +182,23 @@ def report(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run, finished or not.")],
+) -> None:
+    """Say how far a run is: rows written, steps, speed, last evaluation and checkpoint."""
+    from rayk.status import status as status_of
+
+    for number, part in enumerate(status_of(run)):
+        if number:
+            print()
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, text in part.items():
+            if text:
+                table.add_row(name, Text(text))
+        _print(table)
+
+
+@app.command()
 def methods() -> None:
     """List the ways of learning: what each needs from a teacher and what that costs."""
     from rayk.methods import METHODS
@@ -208,41 +225,47 @@ def doctor(
         raise typer.Exit(2)
 
 
+_COMPARED = {
+    "accuracy": ("accuracy", "{:.1%}"),
+    "loss": ("loss", "{:.3f}"),
+    "forward KL": ("forward_kl", "{:.4f}"),
+    "reverse KL": ("reverse_kl", "{:.4f}"),
+    "agreement": ("agreement", "{:.1%}"),
+    "prefers right": ("preference_accuracy", "{:.1%}"),
+    "by nats": ("preference_margin", "{:.2f}"),
+    "tokens/s": ("tokens_per_second", "{:,.0f}"),
+    "teacher wait": ("teacher_wait_share", "{:.1%}"),
+}
+"""The final table's columns: what each shows, and how."""
+
+
 def comparison(summaries: list[dict[str, Any]]) -> Table:
-    """The final table: the teacher and each student, a row each."""
+    """The final table: the teacher and each student, a row each; of what was measured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    pairs = any("preference_accuracy" in summary["student"] for summary in summaries)
-    preferences = ["prefers right", "by nats"] if pairs else []
-    headings = ["", "accuracy", "loss", "forward KL", "reverse KL", "agreement", *preferences]
-    for heading in [*headings, "tokens/s", "teacher wait"]:
-        table.add_column(heading, justify="right" if heading else "left")
-    rows: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = []
-    if summaries and summaries[0]["teacher"]:
-        rows.append(("teacher", summaries[0]["teacher"], None))
-    rows += [(summary["name"], summary["student"], summary) for summary in summaries]
-    for name, metrics, summary in rows:
-        cells = [_cell(metrics, "accuracy", "{:.1%}"), _cell(metrics, "loss", "{:.3f}")]
-        cells += [_cell(metrics, "forward_kl", "{:.4f}"), _cell(metrics, "reverse_kl", "{:.4f}")]
-        cells += [_cell(metrics, "agreement", "{:.1%}")]
-        if pairs:
-            cells += [_cell(metrics, "preference_accuracy", "{:.1%}"), _cell(metrics, "preference_margin", "{:.2f}")]
-        cells += [
-            _cell(summary or {}, "tokens_per_second", "{:,.0f}"),
-            _cell(summary or {}, "teacher_wait_share", "{:.1%}"),
-        ]
-        table.add_row(Text(name), *cells)
+    rows = [("teacher", summaries[0]["teacher"])] if summaries and summaries[0]["teacher"] else []
+    for summary in summaries:
+        speed = {name: summary[name] for name in ("tokens_per_second", "teacher_wait_share") if name in summary}
+        rows.append((summary["name"], summary["student"] | speed))
+    columns = {heading: how for heading, how in _COMPARED.items() if any(how[0] in values for _, values in rows)}
+    table.add_column("")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name, values in rows:
+        table.add_row(Text(name), *(_cell(values, *how) for how in columns.values()))
     return table
 
 
 def synthesised(summary: dict[str, Any]) -> Table:
     """What a teacher's writing came to."""
+    from rayk.evaluation.report import figure_text
+
     table = Table(box=None, pad_edge=False, show_header=False)
     usage = summary["usage"]
     rows = {
         "kept": f"{summary['kept']:,} of {summary['candidates']:,}"
-        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] > 1 else ""),
+        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] else ""),
         **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
-        **{each["name"]: format(each["value"], ".1%" if each["share"] else ".2f") for each in summary["figures"]},
+        **{each["name"]: figure_text(each) for each in summary["figures"]},
         "requests": f"{usage['requests']:,}" if "requests" in usage else "",
         "cost": f"{usage['cost']:,.4f}" if "cost" in usage else "",
     }

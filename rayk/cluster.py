@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import ray
 
 from rayk.config import Resources
-from rayk.environment import THREADING
+from rayk.environment import THREADING, set_threading
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 T = TypeVar("T")
+_own_address: str | None = None
 
 
 def start_ray(num_cpus: float = 0) -> None:
@@ -28,27 +29,39 @@ def start_ray(num_cpus: float = 0) -> None:
         return
     verbose = os.environ.get("RAYK_VERBOSE", "") not in ("", "0")
     common: dict[str, Any] = {
-        "runtime_env": {"env_vars": THREADING},
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
     if not verbose:
         for name in ("ray", "ray.serve", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    if not os.environ.get("RAY_ADDRESS"):
+    own = not os.environ.get("RAY_ADDRESS")
+    if own:
+        set_threading()  # all its processes have this one's variables
         # Train would start an actor with each group of workers that asks whether nodes are about to be taken away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # Train's controller does so
         common |= {
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, int(num_cpus + 0.999)),
             "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
+    else:
+        common |= {"runtime_env": {"env_vars": THREADING}}
     ours = signal.getsignal(signal.SIGTERM)
     ray.init(**common)
+    if own:
+        global _own_address
+        _own_address = ray.get_runtime_context().gcs_address
     if threading.current_thread() is threading.main_thread():
         # Ray's native handler aborts the process three seconds after SIGTERM, whatever is still to be taken down.
         signal.signal(signal.SIGTERM, ours if callable(ours) else signal.getsignal(signal.SIGTERM))
+
+
+def is_own() -> bool:
+    """Whether this process has started its cluster, by `start_ray`, and takes it down when it ends."""
+    return ray.is_initialized() and ray.get_runtime_context().gcs_address == _own_address
 
 
 def gpus_each(requested: float | None, needed: float = 1.0) -> float:

@@ -72,7 +72,8 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         prompts = prompts_written_for(settings)
         filters_of(settings)
         kind = settings.synthesis.kind
-        yield Check("ok", f"synthesis: teacher '{settings.writer}' writes {kind} for {len(prompts):,} prompts.")
+        given = "" if settings.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
+        yield Check("ok", f"synthesis: teacher '{settings.writer}' writes {kind}{given}.")
     written = settings.synthesis is None or written_rows(settings).with_name("summary.json").exists()
     if not written:
         yield Check("note", "The training rows are not written yet; the run has them written first.")

@@ -23,7 +23,7 @@ from rayk.models import load_model_config, load_tokenizer, real_vocab_size, toke
 from rayk.retrieval import check_retriever
 from rayk.students import architecture, planned_size
 from rayk.support import Hidden, TopK
-from rayk.synthesis import RECIPES, Prompt, check_chats, read_prompts
+from rayk.synthesis import RECIPES, OwnPrompts, Prompt, check_chats, read_prompts
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
@@ -102,16 +102,15 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
     """
     assert config.synthesis is not None
     writing = [teacher for teacher in config.teachers if teacher.name in config.writers]
-    RECIPES[config.synthesis.kind].check(
-        config.synthesis, next(teacher for teacher in writing if teacher.name == config.writer)
-    )
+    recipe = RECIPES[config.synthesis.kind]
+    recipe.check(config.synthesis, next(teacher for teacher in writing if teacher.name == config.writer))
     for writer in writing:
         if writer.gives_signals and writer.model is not None:
             load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
     _check_asked_student(config)
     _check_judges(config)
-    if config.synthesis.makes_prompts:
-        return RECIPES[config.synthesis.kind].own_prompts(config.synthesis)
+    if issubclass(recipe, OwnPrompts):
+        return recipe.own_prompts(config.synthesis)
     if config.synthesis.prompts is not None:
         source, section = config.synthesis.prompts, "synthesis.prompts."
     else:

@@ -18,7 +18,7 @@ from rayk.run import located, next_round
 from rayk.students import Size, planned_size
 from rayk.support import Support, bytes_a_token
 from rayk.teachers import serve_teacher
-from rayk.training.loop import steps_of_epochs
+from rayk.training import steps_of_epochs
 
 _HEADROOM = 1.2
 _PROBE_TOKENS = 40_000
@@ -73,9 +73,10 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
     if config.rollouts is not None or isinstance(config.method, InContextConfig):
+        rows = "each row after its demonstrations" if config.rollouts is None else "rows that are not written yet"
         raise InputError(
-            f"method.kind '{config.method.kind}' learns from rows that are not written yet; plan a 'logit_kd' run on "
-            "rows of such length instead."
+            f"method.kind '{config.method.kind}' learns from {rows}; plan a 'logit_kd' run on rows of such length "
+            "instead."
         )
     teacher = next(each for each in config.teachers if each.name == config.compared_teacher)
     if teacher.model is None:

@@ -97,7 +97,9 @@ class Parts:
             path.unlink(missing_ok=True)
 
     def _write(self, table: pa.Table) -> None:
-        numbers = (int(path.stem.split("-")[1]) for path in self._paths())
+        # Those set aside count too, lest the next damaged part of that number take their place.
+        there = (*self._paths(), *self.folder.glob("part-*.damaged"))
+        numbers = (int(path.stem.split("-")[1]) for path in there)
         write_whole(self.folder / f"part-{max(numbers, default=0) + 1:06d}.parquet", parquet_bytes(table))
 
     def _hold(self, table: pa.Table) -> None:

@@ -16,6 +16,8 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # no Ray but those that are asked f
 # Train's controller looks at its workers five times a second instead of every other one.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
+# On the CPU vLLM would give its one worker a process of its own, which imports all of vLLM once more (12 s of a core).
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # A shell that starts something in the background has it ignore Ctrl-C, and all that it starts in turn.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -64,9 +66,11 @@ def ray_cluster():
     """One local Ray for the session, with more logical CPUs than the machine has."""
     import ray
     from ray import serve
+    from ray.serve._private import client
 
     from rayk.cluster import start_ray
 
+    client.CLIENT_POLLING_INTERVAL_S = 0.1  # how often it looks whether an application is up, or gone; else each second
     start_ray(num_cpus=8)
     yield
     serve.shutdown()  # also this process's handles, which go on reporting to a controller that is no more

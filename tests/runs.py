@@ -140,10 +140,10 @@ def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess
             process.send_signal(signal.SIGABRT)  # has faulthandler say where it hangs
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-            print(log.read_text())
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        print(log.read_text(errors="replace"))  # seen where the test fails
 
 
 def rayk_to_the_end(*arguments: object, **variables: str) -> subprocess.CompletedProcess:

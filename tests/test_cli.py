@@ -65,7 +65,7 @@ def test_help_names_every_command(rayk):
         "report",
         "methods",
         "plan",
-        "cache",
+        "status",
         "doctor",
     ):
         assert name in out
@@ -209,7 +209,7 @@ def test_evaluate_measures_the_trained_student(rayk, write_config, tmp_path, tin
     (tmp_path / "rows.jsonl").unlink()  # what was learned from is not needed any more
     code, out, _ = rayk("evaluate", path)
     assert code == 0
-    assert re.search(r"^run +– +\d+\.\d{3} ", out, re.MULTILINE)
+    assert re.search(r"^run +\d+\.\d{3}$", out, re.MULTILINE)
     assert "'./nowhere' does not exist" in the_sentence(rayk("evaluate", path, "--model", "./nowhere"))
     assert "data.evaluation is missing" in the_sentence(rayk("evaluate", write_config(data={"train": data["train"]})))
 
@@ -259,6 +259,9 @@ def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     assert (code, f"The report: {tmp_path}/both.html\n" in err) == (0, True)
     assert "<html" in (tmp_path / "both.html").read_text()
     assert the_sentence(rayk("report", tmp_path / "nowhere"))
+    code, out, _ = rayk("status", runs[0])
+    assert (code, "finished after 2 steps" in out) == (0, True)
+    assert the_sentence(rayk("status", tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,10 @@ WRONG = {
     "twice": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
     "model of teacher": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
     "both origins": (changed(student__config="x"), "student needs exactly one of 'model'"),
-    "steps and epochs": (changed(training={"steps": 1, "epochs": 1}), "training: give 'steps' or 'epochs', not both"),
+    "steps and epochs": (
+        changed(training={"steps": 1, "epochs": 1}),
+        "training: give 'steps' or 'epochs', not both; set the other to null",
+    ),
     "few rows": (changed(training={"workers": 4, "batch_size": 2}), "'batch_size' (2) is below 'workers' (4)"),
     "deadline": (changed(training__collective_timeout_seconds=10), "deadline_seconds must be below"),
     "pattern": (changed(evaluation__answer_pattern="("), "evaluation.answer_pattern is not a regular expression"),

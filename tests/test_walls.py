@@ -17,14 +17,14 @@ FLOORS = [
     {"signal", "speculative", "key_values", "students"},
     {"losses", "signal_codec"},
     {"engines", "data"},
-    {"cluster"},
+    {"cluster", "weight_store"},
     {"teachers"},
     {"evaluation", "rollouts", "synthesis", "retrieval"},
     {"methods"},
     {"training"},
     {"inputs"},
     {"run"},
-    {"doctor", "quickstart", "progress", "fill", "plan"},
+    {"doctor", "quickstart", "progress", "fill", "plan", "status"},
     {"cli"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -78,6 +78,12 @@ def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_actor_that_knows_the_weights_waits_for_no_torch():
+    assert "loaded: []" in run_python(
+        "import sys, rayk.weight_store\nprint('loaded:', sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
 
 
 def test_the_lower_floors_work_where_ray_is_not_installed():

@@ -107,7 +107,7 @@ class TrainingConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give 'steps' or 'epochs', not both")
+            raise ValueError("give 'steps' or 'epochs', not both; set the other to null")
         if self.steps is None and self.epochs is None:
             object.__setattr__(self, "epochs", 1.0)
         if self.batch_size < self.workers:

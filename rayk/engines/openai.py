@@ -142,7 +142,9 @@ class OpenAIEngine:
         except TimeoutError:
             raise _NoAnswer(f"no answer within {self.settings.timeout_seconds:g} s", passing=True) from None
         except httpx2.HTTPError as error:
-            raise _NoAnswer(f"the connection failed ({type(error).__name__})", passing=True) from None
+            raise _NoAnswer(
+                f"the connection failed ({type(error).__name__} at {self.settings.base_url})", passing=True
+            ) from None
         if not response.is_success:
             raise self._refusal(response)
         try:

@@ -6,7 +6,7 @@ time and unfinished ones as far as they got. `report.html.j2` holds the page, th
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
@@ -19,7 +19,7 @@ from jinja2 import Environment, StrictUndefined
 import rayk
 from rayk.errors import InputError
 from rayk.evaluation.figures import SMOOTHED_SHARE, draw_figures
-from rayk.evaluation.run_directory import Run, flattened, last_part, read_runs, teachers_of
+from rayk.evaluation.run_directory import Run, duration, flattened, last_part, read_runs, teachers_of
 from rayk.evaluation.timeline import draw_timelines
 
 
@@ -43,7 +43,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 
 def _page(runs: list[Run]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["duration"] = _duration
+    environment.filters["duration"] = duration
     source = resources.files("rayk.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         title=_listed([run.label for run in runs]) if len(runs) <= 3 else f"{len(runs)} runs compared",
@@ -55,6 +55,7 @@ def _page(runs: list[Run]) -> str:
         columns=_columns(runs),
         table=_table(runs),
         support=_support(runs),
+        measured=any(run.metrics.keys() & {column.metric for column in COLUMNS} for run in runs),
         figures=draw_figures(runs) + draw_timelines(runs),
         smoothed=f"{SMOOTHED_SHARE:.0%}",
         samples=_samples(runs),
@@ -69,7 +70,10 @@ def _page(runs: list[Run]) -> str:
 
 def _sentence(runs: list[Run]) -> str:
     """What was done, for someone who sees the page first."""
-    students = list(dict.fromkeys(_student(run) for run in runs))
+    # A student that goes on learning from round to round is one.
+    trained_here = {str(Path(run.config["output"]) / "model") for run in runs if "output" in run.config}
+    began = [run for run in runs if (run.config.get("student") or {}).get("model") not in trained_here]
+    students = list(dict.fromkeys(_student(run) for run in began or runs))
     teachers = list(dict.fromkeys(run.teacher_name for run in runs if run.teacher_name))
     steps = sorted({run.steps for run in runs})
     lasted = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
@@ -174,8 +178,12 @@ COLUMNS = (
 
 
 def _columns(runs: list[Run]) -> list[Column]:
-    """Those of all methods, and those of preferences where there are pairs."""
-    return [c for c in COLUMNS if c.metric != "preference_accuracy" or any(c.of(run) is not None for run in runs)]
+    """Those that were measured, of a student or a teacher."""
+    by_teachers = [metrics for _, metrics in teachers_of(runs)]
+    return [
+        column for column in COLUMNS
+        if any(column.of(run) is not None for run in runs) or any(column.metric in metrics for metrics in by_teachers)
+    ]  # fmt: skip
 
 
 def _table(runs: list[Run]) -> list[Line]:
@@ -262,20 +270,28 @@ def _writing(run: Run) -> Writing:
     summary = run.synthesis
     assert summary is not None
     candidates, usage = summary["candidates"], summary["usage"]
+    given = f" for {summary['prompts']:,} prompts" if summary["prompts"] else ""
     figures = [("kept", _share_of(summary["kept"], candidates))]
     figures += [(f"rejected: {by}", _share_of(count, candidates)) for by, count in summary["rejected"].items()]
-    figures += [(each["name"], format(each["value"], ".1%" if each["share"] else ".2f")) for each in summary["figures"]]
+    figures += [(each["name"], figure_text(each)) for each in summary["figures"]]
     counted = [name for name in ("requests", "prompt_tokens", "completion_tokens") if name in usage]
     figures += [(name.replace("_", " "), f"{usage[name]:,}") for name in counted]
     if "cost" in usage:
         figures.append(("cost, in the currency of the prices", f"{usage['cost']:,.4f}"))
     return Writing(
         run,
-        f"{last_part(summary['teacher']['model'])} wrote for {summary['prompts']:,} prompts: {summary['about']} "
-        f"({summary['paper']}).",
+        f"{last_part(summary['teacher']['model'])} wrote{given}: {summary['about']} ({summary['paper']}).",
         figures,
         summary["examples"]["kept"] + summary["examples"]["rejected"],
     )
+
+
+def figure_text(figure: Mapping[str, Any]) -> str:
+    """A figure of a recipe: a share, a count, or a mean."""
+    value = figure["value"]
+    if figure["share"]:
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 @dataclass(frozen=True)
@@ -338,10 +354,3 @@ def _listed(items: Iterable[str]) -> str:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

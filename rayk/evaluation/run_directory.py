@@ -213,3 +213,11 @@ def teachers_of(runs: list[Run]) -> list[tuple[Run, Mapping[str, float]]]:
         if run.summary and run.summary["teacher"]:
             found.setdefault(run.teacher_name, (run, run.summary["teacher"]))
     return list(found.values())
+
+
+def duration(seconds: float) -> str:
+    """In words, for readers."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

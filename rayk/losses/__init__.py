@@ -6,12 +6,7 @@ Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have 
 preferences between two answers (DPO) have `preference`, retrievers `retrieval`.
 """
 
-from rayk.losses.chunked import (
-    linear_cross_entropy,
-    linear_divergence,
-    linear_log_probs,
-    linear_outcomes,
-)
+from rayk.losses.chunked import linear_divergence, linear_outcomes
 from rayk.losses.cross_tokenizer import universal_logit_distance
 from rayk.losses.decoupled import adaptive_teaching, decoupled_kl, gold_uncertainty
 from rayk.losses.divergences import (
@@ -28,6 +23,7 @@ from rayk.losses.divergences import (
     total_variation,
 )
 from rayk.losses.label_words import label_word_loss
+from rayk.losses.linear import linear_cross_entropy, linear_log_probs
 from rayk.losses.policy_gradient import (
     cumulative_log_weights,
     importance_log_weights,

@@ -1,23 +1,17 @@
-"""Losses straight from hidden states: the head is applied a chunk of positions at a time, logits are never whole.
+"""Divergences straight from hidden states: the head is applied a chunk of positions at a time, logits are never whole.
 
-The logits of a large vocabulary are the largest tensor of a training step, several times over once softmax and
-autograd have copied them. Here only one chunk of them exists. The gradient of a log-softmax is known in closed form, so
-the backward pass writes it over the chunk's own memory and multiplies it into the gradients of hidden states and head.
+Where the teacher names ids, everything comes from `linear_log_probs`. Against whole distributions autograd does the
+work, with each chunk computed again in the backward pass.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rayk.errors import InputError
 from rayk.losses.divergences import (
-    LOG_FLOOR,
     check_fit,
     check_sampled,
     find_divergence,
@@ -27,13 +21,10 @@ from rayk.losses.divergences import (
     sampled_forward_kl,
     signal_outcomes,
 )
+from rayk.losses.linear import chunk_size, linear_log_probs
 from rayk.models import Head
 from rayk.signal import SignalBatch
 from rayk.support import Hidden, Sampled
-
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Exponentials of the first chunks are kept for the backward pass, which then need not apply the head again there.
-_KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
 
 
 @overload
@@ -127,7 +118,7 @@ def linear_divergence(
             return distance, None
         return distance, -log_probs(logits).gather(1, chunk_targets[:, None])[:, 0]
 
-    size = _chunk_size(student_hidden, student_head, chunk_tokens)
+    size = chunk_size(student_hidden, student_head, chunk_tokens)
     parts = [
         checkpoint(
             of_chunk,
@@ -176,270 +167,9 @@ def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalB
     return teacher.entries(chosen) if isinstance(teacher, SignalBatch) else teacher[chosen]
 
 
-def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
-    """−log q(target) in nats, [tokens], from hidden states [tokens, width] and targets int64 [tokens]."""
-    _, _, log_q = linear_log_probs(hidden, head, targets.new_zeros(len(targets), 0), targets, 1.0, chunk_tokens)
-    assert log_q is not None
-    return -log_q
-
-
-def linear_log_probs(
-    hidden: Tensor,
-    head: Head,
-    ids: Tensor,
-    targets: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The student's log-probs at chosen ids, of all other tokens together, and of the targets; differentiable.
-
-    The product with the head runs in `hidden`'s dtype (autocast's, where that is on), everything after in float32.
-
-    Args:
-        hidden: [tokens, width].
-        head: the student's; gradients reach its weight and bias where they want them.
-        ids: int64 [tokens, k], each at most once in a row; k may be 0.
-        targets: int64 [tokens], may be among the ids.
-        temperature: of the first two results; the targets' log-probs are at temperature 1.
-        chunk_tokens: positions at a time; by default one float32 chunk takes about 32 MB (CPU) or 256 MB (GPU).
-
-    Returns:
-        log q of the ids [tokens, k], log of the others' mass [tokens], log q of the targets [tokens] or None; each
-        at least LOG_FLOOR (the others' is that where the ids are the whole vocabulary).
-
-    Raises:
-        InputError: the temperature or the chunk is not positive.
-    """
-    if not temperature > 0:
-        raise InputError(f"The temperature is {temperature:g}; give a number above 0.")
-    learns = any(part is not None and part.requires_grad for part in (hidden, head.weight, head.bias))
-    plan = _Plan(
-        scale=head.scale,
-        softcap=head.softcap,
-        temperature=temperature,
-        chunk_tokens=_chunk_size(hidden, head, chunk_tokens),
-        product_dtype=_product_dtype(hidden),
-        kept_bytes=_KEPT_BYTES.get(hidden.device.type, 0) if learns and torch.is_grad_enabled() else 0,
-    )
-    log_q, log_tail, target_log_q = _LinearLogProbs.apply(hidden, head.weight, head.bias, ids, targets, plan)
-    floored = log_q.clamp(min=LOG_FLOOR), log_tail.clamp(min=LOG_FLOOR)
-    return *floored, None if target_log_q is None else target_log_q.clamp(min=LOG_FLOOR)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    scale: float
-    softcap: float | None
-    temperature: float
-    chunk_tokens: int
-    product_dtype: torch.dtype
-    kept_bytes: int
-
-    def chunks(self, tokens: int) -> list[slice]:
-        return [slice(start, start + self.chunk_tokens) for start in range(0, tokens, self.chunk_tokens)]
-
-
-class _LinearLogProbs(torch.autograd.Function):
-    """Forward and backward of `linear_log_probs`, chunk by chunk.
-
-    Per position, with z the logits at temperature T, S the ids and R the rest: log q_i = z_i − lse, the tail is
-    lse_R − lse, lse = logaddexp(lse_S, lse_R). With gradients G_i, G_t and their sum G, d/dz_i = G_i − G·q_i on S and
-    d/dz_j = (G_t − G·q_tail)·exp(z_j − lse_R) on R. A target adds G_y·(1[j = y] − softmax_j at T = 1), which joins G
-    where T = 1. lse_R is taken with R's own maximum: a tail far below the ids is small, not zero.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, targets, plan: _Plan):
-        wide = _wide(hidden.dtype)
-        tokens, k = ids.shape
-        log_q, log_tail = hidden.new_empty(tokens, k, dtype=wide), hidden.new_empty(tokens, dtype=wide)
-        target_log_q = None if targets is None else torch.empty_like(log_tail)
-        top, total, target_lse = torch.empty_like(log_tail), torch.empty_like(log_tail), torch.empty_like(log_tail)
-        two_temperatures = targets is not None and plan.temperature != 1.0
-        ctx.kept, kept_bytes = {}, 0
-        with torch.autocast(hidden.device.type, enabled=False):
-            product = _Product(weight, bias, plan)
-            for chunk in plan.chunks(tokens):
-                kept_bytes += hidden[chunk].shape[0] * len(weight) * plan.product_dtype.itemsize
-                keep = kept_bytes <= plan.kept_bytes and plan.softcap is None and not two_temperatures
-                memory, scores = product.scores(hidden[chunk], keep)
-                if targets is not None:
-                    target_score = scores.gather(1, targets[chunk, None])[:, 0]
-                if two_temperatures:
-                    target_lse[chunk] = scores.logsumexp(dim=1)
-                if plan.temperature != 1.0:
-                    scores.div_(plan.temperature)
-                chosen = scores.gather(1, ids[chunk])
-                if k:
-                    scores.scatter_(1, ids[chunk], -torch.inf)
-                # Nothing left outside the ids: any finite maximum gives exp(-inf) = 0 instead of NaN.
-                top[chunk] = scores.amax(dim=1).clamp(min=torch.finfo(wide).min)
-                rest = scores.sub_(top[chunk, None]).exp_()
-                total[chunk] = rest.sum(dim=1)
-                lse_rest = top[chunk] + total[chunk].log()
-                lse = torch.logaddexp(chosen.logsumexp(dim=1), lse_rest) if k else lse_rest
-                log_q[chunk], log_tail[chunk] = chosen - lse[:, None], lse_rest - lse
-                if targets is not None:
-                    assert target_log_q is not None
-                    if not two_temperatures:
-                        target_lse[chunk] = lse
-                    target_log_q[chunk] = target_score - target_lse[chunk]
-                if keep:
-                    ctx.kept[chunk.start] = product.narrow(rest, memory)
-        ctx.plan, ctx.two_temperatures = plan, two_temperatures
-        ctx.save_for_backward(hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse)
-        return log_q, log_tail, target_log_q
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_log_q, grad_tail, grad_target):
-        hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse = ctx.saved_tensors
-        plan = ctx.plan
-        # Everything that is one number a row, or one an id, for all chunks at once; scale and 1/T folded in.
-        grad_all = grad_log_q.sum(dim=1) + grad_tail
-        if targets is not None and not ctx.two_temperatures:
-            grad_all = grad_all + grad_target
-        factor = plan.scale / plan.temperature
-        on_ids = (grad_log_q - grad_all[:, None] * log_q.exp()) * factor
-        on_rest = (grad_tail - grad_all * log_tail.exp()) * factor / total.clamp(min=torch.finfo(total.dtype).tiny)
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
-        with torch.autocast(hidden.device.type, enabled=False):
-            product = _Product(weight, bias, plan)
-            for chunk in plan.chunks(len(hidden)):
-                logits = None
-                memory = ctx.kept.pop(chunk.start, None)
-                if memory is not None:
-                    rest = product.widen(memory)
-                else:
-                    memory, rest = product.scores(hidden[chunk], keep=False)
-                    logits = rest.clone() if plan.softcap is not None or ctx.two_temperatures else None
-                    if plan.temperature != 1.0:
-                        rest.div_(plan.temperature)
-                    rest.sub_(top[chunk, None]).exp_()
-                grad = rest.mul_(on_rest[chunk, None])
-                grad.scatter_(1, ids[chunk], on_ids[chunk].to(grad.dtype))
-                if targets is not None:
-                    on_target = (grad_target[chunk, None] * plan.scale).to(grad.dtype)
-                    if ctx.two_temperatures:
-                        assert logits is not None
-                        grad.addcmul_((logits - target_lse[chunk, None]).exp_(), on_target, value=-1.0)
-                    grad.scatter_add_(1, targets[chunk, None], on_target)
-                if plan.softcap is not None:
-                    assert logits is not None
-                    grad.addcmul_(grad, logits.div_(plan.softcap).square_(), value=-1.0)
-                grads.add(chunk, product.narrow(grad, memory), product.weight)
-        return grads.hidden, grads.final_weight(), grads.final_bias(), None, None, None
-
-
-class _Product:
-    """The head, cast once to the dtype its product runs in, and memory for one chunk that every chunk uses again.
-
-    Fresh memory for each chunk would cost the CPU more in page faults than the arithmetic done on it.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
-        self.plan = plan
-        self.weight = weight.detach().to(plan.product_dtype)
-        self.bias = None if bias is None else bias.detach().to(plan.product_dtype)
-
-    def scores(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """(memory in the product's dtype, the caller's if `keep`; logits, at least float32, maybe in that memory)."""
-        memory = self._empty(len(hidden), self.plan.product_dtype) if keep else self._narrow[: len(hidden)]
-        hidden = hidden.detach().to(self.plan.product_dtype)
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=memory)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=memory)
-        logits = self.widen(memory)
-        if self.plan.scale != 1.0:
-            logits.mul_(self.plan.scale)
-        if self.plan.softcap is not None:
-            logits.div_(self.plan.softcap).tanh_().mul_(self.plan.softcap)
-        return memory, logits
-
-    def widen(self, memory: Tensor) -> Tensor:
-        """`memory` itself, or a float32 copy of it that the next call overwrites."""
-        return memory if memory.dtype == _wide(memory.dtype) else self._wide[: len(memory)].copy_(memory)
-
-    def narrow(self, values: Tensor, memory: Tensor) -> Tensor:
-        """`values` in the product's dtype, in `memory`."""
-        return memory if values.dtype == memory.dtype else memory.copy_(values)
-
-    @cached_property
-    def _narrow(self) -> Tensor:
-        return self._empty(self.plan.chunk_tokens, self.plan.product_dtype)
-
-    @cached_property
-    def _wide(self) -> Tensor:
-        return self._empty(self.plan.chunk_tokens, torch.float32)
-
-    def _empty(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(tokens, len(self.weight), dtype=dtype, device=self.weight.device)
-
-
-class _Gradients:
-    """The gradients of hidden states, weight and bias, those that are wanted; the last two summed in float32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> None:
-        self.inputs, self.wanted = (hidden, weight, bias), wanted
-        self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    def add(self, chunk: slice, grad: Tensor, weight: Tensor) -> None:
-        """Take in d loss / d (W h + b) of one chunk, [tokens, vocab]."""
-        hidden, wide = self.inputs[0], _wide(grad.dtype)
-        if self.hidden is not None:
-            self.hidden[chunk] = grad @ weight
-        if self.wanted[1]:
-            states = hidden[chunk].to(grad.dtype)
-            if self.weight is None:
-                self._part = grad.t() @ states
-                self.weight = self._part.to(wide)
-            elif grad.dtype == wide:
-                self.weight.addmm_(grad.t(), states)
-            else:
-                self.weight += torch.mm(grad.t(), states, out=self._part)
-        if self.wanted[2]:
-            bias = grad.sum(dim=0, dtype=wide)
-            self.bias = bias if self.bias is None else self.bias.add_(bias)
-
-    def final_weight(self) -> Tensor | None:
-        return self._final(self.weight, 1)
-
-    def final_bias(self) -> Tensor | None:
-        return self._final(self.bias, 2)
-
-    def _final(self, total: Tensor | None, place: int) -> Tensor | None:
-        if not self.wanted[place]:
-            return None
-        owner = self.inputs[place]
-        assert owner is not None
-        return torch.zeros_like(owner) if total is None else total.to(owner.dtype)
-
-
 def _logits(hidden: Tensor, head: Head) -> Tensor:
     """`Head.logits`, but float64 stays float64."""
     if hidden.dtype != torch.float64:
         return head.logits(hidden)
     logits = F.linear(hidden, head.weight.double(), None if head.bias is None else head.bias.double()) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _chunk_size(hidden: Tensor, head: Head, chunk_tokens: int | None) -> int:
-    if chunk_tokens is None:
-        chunk_tokens = max(16, _CHUNK_BYTES.get(hidden.device.type, 32 << 20) // (4 * head.vocab_size))
-    if chunk_tokens < 1:
-        raise InputError(f"chunk_tokens is {chunk_tokens}; give a number of positions, at least 1.")
-    return min(chunk_tokens, max(len(hidden), 1))

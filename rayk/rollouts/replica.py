@@ -15,12 +15,13 @@ from rayk.config import ServedRollouts, StudentConfig
 from rayk.engines.base import Generated, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.models import load_tokenizer, pick_device
-from rayk.rollouts.weights import Published, UnusableWeights, Version, store_named, take_over
+from rayk.rollouts.weights import take_over
 from rayk.rollouts.writer import Writer
 from rayk.students import make_model
 from rayk.support import TopK
 from rayk.teachers.autoscaling import METRIC, Asker, Demand
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
+from rayk.weight_store import Published, UnusableWeights, Version, store_named
 
 
 @dataclass(frozen=True)

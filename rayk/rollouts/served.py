@@ -29,7 +29,7 @@ from rayk.models import CausalLM
 from rayk.rollouts.policy import Rollout, lengths_of, parameters_of, rollouts_of
 from rayk.rollouts.replica import PolicyReplica, Versioned
 from rayk.rollouts.teacher_mixed import Verify
-from rayk.rollouts.weights import Published, UnusableWeights, Version, checksum, pack, start_store, store_named
+from rayk.rollouts.weights import checksum, pack
 from rayk.sequences import Sequence
 from rayk.speculative import MixedSampling
 from rayk.support import Logprob, TopK
@@ -37,6 +37,7 @@ from rayk.teachers import deployment
 from rayk.teachers.background import background
 from rayk.teachers.calls import ServedModel
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
+from rayk.weight_store import Published, UnusableWeights, Version, start_store, store_named
 
 _ROWS_A_CALL = 64
 

@@ -24,9 +24,10 @@ from rayk.engines.base import SamplingParameters
 from rayk.engines.vllm import WORKER_EXTENSION, VLLMEngine, beyond_rounding, probe
 from rayk.errors import EngineDied, InputError
 from rayk.lora import has_adapter, merged
-from rayk.rollouts.weights import Published, Version, take_over
+from rayk.rollouts.weights import take_over
 from rayk.rollouts.writer import Writer
 from rayk.support import Logprob, TopK
+from rayk.weight_store import Published, Version
 
 
 class VLLMWriter:

@@ -25,9 +25,8 @@ from rayk.run.serving import applications_of, attached_teachers, cpus_needed, po
 from rayk.run.watching import Watcher, watching
 from rayk.run.writing import FIRST, RoundOf, write_rows
 from rayk.teachers import Teacher, scorer_of
-from rayk.teachers.cache import opened
-from rayk.training import evaluate_remotely, train
-from rayk.training.loop import Job, Outcome, steps_of_epochs
+from rayk.teachers.cache import SignalCache, opened
+from rayk.training import Job, Outcome, evaluate_remotely, steps_of_epochs, train
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,9 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
         base = checked_base(config)
         if config.retriever is None:
             _rank(inputs, watcher)
-        applications = applications_of(config)
-        others = [each.name for each in config.training_teachers if each.name not in running]
-        if new := [each.name for each in config.teachers if each.name in others and not each.attach]:
-            watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
-        teachers = running | serve_all(config, applications, stack, cache, others)
+        teachers = running | _others_up(config, running, stack, cache, watcher)
         if config.retriever is not None:
-            assert inputs.demonstrator is not None
-            scorer = teachers[config.retrievers_teacher]
-            retriever = learned_retriever(
-                config, inputs.demonstrator, inputs.train, scorer, watcher.stage, watcher.progress
-            )
-            _rank(inputs, watcher, retriever)
+            _rank(inputs, watcher, _learned_retriever(config, inputs, teachers, watcher))
         began = time.time()
         teacher_evaluation = None
         if config.compared_teacher and inputs.evaluation is not None:
@@ -89,12 +79,10 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
         total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
         watcher.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
         job = Job(
-            config, inputs.tokenizer_name, applications, inputs.train.table,
-            None if inputs.evaluation is None else inputs.evaluation.table,
-            None if inputs.pretraining is None else inputs.pretraining.table,
-            policy,
-            inputs.demonstrator,
-            base,
+            config, inputs.tokenizer_name, applications_of(config), inputs.train.table,
+            evaluation_table=None if inputs.evaluation is None else inputs.evaluation.table,
+            pretraining_table=None if inputs.pretraining is None else inputs.pretraining.table,
+            policy=policy, demonstrator=inputs.demonstrator, base=base,
         )  # fmt: skip
         with watching(config.output_path, total, watcher):
             outcome = train(job)
@@ -102,6 +90,22 @@ def run_once(config: RunConfig, watcher: Watcher, *, resume: bool, round_of: Rou
     write_json(config.output_path / "summary.json", summary)
     write_report([config.output_path], config.output_path / "report.html")
     return Result(config.output_path, summary)
+
+
+def _others_up(
+    config: RunConfig, running: Mapping[str, Teacher], stack: ExitStack, cache: SignalCache | None, watcher: Watcher
+) -> dict[str, Teacher]:
+    """The teachers of training that are not running yet, up until `stack` closes."""
+    others = [each.name for each in config.training_teachers if each.name not in running]
+    if new := [each.name for each in config.teachers if each.name in others and not each.attach]:
+        watcher.stage(f"Bringing up {', '.join(new)} on Ray Serve")
+    return serve_all(config, applications_of(config), stack, cache, others)
+
+
+def _learned_retriever(config: RunConfig, inputs: Inputs, teachers: Mapping[str, Teacher], watcher: Watcher) -> str:
+    assert inputs.train is not None and inputs.demonstrator is not None
+    scorer = teachers[config.retrievers_teacher]
+    return learned_retriever(config, inputs.demonstrator, inputs.train, scorer, watcher.stage, watcher.progress)
 
 
 def evaluate_model(config: RunConfig, model: str | None = None, watcher: Watcher | None = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Having a run's training rows written, and what they depend on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,7 @@ def write_rows(
     asks_student = config.synthesis.asks_student(round_of.number)
     with Store(written_rows(config).parent) as store, ExitStack() as staying, ExitStack() as leaving:
         store.claim(_made_with(config, prompts, round_of), PLACEMENT, CHOICE)
-        if (summary := store.summary) and (settled or not summary["unanswered"]):
+        if (summary := store.summary) and (settled or not _wants_more(store, summary)):
             return {}
         if round_of.before is not None:
             store.look_into(round_of.before)
@@ -63,9 +63,9 @@ def write_rows(
         student = leaving.enter_context(serve_teacher(student_to_ask(config))) if asks_student else None
         running = kept | gone
         before = f", {len(store):,} completions are there" if len(store) else ""
-        given = f" for {len(prompts):,} prompts" if len(prompts) > 1 else ""
+        given = "" if config.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
         watcher.stage(f"Synthesising {config.synthesis.kind}{given}{before}")
-        synthesise(
+        summary = synthesise(
             config.synthesis, prompts, running[config.writer], store, filters, seed=config.seed,
             progress=partial(watcher.progress, unit="completion"),
             company=Company(
@@ -73,8 +73,21 @@ def write_rows(
                 running[config.referee] if config.referee != config.writer else None, running,
             ),
         )  # fmt: skip
+        watcher.stage(_came_to(summary))
         stack.enter_context(staying.pop_all())
         return kept
+
+
+def _came_to(summary: Mapping[str, Any]) -> str:
+    """How many rows there are, and what became of the others."""
+    left_out = ", ".join(f"{count:,} {by}" for by, count in summary["rejected"].items() if count)
+    rows = f"{summary['kept']:,} of {summary['candidates']:,} rows are kept"
+    return f"{rows}; left out: {left_out}" if left_out else rows
+
+
+def _wants_more(store: Store, summary: Mapping[str, Any]) -> bool:
+    """Whether there is something to ask again: it was left unanswered, or its refusal was deleted."""
+    return summary["unanswered"] > 0 or store.refusals < summary.get("refused", 0)
 
 
 def _made_with(config: RunConfig, prompts: Sequence[Prompt], round_of: RoundOf) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from rayk.synthesis.adversarial_texts import (
     parse_scores,
     referee_prompt,
 )
-from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, parameters_of, text_of
+from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, lack_of, parameters_of, text_of
 from rayk.synthesis.pools import (
     CACHE,
     COMPARISONS,
@@ -157,8 +157,8 @@ class Adversarial(Recipe[AdversarialConfig]):
         written = await self._ask(self.scribe, entry, (_ANSWER, self.round.number, *made.made_of))
         text = text_of(written, self._answering.stop)
         candidate = _candidate(entry, text, written, *made.written)
-        if written.finish_reason == "error":
-            return entry, candidate.rejected("unanswered", written.reason)
+        if lack := lack_of(written):
+            return entry, candidate.rejected(*lack)
         fault = fault_of(written, text)
         return replace(entry, answer=text), candidate.rejected(*fault) if fault else candidate
 
@@ -191,8 +191,8 @@ class Adversarial(Recipe[AdversarialConfig]):
             reason = next(each.reason for each in self._comparisons)
             raise RunFailed(
                 f"None of the cache pool's {len(cache)} instructions could be compared in round "
-                f"{self.round.number + 1}; the first because {reason}. See "
-                f"'{self.store.folder / COMPARISONS}.parquet', and to synthesis.referee and synthesis.referee_template."
+                f"{self.round.number + 1}; the first: {reason}. See '{self.store.folder / COMPARISONS}.parquet', and "
+                "to synthesis.referee and synthesis.referee_template."
             )
 
     async def _compare(self, place: int, entry: Entry) -> Comparison:
@@ -204,8 +204,8 @@ class Adversarial(Recipe[AdversarialConfig]):
         )
         compared = Comparison(entry, text_of(teacher, self._answering.stop), text_of(student, self._answering.stop))
         for who, written in (("the teacher", teacher), ("the student", student)):
-            if written.finish_reason == "error":
-                return replace(compared, reason=f"{who} left it unanswered: {written.reason}")
+            if lack := lack_of(written):
+                return replace(compared, reason=f"{lack[0]} by {who}: {lack[1]}")
         judged = await gather(self._judged(place, compared, order) for order in range(2))
         scores, reasons = zip(*judged, strict=True)
         return replace(compared, scores=scores, reason=next(filter(None, reasons), ""))
@@ -214,7 +214,8 @@ class Adversarial(Recipe[AdversarialConfig]):
         """The teacher's answer, which the round that added the instruction may have left open."""
         if entry.answer is not None:
             return Written("", entry.answer, None, None, "stop")
-        return await self._ask(self.scribe, entry, (_AGAIN, self.round.number, place))
+        # In every round the same request: what it came to in an earlier one is found.
+        return await self._ask(self.scribe, entry, (_AGAIN, place))
 
     async def _ask(self, scribe: Scribe, entry: Entry, seed: tuple[int, ...]) -> Written:
         return await scribe.ask(Request(entry.instruction, self.scribe.seed(*seed), self._answering))
@@ -232,8 +233,8 @@ class Adversarial(Recipe[AdversarialConfig]):
         for attempt in range(2):
             seed = self.scribe.seed(_REFEREE, self.round.number, place, order, attempt)
             written = await self.round.referee.ask(Request(asked, seed, parameters))
-            if written.finish_reason == "error":
-                return None, f"the referee left it unanswered: {written.reason}"
+            if lack := lack_of(written):
+                return None, f"{lack[0]} by the referee: {lack[1]}"
             if scores := parse_scores(text_of(written, parameters.stop)):
                 return scores if order == 0 else scores[::-1], ""
         return None, f"the referee gave no two scores: {written.text[-80:]!r}"
@@ -291,8 +292,8 @@ class Adversarial(Recipe[AdversarialConfig]):
         """The new instruction that was written, and the rule by which it is left out, with the reason."""
         text = parse_new_prompt(text_of(written, () if self.scribe.chats else NEW_PROMPT_STOP))
         new = Entry(text, kind, self.round.number, model.origin, made_from=model.instruction)
-        if written.finish_reason == "error":
-            return new, ("unanswered", written.reason)
+        if lack := lack_of(written):
+            return new, lack
         if written.finish_reason == "length":
             return new, ("cut", "was cut at the token limit")
         rejection = judge({"instruction": text}, filters)

@@ -63,7 +63,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of the report: a share from 0 to 1, or a mean."""
+    """A number of the report: a share from 0 to 1, a count (an int) or a mean."""
 
     name: str
     value: float
@@ -71,7 +71,8 @@ class Figure:
 
 
 class Recipe(ABC, Generic[S]):
-    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them.
+    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them. One that writes for each
+    prompt alone is a `PromptByPrompt`, one that makes up its prompts an `OwnPrompts`.
 
     Attributes:
         round: set by whoever has it write, before it does.
@@ -97,33 +98,14 @@ class Recipe(ABC, Generic[S]):
             InputError: they cannot.
         """
 
-    @classmethod
-    def own_prompts(cls, settings: S) -> list[Prompt]:
-        """What a recipe starts from that makes up its prompts (`settings.makes_prompts`).
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        raise NotImplementedError
-
     @property
     @abstractmethod
     def requests(self) -> int:
         """The completions it asks for, at the most."""
 
-    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
-        """The candidates of one prompt, those that cannot be used rejected with the reason. A recipe that does not go
-        prompt by prompt has `candidates` instead."""
-        raise NotImplementedError
-
-    async def candidates(self) -> AsyncGenerator[Candidate, None]:
-        """All candidates, prompt by prompt."""
-        self.scribe.total = self.requests
-        work = (self.write_for(place, prompt) for place, prompt in enumerate(self.prompts))
-        async with aclosing(in_order(work, self.settings.in_flight)) as written:
-            async for candidates in written:
-                for candidate in candidates:
-                    yield candidate
+    @abstractmethod
+    def candidates(self) -> AsyncGenerator[Candidate, None]:
+        """All candidates, those that cannot be used rejected with the reason."""
 
     def choose(self, kept: list[Candidate]) -> list[Candidate]:
         """Look once more at what has passed the filters, all prompts together: the same candidates in order, some of
@@ -133,6 +115,36 @@ class Recipe(ABC, Generic[S]):
     def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
         """What the recipe reports of all its candidates."""
         return []
+
+
+class PromptByPrompt(Recipe[S]):
+    """A recipe whose candidates for one prompt depend on no other prompt."""
+
+    @abstractmethod
+    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
+        """The candidates of one prompt."""
+
+    async def candidates(self) -> AsyncGenerator[Candidate, None]:
+        """Prompt by prompt."""
+        self.scribe.total = self.requests
+        work = (self.write_for(place, prompt) for place, prompt in enumerate(self.prompts))
+        async with aclosing(in_order(work, self.settings.in_flight)) as written:
+            async for candidates in written:
+                for candidate in candidates:
+                    yield candidate
+
+
+class OwnPrompts(Recipe[S]):
+    """A recipe whose teacher makes up the prompts too (`settings.makes_prompts`)."""
+
+    @classmethod
+    @abstractmethod
+    def own_prompts(cls, settings: S) -> list[Prompt]:
+        """What it starts from instead.
+
+        Raises:
+            InputError: it cannot be read.
+        """
 
 
 def parameters_of(sampling: SamplingConfig) -> SamplingParameters:
@@ -151,10 +163,21 @@ def text_of(written: Written, stop: Sequence[str] = ()) -> str:
     return text.rstrip()
 
 
+NO_ANSWER = ("unanswered", "refused")
+"""By what is rejected that was not written: it may be another time, or will not be."""
+
+
+def lack_of(written: Written) -> tuple[str, str] | None:
+    """Which of `NO_ANSWER` this is, and why; None where it is an answer."""
+    if written.finish_reason != "error":
+        return None
+    return NO_ANSWER[written.refused], written.reason
+
+
 def fault_of(written: Written, text: str, by: str = "teacher") -> tuple[str, str] | None:
     """The check that a completion does not pass by itself, and why; None where it is one."""
-    if written.finish_reason == "error":
-        return "unanswered", written.reason
+    if lack := lack_of(written):
+        return lack
     if not text.strip():
         return "empty", f"the {by} wrote nothing"
     return None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rayk.config import ChainOfThoughtConfig
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
-from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, parameters_of, text_of
+from rayk.synthesis.base import NO_ANSWER, Candidate, Figure, PromptByPrompt, fault_of, lack_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt, is_right
 from rayk.synthesis.scribe import Request, Scribe
 from rayk.synthesis.store import Written
@@ -20,7 +20,7 @@ from rayk.text.answers import answer_in
 _RATIONALE, _ANSWER = 1, 2  # the stages of a seed
 
 
-class ChainOfThought(Recipe[ChainOfThoughtConfig]):
+class ChainOfThought(PromptByPrompt[ChainOfThoughtConfig]):
     """See the module."""
 
     summary = "the teacher's rationales that end in the right answer, several a question"
@@ -58,8 +58,8 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
         answer = prompt.truth if right else found
         fields = {"rationale": rationale, "teacher_answer": found, "correct": right}
         candidate = Candidate(self._question(prompt), self._target(rationale, answer), place, written, fields)
-        if written[-1].finish_reason == "error":
-            return candidate.rejected("unanswered", written[-1].reason)
+        if lack := lack_of(written[-1]):
+            return candidate.rejected(*lack)
         if found is None:
             return candidate.rejected("no_answer", f"no {settings.type} in {said[:60]!r}")
         if right is False:
@@ -75,7 +75,7 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
         return f"{rationale}\nTherefore, the answer is {answer}."
 
     def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
-        answered = [each for each in candidates if each.rejected_by != "unanswered"]
+        answered = [each for each in candidates if each.rejected_by not in NO_ANSWER]
         kept = [each for each in candidates if not each.rejected_by]
         if not answered:
             return []

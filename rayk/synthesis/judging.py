@@ -15,7 +15,7 @@ from typing import Any
 from rayk.config import FilterConfig, JudgeFilter
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
-from rayk.synthesis.base import Candidate
+from rayk.synthesis.base import Candidate, lack_of
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.store import Written
 from rayk.text.answers import matched
@@ -85,8 +85,8 @@ async def judged(
 
 def _passed(judge: Judge, candidate: Candidate, reply: Written) -> Candidate:
     candidate = replace(candidate, written=(*candidate.written, reply))
-    if reply.finish_reason == "error":
-        return candidate.rejected(f"{judge.name} unanswered", reply.reason)
+    if lack := lack_of(reply):
+        return candidate.rejected(f"{judge.name} {lack[0]}", lack[1])
     score = judge.score(reply.text)
     if score is None:
         said = " ".join(reply.text.split())

@@ -18,7 +18,7 @@ from rayk.data.tokens import Encoder
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
 from rayk.models import load_tokenizer
-from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, parameters_of, text_of
+from rayk.synthesis.base import NO_ANSWER, Candidate, Figure, OwnPrompts, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.store import Written
@@ -37,7 +37,7 @@ class _Drawn:
     written: Written
 
 
-class Magpie(Recipe[MagpieConfig]):
+class Magpie(OwnPrompts[MagpieConfig]):
     """See the module."""
 
     summary = "instructions that a chat model writes at the beginning of a user's turn, and its answers to them"
@@ -152,7 +152,7 @@ class Magpie(Recipe[MagpieConfig]):
         return [each if i in chosen else each.rejected("not_longest", reason) for i, each in enumerate(kept)]
 
     def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
-        came = [each for each in candidates if len(each.written) > 1 or each.rejected_by != "unanswered"]
+        came = [each for each in candidates if len(each.written) > 1 or each.rejected_by not in NO_ANSWER]
         kept = [each for each in candidates if not each.rejected_by]
         if not came or not kept:
             return []

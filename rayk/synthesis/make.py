@@ -93,18 +93,31 @@ def synthesise(
     candidates = _sifted(candidates, comparing, prompts)
     kept = [each for each in candidates if not each.rejected_by]
     rejected = [each for each in candidates if each.rejected_by]
-    summary = {
+    summary = _summary(recipe, candidates, _names(alone, rating, comparing))
+    store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
+    if not kept:
+        raise RunFailed(_why_nothing(recipe, rejected))
+    store.finish(summary)
+    return summary
+
+
+def _summary(recipe: Recipe, candidates: list[Candidate], filters: Sequence[str]) -> dict[str, Any]:
+    """What `summary.json` holds; `filters`: their names, in order."""
+    settings, prompts, teacher, tally = recipe.settings, recipe.prompts, recipe.scribe.teacher, recipe.scribe.tally
+    kept = [each for each in candidates if not each.rejected_by]
+    rejected = [each for each in candidates if each.rejected_by]
+    return {
         "kind": settings.kind,
         "about": recipe.summary,
         "paper": recipe.paper,
         "teacher": {"name": teacher.name, "model": teacher.info.model, "engine": teacher.info.engine},
-        "prompts": len(prompts),
+        "prompts": 0 if settings.makes_prompts else len(prompts),
         "candidates": len(candidates),
         "kept": len(kept),
-        "rejected": dict.fromkeys(_names(alone, rating, comparing), 0)
-        | dict(Counter(each.rejected_by for each in rejected)),
+        "rejected": dict.fromkeys(filters, 0) | dict(Counter(each.rejected_by for each in rejected)),
         "unanswered": tally.unanswered,
-        "completions": len(store),
+        "refused": recipe.store.refusals,
+        "completions": len(recipe.store),
         "figures": [asdict(figure) for figure in recipe.figures(candidates)],
         "usage": tally.charged,
         "examples": {
@@ -116,14 +129,6 @@ def synthesise(
             ],
         },
     }
-    store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
-    if not kept:
-        raise RunFailed(
-            f"None of {len(candidates)} completions can be learned from ({_reasons(rejected)}); "
-            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
-        )
-    store.finish(summary)
-    return summary
 
 
 def _scribes(
@@ -237,6 +242,21 @@ def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
 def _spread(candidates: list[Candidate]) -> list[Candidate]:
     """Some of them, from all over."""
     return candidates[:: max(1, len(candidates) // _EXAMPLES)][:_EXAMPLES]
+
+
+def _why_nothing(recipe: Recipe, rejected: list[Candidate]) -> str:
+    """Why no row is left, in sentences."""
+    store = recipe.store
+    if rejected:
+        return (
+            f"None of {len(rejected)} completions can be learned from ({_reasons(rejected)}); "
+            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
+        )
+    return (
+        f"Nothing in the {len(store):,} completions is what synthesis '{recipe.settings.kind}' asked for; look into "
+        f"'{store.folder / 'completions'}'. Is synthesis.chat (of an endpoint: engine.chat) as the teacher is, a chat "
+        "model or a base model?"
+    )
 
 
 def _reasons(rejected: list[Candidate]) -> str:

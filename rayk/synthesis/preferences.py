@@ -22,7 +22,7 @@ from typing import Any
 
 from rayk.config import PreferencesConfig, TeacherConfig
 from rayk.engines.batching import gather
-from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, parameters_of, text_of
+from rayk.synthesis.base import Candidate, Figure, PromptByPrompt, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import AnswerScorer
 from rayk.synthesis.scribe import Request, Scribe
@@ -42,7 +42,7 @@ class _Answer:
     score: float | None = None
 
 
-class Preferences(Recipe[PreferencesConfig]):
+class Preferences(PromptByPrompt[PreferencesConfig]):
     """See the module."""
 
     summary = "of two answers to each prompt a better and a worse one: the teacher's and the student's, or by a score"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from rayk.config import ResponsesConfig, TeacherConfig
-from rayk.synthesis.base import Candidate, Recipe, fault_of, parameters_of, text_of
+from rayk.synthesis.base import Candidate, PromptByPrompt, fault_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import AnswerScorer
 from rayk.synthesis.scribe import Request, Scribe
@@ -17,7 +17,7 @@ from rayk.synthesis.store import Written
 _SAMPLE = 0  # the stage of a seed
 
 
-class Responses(Recipe[ResponsesConfig]):
+class Responses(PromptByPrompt[ResponsesConfig]):
     """See the module."""
 
     summary = "the teacher's answers to the rows' prompts, all of them or the best of several"

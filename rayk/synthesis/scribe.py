@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ Progress = Callable[[int, int, str], None]
 _FLUSH_COMPLETIONS = 256
 _TICK_SECONDS = 2.0
 _TELL_SECONDS = 0.2
+_USAGE_SECONDS = 5.0
 _UNANSWERED_IN_A_ROW = 32
 _REFUSED_AT_FIRST = 256
 T = TypeVar("T")
@@ -49,34 +50,35 @@ class Request:
         sent: what the teacher reads for it, to the letter, where the recipe has laid that out itself: neither a chat
             template nor the tokenizer's own beginning is put around it. The store finds the request by `prompt` all the
             same, for a template may write the day's date.
-        refusal_counts: a refusal is an answer, kept like others, because what is asked next depends on it.
     """
 
     prompt: str
     seed: int
     parameters: SamplingParameters
     sent: str | None = None
-    refusal_counts: bool = False
 
 
 class Tally:
     """What the scribes of one store have asked for, all together, as the progress tells it.
 
     Args:
-        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
-            tells them apart.
-        chat: instead of `settings.chat`.
+        charged: for what the store held before.
 
     Attributes:
         total: how many completions the recipe will ask for; the recipe says so.
         done: those that it has.
         asked: those that were asked for, the others being found in the store.
-        unanswered: those of them that did not come.
+        unanswered: those of them that did not come, and may another time.
+        refused: those that will not come.
         tokens: written in answer.
+        scribes: those that ask now.
+        flushing: held by the one that writes what has come.
     """
 
     def __init__(self, charged: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None):
-        self.total = self.done = self.asked = self.unanswered = self.tokens = 0
+        self.total = self.done = self.asked = self.unanswered = self.refused = self.tokens = 0
+        self.scribes: list[Scribe] = []
+        self.flushing = asyncio.Lock()
         self._charges: dict[object, Mapping[str, Any]] = {None: charged or {}}
         self._progress = progress
         self._began = self._told = time.monotonic()
@@ -102,8 +104,9 @@ class Tally:
             text += f", {self.tokens / seconds:,.0f} tokens/s"
         if (cost := self.charged.get("cost")) is not None:
             text += f", cost {cost:,.4f}"
-        if self.unanswered:
-            text += f", {self.unanswered:,} unanswered"
+        for number, what in ((self.unanswered, "unanswered"), (self.refused, "refused")):
+            if number:
+                text += f", {number:,} {what}"
         if self.asked and self.done < self.total:
             text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
         self._progress(self.done, self.total, text)
@@ -147,10 +150,11 @@ class Scribe:
             if self._chat:
                 check_chats(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
-        self._ended, self._flushing = asyncio.Event(), asyncio.Lock()
+        self._ended = asyncio.Event()
         self._ordinals: Counter[str] = Counter()
-        self._in_a_row = self._refused = 0
+        self._in_a_row = 0
         self._answered = False
+        self._refusals: list[tuple[Written, dict[str, Any]]] = []  # before anything was answered
         self._uncounted = False  # whether something came since the endpoint told what it charges
         self._failure: RaykError | None = None
         self._charged_before: dict[str, Any] = {}
@@ -160,6 +164,7 @@ class Scribe:
 
     async def __aenter__(self) -> "Scribe":
         self._usage_at_start = self._seen = await self._usage()
+        self.tally.scribes.append(self)
         self._ticking = asyncio.create_task(self._tick())
         return self
 
@@ -168,7 +173,10 @@ class Scribe:
         try:
             await self._ticking
         finally:
-            await self._flush()
+            try:
+                await self._flush()
+            finally:
+                self.tally.scribes.remove(self)
 
     @property
     def total(self) -> int:
@@ -199,7 +207,7 @@ class Scribe:
 
     async def ask(self, request: Request) -> Written:
         """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
-        'error' and is not kept: another run asks again (but see `Request.refusal_counts`).
+        'error'. Where it is `refused` that is kept like a completion, else another run asks again.
 
         Raises:
             RunFailed: the teacher leaves everything unanswered, or the disk is full.
@@ -214,6 +222,8 @@ class Scribe:
                 written = await self._asked(key, request)
         else:
             self._answered = True
+        if self._answered:
+            self._keep_refusals()
         self.tally.done += 1
         self.tally.tell()
         return written
@@ -241,18 +251,21 @@ class Scribe:
                 raise
             return self._left_unanswered(key, str(error))
         self.tally.asked += 1
-        if completion.finish_reason == "error" and not (completion.refused and request.refusal_counts):
-            return self._left_unanswered(key, completion.reason, completion.refused)
-        self._in_a_row, self._answered = 0, True
+        self._uncounted = True
+        if completion.finish_reason == "error" and not completion.refused:
+            return self._left_unanswered(key, completion.reason)
         written = _written(key, completion)
-        self.tally.tokens += written.tokens or 0
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
             "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
             "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
-        self.store.add(written, provenance)
-        self._uncounted = True
+        if completion.refused:
+            self._take_refusal(written, provenance)
+        else:
+            self._in_a_row, self._answered = 0, True
+            self.tally.tokens += written.tokens or 0
+            self.store.add(written, provenance)
         if self.store.unwritten >= _FLUSH_COMPLETIONS:
             await self._flush()
         return written
@@ -278,21 +291,33 @@ class Scribe:
             f"takes {limit}"
         )
 
-    def _left_unanswered(self, key: str, reason: str, refused: bool = False) -> Written:
-        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there. Refusals do
-        not, for they are answers of a sort; but where not one prompt was ever taken, it is not the prompts' fault."""
+    def _left_unanswered(self, key: str, reason: str) -> Written:
+        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
         self.tally.unanswered += 1
-        self._refused += refused
-        self._in_a_row = 0 if refused else self._in_a_row + 1
-        never = not self._answered and self._refused >= _REFUSED_AT_FIRST
-        if never or self._in_a_row >= _UNANSWERED_IN_A_ROW:
-            what = f"refused the first {self._refused}" if never else f"left {self._in_a_row}"
-            self._failure = RunFailed(
-                f"Teacher '{self.teacher.name}' {what} prompts{'' if never else ' in a row unanswered'}, the last "
-                f"since {reason}. What was written before is kept; see to the teacher and run again."
-            )
-            raise self._failure
-        return Written(key, "", None, None, "error", reason, refused=refused)
+        self._in_a_row += 1
+        if self._in_a_row >= _UNANSWERED_IN_A_ROW:
+            self._fail(f"left {self._in_a_row} prompts in a row unanswered, the last since {reason}")
+        return Written(key, "", None, None, "error", reason)
+
+    def _take_refusal(self, written: Written, provenance: dict[str, Any]) -> None:
+        """A refusal is an answer of a sort, and kept; but where not one prompt was ever taken, it is not the prompts'
+        fault, and they are asked again when that is mended."""
+        self.tally.refused += 1
+        self._in_a_row = 0
+        self._refusals.append((written, provenance))
+        if not self._answered and len(self._refusals) >= _REFUSED_AT_FIRST:
+            self._fail(f"refused the first {len(self._refusals)} prompts, the last since {written.reason}")
+
+    def _keep_refusals(self) -> None:
+        for refusal in self._refusals:
+            self.store.add(*refusal)
+        self._refusals.clear()
+
+    def _fail(self, what: str) -> NoReturn:
+        self._failure = RunFailed(
+            f"Teacher '{self.teacher.name}' {what}. What was written before is kept; see to the teacher and run again."
+        )
+        raise self._failure
 
     async def _tick(self) -> None:
         while not self._ended.is_set():
@@ -305,24 +330,47 @@ class Scribe:
                 return
 
     async def _flush(self) -> None:
-        async with self._flushing:
-            if not self.store.unwritten and not self._uncounted:
+        """Write what has come, and before it what was charged for it: a kill in between leaves no completion that is
+        not in the bill."""
+        async with self.tally.flushing:
+            keys = self.store.unwritten_keys
+            if not keys and not any(scribe._uncounted for scribe in self.tally.scribes):
                 return
-            await asyncio.to_thread(self.store.flush)
-            self._uncounted = False
-            if used := await self._usage():
-                if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
-                    self._charged_before, self._usage_at_start = self._charged, {}
-                self._seen = used
-                self._charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
-                self.tally.charge(self, self._charged)
-                self.store.usage = self.tally.charged
+            for scribe in self.tally.scribes:
+                await scribe._see_charges()
+            await asyncio.to_thread(self._write_down, keys)
+
+    def _write_down(self, keys: set[str]) -> None:
+        try:
+            if (charged := self.tally.charged) != self.store.usage:
+                self.store.usage = charged
+        finally:
+            self.store.flush(keys)
+
+    async def _see_charges(self) -> None:
+        """Ask what was charged since the last time. A replica that does not answer holds nothing up: the next time
+        will do."""
+        if not self._uncounted:
+            return
+        self._uncounted = False
+        try:
+            async with asyncio.timeout(_USAGE_SECONDS):
+                used = await self._usage()
+        except (TimeoutError, RaykError):
+            self._uncounted = True
+            return
+        if used:
+            if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
+                self._charged_before, self._usage_at_start = self._charged, {}
+            self._seen = used
+            self._charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
+            self.tally.charge(self, self._charged)
 
     async def _usage(self) -> dict[str, Any]:
         """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
         if self.teacher.info.engine != "openai":
             return {}
-        usage = await asyncio.to_thread(self.teacher.usage)
+        usage = await self.teacher.ausage()
         return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
 
 

@@ -23,7 +23,7 @@ from rayk.config import SelfInstructConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import RunFailed
 from rayk.synthesis import tasks
-from rayk.synthesis.base import Candidate, Figure, Recipe, parameters_of, text_of
+from rayk.synthesis.base import Candidate, Figure, OwnPrompts, lack_of, parameters_of, text_of
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.store import Written
@@ -48,7 +48,7 @@ class _Made:
     written: Written
 
 
-class SelfInstruct(Recipe[SelfInstructConfig]):
+class SelfInstruct(OwnPrompts[SelfInstructConfig]):
     """See the module."""
 
     summary = "tasks, inputs and answers that the teacher makes up, starting from tasks written by people"
@@ -108,7 +108,7 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
             for origin, written in zip(origins, await self.scribe.write(requests), strict=True):
                 if written.refused:
                     refused = Candidate("", "", origin, (written,), {"instruction": ""})
-                    yield refused.rejected("unanswered", f"a list of instructions: {written.reason}")
+                    yield refused.rejected("refused", f"a list of instructions: {written.reason}")
                     continue
                 for instruction in self._read(written):
                     rejection = judge({"instruction": instruction}, filters)
@@ -130,9 +130,7 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
         people = draw.permutation(len(self._seeds))[: tasks.INSTRUCTIONS_IN_CONTEXT - len(machine)]
         shown = [*machine, *(self._seeds[i].instruction for i in people)]
         asked = tasks.instructions_prompt([shown[i] for i in draw.permutation(len(shown))], self._chat)
-        return int(people[0]), Request(
-            asked, self.scribe.seed(_LIST, batch, number), self._listing, refusal_counts=True
-        )
+        return int(people[0]), Request(asked, self.scribe.seed(_LIST, batch, number), self._listing)
 
     def _read(self, written: Written) -> list[str]:
         if written.finish_reason == "error":
@@ -147,18 +145,18 @@ class SelfInstruct(Recipe[SelfInstructConfig]):
         asked = tasks.classification_prompt(made.instruction, self._seeds, self._chat)
         sort = await self.scribe.ask(Request(asked, self.scribe.seed(_SORT, place), self._sorting))
         fields = {"instruction": made.instruction}
-        if sort.finish_reason == "error":
+        if lack := lack_of(sort):
             self.scribe.total -= 1  # its instances are not asked for
             unsorted = Candidate(made.instruction, "", made.origin, (sort, made.written), fields)
-            return [unsorted.rejected("unanswered", sort.reason)]
+            return [unsorted.rejected(*lack)]
         is_classification = tasks.parse_is_classification(sort.text)
         stop = tasks.LABELLED_STOP if is_classification else tasks.EXAMPLES_STOP
         asked = tasks.instances_prompt(made.instruction, self._seeds, is_classification, self._chat)
         parameters = SamplingParameters(self.settings.instance_tokens, 0.0, stop=stop)
         written = await self.scribe.ask(Request(asked, self.scribe.seed(_INSTANCES, place), parameters))
         whole = Candidate(made.instruction, text_of(written, stop), made.origin, (written, sort, made.written), fields)
-        if written.finish_reason == "error":
-            return [whole.rejected("unanswered", written.reason)]
+        if lack := lack_of(written):
+            return [whole.rejected(*lack)]
         found, fault = tasks.parse_instances(whole.completion, is_classification, written.finish_reason)
         if fault is not None:
             return [whole.rejected("instances", fault)]

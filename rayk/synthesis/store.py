@@ -4,6 +4,7 @@ The folder `<output>/synthesis/` holds
 
 - `settings.yaml`: what it is made with; under other settings it is refused;
 - `completions/part-*.parquet`: every completion with its provenance, by request key;
+- `refused/part-*.parquet`: in the same form what an endpoint will not answer; deleted, it is asked again;
 - `usage.json`: what a paid endpoint has charged for them;
 - `rows.parquet`, `rejected.parquet`, `summary.json`: what became of them, written last.
 
@@ -16,7 +17,7 @@ import errno
 import fcntl
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _READ = ("key", "text", "tokens", "mean_logprob", "finish_reason")
+_COMPLETIONS, _REFUSALS = "completions", "refused"
 _REFUSED = "refused"
 """The `finish_reason` of a refusal on disk; its `text` is the reason."""
 
@@ -80,7 +82,8 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._completions = Parts(folder / "completions", _SCHEMA)
+        self._completions = Parts(folder / _COMPLETIONS, _SCHEMA)
+        self._refused = Parts(folder / _REFUSALS, _SCHEMA)
         self._pending: dict[str, dict[str, Any]] = {}
         self._earlier: dict[str, dict[str, Any]] = {}
         self._flushing = threading.Lock()
@@ -127,10 +130,12 @@ class Store:
         self._write("settings.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
         remove_unfinished(self.folder)
         self._completions.load()
+        self._refused.load()
 
     def look_into(self, folder: Path) -> None:
         """Let `find` find what another folder, of an earlier round, holds too. It then becomes this one's."""
-        for path in sorted((folder / "completions").glob("part-*.parquet")):
+        paths = (path for kept in (_COMPLETIONS, _REFUSALS) for path in (folder / kept).glob("part-*.parquet"))
+        for path in sorted(paths):
             with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
                 self._earlier |= {row["key"]: row for row in rows_in(path, _SCHEMA).to_pylist()}
 
@@ -139,12 +144,15 @@ class Store:
 
     def find(self, key: str) -> Written | None:
         """What was written for a request."""
-        if key not in self._completions and key not in self._pending and key in self._earlier:
-            self._pending[key] = self._earlier.pop(key)
         if row := self._pending.get(key):
             return _written(row)
-        found = self._completions.find(key, _READ)
-        return None if found is None else _written(dict(zip(_READ, found, strict=True)))
+        found = self._completions.find(key, _READ) or self._refused.find(key, _READ)
+        if found is not None:
+            return _written(dict(zip(_READ, found, strict=True)))
+        if row := self._earlier.pop(key, None):
+            self._pending[key] = row
+            return _written(row)
+        return None
 
     def add(self, written: Written, provenance: Mapping[str, Any]) -> None:
         """Keep a completion, or that there will be none: in memory until the next `flush`."""
@@ -155,22 +163,32 @@ class Store:
 
     @property
     def unwritten(self) -> int:
-        """Completions that are not on disk yet."""
+        """Completions and refusals that are not on disk yet."""
         return len(self._pending)
 
-    def flush(self) -> None:
-        """Write what is not on disk yet. While it runs, on any thread, more may be added.
+    @property
+    def unwritten_keys(self) -> set[str]:
+        return set(self._pending)
+
+    @property
+    def refusals(self) -> int:
+        """Requests that will have no answer, on disk."""
+        return len(self._refused)
+
+    def flush(self, keys: Container[str] | None = None) -> None:
+        """Write what is not on disk yet, or of that these keys. While it runs, on any thread, more may be added.
 
         Raises:
             RunFailed: the disk is full or broken.
         """
         with self._flushing:
-            rows = list(self._pending.values())
-            if not rows:
-                return
-            self._completions.add(rows)
-            for row in rows:
-                del self._pending[row["key"]]
+            rows = [row for key, row in list(self._pending.items()) if keys is None or key in keys]
+            # What was asked next may depend on a refusal, so those are written first.
+            for parts, refused in ((self._refused, True), (self._completions, False)):
+                if kept := [row for row in rows if (row["finish_reason"] == _REFUSED) is refused]:
+                    parts.add(kept)
+                    for row in kept:
+                        del self._pending[row["key"]]
 
     @property
     def usage(self) -> dict[str, Any]:

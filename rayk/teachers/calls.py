@@ -71,7 +71,18 @@ class ServedModel:
         self._waiting_tokens = 0
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        """One request, asked until a replica answers or the deadline passes."""
+        """One request, asked within the credit until a replica answers or the deadline passes."""
+        tokens = getattr(request, "tokens", 0)
+        self._waiting_tokens += tokens
+        try:
+            async with self._credit:
+                self.statistics.calls += 1
+                return await self._call_at_once(method, request, read)
+        finally:
+            self._waiting_tokens -= tokens
+
+    async def _call_at_once(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
+        """`_call` for what takes a replica no time, whatever else is in flight."""
         last: BaseException | None = None
 
         def note(state: RetryCallState) -> None:
@@ -84,18 +95,12 @@ class ServedModel:
             wait=wait_exponential_jitter(initial=0.1, max=5.0),
             before_sleep=note,
         )
-        tokens = getattr(request, "tokens", 0)
-        self._waiting_tokens += tokens
         try:
-            async with self._credit:
-                self.statistics.calls += 1
-                # Serve itself waits without end while no replica is up, hence our own clock.
-                async with asyncio.timeout(self._deadline_seconds):
-                    return await retrying(self._attempt, method, request, read)
+            # Serve itself waits without end while no replica is up, hence our own clock.
+            async with asyncio.timeout(self._deadline_seconds):
+                return await retrying(self._attempt, method, request, read)
         except TimeoutError as error:
             raise self.unavailable(self._no_answer(last)) from (last or error)
-        finally:
-            self._waiting_tokens -= tokens
 
     async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         response = getattr(self._handle, method).remote(request, Asker(self._asker, self._waiting_tokens))

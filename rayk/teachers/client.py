@@ -172,7 +172,14 @@ class Teacher(ServedModel):
     def usage(self) -> Usage | None:
         """What all askers together have used of a paid endpoint (engine kind `openai`) since its replica started; None
         with any other engine."""
-        return wait_for(background(self._call("usage", None, lambda usage: usage)))
+        return wait_for(background(self._usage()))
+
+    async def ausage(self) -> Usage | None:
+        """`usage`, awaitable on any event loop."""
+        return await asyncio.wrap_future(background(self._usage()))
+
+    async def _usage(self) -> Usage | None:
+        return await self._call_at_once("usage", None, lambda usage: usage)
 
     def _timed(self, future: "Future[T]") -> T:
         began = time.perf_counter()

@@ -10,7 +10,7 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
-from rayk.cluster import gpus_each
+from rayk.cluster import gpus_each, is_own
 from rayk.config import EngineConfig, PolicyEngine, Replicas, Resources, TeacherConfig, VLLMPolicyEngine
 from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage, VerifyingEngine
 from rayk.engines.checks import check_verifies
@@ -251,7 +251,7 @@ def placement(resources: Resources, gpus: float, across_nodes: bool) -> dict[str
     grouped = across_nodes and gpus >= 1
     actor = {
         "num_cpus": resources.num_cpus, "num_gpus": 0.0 if grouped else gpus, "resources": resources.custom,
-        "runtime_env": {"env_vars": THREADING},
+        "runtime_env": {} if is_own() else {"env_vars": THREADING},
     }  # fmt: skip
     if not grouped:
         return {"ray_actor_options": actor}

@@ -37,6 +37,8 @@ class Checkpoint:
     """Rows already written for later steps (`rayk.training.supply`), of all workers."""
     base: str = ""
     """The fingerprint of what is frozen; "" where nothing is, or nothing tells."""
+    measured: bool = True
+    """False where the evaluation after `step` failed: it is still to be made, for the method may learn from it."""
 
 
 class CheckpointStore:
@@ -62,7 +64,9 @@ class CheckpointStore:
         for name, data in files.items():
             self._write(f"{folder}/{name}", data)
         sums = {name: _sums(data) for name, data in files.items()}
-        manifest = {"step": checkpoint.step, "files": sums, "base": checkpoint.base}
+        manifest = {
+            "step": checkpoint.step, "files": sums, "base": checkpoint.base, "measured": checkpoint.measured,
+        }  # fmt: skip
         self._write(f"{folder}/{_MANIFEST}.part", json.dumps(manifest).encode())
         self._fs.move(f"{folder}/{_MANIFEST}.part", f"{folder}/{_MANIFEST}")
         for step in self.steps()[:-keep]:
@@ -81,13 +85,15 @@ class CheckpointStore:
         for step in reversed(self.steps()):
             files = self._read_whole(step)
             if files is not None:
+                manifest = self._manifest(step)
                 return Checkpoint(
                     step,
                     load_tensors(files["model.safetensors"]),
                     _unpack(files["optimizer.pt"]),
                     _unpack(files["method.pt"]),
                     _unpack(files["rollouts.pt"]),
-                    self._manifest(step)["base"],
+                    manifest["base"],
+                    manifest["measured"],
                 )
         return None
 
@@ -98,7 +104,11 @@ class CheckpointStore:
     def _manifest(self, step: int) -> dict[str, Any]:
         """Empty where it is damaged or gone."""
         try:
-            return {"base": "", **json.loads(self._read(f"{self._folder}/step-{step:08d}/{_MANIFEST}"))}
+            return {
+                "base": "",
+                "measured": True,
+                **json.loads(self._read(f"{self._folder}/step-{step:08d}/{_MANIFEST}")),
+            }
         except (FileNotFoundError, ValueError):
             return {}
 

@@ -10,17 +10,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import ray
-import ray.train
 import torch
 from torch import Tensor
 
-from rayk.config import RunConfig, ServedRollouts, TrainingConfig
+from rayk.config import ServedRollouts, TrainingConfig
 from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, pad_id_of
 from rayk.data.examples import ExampleTable
 from rayk.errors import RaykError, RunFailed
@@ -28,11 +25,13 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import CausalLM, load_tokenizer, pick_device
-from rayk.rollouts import Policy, PolicyAddress, Rollout, ServedPolicy, WorkerPolicy, learned, summarise
-from rayk.students import Size, make_model, size_of
-from rayk.teachers import Teacher, connect_teacher, scorer_of
-from rayk.teachers.cache import SignalCache, opened
+from rayk.rollouts import Policy, Rollout, ServedPolicy, WorkerPolicy, learned, summarise
+from rayk.students import make_model, size_of
+from rayk.teachers import scorer_of
+from rayk.teachers.cache import opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
+from rayk.training.job import Job, Outcome, fetched
+from rayk.training.optimisation import learning_rate_at, make_optimizer, steps_of_epochs
 from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
 from rayk.training.student import UNUSABLE, Step, Student, save_model, wrap
@@ -41,41 +40,6 @@ from rayk.training.supply import Prepared, Span, Supply
 logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 1000  # sorted by length among themselves
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker. Tables travel through Ray's object store, teachers by name."""
-
-    config: RunConfig
-    tokenizer: str
-    applications: Mapping[str, str]
-    """The Serve application of each teacher."""
-    train_table: Any
-    evaluation_table: Any
-    pretraining_table: Any = None
-    policy: PolicyAddress | None = None
-    """Where the policy is served; None: each worker writes by itself."""
-    demonstrator: Any = None
-    """Who shows rows demonstrations, with method `in_context`."""
-    base: str = ""
-    """The fingerprint of the frozen weights below an adapter."""
-
-    def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
-        """Each teacher by its name in the settings, asked once whether it answers."""
-        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a worker group returns: how far it came, the last evaluation, or why it had to stop."""
-
-    step: int
-    total_steps: int
-    evaluation: Evaluation | None = None
-    problem: RaykError | None = None
-    size: Size | None = None
-    """Of the student."""
 
 
 def train_worker(job: Job) -> Outcome:
@@ -105,12 +69,12 @@ def evaluate_worker(job: Job) -> Evaluation:
     config = job.config
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
     model = make_model(config.student, tokenizer, config.seed, pick_device())
-    examples = list(ExampleTable(_fetched(job.evaluation_table)))
+    examples = list(ExampleTable(fetched(job.evaluation_table)))
     with opened(config.cache) as cache:
         teacher = scorer_of(config, job.teachers(cache), tokenizer)
         evaluator = Evaluator(
             config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens,
-            demonstrator=_fetched(job.demonstrator),
+            demonstrator=fetched(job.demonstrator),
         )  # fmt: skip
         return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
 
@@ -123,7 +87,7 @@ class Trainer:
         self.config, self.settings, self.ranks = config, config.training, ranks
         self.device = device_of_worker()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
-        self.table = ExampleTable(_fetched(job.train_table))
+        self.table = ExampleTable(fetched(job.train_table))
         self._closing = ExitStack()
         self.teachers = job.teachers(self._closing.enter_context(opened(config.cache)))
         self._cached_tokens = 0
@@ -131,21 +95,16 @@ class Trainer:
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.policy = _policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
         self.method: Method = METHODS[config.method.kind](
-            config.method, teacher, self.policy, demonstrator=_fetched(job.demonstrator)
+            config.method, teacher, self.policy, demonstrator=fetched(job.demonstrator)
         )
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters, self.settings.weight_decay),
-            lr=self.settings.learning_rate,
-            betas=self.settings.betas,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.parameters, self.settings)
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))
         self.sampler = BatchSampler(self.table.lengths, self.settings.batch_size, config.seed, self.total_steps)
         pad_id = pad_id_of(self.tokenizer)
-        beside = None if job.pretraining_table is None else ExampleTable(_fetched(job.pretraining_table))
+        beside = None if job.pretraining_table is None else ExampleTable(fetched(job.pretraining_table))
         self.supply = Supply(
             config, self.method, self.policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world,
             pretraining=beside,
@@ -155,19 +114,21 @@ class Trainer:
         self.step = 0
         self._midway = False
         """The weights are those of no whole number of steps, so not to be kept."""
+        self._measured = True
+        """The evaluation that was due after `step` is made."""
         self._restore()
         self._saved = self.step
         self.evaluator: Evaluator | None = None
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
-                config.evaluation, ExampleTable(_fetched(job.evaluation_table)), self.tokenizer,
+                config.evaluation, ExampleTable(fetched(job.evaluation_table)), self.tokenizer,
                 teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, self.method.demonstrator,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
     def run(self) -> Outcome:
         self._start_together()
-        evaluation = None
+        evaluation = None if self._measured else self._measured_late()
         experiences = self.supply.stream(self.step, self.total_steps)
         try:
             for step in range(self.step, self.total_steps):
@@ -180,10 +141,11 @@ class Trainer:
                     try:
                         evaluation = self._evaluate(last)
                     except StopTogether:
+                        self._measured = False
                         if self.recorder:  # its step is done, whatever became of the evaluation
                             self.recorder.record(row)
                         raise
-                    row |= {f"evaluation_{name}": value for name, value in evaluation.metrics.items()}
+                    row |= _of_evaluation(evaluation)
                 if self.recorder:
                     self.recorder.record(row)
                 if last or self.step % self.settings.checkpoint_every_steps == 0:
@@ -396,6 +358,14 @@ class Trainer:
         self.method.on_evaluation(whole.metrics)
         return whole
 
+    def _measured_late(self) -> Evaluation:
+        """The evaluation that the run before had to stop at; its numbers join its step's row."""
+        evaluation = self._evaluate(last=self.step == self.total_steps)
+        self._measured = True
+        if self.recorder:
+            self.recorder.add_to_last(_of_evaluation(evaluation))
+        return evaluation
+
     def _checkpoint(self) -> None:
         self._saved = self.step
         states = self.ranks.gather(self.method.state_dict())
@@ -403,8 +373,9 @@ class Trainer:
         problem = None
         if self.ranks.rank == 0:
             state = Checkpoint(
-                self.step, learned(self.module), self.optimizer.state_dict(), states, rollouts, self._base
-            )
+                self.step, learned(self.module), self.optimizer.state_dict(), states, rollouts, self._base,
+                self._measured,
+            )  # fmt: skip
             try:
                 self.store.save(state, self.settings.keep_checkpoints)
             except OSError as error:
@@ -421,7 +392,7 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
         self.supply.load_state(checkpoint.step, checkpoint.rollouts)
-        self.step = checkpoint.step
+        self.step, self._measured = checkpoint.step, checkpoint.measured
 
 
 def _policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Policy | None:
@@ -437,23 +408,12 @@ def _policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Polic
     )
 
 
-def steps_of_epochs(settings: TrainingConfig, rows: int) -> int:
-    """Optimiser steps in `settings.epochs` passes over `rows` rows, at least one."""
-    assert settings.epochs is not None
-    return max(1, round(settings.epochs * rows / settings.batch_size))
-
-
-def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then the schedule down to `final_learning_rate`."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
-    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[settings.schedule]
-    return settings.learning_rate * (settings.final_learning_rate + (1 - settings.final_learning_rate) * share)
-
-
 def _spanned(name: str, span: Span) -> dict[str, float]:
     return {f"{name}_started_at": span.started_at, f"{name}_seconds": span.seconds}
+
+
+def _of_evaluation(evaluation: Evaluation) -> dict[str, float]:
+    return {f"evaluation_{name}": value for name, value in evaluation.metrics.items()}
 
 
 def _mean_over(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
@@ -464,18 +424,6 @@ def _mean_over(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, f
     return {name: sum(count * means[name] for count, means in updates) / whole for name in updates[0][1]}
 
 
-def _decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: norms and biases have no direction to shrink."""
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def _use_threads(settings: TrainingConfig, ranks: Ranks) -> None:
     if settings.workers > 0 or settings.threads:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))
-
-
-def _fetched(shared: Any) -> Any:
-    return ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared

@@ -15,11 +15,7 @@ class Recorder:
 
     def __init__(self, folder: Path, step: int, tracking: TrackingConfig):
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in read_lines(self._path) if line["step"] <= step]
-        part = self._path.with_suffix(".jsonl.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._rewrite([line for line in read_lines(self._path) if line["step"] <= step])
         self._writer = None
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -29,10 +25,26 @@ class Recorder:
     def record(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        self._draw(row, row["step"])
+
+    def add_to_last(self, values: dict[str, Any]) -> None:
+        """Give the last row what was still to come of it."""
+        *before, last = read_lines(self._path)
+        self._file.close()
+        self._rewrite([*before, last | values])
+        self._draw(values, last["step"])
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        part = self._path.with_suffix(".jsonl.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(part, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def _draw(self, values: dict[str, Any], step: int) -> None:
         if self._writer:
-            for name, value in row.items():
+            for name, value in values.items():
                 if name != "step" and not name.endswith("_at"):
-                    self._writer.add_scalar(name, value, row["step"])
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()

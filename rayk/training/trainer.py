@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import ray
+from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayk.cluster import gpus_each, run_on
 from rayk.errors import RunFailed
 from rayk.evaluation.evaluate import Evaluation
-from rayk.training.loop import Job, Outcome, evaluate_worker, train_worker
+from rayk.training.group import GroupTrainer
+from rayk.training.job import Job, Outcome
+from rayk.training.loop import evaluate_worker, train_worker
 
 
 def train(job: Job) -> Outcome:
@@ -35,9 +38,10 @@ def train(job: Job) -> Outcome:
         pretraining_table=_put(job.pretraining_table), demonstrator=_put(job.demonstrator),
     )  # fmt: skip
     gpus = gpus_each(settings.resources.num_gpus)
-    trainer = TorchTrainer(
-        lambda given: train_worker(given["job"]),
-        train_loop_config={"job": shared},
+    trainer = GroupTrainer(
+        # Job and outcome pass the controller packed, so that it can do without all that workers import.
+        lambda given: cloudpickle.dumps(train_worker(ray.get(given["job"]))),
+        train_loop_config={"job": ray.put(shared)},
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
             use_gpu=gpus > 0,
@@ -57,7 +61,7 @@ def train(job: Job) -> Outcome:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise RunFailed(f"Training failed: {_cause(error)}") from error
-    return _checked(result.return_value)
+    return _checked(cloudpickle.loads(result.return_value))
 
 
 def evaluate_remotely(job: Job) -> Evaluation:

@@ -1,9 +1,10 @@
 """The black-box comparison's family of tasks that must be read from demonstrations: what a sign is called.
 
-A sign has a colour and a shape, ``red ring``, and four of the eight shapes are round. A task has a word for signs that
-are round and one for those that are not. With the words drawn from ten that makes 90 tasks. Which word is for which
-can be read from demonstrations only; the pairs of words in `NEW` come together in no training row of anyone. People who
-write rows take the wrong one of the two words now and then.
+A sign has a colour and a shape, ``red ring``, and two of the four shapes are round. A task has a word for signs that
+are round and one for those that are not. With the words drawn from ten that makes 90 tasks. Each village has one, and
+has had a few of its signs named with care; which word is for which can be read from those only. The pairs of words in
+`NEW` come together in no training row of anyone. People who write many rows take the wrong one of the two words now and
+then.
 
 The truth is known: the word (`called`).
 """
@@ -16,12 +17,11 @@ from typing import Any
 from tests.benchmarks.words import EOS, PAD, UNKNOWN
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown", "pink", "grey")
-ROUND, ANGULAR = ("ring", "moon", "heart", "cloud"), ("star", "cross", "arrow", "square")
+ROUND, ANGULAR = ("ring", "moon"), ("star", "square")
 CALLED = ("dax", "wug", "fep", "toma", "blick", "zav", "kiki", "bouba", "lorp", "nim")
 WORDS = [PAD, EOS, UNKNOWN, *COLOURS, *ROUND, *ANGULAR, *CALLED]
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-
 
 Task = tuple[str, str]
 """What round signs are called, and the others."""
@@ -45,15 +45,17 @@ def signs(count: int, draw: random.Random) -> list[str]:
     return draw.sample([" ".join(each) for each in itertools.product(COLOURS, ROUND + ANGULAR)], count)
 
 
-def task_rows(task: Task, count: int, draw: random.Random, wrong: float = 0.0) -> list[dict[str, Any]]:
-    """Rows in MetaICL's form, of which a share is wrong."""
-    rows = []
-    for sign in signs(count, draw):
+def village(
+    name: str, task: Task, draw: random.Random, *, shots: int, rows: int, wrong: float = 0.0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Solved signs to be shown, all right, and rows about other signs, of which a share is wrong; in MetaICL's form."""
+    solved = []
+    for place, sign in enumerate(signs(shots + rows, draw)):
         word = called(task, sign)
-        if draw.random() < wrong:
+        if place >= shots and draw.random() < wrong:
             (word,) = set(task) - {word}
-        rows.append({"task": "/".join(task), "input": sign, "output": word, "options": sorted(task)})
-    return rows
+        solved.append({"task": name, "input": sign, "output": word, "options": sorted(task)})
+    return solved[:shots], solved[shots:]
 
 
 def conversation(task: Task, count: int, draw: random.Random) -> list[dict[str, str]]:

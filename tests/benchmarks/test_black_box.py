@@ -10,7 +10,7 @@ import pytest
 from rayk.synthesis.adversarial import new_instruction_filters
 from rayk.synthesis.adversarial_texts import new_prompt, parse_new_prompt, parse_scores, referee_prompt
 from rayk.text import judge
-from tests.benchmarks import currencies, purse, signs
+from tests.benchmarks import black_box_reading, currencies, purse, signs
 from tests.benchmarks.black_box_preferring import of_steps
 from tests.benchmarks.black_box_reckoning import of_rows
 from tests.benchmarks.comparing import Comparison, Runs
@@ -130,17 +130,32 @@ def test_what_answers_gained_is_told_in_nats_by_a_rounds_last_steps():
 def test_words_of_new_tasks_come_together_in_no_training_row():
     learned, new = ({frozenset(pair) for pair in pairs} for pairs in (signs.LEARNED, signs.NEW))
     assert not learned & new and (len(learned), len(new)) == (30, 15)
-    draw = random.Random(0)
-    wrong = 0
     tasks = signs.tasks(signs.LEARNED)
     assert len(set(tasks)) == 60 and set(tasks) == {(other, one) for one, other in tasks}
-    for task in tasks:
-        for row in signs.task_rows(task, 40, draw, 0.1):
-            right = task[0] if row["input"].split()[1] in signs.ROUND else task[1]
-            assert row["output"] in row["options"] == sorted(task)
-            wrong += row["output"] != right
-    assert 0.08 < wrong / (40 * len(tasks)) < 0.12
-    assert all(row["output"] == signs.called(task, row["input"]) for row in signs.task_rows(task, 40, draw))
+
+
+def test_a_village_shows_right_words_of_other_signs_than_its_rows_some_of_which_are_wrong():
+    draw = random.Random(0)
+    wrong = 0
+    for number in range(100):
+        task = draw.choice(signs.tasks(signs.LEARNED))
+        shots, rows = signs.village(str(number), task, draw, shots=12, rows=20, wrong=0.1)
+        assert (len(shots), len(rows)) == (12, 20) and len({row["input"] for row in [*shots, *rows]}) == 32
+        for row in [*shots, *rows]:
+            assert row["task"] == str(number) and row["output"] in row["options"] == sorted(task)
+        right = [row["output"] == task[row["input"].split()[1] not in signs.ROUND] for row in [*shots, *rows]]
+        assert all(right[:12])
+        wrong += right[12:].count(False)
+    assert 0.08 < wrong / 2000 < 0.12
+
+
+def test_methods_of_a_seed_learn_from_the_same_villages_and_are_measured_on_new_ones():
+    (shots, rows), (_, slipped) = (black_box_reading.learned(1, wrong) for wrong in (0.0, 0.1))
+    asked, again = ([(row["task"], row["input"], row["options"]) for row in part] for part in (rows, slipped))
+    assert asked == again and {row["task"] for row in shots} == {row["task"] for row in rows}
+    new = {tuple(row["options"]) for part in black_box_reading.new(1) for row in part}
+    assert new == {tuple(sorted(pair)) for pair in signs.NEW} and not new & {tuple(options) for _, _, options in asked}
+    assert black_box_reading.learned(1, 0.1) == (shots, slipped) != black_box_reading.learned(2, 0.1)
 
 
 def test_conversations_read_as_demonstrations_do():

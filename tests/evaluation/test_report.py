@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rayk.config import parse_config
 from rayk.errors import InputError
@@ -257,6 +258,24 @@ WRITING = {
                       "reason": "7, where 6 is right"}],
     },
 }  # fmt: skip
+
+
+def test_rounds_of_one_student_are_told_as_such(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("01", "02")]
+    models = ["models/small-student", str(runs[0] / "model")]
+    for run, model in zip(runs, models, strict=True):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"student": {"model": model}}))
+    assert "Small-student was trained in 2 runs of 60 steps" in text_of(report_of(tmp_path, *runs))
+
+
+def test_what_was_not_measured_is_no_column(tmp_path):
+    run = make_run(tmp_path / "run", steps=19)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"student": {}, "teacher": {}}))
+    told = text_of(report_of(tmp_path, run))
+    assert "Accuracy" not in told and "Tokens/s" in told
+    assert "How good a student is was not measured; that takes evaluation rows." in told
 
 
 def test_what_a_teacher_wrote_is_told_with_what_was_kept_and_why_not(tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.runs import (
     PATIENCE_SECONDS,
+    actors,
     environment,
     metrics,
     processes,
@@ -105,7 +106,9 @@ def test_a_served_teacher_is_there_for_others_until_it_is_interrupted(head, tmp_
     assert process.returncode == 0, lines
     assert lines[1].startswith("Teacher shared is up: vocabulary ")
     assert len(lines) == 3, lines
-    assert_gone(head, asker)
+    gone = rayk_to_the_end("doctor", asker, RAY_ADDRESS=head[0])
+    assert gone.returncode == 2
+    assert "No teacher 'shared' answers on this Ray cluster" in gone.stderr
 
 
 def test_a_served_teacher_comes_down_at_sigterm(head, tmp_path, tiny_student, tiny_teacher):
@@ -113,13 +116,8 @@ def test_a_served_teacher_comes_down_at_sigterm(head, tmp_path, tiny_student, ti
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
         until(lambda: "Ctrl-C takes them down." in (tmp_path / "log").read_text(), "the teacher", process)
+        assert actors("ServeReplica:shared:")
         process.terminate()
         until(lambda: process.poll() is not None, "the end of `rayk serve`")
     assert process.returncode == 0, (tmp_path / "log").read_text()
-    assert_gone(head, write(tmp_path / "asker.yaml", values | {"teachers": [{"name": "shared", "attach": True}]}))
-
-
-def assert_gone(head, asker):
-    gone = rayk_to_the_end("doctor", asker, RAY_ADDRESS=head[0])
-    assert gone.returncode == 2
-    assert "No teacher 'shared' answers on this Ray cluster" in gone.stderr
+    until(lambda: not actors("ServeReplica:shared:"), "the end of the teacher's replica")

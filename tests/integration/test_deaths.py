@@ -15,6 +15,8 @@ from rayk.teachers import serve_teacher
 from rayk.training.checkpoint import CheckpointStore
 from tests.runs import actors, assert_same_learning, curve, metrics, processes, rayk, settings, until
 
+SPARED = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_AutoscalingCoordinatorActor")
+"""Processes of Ray Train that a run of ours on a cluster of its own has no use for, and need not wait for."""
 LONG = {"steps": 80, "batch_size": 16, "checkpoint_every_steps": 10, "learning_rate": 1e-3}
 
 
@@ -36,6 +38,20 @@ def prepared(tmp_path, name, student, method="supervised", **training):
     return settings(tmp_path / name, student, method, **LONG | training)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_student):
+    """The run that nothing has disturbed, in this process."""
+    values = prepared(tmp_path_factory.mktemp("undisturbed"), "whole", tiny_student)
+    return distill(parse_config(values)).output
+
+
+@pytest.fixture(scope="module")
+def whole_taught(tmp_path_factory, tiny_student, served):
+    """The like with a teacher."""
+    values = prepared(tmp_path_factory.mktemp("undisturbed"), "whole", tiny_student, "logit_kd")
+    return distill(of(values, "served")).output
+
+
 def write(path, values):
     path.write_text(yaml.safe_dump(values))
     return path
@@ -50,10 +66,8 @@ def mark():
         process.kill()
 
 
-def test_a_killed_driver_costs_nothing_but_time(tmp_path, tiny_student, mark):
-    whole, killed = (prepared(tmp_path, name, tiny_student) for name in ("whole", "killed"))
-    distill(parse_config(whole))
-    killed["training"]["workers"] = 2
+def test_a_killed_driver_costs_nothing_but_time(tmp_path, tiny_student, whole, mark):
+    killed = prepared(tmp_path, "killed", tiny_student, workers=1)
     path = write(tmp_path / "run.yaml", killed)
     with rayk("run", path, log=tmp_path / "first.log", **mark) as process:
         until(lambda: len(metrics(killed["output"])) >= 35, "step 35", process)
@@ -61,9 +75,9 @@ def test_a_killed_driver_costs_nothing_but_time(tmp_path, tiny_student, mark):
     reached = metrics(killed["output"])[-1]["step"]
     assert 35 <= reached < 80
     until(lambda: not processes(**mark), "the end of its workers")
-    with rayk("run", path, "--resume", "--set", "training.workers=0", log=tmp_path / "second.log", **mark) as process:
-        assert process.wait() == 0, (tmp_path / "second.log").read_text()
-    assert_same_learning(whole["output"], killed["output"], 1e-3)
+    killed["training"]["workers"] = 0
+    distill(parse_config(killed), resume=True)
+    assert_same_learning(whole, killed["output"], 1e-3)
 
 
 def test_ctrl_c_takes_everything_down_and_says_so_in_one_sentence(tmp_path, tiny_student, tiny_teacher, mark):
@@ -81,20 +95,19 @@ def test_ctrl_c_takes_everything_down_and_says_so_in_one_sentence(tmp_path, tiny
     assert CheckpointStore(f"{values['output']}/checkpoints").latest() is not None
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path, tiny_student, ray_cluster):
-    whole, hurt = (prepared(tmp_path, name, tiny_student) for name in ("whole", "hurt"))
-    distill(parse_config(whole))
-    hurt["training"]["workers"] = 2
-    killed = []
+def test_a_killed_worker_costs_nothing_but_time(tmp_path, tiny_student, whole, ray_cluster):
+    hurt = prepared(tmp_path, "hurt", tiny_student, workers=2)
+    there = {}
 
     def strike():
-        killed.append(actors("RayTrainWorker")[-1])
-        killed[0].kill()
+        there.update({title: actors(title) for title in ("TrainController", "RayTrainWorker", *SPARED)})
+        there["RayTrainWorker"][-1].kill()
 
     watcher = Striking(35, strike)
     distill(parse_config(hurt), watcher=watcher)
     assert watcher.struck.is_set()
-    assert_same_learning(whole["output"], hurt["output"], 1e-3)
+    assert {title: len(found) for title, found in there.items() if found} == {"TrainController": 1, "RayTrainWorker": 2}
+    assert_same_learning(whole, hurt["output"], 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -107,22 +120,21 @@ def of(values, teacher, **changes):
     return parse_config(values | {"teachers": [{"name": teacher, "attach": True, **changes}]})
 
 
-def test_a_killed_replica_costs_nothing_but_time(tmp_path, tiny_student, served, mortal):
-    whole, hurt = (prepared(tmp_path, name, tiny_student, "logit_kd") for name in ("whole", "hurt"))
-    distill(of(whole, "served"))
+def test_a_killed_replica_costs_nothing_but_time(tmp_path, tiny_student, whole_taught, mortal):
+    hurt = prepared(tmp_path, "hurt", tiny_student, "logit_kd")
     watcher = Striking(20, lambda: actors("ServeReplica:mortal:")[0].kill())
     with serve_teacher(mortal.model_copy(update={"replicas": Replicas(min=2, max=2)})):
         distill(of(hurt, "mortal"), watcher=watcher)
     assert watcher.struck.is_set()
-    assert_same_learning(whole["output"], hurt["output"])
+    assert_same_learning(whole_taught, hurt["output"])
 
 
-def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(tmp_path, tiny_student, served, mortal):
+def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(
+    tmp_path, tiny_student, whole_taught, mortal
+):
     from ray import serve
 
-    whole, stopped = (prepared(tmp_path, name, tiny_student, "logit_kd") for name in ("whole", "stopped"))
-    distill(of(whole, "served"))
-    stopped["training"]["workers"] = 2
+    stopped = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=2)
     settings = of(stopped, "mortal", deadline_seconds=3)
     watcher = Striking(20, lambda: serve.delete("mortal"))
     with serve_teacher(mortal), pytest.raises(TeacherUnavailable, match="Teacher 'mortal' did not answer within 3 s"):
@@ -133,4 +145,4 @@ def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(tmp_p
     stopped["training"]["workers"] = 0
     with serve_teacher(mortal):
         distill(of(stopped, "mortal"), resume=True)
-    assert_same_learning(whole["output"], stopped["output"])
+    assert_same_learning(whole_taught, stopped["output"])

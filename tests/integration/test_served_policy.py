@@ -7,10 +7,10 @@ from ray import serve
 
 from rayk.config import parse_config
 from rayk.errors import PolicyUnavailable, RunFailed
-from rayk.rollouts.weights import NAMESPACE
 from rayk.run import distill, policy_application
 from rayk.teachers import deployment
 from rayk.training.checkpoint import CheckpointStore
+from rayk.weight_store import NAMESPACE
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
 from tests.teachers.asking import replicas_of
@@ -42,13 +42,15 @@ def named_actors():
     return [each["name"] for each in found if each["namespace"] == NAMESPACE]
 
 
-@pytest.mark.parametrize(("max_staleness", "lora"), [(0, None), (1, None), (1, {"r": 4, "dropout": 0.2})])
+@pytest.mark.parametrize(
+    ("max_staleness", "replicas", "lora"), [(0, 2, None), (1, 1, {"r": 4, "dropout": 0.2})], ids=["whole", "adapter"]
+)
 def test_a_served_policy_teaches_what_the_workers_own_does(
-    max_staleness, lora, tmp_path, tiny_student, served, nothing_left
+    max_staleness, replicas, lora, tmp_path, tiny_student, served, nothing_left
 ):
     rollouts = {"max_staleness": max_staleness}
     distill(prepared(tmp_path / "worker", tiny_student, rollouts, lora))
-    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts, lora))
+    distill(prepared(tmp_path / "served", tiny_student, SERVED | rollouts | {"replicas": replicas}, lora))
     assert_same_learning(tmp_path / "worker" / "run", tmp_path / "served" / "run")
     ages = [min(step, max_staleness) for step in range(6)]
     assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages
@@ -57,7 +59,7 @@ def test_a_served_policy_teaches_what_the_workers_own_does(
 def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, tiny_student, served, nothing_left):
     training = {"steps": 40, "checkpoint_every_steps": 5}
     distill(prepared(tmp_path / "whole", tiny_student, {"max_staleness": 1}, **training))
-    hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=2, **training)
+    hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=1, **training)
 
     def strike():
         actors(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
@@ -67,20 +69,21 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
     distill(hurt, watcher=watcher)
     assert watcher.struck.is_set()
     assert_same_learning(tmp_path / "whole" / "run", hurt.output_path, 1e-3)
+    assert curve(hurt.output_path, "rollout_staleness") == [0, *[1] * 39]
 
 
 def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_killed(
     tmp_path, served, nothing_left, monkeypatch
 ):
-    """Greedy, so that both write the same as long as they have the same weights."""
+    """Greedy, so that both write the same as long as they have the same weights: those of an adapter, merged."""
     monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
     student = str(tmp_path / "student")
     tiny_model(student, seed=2, hidden=128, layers=1, peaked=4.0, tokenizer=tiny_tokenizer())
     rollouts = {"max_staleness": 1, "temperature": 0.0, "max_new_tokens": 8}
     vllm = {"kind": "vllm", "arguments": {"enforce_eager": True}, "batch_tokens": 256}
-    training = {"steps": 24}
-    distill(prepared(tmp_path / "worker", student, rollouts, **training))
-    run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, **training)
+    training, lora = {"steps": 24, "learning_rate": 3e-3}, {"r": 8}
+    distill(prepared(tmp_path / "worker", student, rollouts, lora, **training))
+    run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, lora, **training)
 
     def strike():
         [replica] = replicas_of(policy_application(run))
@@ -99,7 +102,9 @@ def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worke
 ):
     training = {"steps": 40}
     distill(prepared(tmp_path / "whole", tiny_student, {}, **training))
-    stopped = prepared(tmp_path / "stopped", tiny_student, SERVED | {"deadline_seconds": 3}, workers=2, **training)
+    stopped = prepared(
+        tmp_path / "stopped", tiny_student, SERVED | {"deadline_seconds": 3, "replicas": 1}, workers=2, **training
+    )
     watcher = Striking(12, lambda: serve.delete(policy_application(stopped)))
     with pytest.raises(PolicyUnavailable, match="The served policy did not answer within 3 s"):
         distill(stopped, watcher=watcher)

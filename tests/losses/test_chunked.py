@@ -6,7 +6,7 @@ from loss_cases import random_head, random_logits, signals_of
 
 from rayk import losses
 from rayk.errors import InputError
-from rayk.losses import chunked
+from rayk.losses import chunked, linear
 from rayk.models import Head
 
 N, D, V, K = 9, 5, 23, 4
@@ -56,7 +56,7 @@ def inputs_of(hidden, head):
 def memory(request, monkeypatch):
     """How much of the forward pass stays for the backward pass."""
     kept = {"kept": 1 << 20, "recomputed": 0, "partly kept": 4 * V * 8}[request.param]
-    monkeypatch.setitem(chunked._KEPT_BYTES, "cpu", kept)
+    monkeypatch.setitem(linear._KEPT_BYTES, "cpu", kept)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -306,7 +306,7 @@ def test_logits_are_never_whole(monkeypatch):
                     largest = max(largest, tensor.numel())
             return result
 
-    monkeypatch.setitem(chunked._KEPT_BYTES, "cpu", 0)
+    monkeypatch.setitem(linear._KEPT_BYTES, "cpu", 0)
     tokens, vocab = 64, 50
     hidden, head = random_logits(tokens, D).requires_grad_(), random_head(vocab, D)
     teacher = random_logits(tokens, vocab, 3)

@@ -257,7 +257,7 @@ def test_what_cannot_be_asked_ahead_is_refused(tmp_path, tiny_student, served):
     with pytest.raises(InputError, match="the run fills the cache"):
         fill_cache(parse_config(run.model_dump(mode="json") | {"cache": {"path": str(tmp_path / "cache")}}))
     teacher = {"name": "served", "model": str(tiny_student)}
-    with pytest.raises(InputError, match="not written yet"):
+    with pytest.raises(InputError, match="learns from each row after its demonstrations"):
         plan(parse_config(run.model_dump(mode="json") | {"teachers": [teacher]}))
 
 

@@ -1,6 +1,7 @@
 """on_policy learns from what the student wrote, and from nothing else, reproducibly at any staleness."""
 
 import asyncio
+import itertools
 import shutil
 
 import numpy as np
@@ -13,7 +14,8 @@ from rayk.config import OnPolicyConfig, TeacherConfig, WorkerRollouts, parse_con
 from rayk.data.batches import collate
 from rayk.data.examples import Example
 from rayk.data.tokenizing import tokenize
-from rayk.errors import InputError, UnusableSignal
+from rayk.errors import InputError, TeacherUnavailable, UnusableSignal
+from rayk.evaluation.evaluate import Evaluator
 from rayk.methods import METHODS, OnPolicy
 from rayk.plan import plan
 from rayk.rollouts import Rollout, WorkerPolicy
@@ -219,9 +221,27 @@ def test_a_resumed_adaptive_run_remembers_what_it_kept(max_staleness, tmp_path, 
     assert max(curve(parts.output_path, "rollout_staleness")) > max_staleness
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_workers_do_not_change_what_is_written_and_learned(max_staleness, tmp_path, tiny_student, served):
-    rollouts = {"max_staleness": max_staleness}
+def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path, tiny_student, served, monkeypatch):
+    distill(adaptive(tmp_path / "whole", tiny_student))
+    evaluations, run = itertools.count(1), Evaluator.run
+
+    def failing(self, *given, **named):
+        if next(evaluations) == 5:
+            raise TeacherUnavailable("nobody answers")
+        return run(self, *given, **named)
+
+    monkeypatch.setattr(Evaluator, "run", failing)
+    stopped = adaptive(tmp_path / "stopped", tiny_student)
+    with pytest.raises(TeacherUnavailable):
+        distill(stopped)
+    assert [step for step, row in enumerate(metrics(stopped.output_path), 1) if "evaluation_loss" not in row] == [5]
+    distill(stopped, resume=True)
+    assert_equal_runs(tmp_path / "whole" / "run", stopped.output_path)
+    assert curve(tmp_path / "whole" / "run", "evaluation_loss") == curve(stopped.output_path, "evaluation_loss")
+
+
+def test_workers_do_not_change_what_is_written_and_learned(tmp_path, tiny_student, served):
+    rollouts = {"max_staleness": 1}  # the first step learns from the present weights, as all do with 0
     distill(changed(tmp_path / "alone", tiny_student, rollouts=rollouts, steps=3))
     distill(changed(tmp_path / "group", tiny_student, rollouts=rollouts, steps=3, workers=2))
     alone, group = (metrics(tmp_path / name / "run") for name in ("alone", "group"))

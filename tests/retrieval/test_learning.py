@@ -1,12 +1,15 @@
 """A retriever learned from a served teacher: what is asked, kept, measured, and found again."""
 
 import json
+import os
 import shutil
+import signal
 from contextlib import suppress
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +24,7 @@ from rayk.retrieval.fitting import Workshop
 from rayk.retrieval.learning import Learning
 from rayk.retrieval.scores import REFUSED, Scores
 from rayk.run import distill, evaluate_model
-from tests.runs import settings, write_tasks
+from tests.runs import assert_same_learning, metrics, rayk, settings, until, write_tasks
 from tests.tiny import tiny_encoder
 
 
@@ -191,6 +194,39 @@ def test_what_a_teacher_cannot_say_counts_as_refused(learning, served, tmp_path)
     assert odd.any() and not odd.all()
     assert (given[odd] == REFUSED).all() and (given[~odd] > REFUSED).all()
     assert scores.unusable == odd.sum()
+
+
+def test_a_run_killed_in_every_fit_and_in_training_comes_to_the_same(tmp_path, tiny_student, encoder, served):
+    def run_of(name):
+        (tmp_path / name).mkdir()
+        values = values_of(tmp_path / name, tiny_student, encoder, rounds=1, steps=100)
+        values["method"]["demonstrations"]["retriever"]["reward_model"]["steps"] = 100
+        values["training"] |= {"steps": 30, "checkpoint_every_steps": 4}
+        return values
+
+    whole = distill(parse_config(run_of("whole"))).output
+    values, path, log = run_of("killed"), tmp_path / "run.yaml", tmp_path / "log"
+    path.write_text(yaml.safe_dump(values))
+    out, address = tmp_path / "killed" / "run", ray.get_runtime_context().gcs_address
+    first = out / "retriever" / "rounds" / "1"
+
+    def killed_at(condition, what):
+        with rayk("run", path, "--resume", log=log, RAY_ADDRESS=address) as process:
+            until(condition, what, process)
+            os.killpg(process.pid, signal.SIGKILL)
+
+    killed_at(lambda: "training the reward model" in log.read_text(), "the reward model's fit")
+    scored = len(kept(out / "retriever"))
+    assert not (first / "rewards.parquet").exists()
+    killed_at(lambda: "training the encoder" in log.read_text(), "the encoder's fit")
+    assert (first / "rewards.parquet").exists() and not (first / "round.json").exists()
+    killed_at(lambda: len(metrics(out)) > 8, "steps")
+    distill(parse_config(values), resume=True)
+    rows = [row["key"] for row in kept(out / "retriever")]
+    assert len(rows) == len(set(rows)) == len(kept(whole / "retriever")) > scored > 0
+    one, other = (folder / "retriever" / "model.safetensors" for folder in (whole, out))
+    assert one.read_bytes() == other.read_bytes()
+    assert_same_learning(out, whole)
 
 
 def test_a_run_learns_a_retriever_once_and_shows_what_it_finds(tmp_path, tiny_student, encoder, served):

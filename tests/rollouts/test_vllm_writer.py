@@ -14,11 +14,12 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
 from rayk.rollouts.vllm import Turns, start_vllm, whole_weights
-from rayk.rollouts.weights import Published, UnusableWeights, Version, checksum, pack
+from rayk.rollouts.weights import checksum, pack
 from rayk.rollouts.writer import Writer
 from rayk.sequences import Sequence
 from rayk.students import make_model
 from rayk.support import Logprob, TopK
+from rayk.weight_store import Published, UnusableWeights, Version
 from tests.rollouts.test_policy import VOCABULARY
 from tests.tiny import moved, tiny_model, tiny_tokenizer
 
@@ -73,7 +74,9 @@ def versions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(versions, on_loop):
-    student = StudentConfig(model=versions._folder)
+    # From an architecture: vLLM has no folder of the student's to read. The integration test starts from one.
+    architecture = load_model(versions._folder).config.to_dict() | {"architectures": None}
+    student = StudentConfig(config=architecture, tokenizer=versions._folder)
     engine = VLLMPolicyEngine(tensor_parallel_size=2, arguments={"enforce_eager": True})
     started = on_loop(start_vllm(versions.writer(0), student, engine, tokenizer=versions._folder, precision="float32"))
     yield started

@@ -10,16 +10,8 @@ import torch
 
 from rayk.config import LoraConfig
 from rayk.lora import add_adapter
-from rayk.rollouts.weights import (
-    Published,
-    UnusableWeights,
-    Version,
-    WeightStore,
-    checksum,
-    learned,
-    pack,
-    take_over,
-)
+from rayk.rollouts.weights import checksum, learned, pack, take_over
+from rayk.weight_store import Published, UnusableWeights, Version, WeightStore
 from tests.tiny import moved, tiny_model
 
 FIRST = Version("attempt", 0)

@@ -34,9 +34,10 @@ def say(body) -> bytes:
     prompt = prompt_of(body)
     draw = random.Random(f"{prompt} {body.get('seed')}")
     if "[Answer A]" in prompt:
-        a, b = re.search(r"\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\n\[End", prompt, re.DOTALL).groups()
+        a, b = prompt.rsplit("[Answer A]", 1)[1].rsplit("[", 1)[0].split("[Answer B]")
         good = [9 if "good" in answer else 3 for answer in (a, b)]
-        return completion(body, f"I have read both.\nScore of A: {good[0] + 1}\nScore of B: {good[1]}")
+        begun = "" if prompt.endswith("Score of A:") else "I have read both.\nScore of A:"
+        return completion(body, f"{begun} {good[0] + 1}\nScore of B: {good[1]}")
     if "Write only the new prompt" in prompt:
         rarity = "little" if "rarer" in prompt else "much"
         return completion(body, f"New prompt: Tell {rarity} of {' and '.join(draw.sample(WORDS, 4))}")
@@ -71,6 +72,8 @@ class World:
         before = self.folder / f"round-{number - 1}" if number else None
         with opening(folder) as store:
             store.claim({}, set(), set())
+            if before is not None:
+                store.look_into(before)
             return synthesise(
                 settings, prompts_of(*given), self.teacher, store, build_filters(settings.filters), seed=seed,
                 company=Company(number, before, self.student if number else None)
@@ -277,7 +280,7 @@ def test_each_rule_leaves_out_what_it_is_for(world, endpoint):
             return say(body)
         rule = left.pop()
         if rule == "unanswered":
-            endpoint.replies[prompt_of(body)] = [Reply(400, b"{}")]
+            endpoint.replies[prompt_of(body)] = [Reply(body=b"{")]
             return b"{"
         return completion(body, bad[rule], **({"finish_reason": "length"} if rule == "cut" else {}))
 
@@ -289,13 +292,23 @@ def test_each_rule_leaves_out_what_it_is_for(world, endpoint):
 
 
 def test_what_the_teacher_left_unanswered_is_asked_before_it_is_compared(world, endpoint):
-    endpoint.replies[GIVEN[0]] = [Reply(400, b"{}")]
+    endpoint.replies[GIVEN[0]] = [Reply(body=b"{")] * 2
     assert world.round(0)["unanswered"] == 1
     assert world.pool(0, CACHE)[0].answer is None
     endpoint.asked.clear()
     world.round(1)
     assert [each.body["model"] for each in endpoint.requests_of(GIVEN[0])].count("parrot-1") == 1
     assert world.rows(1, "comparisons")[0]["kind"] == "hard"
+
+
+def test_what_the_teacher_refuses_is_not_asked_in_every_round(world, endpoint):
+    endpoint.replies[GIVEN[0]] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 9
+    summary = world.round(0, in_flight=1)
+    assert (summary["unanswered"], summary["refused"], summary["rejected"]["refused"]) == (0, 1, 1)
+    for number in (1, 2):
+        world.round(number, in_flight=1)
+        assert world.rows(number, "comparisons")[0]["reason"] == "refused by the teacher: 400: too rude"
+    assert [each.body["model"] for each in endpoint.requests_of(GIVEN[0])].count("parrot-1") == 2
 
 
 def test_what_was_left_unanswered_and_is_had_later_moves_no_other(world, endpoint):
@@ -306,7 +319,7 @@ def test_what_was_left_unanswered_and_is_had_later_moves_no_other(world, endpoin
     def fail_once(body):
         if "Write only the new prompt" in prompt_of(body) and not failed:
             failed.append(prompt_of(body))
-            endpoint.replies[prompt_of(body)] = [Reply(400, b"{}")]
+            endpoint.replies[prompt_of(body)] = [Reply(body=b"{")]
             return b"{"
         return say(body)
 
@@ -351,17 +364,21 @@ def completions(folder):
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-def test_two_rounds_in_one_run_each_with_the_student_of_the_one_before(tmp_path, tiny_student, parrot, endpoint):
+def test_two_rounds_in_one_run_each_with_the_student_of_the_one_before(
+    tmp_path, tiny_student, parrot, scribbler, endpoint
+):
+    """With a referee of its own, which is asked for scores and nothing else."""
+
     def without_ideas(body):
         return b"{" if "Write only the new prompt" in prompt_of(body) else say(body)
 
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in GIVEN))
     values |= {
-        "rounds": 2, "teachers": [{"name": "parrot", "attach": True}],
+        "rounds": 2, "teachers": [{"name": name, "attach": True} for name in ("parrot", "scribbler")],
         "data": {"train": {"path": str(tmp_path / "prompts.jsonl")}},
         "synthesis": {
-            "kind": "adversarial", "instructions": 3, "sampling": {"max_new_tokens": 8},
+            "kind": "adversarial", "instructions": 3, "sampling": {"max_new_tokens": 8}, "referee": "scribbler",
             "student": {"resources": {"num_cpus": 0.25}},
         },
     }  # fmt: skip
@@ -369,7 +386,11 @@ def test_two_rounds_in_one_run_each_with_the_student_of_the_one_before(tmp_path,
     with pytest.raises(RunFailed, match="unanswered"):
         distill(parse_config(values))
     second = tmp_path / "run" / "rounds" / "02"
+    by_referee = [each.body["model"] == "scribbler-1" for each in endpoint.asked]
+    assert by_referee == ["[Answer A]" in each.prompt for each in endpoint.asked]
+    assert sum(by_referee) == 4 + 2 * len(GIVEN)
     before = {row["key"]: row for row in completions(second)}
+    assert {row["model"] for row in before.values() if row["teacher"] == "referee"} == {"scribbler-1"}
     assert sorted(row["prompt"] for row in before.values() if row["teacher"] == "student") == sorted(GIVEN)
     endpoint.asked.clear()
     endpoint.answer = say

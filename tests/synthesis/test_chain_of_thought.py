@@ -77,7 +77,7 @@ def test_only_right_rationales_are_kept_and_the_rest_say_what_is_wrong(parrot, e
     endpoint.replies["Q: What is 3?\nA: Let's think step by step."] = [Reply(400, b'{"error": {"message": "no"}}')] * 3
     summary = write(parrot, store, questions("4", "4", "4"), rationales=3, in_flight=1)
     assert summary["rejected"] == {
-        "truncated": 0, "wrong_answer": 2, "duplicate": 1, "no_answer": 1, "unanswered": 3,
+        "truncated": 0, "wrong_answer": 2, "duplicate": 1, "no_answer": 1, "refused": 3,
     }  # fmt: skip
     assert {row["reason"] for row in rows(store, "rejected") if row["rejected_by"] != "duplicate"} == {
         "5, where 4 is right", "no number in 'that I cannot say'", "400: no",

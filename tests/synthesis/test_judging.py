@@ -1,11 +1,13 @@
 """A model rates rows, and what it rates low is left out; what is not rated is so for a reason of its own."""
 
+import re
+
 import pyarrow.parquet as pq
 import pytest
 
 from rayk.config import JudgeFilter, ResponsesConfig, parse_config
 from rayk.errors import InputError
-from rayk.run import synthesize
+from rayk.run import distill, synthesize
 from rayk.synthesis import Company, synthesise
 from rayk.synthesis.base import Candidate
 from rayk.synthesis.judging import Judge, judges_among
@@ -115,11 +117,11 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
         "b": ("judge", "is rated 2 of at least 4"),
         "c": ("judge unparsable", "no score in 'I would not say.'"),
-        "e": ("judge unanswered", "400: too rude"),
+        "e": ("judge refused", "400: too rude"),
         "f": ("keywords", "has 'f' in it"),
     }
-    assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge unanswered": 1}
-    assert summary["unanswered"] == 1
+    assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge refused": 1}
+    assert (summary["refused"], summary["unanswered"]) == (1, 0)
     assert [store.find(key).text for key in kept[0]["keys"]] == ["A", "Score: 5"]
     asked = [each for each in endpoint.asked if each.prompt == "a -> A?"]
     assert (asked[0].body["temperature"], asked[0].body["max_tokens"]) == (0.0, 512)
@@ -127,8 +129,8 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     assert before == 6 + 5
     endpoint.answer = rating(replies | {"e": "Score: 4"})
     write(parrot, store, prompts, judge(at_least=2), short)
-    assert [row["prompt"] for row in rows(store)] == ["a", "b", "d", "e"]
-    assert [each.prompt for each in endpoint.asked[before:]] == ["e -> E?"]
+    assert [row["prompt"] for row in rows(store)] == ["a", "b", "d"]
+    assert len(endpoint.asked) == before
 
 
 @pytest.mark.cluster
@@ -169,3 +171,26 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
     assert (config.writers, config.only_writing) == (["parrot", "served"], ["parrot", "served"])
     with pytest.raises(Exception, match="None of 1 completions can be learned from .1 judge unparsable"):
         synthesize(config)
+
+
+@pytest.mark.cluster
+def test_a_run_learns_from_what_its_judge_lets_pass(tmp_path, tiny_student, served, parrot, endpoint):
+    """A served model writes, an endpoint judges."""
+    endpoint.answer = lambda body: completion(body, f"Score: {5 if prompt_of(body)[0] in 'aceg' else 2}")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdefgh"))
+    values = settings(tmp_path, tiny_student, steps=2) | {
+        "teachers": [{"name": "served", "attach": True}, {"name": "parrot", "attach": True}],
+        "data": {"train": {"path": str(path)}},
+        "synthesis": {
+            "kind": "responses", "sampling": {"max_new_tokens": 8}, "filters": [judge(teacher="parrot")],
+        },
+    }  # fmt: skip
+    result = distill(parse_config(values))
+    kept = pq.read_table(result.output / "synthesis" / "rows.parquet").to_pylist()
+    assert [(row["prompt"], row["judge_score"]) for row in kept] == [(letter, 5) for letter in "aceg"]
+    assert result.summary["rows"]["train"] == 4
+    assert sorted(each.prompt[0] for each in endpoint.asked) == list("abcdefgh")
+    assert "b ✗ judge: is rated 2 of at least 4" in " ".join(
+        re.sub(r"<[^>]*>", " ", (result.output / "report.html").read_text()).split()
+    )

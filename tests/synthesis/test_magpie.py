@@ -100,7 +100,7 @@ def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, tem
     summary = write(scribbler, store, instructions=9, in_flight=1, tokenizer=template)
     assert [row["prompt"] for row in rows(store)] == [said[0], said[6], "Why is the sky blue?"]
     assert {row["rejected_by"]: (row["prompt"], row["reason"]) for row in rows(store, "rejected")} == {
-        "unanswered": ("", "400: no"),
+        "refused": ("", "400: no"),
         "instruction length": ("Hi", "has 1 of at least 3 words"),
         "instruction ending": ("Translate the following text:", "ends with ':'"),
         "instruction near_duplicates": (said[3], f"is a near-duplicate (1.00) of {said[0]!r}"),

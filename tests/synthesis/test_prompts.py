@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from pydantic import TypeAdapter
 
-from rayk.config import AnswerConfig, DataSource
+from rayk.config import AnswerConfig, DataSource, SynthesisConfig
 from rayk.errors import InputError
-from rayk.synthesis import fingerprint, read_prompts
+from rayk.synthesis import RECIPES, OwnPrompts, fingerprint, read_prompts
 from rayk.synthesis.prompts import is_right
 
 
@@ -74,3 +75,9 @@ def test_the_fingerprint_changes_with_texts_and_order_and_the_whole_with_truths_
     assert len({fingerprint(each) for each in (texts, texts[::-1], texts[:1])}) == 3
     wholes = [texts, texts[::-1], read(tmp_path, *other), read(tmp_path, *rows, answer=AnswerConfig())]
     assert len({fingerprint(each, whole=True) for each in wholes}) == 4
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_recipe_makes_up_its_prompts_where_its_settings_say_so(kind):
+    settings = TypeAdapter(SynthesisConfig).validate_python({"kind": kind})
+    assert settings.makes_prompts == issubclass(RECIPES[kind], OwnPrompts)

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +19,7 @@ from rayk.evaluation.report import write_report
 from rayk.models import weights_fingerprint
 from rayk.run import Watcher, distill, synthesize
 from tests.engines.endpoint import Reply
-from tests.runs import assert_same_learning, metrics, rayk, settings, until
+from tests.runs import assert_same_learning, environment, metrics, rayk, settings, until
 
 pytestmark = pytest.mark.cluster
 
@@ -39,6 +41,24 @@ def run_of(folder, student, **training):
             "in_flight": 4, "student": {"resources": {"num_cpus": 0.25}},
         },
     }  # fmt: skip
+
+
+DYING = """
+import os, signal, sys
+from rayk.run import rounds
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Watcher(rounds.Watcher):
+    def stage(self, text):
+        if text == sys.argv[2]:
+            die()
+
+rounds.write_json = die  # which is for what the rounds came to
+rounds.distill(sys.argv[1], resume=True, watcher=Watcher())
+"""
+"""A run that ends where a stage begins, or else when its rounds are over."""
 
 
 def rows_of(run):
@@ -82,17 +102,29 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
             until(condition, what, process)
             os.killpg(process.pid, signal.SIGKILL)
 
+    def killed_at(stage):
+        command = [sys.executable, "-c", DYING, str(path), stage]
+        died = subprocess.run(
+            command, env=environment(RAY_ADDRESS=address), capture_output=True, text=True, timeout=240, check=False
+        )
+        assert died.returncode == -signal.SIGKILL, died.stderr
+
     killed_when(lambda: len(completions(first)) > 8, "some completions")
     kept = {row["prompt"] for row in completions(first) if row["teacher"] != "student"}
     before = len(endpoint.asked)
     assert 0 < len(kept) < 24
-    killed_when(lambda: len(metrics(second)) > 8, "steps of the second round")
-    assert not kept & {each.prompt for each in endpoint.asked[before:]}
+    killed_at("Round 2 of 2")
     asked = len(endpoint.asked)
+    assert (first / "summary.json").exists() and not second.exists()
+    killed_when(lambda: len(metrics(second)) > 8, "steps of the second round")
+    assert len(endpoint.asked) == asked
+    assert not kept & {each.prompt for each in endpoint.asked[before:]}
     with pytest.raises(InputError, match="holds another run; continue it with --resume"):
         distill(parse_config(values))
     write_report([out], tmp_path / "report.html")
     assert "unfinished" in (tmp_path / "report.html").read_text()
+    killed_at("after the last round")
+    assert (second / "summary.json").exists() and not (out / "summary.json").exists()
     cut = distill(parse_config(values), resume=True)
     assert len(endpoint.asked) == asked
     for number in ("01", "02"):

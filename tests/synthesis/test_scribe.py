@@ -10,6 +10,8 @@ import pytest
 from rayk.config import ResponsesConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
+from rayk.synthesis import Store
+from rayk.synthesis import scribe as scribes
 from rayk.synthesis.scribe import Request, Scribe, Tally, in_order
 from rayk.teachers.background import run_to_the_end
 from rayk.teachers.client import Teacher
@@ -88,13 +90,13 @@ def test_no_more_than_in_flight_are_asked_at_once(parrot, endpoint, store):
     assert endpoint.most_at_once == 3
 
 
-def test_what_an_endpoint_refuses_is_told_and_asked_again_next_time(parrot, endpoint, store):
-    endpoint.replies["prompt 1"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
+def test_what_an_endpoint_did_not_answer_is_told_and_asked_again_next_time(parrot, endpoint, store):
+    endpoint.replies["prompt 1"] = [Reply(503, b'{"error": {"message": "down"}}')] * 2
     endpoint.replies["prompt 2"] = [Reply(body=b'{"choices": [{"mess')] * 2
     endpoint.replies["prompt 3"] = [Reply(429, b"slow down", {"retry-after": "0.2"})]
     written, scribe, told = ask(parrot, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "error", "error", "stop", "stop"]
-    assert written[1].reason == "400: too rude"
+    assert written[1].reason == "503: down"
     assert "not JSON" in written[2].reason
     first, second = endpoint.requests_of("prompt 3")
     assert second.at_seconds - first.at_seconds >= 0.2
@@ -119,10 +121,14 @@ def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, en
 
 def test_prompts_that_are_refused_do_not_stop_a_healthy_run(parrot, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(2, 42)}
-    written, scribe, _ = ask(parrot, store, requests(44), in_flight=1)
+    written, scribe, told = ask(parrot, store, requests(44), in_flight=1)
     assert [each.finish_reason for each in written] == ["stop"] * 2 + ["error"] * 40 + ["stop"] * 2
     assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
-    assert scribe.tally.unanswered == 40
+    assert (scribe.tally.refused, scribe.tally.unanswered) == (40, 0)
+    assert "40 refused" in told[-1][2]
+    before = len(endpoint.asked)
+    repeated, scribe, _ = ask(parrot, store, requests(44))
+    assert (repeated, len(endpoint.asked), store.refusals) == (written, before, 40)
 
 
 def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_ever(parrot, endpoint, store):
@@ -132,14 +138,16 @@ def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_eve
     assert len(endpoint.asked) <= 256 + 8
 
 
-def test_a_refusal_that_counts_is_an_answer(parrot, endpoint, store):
-    endpoint.replies["prompt 0"] = [REFUSED]
-    request = Request("prompt 0", 0, SHORT, refusal_counts=True)
-    (written,), scribe, _ = ask(parrot, store, [request])
+def test_a_refusal_is_kept_once_the_endpoint_has_answered_anything(parrot, endpoint, store):
+    """Until then it may be the endpoint's settings that are refused, and not this prompt."""
+    endpoint.replies["prompt 0"] = [REFUSED] * 2
+    (written,), _, _ = ask(parrot, store, requests(1))
     assert (written.finish_reason, written.reason, written.refused) == ("error", "400: too rude", True)
-    assert scribe.tally.unanswered == 0
-    (again,), scribe, _ = ask(parrot, store, [request])
-    assert (again, scribe.tally.asked) == (written, 0)
+    assert store.refusals == 0
+    again, scribe, _ = ask(parrot, store, requests(2), in_flight=1)
+    assert (again[0], scribe.tally.asked, store.refusals) == (written, 2, 1)
+    _, scribe, _ = ask(parrot, store, requests(2))
+    assert scribe.tally.asked == 0
 
 
 def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
@@ -148,6 +156,29 @@ def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
     assert scribe.tally.charged["cost"] == pytest.approx(4 * 5e-6)
     _, scribe, _ = ask(parrot, store, requests(6))
     assert (scribe.tally.charged["requests"], store.usage["completion_tokens"]) == (6, 12)
+
+
+def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, monkeypatch):
+    """Wherever a kill falls: the bill is written before what it is for, also for answers that come meanwhile."""
+    bills, write, usage = [], Store.flush, Teacher.ausage
+
+    async def slowly(teacher):
+        used = await usage(teacher)
+        await asyncio.sleep(0.2)
+        return used
+
+    def noted(store, keys=None):
+        write(store, keys)
+        rows = [row for part in store.folder.glob("completions/*.parquet") for row in pq.read_table(part).to_pylist()]
+        bills.append((len(rows), store.usage.get("requests", 0)))
+
+    monkeypatch.setattr(Teacher, "ausage", slowly)
+    monkeypatch.setattr(Store, "flush", noted)
+    monkeypatch.setattr(scribes, "_FLUSH_COMPLETIONS", 4)
+    endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.1)] for i in range(40)}
+    ask(parrot, store, requests(40), in_flight=3)
+    assert len(bills) > 3 and bills[-1] == (40, 40)
+    assert all(charged >= kept for kept, charged in bills)
 
 
 def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):

@@ -177,7 +177,7 @@ def test_a_list_that_is_refused_is_left_out_for_good(parrot, endpoint, tmp_path)
     with opened(tmp_path / "refused") as store:
         write(parrot, store)
         kept, asked = rows(store), len(endpoint.asked)
-        (refusal,) = [row for row in rows(store, "rejected") if row["rejected_by"] == "unanswered"]
+        (refusal,) = [row for row in rows(store, "rejected") if row["rejected_by"] == "refused"]
         assert refusal["reason"] == "a list of instructions: 400: too rude"
         summary = write(parrot, store)
         assert (rows(store), len(endpoint.asked), summary["unanswered"]) == (kept, asked, 0)
@@ -193,6 +193,12 @@ def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
     summary = write(parrot, store)
     assert summary["kept"] == 1
     assert summary["rejected"]["rouge"] == 3 * 8 * 6 - 1
+
+
+def test_a_teacher_that_makes_no_list_is_told_of(parrot, endpoint, store):
+    endpoint.answer = lambda body: completion(body, "I would rather not.")
+    with pytest.raises(RunFailed, match=r"Nothing in the \d+ completions is what synthesis 'self_instruct' asked for"):
+        write(parrot, store)
 
 
 def test_prompts_are_its_own(tmp_path, tiny_student):
@@ -229,7 +235,7 @@ def test_a_broken_answer_costs_its_own_task_only(parrot, endpoint, store):
     def sometimes(body):
         if "in the same form" in prompt_of(body) and prompt_of(body) not in failed and len(failed) < 2:
             failed.append(prompt_of(body))
-            endpoint.replies[prompt_of(body)] = [Reply(400, b"{}")]
+            endpoint.replies[prompt_of(body)] = [Reply(body=b"{")]
             return b"{"
         return imagine(body)
 

@@ -92,6 +92,14 @@ def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_pa
     assert found(tmp_path) == set(range(20))
 
 
+def test_what_was_set_aside_stays_whatever_is_damaged_later(tmp_path):
+    for content in (b"one", b"two", b"three"):
+        added(tmp_path, [1])
+        parts(tmp_path)[0].write_bytes(content)
+        assert found(tmp_path) == set()
+    assert {each.read_bytes() for each in (tmp_path / "completions").glob("*.damaged")} == {b"one", b"two", b"three"}
+
+
 def test_a_part_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
     added(tmp_path, range(10))
     (part,) = parts(tmp_path)
@@ -103,16 +111,30 @@ def test_a_part_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
     assert found(tmp_path) == set(range(10))
 
 
-def test_a_refusal_is_kept_with_its_reason(tmp_path):
+def test_a_refusal_is_kept_apart_with_its_reason(tmp_path):
     refusal = Written("key-1", "", None, None, "error", "400: no", refused=True)
     with opened(tmp_path) as store:
         store.add(refusal, PROVENANCE)
         assert store.find("key-1") == refusal
+        store.add(written(2), PROVENANCE)
         store.flush()
     with opened(tmp_path) as store:
-        assert store.find("key-1") == refusal
-    (row,) = pq.read_table(parts(tmp_path)[0]).to_pylist()
+        assert (store.find("key-1"), store.refusals, len(store)) == (refusal, 1, 1)
+    (part,) = (tmp_path / "refused").glob("part-*.parquet")
+    (row,) = pq.read_table(part).to_pylist()
     assert (row["finish_reason"], row["text"]) == ("refused", "400: no")
+    part.unlink()
+    assert found(tmp_path) == {2}
+
+
+def test_only_what_is_named_is_flushed(tmp_path):
+    with opened(tmp_path) as store:
+        store.add(written(1), PROVENANCE)
+        keys = store.unwritten_keys
+        store.add(written(2), PROVENANCE)
+        store.flush(keys)
+        assert (store.unwritten_keys, len(store)) == ({"key-2"}, 2)
+    assert found(tmp_path) == {1}
 
 
 def test_no_flipped_bit_is_read_back(tmp_path):

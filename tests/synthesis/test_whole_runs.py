@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pyarrow.parquet as pq
@@ -164,18 +165,33 @@ def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_stud
 
 def test_what_was_left_unanswered_is_asked_again_until_it_is_learned_from(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
-    busy = Reply(400, b'{"error": {"message": "no"}}')
-    endpoint.replies["3 + 3 ="], endpoint.replies["4 + 4 ="] = [busy], [busy, busy]
+    busy = [Reply(503, b'{"error": {"message": "busy"}}')] * 2
+    endpoint.replies["3 + 3 ="], endpoint.replies["4 + 4 ="] = [*busy], [*busy, *busy]
     assert synthesize(parse_config(values))["unanswered"] == 2
     asked = len(endpoint.asked)
     result = distill(parse_config(values))  # the folder holds nothing but synthesis/, so it may be a run's
-    assert sorted(each.prompt for each in endpoint.asked[asked:]) == ["3 + 3 =", "4 + 4 ="]
+    assert sorted(each.prompt for each in endpoint.asked[asked:]) == ["3 + 3 =", "4 + 4 =", "4 + 4 ="]
     assert result.summary["rows"]["train"] == 7
     distill(parse_config(values), resume=True)
-    assert len(endpoint.asked) == asked + 2
+    assert len(endpoint.asked) == asked + 3
     assert synthesize(parse_config(values))["kept"] == 8
     with pytest.raises(InputError, match="are not those the run in .* was started with"):
         distill(parse_config(values), resume=True)
+
+
+def test_what_was_refused_is_settled_until_its_record_is_deleted(tmp_path, tiny_student, parrot, endpoint):
+    values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
+    endpoint.replies["3 + 3 ="] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 2
+    summary = synthesize(parse_config(values))
+    assert (summary["unanswered"], summary["refused"], summary["rejected"]["refused"]) == (0, 1, 1)
+    watching = Stages()
+    synthesize(parse_config(values), watcher=watching)
+    assert len(endpoint.asked) == 8
+    assert not any("Synthesising" in stage for stage in watching.stages)
+    for kept, asked in ((7, 9), (8, 10)):
+        shutil.rmtree(tmp_path / "run" / "synthesis" / "refused")
+        assert synthesize(parse_config(values))["kept"] == kept
+        assert len(endpoint.asked) == asked
 
 
 def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_student, parrot, endpoint):

@@ -42,7 +42,9 @@ def expected(twin):
 
 @pytest.fixture(scope="module")
 def teacher(ray_cluster, folder):
-    engine = {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}
+    # With a worker in a process of its own (see conftest), so that there is more to leave behind.
+    arguments = {"enforce_eager": True, "distributed_executor_backend": "mp"}
+    engine = {"kind": "vllm", "dtype": "float32", "arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
         with serve_teacher(config_of("vllm", folder, engine=engine)) as teacher:
@@ -82,6 +84,36 @@ def test_what_a_vllm_teacher_writes_is_learned_from_and_measured_in_one_run(teac
     assert "What the teacher wrote" in (result.output / "report.html").read_text()
 
 
+def test_it_makes_up_what_it_answers_and_a_student_on_vllm_writes_beside_it(teacher, folder, tmp_path):
+    values = settings(tmp_path, folder, steps=2)
+    values |= {
+        "teachers": [{"name": "vllm", "attach": True}], "data": {}, "output": str(tmp_path / "magpie"),
+        "synthesis": {
+            "kind": "magpie", "instructions": 16, "instruction_filters": [], "filters": [], "role_words": [],
+            "sampling": {"max_new_tokens": 40, "stop": ["e"]}, "responses": {"max_new_tokens": 10},
+        },
+    }  # fmt: skip
+    made = pq.read_table(distill(parse_config(values)).output / "synthesis" / "rows.parquet").to_pylist()
+    assert len({row["prompt"] for row in made}) > 4
+    assert all("e" not in row["prompt"] and row["completion"] for row in made)
+
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in made))
+    values = settings(tmp_path, folder, "preference", steps=2)
+    engine = {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}
+    values |= {
+        "teachers": [{"name": "vllm", "attach": True}], "data": {"train": {"path": str(questions)}},
+        "synthesis": {
+            "kind": "preferences", "chat": True, "sampling": {"max_new_tokens": 8}, "filters": [],
+            "student": {"engine": engine, "resources": {"num_cpus": 0.25}},
+        },
+    }  # fmt: skip
+    output = distill(parse_config(values)).output
+    pairs = pq.read_table(output / "synthesis" / "rows.parquet").to_pylist()
+    assert len(pairs) == len(made)
+    assert all(row["chosen"] != row["rejected"] and row["rejected_tokens"] for row in pairs)
+
+
 def test_it_is_replaced_when_its_engine_is_killed(teacher, expected):
     [replica] = replicas_of("vllm")
     [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
@@ -93,5 +125,6 @@ def test_it_is_replaced_when_its_engine_is_killed(teacher, expected):
     assert successor.pid != replica.pid
 
     processes = psutil.Process(successor.pid).children(recursive=True)
+    assert {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in processes}
     successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
     eventually(lambda: not any(each.is_running() for each in processes))

@@ -127,7 +127,7 @@ def test_a_base_that_has_changed_is_refused(tmp_path):
     distill(run, resume=True)
 
 
-def test_the_seed_and_the_settings_decide_what_is_learned(tmp_path, tiny_student):
+def test_the_seed_and_the_settings_decide_what_is_learned(tmp_path, tiny_student, ray_cluster):
     runs = {}
     for name, seed, workers in (("first", 3, 0), ("again", 3, 2), ("other", 4, 0)):
         values = prepared(tmp_path / name, tiny_student, "supervised", micro_batch_tokens=150, workers=workers)

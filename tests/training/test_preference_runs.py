@@ -225,7 +225,7 @@ def test_evaluation_measures_any_model_on_pairs(tmp_path, tiny_student, ray_clus
         _measured_by_hand(tiny_student, run), rel=1e-4
     )
     headings = [column.header for column in comparison([summary]).columns]
-    assert headings[6:8] == ["prefers right", "by nats"]
+    assert {"prefers right", "by nats"} < set(headings)
 
 
 def test_rows_that_are_no_pairs_are_refused(tmp_path, tiny_student):
