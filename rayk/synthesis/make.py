@@ -17,9 +17,10 @@ from rayk.synthesis.magpie import Magpie
 from rayk.synthesis.preferences import Preferences
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
-from rayk.synthesis.scribe import Progress, Scribe, Tally
+from rayk.synthesis.scribe import Scribe
 from rayk.synthesis.self_instruct import SelfInstruct
 from rayk.synthesis.store import Store
+from rayk.synthesis.tally import Progress, Tally
 from rayk.teachers import Teacher
 from rayk.teachers.background import run_to_the_end
 from rayk.text import Filter, sift

@@ -7,12 +7,11 @@ chance comes from `Scribe.seed`, by the place of a row, never from the order in 
 
 import asyncio
 import contextlib
-import functools
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -25,16 +24,13 @@ from rayk.engines.batching import gather
 from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
 from rayk.models import load_tokenizer
 from rayk.synthesis.store import Store, Written
+from rayk.synthesis.tally import Tally, charges_sum
 from rayk.teachers import Teacher
 from rayk.teachers.client import Completion
 from rayk.text.words import whole_characters
 
-Progress = Callable[[int, int, str], None]
-"""Told (done, total, what to say of it)."""
-
 _FLUSH_COMPLETIONS = 256
 _TICK_SECONDS = 2.0
-_TELL_SECONDS = 0.2
 _USAGE_SECONDS = 5.0
 _UNANSWERED_IN_A_ROW = 32
 _REFUSED_AT_FIRST = 256
@@ -56,60 +52,6 @@ class Request:
     seed: int
     parameters: SamplingParameters
     sent: str | None = None
-
-
-class Tally:
-    """What the scribes of one store have asked for, all together, as the progress tells it.
-
-    Args:
-        charged: for what the store held before.
-
-    Attributes:
-        total: how many completions the recipe will ask for; the recipe says so.
-        done: those that it has.
-        asked: those that were asked for, the others being found in the store.
-        unanswered: those of them that did not come, and may another time.
-        refused: those that will not come.
-        tokens: written in answer.
-        scribes: those that ask now.
-        flushing: held by the one that writes what has come.
-    """
-
-    def __init__(self, charged: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None):
-        self.total = self.done = self.asked = self.unanswered = self.refused = self.tokens = 0
-        self.scribes: list[Scribe] = []
-        self.flushing = asyncio.Lock()
-        self._charges: dict[object, Mapping[str, Any]] = {None: charged or {}}
-        self._progress = progress
-        self._began = self._told = time.monotonic()
-
-    @property
-    def charged(self) -> dict[str, Any]:
-        """What endpoints have charged for all that the store holds, as `rayk.engines.base.Usage` names it."""
-        return functools.reduce(_sum, self._charges.values(), {})
-
-    def charge(self, who: object, charged: Mapping[str, Any]) -> None:
-        """Take down what one endpoint has charged since its scribe began."""
-        self._charges[who] = charged
-
-    def tell(self) -> None:
-        """Tell the progress, unless it was told just now."""
-        now = time.monotonic()
-        if now - self._told < _TELL_SECONDS and self.done != self.total:
-            return
-        self._told = now
-        seconds = max(now - self._began, 1e-3)
-        text = f"{self.asked / seconds:,.1f} completions/s"
-        if self.tokens:
-            text += f", {self.tokens / seconds:,.0f} tokens/s"
-        if (cost := self.charged.get("cost")) is not None:
-            text += f", cost {cost:,.4f}"
-        for number, what in ((self.unanswered, "unanswered"), (self.refused, "refused")):
-            if number:
-                text += f", {number:,} {what}"
-        if self.asked and self.done < self.total:
-            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
-        self._progress(self.done, self.total, text)
 
 
 class Scribe:
@@ -363,7 +305,7 @@ class Scribe:
             if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
                 self._charged_before, self._usage_at_start = self._charged, {}
             self._seen = used
-            self._charged = _sum(self._charged_before, _sum(used, self._usage_at_start, -1))
+            self._charged = charges_sum(self._charged_before, charges_sum(used, self._usage_at_start, -1))
             self.tally.charge(self, self._charged)
 
     async def _usage(self) -> dict[str, Any]:
@@ -411,14 +353,3 @@ def _written(key: str, completion: Completion) -> Written:
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
         whole_characters(completion.reason), completion.refused,
     )  # fmt: skip
-
-
-def _sum(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
-    return {name: one.get(name, 0) + sign * other.get(name, 0) for name in {**one, **other}}
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -12,7 +12,8 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
 from rayk.synthesis import Store
 from rayk.synthesis import scribe as scribes
-from rayk.synthesis.scribe import Request, Scribe, Tally, in_order
+from rayk.synthesis.scribe import Request, Scribe, in_order
+from rayk.synthesis.tally import Tally
 from rayk.teachers.background import run_to_the_end
 from rayk.teachers.client import Teacher
 from tests.engines.endpoint import Reply, completion
