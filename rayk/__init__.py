@@ -8,31 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayk import losses
-    from rayk.config import RunConfig, TeacherConfig, TransformersEngine, VLLMEngine, load_config
+    from rayk.config import RunConfig, TeacherConfig, TransformersEngineConfig, VLLMEngineConfig, load_config
+    from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
     from rayk.data import make_batches
     from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
     from rayk.run import Result, distill
-    from rayk.signal import SignalBatch
-    from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
+    from rayk.signals.batch import SignalBatch
     from rayk.teachers import Completion, Teacher, connect_teacher, serve_teacher
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "losses": "rayk.losses",
-    **dict.fromkeys(("RunConfig", "TeacherConfig", "TransformersEngine", "VLLMEngine", "load_config"), "rayk.config"),
+    **dict.fromkeys(
+        ("RunConfig", "TeacherConfig", "TransformersEngineConfig", "VLLMEngineConfig", "load_config"), "rayk.config"
+    ),
     **dict.fromkeys(("Result", "distill"), "rayk.run"),
     **dict.fromkeys(("InputError", "RaykError", "RunFailed", "TeacherUnavailable"), "rayk.errors"),
-    **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.support"),
+    **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.config.support"),
     **dict.fromkeys(("Completion", "Teacher", "connect_teacher", "serve_teacher"), "rayk.teachers"),
-    "SignalBatch": "rayk.signal",
+    "SignalBatch": "rayk.signals.batch",
     "make_batches": "rayk.data",
 }
 
 __all__ = [
     "Completion", "Hidden", "InputError", "Logprob", "RaykError", "Requested", "Result", "RunConfig", "RunFailed",
-    "Sampled", "SignalBatch", "Teacher", "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngine",
-    "VLLMEngine", "connect_teacher", "distill", "load_config", "losses", "make_batches", "serve_teacher",
+    "Sampled", "SignalBatch", "Teacher", "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngineConfig",
+    "VLLMEngineConfig", "connect_teacher", "distill", "load_config", "losses", "make_batches", "serve_teacher",
 ]  # fmt: skip
 
 

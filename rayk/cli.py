@@ -22,8 +22,8 @@ from rayk.environment import set_threading
 from rayk.errors import InputError, RaykError
 
 if TYPE_CHECKING:
-    from rayk.fill import Filled
-    from rayk.plan import Plan
+    from rayk.commands.cache import Filled
+    from rayk.commands.plan import Plan
     from rayk.run import Watcher
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ def quickstart(
     ] = "runs/quickstart",
 ) -> None:
     """Watch a small model learn from a bigger one that Ray Serve hosts; needs nothing but this machine."""
-    from rayk.quickstart import run_quickstart
+    from rayk.commands.quickstart import run_quickstart
 
     result = run_quickstart(Path(output), watcher())
     _print(comparison(result.summaries))
@@ -80,9 +80,9 @@ def run(
 def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
     """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
     settings = load_config(config, overrides, output=output)
-    from rayk.inputs import written_rows
     from rayk.run import located, next_round
     from rayk.run import synthesize as write
+    from rayk.run.inputs import written_rows
 
     summary = write(settings, watcher=watcher())
     _print(synthesised(summary))
@@ -93,8 +93,8 @@ def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output =
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     """Bring up a config's teachers as Serve applications and keep them up until interrupted."""
     settings = load_config(config, overrides)
-    from rayk.cluster import start_ray
     from rayk.run import cpus_needed, located
+    from rayk.serving.cluster import start_ray
     from rayk.teachers import serve_teacher
 
     settings = located(settings)
@@ -125,7 +125,7 @@ def cache(
 ) -> None:  # fmt: skip
     """Ask a config's teachers for all the signals its run needs, ahead of it."""
     settings = load_config(config, overrides)
-    from rayk.fill import fill_cache, verify_cache
+    from rayk.commands.cache import fill_cache, verify_cache
 
     if not verify:
         _print(filling(fill_cache(settings, watcher())))
@@ -150,7 +150,7 @@ def plan(
 ) -> None:  # fmt: skip
     """Say how many teacher replicas keep the student fed, and what crosses the network."""
     settings = load_config(config, overrides)
-    from rayk.plan import plan as make_plan
+    from rayk.commands.plan import plan as make_plan
 
     _print(planning(make_plan(settings, student, teacher)))
 
@@ -174,7 +174,7 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", help="The HTML file; by default in the first run.")] = None,
 ) -> None:
     """Write the HTML report of one run, or one that compares several."""
-    from rayk.evaluation.report import write_report
+    from rayk.report.report import write_report
 
     path = output or runs[0] / "report.html"
     write_report(runs, path)
@@ -186,7 +186,7 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run, finished or not.")],
 ) -> None:
     """Say how far a run is: rows written, steps, speed, last evaluation and checkpoint."""
-    from rayk.status import status as status_of
+    from rayk.commands.status import status as status_of
 
     for number, part in enumerate(status_of(run)):
         if number:
@@ -214,7 +214,7 @@ def doctor(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]")] = None, overrides: Overrides = None
 ) -> None:
     """Check this machine, and a config's settings, data, models and teachers, without running anything."""
-    from rayk.doctor import examine
+    from rayk.commands.doctor import examine
 
     failed = False
     for check in examine(config, overrides):
@@ -257,7 +257,7 @@ def comparison(summaries: list[dict[str, Any]]) -> Table:
 
 def synthesised(summary: dict[str, Any]) -> Table:
     """What a teacher's writing came to."""
-    from rayk.evaluation.report import figure_text
+    from rayk.report.report import figure_text
 
     table = Table(box=None, pad_edge=False, show_header=False)
     usage = summary["usage"]
@@ -318,7 +318,7 @@ def _print(table: Table) -> None:
 
 def watcher() -> "Watcher":
     """Progress on a terminal as a bar, elsewhere as a line now and then."""
-    from rayk.progress import TerminalWatcher
+    from rayk.commands.progress import TerminalWatcher
 
     return TerminalWatcher(console)
 

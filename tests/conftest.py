@@ -68,7 +68,7 @@ def ray_cluster():
     from ray import serve
     from ray.serve._private import client
 
-    from rayk.cluster import start_ray
+    from rayk.serving.cluster import start_ray
 
     client.CLIENT_POLLING_INTERVAL_S = 0.1  # how often it looks whether an application is up, or gone; else each second
     start_ray(num_cpus=8)

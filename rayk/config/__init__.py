@@ -43,7 +43,13 @@ from rayk.config.methods import (
     TaughtConfig,
 )
 from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelConfig
-from rayk.config.rollouts import PolicyEngine, RolloutConfig, ServedRollouts, VLLMPolicyEngine, WorkerRollouts
+from rayk.config.rollouts import (
+    PolicyEngineConfig,
+    RolloutConfig,
+    ServedRollouts,
+    VLLMPolicyEngineConfig,
+    WorkerRollouts,
+)
 from rayk.config.run import RunConfig, TrackingConfig
 from rayk.config.synthesis import (
     AdversarialConfig,
@@ -63,15 +69,15 @@ from rayk.config.synthesis import (
 from rayk.config.teachers import (
     EngineConfig,
     EnsembleConfig,
-    LocalEngine,
-    OpenAIEngine,
+    LocalEngineConfig,
+    OpenAIEngineConfig,
     Replicas,
     Resources,
     RouteConfig,
-    SimulatedEngine,
+    SimulatedEngineConfig,
     TeacherConfig,
-    TransformersEngine,
-    VLLMEngine,
+    TransformersEngineConfig,
+    VLLMEngineConfig,
 )
 from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
@@ -103,7 +109,7 @@ __all__ = [
     "KeywordsFilter",
     "LanguageFilter",
     "LengthFilter",
-    "LocalEngine",
+    "LocalEngineConfig",
     "LogitKDConfig",
     "LoraConfig",
     "MagpieConfig",
@@ -112,8 +118,8 @@ __all__ = [
     "MiniLLMConfig",
     "NearDuplicatesFilter",
     "OnPolicyConfig",
-    "OpenAIEngine",
-    "PolicyEngine",
+    "OpenAIEngineConfig",
+    "PolicyEngineConfig",
     "PreferenceConfig",
     "PreferencesConfig",
     "PretrainingConfig",
@@ -132,7 +138,7 @@ __all__ = [
     "SelfInstructConfig",
     "ServedRollouts",
     "Settings",
-    "SimulatedEngine",
+    "SimulatedEngineConfig",
     "StudentConfig",
     "StudentReadingSettings",
     "SupervisedConfig",
@@ -143,10 +149,10 @@ __all__ = [
     "TextFilterConfig",
     "TrackingConfig",
     "TrainingConfig",
-    "TransformersEngine",
+    "TransformersEngineConfig",
     "TruncatedFilter",
-    "VLLMEngine",
-    "VLLMPolicyEngine",
+    "VLLMEngineConfig",
+    "VLLMPolicyEngineConfig",
     "WorkerRollouts",
     "difference",
     "load_config",

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rayk.config.base import AnswerPattern, Positive, Settings
-from rayk.support import TopK
+from rayk.config.support import TopK
 
 
 class GenerationConfig(Settings):

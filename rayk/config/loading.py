@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from rayk.config.base import Settings
 from rayk.config.run import RunConfig
+from rayk.config.support import SUPPORTS
 from rayk.errors import InputError
-from rayk.support import SUPPORTS
 
 
 def _sections(base: type[Settings]) -> Iterator[type[Settings]]:

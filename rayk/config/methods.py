@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rayk.config.base import Positive, Settings, Share
 from rayk.config.data import DataSource
 from rayk.config.retriever import RetrieverConfig
-from rayk.support import Logprob, Requested, Sampled, Support, TopK
+from rayk.config.support import Logprob, Requested, Sampled, Support, TopK
 
 DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
     "forward_kl": (),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from rayk.config.base import Positive, Settings
-from rayk.config.teachers import LocalEngine, OnVLLM, Replicas, Resources, as_replicas, on_transformers
+from rayk.config.teachers import LocalEngineConfig, OnVLLM, Replicas, Resources, as_replicas, on_transformers
 
 # What a replica says itself: where the architecture comes from, that the weights come later, and how they get in.
 _ITS_OWN_ARGUMENTS = {
@@ -40,14 +40,14 @@ class WorkerRollouts(_Sampling):
     kind: Literal["worker"] = "worker"
 
 
-class PolicyEngine(LocalEngine):
+class PolicyEngineConfig(LocalEngineConfig):
     """The student in the replica's own process, computing as it does in training: in the student's `dtype`, under
     `training.precision`."""
 
     kind: Literal["transformers"] = "transformers"
 
 
-class VLLMPolicyEngine(OnVLLM):
+class VLLMPolicyEngineConfig(OnVLLM):
     """vLLM writes, in bfloat16 where the student or `training.precision` is, else in float32. The replica itself keeps
     a copy of the student in the host's memory, from which vLLM takes the weights of each step.
 
@@ -67,7 +67,7 @@ class VLLMPolicyEngine(OnVLLM):
         return value
 
 
-_Engines = Annotated[PolicyEngine | VLLMPolicyEngine, Field(discriminator="kind")]
+_Engines = Annotated[PolicyEngineConfig | VLLMPolicyEngineConfig, Field(discriminator="kind")]
 
 
 class ServedRollouts(_Sampling):
@@ -75,7 +75,7 @@ class ServedRollouts(_Sampling):
     from training. Ray's object store holds the weights of two versions."""
 
     kind: Literal["served"] = "served"
-    engine: Annotated[_Engines, BeforeValidator(on_transformers)] = Field(default_factory=PolicyEngine)
+    engine: Annotated[_Engines, BeforeValidator(on_transformers)] = Field(default_factory=PolicyEngineConfig)
     """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)

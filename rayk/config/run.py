@@ -21,10 +21,10 @@ from rayk.config.methods import (
 )
 from rayk.config.retriever import RetrieverConfig
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
+from rayk.config.support import Support
 from rayk.config.synthesis import MagpieConfig, SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_engine_gives
 from rayk.config.training import StudentConfig, TrainingConfig
-from rayk.support import Support
 
 
 class TrackingConfig(Settings):

@@ -16,7 +16,14 @@ from rayk.config.filters import (
     TextFilterConfig,
     TruncatedFilter,
 )
-from rayk.config.teachers import Replicas, Resources, TransformersEngine, VLLMEngine, as_replicas, on_transformers
+from rayk.config.teachers import (
+    Replicas,
+    Resources,
+    TransformersEngineConfig,
+    VLLMEngineConfig,
+    as_replicas,
+    on_transformers,
+)
 
 AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
 
@@ -107,8 +114,9 @@ class AskedStudent(Settings):
     """How the student, as it is when a round begins, is served to be asked; it comes down before training."""
 
     engine: Annotated[
-        Annotated[TransformersEngine | VLLMEngine, Field(discriminator="kind")], BeforeValidator(on_transformers)
-    ] = Field(default_factory=TransformersEngine)
+        Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")],
+        BeforeValidator(on_transformers),
+    ] = Field(default_factory=TransformersEngineConfig)
     """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)

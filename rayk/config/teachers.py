@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayk.config.base import Positive, Settings
-from rayk.support import Hidden, Logprob, Requested, Sampled, Support, TopK
+from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, TopK
 
 
-class LocalEngine(Settings):
+class LocalEngineConfig(Settings):
     """What engines in the replica's own process have in common."""
 
     device: str = "auto"
@@ -19,7 +19,7 @@ class LocalEngine(Settings):
     """CPU threads of one replica; by default the replica's `num_cpus`, at least 1."""
 
 
-class TransformersEngine(LocalEngine):
+class TransformersEngineConfig(LocalEngineConfig):
     """A transformers causal LM in the replica's own process."""
 
     kind: Literal["transformers"] = "transformers"
@@ -45,7 +45,7 @@ class OnVLLM(Settings):
     """Anything else for vLLM's `AsyncEngineArgs`, under its names there."""
 
 
-class VLLMEngine(OnVLLM):
+class VLLMEngineConfig(OnVLLM):
     """vLLM: fast, on one or more GPUs of a node; top-k signals at temperature 1."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -58,13 +58,13 @@ class VLLMEngine(OnVLLM):
     `gpu_memory_utilization` below a half, with room for the head."""
 
     @model_validator(mode="after")
-    def _one_engine_across_nodes(self) -> "VLLMEngine":
+    def _one_engine_across_nodes(self) -> "VLLMEngineConfig":
         if self.across_nodes and self.hidden:
             raise ValueError("'across_nodes' has GPUs for one engine, but 'hidden' needs a second; leave one out")
         return self
 
 
-class SimulatedEngine(Settings):
+class SimulatedEngineConfig(Settings):
     """Answers of the real size after the time a real teacher would take; no weights. For planning capacity."""
 
     kind: Literal["simulated"] = "simulated"
@@ -77,7 +77,7 @@ class SimulatedEngine(Settings):
     """How long a replica takes until it answers."""
 
 
-class OpenAIEngine(Settings):
+class OpenAIEngineConfig(Settings):
     """An OpenAI-compatible endpoint as a black box: prompts go in as text, text comes out, and there are no signals.
 
     One replica asks for everybody, so that the limits and the count of what was paid hold for the whole teacher. The
@@ -118,7 +118,10 @@ def on_transformers(value: Any) -> Any:
     return {"kind": "transformers"} | value if isinstance(value, dict) else value
 
 
-EngineConfig = Annotated[TransformersEngine | VLLMEngine | OpenAIEngine | SimulatedEngine, Field(discriminator="kind")]
+EngineConfig = Annotated[
+    TransformersEngineConfig | VLLMEngineConfig | OpenAIEngineConfig | SimulatedEngineConfig,
+    Field(discriminator="kind"),
+]
 
 
 def check_engine_gives(engine: EngineConfig, support: Support) -> None:
@@ -203,7 +206,7 @@ class TeacherConfig(Settings):
     """A local model folder or a hub id; with engine kind `openai` the endpoint's name for it."""
     attach: bool = False
     """Use the Serve application `name` that already runs (`rayk serve`) and leave it running."""
-    engine: Annotated[EngineConfig, BeforeValidator(on_transformers)] = Field(default_factory=TransformersEngine)
+    engine: Annotated[EngineConfig, BeforeValidator(on_transformers)] = Field(default_factory=TransformersEngineConfig)
     """By default `kind: transformers`."""
     replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
     resources: Resources = Field(default_factory=Resources)
@@ -226,7 +229,7 @@ class TeacherConfig(Settings):
 
     @model_validator(mode="after")
     def _endpoint_fits(self) -> "TeacherConfig":
-        if not isinstance(self.engine, OpenAIEngine):
+        if not isinstance(self.engine, OpenAIEngineConfig):
             return self
         if self.replicas.max > 1:
             raise ValueError(
@@ -239,4 +242,4 @@ class TeacherConfig(Settings):
     @property
     def gives_signals(self) -> bool:
         """Whether it can be asked for more than text."""
-        return not isinstance(self.engine, OpenAIEngine)
+        return not isinstance(self.engine, OpenAIEngineConfig)

@@ -17,7 +17,7 @@ def _all_or_named(value: Any) -> Any:
 
 
 class LoraConfig(Settings):
-    """Learn an adapter on frozen weights instead of all of them (`rayk.lora`); needs `pip install 'rayk[lora]'`."""
+    """Train an adapter on frozen weights (`rayk.models.lora`); needs `pip install 'rayk[lora]'`."""
 
     r: Positive = 16
     """The rank: how many directions of each weight learn."""

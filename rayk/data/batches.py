@@ -1,7 +1,6 @@
 """Examples into batches: padded tensors, which rows each step takes, each rank's share of them, and micro-batches."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as Rows
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ from rayk.config import DataConfig, DataSource
 from rayk.data.sources import Row, read_rows
 from rayk.data.tokenizing import RowTokenizer, collect
 from rayk.errors import InputError
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +40,7 @@ class Batch:
     targets: Tensor
     offsets: Tensor
     positions: Tensor
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     pad_id: int
 
     @property
@@ -65,7 +64,7 @@ class Batch:
             raise ValueError(f"x must begin with {list(self.input_ids.shape)} [rows, length], not {list(x.shape)}")
         return x.flatten(0, 1).index_select(0, self.positions)
 
-    def select(self, rows: Rows[int]) -> "Batch":
+    def select(self, rows: Sequence[int]) -> "Batch":
         """The given rows, in the given order, padded to the longest of them."""
         return collate([self.sequences[row] for row in rows], self.pad_id).to(self.input_ids.device)
 
@@ -75,7 +74,7 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def collate(examples: Iterable[Sequence], pad_id: int) -> Batch:
+def collate(examples: Iterable[TokenSequence], pad_id: int) -> Batch:
     """A batch of at least one example, on the CPU."""
     sequences = list(examples)
     assert sequences, "a batch needs at least one row"
@@ -110,7 +109,7 @@ class BatchSampler:
         steps: how many batches iteration gives.
     """
 
-    def __init__(self, lengths: Rows[int] | np.ndarray, batch_size: int, seed: int, steps: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, steps: int) -> None:
         if len(lengths) == 0:
             raise InputError("There is no row to make batches of; give data with at least one.")
         self.lengths = np.asarray(lengths)
@@ -169,7 +168,7 @@ class BatchSampler:
         return self._permutations[epoch]
 
 
-def micro_batches(lengths: Rows[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
     """Rows in groups whose padded size, rows times longest, is at most `max_tokens`; the longest rows come first.
 
     A row longer than `max_tokens` makes a group of its own. Every row is in exactly one group.

@@ -14,8 +14,7 @@ student reads is then how the teacher's text ends, so any token of it counts for
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import TYPE_CHECKING
@@ -124,7 +123,7 @@ class Demonstrator:
         """
         return self.after(row, self.chosen(row, seed), hard_label_weight)
 
-    def after(self, row: Example, places: Ordered[int], hard_label_weight: float = 1.0) -> Query:
+    def after(self, row: Example, places: Sequence[int], hard_label_weight: float = 1.0) -> Query:
         """`row` after these rows of the pool.
 
         Raises:
@@ -277,7 +276,7 @@ class Demonstrator:
         """How many rows of the pool may stand before `row`."""
         return len(self._of_task.get(self.task(row), [])) - len(self._of_input.get(self.key(row), []))
 
-    def longest(self, rows: Ordered[Example]) -> int:
+    def longest(self, rows: Sequence[Example]) -> int:
         """At most so many tokens has one of `rows` with its demonstrations."""
         demonstrations = {
             task: sum(nlargest(self.settings.k, (len(self._demonstration(self.pool[place])) for place in places)))
@@ -337,5 +336,5 @@ def _ended(context: np.ndarray, output: np.ndarray, row: Example) -> Example:
     return Example(ids, np.arange(len(ids)) >= len(context), None, len(context), row.where, row.fields)
 
 
-def _array(ids: Ordered[int]) -> np.ndarray:
+def _array(ids: Sequence[int]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)

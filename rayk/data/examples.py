@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 
 _CHUNK_ROWS = 1000
 _SKIPPED = b"rayk.skipped"
@@ -29,7 +29,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, eq=False)
-class Example(Sequence):
+class Example(TokenSequence):
     """A row ready for a model.
 
     Attributes:

@@ -3,8 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ _BATCH_TEXTS = 32
 _READING = "reading.json"
 
 
-def scores_by_bm25(pool: Ordered[np.ndarray], queries: Ordered[np.ndarray]) -> Iterator[np.ndarray]:
+def scores_by_bm25(pool: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """For each query how well each text of the pool matches, float32 [pool].
 
     Args:
@@ -58,19 +57,19 @@ class Embedder:
         self.reading = reading or Reading()
         self._longest = min(self.reading.max_tokens, getattr(self.model.config, "max_position_embeddings", math.inf))
 
-    def scores(self, pool: Ordered[str], queries: Ordered[str]) -> Iterator[np.ndarray]:
+    def scores(self, pool: Sequence[str], queries: Sequence[str]) -> Iterator[np.ndarray]:
         """For each query its cosine with each text of the pool, float32 [pool]."""
         theirs = self.vectors(pool)
         return (theirs @ vector for vector in self.vectors(queries))
 
     @torch.inference_mode()
-    def vectors(self, texts: Ordered[str]) -> np.ndarray:
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 [texts, width]."""
         self.model.eval()
         starts = range(0, len(texts), _BATCH_TEXTS)
         return torch.cat([self.encode(texts[start : start + _BATCH_TEXTS]) for start in starts]).cpu().numpy()
 
-    def encode(self, texts: Ordered[str]) -> Tensor:
+    def encode(self, texts: Sequence[str]) -> Tensor:
         """`vectors` with their gradients."""
         given = self.tokenizer(
             [self.reading.prompt + text for text in texts], return_tensors="pt", padding=True, truncation=True,

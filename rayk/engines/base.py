@@ -1,17 +1,17 @@
 """What every engine offers: a model that scores token sequences and generates completions, without Ray."""
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from rayk.config.support import Support
+from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError
 from rayk.models import Head
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.speculative import Draft, Verdict
-from rayk.support import Support
+from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 
 Prompt = str | np.ndarray
 """Text, or token ids."""
@@ -100,7 +100,7 @@ class Engine(Protocol):
 
     info: EngineInfo
 
-    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+    async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order."""
         ...
 
@@ -109,7 +109,7 @@ class Engine(Protocol):
         ...
 
     async def generate(
-        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Generated]:
         """One continuation a prompt, in order."""
         ...
@@ -126,6 +126,6 @@ class Engine(Protocol):
 class VerifyingEngine(Engine, Protocol):
     """An engine that also takes part in teacher-mixed sampling; its `info.verifies` says so."""
 
-    async def verify(self, drafts: Ordered[Draft]) -> list[Verdict]:
+    async def verify(self, drafts: Sequence[Draft]) -> list[Verdict]:
         """Which drafted tokens are kept, and what may replace the first that is not; a verdict each, in order."""
         ...

@@ -1,18 +1,18 @@
 """What every engine refuses, in one sentence each."""
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from rayk.config.support import Requested, Sampled, Support, TopK
 from rayk.engines.base import EngineInfo, Prompt, SamplingParameters
+from rayk.engines.speculative import Draft
 from rayk.errors import InputError
-from rayk.sequences import Sequence
-from rayk.speculative import Draft
-from rayk.support import Requested, Sampled, Support, TopK
+from rayk.signals.sequence import TokenSequence
 
 
-def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Support) -> None:
+def check_request(info: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> None:
     """Refuse what this model cannot answer.
 
     Raises:
@@ -37,7 +37,7 @@ def check_request(info: EngineInfo, sequences: Ordered[Sequence], support: Suppo
         _check_ids(info, sequence.input_ids)
 
 
-def _check_requested(info: EngineInfo, sequence: Sequence, first: Sequence) -> None:
+def _check_requested(info: EngineInfo, sequence: TokenSequence, first: TokenSequence) -> None:
     if sequence.requested is None or first.requested is None:
         raise InputError("Support 'requested' needs the ids: give every sequence 'requested' [counted tokens, m].")
     if sequence.requested.shape[1] != first.requested.shape[1]:
@@ -53,7 +53,7 @@ def _check_requested(info: EngineInfo, sequence: Sequence, first: Sequence) -> N
 
 
 def tokenized(
-    info: EngineInfo, tokenizer: Any, prompts: Ordered[Prompt], parameters: SamplingParameters
+    info: EngineInfo, tokenizer: Any, prompts: Sequence[Prompt], parameters: SamplingParameters
 ) -> list[np.ndarray]:
     """The prompts' token ids, after refusing what this model cannot continue.
 
@@ -86,7 +86,7 @@ def check_verifies(info: EngineInfo) -> None:
         )
 
 
-def check_drafts(info: EngineInfo, drafts: Ordered[Draft]) -> None:
+def check_drafts(info: EngineInfo, drafts: Sequence[Draft]) -> None:
     """Refuse drafts this model cannot verify.
 
     Raises:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import textwrap
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
@@ -24,15 +24,15 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from rayk.config import OpenAIEngine as Settings
+from rayk.config import OpenAIEngineConfig
+from rayk.config.support import Support
 from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters, Usage
 from rayk.engines.batching import gather
 from rayk.engines.limits import RateLimit
 from rayk.errors import InputError
 from rayk.models import Head
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.support import Support
+from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class OpenAIEngine:
         InputError: the key is missing.
     """
 
-    def __init__(self, model: str, settings: Settings | None = None):
-        self.settings = settings = settings or Settings()
+    def __init__(self, model: str, settings: OpenAIEngineConfig | None = None):
+        self.settings = settings = settings or OpenAIEngineConfig()
         self._key = _key_in(settings.api_key_variable)
         self._url = f"{settings.base_url.rstrip('/')}/{'chat/' if settings.chat else ''}completions"
         self._client = httpx2.AsyncClient(
@@ -90,7 +90,7 @@ class OpenAIEngine:
             chats=settings.chat,
         )
 
-    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+    async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         self._refuse_signals()
 
     def head(self) -> Head:
@@ -103,7 +103,7 @@ class OpenAIEngine:
         )
 
     async def generate(
-        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Generated]:
         if parameters.top_k:
             raise InputError("OpenAI-compatible endpoints take no top_k; leave it out, or use top_p.")

@@ -6,26 +6,26 @@ well-formed and say nothing.
 """
 
 import asyncio
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from rayk.config import SimulatedEngine as Settings
+from rayk.config import SimulatedEngineConfig
+from rayk.config.support import Logprob, Support, TopK
 from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
 from rayk.engines.checks import check_request, tokenized
 from rayk.errors import InputError
 from rayk.models import Head, load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.support import Logprob, Support, TopK
+from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 
 
 class SimulatedEngine:
     """See `rayk.engines.base.Engine`. One request is computed at a time, at the given tokens a second; the latency of
     the network is waited for apart from it."""
 
-    def __init__(self, model: str, settings: Settings, *, trust_remote_code: bool = False):
+    def __init__(self, model: str, settings: SimulatedEngineConfig, *, trust_remote_code: bool = False):
         self.settings = settings
         self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         architecture = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
@@ -41,7 +41,7 @@ class SimulatedEngine:
         )
         self._computing = asyncio.Lock()
 
-    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+    async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         check_request(self.info, sequences, support)
         await self._take(sum(map(len, sequences)) / self.settings.tokens_per_second)
         counts = torch.tensor([sequence.counted_tokens for sequence in sequences])
@@ -59,7 +59,7 @@ class SimulatedEngine:
         return SignalBatch(support, offsets, logprobs, self.info.vocab_size, ids, ladder.expand(tokens, -1), tails)
 
     async def generate(
-        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Generated]:
         rows = tokenized(self.info, self.tokenizer, prompts, parameters)
         length = parameters.max_new_tokens

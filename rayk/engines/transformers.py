@@ -5,18 +5,19 @@ so no [positions, vocab] block of a batch is ever whole.
 """
 
 import hashlib
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayk.config import TransformersEngine as Settings
+from rayk.config import TransformersEngineConfig
+from rayk.config.support import Hidden, Requested, Sampled, Support, TopK
 from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.engines.checks import check_drafts, check_request, tokenized
+from rayk.engines.speculative import Draft, Verdict
 from rayk.engines.verification import Verifier
 from rayk.models import (
     DTYPES,
@@ -30,10 +31,8 @@ from rayk.models import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch, concatenate, distinct_fill
-from rayk.speculative import Draft, Verdict
-from rayk.support import Hidden, Requested, Sampled, Support, TopK
+from rayk.signals.batch import SignalBatch, concatenate, distinct_fill
+from rayk.signals.sequence import TokenSequence
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _VERIFIED_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # for keys and values of sequences being drafted
@@ -42,8 +41,10 @@ _VERIFIED_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}  # for keys and values of se
 class TransformersEngine:
     """See `rayk.engines.base.Engine`."""
 
-    def __init__(self, model: str, settings: Settings | None = None, *, trust_remote_code: bool = False):
-        settings = settings or Settings()
+    def __init__(
+        self, model: str, settings: TransformersEngineConfig | None = None, *, trust_remote_code: bool = False
+    ):
+        settings = settings or TransformersEngineConfig()
         self.device = pick_device(settings.device)
         self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         self.model = load_model(
@@ -69,7 +70,7 @@ class TransformersEngine:
             chunk=self._chunk, cache_bytes=_VERIFIED_BYTES["cpu" if self.device == "cpu" else "cuda"],
         )  # fmt: skip
 
-    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+    async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         check_request(self.info, sequences, support)
         results = await self._batcher.submit(("score", support), sequences, [len(s) for s in sequences])
         batches = list({id(batch): batch for batch, _ in results}.values())
@@ -77,19 +78,19 @@ class TransformersEngine:
         return concatenate(batches).select([starts[id(batch)] + row for batch, row in results])
 
     async def generate(
-        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Generated]:
         rows = tokenized(self.info, self.tokenizer, prompts, parameters)
         lengths = [len(row) + parameters.max_new_tokens for row in rows]
         return await self._batcher.submit(("generate", parameters), list(zip(rows, seeds, strict=True)), lengths)
 
-    async def verify(self, drafts: Ordered[Draft]) -> list[Verdict]:
+    async def verify(self, drafts: Sequence[Draft]) -> list[Verdict]:
         check_drafts(self.info, drafts)
         return await self._batcher.submit(("verify", None), drafts, [len(draft) for draft in drafts])
 
     async def warm_up(self) -> None:
         length = min(64, self.info.max_tokens)
-        await self.score([Sequence(np.zeros(length, np.int32), np.arange(length) > 0)], TopK(1))
+        await self.score([TokenSequence(np.zeros(length, np.int32), np.arange(length) > 0)], TopK(1))
 
     async def check_health(self) -> None:
         if self._fatal is not None:
@@ -118,7 +119,7 @@ class TransformersEngine:
         """For how many positions at a time there are logits."""
         return max(16, _CHUNK_BYTES["cpu" if self.device == "cpu" else "cuda"] // (4 * self._head.vocab_size))
 
-    def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
+    def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         counted = torch.zeros(len(sequences), longest, dtype=torch.bool)
@@ -147,7 +148,7 @@ class TransformersEngine:
         return SignalBatch(support, offsets, vocab_size=self.info.vocab_size, **found)
 
 
-def _asked(sequences: list[Sequence], support: Support) -> Tensor | None:
+def _asked(sequences: list[TokenSequence], support: Support) -> Tensor | None:
     """What is asked of each counted position: its requested ids, int64 [tokens, m], or its coins, [tokens, draws]."""
     if isinstance(support, Requested):
         return torch.from_numpy(np.concatenate([s.requested for s in sequences if s.requested is not None]).astype(int))
@@ -156,7 +157,7 @@ def _asked(sequences: list[Sequence], support: Support) -> Tensor | None:
     return None
 
 
-def _coins(sequence: Sequence, support: Sampled) -> np.ndarray:
+def _coins(sequence: TokenSequence, support: Sampled) -> np.ndarray:
     """Uniform numbers [counted tokens, draws] that follow from the seed and the sequence alone."""
     own = hashlib.blake2b(sequence.input_ids.astype("<i4").tobytes() + np.packbits(sequence.counted).tobytes())
     stream = np.random.Philox(np.random.SeedSequence([support.seed, int.from_bytes(own.digest()[:8], "little")]))
@@ -233,7 +234,7 @@ class _SeededSampler:
     stay transformers' own. A row's draws depend on its seed and the step alone, not on who shares its batch.
     """
 
-    def __init__(self, parameters: SamplingParameters, seeds: Ordered[int], vocab_size: int):
+    def __init__(self, parameters: SamplingParameters, seeds: Sequence[int], vocab_size: int):
         from transformers import TopKLogitsWarper, TopPLogitsWarper
 
         self._temperature = parameters.temperature
@@ -305,8 +306,8 @@ def end_ids(model, tokenizer) -> list[int]:
 
 
 def generate(
-    model, vocab_size: int, tokenizer, prompts: Ordered[np.ndarray], parameters: SamplingParameters,
-    seeds: Ordered[int], abandoned: Callable[[], bool] = lambda: False,
+    model, vocab_size: int, tokenizer, prompts: Sequence[np.ndarray], parameters: SamplingParameters,
+    seeds: Sequence[int], abandoned: Callable[[], bool] = lambda: False,
 ) -> list[Generated]:  # fmt: skip
     """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`.
 

@@ -1,4 +1,4 @@
-"""What a teacher's model does with drafts (`rayk.speculative`): log p of drafted tokens, which of them are kept, and
+"""What a teacher's model does with drafts (`rayk.engines.speculative`): log p of drafted tokens, which are kept, and
 candidates for the place of the first that is not.
 
 Keys and values of sequences seen before are kept as long as they fit, so that a call reads the drafted tokens alone. A
@@ -7,16 +7,16 @@ out) it is read from the start, with the same answer.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rayk.key_values import Batch, KeyValues, can_continue
+from rayk.engines.speculative import Draft, Verdict, draw
 from rayk.models import CausalLM, Head, final_hidden
-from rayk.speculative import Draft, Verdict, draw
+from rayk.models.kv_cache import Batch, KeyValues, can_continue
 
 
 class PrefixCache:
@@ -59,7 +59,7 @@ class Verifier:
         self._cache = PrefixCache(cache_bytes) if can_continue(model) else None
 
     @torch.inference_mode()
-    def verify(self, drafts: Ordered[Draft]) -> list[Verdict]:
+    def verify(self, drafts: Sequence[Draft]) -> list[Verdict]:
         """A verdict each, in order."""
         pasts = [KeyValues() if self._cache is None else self._cache.find(draft) for draft in drafts]
         verdicts: dict[int, Verdict] = {}

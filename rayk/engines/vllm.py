@@ -10,8 +10,7 @@ import json
 import os
 import textwrap
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayk.config import VLLMEngine as Settings
+from rayk.config import VLLMEngineConfig
+from rayk.config.support import Hidden, Logprob, Requested, Support, TopK
 from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
 from rayk.engines.batching import gather
 from rayk.engines.checks import check_request, tokenized
@@ -34,9 +34,8 @@ from rayk.models import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch, concatenate
-from rayk.support import Hidden, Logprob, Requested, Support, TopK
+from rayk.signals.batch import SignalBatch, concatenate
+from rayk.signals.sequence import TokenSequence
 
 # One part of a machine, not all of it: replicas and students share its cores and memory.
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -62,8 +61,8 @@ class VLLMEngine:
         floored_tails: at how many positions the tail was below what float32 log-probs can tell, 2^-23, and set to it.
     """
 
-    def __init__(self, model: str, settings: Settings | None = None, *, trust_remote_code: bool = False):
-        settings = settings or Settings()
+    def __init__(self, model: str, settings: VLLMEngineConfig | None = None, *, trust_remote_code: bool = False):
+        settings = settings or VLLMEngineConfig()
         self.floored_tails = 0
         own = settings.arguments.get("tokenizer", model)
         self.tokenizer = load_tokenizer(own, trust_remote_code=trust_remote_code)
@@ -95,7 +94,7 @@ class VLLMEngine:
             ),
         )
 
-    async def score(self, sequences: Ordered[Sequence], support: Support) -> SignalBatch:
+    async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         self._check(sequences, support)
         one = self._hidden if isinstance(support, Hidden) else self._listed
         return concatenate(await gather(one(sequence, support) for sequence in sequences))
@@ -106,7 +105,7 @@ class VLLMEngine:
         return self._head
 
     async def generate(
-        self, prompts: Ordered[Prompt], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Generated]:
         rows = tokenized(self.info, self.tokenizer, prompts, parameters)
         if not (parameters.temperature == 0 or 0.01 <= parameters.temperature <= 2):
@@ -154,7 +153,7 @@ class VLLMEngine:
         if self._pooling is not None:
             self._pooling.shutdown()
 
-    def _check(self, sequences: Ordered[Sequence], support: Support) -> None:
+    def _check(self, sequences: Sequence[TokenSequence], support: Support) -> None:
         if isinstance(support, Requested) and "requested" not in self.info.supports:
             raise InputError(
                 "Support 'requested' needs vLLM's V2 model runner, which needs a GPU; use engine kind 'transformers'."
@@ -168,7 +167,7 @@ class VLLMEngine:
                 "use engine kind 'transformers', or support 'hidden'."
             )
 
-    async def _listed(self, sequence: Sequence, support: Support) -> SignalBatch:
+    async def _listed(self, sequence: TokenSequence, support: Support) -> SignalBatch:
         """One sequence's signals from vLLM's lists of likeliest tokens."""
         k = support.k if isinstance(support, TopK | Requested) else 0
         asked = sequence.requested if isinstance(support, Requested) else None
@@ -188,7 +187,7 @@ class VLLMEngine:
         return SignalBatch(support, torch.tensor([0, len(targets)]), vocab_size=self.info.vocab_size, **found)
 
     async def _ask(
-        self, sequence: Sequence, width: int, asked: np.ndarray | None
+        self, sequence: TokenSequence, width: int, asked: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """At the counted positions: log p of the actual token [tokens], then ids and log-probs [tokens, m + width] of
         those `asked` for and the `width` likeliest."""
@@ -234,7 +233,7 @@ class VLLMEngine:
         self.floored_tails += int((tails < _LEAST_TAIL).sum())
         return np.log(np.maximum(tails, _LEAST_TAIL)).astype(np.float32)
 
-    async def _hidden(self, sequence: Sequence, support: Support) -> SignalBatch:
+    async def _hidden(self, sequence: TokenSequence, support: Support) -> SignalBatch:
         """One sequence's final hidden states, and the actual tokens' log-probs that the head makes of them."""
         assert isinstance(support, Hidden)
         from vllm import PoolingParams
@@ -311,10 +310,10 @@ def _write(file: BinaryIO, weights: Mapping[str, Tensor]) -> None:
     file.flush()
 
 
-def probe(info: EngineInfo) -> Sequence:
+def probe(info: EngineInfo) -> TokenSequence:
     """Some tokens that every model can read."""
     length = min(64, info.max_tokens)
-    return Sequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
+    return TokenSequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
 
 
 def beyond_rounding(own: Tensor, others: Tensor, dtype: str) -> float:
@@ -346,7 +345,7 @@ def _prompt(ids: np.ndarray) -> Any:
     return {"prompt_token_ids": np.asarray(ids).tolist()}
 
 
-def _start(model: str, settings: Settings, trust_remote_code: bool, hidden: bool = False) -> Any:
+def _start(model: str, settings: VLLMEngineConfig, trust_remote_code: bool, hidden: bool = False) -> Any:
     """An `AsyncLLM`: one that generates, or one that gives hidden states."""
     if not torch.cuda.is_available():
         for name, value in _CPU_ENVIRONMENT.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayk.config import EvaluationConfig
+from rayk.config.support import Logprob, TopK
 from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
 from rayk.data.demonstrations import Demonstrator, Shown
 from rayk.data.examples import Example
@@ -21,10 +22,9 @@ from rayk.evaluation.answers import Answer, AnswerScorer
 from rayk.evaluation.options import answer_by_options, with_options
 from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_probs, sequence_sum
 from rayk.models import Head, real_vocab_size
-from rayk.signal import SignalBatch
-from rayk.support import Logprob, TopK
+from rayk.serving.event_loop import background, background_stream, wait_for
+from rayk.signals.batch import SignalBatch
 from rayk.teachers import Ensemble, Scorer, Teacher
-from rayk.teachers.background import background, background_stream, wait_for
 from rayk.teachers.context import Demonstrated
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23

@@ -1,8 +1,7 @@
 """Rows whose answer is one of several options: the likeliest is the answer, and the majority of several draws of
 demonstrations decides (Multitask-ICT, arXiv 2212.10670)."""
 
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from rayk.data.demonstrations import Demonstrator, Query, Shown
@@ -36,7 +35,7 @@ def answer_by_options(
             yield scorer.score(queries[voted], scorer.text_of(option), "stop", len(option))
 
 
-def likeliest(queries: Ordered[Query], log_probs: LogProbs, *, per_token: bool) -> list[int]:
+def likeliest(queries: Sequence[Query], log_probs: LogProbs, *, per_token: bool) -> list[int]:
     """Which of its options each query is answered; with `per_token` by the mean over the option's tokens."""
     answers = [answer for query in queries for answer in query.alternatives]
     scores = iter(

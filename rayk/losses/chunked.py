@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rayk.config.support import Hidden, Sampled
 from rayk.losses.divergences import (
     check_fit,
     check_sampled,
@@ -23,8 +24,7 @@ from rayk.losses.divergences import (
 )
 from rayk.losses.linear import chunk_size, linear_log_probs
 from rayk.models import Head
-from rayk.signal import SignalBatch
-from rayk.support import Hidden, Sampled
+from rayk.signals.batch import SignalBatch
 
 
 @overload

@@ -13,6 +13,7 @@ divergence here, and the identity holds for the coarse forward KL with gold as a
 import torch
 from torch import Tensor
 
+from rayk.config.support import Hidden, Requested, TopK
 from rayk.errors import InputError
 from rayk.losses.divergences import (
     DIVERGENCES,
@@ -24,8 +25,7 @@ from rayk.losses.divergences import (
     log_probs,
     signal_outcomes,
 )
-from rayk.signal import SignalBatch
-from rayk.support import Hidden, Requested, TopK
+from rayk.signals.batch import SignalBatch
 
 
 def decoupled_kl(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rayk.config.support import Hidden, Sampled
 from rayk.errors import InputError
-from rayk.signal import SignalBatch
-from rayk.support import Hidden, Sampled
+from rayk.signals.batch import SignalBatch
 
 LOG_FLOOR = -1e4
 """Log-probs below this count as this, with no gradient: a token masked with -inf costs 10,000 nats at most, not inf.

@@ -2,8 +2,7 @@
 says what is learned from it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -14,7 +13,7 @@ from rayk.data.batches import Batch, collate
 from rayk.data.demonstrations import Demonstrator
 from rayk.models import Head
 from rayk.rollouts import Policy
-from rayk.signal import SignalBatch, concatenate
+from rayk.signals.batch import SignalBatch, concatenate
 from rayk.teachers import Scorer
 
 
@@ -63,7 +62,7 @@ class Experience:
         )
 
     @classmethod
-    def joined(cls, parts: Ordered["Experience"]) -> "Experience":
+    def joined(cls, parts: Sequence["Experience"]) -> "Experience":
         """The rows of all `parts` (of one method), in order; what may stand beside them is not theirs yet."""
         first = parts[0]
         if len(parts) == 1:
@@ -120,7 +119,7 @@ class Method(ABC):
         """How many rows each worker needs of a step, after those that nothing can be learned from are left out."""
         return 1
 
-    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+    def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
         """The rows that `sample` is to see at a time, each in one group; a group's teachers are asked while the next is
         written. By default all at once."""
         return [list(range(batch.rows))]
@@ -135,10 +134,10 @@ class Method(ABC):
         """
         return None
 
-    def on_start(self, seen: Ordered[Any]) -> None:  # noqa: B027
+    def on_start(self, seen: Sequence[Any]) -> None:  # noqa: B027
         """Called after `look_at_start` with what all workers have seen."""
 
-    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
+    async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
         """The rows that the step learns from, for methods that have the policy write them or draw something to each; by
         default the data's.
 

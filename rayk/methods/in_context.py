@@ -17,7 +17,7 @@ examples of the tasks it is measured on, and has the majority of several draws o
 (`evaluation.demonstration_draws`). Which it is, the data say.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from rayk.config import InContextConfig
+from rayk.config.support import Logprob
 from rayk.data.batches import Batch, collate
 from rayk.data.demonstrations import Query, Shown
 from rayk.data.examples import Example
 from rayk.errors import UnusableSignal
 from rayk.losses import label_word_loss, linear_cross_entropy, linear_divergence, sequence_sum
 from rayk.methods.base import Experience, Loss, Method, Student
-from rayk.support import Logprob
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class InContext(Method):
         "hard labels alone"
     )
 
-    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
+    async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
         """Put demonstrations before every row."""
         assert self.demonstrator is not None
         alpha = self.settings.hard_label_weight_at(progress)
@@ -129,7 +129,7 @@ class InContext(Method):
         )  # fmt: skip
 
     async def _of_tokens(
-        self, kind: type[Experience], queries: list[Query], rows: Ordered[Shown], pad_id: int
+        self, kind: type[Experience], queries: list[Query], rows: Sequence[Shown], pad_id: int
     ) -> Experience:
         batch, signals = collate(rows, pad_id), None
         if self.settings.asks:

@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from rayk.config import MatchingConfig
+from rayk.config.support import Hidden, Sampled
 from rayk.losses import DIVERGENCES, linear_divergence, linear_outcomes
 from rayk.methods.base import Experience, Student
 from rayk.models import Head
-from rayk.support import Hidden, Sampled
 
 
 def soft_loss(settings: MatchingConfig, student: Student, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:

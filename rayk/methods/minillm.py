@@ -12,8 +12,7 @@ L_PT is a loss on plain text, (1−r)·cross-entropy + r·KL(p‖q), so that the
 `form: lmops` is what the authors' code runs instead of what the paper says (ALGORITHMS §1).
 """
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor
 
 from rayk.config import MiniLLMConfig
+from rayk.config.support import Logprob, Requested, TopK
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
+from rayk.engines.speculative import MixedSampling
 from rayk.losses import (
     linear_cross_entropy,
     linear_divergence,
@@ -36,9 +37,7 @@ from rayk.methods.base import Experience, Loss, Method, Student
 from rayk.methods.limits import check_rewards, ratio_exploded
 from rayk.methods.matching import with_masses
 from rayk.rollouts import Rollout, with_own_ids
-from rayk.sequences import Sequence
-from rayk.speculative import MixedSampling
-from rayk.support import Logprob, Requested, TopK
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Teacher
 
 _PRETRAINING_K = 64  # where the support would name ids, which plain text does not
@@ -75,14 +74,14 @@ class MiniLLM(Method):
     def fewest_rows(self) -> int:
         return self.settings.minibatches
 
-    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+    def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
         """As the policy writes them; all at once where the teacher writes with it, which takes many rows a call."""
         assert self.policy is not None
         if self.settings.teacher_share:
             return super().groups(batch, seeds, progress)
         return self.policy.groups(batch.sequences)
 
-    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
+    async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
         """Have student and teacher write every row's completion."""
         assert self.policy is not None
         settings, parameters = self.settings, self.policy.parameters
@@ -95,7 +94,7 @@ class MiniLLM(Method):
             rollouts = await self.policy.generate(prompts, parameters, seeds)
         # The ratio of the loss is between two of the same computation, so that it is 1 before the student has moved.
         logprobs = await self.policy.logprobs(rollouts)
-        rows: list[Sequence] = [replace(row, logprobs=each) for row, each in zip(rollouts, logprobs, strict=True)]
+        rows: list[TokenSequence] = [replace(row, logprobs=each) for row, each in zip(rollouts, logprobs, strict=True)]
         rows = await with_own_ids(self.policy, rows, settings.support, settings.requested_ids)
         return collate(rows, batch.pad_id)
 

@@ -18,8 +18,7 @@ new completion, else, with probability φ in all, one from its buffer is learned
 always writes a new one.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +35,7 @@ from rayk.methods.limits import check_rewards, ratio_exploded
 from rayk.methods.matching import soft_loss
 from rayk.rollouts import Policy, Rollout, completed, with_own_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Scorer, Teacher
 
 
@@ -55,7 +54,7 @@ class OnPolicy(Method):
         self._replaying = False
         """Whether the buffer was full as the step began; what the step itself adds does not count."""
 
-    def groups(self, batch: Batch, seeds: Ordered[int], progress: float) -> list[list[int]]:
+    def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
         """As the policy writes them; rows that it does not write go first."""
         assert self.policy is not None
         self._replaying = bool(self._replay and self._replay.full)
@@ -65,7 +64,7 @@ class OnPolicy(Method):
         others = sorted(set(range(batch.rows)) - set(own))
         return [others + (groups[0] if groups else []), *groups[1:]]
 
-    async def sample(self, batch: Batch, seeds: Ordered[int], progress: float) -> Batch:
+    async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
         """Have student and teacher write the rows whose lot it is; name the ids to ask about."""
         assert self.policy is not None
         lots = [_lots(seed) for seed in seeds]
@@ -139,8 +138,8 @@ class OnPolicy(Method):
         return "teacher" if lot[1] < self.settings.teacher_written else "data"
 
     async def _written_by_student(
-        self, rows: list[Sequence], seeds: Ordered[int], chosen: list[int]
-    ) -> dict[int, Sequence]:
+        self, rows: list[TokenSequence], seeds: Sequence[int], chosen: list[int]
+    ) -> dict[int, TokenSequence]:
         if not chosen:
             return {}
         assert self.policy is not None
@@ -152,8 +151,8 @@ class OnPolicy(Method):
         return dict(zip(chosen, rollouts, strict=True))
 
     async def _written_by_teacher(
-        self, rows: list[Sequence], seeds: Ordered[int], chosen: list[int]
-    ) -> dict[int, Sequence]:
+        self, rows: list[TokenSequence], seeds: Sequence[int], chosen: list[int]
+    ) -> dict[int, TokenSequence]:
         if not chosen:
             return {}
         assert self.policy is not None
@@ -173,11 +172,11 @@ def _lots(seed: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(3)
 
 
-def _rollout(row: Sequence) -> Rollout:
+def _rollout(row: TokenSequence) -> Rollout:
     assert isinstance(row, Rollout)
     return row
 
 
-def _example(row: Sequence) -> Example:
+def _example(row: TokenSequence) -> Example:
     assert isinstance(row, Example)
     return row

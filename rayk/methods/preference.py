@@ -15,8 +15,7 @@ answers beside (Pang et al. 2024, arXiv 2404.19733, eq. 1).
 """
 
 import hashlib
-from collections.abc import Iterable
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,14 +23,14 @@ import torch
 from torch import Tensor
 
 from rayk.config import PreferenceConfig
+from rayk.config.support import Logprob
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
 from rayk.errors import RunFailed, UnusableSignal
 from rayk.losses import dpo_loss, implicit_rewards, linear_cross_entropy, sequence_sum
 from rayk.methods.base import Experience, Loss, Method, Student
 from rayk.rollouts import Policy
-from rayk.sequences import Sequence
-from rayk.support import Logprob
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Scorer
 
 _KEY_BYTES = 16
@@ -89,7 +88,7 @@ class Preference(Method):
             for row, logprob in zip(batch.sequences, _logprobs(student, batch).tolist(), strict=True)
         }
 
-    def on_start(self, seen: Ordered[Any]) -> None:
+    def on_start(self, seen: Sequence[Any]) -> None:
         for part in seen:
             self._initial |= part
 
@@ -104,7 +103,7 @@ class Preference(Method):
             raise UnusableSignal(str(error), sorted({answer // 2 for answer in error.rows})) from error
         return Pairs(answers, reference=sequence_sum(signals.target_logprobs, signals.offsets))
 
-    def _of_initial(self, row: Sequence) -> float:
+    def _of_initial(self, row: TokenSequence) -> float:
         found = self._initial.get(_key(row))
         if found is None:
             raise RunFailed(
@@ -157,12 +156,12 @@ def _logprobs(student: Student, batch: Batch) -> Tensor:
     return sequence_sum(-linear_cross_entropy(student.hidden(batch), student.head, batch.targets), batch.offsets)
 
 
-def _answers(row: Sequence) -> list[Example]:
+def _answers(row: TokenSequence) -> list[Example]:
     assert isinstance(row, Example) and row.rejected is not None
     return row.answers
 
 
-def _key(row: Sequence) -> bytes:
+def _key(row: TokenSequence) -> bytes:
     """The same for the same tokens of which the same count."""
     digest = hashlib.blake2b(row.input_ids.astype("<i4").tobytes(), digest_size=_KEY_BYTES)
     digest.update(row.counted.tobytes())

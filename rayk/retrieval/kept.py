@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rayk.cluster import run_on
 from rayk.config import RunConfig
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.retrieval.fitting import Workshop
 from rayk.retrieval.learning import Learning
+from rayk.serving.cluster import run_on
 from rayk.teachers import Teacher
 
 

@@ -25,8 +25,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +51,8 @@ from rayk.retrieval.fitting import (
     rewarded,
 )
 from rayk.retrieval.scores import REFUSED, Progress, Scores
-from rayk.storage import parquet_bytes, told, write_whole
+from rayk.storage.atomic import disk_errors, write_whole
+from rayk.storage.files import parquet_bytes
 from rayk.teachers import Teacher
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ class Learning:
         embedder = None
         for number in range(1, self._settings.rounds + 1):
             folder = self._of_round(number)
-            with told(folder):
+            with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             began = time.monotonic()
             scored = self._scored(number, embedder)
@@ -124,7 +124,7 @@ class Learning:
             rounds.append({**figures, "mean_logprob": _mean(self._measured["learned"])})
             rounds[-1]["seconds"] = time.monotonic() - began
         assert embedder is not None
-        with told(self._folder):
+        with disk_errors(self._folder):
             embedder.save(self._folder)
         summary = self._summary(rounds)
         write_whole(self._folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
@@ -225,7 +225,7 @@ class Learning:
         )
         self._measured[what] = self._scores.of(shown, len(self._held_out), self._told("row"))
 
-    def _shown(self, row: Example, places: Ordered[int]) -> Query:
+    def _shown(self, row: Example, places: Sequence[int]) -> Query:
         return self._demonstrator.after(row, places)
 
     def _told(self, unit: str) -> Progress:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayk.config.support import Logprob
 from rayk.data.demonstrations import Query
 from rayk.errors import UnusableSignal
 from rayk.losses import sequence_sum
-from rayk.sequences import Sequence
-from rayk.storage import Parts
-from rayk.support import Logprob
+from rayk.serving.event_loop import background_stream
+from rayk.signals.sequence import TokenSequence
+from rayk.storage.files import Parts
 from rayk.teachers import Teacher
-from rayk.teachers.background import background_stream
 
 REFUSED = -100.0
 """The score of a demonstration that is no use, as the paper's code has it; any log-prob of a token that a teacher gives
@@ -62,7 +61,7 @@ class Scores:
         info = teacher.info
         self._context = json.dumps([info.weights_fingerprint or info.model, info.engine, info.dtype]).encode()
 
-    def of(self, shown: Iterable[tuple[Query, Ordered[str]]], total: int, progress: Progress) -> np.ndarray:
+    def of(self, shown: Iterable[tuple[Query, Sequence[str]]], total: int, progress: Progress) -> np.ndarray:
         """The scores of queries after demonstrations, float32, in order; what was asked before is not asked again.
 
         Args:
@@ -79,7 +78,7 @@ class Scores:
 
         def calls() -> Iterable[Any]:
             nonlocal done
-            call: list[tuple[int, str, Sequence, dict[str, Any]]] = []
+            call: list[tuple[int, str, TokenSequence, dict[str, Any]]] = []
             for place, (query, demonstrations) in enumerate(shown):
                 assert query.teacher_row is not None
                 key = self._key(query.teacher_row)
@@ -118,13 +117,13 @@ class Scores:
         found = self._kept.find(key, ["mean_logprob"])
         return None if found is None else found[0]
 
-    def _key(self, row: Sequence) -> str:
+    def _key(self, row: TokenSequence) -> str:
         digest = hashlib.blake2b(self._context, digest_size=16)
         digest.update(row.input_ids.astype("<i4").tobytes())
         digest.update(np.packbits(row.counted).tobytes())
         return digest.hexdigest()
 
-    async def _ask(self, call: list[tuple[str, Sequence, dict[str, Any]]]) -> list[dict[str, Any]]:
+    async def _ask(self, call: list[tuple[str, TokenSequence, dict[str, Any]]]) -> list[dict[str, Any]]:
         """The rows to be kept of one call."""
         sequences = [sequence for _, sequence, _ in call]
         means = np.full(len(call), REFUSED, np.float32)

@@ -7,12 +7,12 @@ import torch
 
 from rayk.data.examples import Example
 from rayk.rollouts.policy import Rollout
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 
 _OF_THE_DATA = ("where", "fields", "rejected")
 
 
-def pack_row(row: Sequence) -> dict[str, Any]:
+def pack_row(row: TokenSequence) -> dict[str, Any]:
     """`row` as tensors and plain values, without what the data's own row says."""
     values = {
         name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value

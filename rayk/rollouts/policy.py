@@ -3,8 +3,7 @@
 import asyncio
 import copy
 import threading
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -13,17 +12,17 @@ import numpy as np
 import torch
 
 from rayk.config import RolloutConfig
+from rayk.config.support import Requested, Support
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example
 from rayk.engines.base import Generated, SamplingParameters
+from rayk.engines.speculative import MixedSampling
 from rayk.losses import importance_log_weights
 from rayk.models import CausalLM
 from rayk.rollouts.teacher_mixed import MixedRollout, Verify, sample_teacher_mixed
-from rayk.rollouts.weights import learned
 from rayk.rollouts.writer import Writer
-from rayk.sequences import Sequence
-from rayk.speculative import MixedSampling
-from rayk.support import Requested, Support
+from rayk.serving.weights import learned
+from rayk.signals.sequence import TokenSequence
 
 _REPEATED_TOKENS = 4
 T = TypeVar("T")
@@ -71,28 +70,28 @@ class Policy(Protocol):
     parameters: SamplingParameters
     """How completions are sampled, where the method has no reason to do otherwise."""
 
-    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+    def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """The rows it writes at a time, each row in one group."""
         ...
 
     async def generate(
-        self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Rollout]:
         """One completion a row, in order, after the row's prompt; equal seeds and weights, equal text."""
         ...
 
     async def generate_mixed(
-        self, prompts: Ordered[Example], verify: Verify, sampling: MixedSampling, seeds: Ordered[int]
+        self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """As `generate`, every token drawn from teacher and policy mixed (`rayk.rollouts.teacher_mixed`)."""
         ...
 
-    async def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
+    async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """The policy's `k` likeliest ids (fewer of a smaller vocabulary) at each counted position of each sequence,
         int32 [counted tokens, k]."""
         ...
 
-    async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
+    async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """log q of each sequence's counted tokens among the real ones, float32 [counted tokens], as a training step
         computes it; what a sampler says differs from that by rounding."""
         ...
@@ -129,12 +128,12 @@ class WorkerPolicy:
         self._batch_tokens = batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
-    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+    def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """See `Policy`."""
         return micro_batches(lengths_of(prompts, self.parameters), self._batch_tokens)
 
     async def generate(
-        self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
         left = threading.Event()
@@ -150,7 +149,7 @@ class WorkerPolicy:
             left.set()  # whoever was waiting has gone, and a thread can only end by itself
 
     async def generate_mixed(
-        self, prompts: Ordered[Example], verify: Verify, sampling: MixedSampling, seeds: Ordered[int]
+        self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
         with self._writer.evaluating():
@@ -172,12 +171,12 @@ class WorkerPolicy:
             for prompt, each in zip(prompts, written, strict=True)
         ]  # fmt: skip
 
-    async def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
+    async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
         lengths = [len(sequence) for sequence in sequences]
         return await self._in_batches(lengths, lambda rows: self._writer.top_ids([sequences[row] for row in rows], k))
 
-    async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
+    async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """See `Policy`."""
         lengths = [len(sequence) for sequence in sequences]
         return await self._in_batches(lengths, lambda rows: self._writer.logprobs([sequences[row] for row in rows]))
@@ -216,12 +215,12 @@ def parameters_of(settings: RolloutConfig) -> SamplingParameters:
     return SamplingParameters(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
 
-def lengths_of(prompts: Ordered[Sequence], parameters: SamplingParameters) -> list[int]:
+def lengths_of(prompts: Sequence[TokenSequence], parameters: SamplingParameters) -> list[int]:
     """How long each prompt and what is written after it may become, in tokens."""
     return [each.prompt_tokens + parameters.max_new_tokens for each in prompts if isinstance(each, Example)]
 
 
-def rollouts_of(prompts: Ordered[Example], written: Ordered[Generated], version: int) -> list[Rollout]:
+def rollouts_of(prompts: Sequence[Example], written: Sequence[Generated], version: int) -> list[Rollout]:
     """What the policy wrote after each prompt, as it is learned from."""
     return [
         Rollout(
@@ -232,7 +231,7 @@ def rollouts_of(prompts: Ordered[Example], written: Ordered[Generated], version:
     ]  # fmt: skip
 
 
-async def with_own_ids(policy: Policy, rows: list[Sequence], support: Support, count: int) -> list[Sequence]:
+async def with_own_ids(policy: Policy, rows: list[TokenSequence], support: Support, count: int) -> list[TokenSequence]:
     """`rows`, and, where `support` has the teacher asked about named ids, the policy's `count` likeliest at each
     counted position."""
     if not isinstance(support, Requested):
@@ -241,7 +240,7 @@ async def with_own_ids(policy: Policy, rows: list[Sequence], support: Support, c
     return [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
 
 
-def summarise(rollouts: Ordered[Rollout], version: int) -> dict[str, float]:
+def summarise(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """Sums over `rollouts`, for the metrics of the step that learns from them at `version`: their number, completion
     tokens, how many wrote an end token, shares of repeated 4-grams, staleness, the teacher's part in them."""
     return {

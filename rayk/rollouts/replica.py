@@ -12,16 +12,16 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from rayk.config import ServedRollouts, StudentConfig
+from rayk.config.support import TopK
 from rayk.engines.base import Generated, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.models import load_tokenizer, pick_device
-from rayk.rollouts.weights import take_over
+from rayk.models.student import make_model
 from rayk.rollouts.writer import Writer
-from rayk.students import make_model
-from rayk.support import TopK
-from rayk.teachers.autoscaling import METRIC, Asker, Demand
+from rayk.serving.autoscaling import METRIC, Asker, Demand
+from rayk.serving.weight_store import Published, UnusableWeights, Version, store_named
+from rayk.serving.weights import take_over
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
-from rayk.weight_store import Published, UnusableWeights, Version, store_named
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class PolicyReplica:
         await self._computer.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve passes to `rayk.teachers.autoscaling.WaitingTokensPolicy`."""
+        """What Serve passes to `rayk.serving.autoscaling.WaitingTokensPolicy`."""
         return {METRIC: float(self._demand.waiting_tokens())}
 
     async def _answer(

@@ -2,13 +2,12 @@
 
 A request names the version of the weights it is to be answered under and is otherwise a pure function of its content
 (prompts, parameters, seeds), so it may be asked again after a replica's death, of any replica, without harm. How the
-weights come there: `rayk.rollouts.weights`.
+weights come there: `rayk.serving.weights`.
 """
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +19,24 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 
 from rayk.config import RunConfig, ServedRollouts
+from rayk.config.support import Logprob, TopK
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
+from rayk.engines.speculative import MixedSampling
 from rayk.errors import InputError, PolicyUnavailable
 from rayk.models import CausalLM
 from rayk.rollouts.policy import Rollout, lengths_of, parameters_of, rollouts_of
 from rayk.rollouts.replica import PolicyReplica, Versioned
 from rayk.rollouts.teacher_mixed import Verify
-from rayk.rollouts.weights import checksum, pack
-from rayk.sequences import Sequence
-from rayk.speculative import MixedSampling
-from rayk.support import Logprob, TopK
-from rayk.teachers import deployment
-from rayk.teachers.background import background
-from rayk.teachers.calls import ServedModel
-from rayk.teachers.deployment import GenerateRequest, ScoreRequest
-from rayk.weight_store import Published, UnusableWeights, Version, start_store, store_named
+from rayk.serving import application as applications
+from rayk.serving.client import ServedModel
+from rayk.serving.event_loop import background
+from rayk.serving.weight_store import Published, UnusableWeights, Version, start_store, store_named
+from rayk.serving.weights import checksum, pack
+from rayk.signals.sequence import TokenSequence
+from rayk.teachers.deployment import GenerateRequest, ScoreRequest, gpus_needed
 
 _ROWS_A_CALL = 64
 
@@ -66,12 +65,12 @@ class ServedPolicy(ServedModel):
         self._store = store_named(address.store)
         self._version = Version("", 0)
 
-    def groups(self, prompts: Ordered[Sequence]) -> list[list[int]]:
+    def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """See `Policy`; what all replicas write at a time."""
         return micro_batches(lengths_of(prompts, self.parameters), self._tokens_at_a_time)
 
     async def generate(
-        self, prompts: Ordered[Example], parameters: SamplingParameters, seeds: Ordered[int]
+        self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
         version = self._version
@@ -84,16 +83,16 @@ class ServedPolicy(ServedModel):
         return rollouts_of(prompts, written, version.number)
 
     async def generate_mixed(
-        self, prompts: Ordered[Example], verify: Verify, sampling: MixedSampling, seeds: Ordered[int]
+        self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """Not to be had of replicas; `RunConfig` refuses settings that need it."""
         raise InputError("A served policy does not write together with a teacher; use rollouts.kind 'worker'.")
 
-    async def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
+    async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
         return await self._read(sequences, TopK(k))
 
-    async def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
+    async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """See `Policy`."""
         return await self._read(sequences, Logprob())
 
@@ -119,7 +118,7 @@ class ServedPolicy(ServedModel):
         except RayActorError as error:
             raise UnusableWeights("The actor that knows where the student's weights are has died.") from error
 
-    async def _read(self, sequences: Ordered[Sequence], support: TopK | Logprob) -> list[np.ndarray]:
+    async def _read(self, sequences: Sequence[TokenSequence], support: TopK | Logprob) -> list[np.ndarray]:
         version = self._version
 
         def request(rows: range) -> Versioned:
@@ -148,7 +147,7 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
         return
     rollouts = config.rollouts
     serve.start(proxy_location="Disabled")
-    deployment.remove(application)  # what a killed run may have left asks a store that is gone
+    applications.remove(application)  # what a killed run may have left asks a store that is gone
     # Of a name of its own, for one of a killed run may take a while to go.
     address = PolicyAddress(application, f"{application}.{uuid4().hex[:8]}")
     store = start_store(address.store, rollouts.deadline_seconds / 2)
@@ -157,11 +156,11 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
         "precision": config.training.precision, "seed": config.seed, "tokenizer": tokenizer, "store": address.store,
     }  # fmt: skip
     try:
-        deployment.start_application(
+        applications.start_application(
             application, PolicyReplica, settings, rollouts.replicas, rollouts.resources,
-            gpus=deployment.gpus_needed(rollouts.engine), what=ServedPolicy.what,
+            gpus=gpus_needed(rollouts.engine), what=ServedPolicy.what,
         )  # fmt: skip
         yield address
     finally:
-        deployment.remove(application)
+        applications.remove(application)
         ray.kill(store)

@@ -1,5 +1,5 @@
 """Rollouts from αp + (1−α)q, the student drafting and the teacher verifying (MiniLLM's teacher-mixed sampling, arXiv
-2306.08543 §2.2; how and why it is exact: `rayk.speculative`).
+2306.08543 §2.2; how and why it is exact: `rayk.engines.speculative`).
 
 Some sequences are drafted while others are being verified, so neither side waits for the other. Of a drafted position
 the student keeps log q of the token, the final hidden state and the log-normaliser: what it takes to evaluate q at the
@@ -8,8 +8,7 @@ teacher's candidates, at a hidden state's width a position instead of a vocabula
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
-from collections.abc import Sequence as Ordered
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -22,10 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rayk.engines.batching import gather
-from rayk.errors import InputError, RaykError, UnusableSignal
-from rayk.key_values import Batch, KeyValues, can_continue
-from rayk.models import CausalLM, head_of
-from rayk.speculative import (
+from rayk.engines.speculative import (
     Continuation,
     Draft,
     DraftLength,
@@ -36,6 +32,9 @@ from rayk.speculative import (
     one_step_weights,
     uniforms,
 )
+from rayk.errors import InputError, RaykError, UnusableSignal
+from rayk.models import CausalLM, head_of
+from rayk.models.kv_cache import Batch, KeyValues, can_continue
 
 Verify = Callable[[list[Draft]], Awaitable[list[Verdict]]]
 """Asks a teacher: `rayk.teachers.Teacher.averify`, or an engine's `verify`."""
@@ -81,7 +80,7 @@ class MixedRollout:
 
 
 async def sample_teacher_mixed(
-    model: CausalLM, verify: Verify, prompts: Ordered[np.ndarray], seeds: Ordered[int], sampling: MixedSampling, *,
+    model: CausalLM, verify: Verify, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: MixedSampling, *,
     vocab_size: int, ends: Collection[int] = (), batch_size: int = 64, draft_length: DraftLength | None = None,
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[MixedRollout]:  # fmt: skip
@@ -243,7 +242,7 @@ def _rollout(text: Continuation) -> MixedRollout:
     )  # fmt: skip
 
 
-def _check(model: CausalLM, prompts: Ordered[np.ndarray], sampling: MixedSampling, vocab_size: int) -> None:
+def _check(model: CausalLM, prompts: Sequence[np.ndarray], sampling: MixedSampling, vocab_size: int) -> None:
     name = type(model).__name__
     if not can_continue(model):
         raise InputError(

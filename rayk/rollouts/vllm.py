@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayk.config import StudentConfig, VLLMPolicyEngine
-from rayk.config import VLLMEngine as Settings
+from rayk.config import StudentConfig, VLLMEngineConfig, VLLMPolicyEngineConfig
+from rayk.config.support import Logprob, TopK
 from rayk.engines.base import SamplingParameters
 from rayk.engines.vllm import WORKER_EXTENSION, VLLMEngine, beyond_rounding, probe
 from rayk.errors import EngineDied, InputError
-from rayk.lora import has_adapter, merged
-from rayk.rollouts.weights import take_over
+from rayk.models.lora import has_adapter, merged
 from rayk.rollouts.writer import Writer
-from rayk.support import Logprob, TopK
-from rayk.weight_store import Published, Version
+from rayk.serving.weight_store import Published, Version
+from rayk.serving.weights import take_over
 
 
 class VLLMWriter:
@@ -116,7 +115,7 @@ class Turns:
 
 
 async def start_vllm(
-    writer: Writer, student: StudentConfig, engine: VLLMPolicyEngine, *, tokenizer: str, precision: str
+    writer: Writer, student: StudentConfig, engine: VLLMPolicyEngineConfig, *, tokenizer: str, precision: str
 ) -> VLLMWriter:
     """vLLM with the weights of the student as it begins.
 
@@ -130,7 +129,7 @@ async def start_vllm(
     own: dict[str, Any] = {"tokenizer": tokenizer, "load_format": "dummy", "worker_extension_cls": WORKER_EXTENSION}
     if _is_padded(writer):
         own["hf_overrides"] = engine.arguments.get("hf_overrides", {}) | {"vocab_size": writer.vocab_size}
-    settings = Settings(
+    settings = VLLMEngineConfig(
         dtype="bfloat16" if "bfloat16" in (precision, student.dtype) else "float32",
         tensor_parallel_size=engine.tensor_parallel_size, max_model_len=engine.max_model_len,
         gpu_memory_utilization=engine.gpu_memory_utilization, arguments=engine.arguments | own,

@@ -1,7 +1,6 @@
 """The student's model as one that writes, a batch at a time, wherever it stands."""
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,7 +13,7 @@ from rayk.engines.base import Generated, SamplingParameters
 from rayk.engines.transformers import end_ids, generate
 from rayk.losses import linear_cross_entropy
 from rayk.models import DTYPES, CausalLM, final_hidden, head_of, real_vocab_size
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 
 _CHUNK_ELEMENTS = 1 << 23
 
@@ -41,13 +40,13 @@ class Writer:
         return end_ids(self.model, self._tokenizer)
 
     def generate(
-        self, prompts: Ordered[np.ndarray], parameters: SamplingParameters, seeds: Ordered[int],
+        self, prompts: Sequence[np.ndarray], parameters: SamplingParameters, seeds: Sequence[int],
         abandoned: Callable[[], bool] = lambda: False,
     ) -> list[Generated]:  # fmt: skip
         """One continuation a prompt (token ids); cut off once `abandoned`."""
         return generate(self.model, self.vocab_size, self._tokenizer, prompts, parameters, seeds, abandoned)
 
-    def top_ids(self, sequences: Ordered[Sequence], k: int) -> list[np.ndarray]:
+    def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """The likeliest ids at the counted positions, int32 [counted tokens, k]; see `rayk.rollouts.Policy`."""
 
         def likeliest(hidden: Tensor, _: Batch) -> Tensor:
@@ -60,7 +59,7 @@ class Writer:
 
         return self._of_positions(sequences, likeliest)
 
-    def logprobs(self, sequences: Ordered[Sequence]) -> list[np.ndarray]:
+    def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """log q of the counted tokens, float32 [counted tokens]; see `rayk.rollouts.Policy`."""
 
         def of_targets(hidden: Tensor, batch: Batch) -> Tensor:
@@ -89,7 +88,9 @@ class Writer:
         """Products as in training; holds for the thread it is entered on."""
         return torch.autocast(self.model.device.type, self._compute_dtype, self._compute_dtype != torch.float32)
 
-    def _of_positions(self, sequences: Ordered[Sequence], read: Callable[[Tensor, Batch], Tensor]) -> list[np.ndarray]:
+    def _of_positions(
+        self, sequences: Sequence[TokenSequence], read: Callable[[Tensor, Batch], Tensor]
+    ) -> list[np.ndarray]:
         """What `read` makes of the hidden states at each sequence's counted positions, [counted tokens, ...] each."""
         batch = collate(sequences, pad_id_of(self._tokenizer)).to(self.model.device)
         hidden = batch.counted(final_hidden(self.model, batch.input_ids, batch.attention_mask))

@@ -10,20 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayk.cluster import start_ray
 from rayk.config import RunConfig, ServedRollouts, StudentConfig
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
-from rayk.evaluation.report import write_report
-from rayk.evaluation.run_directory import read_lines
-from rayk.inputs import Inputs, on_written_rows, prompts_written_for, read_inputs
 from rayk.methods import METHODS
+from rayk.report.report import write_report
+from rayk.report.run_directory import read_lines
 from rayk.retrieval import found_retriever, learned_retriever, retriever_summary
 from rayk.rollouts import serve_policy
-from rayk.run.claims import checked_base, claim, claim_rows, learned_from, located
+from rayk.run.directory import checked_base, claim, claim_rows, learned_from, located
+from rayk.run.inputs import Inputs, on_written_rows, prompts_written_for, read_inputs
 from rayk.run.serving import applications_of, attached_teachers, cpus_needed, policy_application, serve_all
 from rayk.run.watching import Watcher, watching
 from rayk.run.writing import FIRST, RoundOf, write_rows
+from rayk.serving.cluster import start_ray
 from rayk.teachers import Teacher, scorer_of
 from rayk.teachers.cache import SignalCache, opened
 from rayk.training import Job, Outcome, evaluate_remotely, steps_of_epochs, train

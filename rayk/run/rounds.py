@@ -13,17 +13,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rayk.cluster import start_ray
 from rayk.config import RunConfig, load_config, parse_config
 from rayk.errors import InputError
-from rayk.evaluation.report import write_report
-from rayk.evaluation.run_directory import read_lines
-from rayk.inputs import prompts_written_for, written_rows
-from rayk.run.claims import ROUNDS, check, claim, located, write_config
+from rayk.report.report import write_report
+from rayk.report.run_directory import read_lines
+from rayk.run.directory import ROUNDS, check, claim, located, write_config
+from rayk.run.inputs import prompts_written_for, written_rows
 from rayk.run.once import Result, run_once, speed_of, write_json
 from rayk.run.serving import cpus_needed
 from rayk.run.watching import Watcher
 from rayk.run.writing import FIRST, RoundOf, write_rows
+from rayk.serving.cluster import start_ray
 from rayk.synthesis import Store
 
 

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 
-from rayk.cluster import start_ray
 from rayk.config import RunConfig, ServedRollouts, StudentReadingSettings, TeacherConfig
 from rayk.models import weights_fingerprint
+from rayk.serving.cluster import start_ray
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 

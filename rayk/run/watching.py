@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayk.evaluation.run_directory import Follower
+from rayk.report.run_directory import Follower
 
 
 class Watcher:

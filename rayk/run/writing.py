@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig
-from rayk.inputs import compared_prompts, filters_of, written_rows
 from rayk.models import weights_fingerprint
-from rayk.run.claims import CHOICE, PLACEMENT
+from rayk.run.directory import CHOICE, PLACEMENT
+from rayk.run.inputs import compared_prompts, filters_of, written_rows
 from rayk.run.serving import applications_of, serve_all, student_to_ask
 from rayk.run.watching import Watcher
 from rayk.synthesis import Company, Prompt, Store, fingerprint, synthesise

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
+from rayk.serving.event_loop import run_to_the_end
 from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
@@ -22,7 +23,6 @@ from rayk.synthesis.self_instruct import SelfInstruct
 from rayk.synthesis.store import Store
 from rayk.synthesis.tally import Progress, Tally
 from rayk.teachers import Teacher
-from rayk.teachers.background import run_to_the_end
 from rayk.text import Filter, sift
 
 RECIPES: dict[str, type[Recipe]] = {

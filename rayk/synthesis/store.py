@@ -27,7 +27,8 @@ import yaml
 
 from rayk.config import difference
 from rayk.errors import InputError
-from rayk.storage import Parts, parquet_bytes, remove_unfinished, rows_in, told, write_whole
+from rayk.storage.atomic import disk_errors, remove_unfinished, write_whole
+from rayk.storage.files import Parts, parquet_bytes, rows_in
 
 _SCHEMA = pa.schema(
     [
@@ -89,7 +90,7 @@ class Store:
         self._flushing = threading.Lock()
 
     def __enter__(self) -> "Store":
-        with told(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "w")  # held until __exit__
         try:
@@ -229,7 +230,7 @@ class Store:
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
 
     def _forget_rows(self) -> None:
-        with told(self.folder):
+        with disk_errors(self.folder):
             (self.folder / "summary.json").unlink(missing_ok=True)
 
     def _write(self, name: str, content: bytes) -> None:

@@ -4,10 +4,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rayk.synthesis.scribe import Scribe
+from typing import Any
 
 Progress = Callable[[int, int, str], None]
 """Told (done, total, what to say of it)."""
@@ -34,7 +31,7 @@ class Tally:
 
     def __init__(self, charged: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None):
         self.total = self.done = self.asked = self.unanswered = self.refused = self.tokens = 0
-        self.scribes: list[Scribe] = []
+        self.scribes: list[Any] = []
         self.flushing = asyncio.Lock()
         self._charges: dict[object, Mapping[str, Any]] = {None: charged or {}}
         self._progress = progress

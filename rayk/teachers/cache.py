@@ -2,14 +2,14 @@
 
 An entry's key is a hash of all that the signal depends on: the sequence's ids and counted positions, the teacher's
 weights and tokenizer, the engine and its dtype, the support with its parameters, and the codec's version. What the loss
-makes of a signal (divergence, a temperature the support names) is not among it. Storing rounds (`rayk.signal_codec`),
+makes of a signal (divergence, a temperature the support names) is not among it. Storing rounds (`rayk.signals.codec`),
 so a stored signal is learned from in its decoded form even when it has just been asked for: a run with a warm cache
 equals the cold one bit for bit.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from types import TracebackType
@@ -17,13 +17,13 @@ from types import TracebackType
 import numpy as np
 
 from rayk.config import CacheConfig
+from rayk.config.support import Support
 from rayk.engines.base import EngineInfo
 from rayk.errors import InputError
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.signal_codec import CODEC_VERSION, pack, unpack
-from rayk.support import Support
-from rayk.teachers.segments import INDEX_BYTES, KEY_BYTES, Found, SegmentStore
+from rayk.signals.batch import SignalBatch
+from rayk.signals.codec import CODEC_VERSION, pack, unpack
+from rayk.signals.sequence import TokenSequence
+from rayk.storage.segments import INDEX_BYTES, KEY_BYTES, Found, SegmentStore
 
 
 class SignalCache:
@@ -47,14 +47,14 @@ class SignalCache:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.flush()
 
-    def find(self, teacher: EngineInfo, sequences: Ordered[Sequence], support: Support) -> dict[int, SignalBatch]:
+    def find(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> dict[int, SignalBatch]:
         """The signals there are, by the place of their sequence."""
         keys = _keys(teacher, sequences, support)
         entries = self._store.read(keys)
         self.bytes += sum(len(entry) + INDEX_BYTES for entry in entries.values())
         return {row: unpack(entries[key], support) for row, key in enumerate(keys) if key in entries}
 
-    def add(self, teacher: EngineInfo, sequences: Ordered[Sequence], signals: SignalBatch) -> list[SignalBatch]:
+    def add(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], signals: SignalBatch) -> list[SignalBatch]:
         """Keep the `signals` of `sequences`.
 
         Returns:
@@ -92,7 +92,7 @@ def check_cacheable(teacher: EngineInfo) -> None:
         )
 
 
-def _keys(teacher: EngineInfo, sequences: Ordered[Sequence], support: Support) -> list[bytes]:
+def _keys(teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> list[bytes]:
     context = [
         CODEC_VERSION, teacher.weights_fingerprint, teacher.tokenizer_fingerprint, teacher.vocab_size, teacher.engine,
         teacher.dtype, asdict(support),

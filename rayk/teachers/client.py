@@ -9,8 +9,7 @@ nothing is lost, doubled or reordered.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -22,21 +21,22 @@ import torch
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from rayk.cluster import start_ray
 from rayk.config import TeacherConfig
+from rayk.config.support import Hidden, Requested, Support, TopK
 from rayk.engines.base import EngineInfo, SamplingParameters, Usage
 from rayk.engines.batching import gather
 from rayk.engines.checks import check_verifies
+from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch, concatenate, decode
-from rayk.speculative import Draft, Verdict
-from rayk.support import Hidden, Requested, Support, TopK
+from rayk.serving import application as applications
+from rayk.serving.client import ServedModel
+from rayk.serving.cluster import start_ray
+from rayk.serving.event_loop import background, background_stream, wait_for
+from rayk.signals.batch import SignalBatch, concatenate, decode
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import deployment
-from rayk.teachers.background import background, background_stream, wait_for
 from rayk.teachers.cache import SignalCache, check_cacheable
-from rayk.teachers.calls import ServedModel
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest, VerifyRequest
 
 _PROMPTS_A_CALL = 32
@@ -48,7 +48,7 @@ class HasSequences(Protocol):
     """What `score` takes besides plain sequences: a `rayk.data.Batch`."""
 
     @property
-    def sequences(self) -> list[Sequence]: ...
+    def sequences(self) -> list[TokenSequence]: ...
 
 
 class Scorer(Protocol):
@@ -57,7 +57,9 @@ class Scorer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch: ...
+    async def ascore(
+        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
+    ) -> SignalBatch: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Teacher(ServedModel):
     def vocab_size(self) -> int:
         return self.info.vocab_size
 
-    def score(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+    def score(self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None) -> SignalBatch:
         """The teacher's signals at the counted positions, a row a sequence, in order.
 
         Raises:
@@ -114,7 +116,9 @@ class Teacher(ServedModel):
         """
         return self._timed(background(self._score(sequences_of(batch), support or TopK())))
 
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+    async def ascore(
+        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
+    ) -> SignalBatch:
         """`score`, awaitable on any event loop."""
         return await asyncio.wrap_future(background(self._score(sequences_of(batch), support or TopK())))
 
@@ -141,8 +145,8 @@ class Teacher(ServedModel):
                 yield asked.popleft(), signals
 
     def generate(
-        self, prompts: Ordered[str] | Ordered[np.ndarray], *, max_new_tokens: int = 256, temperature: float = 1.0,
-        top_p: float = 1.0, top_k: int = 0, stop: Ordered[str] = (), seed: int = 0,
+        self, prompts: Sequence[str] | Sequence[np.ndarray], *, max_new_tokens: int = 256, temperature: float = 1.0,
+        top_p: float = 1.0, top_k: int = 0, stop: Sequence[str] = (), seed: int = 0,
     ) -> list[Completion]:  # fmt: skip
         """One completion a prompt (text, or token ids), in order. `temperature` 0 is greedy; equal seeds, equal text.
 
@@ -154,13 +158,13 @@ class Teacher(ServedModel):
         return self._timed(background(self._generate(list(prompts), parameters, seed)))
 
     async def agenerate(
-        self, prompts: Ordered[Any], parameters: SamplingParameters, seed: int | Ordered[int] = 0
+        self, prompts: Sequence[Any], parameters: SamplingParameters, seed: int | Sequence[int] = 0
     ) -> list[Completion]:
         """`generate`, awaitable on any event loop; `seed` may be one for each prompt."""
         return await asyncio.wrap_future(background(self._generate(list(prompts), parameters, seed)))
 
-    async def averify(self, drafts: Ordered[Draft]) -> list[Verdict]:
-        """Which drafted tokens are kept, a verdict a draft, in order (`rayk.speculative`); on any event loop.
+    async def averify(self, drafts: Sequence[Draft]) -> list[Verdict]:
+        """Which drafted tokens are kept, a verdict a draft, in order (`rayk.engines.speculative`); on any event loop.
 
         Raises:
             InputError: the teacher cannot verify, or not these drafts.
@@ -188,7 +192,7 @@ class Teacher(ServedModel):
         finally:
             self.statistics.wait_seconds += time.perf_counter() - began
 
-    async def _score(self, sequences: list[Sequence], support: Support) -> SignalBatch:
+    async def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         if self.cache is not None and not isinstance(support, Requested):
             signals = await self._score_cached(self.cache, sequences, support)
         else:
@@ -199,7 +203,7 @@ class Teacher(ServedModel):
         self.statistics.tokens += signals.tokens
         return signals
 
-    async def _score_cached(self, cache: SignalCache, sequences: list[Sequence], support: Support) -> SignalBatch:
+    async def _score_cached(self, cache: SignalCache, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         """What the cache holds of `sequences`, after the replicas have been asked for the rest. Files and compression
         are left to threads, for the loop has other requests to look after."""
         rows = await asyncio.to_thread(cache.find, self.info, sequences, support)
@@ -211,7 +215,7 @@ class Teacher(ServedModel):
             rows |= zip(missing, kept, strict=True)
         return concatenate([rows[row] for row in range(len(sequences))])
 
-    async def _ask(self, batch: list[Sequence], chosen: Ordered[int], support: Support) -> SignalBatch:
+    async def _ask(self, batch: list[TokenSequence], chosen: Sequence[int], support: Support) -> SignalBatch:
         """The replicas' signals for the `chosen` rows of `batch`."""
         sequences = [batch[row] for row in chosen]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
@@ -269,7 +273,7 @@ class Teacher(ServedModel):
         return decode(wire)
 
     async def _generate(
-        self, prompts: list[Any], parameters: SamplingParameters, seed: int | Ordered[int]
+        self, prompts: list[Any], parameters: SamplingParameters, seed: int | Sequence[int]
     ) -> list[Completion]:
         if isinstance(seed, int):
             seed = [int(each) for each in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
@@ -302,13 +306,13 @@ async def _head_of(references: list[ray.ObjectRef]) -> Head:
     return unpack_head(await references[0])
 
 
-def sequences_of(batch: HasSequences | Ordered[Sequence]) -> list[Sequence]:
+def sequences_of(batch: HasSequences | Sequence[TokenSequence]) -> list[TokenSequence]:
     """The sequences of a batch.
 
     Raises:
         InputError: there is none.
     """
-    sequences = list(batch if isinstance(batch, Ordered) else batch.sequences)
+    sequences = list(batch if isinstance(batch, Sequence) else batch.sequences)
     if not sequences:
         raise InputError("There is nothing to score: the batch holds no sequence.")
     return sequences
@@ -338,7 +342,7 @@ def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: Sig
     """
     start_ray()
     try:
-        handle = serve.get_deployment_handle(deployment.DEPLOYMENT, app_name=name)
+        handle = serve.get_deployment_handle(applications.DEPLOYMENT, app_name=name)
         info, deployed = handle.describe.remote().result(timeout_s=60)
     except (KeyError, RayServeException, ray.exceptions.RayError, TimeoutError) as error:
         raise InputError(
@@ -368,4 +372,4 @@ def serve_teacher(config: TeacherConfig, cache: SignalCache | None = None) -> It
             deployment.deploy(config)
         yield connect_teacher(config.name, config, cache)
     finally:
-        deployment.remove(config.name)
+        applications.remove(config.name)

@@ -4,20 +4,20 @@ to learn to do without (context distillation, arXiv 2209.15189).
 Teacher and student see different contexts but the same completion, so their distributions align by counted token.
 """
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rayk.config import DataConfig, DataSource
+from rayk.config.support import Support
 from rayk.data.demonstrations import Shown
 from rayk.data.examples import Example
 from rayk.data.sources import Row
 from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.support import Support
+from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ class InContext:
     def vocab_size(self) -> int:
         return self.teacher.vocab_size
 
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+    async def ascore(
+        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
+    ) -> SignalBatch:
         """As `Teacher.ascore`, of sequences that are rows (`rayk.data.Example`)."""
         return await self.teacher.ascore([seen_after(self._prompts, row) for row in sequences_of(batch)], support)
 
@@ -50,7 +52,9 @@ class Demonstrated:
     def vocab_size(self) -> int:
         return self.teacher.vocab_size
 
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+    async def ascore(
+        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
+    ) -> SignalBatch:
         """As `Teacher.ascore`, of rows after demonstrations."""
         rows = (row.teacher_row if isinstance(row, Shown) else row for row in sequences_of(batch))
         return await self.teacher.ascore([row for row in rows if row is not None], support)
@@ -62,7 +66,7 @@ def prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedToke
     return RowTokenizer(source, data, tokenizer, prompts_only=True, section="teachers.")
 
 
-def seen_after(prompts: RowTokenizer, row: Sequence) -> Sequence:
+def seen_after(prompts: RowTokenizer, row: TokenSequence) -> TokenSequence:
     """`row` as it reads after another prompt: the same tokens count.
 
     Raises:

@@ -4,8 +4,7 @@ Both are asked as a single teacher is, and both ask all their teachers at the sa
 """
 
 import asyncio
-from collections.abc import Mapping
-from collections.abc import Sequence as Ordered
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from rayk.config import RouteConfig, RunConfig
+from rayk.config.support import Hidden, Requested, Support, TopK
 from rayk.errors import InputError
 from rayk.models import Head
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch, concatenate, distinct_fill
-from rayk.support import Hidden, Requested, Support, TopK
+from rayk.signals.batch import SignalBatch, concatenate, distinct_fill
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
 from rayk.teachers.context import Demonstrated, InContext
 
@@ -41,7 +40,7 @@ class Ensemble:
     `hidden` with the mean of logits is exact: the teachers' heads, weighted, side by side are one head.
     """
 
-    def __init__(self, teachers: Ordered[Scorer], weights: Ordered[float], combine: str):
+    def __init__(self, teachers: Sequence[Scorer], weights: Sequence[float], combine: str):
         self.teachers = list(teachers)
         self.weights = [weight / sum(weights) for weight in weights]
         self.combine = combine
@@ -50,7 +49,9 @@ class Ensemble:
     def vocab_size(self) -> int:
         return self.teachers[0].vocab_size
 
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+    async def ascore(
+        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
+    ) -> SignalBatch:
         """As `Teacher.ascore`.
 
         Raises:
@@ -69,7 +70,7 @@ class Ensemble:
         asked = _asking(sequences, named)
         return self._mean(await self._each(asked, Requested(0, support.temperatures)), support)
 
-    async def _each(self, sequences: list[Sequence], support: Support) -> list[SignalBatch]:
+    async def _each(self, sequences: list[TokenSequence], support: Support) -> list[SignalBatch]:
         return list(await asyncio.gather(*(teacher.ascore(sequences, support) for teacher in self.teachers)))
 
     def _mean(self, answers: list[SignalBatch], support: TopK) -> SignalBatch:
@@ -92,7 +93,7 @@ class Ensemble:
             logprobs=mean.gather(1, order), log_tails=tail, target_logprobs=target,
         )  # fmt: skip
 
-    def _side_by_side(self, answers: list[SignalBatch], sequences: list[Sequence]) -> SignalBatch:
+    def _side_by_side(self, answers: list[SignalBatch], sequences: list[TokenSequence]) -> SignalBatch:
         heads = [answer.head for answer in answers if answer.head is not None]
         if any(head.softcap is not None for head in heads):
             raise InputError("The logits of teachers with a soft-cap cannot be averaged exactly; use support 'topk'.")
@@ -124,7 +125,9 @@ class Route:
     def vocab_size(self) -> int:
         return next(iter(self.teachers.values())).vocab_size
 
-    async def ascore(self, batch: HasSequences | Ordered[Sequence], support: Support | None = None) -> SignalBatch:
+    async def ascore(
+        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
+    ) -> SignalBatch:
         """As `Teacher.ascore`: all teachers are asked at once, rows come back in order."""
         sequences = sequences_of(batch)
         rows_of: dict[str, list[int]] = {}
@@ -162,7 +165,7 @@ def scorer_of(
     return Demonstrated(asked) if asked and config.method.kind == "in_context" else asked
 
 
-def name_for(row: Sequence, route: RouteConfig) -> str:
+def name_for(row: TokenSequence, route: RouteConfig) -> str:
     """The name of the teacher that a row's field (`rayk.data.Example.fields`) chooses.
 
     Raises:
@@ -198,7 +201,7 @@ def check_ensemble(support: Support, combine: str) -> None:
         )
 
 
-def _check_members(teachers: Ordered[Teacher]) -> None:
+def _check_members(teachers: Sequence[Teacher]) -> None:
     for teacher in teachers:
         if "requested" not in teacher.info.supports:
             raise InputError(
@@ -215,10 +218,10 @@ def _union(ids_of: list[Tensor]) -> Tensor:
     return distinct_fill(ids, ~repeated)
 
 
-def _asking(sequences: list[Sequence], named: Tensor) -> list[Sequence]:
+def _asking(sequences: list[TokenSequence], named: Tensor) -> list[TokenSequence]:
     counts = [sequence.counted_tokens for sequence in sequences]
     return [
-        Sequence(sequence.input_ids, sequence.counted, ids.numpy().astype(np.int32))
+        TokenSequence(sequence.input_ids, sequence.counted, ids.numpy().astype(np.int32))
         for sequence, ids in zip(sequences, named.split(counts), strict=True)
     ]
 

@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.config import ScalingConfig
 
-from rayk.cluster import is_own
+from rayk.serving.cluster import is_own
 
 
 class GroupTrainer(TorchTrainer):

@@ -9,8 +9,8 @@ import ray
 from rayk.config import RunConfig
 from rayk.errors import RaykError
 from rayk.evaluation.evaluate import Evaluation
+from rayk.models.student import Size
 from rayk.rollouts import PolicyAddress
-from rayk.students import Size
 from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 

@@ -25,13 +25,13 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import CausalLM, load_tokenizer, pick_device
+from rayk.models.student import make_model, size_of
 from rayk.rollouts import Policy, Rollout, ServedPolicy, WorkerPolicy, learned, summarise
-from rayk.students import make_model, size_of
 from rayk.teachers import scorer_of
 from rayk.teachers.cache import opened
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from rayk.training.job import Job, Outcome, fetched
-from rayk.training.optimisation import learning_rate_at, make_optimizer, steps_of_epochs
+from rayk.training.optimizer import learning_rate_at, make_optimizer, steps_of_epochs
 from rayk.training.ranks import Ranks, StopTogether, device_of_worker
 from rayk.training.recorder import Recorder
 from rayk.training.student import UNUSABLE, Step, Student, save_model, wrap

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import TrackingConfig
-from rayk.evaluation.run_directory import read_lines
+from rayk.report.run_directory import read_lines
 
 
 class Recorder:

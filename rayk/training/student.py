@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rayk.data.batches import Batch
-from rayk.lora import has_adapter, merged, save_adapter
 from rayk.methods import Experience, Method
 from rayk.models import DTYPES, Head, final_hidden, head_of
+from rayk.models.lora import has_adapter, merged, save_adapter
 
 
 class Student(nn.Module):

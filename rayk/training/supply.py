@@ -19,8 +19,8 @@ from rayk.errors import RunFailed, UnusableSignal
 from rayk.methods import Experience, Method
 from rayk.rollouts import Policy, VersionGate
 from rayk.rollouts.kept import pack_row, unpack_row
-from rayk.sequences import Sequence
-from rayk.teachers.background import background, background_stream, wait_for
+from rayk.serving.event_loop import background, background_stream, wait_for
+from rayk.signals.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Supply:
         next."""
         rows, seeds = self._rows(step, self._table, self._sampler), self._seeds(step)
         progress = step / self._sampler.steps
-        sampled: dict[int, Sequence] = {}
+        sampled: dict[int, TokenSequence] = {}
         scoring: list[tuple[list[int], asyncio.Task[_Usable]]] = []
         async with together() as tasks, gate.turn(step), self._in_time(step):
             began = time.time()

@@ -12,9 +12,9 @@ from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayk.cluster import gpus_each, run_on
 from rayk.errors import RunFailed
 from rayk.evaluation.evaluate import Evaluation
+from rayk.serving.cluster import gpus_each, run_on
 from rayk.training.group import GroupTrainer
 from rayk.training.job import Job, Outcome
 from rayk.training.loop import evaluate_worker, train_worker

@@ -55,8 +55,8 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # the teacher is not to wait 
 
 import torch  # noqa: E402
 
-from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import Resources, TeacherConfig  # noqa: E402
+from rayk.serving.cluster import start_ray  # noqa: E402
 from rayk.teachers import serve_teacher  # noqa: E402
 from tests.benchmarks.black_box_preferring import PREFERENCES_PART  # noqa: E402
 from tests.benchmarks.black_box_reading import IN_CONTEXT_PART  # noqa: E402

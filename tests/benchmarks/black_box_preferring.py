@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rayk.config import PreferenceConfig
-from rayk.evaluation.run_directory import read_lines
+from rayk.report.run_directory import read_lines
 from rayk.run import Result, distill
 from tests.benchmarks import purse
 from tests.benchmarks.black_box_reckoning import (

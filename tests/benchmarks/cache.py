@@ -21,11 +21,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from rayk.config import CacheConfig  # noqa: E402
+from rayk.config.support import TopK  # noqa: E402
 from rayk.engines.base import EngineInfo  # noqa: E402
 from rayk.engines.transformers import summarise  # noqa: E402
-from rayk.sequences import Sequence  # noqa: E402
-from rayk.signal import SignalBatch, concatenate, decode, encode  # noqa: E402
-from rayk.support import TopK  # noqa: E402
+from rayk.signals.batch import SignalBatch, concatenate, decode, encode  # noqa: E402
+from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers.cache import SignalCache  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 
@@ -33,11 +33,11 @@ K = 64
 TEACHER = EngineInfo("benchmark", 0, 4096, "", "float32", "cpu", ("topk",), weights_fingerprint="benchmark")
 
 
-def rows_of(count: int, length: int, seed: int = 0) -> list[Sequence]:
+def rows_of(count: int, length: int, seed: int = 0) -> list[TokenSequence]:
     """Rows of `length` counted tokens each."""
     random = np.random.default_rng(seed)
     flags = np.arange(length + 1) > 0
-    return [Sequence(random.integers(0, 30_000, length + 1).astype(np.int32), flags) for _ in range(count)]
+    return [TokenSequence(random.integers(0, 30_000, length + 1).astype(np.int32), flags) for _ in range(count)]
 
 
 def signals_of(logits: torch.Tensor, length: int) -> SignalBatch:

@@ -23,7 +23,7 @@ from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from rayk.config import RunConfig, parse_config
-from rayk.evaluation.run_directory import read_lines
+from rayk.report.run_directory import read_lines
 from rayk.run import distill
 from tests.benchmarks.words import write_rows
 

@@ -37,10 +37,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # the teacher is not to wait 
 
 import torch  # noqa: E402
 
-from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import Resources, TeacherConfig  # noqa: E402
-from rayk.evaluation.run_directory import read_lines  # noqa: E402
+from rayk.report.run_directory import read_lines  # noqa: E402
 from rayk.run import distill  # noqa: E402
+from rayk.serving.cluster import start_ray  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks import walks  # noqa: E402
 from tests.benchmarks.comparing import Comparison, Runs, arguments, cache_folder, made, run_config  # noqa: E402

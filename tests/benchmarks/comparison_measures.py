@@ -14,7 +14,7 @@ from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import generate
 from rayk.losses import forward_kl, reverse_kl
 from rayk.models import load_model, load_tokenizer
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 from tests.benchmarks import walks
 
 SAMPLES_A_PROMPT, DATA_ROWS = 4, 768
@@ -97,7 +97,7 @@ class Measurer:
         said = ((prompt, self._tokenizer.convert_ids_to_tokens(ids.tolist())) for prompt, ids in written)
         return statistics.mean(walks.is_walk(prompt, words) for prompt, words in said)
 
-    def _divergences(self, student: Any, rows: list[Sequence]) -> Divergences:
+    def _divergences(self, student: Any, rows: list[TokenSequence]) -> Divergences:
         batch = collate(rows, pad_id_of(self._tokenizer))
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         log_p, log_q = (batch.counted(model(**inputs).logits).log_softmax(-1) for model in (self._teacher, student))
@@ -113,10 +113,10 @@ class Measurer:
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer(text).input_ids, dtype=np.int32)
 
-    def _sequence(self, prompt: str, completion: np.ndarray) -> Sequence:
+    def _sequence(self, prompt: str, completion: np.ndarray) -> TokenSequence:
         start = self._ids(prompt)
         ids = np.concatenate([start, completion]).astype(np.int32)
-        return Sequence(ids, np.arange(len(ids)) >= len(start))
+        return TokenSequence(ids, np.arange(len(ids)) >= len(start))
 
 
 def excess_error(own: Tensor, theirs: Tensor, length: int) -> float:

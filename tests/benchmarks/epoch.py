@@ -19,8 +19,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rayk.cluster import start_ray
 from rayk.config import CacheConfig
+from rayk.serving.cluster import start_ray
 from rayk.teachers.cache import SignalCache
 from tests.benchmarks.machine import machine
 from tests.benchmarks.race import BATCH, VOCAB, K, save_models, tokens_per_second, train

@@ -7,10 +7,10 @@ import sys
 
 import torch
 
+from rayk.config.support import TopK
 from rayk.losses import forward_kl, linear_divergence, token_mean
 from rayk.models import Head
-from rayk.signal import SignalBatch
-from rayk.support import TopK
+from rayk.signals.batch import SignalBatch
 from tests.benchmarks.machine import machine, median_seconds
 
 

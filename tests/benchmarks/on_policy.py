@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rayk.cluster import start_ray
+from rayk.serving.cluster import start_ray
 from tests.benchmarks.machine import machine
 from tests.benchmarks.race import BATCH, K, make_models, theirs, tokens_per_second, train
 

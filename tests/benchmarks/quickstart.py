@@ -10,10 +10,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from rayk.cluster import start_ray
+from rayk.commands.quickstart import METHODS, cache_folder, student_config, teacher_config, teacher_model
 from rayk.environment import set_threading
-from rayk.quickstart import METHODS, cache_folder, student_config, teacher_config, teacher_model
 from rayk.run import Watcher, distill
+from rayk.serving.cluster import start_ray
 from rayk.teachers import serve_teacher
 from tests.benchmarks.comparing import paired
 from tests.benchmarks.machine import machine

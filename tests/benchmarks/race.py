@@ -28,9 +28,9 @@ import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 from jobs.train_tokenizer import main as train_tokenizer  # noqa: E402
-from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import parse_config  # noqa: E402
 from rayk.run import distill  # noqa: E402
+from rayk.serving.cluster import start_ray  # noqa: E402
 from tests.benchmarks.machine import machine, median_seconds  # noqa: E402
 from tests.runs import metrics  # noqa: E402
 

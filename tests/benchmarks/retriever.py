@@ -26,10 +26,10 @@ from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rayk.cluster import start_ray
 from rayk.config import TeacherConfig, parse_config
 from rayk.environment import set_threading
 from rayk.run import distill
+from rayk.serving.cluster import start_ray
 from rayk.teachers import serve_teacher
 from tests.benchmarks.machine import machine
 from tests.tiny import BOS, EOS, PAD, tiny_encoder

@@ -22,10 +22,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
 
-from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import TeacherConfig  # noqa: E402
-from rayk.sequences import Sequence  # noqa: E402
-from rayk.support import TopK  # noqa: E402
+from rayk.config.support import TopK  # noqa: E402
+from rayk.serving.cluster import start_ray  # noqa: E402
+from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers import connect_teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 from tests.benchmarks.service import make_teacher  # noqa: E402
@@ -33,10 +33,10 @@ from tests.benchmarks.service import make_teacher  # noqa: E402
 RATE, LENGTH, BATCH_ROWS, SUPPORT = 1_500.0, 256, 8, TopK(64)
 
 
-def batch(seed: int) -> list[Sequence]:
+def batch(seed: int) -> list[TokenSequence]:
     random = np.random.default_rng(seed)
     counted = np.arange(LENGTH) >= LENGTH // 2
-    return [Sequence(random.integers(2, 32_000, LENGTH).astype(np.int32), counted) for _ in range(BATCH_ROWS)]
+    return [TokenSequence(random.integers(2, 32_000, LENGTH).astype(np.int32), counted) for _ in range(BATCH_ROWS)]
 
 
 @ray.remote(num_cpus=0)

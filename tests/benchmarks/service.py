@@ -27,12 +27,12 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from rayk.config import TeacherConfig, TransformersEngine  # noqa: E402
+from rayk.config import TeacherConfig, TransformersEngineConfig  # noqa: E402
+from rayk.config.support import TopK  # noqa: E402
 from rayk.engines import transformers as engine_module  # noqa: E402
 from rayk.engines.transformers import summarise  # noqa: E402
-from rayk.sequences import Sequence  # noqa: E402
-from rayk.signal import SignalBatch, decode, encode  # noqa: E402
-from rayk.support import TopK  # noqa: E402
+from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
+from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 from tests.teachers.asking import replicas_of  # noqa: E402
@@ -48,17 +48,17 @@ def make_teacher(folder: str) -> None:
     tiny_model(folder, vocab_size=VOCAB, hidden=256, layers=4, peaked=3.0, tokenizer=tokenizer)
 
 
-def make_rows(count: int, counted: float) -> list[Sequence]:
+def make_rows(count: int, counted: float) -> list[TokenSequence]:
     """Rows of 200–400 tokens; the last `counted` share of each counts, as completions do."""
     random = np.random.default_rng(0)
     rows = []
     for length in random.integers(200, 401, count):
         flags = np.arange(length) >= max(1, round(length * (1 - counted)))
-        rows.append(Sequence(random.integers(2, VOCAB, length).astype(np.int32), flags))
+        rows.append(TokenSequence(random.integers(2, VOCAB, length).astype(np.int32), flags))
     return rows
 
 
-def ways(engine, teacher: Teacher, rows: list[Sequence]) -> dict[str, tuple[Callable, Callable]]:
+def ways(engine, teacher: Teacher, rows: list[TokenSequence]) -> dict[str, tuple[Callable, Callable]]:
     """Ways of asking for all rows' signals: of the bare engine, and of the service."""
     support = TopK(K)
     batches = [rows[i : i + 16] for i in range(0, len(rows), 16)]
@@ -66,7 +66,7 @@ def ways(engine, teacher: Teacher, rows: list[Sequence]) -> dict[str, tuple[Call
     async def together(score) -> None:
         await asyncio.gather(*(score([row], support) for row in rows))
 
-    async def in_turn(pieces: list[list[Sequence]]) -> None:
+    async def in_turn(pieces: list[list[TokenSequence]]) -> None:
         for piece in pieces:
             await engine.score(piece, support)
 
@@ -122,8 +122,8 @@ def compare(name: str, bare: Callable, service: Callable, tokens: int, rounds: i
 def measure_service(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_teacher(folder)
-        settings = TransformersEngine(threads=THREADS)
-        engine = engine_module.TransformersEngine(folder, settings)
+        settings = TransformersEngineConfig(threads=THREADS)
+        engine = engine_module.TransformersEngineConfig(folder, settings)
         config = TeacherConfig(name="benchmark", model=folder, engine=settings, in_flight=64)
         with serve_teacher(config) as teacher:
             for counted in (1.0, 0.5):

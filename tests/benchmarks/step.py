@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayk.data.batches import collate
 from rayk.losses import linear_divergence, token_mean
-from rayk.packing import enable_packing
-from rayk.sequences import Sequence
+from rayk.models.packing import enable_packing
+from rayk.signals.sequence import TokenSequence
 from rayk.training.student import Student
 from tests.benchmarks.loss import inputs
 from tests.benchmarks.machine import machine
@@ -35,7 +35,7 @@ def main() -> None:
     student = Student(model, given.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     # Half as long, as GSM8K's rows are.
-    rows = [Sequence(row.input_ids[::2] % VOCAB, row.counted[::2]) for row in make_rows(BATCH, 0.55)]
+    rows = [TokenSequence(row.input_ids[::2] % VOCAB, row.counted[::2]) for row in make_rows(BATCH, 0.55)]
     batch = collate(rows, 0)
     _, _, signals = inputs(64 * (batch.counted_tokens // 64 + 1), 8, VOCAB)
     signals = signals.entries(slice(batch.counted_tokens))

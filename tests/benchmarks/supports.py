@@ -19,11 +19,11 @@ set_threading()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from rayk.config.support import Hidden, Support, TopK  # noqa: E402
 from rayk.engines.transformers import summarise  # noqa: E402
 from rayk.losses import linear_divergence, token_mean  # noqa: E402
 from rayk.models import Head  # noqa: E402
-from rayk.signal import SignalBatch, decode, encode  # noqa: E402
-from rayk.support import Hidden, Support, TopK  # noqa: E402
+from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
 from tests.benchmarks.machine import machine, median_seconds  # noqa: E402
 
 FEW, MANY = 16, 64

@@ -26,11 +26,11 @@ set_threading()
 
 import torch  # noqa: E402
 
+from rayk.engines.speculative import Draft, MixedSampling, Verdict  # noqa: E402
 from rayk.engines.transformers import TransformersEngine  # noqa: E402
-from rayk.key_values import Batch, KeyValues  # noqa: E402
 from rayk.models import CausalLM, head_of, load_model  # noqa: E402
+from rayk.models.kv_cache import Batch, KeyValues  # noqa: E402
 from rayk.rollouts.teacher_mixed import MixedRollout, sample_teacher_mixed  # noqa: E402
-from rayk.speculative import Draft, MixedSampling, Verdict  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 from tests.engines.reference import prompts_of  # noqa: E402
 from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402

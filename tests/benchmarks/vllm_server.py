@@ -32,10 +32,10 @@ import httpx2  # noqa: E402
 import numpy as np  # noqa: E402
 from ray import serve  # noqa: E402
 
-from rayk.cluster import start_ray  # noqa: E402
 from rayk.config import TeacherConfig  # noqa: E402
-from rayk.sequences import Sequence  # noqa: E402
-from rayk.support import Logprob, TopK  # noqa: E402
+from rayk.config.support import Logprob, TopK  # noqa: E402
+from rayk.serving.cluster import start_ray  # noqa: E402
+from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 from tests.benchmarks.service import make_rows  # noqa: E402
@@ -105,12 +105,12 @@ def serve_llm(folder: str) -> Iterator[str]:
         serve.delete("serve.llm")
 
 
-async def ask_server(address: str, rows: list[Sequence], k: int) -> int:
+async def ask_server(address: str, rows: list[TokenSequence], k: int) -> int:
     """All rows' log-probs through HTTP, unpacked; the bytes that came."""
     received = 0
     places = asyncio.Semaphore(IN_FLIGHT)
 
-    async def one(client: httpx2.AsyncClient, some: list[Sequence]) -> None:
+    async def one(client: httpx2.AsyncClient, some: list[TokenSequence]) -> None:
         nonlocal received
         async with places:
             request = {
@@ -140,7 +140,7 @@ def unpack(listed: list[dict[str, dict] | None], k: int) -> tuple[np.ndarray, np
     return ids, logprobs
 
 
-def ask_service(teacher: Teacher, rows: list[Sequence], k: int) -> int:
+def ask_service(teacher: Teacher, rows: list[TokenSequence], k: int) -> int:
     before = teacher.statistics.bytes
     batches = [rows[i : i + ROWS_A_REQUEST] for i in range(0, len(rows), ROWS_A_REQUEST)]
     support = TopK(k) if k > 1 else Logprob()
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--engines", default="vllm,transformers")
     given = parser.parse_args()
     rows = make_rows(64, 1.0)
-    rows = [Sequence(row.input_ids % VOCAB, row.counted) for row in rows]
+    rows = [TokenSequence(row.input_ids % VOCAB, row.counted) for row in rows]
     tokens = sum(map(len, rows))
     print(f"{machine()}, load before {os.getloadavg()[0]:.1f}")
     print(

@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rayk.cluster import start_ray
 from rayk.config import ServedRollouts, parse_config
 from rayk.data.examples import Example
 from rayk.environment import set_threading
+from rayk.serving.cluster import start_ray
 
 set_threading()
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from rayk.config import DataSource
 from rayk.data.batches import BatchSampler, collate, make_batches, micro_batches, pad_id_of
 from rayk.errors import InputError
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 from tests.tiny import EOS, tiny_tokenizer
 
 
 def sequence(ids, counted):
-    return Sequence(np.array(ids, dtype=np.int32), np.array(counted, dtype=bool))
+    return TokenSequence(np.array(ids, dtype=np.int32), np.array(counted, dtype=bool))
 
 
 ROWS = [

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rayk.models import real_vocab_size
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 from tests.tiny import tiny_tokenizer
 
 VOCAB = real_vocab_size(tiny_tokenizer())  # the tiny models' embeddings are padded past it, to 384
@@ -14,7 +14,7 @@ def sequence(length, seed=0, counted=None):
     random = np.random.default_rng(seed)
     flags = random.random(length) < 0.5 if counted is None else np.full(length, counted)
     flags[:1] = False
-    return Sequence(random.integers(4, VOCAB, length).astype(np.int32), flags)
+    return TokenSequence(random.integers(4, VOCAB, length).astype(np.int32), flags)
 
 
 @torch.no_grad()

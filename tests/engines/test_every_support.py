@@ -10,11 +10,11 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from rayk import losses
+from rayk.config.support import Hidden, Requested, Sampled, TopK
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.models import pack_head, unpack_head
-from rayk.sequences import Sequence
-from rayk.support import Hidden, Requested, Sampled, TopK
+from rayk.signals.sequence import TokenSequence
 from tests.engines.reference import VOCAB, dense, sequence
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def asking(sequences, m, seed=0):
         ids[:, -1] = ids[:, 0]
         ids[random.random(ids.shape) < 0.2] = -1
         ids[0] = -1
-        named.append(Sequence(one.input_ids, one.counted, ids))
+        named.append(TokenSequence(one.input_ids, one.counted, ids))
     return named
 
 
@@ -62,12 +62,12 @@ def test_requested_ids_need_to_be_given_alike_and_real(engine):
     for sequences, said in [
         (SEQUENCES, "needs the ids"),
         ([asking(SEQUENCES, 3)[0], asking(SEQUENCES, 4)[1]], "3 and 4 ids a position"),
-        ([Sequence(np.array([5, 6], np.int32), np.array([False, True]), np.array([[VOCAB]], np.int32))], "beyond"),
+        ([TokenSequence(np.array([5, 6], np.int32), np.array([False, True]), np.array([[VOCAB]], np.int32))], "beyond"),
     ]:
         with pytest.raises(InputError, match=said):
             score(engine, sequences, Requested(4))
     with pytest.raises(ValueError, match="requested ids of shape"):
-        Sequence(np.array([5, 6], np.int32), np.array([False, True]), np.zeros((2, 3), np.int32))
+        TokenSequence(np.array([5, 6], np.int32), np.array([False, True]), np.zeros((2, 3), np.int32))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "granite", "cohere"])
@@ -98,7 +98,7 @@ def test_coarser_signals_give_smaller_divergences(engine, tiny_student):
         ids = student[:, :VOCAB].topk(8).indices.numpy().astype(np.int32)
         starts = np.cumsum([0, *(one.counted_tokens for one in SEQUENCES)])
         asked = [
-            Sequence(one.input_ids, one.counted, ids[start:end])
+            TokenSequence(one.input_ids, one.counted, ids[start:end])
             for one, start, end in zip(SEQUENCES, starts, starts[1:], strict=False)
         ]
         united = losses.divergence(name, student, score(engine, asked, Requested(4)))

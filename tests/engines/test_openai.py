@@ -16,15 +16,14 @@ from email.utils import format_datetime
 import numpy as np
 import pytest
 
-from rayk.config import OpenAIEngine as Settings
-from rayk.config import TeacherConfig, parse_config
+from rayk.config import OpenAIEngineConfig, TeacherConfig, parse_config
+from rayk.config.support import TopK
 from rayk.engines import openai as engine_module
 from rayk.engines.base import SamplingParameters, Usage
 from rayk.engines.limits import RateLimit
 from rayk.engines.openai import OpenAIEngine, _retry_after_seconds
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
-from rayk.support import TopK
 from tests.engines.endpoint import Endpoint, Reply, completion
 from tests.engines.reference import VOCAB, sequence
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -47,7 +46,7 @@ def ask(endpoint, monkeypatch):
     monkeypatch.setattr(engine_module, "_BACKOFF", lambda state: 0.01)
 
     def ask(prompts, parameters=GREEDY, **settings):
-        engine = OpenAIEngine("parrot", Settings(base_url=endpoint.url, **settings))
+        engine = OpenAIEngine("parrot", OpenAIEngineConfig(base_url=endpoint.url, **settings))
         return asyncio.run(engine.generate(prompts, parameters, range(len(prompts)))), engine
 
     return ask
@@ -206,7 +205,7 @@ def test_the_key_is_in_no_reason_log_or_setting(ask, endpoint, caplog, monkeypat
 def test_without_its_key_it_does_not_start(monkeypatch):
     monkeypatch.delenv("OTHER_KEY", raising=False)
     with pytest.raises(InputError, match="engine.api_key_variable names OTHER_KEY"):
-        OpenAIEngine("parrot", Settings(api_key_variable="OTHER_KEY"))
+        OpenAIEngine("parrot", OpenAIEngineConfig(api_key_variable="OTHER_KEY"))
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -379,7 +378,7 @@ def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder,
         )
 
     given = [templated(prompt) for prompt in prompts] if chat else prompts
-    settings = Settings(
+    settings = OpenAIEngineConfig(
         base_url=server, model_name="tiny", api_key_variable=None, chat=chat, logprobs=True,
         price_per_million_prompt_tokens=1.0, price_per_million_completion_tokens=0.0,
     )  # fmt: skip
@@ -398,7 +397,7 @@ def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder,
 
 
 def test_vllms_server_gives_equal_text_for_equal_seeds(server, folder):
-    settings = Settings(base_url=server, model_name="tiny", api_key_variable=None, chat=False)
+    settings = OpenAIEngineConfig(base_url=server, model_name="tiny", api_key_variable=None, chat=False)
 
     def texts(*seeds):
         engine = OpenAIEngine(folder, settings)
@@ -411,6 +410,6 @@ def test_vllms_server_gives_equal_text_for_equal_seeds(server, folder):
 
 
 def test_a_wrong_model_name_is_told_by_vllms_server(server, folder):
-    engine = OpenAIEngine(folder, Settings(base_url=server, model_name="other", api_key_variable=None))
+    engine = OpenAIEngine(folder, OpenAIEngineConfig(base_url=server, model_name="other", api_key_variable=None))
     with pytest.raises(InputError, match="does not know 'other' .*engine.model_name"):
         asyncio.run(engine.generate(["the cat"], GREEDY, [0]))

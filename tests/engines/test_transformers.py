@@ -11,14 +11,14 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rayk import losses
-from rayk.config import TransformersEngine as Settings
+from rayk.config import TransformersEngineConfig
+from rayk.config.support import Logprob, TopK
 from rayk.engines import transformers as engine_module
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine, generate
 from rayk.errors import InputError
 from rayk.models import tokenizer_fingerprint
-from rayk.sequences import Sequence
-from rayk.support import Logprob, TopK
+from rayk.signals.sequence import TokenSequence
 from tests.engines.reference import (
     VOCAB,
     assert_logprobs_right,
@@ -59,7 +59,7 @@ def test_signals_are_the_dense_logits_in_any_company(engine, reference, lengths,
 def test_only_counted_positions_are_answered_and_the_last_token_may_count(engine, reference):
     flags = np.zeros(20, bool)
     flags[[1, 7, 19]] = True
-    one = Sequence(sequence(20).input_ids, flags)
+    one = TokenSequence(sequence(20).input_ids, flags)
     signals = score(engine, [one], TopK(5))
     assert signals.tokens == 3
     assert_right(signals, reference, [one])
@@ -121,7 +121,7 @@ def test_chunks_of_the_head_do_not_show(engine, monkeypatch):
 
 def test_bfloat16_is_close(tiny_teacher, reference):
     sequences = [sequence(40, i, counted=True) for i in range(3)]
-    signals = score(TransformersEngine(tiny_teacher, Settings(dtype="bfloat16")), sequences, TopK(64))
+    signals = score(TransformersEngine(tiny_teacher, TransformersEngineConfig(dtype="bfloat16")), sequences, TopK(64))
     exact = dense(reference, sequences)
     log_p, log_tail = signals.at_temperature()
     inside = exact.gather(1, signals.ids)
@@ -155,8 +155,12 @@ def test_signals_may_stand_in_a_graph(engine):
     [
         ([sequence(5)], TopK(VOCAB + 1), f"support.k is {VOCAB + 1}.*vocabulary of {VOCAB}"),
         ([sequence(5), sequence(513)], TopK(4), "513 tokens is longer than .* takes \\(512\\)"),
-        ([Sequence(np.array([1, VOCAB], np.int32), np.array([False, True]))], TopK(4), f"Token id {VOCAB} is beyond"),
-        ([Sequence(np.array([1, -100], np.int32), np.array([False, True]))], TopK(4), "Token id -100 is beyond"),
+        (
+            [TokenSequence(np.array([1, VOCAB], np.int32), np.array([False, True]))],
+            TopK(4),
+            f"Token id {VOCAB} is beyond",
+        ),
+        ([TokenSequence(np.array([1, -100], np.int32), np.array([False, True]))], TopK(4), "Token id -100 is beyond"),
     ],
 )
 def test_what_the_model_cannot_answer_is_refused(engine, sequences, support, said):

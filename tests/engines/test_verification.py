@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from rayk.engines.speculative import Draft
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
-from rayk.speculative import Draft
 from tests.engines.reference import VOCAB, sequence
 from tests.tiny import tiny_tokenizer
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from rayk.config import VLLMEngine as Settings
+from rayk.config import VLLMEngineConfig
+from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines import vllm as engine_module
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine, summarise
 from rayk.engines.vllm import VLLMEngine, likeliest_distinct
 from rayk.errors import EngineDied, InputError
-from rayk.sequences import Sequence
-from rayk.signal import concatenate
-from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
+from rayk.signals.batch import concatenate
+from rayk.signals.sequence import TokenSequence
 from tests.engines.reference import (
     VOCAB,
     assert_logprobs_right,
@@ -31,7 +31,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
-SETTINGS = Settings(dtype="float32", arguments={"enforce_eager": True})
+SETTINGS = VLLMEngineConfig(dtype="float32", arguments={"enforce_eager": True})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_it_says_what_the_transformers_engine_says(engine, on_loop, twin):
 def test_only_counted_positions_are_answered_and_the_last_token_may_count(engine, on_loop, model):
     flags = np.zeros(20, bool)
     flags[[1, 7, 19]] = True
-    one = Sequence(sequence(20).input_ids, flags)
+    one = TokenSequence(sequence(20).input_ids, flags)
     assert_right(on_loop(engine.score([one], TopK(5))), model, [one], atol=1e-3)
     longest = sequence(engine.info.max_tokens, counted=True)
     assert_right(on_loop(engine.score([longest], Logprob())), model, [longest], atol=1e-3)

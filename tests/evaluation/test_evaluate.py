@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import DataConfig, EvaluationConfig
+from rayk.config.support import TopK
 from rayk.data.batches import collate
 from rayk.data.tokenizing import tokenize
 from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
 from rayk.models import real_vocab_size
-from rayk.support import TopK
 from rayk.training.student import Student
 from tests.runs import write_rows
 

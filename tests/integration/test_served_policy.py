@@ -8,9 +8,9 @@ from ray import serve
 from rayk.config import parse_config
 from rayk.errors import PolicyUnavailable, RunFailed
 from rayk.run import distill, policy_application
-from rayk.teachers import deployment
+from rayk.serving import application
+from rayk.serving.weight_store import NAMESPACE
 from rayk.training.checkpoint import CheckpointStore
-from rayk.weight_store import NAMESPACE
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
 from tests.teachers.asking import replicas_of
@@ -76,7 +76,7 @@ def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_kill
     tmp_path, served, nothing_left, monkeypatch
 ):
     """Greedy, so that both write the same as long as they have the same weights: those of an adapter, merged."""
-    monkeypatch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(application, "_HEALTH_CHECK_SECONDS", 1.0)
     student = str(tmp_path / "student")
     tiny_model(student, seed=2, hidden=128, layers=1, peaked=4.0, tokenizer=tiny_tokenizer())
     rollouts = {"max_staleness": 1, "temperature": 0.0, "max_new_tokens": 8}

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rayk.config.support import TopK
 from rayk.models import Head
-from rayk.signal import SignalBatch
-from rayk.support import TopK
+from rayk.signals.batch import SignalBatch
 
 
 def random_logits(tokens: int, vocab: int, seed: int = 0, scale: float = 2.0, dtype=torch.float64) -> Tensor:

@@ -5,9 +5,9 @@ import torch
 from loss_cases import gradient, random_logits, signals_of
 
 from rayk import losses
+from rayk.config.support import Logprob
 from rayk.errors import InputError
-from rayk.signal import SignalBatch
-from rayk.support import Logprob
+from rayk.signals.batch import SignalBatch
 
 N, V = 6, 11
 TARGETS = torch.tensor([0, 3, 10, 5, 5, 2])

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from loss_cases import gradient, random_logits, signals_of
 
 from rayk import losses
+from rayk.config.support import Logprob
 from rayk.errors import InputError
-from rayk.signal import SignalBatch
-from rayk.support import Logprob
+from rayk.signals.batch import SignalBatch
 
 NAMES = list(losses.DIVERGENCES)
 ORDERED = [

@@ -7,11 +7,11 @@ import torch
 from loss_cases import gradient, random_head, random_logits
 
 from rayk import losses
+from rayk.config.support import Hidden, Logprob, Sampled, TopK
 from rayk.engines.transformers import summarise
 from rayk.errors import InputError
 from rayk.models import Head
-from rayk.signal import SignalBatch
-from rayk.support import Hidden, Logprob, Sampled, TopK
+from rayk.signals.batch import SignalBatch
 
 N, V, WIDTH = 7, 23, 5
 HEADS = [{}, {"bias": True}, {"scale": 0.25, "softcap": 3.0, "bias": True}]

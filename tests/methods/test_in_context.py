@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayk.commands.cache import fill_cache
+from rayk.commands.plan import plan
 from rayk.config import InContextConfig, parse_config
 from rayk.data.batches import collate
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
-from rayk.fill import fill_cache
-from rayk.inputs import read_inputs
 from rayk.methods.in_context import InContext, LabelWords
-from rayk.plan import plan
 from rayk.run import distill, evaluate_model
+from rayk.run.inputs import read_inputs
 from rayk.teachers.context import Demonstrated
 from rayk.training.student import Student
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights, write_tasks

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from rayk.config import LogitKDConfig
+from rayk.config.support import TopK
 from rayk.data.batches import collate
 from rayk.methods import Experience, LogitKD, Supervised
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.support import TopK
+from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 from rayk.training.student import Student
 from tests.tiny import tiny_model
 
@@ -22,7 +22,7 @@ def batch():
     for length in (5, 12, 9):
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).int().numpy()
         counted = torch.arange(length).numpy() >= 2
-        rows.append(Sequence(ids, counted))
+        rows.append(TokenSequence(ids, counted))
     return collate(rows, pad_id=0)
 
 

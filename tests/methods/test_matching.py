@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayk.config import DataConfig, DataSource
+from rayk.config.support import Hidden, TopK
 from rayk.data.batches import collate
 from rayk.data.tokenizing import tokenize
 from rayk.methods.base import Experience
 from rayk.methods.matching import with_masses
 from rayk.models import load_tokenizer
-from rayk.support import Hidden, TopK
 from rayk.training.student import Student
 from tests.runs import write_rows
 

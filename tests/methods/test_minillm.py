@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rayk.commands.cache import fill_cache
 from rayk.config import MiniLLMConfig, parse_config
 from rayk.errors import InputError
-from rayk.fill import fill_cache
 from rayk.losses import whiten
 from rayk.methods import METHODS, Experience, MiniLLM
 from rayk.rollouts import Rollout

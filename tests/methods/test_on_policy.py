@@ -10,17 +10,17 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayk.commands.plan import plan
 from rayk.config import OnPolicyConfig, TeacherConfig, WorkerRollouts, parse_config
+from rayk.config.support import Hidden, Requested, TopK
 from rayk.data.batches import collate
 from rayk.data.examples import Example
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, TeacherUnavailable, UnusableSignal
 from rayk.evaluation.evaluate import Evaluator
 from rayk.methods import METHODS, OnPolicy
-from rayk.plan import plan
 from rayk.rollouts import Rollout, WorkerPolicy
 from rayk.run import distill
-from rayk.support import Hidden, Requested, TopK
 from rayk.teachers import serve_teacher
 from rayk.training.student import Student
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights

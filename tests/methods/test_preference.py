@@ -12,8 +12,8 @@ from rayk.data.examples import Example
 from rayk.errors import RunFailed
 from rayk.methods import Preference
 from rayk.methods.preference import Pairs
-from rayk.packing import enable_packing, packs
-from rayk.teachers.background import background, wait_for
+from rayk.models.packing import enable_packing, packs
+from rayk.serving.event_loop import background, wait_for
 from rayk.training.checkpoint import _pack, _unpack
 from rayk.training.student import Step, Student
 from tests.tiny import tiny_model

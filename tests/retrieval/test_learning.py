@@ -14,16 +14,16 @@ import torch
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from rayk.commands.doctor import examine
 from rayk.config import parse_config
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.tokenizing import tokenize
-from rayk.doctor import examine
 from rayk.errors import InputError, UnusableSignal
-from rayk.inputs import read_inputs
 from rayk.retrieval.fitting import Workshop
 from rayk.retrieval.learning import Learning
 from rayk.retrieval.scores import REFUSED, Scores
 from rayk.run import distill, evaluate_model
+from rayk.run.inputs import read_inputs
 from tests.runs import assert_same_learning, metrics, rayk, settings, until, write_tasks
 from tests.tiny import tiny_encoder
 

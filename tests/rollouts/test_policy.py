@@ -10,8 +10,8 @@ import torch
 from rayk.config import LoraConfig, WorkerRollouts
 from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
-from rayk.lora import add_adapter
 from rayk.models import real_vocab_size
+from rayk.models.lora import add_adapter
 from rayk.rollouts import Rollout, WorkerPolicy, summarise
 from rayk.rollouts.kept import pack_row, unpack_row
 from rayk.rollouts.policy import repetition

@@ -16,8 +16,8 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, PolicyUnavailable, RaykError
 from rayk.models import load_model
 from rayk.rollouts import ServedPolicy, WorkerPolicy, serve_policy
-from rayk.rollouts.weights import checksum, pack
-from rayk.weight_store import NAMESPACE, Published, Version
+from rayk.serving.weight_store import NAMESPACE, Published, Version
+from rayk.serving.weights import checksum, pack
 from tests.rollouts.test_policy import prompts
 from tests.runs import settings
 from tests.teachers.asking import eventually, replicas_of

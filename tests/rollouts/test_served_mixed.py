@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rayk.engines.speculative import Draft, MixedSampling
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.rollouts.teacher_mixed import sample_teacher_mixed
-from rayk.speculative import Draft, MixedSampling
 from rayk.teachers import connect_teacher
 from tests.engines.reference import VOCAB, prompts_of
 

@@ -9,10 +9,10 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
+from rayk.engines.speculative import DraftLength, MixedSampling, tokens_a_call
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError, RaykError, UnusableSignal
 from rayk.rollouts.teacher_mixed import sample_teacher_mixed
-from rayk.speculative import DraftLength, MixedSampling, tokens_a_call
 from tests.engines.reference import VOCAB, prompts_of
 from tests.tiny import EOS, tiny_model, tiny_tokenizer
 

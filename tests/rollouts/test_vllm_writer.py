@@ -9,17 +9,17 @@ import psutil
 import pytest
 import torch
 
-from rayk.config import StudentConfig, VLLMPolicyEngine
+from rayk.config import StudentConfig, VLLMPolicyEngineConfig
+from rayk.config.support import Logprob, TopK
 from rayk.engines.base import SamplingParameters
 from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
+from rayk.models.student import make_model
 from rayk.rollouts.vllm import Turns, start_vllm, whole_weights
-from rayk.rollouts.weights import checksum, pack
 from rayk.rollouts.writer import Writer
-from rayk.sequences import Sequence
-from rayk.students import make_model
-from rayk.support import Logprob, TopK
-from rayk.weight_store import Published, UnusableWeights, Version
+from rayk.serving.weight_store import Published, UnusableWeights, Version
+from rayk.serving.weights import checksum, pack
+from rayk.signals.sequence import TokenSequence
 from tests.rollouts.test_policy import VOCABULARY
 from tests.tiny import moved, tiny_model, tiny_tokenizer
 
@@ -77,7 +77,7 @@ def vllm(versions, on_loop):
     # From an architecture: vLLM has no folder of the student's to read. The integration test starts from one.
     architecture = load_model(versions._folder).config.to_dict() | {"architectures": None}
     student = StudentConfig(config=architecture, tokenizer=versions._folder)
-    engine = VLLMPolicyEngine(tensor_parallel_size=2, arguments={"enforce_eager": True})
+    engine = VLLMPolicyEngineConfig(tensor_parallel_size=2, arguments={"enforce_eager": True})
     started = on_loop(start_vllm(versions.writer(0), student, engine, tokenizer=versions._folder, precision="float32"))
     yield started
     started._engine.close()
@@ -94,7 +94,9 @@ def texts(written):
 
 def sequences_of(written):
     return [
-        Sequence(np.concatenate([prompt, each.token_ids]), np.arange(len(prompt) + len(each.token_ids)) >= len(prompt))
+        TokenSequence(
+            np.concatenate([prompt, each.token_ids]), np.arange(len(prompt) + len(each.token_ids)) >= len(prompt)
+        )
         for prompt, each in zip(PROMPTS, written, strict=True)
     ]
 

@@ -7,11 +7,11 @@ import pytest
 from rayk.config import MagpieConfig, parse_config
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
-from rayk.inputs import prompts_written_for
 from rayk.run import distill, synthesize
+from rayk.run.inputs import prompts_written_for
+from rayk.serving.event_loop import run_to_the_end
 from rayk.synthesis import synthesise
 from rayk.synthesis.magpie import Magpie
-from rayk.teachers.background import run_to_the_end
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion
 from tests.runs import settings

@@ -12,11 +12,11 @@ import ray
 import yaml
 from ray import serve
 
+from rayk.commands.doctor import examine
 from rayk.config import parse_config
-from rayk.doctor import examine
 from rayk.errors import InputError
-from rayk.evaluation.report import write_report
 from rayk.models import weights_fingerprint
+from rayk.report.report import write_report
 from rayk.run import Watcher, distill, synthesize
 from tests.engines.endpoint import Reply
 from tests.runs import assert_same_learning, environment, metrics, rayk, settings, until

@@ -10,11 +10,11 @@ import pytest
 from rayk.config import ResponsesConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
+from rayk.serving.event_loop import run_to_the_end
 from rayk.synthesis import Store
 from rayk.synthesis import scribe as scribes
 from rayk.synthesis.scribe import Request, Scribe, in_order
 from rayk.synthesis.tally import Tally
-from rayk.teachers.background import run_to_the_end
 from rayk.teachers.client import Teacher
 from tests.engines.endpoint import Reply, completion
 

@@ -11,12 +11,12 @@ import ray
 import yaml
 from ray import serve
 
+from rayk.commands.cache import fill_cache
+from rayk.commands.doctor import examine
 from rayk.config import parse_config
-from rayk.doctor import examine
 from rayk.errors import InputError, RunFailed
-from rayk.fill import fill_cache
-from rayk.inputs import on_written_rows
 from rayk.run import Watcher, distill, located, synthesize
+from rayk.run.inputs import on_written_rows
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import curve, rayk, settings, until
 from tests.tiny import tiny_model, tiny_tokenizer

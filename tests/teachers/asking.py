@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from rayk.config import TeacherConfig
-from rayk.sequences import Sequence
+from rayk.signals.sequence import TokenSequence
 from tests.runs import actors
 
 
@@ -16,7 +16,7 @@ def sequences_of(count, seed=0, shortest=4, longest=40):
     for length in random.integers(shortest, longest + 1, count):
         counted = random.random(length) < 0.6
         counted[:2] = False, True
-        sequences.append(Sequence(random.integers(4, 300, length).astype(np.int32), counted))
+        sequences.append(TokenSequence(random.integers(4, 300, length).astype(np.int32), counted))
     return sequences
 
 

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tests.test_signal_codec import assert_equal
 
 from rayk import cli
+from rayk.commands.cache import fill_cache, verify_cache
 from rayk.config import CacheConfig, parse_config
+from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.errors import InputError
-from rayk.fill import fill_cache, verify_cache
 from rayk.run import Watcher, distill, located
-from rayk.sequences import Sequence
-from rayk.signal import SignalBatch
-from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
+from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 from tests.runs import curve, metrics, settings, weights, write_rows
 from tests.teachers.asking import assert_alike, sequences_of
-from tests.test_signal_codec import assert_equal
 
 pytestmark = pytest.mark.cluster
 KD = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}, "temperature": 2.0}
@@ -103,7 +103,7 @@ def test_what_a_signal_depends_on_is_in_its_key(served, place):
     ids, counted = sequence.input_ids.copy(), sequence.counted.copy()
     ids[-1] += 1
     counted[-1] ^= True
-    for others in (Sequence(ids, sequence.counted), Sequence(sequence.input_ids, counted)):
+    for others in (TokenSequence(ids, sequence.counted), TokenSequence(sequence.input_ids, counted)):
         assert not cache.find(info, [others], TopK(8, (1.0, 2.0)))
     for support in (TopK(8), TopK(7, (1.0, 2.0)), TopK(8, (1.0, 3.0)), Logprob(), Hidden()):
         assert not cache.find(info, [sequence], support)

@@ -13,12 +13,13 @@ import torch
 from ray import serve
 
 from rayk.config import TeacherConfig
+from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError, RaykError, TeacherUnavailable
-from rayk.sequences import Sequence
-from rayk.support import Hidden, Logprob, Requested, Sampled, TopK
-from rayk.teachers import background, connect_teacher, deployment, serve_teacher
+from rayk.serving import application, event_loop
+from rayk.signals.sequence import TokenSequence
+from rayk.teachers import connect_teacher, serve_teacher
 from tests.teachers.asking import assert_alike, config_of, eventually, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -239,7 +240,7 @@ def test_what_a_replica_refuses_comes_as_its_own_sentence(served, ask, said):
 
 
 def background_tasks():
-    return [task for task in asyncio.all_tasks(background._shared_loop.loop) if not task.done()]
+    return [task for task in asyncio.all_tasks(event_loop._shared_loop.loop) if not task.done()]
 
 
 def test_leaving_a_stream_early_leaves_nothing_running(watched):
@@ -311,7 +312,7 @@ def test_another_teacher_under_a_name_that_runs_is_refused_and_harms_none(served
 
 
 def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(deployment, "_START_ATTEMPTS", 1)
+    monkeypatch.setattr(application, "_START_ATTEMPTS", 1)
     with pytest.raises(InputError) as caught, serve_teacher(config_of("broken", str(tmp_path / "none"))):
         pass
     assert str(caught.value) == (
@@ -324,7 +325,7 @@ def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_clust
 def asking(sequences, m=3):
     random = np.random.default_rng(0)
     return [
-        Sequence(s.input_ids, s.counted, random.integers(-1, 300, (s.counted_tokens, m)).astype(np.int32))
+        TokenSequence(s.input_ids, s.counted, random.integers(-1, 300, (s.counted_tokens, m)).astype(np.int32))
         for s in sequences
     ]
 
@@ -348,7 +349,7 @@ def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
     teacher = connect_teacher("served")
     head = engine.head()
     for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
-        teacher._head = background.background(asyncio.sleep(0, wrong))
+        teacher._head = event_loop.background(asyncio.sleep(0, wrong))
         with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not make its own"):
             teacher.score(sequences_of(8), Hidden())
     teacher._head = None
@@ -363,7 +364,7 @@ def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):
     with pytest.raises(
         RaykError, match="'spare' gave a signal for row 0 of the batch that cannot be learned from: .*NaN"
     ):
-        spare.score([Sequence(ids, well.counted)], TopK(4))
+        spare.score([TokenSequence(ids, well.counted)], TopK(4))
     assert spare.statistics.retries == 0
 
 

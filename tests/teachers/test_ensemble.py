@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk import losses
 from rayk.config import RouteConfig, parse_config
+from rayk.config.support import Hidden, Logprob, TopK
 from rayk.data.examples import Example
 from rayk.data.tokenizing import tokenize
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.run import distill
-from rayk.sequences import Sequence
-from rayk.support import Hidden, Logprob, TopK
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Route, serve_teacher
 from rayk.teachers.context import InContext
 from tests.runs import curve, metrics, settings
@@ -221,7 +221,7 @@ def test_a_teacher_may_read_another_prompt(tmp_path, tiny_student, served):
     for i, one in enumerate(rows):
         prompt = tokenizer(template.format(**one.fields), add_special_tokens=False).input_ids
         completion = one.input_ids[one.prompt_tokens :]
-        alone = Sequence(
+        alone = TokenSequence(
             np.array([*prompt, *completion], np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt)
         )
         torch.testing.assert_close(

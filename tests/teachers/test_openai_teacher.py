@@ -3,11 +3,11 @@
 import pytest
 
 from rayk.config import parse_config
+from rayk.config.support import TopK
 from rayk.engines.base import Usage
 from rayk.errors import InputError
-from rayk.inputs import read_inputs
 from rayk.run import located
-from rayk.support import TopK
+from rayk.run.inputs import read_inputs
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply
 from tests.teachers.asking import config_of, sequences_of

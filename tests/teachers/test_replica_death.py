@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ray import serve
 
+from rayk.config.support import TopK
 from rayk.engines.transformers import TransformersEngine
-from rayk.support import TopK
 from rayk.teachers import connect_teacher
 from tests.teachers.asking import assert_alike, eventually, replicas_of, sequences_of
 

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayk.config import parse_config
+from rayk.config.support import TopK
 from rayk.engines.base import SamplingParameters
 from rayk.engines.transformers import TransformersEngine
 from rayk.run import distill
-from rayk.support import TopK
-from rayk.teachers import deployment, serve_teacher
+from rayk.serving import application
+from rayk.teachers import serve_teacher
 from tests.runs import curve, settings
 from tests.teachers.asking import assert_alike, config_of, eventually, replicas_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -46,7 +47,7 @@ def teacher(ray_cluster, folder):
     arguments = {"enforce_eager": True, "distributed_executor_backend": "mp"}
     engine = {"kind": "vllm", "dtype": "float32", "arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deployment, "_HEALTH_CHECK_SECONDS", 1.0)
+        patch.setattr(application, "_HEALTH_CHECK_SECONDS", 1.0)
         with serve_teacher(config_of("vllm", folder, engine=engine)) as teacher:
             yield teacher
 

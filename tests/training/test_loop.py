@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import TrainingConfig, parse_config
+from rayk.config.support import TopK
 from rayk.data.batches import BatchSampler
 from rayk.data.tokenizing import tokenize
 from rayk.errors import RunFailed
 from rayk.methods import METHODS, Supervised
 from rayk.run import distill
-from rayk.sequences import Sequence
-from rayk.support import TopK
-from rayk.training.optimisation import learning_rate_at
+from rayk.signals.sequence import TokenSequence
+from rayk.training.optimizer import learning_rate_at
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -82,7 +82,7 @@ def test_steps_equal_a_dense_reference_in_plain_torch(method, tmp_path, student,
         np.testing.assert_allclose(trained[name], value.detach(), atol=2e-4, err_msg=name)
 
 
-def _dense_loss(model, row: Sequence, method, teacher) -> torch.Tensor:
+def _dense_loss(model, row: TokenSequence, method, teacher) -> torch.Tensor:
     """The sum over one row's counted tokens, from whole logits, unpadded, without a chunk or a gather too many."""
     logits = model(input_ids=torch.tensor(row.input_ids[None], dtype=torch.long)).logits[0]
     predicts = torch.tensor(row.counted[1:])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rayk.config import parse_config
 from rayk.errors import InputError
-from rayk.evaluation.report import write_report
+from rayk.report.report import write_report
 from rayk.run import distill, evaluate_model
 from rayk.training.checkpoint import CheckpointStore
 from tests.runs import assert_same_learning, curve, metrics, settings, weights, write_tasks

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.cli import comparison
+from rayk.commands.cache import fill_cache
 from rayk.config import parse_config
 from rayk.data.batches import BatchSampler
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, RunFailed
-from rayk.fill import fill_cache
 from rayk.methods import METHODS, Preference
 from rayk.run import distill, evaluate_model
 from tests.runs import assert_same_learning, curve, metrics, settings, weights

@@ -3,7 +3,7 @@
 import json
 
 from rayk.config import TrackingConfig
-from rayk.evaluation.run_directory import Follower, read_lines
+from rayk.report.run_directory import Follower, read_lines
 from rayk.training.recorder import Recorder
 
 QUIET = TrackingConfig(tensorboard=False)

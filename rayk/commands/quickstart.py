@@ -1,0 +1,170 @@
+"""`rayk quickstart`: the whole machine on a small scale, with nothing but this computer.
+
+A teacher learns the built-in task (once; it is kept in the cache), is deployed on Ray Serve with two replicas, and two
+students learn the task from the same initial weights, the same rows and as many steps: one from the rows alone
+(supervised), one from the teacher's distributions on them (logit KD).
+"""
+
+import hashlib
+import inspect
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_config
+from rayk.data import generated
+from rayk.errors import InputError
+from rayk.report.report import write_report
+from rayk.run import Result, Watcher, distill
+from rayk.serving.cluster import start_ray
+from rayk.teachers import serve_teacher
+
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {"kind": "supervised"},
+    "logit_kd": {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}},
+}
+_EVALUATION_ROWS = 250
+_TEACHER = "quickstart-teacher"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The two runs' summaries, and the report on both."""
+
+    summaries: list[dict[str, Any]]
+    report: Path
+
+
+def run_quickstart(output: Path, watcher: Watcher, seed: int = 0, steps: int | None = None) -> Comparison:
+    """Make or find the teacher, train both students, compare them in OUTPUT/report.html.
+
+    Args:
+        seed: of the students' weights, rows and order.
+        steps: of each student, instead of the task's own.
+    """
+    for method in METHODS:
+        _clear(output / method)
+    home = cache_folder()
+    model = teacher_model(home, watcher)
+    start_ray(num_cpus=4)
+    watcher.stage("Bringing up the teacher on Ray Serve, 2 replicas")
+    with serve_teacher(teacher_config(model)):
+        results = [
+            distill(student_config(home, output, method, seed, steps), watcher=_Naming(watcher, method))
+            for method in METHODS
+        ]
+    report = output / "report.html"
+    write_report([result.output for result in results], report)
+    return Comparison([result.summary for result in results], report)
+
+
+def cache_folder() -> Path:
+    """Where the task's teacher is kept: one folder for each version of the task."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = hashlib.sha256(inspect.getsource(generated).encode()).hexdigest()[:12]
+    return base / "rayk" / f"quickstart-{version}"
+
+
+def teacher_model(home: Path, watcher: Watcher) -> Path:
+    """The folder of the trained teacher, trained now unless `home` has it."""
+    model = home / "teacher"
+    if model.is_dir():
+        watcher.stage(f"The teacher is in the cache ({home})")
+        return model
+    watcher.stage("Training the teacher on the built-in task (only this first time)")
+    work = home / f"training-{os.getpid()}"
+    try:
+        work.mkdir(parents=True)
+        generated.task_tokenizer().save_pretrained(work / "tokenizer")
+        settings = generated.TEACHER_TRAINING
+        generated.write_rows(work / "train.jsonl", settings["rows"], seed=1)
+        config = parse_config(
+            {
+                "name": "teacher",
+                "output": str(work / "run"),
+                "student": {"config": _architecture(generated.TEACHER_MODEL), "tokenizer": str(work / "tokenizer")},
+                "data": {"train": {"path": str(work / "train.jsonl")}},
+                "method": {"kind": "supervised"},
+                "training": {"workers": 0, **_training(settings)},
+                "tracking": {"tensorboard": False},
+            }
+        )
+        result = distill(config, watcher=watcher)
+        result.model.replace(model)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return model
+
+
+def teacher_config(model: Path, replicas: int = 2) -> TeacherConfig:
+    """The served teacher."""
+    copies = Replicas(min=replicas, max=replicas)
+    return TeacherConfig(name=_TEACHER, model=str(model), replicas=copies, resources=Resources(num_cpus=0.5))
+
+
+def student_config(
+    home: Path, output: Path, method: str, seed: int = 0, steps: int | None = None, workers: int = 2
+) -> RunConfig:
+    """One student's run; all that differs between the two is `method`."""
+    settings = generated.STUDENT_TRAINING
+    data = home / f"rows-{seed}"
+    if not data.is_dir():
+        part = home / f"rows-{seed}-{os.getpid()}"
+        part.mkdir(parents=True, exist_ok=True)
+        generated.write_rows(part / "train.jsonl", settings["rows"], seed=100 + seed)
+        generated.write_rows(part / "evaluation.jsonl", _EVALUATION_ROWS, seed=0, split="evaluation")
+        part.replace(data)
+    training = _training(settings) | ({"steps": steps} if steps else {})
+    return parse_config(
+        {
+            "name": method,
+            "output": str(output / method),
+            "seed": seed,
+            "teachers": [{"name": _TEACHER, "attach": True}],
+            "student": {"config": _architecture(generated.STUDENT_MODEL)},
+            "data": {
+                "train": {"path": str(data / "train.jsonl")},
+                "evaluation": {"path": str(data / "evaluation.jsonl")},
+            },
+            "method": METHODS[method],
+            "training": {"workers": workers, "resources": {"num_cpus": 0.5}, **training},
+            "evaluation": {"every_steps": 100, "generation": {"max_new_tokens": 8}, "answer_field": "answer"},
+        }
+    )
+
+
+def _architecture(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"model_type": "llama", **settings}
+
+
+def _training(settings: dict[str, Any]) -> dict[str, Any]:
+    names = {"max_gradient_norm": "max_grad_norm"}
+    values = {names.get(name, name): value for name, value in settings.items() if name != "rows"}
+    return values | {"micro_batch_tokens": 4096, "checkpoint_every_steps": 250}
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier quickstart's run; anything else is left alone and named."""
+    if not folder.exists():
+        return
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"'{folder}' is in the way and is no earlier quickstart; remove it or give another --output.")
+    shutil.rmtree(folder)
+
+
+class _Naming(Watcher):
+    """Says which student a stage is about."""
+
+    def __init__(self, watcher: Watcher, method: str):
+        self._watcher, self._method = watcher, method
+
+    def stage(self, text: str) -> None:
+        self._watcher.stage(f"[{self._method}] {text}")
+
+    def steps(self, rows, total: int) -> None:
+        self._watcher.steps(rows, total)
+
+
+__all__ = ["Comparison", "Result", "run_quickstart"]

@@ -1,0 +1,106 @@
+"""`rayk status`: how far a run is, from what its directory holds; whoever runs it, and where, is not asked."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from rayk.errors import InputError
+from rayk.report.run_directory import Run, duration, read_runs
+from rayk.training.checkpoint import CheckpointStore
+
+_RECENT_STEPS = 20
+_MEASURED = {
+    "accuracy": ("accuracy", "{:.1%}"),
+    "loss": ("loss", "{:.3f}"),
+    "forward_kl": ("forward KL", "{:.4f}"),
+    "reverse_kl": ("reverse KL", "{:.4f}"),
+}
+
+
+def status(folder: Path) -> list[dict[str, str]]:
+    """What is to be said of the run in `folder`, part by part, each named; of every round that has begun, where it has
+    rounds.
+
+    Raises:
+        InputError: it is no run directory.
+    """
+    if not (folder / "config.yaml").exists() and (folder / "synthesis").is_dir():
+        return [{"run": str(folder), "rows": _being_written(folder / "synthesis")}]
+    return [_of(run) for run in read_runs([folder])]
+
+
+def _of(run: Run) -> dict[str, str]:
+    parts = {"run": f"{run.label} ({run.method})", "rows": _rows(run)}
+    total, done = _total_steps(run), run.steps
+    if run.summary is not None:
+        return parts | {
+            "state": f"finished after {done:,} steps in {duration(run.summary['seconds'])}",
+            "measured": _measures(run.metrics),
+            "student": str(run.path / "model"),
+        }
+    if not run.rows:
+        return parts | {"state": "no step yet"}
+    recent = run.rows[-_RECENT_STEPS:]
+    parts["state"] = f"unfinished; its last step ended {_ago(run.rows[-1].get('ended_at'))}"
+    parts["step"] = f"{done:,}" + (f" of {total:,} ({done / total:.0%})" if total else "")
+    if total:
+        seconds = statistics.mean(row["step_seconds"] for row in recent)
+        parts["to go"] = f"about {duration((total - done) * seconds)} of steps"
+    parts["loss"] = f"{statistics.mean(row['loss'] for row in recent):.4f}, mean of {len(recent)} steps"
+    parts["speed"] = _speed(recent)
+    if run.metrics:
+        parts["measured"] = f"at step {run.metrics['step']:,.0f}: {_measures(run.metrics)}"
+    return parts | {"checkpoint": _checkpoint(run)}
+
+
+def _rows(run: Run) -> str:
+    if run.synthesis is not None:
+        return f"{run.synthesis['kept']:,} kept of {run.synthesis['candidates']:,} written"
+    return _being_written(run.path / "synthesis") if (run.path / "synthesis").is_dir() else ""
+
+
+def _being_written(folder: Path) -> str:
+    """Of completions that are on disk; what came since the last flush is not."""
+    found = sorted((folder / "completions").glob("part-*.parquet"))
+    try:
+        count = sum(parquet.read_metadata(path).num_rows for path in found)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"'{folder}' cannot be read: {error}") from error
+    text = f"not made yet; {count:,} completions are there"
+    return text + (f", written last {_ago(max(path.stat().st_mtime for path in found))}" if found else "")
+
+
+def _total_steps(run: Run) -> int | None:
+    training: Mapping[str, Any] = run.config.get("training") or {}
+    if training.get("steps"):
+        return int(training["steps"])
+    last = run.rows[-1] if run.rows else {}
+    return round(training["epochs"] * last["step"] / last["epoch"]) if training.get("epochs") and last else None
+
+
+def _speed(rows: list[dict[str, Any]]) -> str:
+    seconds = sum(row["step_seconds"] for row in rows)
+    waited = sum(row["teacher_wait_seconds"] for row in rows)
+    return f"{sum(row['tokens'] for row in rows) / seconds:,.0f} tokens/s, {waited / seconds:.0%} waiting for signals"
+
+
+def _measures(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {form.format(metrics[key])}" for key, (name, form) in _MEASURED.items() if key in metrics)
+
+
+def _checkpoint(run: Run) -> str:
+    place = (run.config.get("training") or {}).get("checkpoints") or str(run.path / "checkpoints")
+    try:
+        steps = CheckpointStore(place).steps()
+    except (OSError, ValueError) as error:
+        return f"{place} cannot be read: {str(error).splitlines()[0]}"
+    return f"step {steps[-1]:,}; --resume goes on from there" if steps else "none yet"
+
+
+def _ago(moment: float | None, now: Callable[[], float] = time.time) -> str:
+    return "some time ago" if moment is None else f"{duration(max(0.0, now() - moment))} ago"

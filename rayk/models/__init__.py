@@ -1,0 +1,30 @@
+"""Causal language models as rayk uses them: loading, the body that computes hidden states, and the `Head` over them.
+
+Body and head are kept apart because the head is the expensive part of a small model with a large vocabulary: it is
+applied only where a token counts, and only to a chunk of positions at a time.
+"""
+
+from rayk.models.fingerprint import real_vocab_size, tokenizer_fingerprint, weights_fingerprint
+from rayk.models.head import Head, check_head, final_hidden, head_of, pack_head, unpack_head
+from rayk.models.loading import load_head, load_model, load_model_config, load_tokenizer, pick_device, quiet_loading
+from rayk.models.types import DTYPES, CausalLM
+
+__all__ = [
+    "DTYPES",
+    "CausalLM",
+    "Head",
+    "check_head",
+    "final_hidden",
+    "head_of",
+    "load_head",
+    "load_model",
+    "load_model_config",
+    "load_tokenizer",
+    "pack_head",
+    "pick_device",
+    "quiet_loading",
+    "real_vocab_size",
+    "tokenizer_fingerprint",
+    "unpack_head",
+    "weights_fingerprint",
+]

@@ -1,0 +1,60 @@
+"""Fingerprints of weights and tokenizers, and the real size of a vocabulary."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+_HASHED_WHOLE_BYTES = 64 << 20
+
+_SAMPLE_BYTES = 64 << 10
+
+_SAMPLES = 256
+
+
+def weights_fingerprint(name: str, commit: str | None = None) -> str:
+    """A hash that changes when the weights of a local folder do; of a hub id its `commit`, or "" where that is not
+    known.
+
+    Small files are hashed whole. Of larger ones the header and some of each tensor is, so that the first replica is not
+    held up by reading tens of gigabytes twice: training any tensor changes the fingerprint, but an edit by hand of a
+    few of its elements may not.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return commit or ""
+    whole = hashlib.blake2b(digest_size=16)
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        whole.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            for offset, length in _sampled(file, path):
+                file.seek(offset)
+                whole.update(file.read(length))
+    return whole.hexdigest()
+
+
+def _sampled(file: BinaryIO, path: Path) -> list[tuple[int, int]]:
+    """Which (offset, length) of a file its fingerprint reads."""
+    size = path.stat().st_size
+    if size <= _HASHED_WHOLE_BYTES:
+        return [(0, size)]
+    if path.suffix != ".safetensors":
+        return [(i * (size - _SAMPLE_BYTES) // _SAMPLES, _SAMPLE_BYTES) for i in range(_SAMPLES + 1)]
+    header = 8 + int.from_bytes(file.read(8), "little")
+    tensors = json.loads(file.read(header - 8))
+    tensors.pop("__metadata__", None)
+    samples = [(0, header)]
+    for start, end in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+        length = min(_SAMPLE_BYTES, end - start)
+        samples += [(header + start + i * (end - start - length) // 2, length) for i in range(3)]
+    return samples
+
+
+def real_vocab_size(tokenizer) -> int:
+    """One more than the tokenizer's highest id. Models often pad their embeddings past it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """A hash of the token-to-id map: equal for tokenizers that give every token the same id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]

@@ -1,0 +1,130 @@
+"""Asking a Serve application: what is in flight is bounded (credit), and a request that loses its replica is asked
+again until a deadline."""
+
+import asyncio
+import inspect
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    wait_exponential_jitter,
+)
+
+from rayk.errors import EngineDied, InputError, RaykError
+from rayk.serving import application as applications
+from rayk.serving.autoscaling import Asker
+from rayk.serving.credit import Credit
+from rayk.signals.batch import CorruptSignal
+
+# A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
+# again.
+_RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
+T = TypeVar("T")
+
+
+@dataclass
+class Statistics:
+    """What a client has asked and got, since it was made."""
+
+    calls: int = 0
+    retries: int = 0
+    tokens: int = 0
+    """Counted positions whose signals arrived, from a replica or the cache."""
+    cached_tokens: int = 0
+    """Those of them that came from the cache."""
+    bytes: int = 0
+    wait_seconds: float = 0.0
+    """How long `stream` and `score` held their caller."""
+
+
+class ServedModel:
+    """The asker's side of one Serve application. Used on the background loop only."""
+
+    what: str
+    """How errors call it."""
+    section: str
+    """Where its settings stand."""
+    unavailable: type[RaykError]
+    """Raised where no replica answers before the deadline."""
+
+    def __init__(self, application: str, *, in_flight: int, deadline_seconds: float):
+        self.statistics = Statistics()
+        self._deadline_seconds = deadline_seconds
+        self._handle = serve.get_deployment_handle(applications.DEPLOYMENT, app_name=application).options(
+            _by_reference=True
+        )
+        self._credit = Credit(application, in_flight)
+        self._asker = f"{socket.gethostname()}-{os.getpid()}-{id(self)}"
+        self._waiting_tokens = 0
+
+    async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
+        """One request, asked within the credit until a replica answers or the deadline passes."""
+        tokens = getattr(request, "tokens", 0)
+        self._waiting_tokens += tokens
+        try:
+            async with self._credit:
+                self.statistics.calls += 1
+                return await self._call_at_once(method, request, read)
+        finally:
+            self._waiting_tokens -= tokens
+
+    async def _call_at_once(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
+        """`_call` for what takes a replica no time, whatever else is in flight."""
+        last: BaseException | None = None
+
+        def note(state: RetryCallState) -> None:
+            nonlocal last
+            last = state.outcome.exception() if state.outcome else None
+            self.statistics.retries += 1
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_RETRYABLE),
+            wait=wait_exponential_jitter(initial=0.1, max=5.0),
+            before_sleep=note,
+        )
+        try:
+            # Serve itself waits without end while no replica is up, hence our own clock.
+            async with asyncio.timeout(self._deadline_seconds):
+                return await retrying(self._attempt, method, request, read)
+        except TimeoutError as error:
+            raise self.unavailable(self._no_answer(last)) from (last or error)
+
+    async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
+        response = getattr(self._handle, method).remote(request, Asker(self._asker, self._waiting_tokens))
+        try:
+            result = read(await response)
+            return await result if inspect.isawaitable(result) else result
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:
+            if isinstance(error.cause, InputError):
+                raise InputError(str(error.cause)) from None
+            if isinstance(error, _RETRYABLE):
+                raise
+            reason = str(error.cause) if isinstance(error.cause, RaykError) else repr(error.cause)
+            raise RaykError(f"{self.what} failed at {method}: {reason}") from error
+        except RayServeException as error:
+            if isinstance(error, _RETRYABLE):
+                raise
+            raise self.unavailable(self._no_answer(error)) from error
+
+    def _no_answer(self, reason: BaseException | None) -> str:
+        because = f" ({type(reason).__name__})" if reason else ""
+        return (
+            f"{self.what} did not answer within {self._deadline_seconds:g} s{because}; see that its replicas run, or "
+            f"raise {self.section}.deadline_seconds."
+        )

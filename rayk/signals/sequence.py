@@ -1,0 +1,51 @@
+"""`TokenSequence`: token ids and which of them count. What data makes, engines score and signals describe."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """One sequence as a model reads it.
+
+    Attributes:
+        input_ids: int32 [length].
+        counted: bool [length], True where the token is to be predicted; never at position 0, which nothing predicts.
+        requested: int32 [counted tokens, m], ids at which a teacher is asked for log-probs (support `requested`); -1
+            stands for none.
+
+    Raises:
+        ValueError: the shapes differ, or position 0 is counted.
+    """
+
+    input_ids: np.ndarray
+    counted: np.ndarray
+    requested: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 1 or self.input_ids.shape != self.counted.shape:
+            raise ValueError(
+                f"a sequence needs input_ids and counted of one length, not {self.input_ids.shape} and "
+                f"{self.counted.shape}"
+            )
+        if len(self.counted) and self.counted[0]:
+            raise ValueError("position 0 of a sequence cannot be counted: nothing comes before it to predict it from")
+        if self.requested is not None and (self.requested.ndim != 2 or len(self.requested) != self.counted_tokens):
+            raise ValueError(
+                f"a sequence with {self.counted_tokens} counted tokens needs requested ids of shape "
+                f"[{self.counted_tokens}, m], not {list(self.requested.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def counted_tokens(self) -> int:
+        """How many tokens count."""
+        return int(np.count_nonzero(self.counted))
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The counted tokens, int32 [counted_tokens]."""
+        return self.input_ids[self.counted]

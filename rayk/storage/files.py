@@ -1,0 +1,127 @@
+"""Append-only rows in numbered Parquet files of one folder, found by key."""
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayk.errors import InputError
+from rayk.storage.atomic import disk_errors, remove_unfinished, write_whole
+
+logger = logging.getLogger(__name__)
+
+_MANY_PARTS = 64
+
+
+class Parts:
+    """Rows in numbered Parquet files of one folder, found by their column `key`.
+
+    Args:
+        folder: `load` makes it, and reads what it holds.
+        schema: of the rows.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema):
+        self.folder = folder
+        self._schema = schema
+        self._tables: list[pa.Table] = []
+        self._places: dict[str, tuple[int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def find(self, key: str, columns: Sequence[str]) -> tuple[Any, ...] | None:
+        """These columns of the row with this key."""
+        if key not in self._places:
+            return None
+        table, place = self._places[key]
+        return tuple(self._tables[table].column(name)[place].as_py() for name in columns)
+
+    def load(self) -> None:
+        """Read what the folder holds.
+
+        Raises:
+            InputError: it cannot be written, or read just now.
+        """
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.folder)
+            paths = self._paths()
+            for path in paths:
+                table = self._read(path)
+                if table is not None:
+                    self._hold(table)
+            if len(paths) > _MANY_PARTS:
+                self._merge(paths)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows.
+
+        Raises:
+            RunFailed: the disk is full.
+            InputError: the folder cannot be written.
+        """
+        table = pa.Table.from_pylist(list(rows), self._schema)
+        self._write(table)
+        self._hold(table)
+
+    def _read(self, path: Path) -> pa.Table | None:
+        try:
+            return rows_in(path, self._schema)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            path.rename(path.with_suffix(".damaged"))
+            logger.warning(
+                "'%s' is damaged (%s) and set aside; what it held is asked for again.",
+                path, str(error).splitlines()[0],
+            )  # fmt: skip
+            return None
+
+    def _merge(self, paths: list[Path]) -> None:
+        """Many small parts into one. A kill in between leaves rows twice, which does no harm."""
+        self._write(pa.concat_tables(self._tables))
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def _write(self, table: pa.Table) -> None:
+        # Those set aside count too, lest the next damaged part of that number take their place.
+        there = (*self._paths(), *self.folder.glob("part-*.damaged"))
+        numbers = (int(path.stem.split("-")[1]) for path in there)
+        write_whole(self.folder / f"part-{max(numbers, default=0) + 1:06d}.parquet", parquet_bytes(table))
+
+    def _hold(self, table: pa.Table) -> None:
+        self._tables.append(table.combine_chunks())
+        number = len(self._tables) - 1
+        self._places |= {key: (number, place) for place, key in enumerate(table.column("key").to_pylist())}
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+
+def rows_in(path: Path, schema: pa.Schema) -> pa.Table:
+    """What a part holds; where it is damaged, Arrow's error.
+
+    Raises:
+        InputError: it cannot be read just now, which says nothing of what is in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be read ({error.strerror}); see to it and run again. What it holds was paid for, and "
+            "would be asked for again if it were moved away."
+        ) from error
+    return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(schema.names)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """`table` as a Parquet file, with checksums."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()

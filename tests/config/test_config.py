@@ -1,0 +1,311 @@
+"""Settings are checked at the door, and whatever is wrong is one sentence that says what to change."""
+
+import re
+
+import pytest
+import yaml
+
+from rayk.config import (
+    PolicyEngineConfig,
+    RunConfig,
+    TeacherConfig,
+    TransformersEngineConfig,
+    VLLMEngineConfig,
+    VLLMPolicyEngineConfig,
+    load_config,
+    parse_config,
+)
+from rayk.config.support import Logprob
+from rayk.errors import InputError
+
+MINIMAL = {
+    "teachers": [{"name": "big", "model": "models/big"}],
+    "student": {"model": "models/small"},
+    "data": {"train": {"path": "rows.jsonl"}},
+    "method": {"kind": "logit_kd"},
+}
+
+
+def write(path, values):
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return str(path)
+
+
+def changed(**places):
+    """`MINIMAL` with values at places written `a__b`."""
+    values = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    for place, value in places.items():
+        *parents, last = place.split("__")
+        inside = values
+        for part in parents:
+            inside = inside.setdefault(part, {})
+        inside[last] = value
+    return values
+
+
+def on_vllm(**engine):
+    return {"kind": "served", "engine": {"kind": "vllm", **engine}}
+
+
+def test_settings_survive_the_way_through_yaml(tmp_path):
+    settings = parse_config(
+        changed(
+            method={"kind": "logit_kd", "temperature": 2.0, "divergence": {"name": "jensen_shannon", "beta": 0.3}},
+            training__betas=[0.8, 0.99],
+            evaluation__answer_pattern="#### (.+)",
+            data__evaluation={"path": "ä.jsonl"},
+        )
+    )
+    again = load_config(write(tmp_path / "run.yaml", settings.to_yaml()))
+    assert again == settings
+    assert again.to_yaml() == settings.to_yaml()
+
+
+def test_defaults_are_filled_in():
+    settings = parse_config(MINIMAL)
+    assert settings.training.epochs == 1.0
+    assert settings.method.support.k == 64
+    assert settings.output_path.parts[-2:] == ("runs", "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "value"),
+    [
+        ("training.warmup_steps=7", "training.warmup_steps", 7),
+        ("training.learning_rate=1e-3", "training.learning_rate", 0.001),
+        ("teachers.0.replicas=3", "teachers.0.replicas.max", 3),
+        ("teachers.0.replicas.max=4", "teachers.0.replicas.max", 4),
+        ("data.evaluation.path=e.jsonl", "data.evaluation.path", "e.jsonl"),
+        ("evaluation.generation={max_new_tokens: 3}", "evaluation.generation.max_new_tokens", 3),
+        ("name=a=b", None, "a=b"),
+        ("method.divergence=reverse_kl", "method.divergence.name", "reverse_kl"),
+    ],
+)
+def test_overrides_reach_every_place(tmp_path, override, place, value):
+    # A resolved config has every section, the unset ones as null.
+    resolved = yaml.safe_load(parse_config(changed(data__evaluation={"path": "d.jsonl"})).to_yaml())
+    for number, values in enumerate((changed(data__evaluation=None), resolved)):
+        path = write(tmp_path / f"{number}.yaml", values)
+        if place is None:
+            with pytest.raises(InputError, match=re.escape(value)):
+                load_config(path, [override])
+            continue
+        overrides = [override, *(["data.evaluation.path=d.jsonl"] if "generation" in override else [])]
+        found = load_config(path, overrides).model_dump(mode="json")
+        for part in place.split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        assert found == value
+
+
+@pytest.mark.parametrize(
+    "override", ["training.steps", "=3", "teachers.5.name=x", "seed.deep=x", "teachers.a.name=x", "a=[1"]
+)
+def test_an_override_that_cannot_be_applied_is_named(tmp_path, override):
+    with pytest.raises(InputError, match="^" + re.escape(f"--set {override}: ")) as caught:
+        load_config(write(tmp_path / "run.yaml", changed(seed=1)), [override])
+    assert "\n" not in str(caught.value)
+
+
+WRONG = {
+    "misspelt key": (changed(trainng={}), "unknown key 'trainng'; did you mean 'training'?"),
+    "misspelt key inside": (changed(training__step=1), "training: unknown key 'step'; did you mean 'steps'?"),
+    "misspelt key of a kind": (changed(method__temprature=2), "unknown key 'temprature'; did you mean 'temperature'?"),
+    "misspelt key of a support": (changed(method__support={"kind": "topk", "kk": 2}), "support: unknown key 'kk'"),
+    "unheard-of key": (changed(student__xyzzy=1), "student: unknown key 'xyzzy'; it may hold: model, config,"),
+    "unknown method": (changed(method__kind="logit_kt"), "method: unknown kind 'logit_kt'; did you mean 'logit_kd'?"),
+    "no kind": (changed(method={"temperature": 2}), "method needs a 'kind'"),
+    "unknown support": (changed(method__support={"kind": "top"}), "unknown kind 'top'; did you mean 'topk'?"),
+    "unknown divergence": (changed(method__divergence="forward"), "'forward'; did you mean 'forward_kl'?"),
+    "divergence option": (changed(method__divergence={"name": "forward_kl", "beta": 0.5}), "takes no 'beta'"),
+    "missing": (changed(data={}), "data.train is missing; set it."),
+    "wrong type": (changed(training__steps="many"), "training.steps: input should be a valid integer"),
+    "out of range": (changed(training__learning_rate=0), "training.learning_rate: input should be greater than 0"),
+    "no teacher": (changed(teachers=[]), "'logit_kd' needs a teacher"),
+    "nobody to match": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
+    "adaptive blindly": (changed(method={"kind": "on_policy", "adaptive": {}}), "method.adaptive needs to know"),
+    "nobody writes": (changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"),
+    "rollouts elsewhere": (changed(rollouts={"kind": "serve"}), "unknown kind 'serve'; did you mean 'served'?"),
+    "rollouts' key": (changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"),
+    "key of the other rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"replicas": 2}), "rollouts: unknown key 'replicas'"
+    ),
+    "vLLM as a policy with a key of the teachers'": (
+        changed(method={"kind": "on_policy"}, rollouts=on_vllm(dtype="float32")), "unknown key 'dtype'"
+    ),
+    "what vLLM's replica says itself": (
+        changed(method={"kind": "on_policy"}, rollouts=on_vllm(arguments={"load_format": "auto"})),
+        "'load_format' is what a policy's replica says itself; leave it out",
+    ),
+    "heat that vLLM lacks": (
+        changed(method={"kind": "on_policy"}, rollouts=on_vllm() | {"temperature": 2.5}),
+        "rollouts.temperature is 2.5, but vLLM samples at temperatures from 0.01 to 2",
+    ),
+    "ratios in vLLM's bfloat16": (
+        changed(
+            method={"kind": "minillm", "teacher_share": 0}, rollouts=on_vllm(), training={"precision": "bfloat16"}
+        ),
+        "use rollouts.engine.kind 'transformers', or training.precision and student.dtype 'float32'",
+    ),
+    "patience of the rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "deadline_seconds": 1800}),
+        "rollouts.deadline_seconds must be below training.collective_timeout_seconds (1800)",
+    ),
+    "time of the rollouts": (
+        changed(method={"kind": "on_policy"}, rollouts={"timeout_seconds": 1800}),
+        "rollouts.timeout_seconds must be below training.collective_timeout_seconds (1800)",
+    ),
+    "a duet with a served policy": (
+        changed(method={"kind": "minillm"}, rollouts={"kind": "served"}), "method.teacher_share has student and teacher"
+    ),
+    "a chorus that writes": (
+        changed(
+            teachers=[{"name": "a", "model": "a"}, {"name": "b", "model": "b"}], ensemble={},
+            method={"kind": "on_policy", "teacher_written": 0.5},
+        ),
+        "method.teacher_written needs one teacher that writes",
+    ),
+    "a whisperer that writes": (
+        changed(
+            teachers=[{"model": "a", "prompt_template": "{answer}"}], method={"kind": "on_policy", "teacher_written": 1}
+        ),
+        "method.teacher_written: teacher 'teacher' has a prompt_template",
+    ),
+    "reference that is no teacher": (
+        changed(teachers=[], method={"kind": "preference", "reference": "big"}),
+        "method.reference 'big' is none of the teachers (there are none)",
+    ),
+    "reference beside a route": (
+        changed(method={"kind": "preference", "reference": "big"}, route={"field": "a", "teachers": {"x": "big"}}),
+        "method.reference names one teacher, but 'ensemble' or 'route' is set",
+    ),
+    "reference without signals": (
+        changed(
+            teachers=[{"name": "big", "model": "m", "engine": {"kind": "openai"}}],
+            method={"kind": "preference", "reference": "big"},
+        ),
+        "teacher 'big': engine kind 'openai' writes text and gives no signals",
+    ),
+    "rows that are no pairs": (
+        changed(method={"kind": "preference"}, data__train__format="messages"),
+        "data.train.format is 'messages', but method 'preference' learns from pairs of answers; leave it out",
+    ),
+    "beta": (changed(method={"kind": "preference", "beta": 0}), "method.beta: input should be greater than 0"),
+    "smoothing": (changed(method={"kind": "preference", "label_smoothing": 0.5}), "label_smoothing: input should be"),
+    "other teacher": (changed(method__teacher="small"), "method.teacher 'small' is none of the teachers (big)"),
+    "twice": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
+    "model of teacher": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
+    "both origins": (changed(student__config="x"), "student needs exactly one of 'model'"),
+    "steps and epochs": (
+        changed(training={"steps": 1, "epochs": 1}),
+        "training: give 'steps' or 'epochs', not both; set the other to null",
+    ),
+    "few rows": (changed(training={"workers": 4, "batch_size": 2}), "'batch_size' (2) is below 'workers' (4)"),
+    "deadline": (changed(training__collective_timeout_seconds=10), "deadline_seconds must be below"),
+    "pattern": (changed(evaluation__answer_pattern="("), "evaluation.answer_pattern is not a regular expression"),
+    "groups": (changed(evaluation__answer_pattern="#"), "evaluation.answer_pattern needs exactly one group, it has 0"),
+    "nothing to answer": (changed(evaluation__generation={}), "evaluation.generation needs rows: set data.evaluation"),
+    "replicas": (changed(teachers=[{"model": "a", "replicas": {"min": 3, "max": 2}}]), "min (3) is larger than max"),
+    "logprob": (changed(method__support={"kind": "logprob"}), "cannot learn from support 'logprob'; use 'topk'"),
+    "unknown engine": (changed(teachers=[{"model": "a", "engine": {"kind": "vlm"}}]), "'vlm'; did you mean 'vllm'?"),
+    "key of no engine": (changed(teachers=[{"model": "a", "engine": {"dtpe": 1}}]), "engine: unknown key 'dtpe'; did"),
+    "key of the other engine": (
+        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "batch_tokens": 1}}]), "unknown key 'batch_tokens'"
+    ),
+    "value of an engine": (
+        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "max_model_len": 1}}]), "max_model_len: input"
+    ),
+    "list": (changed(training=[1]), "training: input should be a valid dictionary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "sentence"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_is_one_sentence(tmp_path, values, sentence):
+    path = write(tmp_path / "run.yaml", values)
+    with pytest.raises(InputError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert sentence in message
+    assert message.startswith(f"{path}: ")
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty or holds no settings"),
+        ("- 1", "holds no settings"),
+        ("a: [", "is not YAML"),
+        ("\x00", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, sentence):
+    path = write(tmp_path / "run.yaml", text)
+    with pytest.raises(InputError, match=sentence) as caught:
+        load_config(path)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / name)
+
+
+def test_preferences_need_no_teacher_and_use_one_only_where_it_is_named():
+    alone = parse_config(changed(teachers=[], method={"kind": "preference"}))
+    beside, named = (parse_config(changed(method={"kind": "preference"} | more)) for more in ({}, {"reference": "big"}))
+    assert (alone.method.support, beside.method.support, named.method.support) == (None, None, Logprob())
+    assert (alone.compared_teacher, beside.compared_teacher, named.compared_teacher) == ("", "big", "big")
+    for settings in (alone, beside, named):
+        assert parse_config(settings.model_dump(mode="json")) == settings
+
+
+def test_a_number_of_replicas_stands_for_both_ends():
+    replicas = TeacherConfig(model="m", replicas=3).replicas
+    assert (replicas.min, replicas.max) == (3, 3)
+
+
+def test_an_engine_is_transformers_unless_it_says_another_kind():
+    assert TeacherConfig(model="m").engine == TransformersEngineConfig()
+    assert TeacherConfig(model="m", engine={"dtype": "bfloat16"}).engine == TransformersEngineConfig(dtype="bfloat16")
+    given = {"kind": "vllm", "tensor_parallel_size": 2, "arguments": {"enforce_eager": True}}
+    config = TeacherConfig(model="m", engine=given)
+    assert config.engine == VLLMEngineConfig(tensor_parallel_size=2, arguments={"enforce_eager": True})
+    assert TeacherConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_policy_on_vllm_is_what_was_said():
+    method = {"kind": "on_policy", "form": "policy"}
+    settings = parse_config(changed(method=method, rollouts=on_vllm(tensor_parallel_size=2)))
+    assert settings.rollouts.engine == VLLMPolicyEngineConfig(tensor_parallel_size=2)
+    assert parse_config(yaml.safe_load(settings.to_yaml())) == settings
+    assert parse_config(changed(method=method, rollouts={"kind": "served"})).rollouts.engine == PolicyEngineConfig()
+
+
+def test_the_default_config_names_every_section():
+    sections = [
+        "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "rounds", "method",
+        "rollouts", "training", "evaluation", "cache", "tracking",
+    ]  # fmt: skip
+    assert list(RunConfig.model_fields) == sections
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "said"),
+    [
+        ({"kind": "vllm"}, {"temperature": 2.0}, "teacher 'teacher': vLLM tells log-probs at temperature 1 only"),
+        ({"kind": "vllm"}, {"support": {"kind": "hidden"}}, "set 'engine.hidden: true'"),
+        ({"kind": "vllm"}, {"support": {"kind": "sampled"}}, "vLLM cannot draw at the positions of a prompt"),
+        ({"kind": "simulated"}, {"support": {"kind": "hidden"}}, "the simulated engine has no support 'hidden'"),
+    ],
+)
+def test_a_support_that_the_engine_lacks_is_refused_before_it_is_started(engine, method, said):
+    values = {
+        "teachers": [{"model": "m", "engine": engine}], "student": {"model": "m"}, "data": {"train": {"path": "p"}},
+        "method": {"kind": "logit_kd"} | method,
+    }  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        parse_config(values)
+    assert said in str(caught.value)
+    parse_config(values | {"teachers": [{"model": "m"}]})

@@ -1,0 +1,269 @@
+"""The core of teacher-mixed sampling on models small enough to enumerate: tables of bigrams."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from rayk.engines import speculative
+from rayk.engines.speculative import (
+    Continuation,
+    Draft,
+    DraftLength,
+    MixedSampling,
+    Stream,
+    Verdict,
+    draw,
+    first_taken,
+    one_step_weights,
+    tokens_a_call,
+    uniforms,
+)
+from rayk.errors import InputError
+
+TOKENS, LENGTH, SAMPLES = 4, 2, 12_000
+PROMPT = np.zeros(1, np.int32)
+HOPELESS = 1e-4  # a p-value no right sampler reaches with these seeds
+
+
+def tables(spread, seed=0):
+    """Log-probs [TOKENS, TOKENS] of the next token after each, of a teacher and a student."""
+    random = torch.Generator().manual_seed(seed)
+    return [(spread * torch.randn(TOKENS, TOKENS, generator=random)).log_softmax(1) for _ in range(2)]
+
+
+MODELS = {"flat": 0.5, "peaked": 4.0}
+
+
+def answered(teacher, drafts):
+    """What an engine does: `Draft`s to `Verdict`s."""
+    kept, logprobs, befores = [], [], []
+    for draft in drafts:
+        logprobs.append(teacher.numpy()[draft.input_ids[draft.start - 1 : -1], draft.input_ids[draft.start :]])
+        kept.append(draft.kept(logprobs[-1]))
+        befores.append(draft.input_ids[draft.start + kept[-1] - 1])
+    numbers = [draft.candidate_numbers(own) for draft, own in zip(drafts, kept, strict=True)]
+    width = max(map(len, numbers))
+    wide = np.stack([np.resize(own, width) for own in numbers])
+    ids = draw(teacher[torch.tensor(np.array(befores), dtype=torch.long)], torch.from_numpy(wide)).numpy()
+    verdicts = []
+    for row, (draft, own) in enumerate(zip(drafts, kept, strict=True)):
+        rejected = own < draft.drafted or not draft.drafted
+        candidates = ids[row, : len(numbers[row]) if rejected else 0].astype(np.int32)
+        verdicts.append(Verdict(own, logprobs[row][: own + 1], candidates, teacher.numpy()[befores[row], candidates]))
+    return verdicts
+
+
+def drafted_by(student, rows, tokens):
+    """Propose `tokens` tokens, or as many as there is room for, to each row."""
+    numbers = np.stack([uniforms(Stream.DRAFTS, row.seed, tokens, start=row.position) for row in rows])
+    drawn = [torch.tensor([row.sequence()[-1] for row in rows], dtype=torch.long)]
+    for step in range(tokens):
+        drawn.append(draw(student[drawn[-1]], torch.from_numpy(numbers[:, step, None]))[:, 0])
+    ids = torch.stack(drawn, dim=1)
+    logprobs = student[ids[:, :-1], ids[:, 1:]].tolist()
+    for row, own, own_logprobs in zip(rows, ids[:, 1:].tolist(), logprobs, strict=True):
+        row.propose(own[: row.room], own_logprobs[: row.room])
+
+
+def many(teacher, student, alpha, drafted, samples=SAMPLES, length=LENGTH, **settings):
+    """Sequences of seeds 0 to `samples`, in drafts of up to `drafted` tokens."""
+    sampling = MixedSampling(alpha, length, **settings)
+    rows = [Continuation(PROMPT, seed, sampling) for seed in range(samples)]
+    while going := [row for row in rows if not row.finish_reason]:
+        if fresh := [row for row in going if not row.open]:
+            drafted_by(student, fresh, min(drafted, length))
+        verdicts = answered(teacher, [row.question() for row in going])
+        for row, verdict in zip(going, verdicts, strict=True):
+            row.settle(verdict, lambda position, ids, row=row: student.numpy()[row.sequence()[position - 1], ids])
+    return rows
+
+
+def mixture(teacher, student, alpha):
+    """p̃ of every sequence of LENGTH tokens."""
+    mixed = alpha * teacher.double().exp() + (1 - alpha) * student.double().exp()
+    return {
+        ids: float(np.prod([mixed[a, b] for a, b in itertools.pairwise((0, *ids))]))
+        for ids in itertools.product(range(TOKENS), repeat=LENGTH)
+    }
+
+
+def p_value(sequences, exact):
+    """Of the chi-square test of `sequences` against `exact`; outcomes expected fewer than 5 times are one cell."""
+    seen = Counter(tuple(ids) for ids in sequences)
+    cells = {True: [0.0, 0.0]}
+    for ids, probability in exact.items():
+        expected = probability * len(sequences)
+        cell = cells.setdefault(True if expected < 5 else ids, [0.0, 0.0])
+        cell[0] += seen[ids]
+        cell[1] += expected
+    if cells[True][1] < 5:
+        cells.pop(True)
+    observed, expected = np.array(list(cells.values())).T
+    return chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
+
+
+@pytest.mark.parametrize("spread", MODELS)
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 1.0])
+def test_samples_are_those_of_the_mixture_whatever_the_draft_length(spread, alpha):
+    teacher, student = tables(MODELS[spread])
+    long = [one.token_ids for one in many(teacher, student, alpha, drafted=16)]
+    assert p_value(long, mixture(teacher, student, alpha)) > HOPELESS
+    # Not in distribution only: the same tokens, drafted one by one and with other numbers of candidates.
+    short = [one.token_ids for one in many(teacher, student, alpha, 1, SAMPLES // 20, candidates=1)]
+    assert short == long[: len(short)]
+    assert p_value(long, mixture(teacher, student, abs(alpha - 0.15))) < HOPELESS  # the test can tell
+
+
+SHARED = {
+    "one stream for coins and candidates": {Stream.CANDIDATES: Stream.COINS},
+    "one stream for candidates and their coins": {Stream.CANDIDATE_COINS: Stream.CANDIDATES},
+    "one stream for drafts and coins": {Stream.COINS: Stream.DRAFTS},
+}
+
+
+@pytest.mark.parametrize("streams", SHARED.values(), ids=SHARED)
+def test_shared_streams_would_show(monkeypatch, streams):
+    """A wrong variant on purpose: the chi-square test above has to find it."""
+
+    def shared(stream, seed, count, *, start, position=0):
+        by_position = stream in (Stream.CANDIDATES, Stream.CANDIDATE_COINS)
+        if stream in streams and streams[stream] is Stream.COINS and by_position:
+            return np.resize(uniforms(Stream.COINS, seed, 1, start=position), count)
+        return uniforms(streams.get(stream, stream), seed, count, start=start, position=position)
+
+    monkeypatch.setattr(speculative, "uniforms", shared)
+    teacher, student = tables(2.0)
+    wrong = [one.token_ids for one in many(teacher, student, 0.5, drafted=16, samples=6000)]
+    assert p_value(wrong, mixture(teacher, student, 0.5)) < 1e-12
+
+
+def test_candidates_tried_twice_would_show(monkeypatch):
+    """A wrong variant on purpose: every call brings the first candidates again, though with new coins."""
+
+    def again(stream, seed, count, *, start, position=0):
+        numbers = uniforms(stream, seed, count, start=0 if stream is Stream.CANDIDATES else start, position=position)
+        return np.resize(numbers[:2], count) if stream is Stream.CANDIDATES else numbers
+
+    monkeypatch.setattr(speculative, "uniforms", again)
+    teacher, student = tables(2.0)
+    wrong = [one.token_ids for one in many(teacher, student, 1.0, drafted=16, samples=5000, candidates=2)]
+    assert p_value(wrong, mixture(teacher, student, 1.0)) < 1e-12
+
+
+@pytest.mark.parametrize("spread", MODELS)
+def test_logprobs_and_weights_are_the_tables(spread):
+    teacher, student = tables(MODELS[spread])
+    weights = []
+    for one in many(teacher, student, 0.2, drafted=4, samples=2000):
+        pairs = np.array([*itertools.pairwise((0, *one.token_ids))]).T
+        log_p, log_q = (table[pairs[0], pairs[1]].numpy() for table in (teacher, student))
+        np.testing.assert_allclose(one.teacher_logprobs, log_p, rtol=1e-6)
+        np.testing.assert_allclose(one.student_logprobs, log_q, rtol=1e-6)
+        w = one_step_weights(np.array(one.student_logprobs), np.array(one.teacher_logprobs), 0.2)
+        np.testing.assert_allclose(w, np.exp(log_q) / (0.2 * np.exp(log_p) + 0.8 * np.exp(log_q)), rtol=1e-5)
+        weights.append(w)
+    weights = np.concatenate(weights)
+    assert weights.max() <= 1 / 0.8 + 1e-6
+    assert abs(weights.mean() - 1) < 4 * weights.std() / np.sqrt(weights.size)  # E w = 1 under p̃
+
+
+def test_weights_do_not_overflow():
+    w = one_step_weights(np.array([-900.0, -1.0]), np.array([-0.1, -np.inf]), 0.2)
+    np.testing.assert_allclose(w, [0.0, 1.25], atol=1e-6)
+    assert one_step_weights(np.array([-900.0]), np.array([-0.1]), 0.0) == 1.0
+
+
+def test_equal_models_keep_everything():
+    teacher, _ = tables(2.0)
+    for one in many(teacher, teacher, 0.5, drafted=16, samples=500):
+        assert (one.kept, one.rejected, one.calls) == (LENGTH, 0, 1)
+
+
+def test_a_hopeless_rejection_ends_with_the_drafted_token():
+    """Candidates of probability p = q are never taken; without a cap this would ask for ever."""
+    teacher, _ = tables(0.5)
+    one = Continuation(PROMPT, 7, MixedSampling(0.5, 1, candidates=8, max_candidates=100))
+    one.propose([2], [float(teacher[0, 2])])
+    asked = []
+    while not one.finish_reason:
+        draft = one.question()
+        asked.append((draft.drafted, draft.tried, draft.candidates))
+        unkind = Draft(draft.input_ids, draft.logprobs, draft.coins * 0 + 1.0, 0.5, 7, draft.candidates, draft.tried)
+        one.settle(answered(teacher, [unkind])[0], lambda _, ids: teacher.numpy()[0, ids])
+    assert asked == [(1, 0, 8), (0, 8, 16), (0, 24, 32), (0, 56, 44)]
+    assert (one.token_ids, one.capped, one.rejected, one.calls) == ([2], 1, 1, 4)
+    assert one.teacher_logprobs == one.student_logprobs == [pytest.approx(float(teacher[0, 2]))]
+
+
+def test_a_token_the_teacher_excludes_is_never_kept_at_alpha_1():
+    draft = Draft(np.array([0, 1, 2], np.int32), np.log([0.5, 0.5]), np.zeros(2), 1.0, 0, 8)
+    assert draft.kept(np.array([-0.5, -np.inf])) == 1
+    assert draft.kept(np.array([-np.inf, -0.5])) == 0
+    assert first_taken(np.array([0.0, -np.inf]), np.array([-1.0, -1.0]), np.array([0.0, 0.99])) == 1
+
+
+def test_nan_from_the_teacher_keeps_nothing():
+    draft = Draft(np.array([0, 1], np.int32), np.log([0.5]), np.zeros(1), 0.5, 0, 8)
+    assert draft.kept(np.array([np.nan])) == 0
+
+
+@pytest.mark.parametrize("drafted", [4, 16])
+def test_calls_a_token_follow_the_formula(drafted):
+    """A single distribution at every position, so that TV is one number; one draft each, so that none is cut short."""
+    p, q = torch.tensor([0.5, 0.3, 0.1, 0.1]), torch.tensor([0.2, 0.3, 0.3, 0.2])
+    alpha, tv = 0.2, float((p - q).clamp(min=0).sum())
+    teacher, student = (each.log().repeat(TOKENS, 1) for each in (p, q))
+    rows = [Continuation(PROMPT, seed, MixedSampling(alpha, 2 * drafted, candidates=64)) for seed in range(1500)]
+    drafted_by(student, rows, drafted)
+    for row, verdict in zip(rows, answered(teacher, [row.question() for row in rows]), strict=True):
+        row.settle(verdict, lambda _, ids: student.numpy()[0, ids])
+    settled = [len(row.token_ids) for row in rows]
+    error = np.std(settled) / np.sqrt(len(settled))
+    assert abs(np.mean(settled) - tokens_a_call(alpha * tv, drafted)) < 4 * error < 0.05 * drafted
+
+
+def test_tokens_a_call():
+    assert tokens_a_call(0.06, 8) == pytest.approx(6.5, abs=0.05)
+    assert tokens_a_call(0.06, 16) == pytest.approx(10.5, abs=0.05)
+    assert tokens_a_call(0.06, 10**6) == pytest.approx(16.7, abs=0.05)
+    assert [tokens_a_call(rate, 8) for rate in (0.0, 1.0)] == [8.0, 1.0]
+    assert tokens_a_call(1e-12, 8) == pytest.approx(8.0)
+
+
+def test_drafts_grow_with_acceptance():
+    begin = DraftLength().tokens
+    kind, unkind = DraftLength(longest=48), DraftLength()
+    kind.observe(kept=10_000, rejected=0)
+    unkind.observe(kept=500, rejected=500)
+    assert (begin, kind.tokens) == (16, 48)
+    assert unkind.tokens < 8
+
+
+def test_numbers_are_uniform_and_each_use_has_its_own():
+    places = list(itertools.product(Stream, [0, 1, 2**64 - 1], [0, 1, 2]))
+    numbers = np.array([uniforms(s, seed, 64, start=0, position=place) for s, seed, place in places])
+    assert len(np.unique(numbers)) == numbers.size
+    assert chisquare(np.histogram(numbers, 32, (0, 1))[0]).pvalue > HOPELESS
+    assert np.abs(np.corrcoef(numbers)[np.triu_indices(len(places), 1)]).max() < 0.6
+    for start in range(9):
+        np.testing.assert_array_equal(
+            uniforms(Stream.COINS, 5, 9, start=start), uniforms(Stream.COINS, 5, 18, start=0)[start : start + 9]
+        )
+
+
+def test_draws_follow_the_distribution_and_avoid_what_is_impossible():
+    logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
+    drawn = draw(logprobs, torch.tensor([[0.0, 0.2499, 0.25, 1 - 2**-53]], dtype=torch.float64))
+    assert drawn.tolist() == [[1, 1, 3, 3]]
+
+
+def test_what_cannot_be_sampled_is_refused():
+    for wrong in ({"alpha": 1.2}, {"max_new_tokens": 0}, {"candidates": 0}, {"candidates": 9, "max_candidates": 8}):
+        with pytest.raises(InputError, match="alpha"):
+            MixedSampling(**wrong)
+    with pytest.raises(ValueError, match="a token before them"):
+        Draft(np.zeros(2, np.int32), np.zeros(2), np.zeros(2), 0.2, 0, 8)

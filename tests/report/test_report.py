@@ -1,0 +1,294 @@
+"""The report says what is in the run directories, of one or several, finished or not, and nothing in it is alive."""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayk.config import parse_config
+from rayk.errors import InputError
+from rayk.report.report import write_report
+from rayk.report.run_directory import read_runs
+
+STUDENT = {"loss": 1.5, "forward_kl": 0.3, "reverse_kl": 0.4, "agreement": 0.8, "accuracy": 0.5}
+TEACHER = {"loss": 1.2, "accuracy": 0.9}
+
+
+def make_run(
+    folder: Path, *, name: str = "", kd: bool = False, steps: int = 60, finished: bool = True,
+    student: dict[str, float] | None = None, samples: list[dict[str, Any]] | None = None,
+) -> Path:  # fmt: skip
+    """A run directory as `rayk run` leaves it."""
+    folder.mkdir()
+    config = parse_config(
+        {
+            "name": name or folder.name,
+            "output": str(folder),
+            "teachers": [{"model": "models/big-teacher"}],
+            "student": {"config": {"model_type": "llama"}},
+            "data": {"train": {"path": "train.jsonl"}, "evaluation": {"path": "test.jsonl"}},
+            "method": {"kind": "logit_kd"} if kd else {"kind": "supervised"},
+            "training": {"steps": 60},
+            "evaluation": {"every_steps": 20, "generation": {"rows": 100}},
+        }
+    )
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    rows = [metrics_row(step, kd) for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if finished:
+        summary = {
+            "name": config.name, "method": config.method.kind, "steps": steps, "seconds": 75.0,
+            "rows": {"train": 2000, "evaluation": 400, "skipped": 0},
+            "student": STUDENT | (student or {}), "teacher": TEACHER, "samples": samples or [],
+            "machine": {"cores": 2, "system": "Linux", "python": "3.11.9"},
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+def metrics_row(step: int, kd: bool) -> dict[str, float]:
+    row = {
+        "step": step, "loss": 9 / step if kd else 2 + 1 / step, "cross_entropy": 2 + 1 / step, "learning_rate": 1e-3,
+        "gradient_norm": 1.0, "tokens": 1000, "tokens_per_second": 2000.0, "teacher_wait_seconds": 0.1,
+        "step_seconds": 0.5,
+    }  # fmt: skip
+    if step % 20 == 0:
+        row |= {f"evaluation_{name}": value + 1 / step for name, value in STUDENT.items() if name != "accuracy"}
+    return row
+
+
+def sample(where: str, **values: Any) -> dict[str, Any]:
+    given = {"prompt": f"prompt of {where}", "truth": "4", "text": "4", "teacher": "4", "correct": True}
+    return {"where": where, **given, "finish_reason": "stop", "tokens": 3, **values}
+
+
+def report_of(tmp_path: Path, *runs: Path) -> str:
+    write_report(runs, tmp_path / "out" / "report.html")
+    return (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, white space folded."""
+    page = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def figures_of(page: str) -> list[str]:
+    return [html.unescape(title) for title in re.findall(r"<figcaption><strong>(.*?)</strong>", page)]
+
+
+def row_of(page: str, name: str) -> list[str]:
+    """The cells of `name`'s row in the table of results."""
+    table = page[page.index('<table class="numbers">') : page.index("</table>")]
+    row = next(row for row in table.split("<tr")[1:] if f"{name}</th>" in row or f"{name}<span" in row)
+    return [text_of(cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
+
+
+def test_single_run_is_told_with_its_numbers_and_curves(tmp_path):
+    page = report_of(tmp_path, make_run(tmp_path / "small", kd=True))
+    told = text_of(page)
+    assert "A new llama model was trained for 60 steps on 2,000 rows with the method logit_kd" in told
+    assert "measured on 400 held-out rows; the teacher is “big-teacher”." in told
+    assert row_of(page, "Teacher") == ["90.0% ± 3.0%", "1.200", "–", "–", "–", "–", "–"]
+    assert row_of(page, "small") == ["50.0% ± 5.0%", "1.500", "0.3000", "0.4000", "80.0%", "2,000", "20.0%"]
+    assert figures_of(page) == [
+        "Cross-entropy", "Objective of logit_kd", "Loss", "Forward KL to teacher", "Agreement with teacher",
+        "Tokens per second", "Waiting for the teacher", "Learning rate", "Gradient norm",
+    ]  # fmt: skip
+    assert "best student" not in page
+    assert "30.0 s 1 min 15 s 2 cores, Linux, Python 3.11.9" in told
+
+
+def test_several_runs_are_compared_and_the_best_marked(tmp_path):
+    plain = make_run(tmp_path / "plain")
+    kd = make_run(tmp_path / "kd", kd=True, student={"accuracy": 0.7, "forward_kl": 0.1})
+    page = report_of(tmp_path, plain, kd)
+    assert page.count(">Teacher</th>") == 1
+    assert re.findall(r'<b title="best student">(.*?)</b>', page) == ["70.0%", "0.1000"]
+    assert re.search(r"<code>method.kind</code>.*?supervised</td>.*?logit_kd</td>", page, re.DOTALL)
+    assert "<code>output</code>" not in page
+    assert "<code>training.steps</code>" not in page
+    assert page.count("<details>") == 2
+    # A divergence and a cross-entropy share no axis: supervised's loss is the common panel.
+    labels = re.findall(r'aria-label="Line chart of (.*?)"', page)
+    objective = next(label for label in labels if label.startswith("objective"))
+    assert "plain" not in objective
+    assert "kd 9 to 0.15" in objective
+    common = next(label for label in labels if label.startswith("cross-entropy"))
+    assert "plain 3 to" in common
+    assert "kd 3 to" in common
+
+
+def test_a_run_keeps_its_colour_in_all_figures(tmp_path):
+    runs = [make_run(tmp_path / f"run{number}", kd=number > 0) for number in range(3)]
+    page = report_of(tmp_path, *runs)
+    colours = [run.colour for run in read_runs(runs)]
+    assert len(set(colours)) == 3
+    for svg in re.findall(r"<svg .*?</svg>", page, re.DOTALL):
+        drawn = [colour for colour in colours if colour in svg]
+        assert drawn == [colour for colour, run in zip(colours, runs, strict=True) if f"{run.name} " in svg]
+
+
+def test_many_runs_and_equal_names_stay_apart(tmp_path):
+    runs = [make_run(tmp_path / f"folder{number}", name="same", kd=True) for number in range(10)]
+    told = text_of(report_of(tmp_path, *runs))
+    assert all(f"same (folder{number})" in told for number in range(10))
+    looks = {(run.colour, run.dash) for run in read_runs(runs)}
+    assert len(looks) == 10
+
+
+def test_unfinished_run_is_reported_as_far_as_it_got(tmp_path):
+    done = make_run(tmp_path / "done")
+    page = report_of(tmp_path, make_run(tmp_path / "half", kd=True, steps=45, finished=False), done)
+    assert "unfinished: step 45 of 60, measured at step 40" in text_of(page)
+    assert row_of(page, "half") == ["–", "1.525", "0.3250", "0.4250", "82.5%", "2,000", "20.0%"]
+    assert "best student" not in page  # the only finished one has nothing to beat
+
+
+def test_run_that_has_only_begun_has_a_report(tmp_path):
+    page = report_of(tmp_path, make_run(tmp_path / "begun", steps=0, finished=False))
+    assert "unfinished: step 0 of 60, not measured yet" in text_of(page)
+    assert "No training step has been recorded yet." in page
+    assert "<figure>" not in page
+
+
+def test_one_step_and_long_runs_are_drawn(tmp_path):
+    one = report_of(tmp_path, make_run(tmp_path / "one", steps=1))
+    long = report_of(tmp_path, make_run(tmp_path / "long", steps=20_000))
+    assert "Cross-entropy" in figures_of(one)
+    assert "Cross-entropy" in figures_of(long)
+    assert len(long) < 500_000
+
+
+def test_numbers_that_are_none_leave_a_dash(tmp_path):
+    run = make_run(tmp_path / "run", student={"loss": float("nan")})
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics_row(61, False) | {"loss": float("nan")}) + "\n" + '{"step": 62, "lo')
+    assert row_of(report_of(tmp_path, run), "run")[1] == "–"
+
+
+def test_hostile_completion_is_shown_not_run(tmp_path):
+    evil = "<script>alert('x')</script><img src=x onerror=y>{{ 7 * 7 }}"
+    samples = [sample("a.jsonl line 1", prompt=evil, truth=evil, text=evil, teacher=evil)]
+    page = report_of(tmp_path, make_run(tmp_path / "run", samples=samples))
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count(html.escape(evil).replace("&#x27;", "&#39;")) == 4
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    page = report_of(tmp_path, make_run(tmp_path / "run", kd=True), make_run(tmp_path / "other"))
+    assert not re.search(r"https?:|@import|<script|<link|<iframe|\bsrc=", page)
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    assert page.count("<svg ") == page.count('role="img"') == page.count("<figure>") > 0
+    assert re.findall(r"<th(?! scope)[ >]", page) == []
+
+
+def test_samples_are_matched_by_their_row(tmp_path):
+    first = [sample("line 1", text="first says 4"), sample("line 2", text="first says 5", correct=False)]
+    second = [sample("line 2", text="second says 4"), sample("line 3", text="", finish_reason="length")]
+    page = report_of(
+        tmp_path, make_run(tmp_path / "a", samples=first), make_run(tmp_path / "b", kd=True, samples=second)
+    )
+    articles = {re.search(r"<h3>(.*?)</h3>", part)[1]: text_of(part) for part in page.split("<article")[1:]}  # type: ignore[index]
+    assert list(articles) == ["line 1", "line 2", "line 3"]
+    assert "a ✓ right first says 4 b no answer kept" in articles["line 1"]
+    assert "a ✗ wrong first says 5 b ✓ right second says 4" in articles["line 2"]
+    assert "a no answer kept b ✓ right nothing cut off after 3 tokens" in articles["line 3"]
+
+
+@pytest.mark.parametrize("acceptance", [0.95, 1.0])
+def test_what_the_student_wrote_is_drawn(tmp_path, acceptance):
+    run = make_run(tmp_path / "own", kd=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    own = {
+        "rollout_tokens": 30.0, "rollout_stopped": 0.5, "rollout_repetition": 0.1, "rollout_acceptance": acceptance,
+        "generate_seconds": 0.3, "score_seconds": 0.1,
+    }  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row | own) + "\n" for row in rows))
+    figures = figures_of(report_of(tmp_path, run))
+    assert {"Writing", "Scoring", "Length", "Ended by itself", "Repetition"} <= set(figures)
+    assert ("Accepted by the teacher" in figures) == (acceptance < 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "does not exist"),
+        ({}, "has no config.yaml"),
+        ({"config.yaml": "name: [x"}, "cannot be read"),
+        ({"config.yaml": "some: thing"}, "is no config of a run"),
+        ({"config.yaml": "{name: x, method: {kind: y}}", "summary.json": "{"}, "summary.json' cannot be read"),
+    ],
+)
+def test_folder_that_is_no_run_is_an_input_error(tmp_path, content, complaint):
+    folder = tmp_path / "folder"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=complaint):
+        write_report([folder], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_that_cannot_be_written_is_an_input_error(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report([run], run / "config.yaml" / "report.html")
+    with pytest.raises(InputError, match="at least one"):
+        write_report([], tmp_path / "report.html")
+
+
+WRITING = {
+    "kind": "chain_of_thought", "about": "rationales that end in the right answer", "paper": "arXiv 2212.10071",
+    "teacher": {"name": "t", "model": "models/big-teacher", "engine": "openai"},
+    "prompts": 5, "candidates": 40, "kept": 30, "rejected": {"repetition": 0, "wrong_answer": 10}, "unanswered": 0,
+    "figures": [{"name": "teacher's accuracy", "value": 0.75, "share": True},
+                {"name": "different rationales a question", "value": 2.5, "share": False}],
+    "usage": {"requests": 1234, "cost": 0.5},
+    "examples": {
+        "kept": [{"where": "line 1", "prompt": "2 + 2?", "completion": "so --> 4", "rejected_by": "", "reason": ""}],
+        "rejected": [{"where": "line 2", "prompt": "3 + 3?", "completion": "<script>", "rejected_by": "wrong_answer",
+                      "reason": "7, where 6 is right"}],
+    },
+}  # fmt: skip
+
+
+def test_rounds_of_one_student_are_told_as_such(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("01", "02")]
+    models = ["models/small-student", str(runs[0] / "model")]
+    for run, model in zip(runs, models, strict=True):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"student": {"model": model}}))
+    assert "Small-student was trained in 2 runs of 60 steps" in text_of(report_of(tmp_path, *runs))
+
+
+def test_what_was_not_measured_is_no_column(tmp_path):
+    run = make_run(tmp_path / "run", steps=19)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"student": {}, "teacher": {}}))
+    told = text_of(report_of(tmp_path, run))
+    assert "Accuracy" not in told and "Tokens/s" in told
+    assert "How good a student is was not measured; that takes evaluation rows." in told
+
+
+def test_what_a_teacher_wrote_is_told_with_what_was_kept_and_why_not(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "synthesis").mkdir()
+    (run / "synthesis" / "summary.json").write_text(json.dumps(WRITING))
+    page = report_of(tmp_path, run, make_run(tmp_path / "plain"))
+    told = text_of(page)
+    assert "big-teacher wrote for 5 prompts: rationales that end in the right answer (arXiv 2212.10071)." in told
+    assert "kept 30 (75.0%) rejected: repetition 0 (0.0%) rejected: wrong_answer 10 (25.0%)" in told
+    assert "teacher's accuracy 75.0% different rationales a question 2.50 requests 1,234" in told
+    assert "cost, in the currency of the prices 0.5000" in told
+    assert "line 2 3 + 3? ✗ wrong_answer: 7, where 6 is right" in told
+    assert "line 1 2 + 2? ✓ kept so --> 4" in told
+    assert "<script" not in page
+    assert "What the teacher wrote" not in report_of(tmp_path, tmp_path / "plain")

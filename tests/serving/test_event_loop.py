@@ -1,0 +1,36 @@
+"""Work on the background loop is put away before whoever waits for it goes on."""
+
+import asyncio
+import signal
+import threading
+
+import pytest
+
+from rayk.serving.event_loop import run_to_the_end
+
+
+def test_an_interrupted_wait_lets_the_work_put_away_what_it_has():
+    put_away = []
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.2)
+            put_away.append(True)
+
+    waiting = threading.main_thread().ident
+    threading.Timer(0.2, lambda: signal.pthread_kill(waiting, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_to_the_end(work())
+    assert put_away == [True]
+
+
+def test_results_and_failures_come_as_they_are():
+    async def work(value):
+        await asyncio.sleep(0)
+        return 1 / value
+
+    assert run_to_the_end(work(2)) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        run_to_the_end(work(0))

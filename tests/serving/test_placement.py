@@ -1,0 +1,83 @@
+"""Where Serve is told to put a replica, and where Ray then puts it; GPUs that are only said to be there will do."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from tests.test_config import changed
+
+from rayk.config import Resources, parse_config
+from rayk.serving.application import placement
+from rayk.teachers.deployment import gpus_needed
+from tests.runs import PATIENCE_SECONDS, environment
+
+TEACHER = {"name": "big", "model": "models/big"}
+
+
+def engine_of(**engine):
+    return parse_config(changed(teachers=[TEACHER | {"engine": engine}])).teachers[0].engine
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"),
+    [({}, 1), ({"kind": "vllm"}, 1), ({"kind": "vllm", "tensor_parallel_size": 4, "across_nodes": True}, 4)],
+)
+def test_a_replica_has_as_many_gpus_as_its_engine_has_processes(engine, gpus):
+    assert gpus_needed(engine_of(**engine)) == gpus
+
+
+def test_a_copy_on_one_node_holds_its_gpus_itself():
+    options = placement(Resources(num_cpus=2, custom={"a": 0.5}), 4.0, across_nodes=False)
+    assert list(options) == ["ray_actor_options"]
+    actor = options["ray_actor_options"]
+    assert (actor["num_cpus"], actor["num_gpus"], actor["resources"]) == (2, 4.0, {"a": 0.5})
+
+
+def test_a_copy_across_nodes_leaves_the_gpus_of_its_group_to_the_engine():
+    options = placement(Resources(num_cpus=2, custom={"a": 0.5}), 3.0, across_nodes=True)
+    assert options["ray_actor_options"]["num_gpus"] == 0
+    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 1, "a": 0.5}, {"GPU": 1}, {"GPU": 1}]
+    assert options["placement_group_strategy"] == "PACK"
+    alone = placement(Resources(), 0.0, across_nodes=True)
+    assert "placement_group_bundles" not in alone, "a cluster without GPUs has none to group"
+
+
+@pytest.mark.cluster
+def test_ray_spreads_a_copy_over_the_nodes_that_it_takes():
+    """A cluster of its own, in a process of its own, of three nodes that are said to have GPUs."""
+    code = """
+        import ray
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
+        for _ in range(2):
+            nodes.add_node(num_cpus=1, num_gpus=2, object_store_memory=100 << 20)
+        ray.init(address=nodes.address, log_to_driver=False)
+
+        from rayk.config import Replicas, Resources
+        from rayk.serving import application
+
+        class Replica:
+            def __init__(self, settings):
+                pass
+
+            def group(self):
+                return ray.util.get_current_placement_group().id.hex()
+
+        application.start_application(
+            "big", Replica, {}, Replicas(), Resources(num_cpus=0.5), gpus=3.0, what="It", across_nodes=True
+        )
+        handle = ray.serve.get_deployment_handle(application.DEPLOYMENT, app_name="big")
+        group = ray.util.placement_group_table()[handle.group.remote().result(timeout_s=60)]
+        placed = group["bundles_to_node_id"].values()
+        print("placed", group["state"], sorted(list(placed).count(node) for node in set(placed)))
+        ray.serve.shutdown()
+        ray.shutdown()
+        nodes.shutdown()
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment(),
+        timeout=PATIENCE_SECONDS, check=False,
+    )  # fmt: skip
+    assert "placed CREATED [1, 2]" in process.stdout, process.stderr[-2000:]

@@ -1,0 +1,115 @@
+"""The number of replicas follows what askers wait for; the simulated engine, whose teachers cost nothing, shows it."""
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray import serve
+
+from rayk.config import SimulatedEngineConfig
+from rayk.config.support import Hidden, Logprob, TopK
+from rayk.engines.base import SamplingParameters
+from rayk.engines.simulated import SimulatedEngine
+from rayk.errors import InputError
+from rayk.serving import application
+from rayk.serving.application import running_replicas
+from rayk.serving.autoscaling import METRIC, Asker, Demand, WaitingTokensPolicy
+from rayk.signals.batch import decode, encode
+from rayk.teachers import serve_teacher
+from tests.teachers.asking import config_of, eventually, sequences_of
+
+
+@pytest.mark.parametrize("support", [TopK(16), TopK(64, (1.0, 2.0)), Logprob()], ids=str)
+def test_simulated_signals_are_well_formed_and_of_real_size(tiny_teacher, support):
+    engine, sequences = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(tokens_per_second=1e6)), sequences_of(20)
+    signals = decode(encode(asyncio.run(engine.score(sequences, support))))
+    assert not signals.unusable()
+    assert signals.offsets.diff().tolist() == [one.counted_tokens for one in sequences]
+    if isinstance(support, TopK):
+        assert all(len(set(row)) == support.k for row in signals.ids.tolist())
+        total = signals.logprobs.exp().sum(1) + signals.log_tails[:, 0].exp()
+        np.testing.assert_allclose(total, 1.0, atol=1e-3)
+
+
+def test_simulated_text_has_its_length_and_follows_from_its_seed(tiny_teacher):
+    engine = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(generated_tokens_per_second=1e6))
+    prompts = [one.input_ids for one in sequences_of(3)]
+    first, again = (asyncio.run(engine.generate(prompts, SamplingParameters(9), [1, 2, 3])) for _ in range(2))
+    assert [len(one.token_ids) for one in first] == [9] * 3
+    assert [one.token_ids.tolist() for one in first] == [one.token_ids.tolist() for one in again]
+    with pytest.raises(InputError, match="'hidden'"):
+        asyncio.run(engine.score(sequences_of(1), Hidden()))
+
+
+def test_a_replica_knows_what_its_askers_wait_for():
+    demand = Demand()
+    with demand.answering(Asker("a", 500), 100), demand.answering(Asker("b", 40), 40):
+        assert demand.waiting_tokens() == 540
+        with demand.answering(Asker("a", 700), 200):
+            assert demand.waiting_tokens() == 740
+        assert demand.waiting_tokens() == 540
+    assert demand.waiting_tokens() == 400
+    with demand.answering(None, 10):
+        assert demand.waiting_tokens() == 400
+
+
+def context(current, waiting, requests=1.0, running=True):
+    reported = {METRIC: {f"replica {i}": value for i, value in enumerate(waiting)}}
+    return SimpleNamespace(
+        target_num_replicas=current, aggregated_metrics=reported, total_num_requests=requests,
+        running_replicas=["replica"] * running * current,
+    )  # fmt: skip
+
+
+def test_replicas_for_what_is_waited_for():
+    def wanted(current, *waiting, **others):
+        return WaitingTokensPolicy(100)(context(current, waiting, **others))[0]
+
+    assert wanted(1, 350) == 4
+    assert wanted(2, 350, 0) == 4  # a new replica has heard nobody yet
+    assert wanted(4, 350) == 4
+    assert wanted(4, 150) == 4  # it keeps up; fewer might not
+    assert wanted(4, 90) == 3
+    assert wanted(1, 10) == 1
+    assert wanted(1, 0, requests=0.0) == 0
+    assert wanted(1, requests=0.0, running=False) == 1  # it is still loading
+    assert wanted(0, requests=0.0) == 0
+    assert wanted(0, requests=2.0) == 1
+
+
+@given(st.integers(0, 50), st.floats(0, 1e7), st.integers(1, 10**6))
+def test_more_waiting_never_wants_fewer(current, waiting, tokens):
+    few, many = (WaitingTokensPolicy(tokens)(context(current, [w]))[0] for w in (waiting, waiting * 2 + 1))
+    assert few <= many
+
+
+@pytest.mark.cluster
+def test_replicas_come_while_tokens_wait_and_go_to_none_afterwards(ray_cluster, tiny_teacher, monkeypatch):
+    monkeypatch.setattr(application, "_REPORT_SECONDS", 1.0)
+    monkeypatch.setattr(application, "_LOOK_BACK_SECONDS", 1.5)
+    config = config_of(
+        "elastic", tiny_teacher, engine={"kind": "simulated", "tokens_per_second": 150.0}, call_tokens=64,
+        replicas={"min": 0, "max": 3, "waiting_tokens": 400, "up_seconds": 0.5, "down_seconds": 2}, in_flight=2,
+        resources={"num_cpus": 0.1},
+    )  # fmt: skip
+    with serve_teacher(config) as teacher:
+
+        def batches():
+            """As many as it takes until the asker counts on all replicas."""
+            for seed in range(200):
+                if teacher._credit._replicas == 3:
+                    return
+                yield sequences_of(5, seed, shortest=20)
+
+        most = 0
+        for batch, signals in teacher.stream(batches(), TopK(8), 12):
+            assert signals.offsets.diff().tolist() == [one.counted_tokens for one in batch]
+            most = max(most, running_replicas("elastic"))
+        assert most == 3
+        assert teacher._credit._replicas == 3
+        eventually(lambda: running_replicas("elastic") == 0)
+        assert serve.status().applications["elastic"].status == "RUNNING"
+        assert teacher.score(sequences_of(2), TopK(8)).tokens  # one is brought up for it

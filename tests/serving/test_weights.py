@@ -1,0 +1,194 @@
+"""Weights arrive whole, are those that were asked for, and are to be had only while somebody may still ask."""
+
+import asyncio
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rayk.config import LoraConfig
+from rayk.models.lora import add_adapter
+from rayk.serving.weight_store import Published, UnusableWeights, Version, WeightStore
+from rayk.serving.weights import checksum, learned, pack, take_over
+from tests.tiny import moved, tiny_model
+
+FIRST = Version("attempt", 0)
+
+
+def copied(weights):
+    """As after a way through Ray: of memory of its own, read-only."""
+    found = {}
+    for name, packed in weights.items():
+        found[name] = replace(packed, data=packed.data.copy())
+        found[name].data.flags.writeable = False
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_model_takes_over_what_another_has_learned(dtype, tie):
+    learner, model = (tiny_model(seed=seed, tie=tie).to(dtype) for seed in (1, 2))
+    weights = copied(pack(learner))
+    assert ("lm_head.weight" in weights) == (not tie)
+    take_over(model, weights, checksum(weights), FIRST)
+    assert all(torch.equal(value, learner.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_frozen_does_not_travel():
+    learner, model = tiny_model(seed=1), tiny_model(seed=2)
+    for each in (learner, model):
+        each.requires_grad_(False)
+        each.lm_head.weight.requires_grad_(True)
+    body = copy.deepcopy(model.model.state_dict())
+    weights = copied(pack(learner))
+    assert list(weights) == ["lm_head.weight"]
+    take_over(model, weights, checksum(weights), FIRST)
+    assert torch.equal(model.lm_head.weight, learner.lm_head.weight)
+    assert all(torch.equal(value, body[name]) for name, value in model.model.state_dict().items())
+
+
+def test_of_an_adapter_only_its_own_bytes_travel():
+    learner, replica = (tiny_model(seed=1, hidden=64, vocab_size=2048) for _ in range(2))
+    whole = pack(learner)
+    for seed, each in enumerate((learner, replica)):
+        add_adapter(each, LoraConfig(r=2), seed, "base")
+    weights = copied(pack(moved(learner)))
+    assert all(".lora_" in name for name in weights)
+    assert sum(map(size_of, weights.values())) < sum(map(size_of, whole.values())) / 20
+    with pytest.raises(UnusableWeights, match="torn"):
+        take_over(replica, broken_byte(weights), checksum(weights), FIRST)
+    with pytest.raises(UnusableWeights, match="of another model"):
+        take_over(replica, whole, checksum(whole), FIRST)
+    take_over(replica, weights, checksum(weights), FIRST)
+    assert all(torch.equal(value, learner.state_dict()[name]) for name, value in replica.state_dict().items())
+
+
+def size_of(packed):
+    return packed.data.nbytes
+
+
+def test_kept_buffers_travel_too():
+    learner, model = tiny_model(seed=1), tiny_model(seed=1)
+    for each, value in ((learner, 3.0), (model, 5.0)):
+        each.register_buffer("scale", torch.tensor(value))
+    weights = copied(pack(learner))
+    take_over(model, weights, checksum(weights), FIRST)
+    assert float(model.scale) == 3.0
+    assert learned(model)["scale"] is model.scale
+
+
+def broken_byte(weights):
+    name = list(weights)[3]
+    data = weights[name].data.copy()
+    data[len(data) // 2] ^= 1
+    return weights | {name: replace(weights[name], data=data)}
+
+
+def missing(weights):
+    return dict(list(weights.items())[1:])
+
+
+def swapped(weights):
+    """Two tensors of one shape under each other's names."""
+    one, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    return weights | {one: weights[other], other: weights[one]}
+
+
+def reshaped(weights):
+    name = "lm_head.weight"
+    return weights | {name: replace(weights[name], shape=weights[name].shape[::-1])}
+
+
+@pytest.mark.parametrize("damage", [broken_byte, missing, swapped, reshaped])
+def test_torn_weights_are_refused_and_leave_the_model_as_it_was(damage):
+    learner, model = tiny_model(seed=1), tiny_model(seed=2)
+    before = copy.deepcopy(model.state_dict())
+    weights = copied(pack(learner))
+    with pytest.raises(UnusableWeights, match="weights of version 0 arrived torn"):
+        take_over(model, damage(weights), checksum(weights), FIRST)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_of_another_model_are_refused():
+    weights = copied(pack(tiny_model(hidden=16)))
+    with pytest.raises(UnusableWeights, match="of another model"):
+        take_over(tiny_model(hidden=32), weights, checksum(weights), FIRST)
+
+
+def published(number):
+    return Published(number, np.zeros(0))  # where they are is nothing to the store
+
+
+def stored(*work):
+    """What `work`, one after the other, does to a store of little patience."""
+
+    async def main():
+        store = WeightStore(patience_seconds=0.05)
+        await store.begin("attempt")
+        return [await each(store) for each in work][-1]
+
+    return asyncio.run(main())
+
+
+def publishing(*numbers, attempt="attempt"):
+    async def work(store):
+        for number in numbers:
+            await store.publish(Version(attempt, number), published(number))
+
+    return work
+
+
+def finding(number, attempt="attempt"):
+    return lambda store: store.find(Version(attempt, number))
+
+
+def beginning(attempt):
+    return lambda store: store.begin(attempt)
+
+
+def test_the_newest_two_versions_are_there():
+    assert stored(publishing(3, 4, 5), finding(5)).checksum == 5
+    assert stored(publishing(3, 4, 5), finding(4)).checksum == 4
+    with pytest.raises(UnusableWeights, match="weights of version 3 are stale"):
+        stored(publishing(3, 4, 5), finding(3))
+
+
+def test_a_version_that_nobody_publishes_is_an_error():
+    with pytest.raises(UnusableWeights, match=r"weights of version 6 were not published within 0.05 s"):
+        stored(publishing(5), finding(6))
+    with pytest.raises(UnusableWeights, match="not published"):
+        stored(publishing(5), finding(5, attempt="unheard of"))
+
+
+def test_a_version_that_is_about_to_come_is_waited_for():
+    async def main():
+        store = WeightStore(patience_seconds=30)
+        waiting = asyncio.create_task(store.find(Version("next", 1)))
+        for work in (beginning("next"), publishing(0, attempt="next"), publishing(1, attempt="next")):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            await work(store)
+        return await waiting
+
+    assert asyncio.run(main()).checksum == 1
+
+
+def test_versions_of_an_earlier_attempt_are_gone():
+    with pytest.raises(UnusableWeights, match="version 5 are stale"):
+        stored(publishing(5), beginning("next"), publishing(5, attempt="next"), finding(5))
+    assert stored(publishing(5), beginning("next"), publishing(4, attempt="next"), finding(4, "next")).checksum == 4
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        [publishing(5, 5)],
+        [publishing(5, 4)],
+        [publishing(5), beginning("next"), publishing(6)],
+    ],
+)
+def test_a_stale_update_is_refused(work):
+    with pytest.raises(UnusableWeights, match="stale and were not published"):
+        stored(*work)
