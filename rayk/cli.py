@@ -22,9 +22,9 @@ from rayk.environment import set_threading
 from rayk.errors import InputError, RaykError
 
 if TYPE_CHECKING:
-    from rayk.commands.cache import Filled
+    from rayk.commands.cache import CacheFill
     from rayk.commands.plan import Plan
-    from rayk.run import Watcher
+    from rayk.run import ProgressListener
 
 app = typer.Typer(
     help="Distil large language models into small ones on a Ray cluster.",
@@ -57,7 +57,7 @@ def quickstart(
     """Watch a small model learn from a bigger one that Ray Serve hosts; needs nothing but this machine."""
     from rayk.commands.quickstart import run_quickstart
 
-    result = run_quickstart(Path(output), watcher())
+    result = run_quickstart(Path(output), listener())
     _print(comparison(result.summaries))
     console.print(f"\nThe report: {result.report}")
 
@@ -71,7 +71,7 @@ def run(
     settings = load_config(config, overrides, output=output)
     from rayk.run import distill
 
-    result = distill(settings, resume=resume, watcher=watcher())
+    result = distill(settings, resume=resume, listener=listener())
     _print(comparison([result.summary]))
     console.print(f"\nThe student: {result.model}\nThe report:  {result.output / 'report.html'}")
 
@@ -80,27 +80,27 @@ def run(
 def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
     """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
     settings = load_config(config, overrides, output=output)
-    from rayk.run import located, next_round
+    from rayk.run import next_round, with_absolute_paths
     from rayk.run import synthesize as write
-    from rayk.run.inputs import written_rows
+    from rayk.run.inputs import synthesized_rows_path
 
-    summary = write(settings, watcher=watcher())
+    summary = write(settings, listener=listener())
     _print(synthesised(summary))
-    console.print(f"\nThe rows: {written_rows(next_round(located(settings))[0])}")
+    console.print(f"\nThe rows: {synthesized_rows_path(next_round(with_absolute_paths(settings))[0])}")
 
 
 @app.command()
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     """Bring up a config's teachers as Serve applications and keep them up until interrupted."""
     settings = load_config(config, overrides)
-    from rayk.run import cpus_needed, located
+    from rayk.run import required_cpus, with_absolute_paths
     from rayk.serving.cluster import start_ray
     from rayk.teachers import serve_teacher
 
-    settings = located(settings)
+    settings = with_absolute_paths(settings)
     if not settings.teachers:
         raise InputError(f"{config} has no teachers to serve; add one under 'teachers'.")
-    start_ray(cpus_needed(settings))
+    start_ray(required_cpus(settings))
     with contextlib.ExitStack() as stack:
         for teacher in settings.teachers:
             console.print(f"Bringing up {teacher.name} ({teacher.model}) …")
@@ -128,7 +128,7 @@ def cache(
     from rayk.commands.cache import fill_cache, verify_cache
 
     if not verify:
-        _print(filling(fill_cache(settings, watcher())))
+        _print(filling(fill_cache(settings, listener())))
         return
     found = verify_cache(settings)
     console.print(f"{found.segments:,} segments hold {found.entries:,} signals in {found.bytes:,} bytes.")
@@ -164,7 +164,7 @@ def evaluate(
     settings = load_config(config, overrides)
     from rayk.run import evaluate_model
 
-    summary = evaluate_model(settings, model, watcher())
+    summary = evaluate_model(settings, model, listener())
     _print(comparison([summary]))
 
 
@@ -316,11 +316,11 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 
-def watcher() -> "Watcher":
+def listener() -> "ProgressListener":
     """Progress on a terminal as a bar, elsewhere as a line now and then."""
-    from rayk.commands.progress import TerminalWatcher
+    from rayk.commands.terminal import TerminalProgress
 
-    return TerminalWatcher(console)
+    return TerminalProgress(console)
 
 
 def main() -> None:

@@ -11,8 +11,16 @@ from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
 from rayk.evaluation.evaluate import fitting
-from rayk.run import Watcher, applications_of, attached_teachers, cpus_needed, located, next_round, serve_all
-from rayk.run.inputs import Inputs, on_written_rows, read_inputs
+from rayk.run import (
+    ProgressListener,
+    teacher_applications,
+    connect_attached_teachers,
+    required_cpus,
+    next_round,
+    serve_teachers,
+    with_absolute_paths,
+)
+from rayk.run.inputs import Inputs, with_synthesized_rows, read_inputs
 from rayk.serving.cluster import start_ray
 from rayk.serving.event_loop import background_stream
 from rayk.storage.segments import Found
@@ -24,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Filled:
+class CacheFill:
     """What the cache holds of one kind of rows."""
 
     what: str
@@ -41,14 +49,14 @@ class Filled:
         return self.bytes / max(1, self.tokens * self.support.k) if isinstance(self.support, TopK) else None
 
 
-def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled]:
+def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> list[CacheFill]:
     """Ask for every signal that `config`'s run will ask for, and keep it in `config.cache`.
 
     Raises:
         InputError: there is no cache or no teacher to fill it, or the inputs are wrong.
         UnusableSignal: a row's signal cannot be learned from, and `training.unusable_rows` is "stop".
     """
-    config, watcher = on_written_rows(next_round(located(config))[0]), watcher or Watcher()
+    config, listener = with_synthesized_rows(next_round(with_absolute_paths(config))[0]), listener or ProgressListener()
     settings = _settings(config)
     if not config.teachers:
         raise InputError("There is no teacher to fill the cache from; add one under 'teachers'.")
@@ -62,17 +70,17 @@ def fill_cache(config: RunConfig, watcher: Watcher | None = None) -> list[Filled
         raise InputError(
             "method 'in_context' asks about rows with demonstrations, which its run draws; the run fills the cache."
         )
-    watcher.stage("Reading data and models")
+    listener.stage("Reading data and models")
     with ExitStack() as stack:
-        inputs = read_inputs(config, attached_teachers(config))
-        start_ray(cpus_needed(config))
-        watcher.stage("Bringing up teachers")
+        inputs = read_inputs(config, connect_attached_teachers(config))
+        start_ray(required_cpus(config))
+        listener.stage("Bringing up teachers")
         cache = stack.enter_context(SignalCache(settings))
-        teachers = serve_all(config, applications_of(config), stack, cache)
+        teachers = serve_teachers(config, teacher_applications(config), stack, cache)
         filled = []
         for what, teacher, support, examples in _wanted(config, inputs, teachers):
-            watcher.stage(f"Asking {teacher.name} for the signals of {what} ({support.kind})")
-            filled.append(_fill(what, teacher, support, examples, config.training.unusable_rows == "skip", watcher))
+            listener.stage(f"Asking {teacher.name} for the signals of {what} ({support.kind})")
+            filled.append(_fill(what, teacher, support, examples, config.training.unusable_rows == "skip", listener))
     return filled
 
 
@@ -82,7 +90,7 @@ def verify_cache(config: RunConfig) -> Found:
     Raises:
         InputError: there is no cache.
     """
-    return SignalCache(_settings(located(config))).verify()
+    return SignalCache(_settings(with_absolute_paths(config))).verify()
 
 
 def _settings(config: RunConfig) -> CacheConfig:
@@ -96,7 +104,7 @@ def _wanted(
 ) -> Iterable[tuple[str, Teacher, Support, list[Example]]]:
     def by_teacher(table: ExampleTable) -> Iterable[tuple[Teacher, list[Example]]]:
         if config.route is None:
-            return [(teachers[config.compared_teacher], list(table))]
+            return [(teachers[config.evaluation_teacher], list(table))]
         rows: dict[str, list[Example]] = {}
         for example in table:
             rows.setdefault(name_for(example, config.route), []).append(example)
@@ -115,8 +123,8 @@ def _wanted(
 
 
 def _fill(
-    what: str, teacher: Teacher, support: Support, examples: list[Example], skip: bool, watcher: Watcher
-) -> Filled:
+    what: str, teacher: Teacher, support: Support, examples: list[Example], skip: bool, listener: ProgressListener
+) -> CacheFill:
     assert teacher.cache is not None
     statistics, bytes_before = teacher.statistics, teacher.cache.bytes
     tokens_before, cached_before = statistics.tokens, statistics.cached_tokens
@@ -138,8 +146,8 @@ def _fill(
     with closing(background_stream(map(kept, groups), teacher.settings.in_flight)) as answers:
         for group, count in zip(groups, answers, strict=True):
             rows, done = rows + count, done + len(group)
-            watcher.progress(done, len(examples), f"{statistics.tokens - tokens_before:,} tokens")
-    return Filled(
+            listener.progress(done, len(examples), f"{statistics.tokens - tokens_before:,} tokens")
+    return CacheFill(
         what, rows, statistics.tokens - tokens_before, statistics.cached_tokens - cached_before,
         teacher.cache.bytes - bytes_before, support,
     )  # fmt: skip

@@ -52,11 +52,11 @@ def _machine() -> Iterator[Check]:
 
 
 def _run(settings: RunConfig) -> Iterator[Check]:
-    from rayk.models.student import planned_size
-    from rayk.run import attached_teachers, cpus_needed, located, next_round
-    from rayk.run.inputs import filters_of, on_written_rows, prompts_written_for, read_inputs, written_rows
+    from rayk.models.student import count_planned_parameters
+    from rayk.run import connect_attached_teachers, required_cpus, next_round, with_absolute_paths
+    from rayk.run.inputs import build_row_filters, with_synthesized_rows, read_synthesis_prompts, read_inputs, synthesized_rows_path
 
-    settings = located(settings)
+    settings = with_absolute_paths(settings)
     if settings.output_path.joinpath("config.yaml").exists():
         yield Check(
             "note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output."
@@ -65,19 +65,19 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         rounds = settings.rounds
         settings, which = next_round(settings)
         yield Check("ok", f"rounds: {rounds}, of which round {which.number + 1} is next, in {settings.output_path}.")
-    attached = attached_teachers(settings)
+    attached = connect_attached_teachers(settings)
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
     if settings.synthesis is not None:
-        prompts = prompts_written_for(settings)
-        filters_of(settings)
+        prompts = read_synthesis_prompts(settings)
+        build_row_filters(settings)
         kind = settings.synthesis.kind
         given = "" if settings.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
-        yield Check("ok", f"synthesis: teacher '{settings.writer}' writes {kind}{given}.")
-    written = settings.synthesis is None or written_rows(settings).with_name("summary.json").exists()
+        yield Check("ok", f"synthesis: teacher '{settings.synthesis_teacher}' writes {kind}{given}.")
+    written = settings.synthesis is None or synthesized_rows_path(settings).with_name("summary.json").exists()
     if not written:
         yield Check("note", "The training rows are not written yet; the run has them written first.")
-    inputs = read_inputs(on_written_rows(settings) if written else settings, attached, training=written)
+    inputs = read_inputs(with_synthesized_rows(settings) if written else settings, attached, training=written)
     yield Check("ok", f"Tokenizer {inputs.tokenizer_name}: teachers and student agree.")
     for what, table in (("train", inputs.train), ("evaluation", inputs.evaluation)):
         if table is None:
@@ -88,14 +88,14 @@ def _run(settings: RunConfig) -> Iterator[Check]:
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
         )
-    size = planned_size(settings.student, inputs.tokenizer)
+    size = count_planned_parameters(settings.student, inputs.tokenizer)
     yield Check("ok", f"The student trains {size}.")
     if (retriever := settings.retriever) is not None:
         most = retriever.candidates * retriever.rounds
         through = f" and {retriever.reward_model.model}" if retriever.reward_model else ""
         yield Check(
             "ok",
-            f"Retriever: {retriever.encoder}{through} can be loaded; teacher '{settings.retrievers_teacher}' scores up "
+            f"Retriever: {retriever.encoder}{through} can be loaded; teacher '{settings.retriever_teacher}' scores up "
             f"to {most} demonstrations for each training input.",
         )
     yield from _signal_size(settings)
@@ -108,9 +108,9 @@ def _signal_size(settings: RunConfig) -> Iterator[Check]:
     from rayk.models import load_model_config
 
     yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
-    support = settings.asked_support
+    support = settings.signal_support
     for teacher in settings.teachers:
-        if support is not None and teacher.name == settings.compared_teacher and teacher.model is not None:
+        if support is not None and teacher.name == settings.evaluation_teacher and teacher.model is not None:
             model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()
             size = bytes_a_token(support, model.vocab_size, model.hidden_size)
             yield Check("ok", f"Support {support.kind} of teacher '{teacher.name}': about {size:,.0f} bytes a token.")

@@ -13,10 +13,10 @@ from rayk.config.support import Support, bytes_a_token
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.models import load_model_config
-from rayk.models.student import Size, planned_size
+from rayk.models.student import Size, count_planned_parameters
 from rayk.report.run_directory import read_lines
-from rayk.run import located, next_round
-from rayk.run.inputs import on_written_rows, read_inputs
+from rayk.run import next_round, with_absolute_paths
+from rayk.run.inputs import with_synthesized_rows, read_inputs
 from rayk.teachers import serve_teacher
 from rayk.training import steps_of_epochs
 
@@ -68,8 +68,8 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     Raises:
         InputError: the run has no teacher to ask, or the student's rate is neither given nor measured.
     """
-    config, _ = next_round(located(config))
-    support: Support | None = config.asked_support
+    config, _ = next_round(with_absolute_paths(config))
+    support: Support | None = config.signal_support
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' asks no teacher for signals; there is nothing to plan.")
     if config.rollouts is not None or isinstance(config.method, InContextConfig):
@@ -78,10 +78,10 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
             f"method.kind '{config.method.kind}' learns from {rows}; plan a 'logit_kd' run on rows of such length "
             "instead."
         )
-    teacher = next(each for each in config.teachers if each.name == config.compared_teacher)
+    teacher = next(each for each in config.teachers if each.name == config.evaluation_teacher)
     if teacher.model is None:
         raise InputError(f"Teacher '{teacher.name}' has no 'model' to plan for; set it beside 'attach'.")
-    inputs = read_inputs(on_written_rows(config), {})
+    inputs = read_inputs(with_synthesized_rows(config), {})
     table = inputs.train
     assert table is not None
     student_rate = student_rate or _student_rate(config)
@@ -100,7 +100,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
         counted_share=float(table.counted_tokens.sum() / table.lengths.sum()),
         bytes_a_token=bytes_a_token(support, model.vocab_size, model.hidden_size),
         total_tokens=steps * config.training.batch_size * float(table.lengths.mean()),
-        size=planned_size(config.student, inputs.tokenizer),
+        size=count_planned_parameters(config.student, inputs.tokenizer),
     )
 
 

@@ -11,7 +11,7 @@ from rayk.config.base import AnswerPattern, Positive, Settings, Share
 FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
-class FieldFilter(Settings):
+class FieldFilterConfig(Settings):
     """What filters of one field share."""
 
     field: str = "completion"
@@ -19,19 +19,19 @@ class FieldFilter(Settings):
     `completion` is the chosen answer, `rejected` the other."""
 
 
-class EmptyFilter(FieldFilter):
+class EmptyFilterConfig(FieldFilterConfig):
     """Rejects what has no visible character."""
 
     kind: Literal["empty"] = "empty"
 
 
-class TruncatedFilter(Settings):
+class TruncatedFilterConfig(Settings):
     """Rejects completions that were cut at the token limit (`finish_reason` is 'length')."""
 
     kind: Literal["truncated"] = "truncated"
 
 
-class LengthFilter(FieldFilter):
+class LengthFilterConfig(FieldFilterConfig):
     """Rejects what is shorter or longer; of scripts without spaces a word is a character."""
 
     kind: Literal["length"] = "length"
@@ -41,13 +41,13 @@ class LengthFilter(FieldFilter):
     maximum: Positive | None = None
 
     @model_validator(mode="after")
-    def _can_be_met(self) -> "LengthFilter":
+    def _can_be_met(self) -> "LengthFilterConfig":
         if self.maximum is not None and self.maximum < self.minimum:
             raise ValueError(f"filter 'length': maximum ({self.maximum}) is below minimum ({self.minimum})")
         return self
 
 
-class LanguageFilter(FieldFilter):
+class LanguageFilterConfig(FieldFilterConfig):
     """Rejects what is in another language (py3langid). Text too short or too mixed to tell is kept."""
 
     kind: Literal["language"] = "language"
@@ -57,7 +57,7 @@ class LanguageFilter(FieldFilter):
     """How many times likelier another language must be than those wanted together."""
 
 
-class RepetitionFilter(FieldFilter):
+class RepetitionFilterConfig(FieldFilterConfig):
     """Rejects what goes round in circles: too many of its n-grams of words repeat earlier ones, or too much of it is
     one character over and over."""
 
@@ -67,7 +67,7 @@ class RepetitionFilter(FieldFilter):
     """The largest share of repeated n-grams, or of one run of one character, that is kept."""
 
 
-class RefusalFilter(FieldFilter):
+class RefusalFilterConfig(FieldFilterConfig):
     """Rejects answers that begin by refusing (the patterns in `rayk.text.refusals`)."""
 
     kind: Literal["refusal"] = "refusal"
@@ -85,7 +85,7 @@ class RefusalFilter(FieldFilter):
         return patterns
 
 
-class KeywordsFilter(FieldFilter):
+class KeywordsFilterConfig(FieldFilterConfig):
     """Rejects what has one of the words or phrases in it, as whole words whatever their case; of scripts without
     spaces, anywhere."""
 
@@ -93,14 +93,14 @@ class KeywordsFilter(FieldFilter):
     keywords: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class EndingFilter(FieldFilter):
+class EndingFilterConfig(FieldFilterConfig):
     """Rejects what ends as if something were to follow, white space aside."""
 
     kind: Literal["ending"] = "ending"
     endings: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (":", "：")
 
 
-class ContaminationFilter(Settings):
+class ContaminationFilterConfig(Settings):
     """Rejects what shares a run of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165 appendix C). A
     shorter evaluation prompt rejects only a field that is the same, word for word."""
 
@@ -110,7 +110,7 @@ class ContaminationFilter(Settings):
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
 
 
-class NearDuplicatesFilter(Settings):
+class NearDuplicatesFilterConfig(Settings):
     """Rejects what is nearly the same as a candidate kept before: Jaccard similarity of their sets of word n-grams,
     whose pairs are found by MinHash (datasketch)."""
 
@@ -124,7 +124,7 @@ class NearDuplicatesFilter(Settings):
     """Compared together as one text."""
 
 
-class RougeFilter(Settings):
+class RougeFilterConfig(Settings):
     """Rejects what has ROUGE-L F ≥ `threshold` to a candidate kept before (Self-Instruct, arXiv 2212.10560 §2.2)."""
 
     kind: Literal["rouge"] = "rouge"
@@ -132,7 +132,7 @@ class RougeFilter(Settings):
     field: str = "prompt"
 
 
-class CustomFilter(Settings):
+class CustomFilterConfig(Settings):
     """Asks a function of the user's: it is given the candidate (a mapping of fields) and returns None to keep it, or
     the reason for leaving it out as text."""
 
@@ -154,7 +154,7 @@ def _fields_alone(template: str) -> str:
     return template
 
 
-class JudgeFilter(Settings):
+class JudgeFilterConfig(Settings):
     """Has a model rate each row, and rejects what it rates low. It comes after the filters of text alone and before
     `keep`; what has no rating, because the model's reply has none or there is no reply, is rejected as such."""
 
@@ -179,18 +179,18 @@ class JudgeFilter(Settings):
 
 
 _OfTexts = (
-    EmptyFilter
-    | TruncatedFilter
-    | LengthFilter
-    | LanguageFilter
-    | RepetitionFilter
-    | RefusalFilter
-    | KeywordsFilter
-    | EndingFilter
-    | NearDuplicatesFilter
-    | RougeFilter
-    | CustomFilter
+    EmptyFilterConfig
+    | TruncatedFilterConfig
+    | LengthFilterConfig
+    | LanguageFilterConfig
+    | RepetitionFilterConfig
+    | RefusalFilterConfig
+    | KeywordsFilterConfig
+    | EndingFilterConfig
+    | NearDuplicatesFilterConfig
+    | RougeFilterConfig
+    | CustomFilterConfig
 )
 TextFilterConfig = Annotated[_OfTexts, Field(discriminator="kind")]
 """Those that need nothing but the candidates."""
-FilterConfig = Annotated[_OfTexts | ContaminationFilter | JudgeFilter, Field(discriminator="kind")]
+FilterConfig = Annotated[_OfTexts | ContaminationFilterConfig | JudgeFilterConfig, Field(discriminator="kind")]

@@ -56,7 +56,7 @@ class SupervisedConfig(Settings):
     kind: Literal["supervised"] = "supervised"
 
 
-class TaughtConfig(Settings):
+class TeacherMethodConfig(Settings):
     """What the methods share that ask a teacher for signals."""
 
     kind: str
@@ -65,12 +65,12 @@ class TaughtConfig(Settings):
     support: Support = TopK()
 
     @property
-    def asks(self) -> bool:
+    def asks_teacher(self) -> bool:
         """Whether a teacher is asked at all."""
         return True
 
 
-class MatchingConfig(TaughtConfig):
+class DivergenceMethodConfig(TeacherMethodConfig):
     """What the methods share in which the student matches the teacher's distribution."""
 
     divergence: Annotated[
@@ -93,7 +93,7 @@ class MatchingConfig(TaughtConfig):
         return self
 
 
-class LogitKDConfig(MatchingConfig):
+class LogitKDConfig(DivergenceMethodConfig):
     """The student matches the teacher's distribution at every counted position."""
 
     kind: Literal["logit_kd"] = "logit_kd"
@@ -119,7 +119,7 @@ class AdaptiveConfig(Settings):
     """Rollouts each worker keeps; while there are fewer, none is learned from again."""
 
 
-class OnPolicyConfig(MatchingConfig):
+class OnPolicyConfig(DivergenceMethodConfig):
     """The student matches the teacher's distribution on completions that the student itself writes (`rollouts`)."""
 
     kind: Literal["on_policy"] = "on_policy"
@@ -181,7 +181,7 @@ class PretrainingConfig(Settings):
     what LMOps runs."""
 
 
-class MiniLLMConfig(TaughtConfig):
+class MiniLLMConfig(TeacherMethodConfig):
     """Policy gradients of reverse KL over whole completions, which student and teacher write together (`rollouts`)."""
 
     kind: Literal["minillm"] = "minillm"
@@ -271,7 +271,7 @@ class DemonstrationsConfig(Settings):
         return self
 
 
-class InContextConfig(TaughtConfig):
+class InContextConfig(TeacherMethodConfig):
     """The student learns to learn from demonstrations as the teacher does."""
 
     kind: Literal["in_context"] = "in_context"
@@ -295,7 +295,7 @@ class InContextConfig(TaughtConfig):
         return self.hard_label_weight + (last - self.hard_label_weight) * progress
 
     @property
-    def asks(self) -> bool:
+    def asks_teacher(self) -> bool:
         return self.hard_label_weight < 1 or self.final_hard_label_weight not in (None, 1)
 
     @model_validator(mode="after")
@@ -307,7 +307,7 @@ class InContextConfig(TaughtConfig):
             )
         if self.targets == "label_words" and not self.text_weight:
             object.__setattr__(self, "support", Logprob())  # all that whole words take
-        elif self.asks and isinstance(self.support, Logprob | Requested):
+        elif self.asks_teacher and isinstance(self.support, Logprob | Requested):
             raise ValueError(f"in_context cannot compare tokens by support '{self.support.kind}'; use 'topk' or "
                              "'hidden'")  # fmt: skip
         return self

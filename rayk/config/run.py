@@ -10,14 +10,14 @@ from rayk.config.base import Positive, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
-from rayk.config.filters import JudgeFilter, LengthFilter
+from rayk.config.filters import JudgeFilterConfig, LengthFilterConfig
 from rayk.config.methods import (
     InContextConfig,
     MethodConfig,
     MiniLLMConfig,
     OnPolicyConfig,
     PreferenceConfig,
-    TaughtConfig,
+    TeacherMethodConfig,
 )
 from rayk.config.retriever import RetrieverConfig
 from rayk.config.rollouts import RolloutConfig, ServedRollouts, WorkerRollouts
@@ -67,7 +67,7 @@ class RunConfig(Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: two share a name ({', '.join(names)})")
         wanted = getattr(self.method, "teacher", None)
-        if isinstance(self.method, TaughtConfig) and self.method.asks and not names:
+        if isinstance(self.method, TeacherMethodConfig) and self.method.asks_teacher and not names:
             raise ValueError(f"method.kind '{self.method.kind}' needs a teacher; add one under 'teachers'")
         if wanted is not None and wanted not in names:
             raise ValueError(
@@ -81,8 +81,8 @@ class RunConfig(Settings):
         self._retriever_can_learn(names)
         self._completions_can_be_written()
         for teacher in self.teachers:
-            support = self.asked_support
-            asked = wanted in (None, teacher.name) and teacher.name not in self.only_writing
+            support = self.signal_support
+            asked = wanted in (None, teacher.name) and teacher.name not in self.synthesis_only_teachers
             if support is not None and not teacher.attach and asked:
                 try:
                     check_engine_gives(teacher.engine, support)
@@ -131,12 +131,12 @@ class RunConfig(Settings):
                     f"synthesis.filters: judge's teacher '{name}' is none of the teachers ({', '.join(names)})"
                 )
         for teacher in self.teachers:
-            if teacher.name in self.only_writing and teacher.prompt_template is not None:
+            if teacher.name in self.synthesis_only_teachers and teacher.prompt_template is not None:
                 raise ValueError(
                     f"teacher '{teacher.name}' only writes, so its prompt_template is not read; use a prompt_template "
                     "of the rows it writes for (data.train or synthesis.prompts)"
                 )
-        writer = next(teacher for teacher in self.teachers if teacher.name == self.writer)
+        writer = next(teacher for teacher in self.teachers if teacher.name == self.synthesis_teacher)
         if writer.attach or writer.engine.kind != "openai":
             return
         if self.synthesis.chat:
@@ -145,7 +145,7 @@ class RunConfig(Settings):
                 "and see to engine.chat"
             )
         filters = [*self.synthesis.filters, *getattr(self.synthesis, "instruction_filters", [])]
-        if any(isinstance(each, LengthFilter) and each.unit == "tokens" for each in filters):
+        if any(isinstance(each, LengthFilterConfig) and each.unit == "tokens" for each in filters):
             raise ValueError(
                 f"synthesis.filters: 'length' counts tokens, which teacher '{writer.name}' does not tell; set another "
                 "unit"
@@ -261,7 +261,7 @@ class RunConfig(Settings):
                 f"{place} is missing: one teacher scores candidates, but 'ensemble' or 'route' is set; name one of "
                 f"them ({', '.join(names)})"
             )
-        scorer = next(teacher for teacher in self.teachers if teacher.name == self.retrievers_teacher)
+        scorer = next(teacher for teacher in self.teachers if teacher.name == self.retriever_teacher)
         if not scorer.gives_signals:
             raise ValueError(
                 f"{place}: '{scorer.name}' is an endpoint (engine kind 'openai') and gives no log-probs of right "
@@ -316,7 +316,7 @@ class RunConfig(Settings):
             raise ValueError(
                 "method.teacher_written needs one teacher that writes, but 'ensemble' or 'route' is set; set it to 0"
             )
-        written_by = next(teacher for teacher in self.teachers if teacher.name == self.compared_teacher)
+        written_by = next(teacher for teacher in self.teachers if teacher.name == self.evaluation_teacher)
         if self.method.teacher_written and written_by.prompt_template is not None:
             raise ValueError(
                 f"method.teacher_written: teacher '{written_by.name}' has a prompt_template, and what it writes after "
@@ -368,7 +368,7 @@ class RunConfig(Settings):
                 "method.teacher_share has student and teacher write together, which the student does in the training "
                 "worker; use rollouts.kind 'worker', or set method.teacher_share to 0"
             )
-        writer = next(teacher for teacher in self.teachers if teacher.name == self.compared_teacher)
+        writer = next(teacher for teacher in self.teachers if teacher.name == self.evaluation_teacher)
         if writer.prompt_template is not None or (writer.engine.kind != "transformers" and not writer.attach):
             raise ValueError(
                 f"method.teacher_share: teacher '{writer.name}' cannot write together with the student; it needs "
@@ -376,9 +376,9 @@ class RunConfig(Settings):
             )
 
     @property
-    def asked_support(self) -> Support | None:
+    def signal_support(self) -> Support | None:
         """What the method asks teachers for; None where it asks nothing."""
-        return getattr(self.method, "support", None) if getattr(self.method, "asks", True) else None
+        return getattr(self.method, "support", None) if getattr(self.method, "asks_teacher", True) else None
 
     @property
     def _asking(self) -> str:
@@ -393,8 +393,8 @@ class RunConfig(Settings):
             asked += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
             asked += [*self.route.teachers.values(), *filter(None, [self.route.default])]
-        if self.asked_support is not None and not asked:
-            able = [t.name for t in self.teachers if t.name not in self.writers or t.gives_signals]
+        if self.signal_support is not None and not asked:
+            able = [t.name for t in self.teachers if t.name not in self.synthesis_teachers or t.gives_signals]
             asked = [getattr(self.method, "teacher", None) or [*able, self.teachers[0].name][0]]
         return asked
 
@@ -404,53 +404,53 @@ class RunConfig(Settings):
         return self.method.demonstrations.retriever if isinstance(self.method, InContextConfig) else None
 
     @property
-    def retrievers_teacher(self) -> str:
+    def retriever_teacher(self) -> str:
         """The teacher that scores demonstrations for the retriever; "" without one."""
         if self.retriever is None:
             return ""
-        return self.retriever.teacher or self.compared_teacher or self.teachers[0].name
+        return self.retriever.teacher or self.evaluation_teacher or self.teachers[0].name
 
     @property
-    def writer(self) -> str:
+    def synthesis_teacher(self) -> str:
         """The teacher that writes the training rows; "" without synthesis."""
         return (self.synthesis.teacher or self.teachers[0].name) if self.synthesis else ""
 
     @property
     def referee(self) -> str:
         """The teacher that compares what is written; the writer where `synthesis` names no other."""
-        return getattr(self.synthesis, "referee", None) or self.writer
+        return getattr(self.synthesis, "referee", None) or self.synthesis_teacher
 
     @property
     def judges(self) -> list[str]:
         """The teachers that judge what is written, a filter `judge` each."""
         filters = self.synthesis.filters if self.synthesis else []
-        return [each.teacher or self.writer for each in filters if isinstance(each, JudgeFilter)]
+        return [each.teacher or self.synthesis_teacher for each in filters if isinstance(each, JudgeFilterConfig)]
 
     @property
-    def writers(self) -> list[str]:
+    def synthesis_teachers(self) -> list[str]:
         """The teachers that are up while the training rows are written."""
-        return list(dict.fromkeys([self.writer, self.referee, *self.judges])) if self.synthesis else []
+        return list(dict.fromkeys([self.synthesis_teacher, self.referee, *self.judges])) if self.synthesis else []
 
     @property
-    def only_writing(self) -> list[str]:
+    def synthesis_only_teachers(self) -> list[str]:
         """The teachers that nobody needs once the training rows are written."""
-        return [name for name in self.writers if name not in self._asked_for_signals]
+        return [name for name in self.synthesis_teachers if name not in self._asked_for_signals]
 
     @property
     def training_teachers(self) -> list[TeacherConfig]:
         """The teachers that are up in training and evaluation."""
-        return [teacher for teacher in self.teachers if teacher.name not in self.only_writing]
+        return [teacher for teacher in self.teachers if teacher.name not in self.synthesis_only_teachers]
 
     @property
-    def scoring_teachers(self) -> list[TeacherConfig]:
+    def signal_teachers(self) -> list[TeacherConfig]:
         """Those of them that can be asked for signals."""
         return [teacher for teacher in self.training_teachers if teacher.gives_signals]
 
     @property
-    def compared_teacher(self) -> str:
+    def evaluation_teacher(self) -> str:
         """The teacher that evaluation measures the student against: the method's, or the first that gives signals; ""
         without any."""
-        return getattr(self.method, "teacher", None) or next((each.name for each in self.scoring_teachers), "")
+        return getattr(self.method, "teacher", None) or next((each.name for each in self.signal_teachers), "")
 
     @property
     def output_path(self) -> Path:

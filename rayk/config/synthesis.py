@@ -9,12 +9,12 @@ from rayk.config.base import AnswerPattern, Positive, Settings
 from rayk.config.data import DataSource
 from rayk.config.filters import (
     FUNCTION_PATTERN,
-    EndingFilter,
+    EndingFilterConfig,
     FilterConfig,
-    LengthFilter,
-    NearDuplicatesFilter,
+    LengthFilterConfig,
+    NearDuplicatesFilterConfig,
     TextFilterConfig,
-    TruncatedFilter,
+    TruncatedFilterConfig,
 )
 from rayk.config.teachers import (
     Replicas,
@@ -57,7 +57,7 @@ Scorer = Annotated[str, Field(pattern=rf"^(mean_logprob|answer|{FUNCTION_PATTERN
 
 
 def _whole_ones() -> list[FilterConfig]:
-    return [TruncatedFilter()]
+    return [TruncatedFilterConfig()]
 
 
 class SynthesisSettings(Settings):
@@ -110,7 +110,7 @@ class SynthesisSettings(Settings):
         return self.reads_student
 
 
-class AskedStudent(Settings):
+class ServedStudentConfig(Settings):
     """How the student, as it is when a round begins, is served to be asked; it comes down before training."""
 
     engine: Annotated[
@@ -124,10 +124,10 @@ class AskedStudent(Settings):
     """How long one request may take, retries and replica restarts included, before the run stops."""
 
 
-class StudentReadingSettings(SynthesisSettings):
+class StudentSynthesisConfig(SynthesisSettings):
     """What recipes share whose rows depend on the student."""
 
-    student: AskedStudent = Field(default_factory=AskedStudent)
+    student: ServedStudentConfig = Field(default_factory=ServedStudentConfig)
     """How it is served while it writes."""
 
     @property
@@ -255,7 +255,7 @@ class RespondingConfig(SamplingConfig):
 
 
 def _instructions_worth_answering() -> list[TextFilterConfig]:
-    return [LengthFilter(minimum=3), EndingFilter(), NearDuplicatesFilter(fields=("prompt",))]
+    return [LengthFilterConfig(minimum=3), EndingFilterConfig(), NearDuplicatesFilterConfig(fields=("prompt",))]
 
 
 class MagpieConfig(SynthesisSettings):
@@ -307,7 +307,7 @@ class RefereeingConfig(SamplingConfig):
     temperature: Annotated[float, Field(ge=0)] = 0.2
 
 
-class AdversarialConfig(StudentReadingSettings):
+class AdversarialConfig(StudentSynthesisConfig):
     """Round by round new instructions where the student is behind its teacher (Lion); with `rounds`."""
 
     kind: Literal["adversarial"] = "adversarial"
@@ -351,7 +351,7 @@ class AdversarialConfig(StudentReadingSettings):
         return number > 0
 
 
-class PreferencesConfig(StudentReadingSettings):
+class PreferencesConfig(StudentSynthesisConfig):
     """A better and a worse answer to each prompt, for method `preference` (DPO); what `filters` look at as `completion`
     is the better one, `chosen`, the other one is `rejected`."""
 

@@ -116,7 +116,7 @@ class InContext(Method):
         answers = collate((answer for query in queries for answer in query.alternatives), pad_id)
         bounds = _bounds(torch.tensor([len(query.options) for query in queries]))
         signals = None
-        if self.settings.asks:
+        if self.settings.asks_teacher:
             assert self.teacher is not None
             try:
                 signals = await self.teacher.ascore(answers, Logprob())
@@ -132,7 +132,7 @@ class InContext(Method):
         self, kind: type[Experience], queries: list[Query], rows: Sequence[Shown], pad_id: int
     ) -> Experience:
         batch, signals = collate(rows, pad_id), None
-        if self.settings.asks:
+        if self.settings.asks_teacher:
             assert self.teacher is not None
             signals = await self.teacher.ascore(batch, self.settings.support)
         weights = torch.tensor([query.hard_label_weight for query in queries]).repeat_interleave(batch.offsets.diff())
@@ -151,7 +151,7 @@ class InContext(Method):
 def _label_word_loss(student: Student, experience: LabelWords) -> Loss:
     batch, signals, queries = experience.batch, experience.signals, experience.queries
     # Padding of the student's embedding is no token that the teacher could have given a probability.
-    head = student.head if signals is None else student.head.first(signals.vocab_size)
+    head = student.head if signals is None else student.head.truncate(signals.vocab_size)
     logprobs = sequence_sum(-linear_cross_entropy(student.hidden(batch), head, batch.targets), batch.offsets)
     teacher = None if signals is None else sequence_sum(signals.target_logprobs, signals.offsets)
     hard, soft = label_word_loss(logprobs, teacher, experience.gold, queries)

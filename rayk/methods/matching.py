@@ -4,14 +4,16 @@ from typing import Any
 
 from torch import Tensor
 
-from rayk.config import MatchingConfig
+from rayk.config import DivergenceMethodConfig
 from rayk.config.support import Hidden, Sampled
 from rayk.losses import DIVERGENCES, linear_divergence, linear_outcomes
 from rayk.methods.base import Experience, Student
 from rayk.models import Head
 
 
-def soft_loss(settings: MatchingConfig, student: Student, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+def soft_loss(
+    settings: DivergenceMethodConfig, student: Student, experience: Experience
+) -> tuple[Tensor, dict[str, Tensor]]:
     """T^s·D(p_T ‖ q_T) at each counted token, nats [tokens] (s = 2 with `temperature_squared`, else 0), and the terms
     for the metrics: D itself, the cross-entropy on the rows' own tokens at temperature 1, and, where the teacher names
     ids, how much of each side's mass is on them."""

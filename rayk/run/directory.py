@@ -45,7 +45,7 @@ ROUNDS = "rounds"
 _ROWS = "data.fingerprint"
 
 
-def located(config: RunConfig, output: str | None = None) -> RunConfig:
+def with_absolute_paths(config: RunConfig, output: str | None = None) -> RunConfig:
     """`config` with local paths made absolute: workers run in folders of their own."""
     values = config.model_dump(mode="json")
     values["output"] = output or str(config.output_path)
@@ -104,7 +104,7 @@ def check(config: RunConfig, resume: bool) -> None:
                 "--output."
             )
         before, now = (each.model_dump(mode="json") for each in (load_config(file), config))
-        # Until there are rows nothing is learned, and what is written for them looks after itself (`Store.claim`).
+        # Until there are rows nothing is learned, and what is written for them looks after itself (`CompletionStore.claim`).
         if learned_from(config) and (place := difference(before, now, PLACEMENT)):
             raise InputError(
                 f"The run in '{folder}' was started with another '{place}'; resume it with the same settings, or "

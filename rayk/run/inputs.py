@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rayk.config import DataSource, InContextConfig, JudgeFilter, RunConfig, ServedRollouts, TeacherConfig
+from rayk.config import DataSource, InContextConfig, JudgeFilterConfig, RunConfig, ServedRollouts, TeacherConfig
 from rayk.config.support import Hidden, TopK
 from rayk.data.demonstrations import Demonstrator
 from rayk.data.examples import ExampleTable
@@ -21,9 +21,9 @@ from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
 from rayk.evaluation.options import with_options
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
-from rayk.models.student import architecture, planned_size
+from rayk.models.student import architecture, count_planned_parameters
 from rayk.retrieval import check_retriever
-from rayk.synthesis import RECIPES, OwnPrompts, Prompt, check_chats, read_prompts
+from rayk.synthesis import RECIPES, PromptGeneratingRecipe, Prompt, check_chat_template, read_prompts
 from rayk.teachers import Teacher
 from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
@@ -51,18 +51,18 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     Raises:
         InputError: one sentence on the first thing that is wrong.
     """
-    name = tokenizer_of(config, attached)
+    name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = {"the student": architecture(config.student, tokenizer)}
     if config.student.lora is not None:
-        planned_size(config.student, tokenizer)
-    for teacher in config.scoring_teachers:
+        count_planned_parameters(config.student, tokenizer)
+    for teacher in config.signal_teachers:
         _check_teacher(teacher, attached.get(teacher.name), tokenizer, name)
         if teacher.model:
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code
             )
-    support, vocab_size = config.asked_support, real_vocab_size(tokenizer)
+    support, vocab_size = config.signal_support, real_vocab_size(tokenizer)
     if isinstance(support, TopK) and support.k > vocab_size:
         raise InputError(
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
@@ -93,7 +93,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     return Inputs(name, tokenizer, train_table, evaluation, pretraining, demonstrator)
 
 
-def prompts_written_for(config: RunConfig) -> list[Prompt]:
+def read_synthesis_prompts(config: RunConfig) -> list[Prompt]:
     """The rows that `config.synthesis` has rows written for, held against its settings and its teacher.
 
     Raises:
@@ -101,16 +101,16 @@ def prompts_written_for(config: RunConfig) -> list[Prompt]:
             model or a function of the user's cannot be loaded.
     """
     assert config.synthesis is not None
-    writing = [teacher for teacher in config.teachers if teacher.name in config.writers]
+    writing = [teacher for teacher in config.teachers if teacher.name in config.synthesis_teachers]
     recipe = RECIPES[config.synthesis.kind]
-    recipe.check(config.synthesis, next(teacher for teacher in writing if teacher.name == config.writer))
+    recipe.check(config.synthesis, next(teacher for teacher in writing if teacher.name == config.synthesis_teacher))
     for writer in writing:
         if writer.gives_signals and writer.model is not None:
             load_model_config(writer.model, trust_remote_code=writer.trust_remote_code)
     _check_asked_student(config)
     _check_judges(config)
-    if issubclass(recipe, OwnPrompts):
-        return recipe.own_prompts(config.synthesis)
+    if issubclass(recipe, PromptGeneratingRecipe):
+        return recipe.seed_prompts(config.synthesis)
     if config.synthesis.prompts is not None:
         source, section = config.synthesis.prompts, "synthesis.prompts."
     else:
@@ -124,11 +124,13 @@ def _check_judges(config: RunConfig) -> None:
     """Refuse judges that cannot be asked as they are to be."""
     assert config.synthesis is not None
     for each in config.synthesis.filters:
-        if not isinstance(each, JudgeFilter):
+        if not isinstance(each, JudgeFilterConfig):
             continue
-        judge = next(teacher for teacher in config.teachers if teacher.name == (each.teacher or config.writer))
+        judge = next(
+            teacher for teacher in config.teachers if teacher.name == (each.teacher or config.synthesis_teacher)
+        )
         if each.chat and judge.gives_signals and judge.model is not None:
-            check_chats(load_tokenizer(judge.model, trust_remote_code=judge.trust_remote_code), judge.name)
+            check_chat_template(load_tokenizer(judge.model, trust_remote_code=judge.trust_remote_code), judge.name)
 
 
 def _check_asked_student(config: RunConfig) -> None:
@@ -146,18 +148,18 @@ def _check_asked_student(config: RunConfig) -> None:
         )
 
 
-def filters_of(config: RunConfig) -> list[Filter]:
+def build_row_filters(config: RunConfig) -> list[Filter]:
     """What judges the rows that are written.
 
     Raises:
         InputError: a filter cannot be built, or the evaluation rows it needs cannot be read.
     """
     assert config.synthesis is not None
-    prompts = [each.text for each in compared_prompts(config)]
+    prompts = [each.text for each in contamination_prompts(config)]
     return build_filters(config.synthesis.filters, prompts if config.data.evaluation else None)
 
 
-def compared_prompts(config: RunConfig) -> list[Prompt]:
+def contamination_prompts(config: RunConfig) -> list[Prompt]:
     """The evaluation prompts that written rows are held against; none where no filter does that.
 
     Raises:
@@ -170,12 +172,12 @@ def compared_prompts(config: RunConfig) -> list[Prompt]:
     return list(read_prompts(evaluation, "data.evaluation."))
 
 
-def written_rows(config: RunConfig) -> Path:
+def synthesized_rows_path(config: RunConfig) -> Path:
     """Where the rows that synthesis makes lie, once it has."""
     return config.output_path / "synthesis" / "rows.parquet"
 
 
-def on_written_rows(config: RunConfig) -> RunConfig:
+def with_synthesized_rows(config: RunConfig) -> RunConfig:
     """`config` with the rows its synthesis has made in the place of `data.train`; as it is where it has none.
 
     Raises:
@@ -183,18 +185,18 @@ def on_written_rows(config: RunConfig) -> RunConfig:
     """
     if config.synthesis is None:
         return config
-    path = written_rows(config)
+    path = synthesized_rows_path(config)
     if not path.with_name("summary.json").exists():
         raise InputError(f"The training rows are not written yet ('{path}'); run `rayk synthesize` first.")
     rows = DataSource(path=str(path), format="preference" if config.synthesis.writes_pairs else "prompt_completion")
     return config.model_copy(update={"data": config.data.model_copy(update={"train": rows})})
 
 
-def tokenizer_of(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
+def find_tokenizer(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
     """Where the student's tokenizer comes from."""
     if config.student.tokenizer or config.student.model:
         return config.student.tokenizer or str(config.student.model)
-    for teacher in [*config.scoring_teachers, *(each for each in config.teachers if each.gives_signals)]:
+    for teacher in [*config.signal_teachers, *(each for each in config.teachers if each.gives_signals)]:
         return teacher.model or attached[teacher.name].info.model
     raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
 
@@ -327,7 +329,7 @@ def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any
 
 
 def _check_many_teachers(config: RunConfig, tables: list[ExampleTable]) -> None:
-    support = config.asked_support
+    support = config.signal_support
     if config.ensemble is not None and support is not None:
         check_ensemble(support, config.ensemble.combine)
     if config.route is None:

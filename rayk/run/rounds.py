@@ -1,7 +1,7 @@
 """A run's rounds: rows written with the student of the round before, and that student trained on them, so often.
 
 Each round is a run directory of its own, `OUTPUT/rounds/01` and so on, made by the code of a single run
-(`rayk.run.once`) with settings of its own: the student is the model that the round before has left. So a run that was
+(`rayk.run.pipeline`) with settings of its own: the student is the model that the round before has left. So a run that was
 killed goes on inside its round by what that round's directory holds. OUTPUT itself gets the last round's model, all
 rounds' steps one after the other in `metrics.jsonl`, and a report that compares them.
 """
@@ -17,19 +17,19 @@ from rayk.config import RunConfig, load_config, parse_config
 from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
-from rayk.run.directory import ROUNDS, check, claim, located, write_config
-from rayk.run.inputs import prompts_written_for, written_rows
-from rayk.run.once import Result, run_once, speed_of, write_json
-from rayk.run.serving import cpus_needed
-from rayk.run.watching import Watcher
-from rayk.run.writing import FIRST, RoundOf, write_rows
+from rayk.run.directory import ROUNDS, check, claim, with_absolute_paths, write_config
+from rayk.run.inputs import read_synthesis_prompts, synthesized_rows_path
+from rayk.run.pipeline import Result, run_once, training_speed, write_json
+from rayk.run.applications import required_cpus
+from rayk.run.progress import ProgressListener
+from rayk.run.training_rows import FIRST_ROUND, RoundInfo, write_rows
 from rayk.serving.cluster import start_ray
-from rayk.synthesis import Store
+from rayk.synthesis import CompletionStore
 
 
 def distill(
     config: RunConfig | str | os.PathLike, *, output: str | None = None, resume: bool = False,
-    watcher: Watcher | None = None,
+    listener: ProgressListener | None = None,
 ) -> Result:  # fmt: skip
     """Run `config` (a `RunConfig` or the path of its YAML file) to the end.
 
@@ -45,24 +45,24 @@ def distill(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, output=output)
-    config, watcher = located(config, output), watcher or Watcher()
+    config, listener = with_absolute_paths(config, output), listener or ProgressListener()
     if config.rounds == 1:
-        return run_once(config, watcher, resume=resume)
+        return run_once(config, listener, resume=resume)
     check(config, resume)
     _check_number(config)
     for number in range(config.rounds):
-        settings, round_of = round_config(config, number)
+        settings, round_info = round_config(config, number)
         if _finished(settings):
             claim(settings, resume)
             continue
-        watcher.stage(f"Round {number + 1} of {config.rounds}")
-        run_once(settings, watcher, resume=resume, round_of=round_of)
+        listener.stage(f"Round {number + 1} of {config.rounds}")
+        run_once(settings, listener, resume=resume, round_info=round_info)
         write_config(config)
         _gather_steps(config)
     return _finish(config)
 
 
-def synthesize(config: RunConfig, output: str | None = None, watcher: Watcher | None = None) -> dict[str, Any]:
+def synthesize(config: RunConfig, output: str | None = None, listener: ProgressListener | None = None) -> dict[str, Any]:
     """Only have `config`'s training rows written, into `<output>/synthesis`; what is there is not asked for again. With
     `rounds`, those of the round that is next.
 
@@ -73,40 +73,40 @@ def synthesize(config: RunConfig, output: str | None = None, watcher: Watcher | 
         InputError: there is no `synthesis`, or the settings, data or models are wrong.
         RunFailed, TeacherUnavailable: as `distill`.
     """
-    config, watcher = located(config, output), watcher or Watcher()
+    config, listener = with_absolute_paths(config, output), listener or ProgressListener()
     if config.synthesis is None:
         raise InputError("synthesis is missing; set synthesis.kind to what a teacher is to write.")
-    config, round_of = next_round(config)
-    watcher.stage("Reading data and models")
-    prompts = prompts_written_for(config)
+    config, round_info = next_round(config)
+    listener.stage("Reading data and models")
+    prompts = read_synthesis_prompts(config)
     with ExitStack() as stack:
-        start_ray(cpus_needed(config))
-        write_rows(config, prompts, stack, None, watcher, settled=False, round_of=round_of)
-        summary = Store(written_rows(config).parent).summary
+        start_ray(required_cpus(config))
+        write_rows(config, prompts, stack, None, listener, settled=False, round_info=round_info)
+        summary = CompletionStore(synthesized_rows_path(config).parent).summary
     assert summary is not None
     return summary
 
 
-def next_round(config: RunConfig) -> tuple[RunConfig, RoundOf]:
+def next_round(config: RunConfig) -> tuple[RunConfig, RoundInfo]:
     """The settings of the first round that is not finished (the last one, where all are), and which it is; `config`
     itself, whose paths are absolute, where it has no rounds."""
     if config.rounds == 1:
-        return config, FIRST
+        return config, FIRST_ROUND
     rounds = [round_config(config, number) for number in range(config.rounds)]
     return next((each for each in rounds if not _finished(each[0])), rounds[-1])
 
 
-def round_config(config: RunConfig, number: int) -> tuple[RunConfig, RoundOf]:
+def round_config(config: RunConfig, number: int) -> tuple[RunConfig, RoundInfo]:
     """The settings of round `number`, from 0, as a run of its own."""
     values = config.model_dump(mode="json")
     values |= {"rounds": 1, "name": f"{config.name}-round-{number + 1}", "output": str(_folder(config, number))}
     if config.training.checkpoints:
         values["training"]["checkpoints"] = f"{config.training.checkpoints.rstrip('/')}/{number + 1:02d}"
     if number == 0:
-        return parse_config(values), FIRST
+        return parse_config(values), FIRST_ROUND
     before = _folder(config, number - 1)
     values["student"] |= {"model": str(before / "model"), "config": None}
-    return parse_config(values), RoundOf(number, before / "synthesis")
+    return parse_config(values), RoundInfo(number, before / "synthesis")
 
 
 def _folder(config: RunConfig, number: int) -> Path:
@@ -150,7 +150,7 @@ def _finish(config: RunConfig) -> Result:
         **summaries[-1],
         "name": config.name,
         "seconds": sum(each["seconds"] for each in summaries),
-        **speed_of(read_lines(config.output_path / "metrics.jsonl")),
+        **training_speed(read_lines(config.output_path / "metrics.jsonl")),
         "rounds": summaries,
     }
     write_json(config.output_path / "summary.json", summary)

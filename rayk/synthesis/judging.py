@@ -12,12 +12,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayk.config import FilterConfig, JudgeFilter
+from rayk.config import FilterConfig, JudgeFilterConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
-from rayk.synthesis.base import Candidate, lack_of
-from rayk.synthesis.scribe import Request, Scribe, in_order
-from rayk.synthesis.store import Written
+from rayk.synthesis.base import Candidate, missing_response
+from rayk.synthesis.completions import Request, CompletionClient, in_order
+from rayk.synthesis.store import StoredCompletion
 from rayk.text.answers import matched
 
 _RATING = 90  # the stage of a seed
@@ -29,7 +29,7 @@ class Judge:
     """One judge among the filters: what counts and reports call it, and its settings."""
 
     name: str
-    settings: JudgeFilter
+    settings: JudgeFilterConfig
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The row in the template.
@@ -54,15 +54,15 @@ class Judge:
             return None
 
 
-def judges_among(filters: Sequence[FilterConfig]) -> Iterator[Judge]:
+def find_judges(filters: Sequence[FilterConfig]) -> Iterator[Judge]:
     """The judges in their order."""
-    found = [each for each in filters if isinstance(each, JudgeFilter)]
+    found = [each for each in filters if isinstance(each, JudgeFilterConfig)]
     for number, each in enumerate(found, start=1):
         yield Judge("judge" if len(found) == 1 else f"judge {number}", each)
 
 
 async def judged(
-    judge: Judge, candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], scribe: Scribe, at_once: int
+    judge: Judge, candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], scribe: CompletionClient, at_once: int
 ) -> list[Candidate]:
     """The candidates, those that `judge` does not let pass rejected; with the score and the key of the reply.
 
@@ -83,9 +83,9 @@ async def judged(
     ]
 
 
-def _passed(judge: Judge, candidate: Candidate, reply: Written) -> Candidate:
+def _passed(judge: Judge, candidate: Candidate, reply: StoredCompletion) -> Candidate:
     candidate = replace(candidate, written=(*candidate.written, reply))
-    if lack := lack_of(reply):
+    if lack := missing_response(reply):
         return candidate.rejected(f"{judge.name} {lack[0]}", lack[1])
     score = judge.score(reply.text)
     if score is None:

@@ -16,7 +16,7 @@ from rayk.config import RouteConfig, RunConfig
 from rayk.config.support import Hidden, Requested, Support, TopK
 from rayk.errors import InputError
 from rayk.models import Head
-from rayk.signals.batch import SignalBatch, concatenate, distinct_fill
+from rayk.signals.batch import SignalBatch, concatenate, fill_distinct
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
 from rayk.teachers.context import Demonstrated, InContext
@@ -108,7 +108,7 @@ class Ensemble:
         joint = replace(answers[0], hidden=hidden, head=head)
         targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64))
         logprobs = [
-            joint.entries(slice(start, start + 256)).logits().log_softmax(1).gather(1, part[:, None])[:, 0]
+            joint.slice_tokens(slice(start, start + 256)).logits().log_softmax(1).gather(1, part[:, None])[:, 0]
             for start, part in zip(range(0, len(targets), 256), targets.split(256), strict=True)
         ]
         return replace(joint, target_logprobs=torch.cat(logprobs)) if logprobs else joint
@@ -140,7 +140,7 @@ class Route:
         return concatenate(parts).select([place[row] for row in range(len(sequences))])
 
 
-def scorer_of(
+def build_scorer(
     config: RunConfig, teachers: Mapping[str, Teacher], tokenizer: "PreTrainedTokenizerBase"
 ) -> Scorer | None:
     """Whom the method and the evaluation ask: the route, the ensemble, or one teacher; None where there is none.
@@ -159,7 +159,7 @@ def scorer_of(
             _check_members([teachers[name] for name in names])
         weights = [config.ensemble.weights.get(name, 1.0) for name in names]
         known["ensemble"] = Ensemble([known[name] for name in names], weights, config.ensemble.combine)
-    asked = known.get("ensemble") or known.get(config.compared_teacher)
+    asked = known.get("ensemble") or known.get(config.evaluation_teacher)
     if config.route is not None:
         asked = Route(config.route, known)
     return Demonstrated(asked) if asked and config.method.kind == "in_context" else asked
@@ -215,7 +215,7 @@ def _union(ids_of: list[Tensor]) -> Tensor:
     """Each position's different ids, [tokens, sum of k]; equal ones make room for others, so that none stands twice."""
     ids = torch.cat(ids_of, dim=1).sort(dim=1).values
     repeated = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] == ids[:, :-1]], dim=1)
-    return distinct_fill(ids, ~repeated)
+    return fill_distinct(ids, ~repeated)
 
 
 def _asking(sequences: list[TokenSequence], named: Tensor) -> list[TokenSequence]:

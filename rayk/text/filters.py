@@ -64,7 +64,7 @@ class Rejection:
 
 
 @dataclass
-class Sifted:
+class FilterResult:
     """What filters made of candidates."""
 
     kept: list[Candidate] = field(default_factory=list)
@@ -91,24 +91,24 @@ def build_filters(
     for each in settings:
         numbers[each.kind] += 1
         name = each.kind if counts[each.kind] == 1 else f"{each.kind} {numbers[each.kind]}"
-        if isinstance(each, kinds.JudgeFilter):
+        if isinstance(each, kinds.JudgeFilterConfig):
             continue
-        if isinstance(each, kinds.ContaminationFilter):
+        if isinstance(each, kinds.ContaminationFilterConfig):
             built.append(Filter(name, _contamination(each, name, evaluation_prompts)))
-        elif isinstance(each, kinds.NearDuplicatesFilter | kinds.RougeFilter):
+        elif isinstance(each, kinds.NearDuplicatesFilterConfig | kinds.RougeFilterConfig):
             built.append(_BUILDERS_WITH_MEMORY[type(each)](each, name))
         else:
             built.append(Filter(name, _BUILDERS[type(each)](each, name)))
     return built
 
 
-def sift(candidates: Iterable[Candidate], filters: Sequence[Filter]) -> Sifted:
+def apply_filters(candidates: Iterable[Candidate], filters: Sequence[Filter]) -> FilterResult:
     """Judge the candidates one after the other. Called again with the same filters, it goes on where it was.
 
     Raises:
         InputError: a candidate lacks the field that a filter reads, or a custom function failed.
     """
-    sifted = Sifted(counts={each.name: 0 for each in filters})
+    sifted = FilterResult(counts={each.name: 0 for each in filters})
     for candidate in candidates:
         rejection = judge(candidate, filters)
         if rejection is None:
@@ -123,7 +123,7 @@ def judge(candidate: Candidate, filters: Sequence[Filter]) -> Rejection | None:
     """What the first of the filters has against the candidate; one that all of them keep is remembered.
 
     Raises:
-        InputError: as `sift`.
+        InputError: as `apply_filters`.
     """
     for each in filters:
         reason = each.judge(candidate)
@@ -158,7 +158,7 @@ def _excerpt(text: str) -> str:
     return repr(flat if len(flat) <= _EXCERPT else flat[: _EXCERPT - 1] + "…")
 
 
-def _empty(given: kinds.EmptyFilter, name: str) -> Judge:
+def _empty(given: kinds.EmptyFilterConfig, name: str) -> Judge:
     # Separators, control and format characters (zero-width spaces, byte-order marks) show nothing.
     visible = regex.compile(r"[^\p{Z}\p{C}]")
 
@@ -168,7 +168,7 @@ def _empty(given: kinds.EmptyFilter, name: str) -> Judge:
     return judge
 
 
-def _truncated(_: kinds.TruncatedFilter, name: str) -> Judge:
+def _truncated(_: kinds.TruncatedFilterConfig, name: str) -> Judge:
     def judge(candidate: Candidate) -> str | None:
         cut = _value(candidate, "finish_reason", name) == "length"
         return "was cut at the token limit" if cut else None
@@ -176,7 +176,7 @@ def _truncated(_: kinds.TruncatedFilter, name: str) -> Judge:
     return judge
 
 
-def _length(given: kinds.LengthFilter, name: str) -> Judge:
+def _length(given: kinds.LengthFilterConfig, name: str) -> Judge:
     def measure(candidate: Candidate) -> int:
         if given.unit == "tokens":
             if (tokens := candidate.get("tokens")) is None:
@@ -203,7 +203,7 @@ def _language_identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def _language(given: kinds.LanguageFilter, name: str) -> Judge:
+def _language(given: kinds.LanguageFilterConfig, name: str) -> Judge:
     identifier = _language_identifier()
     unknown = sorted(set(given.languages) - set(identifier.labels))
     if unknown:
@@ -223,7 +223,7 @@ def _language(given: kinds.LanguageFilter, name: str) -> Judge:
     return judge
 
 
-def _repetition(given: kinds.RepetitionFilter, name: str) -> Judge:
+def _repetition(given: kinds.RepetitionFilterConfig, name: str) -> Judge:
     def judge(candidate: Candidate) -> str | None:
         text = _text(candidate, given.field, name)
         grams = list(ngrams(words(text), given.n))
@@ -240,7 +240,7 @@ def _repetition(given: kinds.RepetitionFilter, name: str) -> Judge:
     return judge
 
 
-def _refusal(given: kinds.RefusalFilter, name: str) -> Judge:
+def _refusal(given: kinds.RefusalFilterConfig, name: str) -> Judge:
     pattern = compile_refusals(given.patterns)
 
     def judge(candidate: Candidate) -> str | None:
@@ -254,7 +254,7 @@ def _refusal(given: kinds.RefusalFilter, name: str) -> Judge:
 _APOSTROPHES = str.maketrans("’‘ʼ`´", "'''''")
 
 
-def _keywords(given: kinds.KeywordsFilter, name: str) -> Judge:
+def _keywords(given: kinds.KeywordsFilterConfig, name: str) -> Judge:
     # Where a keyword begins or ends with a letter that needs spaces around it, no other may stand next to it.
     spaced = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]"
     edges = rf"(?V1)(?:(?<!{spaced})|(?!{spaced}))(?:%s)(?:(?!{spaced})|(?<!{spaced}))"
@@ -267,7 +267,7 @@ def _keywords(given: kinds.KeywordsFilter, name: str) -> Judge:
     return judge
 
 
-def _ending(given: kinds.EndingFilter, name: str) -> Judge:
+def _ending(given: kinds.EndingFilterConfig, name: str) -> Judge:
     def judge(candidate: Candidate) -> str | None:
         text = _text(candidate, given.field, name).rstrip()
         found = next((each for each in given.endings if text.endswith(each)), None)
@@ -276,7 +276,7 @@ def _ending(given: kinds.EndingFilter, name: str) -> Judge:
     return judge
 
 
-def _contamination(given: kinds.ContaminationFilter, name: str, prompts: Iterable[str] | None) -> Judge:
+def _contamination(given: kinds.ContaminationFilterConfig, name: str, prompts: Iterable[str] | None) -> Judge:
     if prompts is None:
         raise InputError(f"Filter '{name}' compares with the evaluation set; set data.evaluation, or leave it out.")
     contamination = Contamination(prompts, given.n)
@@ -291,7 +291,7 @@ def _contamination(given: kinds.ContaminationFilter, name: str, prompts: Iterabl
     return judge
 
 
-def _near_duplicates(given: kinds.NearDuplicatesFilter, name: str) -> Filter:
+def _near_duplicates(given: kinds.NearDuplicatesFilterConfig, name: str) -> Filter:
     pool = NearDuplicates(given.threshold, given.n, given.permutations)
 
     def joined(candidate: Candidate) -> str:
@@ -304,7 +304,7 @@ def _near_duplicates(given: kinds.NearDuplicatesFilter, name: str) -> Filter:
     return Filter(name, judge, lambda candidate: pool.add(joined(candidate)))
 
 
-def _rouge(given: kinds.RougeFilter, name: str) -> Filter:
+def _rouge(given: kinds.RougeFilterConfig, name: str) -> Filter:
     pool = RougeIndex(given.threshold)
 
     def judge(candidate: Candidate) -> str | None:
@@ -314,7 +314,7 @@ def _rouge(given: kinds.RougeFilter, name: str) -> Filter:
     return Filter(name, judge, lambda candidate: pool.add(_text(candidate, given.field, name)))
 
 
-def _custom(given: kinds.CustomFilter, name: str) -> Judge:
+def _custom(given: kinds.CustomFilterConfig, name: str) -> Judge:
     function = load_function(given.function, f"Filter '{name}'")
 
     def judge(candidate: Candidate) -> str | None:
@@ -336,17 +336,17 @@ def _custom(given: kinds.CustomFilter, name: str) -> Judge:
 
 
 _BUILDERS: dict[type, Callable[[Any, str], Judge]] = {
-    kinds.EmptyFilter: _empty,
-    kinds.TruncatedFilter: _truncated,
-    kinds.LengthFilter: _length,
-    kinds.LanguageFilter: _language,
-    kinds.RepetitionFilter: _repetition,
-    kinds.RefusalFilter: _refusal,
-    kinds.KeywordsFilter: _keywords,
-    kinds.EndingFilter: _ending,
-    kinds.CustomFilter: _custom,
+    kinds.EmptyFilterConfig: _empty,
+    kinds.TruncatedFilterConfig: _truncated,
+    kinds.LengthFilterConfig: _length,
+    kinds.LanguageFilterConfig: _language,
+    kinds.RepetitionFilterConfig: _repetition,
+    kinds.RefusalFilterConfig: _refusal,
+    kinds.KeywordsFilterConfig: _keywords,
+    kinds.EndingFilterConfig: _ending,
+    kinds.CustomFilterConfig: _custom,
 }
 _BUILDERS_WITH_MEMORY: dict[type, Callable[[Any, str], Filter]] = {
-    kinds.NearDuplicatesFilter: _near_duplicates,
-    kinds.RougeFilter: _rouge,
+    kinds.NearDuplicatesFilterConfig: _near_duplicates,
+    kinds.RougeFilterConfig: _rouge,
 }

@@ -256,7 +256,7 @@ def test_preferences_need_no_teacher_and_use_one_only_where_it_is_named():
     alone = parse_config(changed(teachers=[], method={"kind": "preference"}))
     beside, named = (parse_config(changed(method={"kind": "preference"} | more)) for more in ({}, {"reference": "big"}))
     assert (alone.method.support, beside.method.support, named.method.support) == (None, None, Logprob())
-    assert (alone.compared_teacher, beside.compared_teacher, named.compared_teacher) == ("", "big", "big")
+    assert (alone.evaluation_teacher, beside.evaluation_teacher, named.evaluation_teacher) == ("", "big", "big")
     for settings in (alone, beside, named):
         assert parse_config(settings.model_dump(mode="json")) == settings
 

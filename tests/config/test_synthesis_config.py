@@ -6,7 +6,7 @@ import yaml
 from rayk.config import parse_config
 from rayk.errors import InputError
 from rayk.run.rounds import round_config
-from rayk.run.serving import applications_of, cpus_needed, student_to_ask
+from rayk.run.applications import teacher_applications, required_cpus, served_student_config
 
 API = {"name": "api", "model": "parrot", "engine": {"kind": "openai"}}
 PLAIN = API | {"engine": {"kind": "openai", "chat": False}}
@@ -25,7 +25,7 @@ def config(**changed):
 
 
 @pytest.mark.parametrize(
-    ("changed", "writer", "only_writing", "scoring"),
+    ("changed", "writer", "synthesis_only_teachers", "scoring"),
     [
         ({}, "api", ["api"], []),
         ({"teachers": [BIG]}, "big", ["big"], []),
@@ -42,14 +42,14 @@ def config(**changed):
         ({"synthesis": None, "teachers": [API, BIG]}, "", [], ["big"]),
     ],
 )  # fmt: skip
-def test_who_only_writes_is_not_there_in_training(changed, writer, only_writing, scoring):
+def test_who_only_writes_is_not_there_in_training(changed, writer, synthesis_only_teachers, scoring):
     found = config(**changed)
-    assert (found.writer, found.only_writing) == (writer, only_writing)
-    assert [teacher.name for teacher in found.scoring_teachers] == scoring
+    assert (found.synthesis_teacher, found.synthesis_only_teachers) == (writer, synthesis_only_teachers)
+    assert [teacher.name for teacher in found.signal_teachers] == scoring
     assert [teacher.name for teacher in found.training_teachers] == [
-        teacher.name for teacher in found.teachers if teacher.name not in only_writing
+        teacher.name for teacher in found.teachers if teacher.name not in synthesis_only_teachers
     ]
-    assert found.compared_teacher == (scoring or [""])[0]
+    assert found.evaluation_teacher == (scoring or [""])[0]
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_one_sampling_setting_leaves_the_recipes_others(kind, temperature, top_p
 def test_the_student_that_is_asked_counts_among_what_is_up_while_rows_are_written():
     student = {"engine": {"batch_tokens": 64}, "replicas": 3, "resources": {"num_cpus": 2}}
     found = config(teachers=[BIG], synthesis=PAIRS | {"student": student}, method=DPO)
-    assert cpus_needed(found) == 1 + 3 * 2 + 1
-    asked = student_to_ask(found)
+    assert required_cpus(found) == 1 + 3 * 2 + 1
+    asked = served_student_config(found)
     assert (asked.model, asked.engine.batch_tokens, asked.engine.kind) == ("models/small", 64, "transformers")
-    assert asked.name not in applications_of(found).values()
+    assert asked.name not in teacher_applications(found).values()
 
 
 def test_each_round_is_a_run_that_begins_with_the_model_of_the_round_before():
@@ -162,10 +162,10 @@ def test_each_round_is_a_run_that_begins_with_the_model_of_the_round_before():
         student=student,
         training={"checkpoints": "s3://b/c/"},
     )
-    (first, nothing), (third, round_of) = round_config(found, 0), round_config(found, 2)
+    (first, nothing), (third, round_info) = round_config(found, 0), round_config(found, 2)
     assert (first.rounds, first.output, first.student) == (1, "/runs/here/rounds/01", found.student)
     assert (nothing.number, nothing.before) == (0, None)
     assert (third.student.model, third.student.tokenizer) == ("/runs/here/rounds/02/model", "models/words")
     assert (third.output, third.training.checkpoints) == ("/runs/here/rounds/03", "s3://b/c/03")
-    assert (round_of.number, str(round_of.before)) == (2, "/runs/here/rounds/02/synthesis")
+    assert (round_info.number, str(round_info.before)) == (2, "/runs/here/rounds/02/synthesis")
     assert first.name != third.name

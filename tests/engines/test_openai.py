@@ -304,8 +304,8 @@ def test_methods_that_need_signals_refuse_a_black_box():
         with pytest.raises(InputError, match="teacher 'api': engine kind 'openai' .*gives no signals.*'supervised'"):
             run_config(**changed)
     config = run_config(teachers=[api, local], method={"kind": "supervised"})
-    assert config.compared_teacher == "local"
-    assert run_config(method={"kind": "supervised"}).compared_teacher == ""
+    assert config.evaluation_teacher == "local"
+    assert run_config(method={"kind": "supervised"}).evaluation_teacher == ""
 
 
 @pytest.mark.parametrize(

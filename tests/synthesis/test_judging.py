@@ -5,18 +5,18 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from rayk.config import JudgeFilter, ResponsesConfig, parse_config
+from rayk.config import JudgeFilterConfig, ResponsesConfig, parse_config
 from rayk.errors import InputError
 from rayk.run import distill, synthesize
-from rayk.synthesis import Company, synthesise
+from rayk.synthesis import RecipeContext, synthesize_rows
 from rayk.synthesis.base import Candidate
-from rayk.synthesis.judging import Judge, judges_among
-from rayk.synthesis.make import _judged
-from rayk.synthesis.store import Written
+from rayk.synthesis.judging import Judge, find_judges
+from rayk.synthesis.pipeline import _judged
+from rayk.synthesis.store import StoredCompletion
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import settings
-from tests.synthesis.writing import prompts_of
+from tests.synthesis.helpers import prompts_of
 
 SHORT = "{prompt} -> {completion}?"
 
@@ -27,8 +27,8 @@ def judge(**changed):
 
 def write(teacher, store, prompts, *filters, judges=None, **changed):
     given = ResponsesConfig(filters=list(filters), **changed)
-    return synthesise(
-        given, prompts, teacher, store, build_filters(given.filters), company=Company(judges=judges or {})
+    return synthesize_rows(
+        given, prompts, teacher, store, build_filters(given.filters), company=RecipeContext(judges=judges or {})
     )
 
 
@@ -55,34 +55,34 @@ def rating(replies):
     ],
 )  # fmt: skip
 def test_the_last_score_of_a_reply_counts(reply, score):
-    assert Judge("judge", JudgeFilter()).score(reply) == score
+    assert Judge("judge", JudgeFilterConfig()).score(reply) == score
     if score is not None:
-        assert Judge("judge", JudgeFilter(score_pattern=r"(\d+)")).score(reply) in (score, 5.0)
+        assert Judge("judge", JudgeFilterConfig(score_pattern=r"(\d+)")).score(reply) in (score, 5.0)
 
 
 def test_what_is_no_number_is_no_score():
-    assert Judge("judge", JudgeFilter(score_pattern="(good|bad)")).score("It is good.") is None
+    assert Judge("judge", JudgeFilterConfig(score_pattern="(good|bad)")).score("It is good.") is None
 
 
 def test_a_row_is_put_into_the_template_whatever_is_in_it():
-    asked = Judge("judge", JudgeFilter(template="{{{prompt}}} {completion}")).prompt(
+    asked = Judge("judge", JudgeFilterConfig(template="{{{prompt}}} {completion}")).prompt(
         {"prompt": "{x} {0}", "completion": "%s", "more": 1}
     )
     assert asked == "{{x} {0}} %s"
     with pytest.raises(InputError, match="Filter 'judge' reads the field 'chosen', which the row has not"):
-        Judge("judge", JudgeFilter(template="{chosen}")).prompt({"prompt": "?"})
+        Judge("judge", JudgeFilterConfig(template="{chosen}")).prompt({"prompt": "?"})
 
 
 def test_of_a_pair_both_answers_can_be_put_in():
-    written = Written("key", "A", 1, None, "stop")
+    written = StoredCompletion("key", "A", 1, None, "stop")
     pair = Candidate("a", "better", 0, (written, written), worse="worse")
     template = "{prompt}: {chosen} or {rejected}? {completion}"
     row = _judged(pair, prompts_of("a"))
-    assert Judge("judge", JudgeFilter(template=template)).prompt(row) == "a: better or worse? better"
+    assert Judge("judge", JudgeFilterConfig(template=template)).prompt(row) == "a: better or worse? better"
 
 
 def test_several_judges_have_numbers():
-    names = [each.name for each in judges_among([JudgeFilter(), *ResponsesConfig().filters, JudgeFilter()])]
+    names = [each.name for each in find_judges([JudgeFilterConfig(), *ResponsesConfig().filters, JudgeFilterConfig()])]
     assert names == ["judge 1", "judge 2"]
 
 
@@ -168,7 +168,7 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
         "data": {"train": {"path": str(path)}}, "synthesis": {"kind": "responses", "filters": filters},
     }  # fmt: skip
     config = parse_config(values)
-    assert (config.writers, config.only_writing) == (["parrot", "served"], ["parrot", "served"])
+    assert (config.synthesis_teachers, config.synthesis_only_teachers) == (["parrot", "served"], ["parrot", "served"])
     with pytest.raises(Exception, match="None of 1 completions can be learned from .1 judge unparsable"):
         synthesize(config)
 

@@ -3,12 +3,12 @@
 import pyarrow.parquet as pq
 import pytest
 
-from rayk.config import EmptyFilter, PreferencesConfig, TruncatedFilter
+from rayk.config import EmptyFilterConfig, PreferencesConfig, TruncatedFilterConfig
 from rayk.errors import RunFailed
-from rayk.synthesis import Company, synthesise
+from rayk.synthesis import RecipeContext, synthesize_rows
 from rayk.text import build_filters
 from tests.engines.endpoint import completion, prompt_of
-from tests.synthesis.writing import prompts_of
+from tests.synthesis.helpers import prompts_of
 
 pytestmark = pytest.mark.cluster
 
@@ -24,8 +24,8 @@ def write(parrot, endpoint, store, prompts, teacher, student, filters=(), **sett
 
     endpoint.answer = answer
     config = PreferencesConfig(**STUDENT, in_flight=1, **settings)
-    summary = synthesise(
-        config, prompts, parrot, store, build_filters(filters), company=Company(student=parrot)
+    summary = synthesize_rows(
+        config, prompts, parrot, store, build_filters(filters), company=RecipeContext(student=parrot)
     )  # fmt: skip
     return summary, *(pq.read_table(store.folder / f"{name}.parquet").to_pylist() for name in ("rows", "rejected"))
 
@@ -82,7 +82,7 @@ def test_best_and_worst_of_all_samples_and_no_pair_of_equals(parrot, endpoint, s
 
 
 def test_filters_judge_the_chosen_answer_or_by_name_the_rejected_one(parrot, endpoint, store):
-    filters = [TruncatedFilter(), EmptyFilter(field="rejected"), EmptyFilter()]
+    filters = [TruncatedFilterConfig(), EmptyFilterConfig(field="rejected"), EmptyFilterConfig()]
     summary, rows, _ = write(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["y"]}, filters)
     assert summary["rejected"] == {"truncated": 0, "empty 1": 0, "empty 2": 0}
     assert len(rows) == 1

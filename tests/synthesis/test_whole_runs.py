@@ -15,8 +15,8 @@ from rayk.commands.cache import fill_cache
 from rayk.commands.doctor import examine
 from rayk.config import parse_config
 from rayk.errors import InputError, RunFailed
-from rayk.run import Watcher, distill, located, synthesize
-from rayk.run.inputs import on_written_rows
+from rayk.run import ProgressListener, distill, synthesize, with_absolute_paths
+from rayk.run.inputs import with_synthesized_rows
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import curve, rayk, settings, until
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
 PARROT = {"name": "parrot", "attach": True}
 
 
-class Stages(Watcher):
+class Stages(ProgressListener):
     def __init__(self):
         self.stages, self.applications, self.seen = [], {}, []
 
@@ -58,7 +58,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     numbers = iter(range(1000))
     endpoint.answer = lambda body: completion(body, f" sum {next(numbers)}")
     watching = Stages()
-    result = distill(parse_config(values), watcher=watching)
+    result = distill(parse_config(values), listener=watching)
     assert len(rows_of(tmp_path)) == 48 == result.summary["rows"]["train"]
     assert watching.seen[-1][:2] == (48, 48)
     assert len(endpoint.asked) == 48
@@ -73,7 +73,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
 
     asked = len(endpoint.asked)
     watching = Stages()
-    distill(parse_config(values), resume=True, watcher=watching)
+    distill(parse_config(values), resume=True, listener=watching)
     assert len(endpoint.asked) == asked
     assert not any("Synthesising" in stage for stage in watching.stages)
     with pytest.raises(InputError, match=r"was started with another 'synthesis\.samples'"):
@@ -89,7 +89,7 @@ def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_b
         "sampling": {"max_new_tokens": 12, "temperature": 1.0}, "filters": [],
     }  # fmt: skip
     watching = Stages()
-    result = distill(parse_config(run_of(tmp_path, tiny_student, synthesis, teacher, count=8)), watcher=watching)
+    result = distill(parse_config(run_of(tmp_path, tiny_student, synthesis, teacher, count=8)), listener=watching)
     assert "own" in watching.stages[1]
     assert not [name for name in watching.applications if name.startswith("own")]
     rows = rows_of(tmp_path)
@@ -106,7 +106,7 @@ def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
     synthesis = {"kind": "responses", "sampling": {"max_new_tokens": 8}, "filters": []}
     values = run_of(tmp_path, tiny_student, synthesis, {"name": "served", "attach": True}, "logit_kd", count=8)
     with pytest.raises(InputError, match="The training rows are not written yet .*; run `rayk synthesize` first"):
-        on_written_rows(located(parse_config(values)))
+        with_synthesized_rows(with_absolute_paths(parse_config(values)))
     values["cache"] = {"path": str(tmp_path / "cache")}
     with pytest.raises(InputError, match="not written yet"):
         fill_cache(parse_config(values))
@@ -185,7 +185,7 @@ def test_what_was_refused_is_settled_until_its_record_is_deleted(tmp_path, tiny_
     summary = synthesize(parse_config(values))
     assert (summary["unanswered"], summary["refused"], summary["rejected"]["refused"]) == (0, 1, 1)
     watching = Stages()
-    synthesize(parse_config(values), watcher=watching)
+    synthesize(parse_config(values), listener=watching)
     assert len(endpoint.asked) == 8
     assert not any("Synthesising" in stage for stage in watching.stages)
     for kept, asked in ((7, 9), (8, 10)):

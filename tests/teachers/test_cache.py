@@ -15,7 +15,7 @@ from rayk.commands.cache import fill_cache, verify_cache
 from rayk.config import CacheConfig, parse_config
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.errors import InputError
-from rayk.run import Watcher, distill, located
+from rayk.run import ProgressListener, distill, with_absolute_paths
 from rayk.signals.batch import SignalBatch
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Teacher, connect_teacher
@@ -175,7 +175,7 @@ def test_another_divergence_or_temperature_the_support_names_asks_nothing(tmp_pa
 def test_a_worker_reads_what_was_filled_ahead(tmp_path, tiny_student, served):
     seen = []
 
-    class Watching(Watcher):
+    class Watching(ProgressListener):
         def progress(self, done, total, text):
             seen.append((done, total))
 
@@ -214,7 +214,7 @@ def test_a_relative_place_is_the_same_for_all_workers(tmp_path, tiny_student, mo
     monkeypatch.chdir(tmp_path)
     for given, meant in [("kept", str(tmp_path / "kept")), ("s3://bucket/kept", "s3://bucket/kept")]:
         values = cached_config(tmp_path, tiny_student, "run") | {"cache": {"path": given}}
-        assert located(parse_config(values)).cache.path == meant
+        assert with_absolute_paths(parse_config(values)).cache.path == meant
 
 
 def test_damage_is_never_learned_from(tmp_path, tiny_student, served):

@@ -6,7 +6,7 @@ from rayk.config import parse_config
 from rayk.config.support import TopK
 from rayk.engines.base import Usage
 from rayk.errors import InputError
-from rayk.run import located
+from rayk.run import with_absolute_paths
 from rayk.run.inputs import read_inputs
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply
@@ -50,5 +50,5 @@ def test_a_run_looks_for_no_model_or_tokenizer_of_an_endpoint(tiny_student, tmp_
             "method": {"kind": "supervised"},
         }
     )
-    inputs = read_inputs(located(config), {})
+    inputs = read_inputs(with_absolute_paths(config), {})
     assert (len(inputs.train), inputs.tokenizer_name) == (3, tiny_student)
