@@ -11,7 +11,7 @@ import yaml
 
 from rayk import cli
 from rayk.methods import METHODS
-from rayk.run import Watcher, distill
+from rayk.run import ProgressListener, distill
 from tests.runs import config, settings, write_rows
 from tests.runs import rayk as started
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -253,7 +253,7 @@ def test_plan_measures_what_is_not_given(rayk, write_config, tiny_teacher, ray_c
 def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        distill(config(tmp_path / name, tiny_student, steps=2), watcher=Watcher())
+        distill(config(tmp_path / name, tiny_student, steps=2), listener=ProgressListener())
     runs = [tmp_path / name / "run" for name in ("one", "two")]
     code, _, err = rayk("report", *runs, "--output", tmp_path / "both.html")
     assert (code, f"The report: {tmp_path}/both.html\n" in err) == (0, True)

@@ -17,7 +17,7 @@ from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_con
 from rayk.data import generated
 from rayk.errors import InputError
 from rayk.report.report import write_report
-from rayk.run import Result, Watcher, distill
+from rayk.run import Result, ProgressListener, distill
 from rayk.serving.cluster import start_ray
 from rayk.teachers import serve_teacher
 
@@ -37,7 +37,7 @@ class Comparison:
     report: Path
 
 
-def run_quickstart(output: Path, watcher: Watcher, seed: int = 0, steps: int | None = None) -> Comparison:
+def run_quickstart(output: Path, listener: ProgressListener, seed: int = 0, steps: int | None = None) -> Comparison:
     """Make or find the teacher, train both students, compare them in OUTPUT/report.html.
 
     Args:
@@ -47,12 +47,12 @@ def run_quickstart(output: Path, watcher: Watcher, seed: int = 0, steps: int | N
     for method in METHODS:
         _clear(output / method)
     home = cache_folder()
-    model = teacher_model(home, watcher)
+    model = teacher_model(home, listener)
     start_ray(num_cpus=4)
-    watcher.stage("Bringing up the teacher on Ray Serve, 2 replicas")
+    listener.stage("Bringing up the teacher on Ray Serve, 2 replicas")
     with serve_teacher(teacher_config(model)):
         results = [
-            distill(student_config(home, output, method, seed, steps), watcher=_Naming(watcher, method))
+            distill(student_config(home, output, method, seed, steps), listener=_Naming(listener, method))
             for method in METHODS
         ]
     report = output / "report.html"
@@ -67,13 +67,13 @@ def cache_folder() -> Path:
     return base / "rayk" / f"quickstart-{version}"
 
 
-def teacher_model(home: Path, watcher: Watcher) -> Path:
+def teacher_model(home: Path, listener: ProgressListener) -> Path:
     """The folder of the trained teacher, trained now unless `home` has it."""
     model = home / "teacher"
     if model.is_dir():
-        watcher.stage(f"The teacher is in the cache ({home})")
+        listener.stage(f"The teacher is in the cache ({home})")
         return model
-    watcher.stage("Training the teacher on the built-in task (only this first time)")
+    listener.stage("Training the teacher on the built-in task (only this first time)")
     work = home / f"training-{os.getpid()}"
     try:
         work.mkdir(parents=True)
@@ -91,7 +91,7 @@ def teacher_model(home: Path, watcher: Watcher) -> Path:
                 "tracking": {"tensorboard": False},
             }
         )
-        result = distill(config, watcher=watcher)
+        result = distill(config, listener=listener)
         result.model.replace(model)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -154,11 +154,11 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-class _Naming(Watcher):
+class _Naming(ProgressListener):
     """Says which student a stage is about."""
 
-    def __init__(self, watcher: Watcher, method: str):
-        self._watcher, self._method = watcher, method
+    def __init__(self, listener: ProgressListener, method: str):
+        self._watcher, self._method = listener, method
 
     def stage(self, text: str) -> None:
         self._watcher.stage(f"[{self._method}] {text}")

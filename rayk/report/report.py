@@ -44,7 +44,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 def _page(runs: list[Run]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
-    source = resources.files("rayk.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    source = resources.files("rayk.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         title=_listed([run.label for run in runs]) if len(runs) <= 3 else f"{len(runs)} runs compared",
         sentence=_sentence(runs),

@@ -6,12 +6,12 @@ import pytest
 
 from rayk.commands import quickstart
 from rayk.data import generated
-from rayk.run import Watcher
+from rayk.run import ProgressListener
 
 pytestmark = pytest.mark.cluster
 
 
-class Recording(Watcher):
+class Recording(ProgressListener):
     def __init__(self):
         self.stages = []
 
@@ -28,8 +28,8 @@ def small(monkeypatch, tmp_path):
 
 
 def test_quickstart_compares_two_students_of_one_served_teacher(small, ray_cluster, tmp_path):
-    watcher = Recording()
-    compared = quickstart.run_quickstart(tmp_path / "out", watcher, steps=6)
+    listener = Recording()
+    compared = quickstart.run_quickstart(tmp_path / "out", listener, steps=6)
     assert [summary["method"] for summary in compared.summaries] == ["supervised", "logit_kd"]
     for summary in compared.summaries:
         assert summary["steps"] == 6
@@ -43,7 +43,7 @@ def test_quickstart_compares_two_students_of_one_served_teacher(small, ray_clust
     page = compared.report.read_text()
     assert "supervised" in page
     assert "logit_kd" in page
-    assert any(stage.startswith("Training the teacher") for stage in watcher.stages)
+    assert any(stage.startswith("Training the teacher") for stage in listener.stages)
 
     # The second time the teacher comes from the cache, and the earlier runs give way.
     again = Recording()
@@ -57,5 +57,5 @@ def test_quickstart_leaves_a_stranger_in_its_way_alone(tmp_path):
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("my life's work")
     with pytest.raises(quickstart.InputError, match="is no earlier quickstart"):
-        quickstart.run_quickstart(tmp_path / "out", Watcher())
+        quickstart.run_quickstart(tmp_path / "out", ProgressListener())
     assert (folder / "thesis.tex").exists()

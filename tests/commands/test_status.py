@@ -5,11 +5,11 @@ import re
 import time
 
 import pytest
-from tests.evaluation.test_report import make_run
+from tests.report.test_report import make_run
 
 from rayk.commands.status import status
 from rayk.errors import InputError
-from rayk.synthesis.store import Store, Written
+from rayk.synthesis.store import CompletionStore, StoredCompletion
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
 
 
@@ -55,10 +55,10 @@ def test_the_whole_of_a_run_in_epochs_is_known_from_its_steps(tmp_path):
 
 
 def test_rows_that_are_being_written(tmp_path):
-    with Store(tmp_path / "synthesis") as store:
+    with CompletionStore(tmp_path / "synthesis") as store:
         store.claim({}, set(), set())
         for number in range(3):
-            store.add(Written(str(number), "text", None, None, "stop", None), {})
+            store.add(StoredCompletion(str(number), "text", None, None, "stop", None), {})
         store.flush()
         [said] = status(tmp_path)
     assert re.fullmatch(r"not made yet; 3 completions are there, written last \d.* ago", said["rows"])

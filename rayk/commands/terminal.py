@@ -14,12 +14,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from rayk.run import Watcher
+from rayk.run import ProgressListener
 
 _LINE_EVERY_SECONDS = 10.0
 
 
-class TerminalWatcher(Watcher):
+class TerminalProgress(ProgressListener):
     """Stages as lines with the time since the start; steps as a bar on a terminal, else as a line now and then."""
 
     def __init__(self, console: Console):

@@ -9,7 +9,7 @@ from typing import Any
 from rayk.report.run_directory import Follower
 
 
-class Watcher:
+class ProgressListener:
     """What a run tells whoever watches; the command line draws it."""
 
     def stage(self, text: str) -> None:
@@ -23,7 +23,7 @@ class Watcher:
 
 
 @contextmanager
-def watching(folder: Path, total: int, watcher: Watcher) -> Iterator[None]:
+def watching(folder: Path, total: int, listener: ProgressListener) -> Iterator[None]:
     """Tell the watcher of new rows in `metrics.jsonl` while training runs, wherever rank 0 is."""
     done = threading.Event()
     follower = Follower(folder / "metrics.jsonl")
@@ -33,7 +33,7 @@ def watching(folder: Path, total: int, watcher: Watcher) -> Iterator[None]:
         while not finished:
             finished = done.wait(0.5)
             if rows := follower.rows():
-                watcher.steps(rows, total)
+                listener.steps(rows, total)
 
     thread = threading.Thread(target=tell, name="rayk-progress", daemon=True)
     thread.start()
