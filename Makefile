@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # Processes that share the tests, file by file; each has a Ray of its own. `make test PROCESSES=0` for one after the other.
 PROCESSES ?= 2
+BENCHMARKS ?= $(addprefix speed.,service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update \
+	dedupe) learning.quickstart
 
 .PHONY: quickstart test lint types bench comparison clean
 
@@ -20,12 +22,12 @@ types: .venv/.developing
 	$(BIN)/mypy
 
 bench: .venv/.developing
-	@for name in service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update dedupe quickstart; do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
 # The methods beside each other on tasks with a known truth; two hours. Goes on where it was stopped.
 comparison: .venv/.developing
-	$(BIN)/python -m tests.benchmarks.comparison --output runs/comparison.jsonl
-	$(BIN)/python -m tests.benchmarks.black_box --output runs/black_box.jsonl
+	$(BIN)/python -m tests.benchmarks.learning.comparison --output runs/comparison.jsonl
+	$(BIN)/python -m tests.benchmarks.learning.black_box --output runs/black_box.jsonl
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -1,1 +1,1 @@
-"""Measured claims: each module is a command (`python -m tests.benchmarks.NAME`) that prints; `make bench` runs all."""
+"""Commands that measure what README.md in this folder reports. `make bench` runs those that need nothing else."""

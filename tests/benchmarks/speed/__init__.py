@@ -1,0 +1,1 @@
+"""Benchmarks of speed, memory and bytes: each module is a command (`python -m tests.benchmarks.speed.NAME`)."""

@@ -1,0 +1,117 @@
+"""What signals cost on disk: bytes an entry with the index, the error of storing them, and the speed of reading.
+
+    python -m tests.benchmarks.speed.cache
+
+An entry is one pair (id, log-prob) of a top-64 signal. Logits are drawn at random, so the ids hold all the information
+they can; a language model's are more alike. Errors are against float32, of distributions coarse-grained to k tokens and
+the rest.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from rayk.environment import set_threading
+
+set_threading()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from rayk.config import CacheConfig  # noqa: E402
+from rayk.config.support import TopK  # noqa: E402
+from rayk.engines.base import EngineInfo  # noqa: E402
+from rayk.engines.transformers import reduce_logits  # noqa: E402
+from rayk.signals.batch import SignalBatch, concatenate, decode, encode  # noqa: E402
+from rayk.signals.sequence import TokenSequence  # noqa: E402
+from rayk.teachers.cache import SignalCache  # noqa: E402
+from tests.benchmarks.machine import machine  # noqa: E402
+
+K = 64
+TEACHER = EngineInfo("benchmark", 0, 4096, "", "float32", "cpu", ("topk",), weights_fingerprint="benchmark")
+
+
+def rows_of(count: int, length: int, seed: int = 0) -> list[TokenSequence]:
+    """Rows of `length` counted tokens each."""
+    random = np.random.default_rng(seed)
+    flags = np.arange(length + 1) > 0
+    return [TokenSequence(random.integers(0, 30_000, length + 1).astype(np.int32), flags) for _ in range(count)]
+
+
+def signals_of(logits: torch.Tensor, length: int) -> SignalBatch:
+    """What a client receives: through the wire."""
+    tokens, vocab_size = logits.shape
+    columns = reduce_logits(logits.clone(), torch.arange(tokens), TopK(K), vocab_size)
+    offsets = torch.arange(0, tokens + 1, length)
+    return decode(encode(SignalBatch(TopK(K), offsets, vocab_size=vocab_size, **columns)))
+
+
+def measure(vocab_size: int, spread: float, length: int, tokens: int = 1024) -> tuple[float, float, float]:
+    """Bytes an entry in the folder, forward and reverse KL in nats."""
+    logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(0)) * spread
+    rows = rows_of(tokens // length, length)
+    with tempfile.TemporaryDirectory() as folder, SignalCache(CacheConfig(path=folder)) as cache:
+        back = concatenate(cache.add(TEACHER, rows, signals_of(logits, length)))
+        cache.flush()
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    assert back.ids is not None
+    exact = logits.double().log_softmax(1)
+    rest = exact.scatter(1, back.ids, -torch.inf).logsumexp(1, keepdim=True)
+    p = torch.cat([exact.gather(1, back.ids), rest], dim=1)
+    log_q, log_tail = back.at_temperature()
+    q = torch.cat([log_q, log_tail[:, None]], dim=1).double()
+    forward, reverse = ((a.exp() * (a - b)).sum(1).mean().item() for a, b in ((p, q), (q, p)))
+    return size / (tokens * K), forward, reverse
+
+
+def measure_speed(rows: int, length: int, runs: int) -> None:
+    """Tokens a second of writing and of reading in batches of 32 rows in random order, by a process that has just
+    opened the folder; the files are in the system's memory."""
+    logits = torch.randn(32 * length, 32_000, generator=torch.Generator().manual_seed(0)) * 3
+    signals = signals_of(logits, length)
+    sequences = rows_of(rows, length)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        with SignalCache(CacheConfig(path=folder)) as cache:
+            for start in range(0, rows, 32):
+                cache.add(TEACHER, sequences[start : start + 32], signals)
+        written = rows * length / (time.perf_counter() - began)
+        speeds = []
+        for run in range(runs):
+            order = np.random.default_rng(run).permutation(rows)
+            began = time.perf_counter()
+            reader = SignalCache(CacheConfig(path=folder))
+            for start in range(0, rows, 32):
+                found = reader.find(TEACHER, [sequences[row] for row in order[start : start + 32]], TopK(K))
+                concatenate([found[row] for row in range(32)])
+            speeds.append(rows * length / (time.perf_counter() - began))
+    print(
+        f"\n{rows} rows of {length} tokens: written at {written:,.0f} tokens/s, "
+        f"read at {sorted(speeds)[runs // 2]:,.0f} (median of {runs}), one thread"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    runs = parser.parse_args().runs
+    torch.set_num_threads(1)
+    print(f"{machine()}, load before {os.getloadavg()[0]:.1f}")
+    print(f"\nk={K}; goal at V <= 65,536: 2.5 bytes an entry and 1e-3 nats")
+    for vocab_size in (32_000, 65_536, 128_000):
+        for name, spread in (("flat", 0.02), ("moderate", 2.0), ("peaked", 8.0), ("one-hot", 60.0)):
+            sizes = []
+            for length in (32, 128, 512):
+                size, forward, reverse = measure(vocab_size, spread, length)
+                sizes.append(f"{size:.2f}")
+            print(
+                f"  V={vocab_size:7,} {name:9} {' / '.join(sizes)} bytes an entry in rows of 32 / 128 / 512 tokens, "
+                f"forward KL {forward:8.1e}, reverse KL {reverse:8.1e}"
+            )
+    measure_speed(rows=1024, length=128, runs=runs)
+
+
+if __name__ == "__main__":
+    main()

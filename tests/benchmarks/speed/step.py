@@ -1,0 +1,85 @@
+"""Where a student's step spends its time, rows padded and packed: the student and rows of `race`'s kind, one process.
+
+    python -m tests.benchmarks.speed.step [--precision bfloat16]
+
+The parts are run one by one, as the training loop runs them together; the two ways take turns.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rayk.data.batches import collate
+from rayk.losses import linear_divergence, token_mean
+from rayk.models.packing import enable_packing
+from rayk.signals.sequence import TokenSequence
+from rayk.training.student import Student
+from tests.benchmarks.machine import machine
+from tests.benchmarks.speed.loss import inputs
+from tests.benchmarks.speed.race import BATCH, SIZES, VOCAB
+from tests.benchmarks.speed.service import make_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--steps", type=int, default=7)
+    given = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    shape = SIZES["student"] | {"vocab_size": VOCAB, "tie_word_embeddings": True, "max_position_embeddings": 1024}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape)).train()
+    student = Student(model, given.precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    # Half as long, as GSM8K's rows are.
+    rows = [TokenSequence(row.input_ids[::2] % VOCAB, row.counted[::2]) for row in make_rows(BATCH, 0.55)]
+    batch = collate(rows, 0)
+    _, _, signals = inputs(64 * (batch.counted_tokens // 64 + 1), 8, VOCAB)
+    signals = signals.slice_tokens(slice(batch.counted_tokens))
+    spent: dict[tuple[str, str], list[float]] = {}
+
+    def step(way: str) -> None:
+        began = time.perf_counter()
+
+        def note(part: str) -> None:
+            nonlocal began
+            spent.setdefault((way, part), []).append(time.perf_counter() - began)
+            began = time.perf_counter()
+
+        hidden = student.hidden(batch)
+        note("body forward")
+        states = hidden.detach().requires_grad_()
+        with student.autocast():
+            loss = token_mean(linear_divergence(states, student.head, signals), batch.counted_tokens)
+        note("head and loss forward")
+        loss.backward()
+        note("head and loss backward")
+        hidden.backward(states.grad)
+        note("body backward")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        note("clip and AdamW")
+
+    for number in range(given.steps + 2):
+        for way in ("padded", "packed"):
+            model.set_attn_implementation("sdpa")
+            if way == "packed":
+                enable_packing(model)
+            step(way)
+        if number == 1:
+            spent.clear()  # the first steps allocate
+    print(f"{machine()}, load {os.getloadavg()[0]:.1f}, {given.precision}; ms, medians of {given.steps}")
+    tokens, padded = sum(map(len, rows)), batch.input_ids.numel()
+    print(f"{tokens:,} tokens ({padded:,} with padding), {batch.counted_tokens:,} counted")
+    for way in ("padded", "packed"):
+        parts = {part: statistics.median(seconds) for (each, part), seconds in spent.items() if each == way}
+        listed = ", ".join(f"{part} {seconds * 1e3:,.0f}" for part, seconds in parts.items())
+        print(f"  {way}: {listed}; {tokens / sum(parts.values()):,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
