@@ -29,6 +29,7 @@ from rayk.config.loading import difference, load_config, parse_config
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
     AdaptiveConfig,
+    CustomMethodConfig,
     DemonstrationsConfig,
     Divergence,
     DivergenceMethodConfig,
@@ -56,6 +57,7 @@ from rayk.config.synthesis import (
     AnswerConfig,
     AnswerType,
     ChainOfThoughtConfig,
+    CustomSynthesisConfig,
     MagpieConfig,
     PreferencesConfig,
     ResponsesConfig,
@@ -67,6 +69,7 @@ from rayk.config.synthesis import (
     SynthesisSettings,
 )
 from rayk.config.teachers import (
+    CustomEngineConfig,
     EngineConfig,
     EnsembleConfig,
     LocalEngineConfig,
@@ -90,7 +93,10 @@ __all__ = [
     "CacheConfig",
     "ChainOfThoughtConfig",
     "ContaminationFilterConfig",
+    "CustomEngineConfig",
     "CustomFilterConfig",
+    "CustomMethodConfig",
+    "CustomSynthesisConfig",
     "DataConfig",
     "DataSource",
     "DemonstrationsConfig",

@@ -24,15 +24,28 @@ AnswerPattern = Annotated[str, AfterValidator(_has_one_group)]
 """A regular expression whose one group is what it finds."""
 
 
+FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""'module:name'."""
+FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATTERN)]
+"""'module:name' of a function of the user's."""
+ClassPath = Annotated[str, Field(pattern=rf"{FUNCTION_PATTERN}|^[A-Za-z_][\w.-]*$")]
+"""'module:name' of a class of the user's, or the name of an entry point."""
+
+
 class Settings(BaseModel):
     """Base of every section: no unknown keys, and a misspelt one is told the nearest."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
+    @classmethod
+    def allows(cls, values: dict) -> bool:
+        """Whether these values may have keys that the section does not name."""
+        return False
+
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
+        if isinstance(values, dict) and not cls.allows(values):
             unknown = [key for key in values if key not in cls.model_fields]
             if unknown:
                 near = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1, cutoff=0.5)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rayk.config.base import AnswerPattern, Positive, Settings
+from rayk.config.base import AnswerPattern, FunctionPath, Positive, Settings
 from rayk.config.support import TopK
 
 
@@ -32,6 +32,12 @@ class EvaluationConfig(Settings):
     answer_pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer in both texts (the last match counts), such as
     '#### (.+)'; by default the whole text, white space folded."""
+    metrics: list[FunctionPath] = Field(default_factory=list)
+    """Metrics of your own beside the built-in ones, each a function 'module:name' called with (completion, row) for
+    each evaluated row, where `row` is a mapping of the row's fields. It returns a number; the mean is reported under
+    the function's name. Needs `generation`."""
+    before_training: bool = True
+    """Also measure the student before its first update."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Completions kept for the report."""
     demonstration_draws: Positive = 1

@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from rayk.config.base import AnswerPattern, Positive, Settings, Share
-
-FUNCTION_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+from rayk.config.base import AnswerPattern, FunctionPath, Positive, Settings, Share
 
 
 class FieldFilterConfig(Settings):
@@ -137,7 +135,7 @@ class CustomFilterConfig(Settings):
     the reason for leaving it out as text."""
 
     kind: Literal["custom"] = "custom"
-    function: Annotated[str, Field(pattern=FUNCTION_PATTERN)]
+    function: FunctionPath
     """'module:name'; the module is looked for where rayk was started, too."""
 
 

@@ -1,12 +1,13 @@
 """The ways of learning and their settings, told apart by `kind`."""
 
 import difflib
+import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from rayk.config.base import Positive, Settings, Share
+from rayk.config.base import FUNCTION_PATTERN, ClassPath, Positive, Settings, Share
 from rayk.config.data import DataSource
 from rayk.config.retriever import RetrieverConfig
 from rayk.config.support import Logprob, Requested, Sampled, Support, TopK
@@ -24,7 +25,10 @@ DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 class Divergence(Settings):
-    """One of `rayk.losses`' divergences with its option; a bare name will do where it has none."""
+    """A divergence of `rayk.losses` with its option, or a function of your own ('module:name') with options of its own.
+    A name alone is short for one without options."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: str = "forward_kl"
     beta: Share | None = None
@@ -34,6 +38,8 @@ class Divergence(Settings):
 
     @model_validator(mode="after")
     def _known(self) -> "Divergence":
+        if self.is_custom:
+            return self
         if self.name not in DIVERGENCE_OPTIONS:
             near = difflib.get_close_matches(self.name, DIVERGENCE_OPTIONS, n=1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'?" if near else ""
@@ -43,10 +49,19 @@ class Divergence(Settings):
                 raise ValueError(f"'{self.name}' takes no '{option}'")
         return self
 
+    @classmethod
+    def allows(cls, values: dict) -> bool:
+        return re.match(FUNCTION_PATTERN, str(values.get("name"))) is not None
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether `name` is a function of the user's."""
+        return self.allows({"name": self.name})
+
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments for the loss function."""
-        given = {name: getattr(self, name) for name in ("beta", "weight", "alpha", "mu")}
+        given = {name: getattr(self, name) for name in ("beta", "weight", "alpha", "mu")} | (self.model_extra or {})
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -344,7 +359,47 @@ class PreferenceConfig(Settings):
         return True
 
 
+class CustomMethodConfig(Settings):
+    """A method of your own: a subclass of `rayk.Method`."""
+
+    kind: Literal["custom"] = "custom"
+    path: ClassPath
+    """The method's class as 'module:name', or the name of an entry point in group `rayk.methods`. The module may also
+    be a file in the folder where rayk was started."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the method as `self.settings.options`."""
+    teacher: str | None = None
+    """Which of `teachers` it queries; by default the first."""
+    support: Support | None = TopK()
+    """What it requests of the teacher at each counted token; `null`: it queries no teacher."""
+    rollouts: bool = False
+    """Whether it learns from completions that the student generates (a subclass of `rayk.OnPolicyMethod`)."""
+    pairs: bool = False
+    """Whether each row is a prompt with a better and a worse answer."""
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether it queries a teacher."""
+        return self.support is not None
+
+    @property
+    def samples_rollouts(self) -> bool:
+        """Whether it learns from completions that the student generates."""
+        return self.rollouts
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether rows are preference pairs."""
+        return self.pairs
+
+
 MethodConfig = Annotated[
-    SupervisedConfig | LogitKDConfig | OnPolicyConfig | MiniLLMConfig | InContextConfig | PreferenceConfig,
+    SupervisedConfig
+    | LogitKDConfig
+    | OnPolicyConfig
+    | MiniLLMConfig
+    | InContextConfig
+    | PreferenceConfig
+    | CustomMethodConfig,
     Field(discriminator="kind"),
 ]

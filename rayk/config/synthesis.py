@@ -1,14 +1,13 @@
 """What teachers write for the student to learn from, and how; told apart by `kind`."""
 
 import string
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rayk.config.base import AnswerPattern, Positive, Settings
+from rayk.config.base import FUNCTION_PATTERN, AnswerPattern, ClassPath, Positive, Settings
 from rayk.config.data import DataSource
 from rayk.config.filters import (
-    FUNCTION_PATTERN,
     EndingFilterConfig,
     FilterConfig,
     LengthFilterConfig,
@@ -402,7 +401,35 @@ class PreferencesConfig(StudentSynthesisConfig):
         return self.chosen == "best" and self.scorer == "mean_logprob"
 
 
+class CustomSynthesisConfig(SynthesisSettings):
+    """A recipe of your own: a subclass of `rayk.Recipe`."""
+
+    kind: Literal["custom"] = "custom"
+    path: ClassPath
+    """The recipe's class as 'module:name'; the module may also be a file in the folder where rayk was started."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the recipe as `settings.options`."""
+    own_prompts: bool = False
+    """Whether the recipe makes its own prompts, so that neither `data.train` nor `synthesis.prompts` is given."""
+    pairs: bool = False
+    """Whether each row is a prompt with a better and a worse answer, for method `preference`."""
+
+    @property
+    def makes_prompts(self) -> bool:
+        return self.own_prompts
+
+    @property
+    def writes_pairs(self) -> bool:
+        return self.pairs
+
+
 SynthesisConfig = Annotated[
-    ResponsesConfig | ChainOfThoughtConfig | SelfInstructConfig | MagpieConfig | AdversarialConfig | PreferencesConfig,
+    ResponsesConfig
+    | ChainOfThoughtConfig
+    | SelfInstructConfig
+    | MagpieConfig
+    | AdversarialConfig
+    | PreferencesConfig
+    | CustomSynthesisConfig,
     Field(discriminator="kind"),
 ]

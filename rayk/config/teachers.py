@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayk.config.base import Positive, Settings
+from rayk.config.base import ClassPath, Positive, Settings
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, TopK
 
 
@@ -113,13 +113,27 @@ class OpenAIEngineConfig(Settings):
     price_per_million_completion_tokens: Annotated[float, Field(ge=0)] | None = None
 
 
+class CustomEngineConfig(Settings):
+    """An engine of your own: a class with the methods of `rayk.engines.base.Engine`, called with (model, settings,
+    trust_remote_code)."""
+
+    kind: Literal["custom"] = "custom"
+    path: ClassPath
+    """The engine's class as 'module:name', or the name of an entry point in group `rayk.engines`. The module may also
+    be a file in the folder where rayk was started."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the engine as `settings.options`."""
+    signals: bool = True
+    """Whether it returns signals; else it only generates text."""
+
+
 def on_transformers(value: Any) -> Any:
     """An engine whose `kind` is left out runs on transformers."""
     return {"kind": "transformers"} | value if isinstance(value, dict) else value
 
 
 EngineConfig = Annotated[
-    TransformersEngineConfig | VLLMEngineConfig | OpenAIEngineConfig | SimulatedEngineConfig,
+    TransformersEngineConfig | VLLMEngineConfig | OpenAIEngineConfig | SimulatedEngineConfig | CustomEngineConfig,
     Field(discriminator="kind"),
 ]
 
@@ -242,4 +256,6 @@ class TeacherConfig(Settings):
     @property
     def gives_signals(self) -> bool:
         """Whether it can be asked for more than text."""
+        if isinstance(self.engine, CustomEngineConfig):
+            return self.engine.signals
         return not isinstance(self.engine, OpenAIEngineConfig)
