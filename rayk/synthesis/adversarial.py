@@ -38,7 +38,7 @@ from rayk.config import AdversarialConfig
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
 from rayk.errors import RunFailed
-from rayk.synthesis import tasks
+from rayk.synthesis import self_instruct_texts as texts
 from rayk.synthesis.adversarial_texts import (
     NEW_PROMPT_STOP,
     REFEREE_STOP,
@@ -48,23 +48,31 @@ from rayk.synthesis.adversarial_texts import (
     parse_scores,
     referee_prompt,
 )
-from rayk.synthesis.base import Candidate, Figure, Recipe, fault_of, lack_of, parameters_of, text_of
-from rayk.synthesis.pools import (
+from rayk.synthesis.base import (
+    Candidate,
+    Recipe,
+    Statistic,
+    completion_problem,
+    completion_text,
+    missing_response,
+    sampling_parameters,
+)
+from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.instruction_pools import (
     CACHE,
     COMPARISONS,
     EASY,
     GIVEN,
     HARD,
     TRAIN,
-    Comparison,
-    Entry,
+    AnswerComparison,
+    PoolEntry,
     read_pool,
     write_comparisons,
     write_pool,
 )
 from rayk.synthesis.prompts import Prompt
-from rayk.synthesis.scribe import Request, Scribe, in_order
-from rayk.synthesis.store import Written
+from rayk.synthesis.store import StoredCompletion
 from rayk.text import Filter, judge
 from rayk.text.words import words
 
@@ -87,9 +95,9 @@ class _Made:
         written: what the teacher wrote to make it up; nothing where it was given.
     """
 
-    entry: Entry
+    entry: PoolEntry
     made_of: tuple[int, ...]
-    written: tuple[Written, ...] = ()
+    written: tuple[StoredCompletion, ...] = ()
 
 
 class Adversarial(Recipe[AdversarialConfig]):
@@ -98,10 +106,10 @@ class Adversarial(Recipe[AdversarialConfig]):
     summary = "new instructions where the student is behind its teacher, round by round, and the teacher's answers"
     paper = "Jiang et al. 2023, arXiv 2305.12870"
 
-    def __init__(self, settings: AdversarialConfig, prompts: Sequence[Prompt], scribe: Scribe):
+    def __init__(self, settings: AdversarialConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
         super().__init__(settings, prompts, scribe)
-        self._answering = parameters_of(settings.sampling)
-        self._comparisons: list[Comparison] = []
+        self._answering = sampling_parameters(settings.sampling)
+        self._comparisons: list[AnswerComparison] = []
         self._made: list[_Made] = []
         self._left_out: Counter[str] = Counter()
         self._pools: dict[str, int] = {}
@@ -113,7 +121,7 @@ class Adversarial(Recipe[AdversarialConfig]):
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """The instructions that were left out, then the answers to the others."""
         self.scribe.total = self.requests
-        cache: list[Entry] = []
+        cache: list[PoolEntry] = []
         if self.round.number == 0:
             self._made = self._given()
         else:
@@ -132,9 +140,9 @@ class Adversarial(Recipe[AdversarialConfig]):
                     "raise synthesis.easy_instructions."
                 )
         self.scribe.total = self.scribe.done + len(self._made)
-        train: list[Entry] = []
+        train: list[PoolEntry] = []
         work = (self._answered(each) for each in self._made)
-        async with aclosing(in_order(work, self.settings.in_flight)) as answered:
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as answered:
             async for entry, candidate in answered:
                 train.append(entry)
                 yield candidate
@@ -149,26 +157,26 @@ class Adversarial(Recipe[AdversarialConfig]):
         first: dict[str, int] = {}
         for place, prompt in enumerate(self.prompts):
             first.setdefault(prompt.text.strip(), place)
-        return [_Made(Entry(self.prompts[place].text, GIVEN, 0, place), (place,)) for place in first.values()]
+        return [_Made(PoolEntry(self.prompts[place].text, GIVEN, 0, place), (place,)) for place in first.values()]
 
-    async def _answered(self, made: _Made) -> tuple[Entry, Candidate]:
+    async def _answered(self, made: _Made) -> tuple[PoolEntry, Candidate]:
         """Imitation: the teacher's answer to an instruction of the train pool."""
         entry = made.entry
         written = await self._ask(self.scribe, entry, (_ANSWER, self.round.number, *made.made_of))
-        text = text_of(written, self._answering.stop)
+        text = completion_text(written, self._answering.stop)
         candidate = _candidate(entry, text, written, *made.written)
-        if lack := lack_of(written):
+        if lack := missing_response(written):
             return entry, candidate.rejected(*lack)
-        fault = fault_of(written, text)
+        fault = completion_problem(written, text)
         return replace(entry, answer=text), candidate.rejected(*fault) if fault else candidate
 
-    async def _try_referee(self, train: Sequence[Entry]) -> None:
+    async def _try_referee(self, train: Sequence[PoolEntry]) -> None:
         """Have the referee compare some answers with themselves, before a round is trained that it could not follow.
 
         Raises:
             RunFailed: it gives no scores.
         """
-        some = [Comparison(each, each.answer, each.answer) for each in train if each.answer][:_TRIED]
+        some = [AnswerComparison(each, each.answer, each.answer) for each in train if each.answer][:_TRIED]
         tried = await gather(self._judged(place, compared, 0) for place, compared in enumerate(some))
         if tried and not any(scores for scores, _ in tried):
             raise RunFailed(
@@ -177,14 +185,14 @@ class Adversarial(Recipe[AdversarialConfig]):
                 "are kept."
             )
 
-    async def _discriminate(self, cache: Sequence[Entry]) -> None:
+    async def _discriminate(self, cache: Sequence[PoolEntry]) -> None:
         """Have the student answer the cache pool, and the referee compare.
 
         Raises:
             RunFailed: nothing could be compared.
         """
         work = (self._compare(place, entry) for place, entry in enumerate(cache))
-        async with aclosing(in_order(work, self.settings.in_flight)) as compared:
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as compared:
             self._comparisons = [each async for each in compared]
         write_comparisons(self.store, self._comparisons, self.settings.threshold)
         if not any(each.lead is not None for each in self._comparisons):
@@ -195,51 +203,53 @@ class Adversarial(Recipe[AdversarialConfig]):
                 "to synthesis.referee and synthesis.referee_template."
             )
 
-    async def _compare(self, place: int, entry: Entry) -> Comparison:
+    async def _compare(self, place: int, entry: PoolEntry) -> AnswerComparison:
         """Both answers to an instruction of the cache pool, and the referee's scores in both orders."""
         assert self.round.student is not None
         number = self.round.number
         teacher, student = await gather(
             [self._teachers(place, entry), self._ask(self.round.student, entry, (_STUDENT, number, place))]
         )
-        compared = Comparison(entry, text_of(teacher, self._answering.stop), text_of(student, self._answering.stop))
+        compared = AnswerComparison(
+            entry, completion_text(teacher, self._answering.stop), completion_text(student, self._answering.stop)
+        )
         for who, written in (("the teacher", teacher), ("the student", student)):
-            if lack := lack_of(written):
+            if lack := missing_response(written):
                 return replace(compared, reason=f"{lack[0]} by {who}: {lack[1]}")
         judged = await gather(self._judged(place, compared, order) for order in range(2))
         scores, reasons = zip(*judged, strict=True)
         return replace(compared, scores=scores, reason=next(filter(None, reasons), ""))
 
-    async def _teachers(self, place: int, entry: Entry) -> Written:
+    async def _teachers(self, place: int, entry: PoolEntry) -> StoredCompletion:
         """The teacher's answer, which the round that added the instruction may have left open."""
         if entry.answer is not None:
-            return Written("", entry.answer, None, None, "stop")
+            return StoredCompletion("", entry.answer, None, None, "stop")
         # In every round the same request: what it came to in an earlier one is found.
         return await self._ask(self.scribe, entry, (_AGAIN, place))
 
-    async def _ask(self, scribe: Scribe, entry: Entry, seed: tuple[int, ...]) -> Written:
-        return await scribe.ask(Request(entry.instruction, self.scribe.seed(*seed), self._answering))
+    async def _ask(self, scribe: CompletionClient, entry: PoolEntry, seed: tuple[int, ...]) -> StoredCompletion:
+        return await scribe.ask(CompletionRequest(entry.instruction, self.scribe.seed(*seed), self._answering))
 
-    async def _judged(self, place: int, compared: Comparison, order: int) -> tuple[Scores | None, str]:
+    async def _judged(self, place: int, compared: AnswerComparison, order: int) -> tuple[Scores | None, str]:
         """The scores of teacher and student with the answers in this order, or why there are none; asked once more
         where the referee gives none."""
         own, answers = self.settings.referee_template, (compared.teacher, compared.student)
         asked = referee_prompt(
             compared.entry.instruction, answers if order == 0 else answers[::-1], self.round.referee.chats, own
         )  # fmt: skip
-        parameters = parameters_of(self.settings.referee_sampling)
+        parameters = sampling_parameters(self.settings.referee_sampling)
         if own is None and not self.round.referee.chats:
             parameters = replace(parameters, stop=(*REFEREE_STOP, *parameters.stop))
         for attempt in range(2):
             seed = self.scribe.seed(_REFEREE, self.round.number, place, order, attempt)
-            written = await self.round.referee.ask(Request(asked, seed, parameters))
-            if lack := lack_of(written):
+            written = await self.round.referee.ask(CompletionRequest(asked, seed, parameters))
+            if lack := missing_response(written):
                 return None, f"{lack[0]} by the referee: {lack[1]}"
-            if scores := parse_scores(text_of(written, parameters.stop)):
+            if scores := parse_scores(completion_text(written, parameters.stop)):
                 return scores if order == 0 else scores[::-1], ""
         return None, f"the referee gave no two scores: {written.text[-80:]!r}"
 
-    async def _generate(self, cache: Sequence[Entry]) -> AsyncGenerator[Candidate, None]:
+    async def _generate(self, cache: Sequence[PoolEntry]) -> AsyncGenerator[Candidate, None]:
         """Makes up as many instructions of each kind as are asked for, or as the teacher has ideas; yields those that
         are left out."""
         filters = new_instruction_filters(self.settings.blacklist, (each.instruction for each in cache))
@@ -275,7 +285,7 @@ class Adversarial(Recipe[AdversarialConfig]):
         """How many calls for a kind go out together while so many of those that are wanted are missing."""
         return min(self.settings.batch, max(missing, min(_LEAST_A_LAP, wanted)))
 
-    async def _propose(self, model: Entry, kind: str, place: int, turn: int) -> Written:
+    async def _propose(self, model: PoolEntry, kind: str, place: int, turn: int) -> StoredCompletion:
         template = self.settings.hard_template if kind == HARD else self.settings.easy_template
         asked = new_prompt(model.instruction, kind == HARD, self.scribe.chats, template)
         longest = self.settings.instruction_tokens_per_word * len(words(model.instruction))
@@ -284,52 +294,54 @@ class Adversarial(Recipe[AdversarialConfig]):
             self.settings.instruction_temperature,
             stop=() if self.scribe.chats else NEW_PROMPT_STOP,
         )
-        return await self.scribe.ask(Request(asked, self.scribe.seed(_NEW, self.round.number, place, turn), parameters))
+        return await self.scribe.ask(CompletionRequest(asked, self.scribe.seed(_NEW, self.round.number, place, turn), parameters))
 
     def _read(
-        self, written: Written, model: Entry, kind: str, filters: Sequence[Filter]
-    ) -> tuple[Entry, tuple[str, str] | None]:
+        self, written: StoredCompletion, model: PoolEntry, kind: str, filters: Sequence[Filter]
+    ) -> tuple[PoolEntry, tuple[str, str] | None]:
         """The new instruction that was written, and the rule by which it is left out, with the reason."""
-        text = parse_new_prompt(text_of(written, () if self.scribe.chats else NEW_PROMPT_STOP))
-        new = Entry(text, kind, self.round.number, model.origin, made_from=model.instruction)
-        if lack := lack_of(written):
+        text = parse_new_prompt(completion_text(written, () if self.scribe.chats else NEW_PROMPT_STOP))
+        new = PoolEntry(text, kind, self.round.number, model.origin, made_from=model.instruction)
+        if lack := missing_response(written):
             return new, lack
         if written.finish_reason == "length":
             return new, ("cut", "was cut at the token limit")
         rejection = judge({"instruction": text}, filters)
         return new, None if rejection is None else (rejection.filter, rejection.reason)
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
-        figures = [Figure(name.replace("_", " "), size, share=False) for name, size in self._pools.items()]
+    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
+        figures = [Statistic(name.replace("_", " "), size, share=False) for name, size in self._pools.items()]
         return [*self._of_comparisons(), *self._of_new_ones(), *figures] if self._comparisons else figures
 
-    def _of_comparisons(self) -> list[Figure]:
+    def _of_comparisons(self) -> list[Statistic]:
         leads = [each.lead for each in self._comparisons if each.lead is not None]
         judged = [scores for each in self._comparisons for scores in each.scores]
         hard = sum(each.kind(self.settings.threshold) == HARD for each in self._comparisons)
         return [
-            Figure("teacher's lead over the student, of 9 points", fmean(leads), share=False),
-            Figure("hard instructions", hard / len(leads)),
-            Figure("judgements without scores", judged.count(None) / len(judged)),
-            Figure("not compared", 1 - len(leads) / len(self._comparisons)),
-            Figure("the order of the answers decides", sum(e.hangs_on_order for e in self._comparisons) / len(leads)),
+            Statistic("teacher's lead over the student, of 9 points", fmean(leads), share=False),
+            Statistic("hard instructions", hard / len(leads)),
+            Statistic("judgements without scores", judged.count(None) / len(judged)),
+            Statistic("not compared", 1 - len(leads) / len(self._comparisons)),
+            Statistic(
+                "the order of the answers decides", sum(e.depends_on_order for e in self._comparisons) / len(leads)
+            ),
         ]
 
-    def _of_new_ones(self) -> list[Figure]:
+    def _of_new_ones(self) -> list[Statistic]:
         made = Counter(each.entry.kind for each in self._made)
         return [
-            *(Figure(f"new from {kind} ones", made[kind], share=False) for kind in (HARD, EASY)),
-            *(Figure(f"left out: {rule}", number, share=False) for rule, number in self._left_out.most_common()),
+            *(Statistic(f"new from {kind} ones", made[kind], share=False) for kind in (HARD, EASY)),
+            *(Statistic(f"left out: {rule}", number, share=False) for rule, number in self._left_out.most_common()),
         ]
 
 
-def _candidate(entry: Entry, answer: str, *written: Written) -> Candidate:
+def _candidate(entry: PoolEntry, answer: str, *written: StoredCompletion) -> Candidate:
     fields = {"kind": entry.kind, "made_from": entry.made_from}
     return Candidate(entry.instruction, answer, entry.origin, written, fields, made_up=entry.kind != GIVEN)
 
 
 def new_instruction_filters(blacklist: Sequence[str], cache: Iterable[str]) -> list[Filter]:
     """The paper's rules for new instructions (field `instruction`) beside those of the cache pool."""
-    return tasks.pool_filters(
-        cache, words=(_SHORTEST_WORDS, None), fault=tasks.beginning_fault, blacklist=blacklist, similar=_TOO_SIMILAR
+    return texts.build_pool_filters(
+        cache, words=(_SHORTEST_WORDS, None), fault=texts.beginning_problem, blacklist=blacklist, similar=_TOO_SIMILAR
     )

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from rayk.config import SamplingConfig, SynthesisSettings, TeacherConfig
 from rayk.engines.base import SamplingParameters
+from rayk.synthesis.completions import CompletionClient, run_in_order
 from rayk.synthesis.prompts import Prompt
-from rayk.synthesis.scribe import Scribe, in_order
-from rayk.synthesis.store import Store, Written
+from rayk.synthesis.store import CompletionStore, StoredCompletion
 
 S = TypeVar("S", bound=SynthesisSettings)
 
@@ -33,7 +33,7 @@ class Candidate:
     prompt: str
     completion: str
     origin: int
-    written: tuple[Written, ...]
+    written: tuple[StoredCompletion, ...]
     fields: dict[str, Any] = field(default_factory=dict)
     made_up: bool = False
     rejected_by: str = ""
@@ -57,12 +57,12 @@ class Round:
 
     number: int
     before: Path | None
-    student: Scribe | None
-    referee: Scribe
+    student: CompletionClient | None
+    referee: CompletionClient
 
 
 @dataclass(frozen=True)
-class Figure:
+class Statistic:
     """A number of the report: a share from 0 to 1, a count (an int) or a mean."""
 
     name: str
@@ -72,7 +72,7 @@ class Figure:
 
 class Recipe(ABC, Generic[S]):
     """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them. One that writes for each
-    prompt alone is a `PromptByPrompt`, one that makes up its prompts an `OwnPrompts`.
+    prompt alone is a `PerPromptRecipe`, one that makes up its prompts an `PromptGeneratingRecipe`.
 
     Attributes:
         round: set by whoever has it write, before it does.
@@ -81,12 +81,12 @@ class Recipe(ABC, Generic[S]):
     summary: ClassVar[str]
     paper: ClassVar[str]
 
-    def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: Scribe):
+    def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: CompletionClient):
         self.settings, self.prompts, self.scribe = settings, prompts, scribe
         self.round = Round(0, None, None, scribe)
 
     @property
-    def store(self) -> Store:
+    def store(self) -> CompletionStore:
         """What was written, and where a recipe may keep more."""
         return self.scribe.store
 
@@ -112,34 +112,34 @@ class Recipe(ABC, Generic[S]):
         them rejected now."""
         return kept
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
+    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
         """What the recipe reports of all its candidates."""
         return []
 
 
-class PromptByPrompt(Recipe[S]):
+class PerPromptRecipe(Recipe[S]):
     """A recipe whose candidates for one prompt depend on no other prompt."""
 
     @abstractmethod
-    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
+    async def generate_for_prompt(self, place: int, prompt: Prompt) -> list[Candidate]:
         """The candidates of one prompt."""
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
         """Prompt by prompt."""
         self.scribe.total = self.requests
-        work = (self.write_for(place, prompt) for place, prompt in enumerate(self.prompts))
-        async with aclosing(in_order(work, self.settings.in_flight)) as written:
+        work = (self.generate_for_prompt(place, prompt) for place, prompt in enumerate(self.prompts))
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as written:
             async for candidates in written:
                 for candidate in candidates:
                     yield candidate
 
 
-class OwnPrompts(Recipe[S]):
+class PromptGeneratingRecipe(Recipe[S]):
     """A recipe whose teacher makes up the prompts too (`settings.makes_prompts`)."""
 
     @classmethod
     @abstractmethod
-    def own_prompts(cls, settings: S) -> list[Prompt]:
+    def seed_prompts(cls, settings: S) -> list[Prompt]:
         """What it starts from instead.
 
         Raises:
@@ -147,14 +147,14 @@ class OwnPrompts(Recipe[S]):
         """
 
 
-def parameters_of(sampling: SamplingConfig) -> SamplingParameters:
+def sampling_parameters(sampling: SamplingConfig) -> SamplingParameters:
     """How the teacher is asked to write."""
     return SamplingParameters(
         sampling.max_new_tokens, sampling.temperature, sampling.top_p, stop=tuple(sampling.stop)
     )  # fmt: skip
 
 
-def text_of(written: Written, stop: Sequence[str] = ()) -> str:
+def completion_text(written: StoredCompletion, stop: Sequence[str] = ()) -> str:
     """What was written up to the text that ended it (engines differ in whether they keep that), without the white space
     behind."""
     text = written.text
@@ -163,20 +163,20 @@ def text_of(written: Written, stop: Sequence[str] = ()) -> str:
     return text.rstrip()
 
 
-NO_ANSWER = ("unanswered", "refused")
+MISSING_RESPONSE = ("unanswered", "refused")
 """By what is rejected that was not written: it may be another time, or will not be."""
 
 
-def lack_of(written: Written) -> tuple[str, str] | None:
-    """Which of `NO_ANSWER` this is, and why; None where it is an answer."""
+def missing_response(written: StoredCompletion) -> tuple[str, str] | None:
+    """Which of `MISSING_RESPONSE` this is, and why; None where it is an answer."""
     if written.finish_reason != "error":
         return None
-    return NO_ANSWER[written.refused], written.reason
+    return MISSING_RESPONSE[written.refused], written.reason
 
 
-def fault_of(written: Written, text: str, by: str = "teacher") -> tuple[str, str] | None:
+def completion_problem(written: StoredCompletion, text: str, by: str = "teacher") -> tuple[str, str] | None:
     """The check that a completion does not pass by itself, and why; None where it is one."""
-    if lack := lack_of(written):
+    if lack := missing_response(written):
         return lack
     if not text.strip():
         return "empty", f"the {by} wrote nothing"

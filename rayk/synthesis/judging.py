@@ -16,9 +16,9 @@ from rayk.config import FilterConfig, JudgeFilterConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
 from rayk.synthesis.base import Candidate, missing_response
-from rayk.synthesis.completions import Request, CompletionClient, in_order
+from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
 from rayk.synthesis.store import StoredCompletion
-from rayk.text.answers import matched
+from rayk.text.answers import find_last_match
 
 _RATING = 90  # the stage of a seed
 _EXCERPT = 60
@@ -49,7 +49,7 @@ class Judge:
     def score(self, reply: str) -> float | None:
         """The last score in a reply; None where there is none."""
         try:
-            return float(matched(reply, self.settings.score_pattern) or "")
+            return float(find_last_match(reply, self.settings.score_pattern) or "")
         except ValueError:
             return None
 
@@ -61,8 +61,12 @@ def find_judges(filters: Sequence[FilterConfig]) -> Iterator[Judge]:
         yield Judge("judge" if len(found) == 1 else f"judge {number}", each)
 
 
-async def judged(
-    judge: Judge, candidates: Sequence[Candidate], rows: Sequence[Mapping[str, Any]], scribe: CompletionClient, at_once: int
+async def apply_judge(
+    judge: Judge,
+    candidates: Sequence[Candidate],
+    rows: Sequence[Mapping[str, Any]],
+    scribe: CompletionClient,
+    at_once: int,
 ) -> list[Candidate]:
     """The candidates, those that `judge` does not let pass rejected; with the score and the key of the reply.
 
@@ -74,8 +78,8 @@ async def judged(
     asked = [prompt for prompt in dict.fromkeys(prompts) if prompt is not None]  # equal ones once
     parameters, seed = SamplingParameters(judge.settings.max_new_tokens, 0.0), scribe.seed(_RATING)
     scribe.total += len(asked)
-    work = (scribe.ask(Request(prompt, seed, parameters)) for prompt in asked)
-    async with scribe, aclosing(in_order(work, at_once)) as replies:
+    work = (scribe.ask(CompletionRequest(prompt, seed, parameters)) for prompt in asked)
+    async with scribe, aclosing(run_in_order(work, at_once)) as replies:
         reply_to = {prompt: await anext(replies) for prompt in asked}
     return [
         each if prompt is None else _passed(judge, each, reply_to[prompt])

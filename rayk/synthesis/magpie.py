@@ -18,11 +18,19 @@ from rayk.data.tokens import Encoder
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
 from rayk.models import load_tokenizer
-from rayk.synthesis.base import NO_ANSWER, Candidate, Figure, OwnPrompts, fault_of, parameters_of, text_of
+from rayk.synthesis.base import (
+    MISSING_RESPONSE,
+    Candidate,
+    PromptGeneratingRecipe,
+    Statistic,
+    completion_problem,
+    completion_text,
+    sampling_parameters,
+)
+from rayk.synthesis.chat_turns import find_chat_turns
+from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
 from rayk.synthesis.prompts import Prompt
-from rayk.synthesis.scribe import Request, Scribe, in_order
-from rayk.synthesis.store import Written
-from rayk.synthesis.turns import turns_of
+from rayk.synthesis.store import StoredCompletion
 from rayk.text import Filter, build_filters, judge, words
 
 _INSTRUCTION, _RESPONSE = 20, 21  # the stages of a seed
@@ -34,16 +42,16 @@ class _Drawn:
 
     instruction: str
     place: int
-    written: Written
+    written: StoredCompletion
 
 
-class Magpie(OwnPrompts[MagpieConfig]):
+class Magpie(PromptGeneratingRecipe[MagpieConfig]):
     """See the module."""
 
     summary = "instructions that a chat model writes at the beginning of a user's turn, and its answers to them"
     paper = "Xu et al. 2024, arXiv 2406.08464"
 
-    def __init__(self, settings: MagpieConfig, prompts: Sequence[Prompt], scribe: Scribe):
+    def __init__(self, settings: MagpieConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
         super().__init__(settings, prompts, scribe)
         teacher = scribe.teacher
         endpoint = teacher.info.engine == "openai"
@@ -54,24 +62,26 @@ class Magpie(OwnPrompts[MagpieConfig]):
             )
         name = settings.tokenizer or teacher.info.model
         self._encoder = _encoder_of(name, teacher.settings)
-        self._turns = turns_of(self._encoder, settings.system, _place(settings, teacher.name))
+        self._turns = find_chat_turns(self._encoder, settings.system, _place(settings, teacher.name))
         # An endpoint puts the tokenizer's own beginning before what it is sent.
         self._dropped = str(self._encoder.tokenizer.decode(self._encoder.prefix)) if endpoint else ""
         self._filters = _filters(settings)
         line = ("\n",) if settings.stop_at_newline else ()
         # As text: engines look for it among special tokens too, and one set of rules does for endpoints as well.
-        self._drawing = _ended(parameters_of(settings.sampling), self._turns.user_ends, *settings.role_words, *line)
-        self._answering = _ended(parameters_of(settings.responses), self._turns.assistant_ends)
+        self._drawing = _ended(
+            sampling_parameters(settings.sampling), self._turns.user_ends, *settings.role_words, *line
+        )
+        self._answering = _ended(sampling_parameters(settings.responses), self._turns.assistant_ends)
 
     @classmethod
     def check(cls, settings: MagpieConfig, writer: TeacherConfig) -> None:
         _filters(settings)
         model = writer.model if writer.gives_signals else None
         if name := settings.tokenizer or model:
-            turns_of(_encoder_of(name, writer), settings.system, _place(settings, writer.name))
+            find_chat_turns(_encoder_of(name, writer), settings.system, _place(settings, writer.name))
 
     @classmethod
-    def own_prompts(cls, settings: MagpieConfig) -> list[Prompt]:
+    def seed_prompts(cls, settings: MagpieConfig) -> list[Prompt]:
         return [Prompt(settings.system or "", "the chat template's user turn", {})]
 
     @property
@@ -83,7 +93,7 @@ class Magpie(OwnPrompts[MagpieConfig]):
         self.scribe.total = self.requests
         drawn: list[_Drawn] = []
         work = (self._draw(place) for place in range(self.settings.instructions))
-        async with aclosing(in_order(work, self.settings.in_flight)) as instructions:
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as instructions:
             async for each in instructions:
                 if (fault := self._fault(each)) is None:
                     drawn.append(each)
@@ -91,19 +101,19 @@ class Magpie(OwnPrompts[MagpieConfig]):
                     yield Candidate(each.instruction, "", 0, (each.written,)).rejected(*fault)
         self.scribe.total = self.scribe.done + len(drawn)
         answers = (self._answered(each) for each in drawn)
-        async with aclosing(in_order(answers, self.settings.in_flight)) as answered:
+        async with aclosing(run_in_order(answers, self.settings.in_flight)) as answered:
             async for candidate in answered:
                 yield candidate
 
     async def _draw(self, place: int) -> _Drawn:
         seed = self.scribe.seed(_INSTRUCTION, place)
-        request = Request(self.settings.system or "", seed, self._drawing, self._sent(self._turns.user_begins))
+        request = CompletionRequest(self.settings.system or "", seed, self._drawing, self._sent(self._turns.user_begins))
         written = await self.scribe.ask(request)
-        return _Drawn(text_of(written, self._drawing.stop).strip(), place, written)
+        return _Drawn(completion_text(written, self._drawing.stop).strip(), place, written)
 
     def _fault(self, drawn: _Drawn) -> tuple[str, str] | None:
         """The check that an instruction does not pass, and why; one that passes all is remembered."""
-        if fault := fault_of(drawn.written, drawn.instruction):
+        if fault := completion_problem(drawn.written, drawn.instruction):
             return fault
         ended = any(end in drawn.written.text for end in self._drawing.stop)  # some endpoints write on
         if drawn.written.finish_reason == "length" and not ended:
@@ -118,7 +128,7 @@ class Magpie(OwnPrompts[MagpieConfig]):
         rejection = judge(candidate, self._filters)
         return None if rejection is None else (f"instruction {rejection.filter}", rejection.reason)
 
-    def _cut_by(self, written: Written) -> str | None:
+    def _cut_by(self, written: StoredCompletion) -> str | None:
         """The role word that ended an instruction though it belonged to its text ("an ad for a virtual assistant")."""
         for word in self.settings.role_words:
             head, found, _ = written.text.partition(word)
@@ -132,10 +142,10 @@ class Magpie(OwnPrompts[MagpieConfig]):
         messages = [{"role": "user", "content": drawn.instruction}]
         asked = self._encoder.render(messages, "synthesis 'magpie'", add_generation_prompt=True)
         seed = self.scribe.seed(_RESPONSE, drawn.place)
-        written = await self.scribe.ask(Request(drawn.instruction, seed, self._answering, self._sent(asked)))
-        text = text_of(written, self._answering.stop)
+        written = await self.scribe.ask(CompletionRequest(drawn.instruction, seed, self._answering, self._sent(asked)))
+        text = completion_text(written, self._answering.stop)
         candidate = Candidate(drawn.instruction, text, 0, (written, drawn.written))
-        fault = fault_of(written, text)
+        fault = completion_problem(written, text)
         return candidate if fault is None else candidate.rejected(*fault)
 
     def _sent(self, text: str) -> str:
@@ -151,16 +161,16 @@ class Magpie(OwnPrompts[MagpieConfig]):
         chosen = set(order[:longest])
         return [each if i in chosen else each.rejected("not_longest", reason) for i, each in enumerate(kept)]
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
-        came = [each for each in candidates if len(each.written) > 1 or each.rejected_by not in NO_ANSWER]
+    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
+        came = [each for each in candidates if len(each.written) > 1 or each.rejected_by not in MISSING_RESPONSE]
         kept = [each for each in candidates if not each.rejected_by]
         if not came or not kept:
             return []
         used = sum(len(each.written) > 1 for each in came)
         return [
-            Figure("instructions that could be used", used / len(came)),
-            Figure("words an instruction", sum(len(words(each.prompt)) for each in kept) / len(kept), share=False),
-            Figure("words an answer", sum(len(words(each.completion)) for each in kept) / len(kept), share=False),
+            Statistic("instructions that could be used", used / len(came)),
+            Statistic("words an instruction", sum(len(words(each.prompt)) for each in kept) / len(kept), share=False),
+            Statistic("words an answer", sum(len(words(each.completion)) for each in kept) / len(kept), share=False),
         ]
 
 

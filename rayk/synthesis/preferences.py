@@ -22,11 +22,18 @@ from typing import Any
 
 from rayk.config import PreferencesConfig, TeacherConfig
 from rayk.engines.batching import gather
-from rayk.synthesis.base import Candidate, Figure, PromptByPrompt, fault_of, parameters_of, text_of
+from rayk.synthesis.base import (
+    Candidate,
+    PerPromptRecipe,
+    Statistic,
+    completion_problem,
+    completion_text,
+    sampling_parameters,
+)
+from rayk.synthesis.completions import CompletionClient, CompletionRequest
 from rayk.synthesis.prompts import Prompt
-from rayk.synthesis.scoring import AnswerScorer
-from rayk.synthesis.scribe import Request, Scribe
-from rayk.synthesis.store import Written
+from rayk.synthesis.scoring import CompletionScorer
+from rayk.synthesis.store import StoredCompletion
 
 _TEACHER, _STUDENT = 30, 31  # the stages of a seed
 
@@ -36,33 +43,33 @@ class _Answer:
     """One sample. `fault`: the check that it does not pass by itself, and why."""
 
     by: str
-    written: Written
+    written: StoredCompletion
     text: str
     fault: tuple[str, str] | None
     score: float | None = None
 
 
-class Preferences(PromptByPrompt[PreferencesConfig]):
+class Preferences(PerPromptRecipe[PreferencesConfig]):
     """See the module."""
 
     summary = "of two answers to each prompt a better and a worse one: the teacher's and the student's, or by a score"
     paper = "Rafailov et al. 2023, arXiv 2305.18290"
 
-    def __init__(self, settings: PreferencesConfig, prompts: Sequence[Prompt], scribe: Scribe):
+    def __init__(self, settings: PreferencesConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
         super().__init__(settings, prompts, scribe)
         self._sampling = {"teacher": settings.sampling, "student": settings.student_sampling or settings.sampling}
-        self._score = AnswerScorer(settings.scorer, settings.answer) if settings.chosen == "best" else None
+        self._score = CompletionScorer(settings.scorer, settings.answer) if settings.chosen == "best" else None
         self._scores: dict[str, list[float]] = {"teacher": [], "student": []}
 
     @classmethod
     def check(cls, settings: PreferencesConfig, writer: TeacherConfig) -> None:
-        AnswerScorer(settings.scorer, settings.answer)
+        CompletionScorer(settings.scorer, settings.answer)
 
     @property
     def requests(self) -> int:
         return len(self.prompts) * (self.settings.samples + self.settings.student_samples)
 
-    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
+    async def generate_for_prompt(self, place: int, prompt: Prompt) -> list[Candidate]:
         work = [self._ask("teacher", self.scribe, _TEACHER, place, i) for i in range(self.settings.samples)]
         if self.settings.student_samples:
             assert self.round.student is not None
@@ -78,12 +85,12 @@ class Preferences(PromptByPrompt[PreferencesConfig]):
         pairs = range(max(len(theirs), len(own)))
         return [self._pair(place, prompt, theirs[i % len(theirs)], own[i % len(own)]) for i in pairs]
 
-    async def _ask(self, by: str, scribe: Scribe, stage: int, place: int, sample: int) -> _Answer:
+    async def _ask(self, by: str, scribe: CompletionClient, stage: int, place: int, sample: int) -> _Answer:
         sampling = self._sampling[by]
         seed = self.scribe.seed(stage, place, sample)
-        written = await scribe.ask(Request(self.prompts[place].text, seed, parameters_of(sampling)))
-        text = text_of(written, sampling.stop)
-        fault = fault_of(written, text, by)
+        written = await scribe.ask(CompletionRequest(self.prompts[place].text, seed, sampling_parameters(sampling)))
+        text = completion_text(written, sampling.stop)
+        fault = completion_problem(written, text, by)
         if fault or self._score is None:
             return _Answer(by, written, text, fault)
         score = self._score(self.prompts[place], written, text)
@@ -116,20 +123,22 @@ class Preferences(PromptByPrompt[PreferencesConfig]):
             return candidate.rejected("identical", "both answers are the same")
         return candidate.rejected("tie", tie) if tie else candidate
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Figure]:
+    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
         kept = [each for each in candidates if not each.rejected_by]
         if not kept:
             return []
         lengths = [(len(each.completion), len(each.worse or "")) for each in kept]
         figures = [
-            Figure("chosen answer, characters", fmean(chosen for chosen, _ in lengths), share=False),
-            Figure("rejected answer, characters", fmean(other for _, other in lengths), share=False),
-            Figure("pairs whose chosen answer is the longer one", fmean(chosen > other for chosen, other in lengths)),
-            Figure("rejected answers cut off", fmean(each.written[1].finish_reason == "length" for each in kept)),
+            Statistic("chosen answer, characters", fmean(chosen for chosen, _ in lengths), share=False),
+            Statistic("rejected answer, characters", fmean(other for _, other in lengths), share=False),
+            Statistic(
+                "pairs whose chosen answer is the longer one", fmean(chosen > other for chosen, other in lengths)
+            ),
+            Statistic("rejected answers cut off", fmean(each.written[1].finish_reason == "length" for each in kept)),
         ]
         if self.settings.chosen == "best" and self.settings.student_samples:
             by_teacher = fmean(each.fields["chosen_from"] == "teacher" for each in kept)
-            figures.append(Figure("chosen answers by the teacher", by_teacher))
+            figures.append(Statistic("chosen answers by the teacher", by_teacher))
         if self.settings.reads_truth:
-            figures += [Figure(f"{by}'s right answers", fmean(each)) for by, each in self._scores.items() if each]
+            figures += [Statistic(f"{by}'s right answers", fmean(each)) for by, each in self._scores.items() if each]
         return figures

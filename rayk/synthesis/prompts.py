@@ -10,7 +10,7 @@ from rayk.config import AnswerConfig, DataSource
 from rayk.data.prompts import RowTexts
 from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
-from rayk.text.answers import answer_in, matched, same_answer
+from rayk.text.answers import answers_match, find_answer, find_last_match
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def read_prompts(source: DataSource, section: str, answer: AnswerConfig | None =
 
 
 def is_right(found: str | None, truth: str, answer: AnswerConfig) -> bool:
-    """Whether an answer, as `answer_in` finds it, is the one in `truth`."""
-    right = answer_in(truth, answer.type, choices=answer.choices)
-    return found is not None and right is not None and same_answer(found, right, answer.type)
+    """Whether an answer, as `find_answer` finds it, is the one in `truth`."""
+    right = find_answer(truth, answer.type, choices=answer.choices)
+    return found is not None and right is not None and answers_match(found, right, answer.type)
 
 
 def fingerprint(prompts: Sequence[Prompt], *, whole: bool = False) -> str:
@@ -88,8 +88,8 @@ def _truth(row: Row, answer: AnswerConfig) -> str:
     value = row.fields[answer.field]
     yes_or_no = answer.type == "yes_no" and isinstance(value, bool)
     text = ("no", "yes")[value] if yes_or_no else str(value)
-    truth = matched(text, answer.pattern)
-    if truth is None or answer_in(truth, answer.type, choices=answer.choices) is None:
+    truth = find_last_match(text, answer.pattern)
+    if truth is None or find_answer(truth, answer.type, choices=answer.choices) is None:
         looked_for = f"pattern {answer.pattern!r}" if truth is None else f"type '{answer.type}'"
         raise InputError(
             f"{row.where}: synthesis.answer finds no answer by its {looked_for} in the truth {text[-60:]!r}; set "

@@ -8,43 +8,43 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from rayk.config import ResponsesConfig, TeacherConfig
-from rayk.synthesis.base import Candidate, PromptByPrompt, fault_of, parameters_of, text_of
+from rayk.synthesis.base import Candidate, PerPromptRecipe, completion_problem, completion_text, sampling_parameters
+from rayk.synthesis.completions import CompletionClient, CompletionRequest
 from rayk.synthesis.prompts import Prompt
-from rayk.synthesis.scoring import AnswerScorer
-from rayk.synthesis.scribe import Request, Scribe
-from rayk.synthesis.store import Written
+from rayk.synthesis.scoring import CompletionScorer
+from rayk.synthesis.store import StoredCompletion
 
 _SAMPLE = 0  # the stage of a seed
 
 
-class Responses(PromptByPrompt[ResponsesConfig]):
+class Responses(PerPromptRecipe[ResponsesConfig]):
     """See the module."""
 
     summary = "the teacher's answers to the rows' prompts, all of them or the best of several"
     paper = "Kim & Rush 2016, arXiv 1606.07947"
 
-    def __init__(self, settings: ResponsesConfig, prompts: Sequence[Prompt], scribe: Scribe):
+    def __init__(self, settings: ResponsesConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
         super().__init__(settings, prompts, scribe)
-        self._parameters = parameters_of(settings.sampling)
-        self._score = AnswerScorer(settings.scorer, settings.answer)
+        self._parameters = sampling_parameters(settings.sampling)
+        self._score = CompletionScorer(settings.scorer, settings.answer)
 
     @classmethod
     def check(cls, settings: ResponsesConfig, writer: TeacherConfig) -> None:
-        AnswerScorer(settings.scorer, settings.answer)
+        CompletionScorer(settings.scorer, settings.answer)
 
     @property
     def requests(self) -> int:
         return len(self.prompts) * self.settings.samples
 
-    async def write_for(self, place: int, prompt: Prompt) -> list[Candidate]:
+    async def generate_for_prompt(self, place: int, prompt: Prompt) -> list[Candidate]:
         seeds = [self.scribe.seed(_SAMPLE, place, sample) for sample in range(self.settings.samples)]
-        answers = await self.scribe.write(Request(prompt.text, seed, self._parameters) for seed in seeds)
+        answers = await self.scribe.write(CompletionRequest(prompt.text, seed, self._parameters) for seed in seeds)
         return [self._candidate(place, prompt, written) for written in answers]
 
-    def _candidate(self, place: int, prompt: Prompt, written: Written) -> Candidate:
-        text = text_of(written, self.settings.sampling.stop)
+    def _candidate(self, place: int, prompt: Prompt, written: StoredCompletion) -> Candidate:
+        text = completion_text(written, self.settings.sampling.stop)
         candidate = Candidate(prompt.text, text, place, (written,))
-        if fault := fault_of(written, text):
+        if fault := completion_problem(written, text):
             return candidate.rejected(*fault)
         if self.settings.keep == "all":
             return candidate

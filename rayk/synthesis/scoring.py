@@ -6,12 +6,12 @@ import math
 from rayk.config import AnswerConfig
 from rayk.errors import InputError
 from rayk.synthesis.prompts import Prompt, is_right
-from rayk.synthesis.store import Written
-from rayk.text.answers import answer_in
+from rayk.synthesis.store import StoredCompletion
+from rayk.text.answers import find_answer
 from rayk.text.functions import load_function
 
 
-class AnswerScorer:
+class CompletionScorer:
     """Scores answers; higher is better.
 
     Args:
@@ -25,7 +25,7 @@ class AnswerScorer:
         self._scorer, self._answer = scorer, answer
         self._own = load_function(scorer, "synthesis.scorer") if ":" in scorer else None
 
-    def __call__(self, prompt: Prompt, written: Written, text: str) -> float:
+    def __call__(self, prompt: Prompt, written: StoredCompletion, text: str) -> float:
         """The score of `text`, the part of `written` that would be learned.
 
         Raises:
@@ -35,7 +35,7 @@ class AnswerScorer:
             return self._by_function(prompt, text)
         if self._scorer == "answer":
             assert prompt.truth is not None
-            found = answer_in(text, self._answer.type, choices=self._answer.choices)
+            found = find_answer(text, self._answer.type, choices=self._answer.choices)
             return float(is_right(found, prompt.truth, self._answer))
         if written.mean_logprob is None:
             raise InputError(

@@ -28,7 +28,7 @@ import yaml
 from rayk.config import difference
 from rayk.errors import InputError
 from rayk.storage.atomic import disk_errors, remove_unfinished, write_whole
-from rayk.storage.files import Parts, parquet_bytes, rows_in
+from rayk.storage.parquet_store import ParquetStore, parquet_bytes, read_parquet
 
 _SCHEMA = pa.schema(
     [
@@ -53,7 +53,7 @@ _REFUSED = "refused"
 
 
 @dataclass(frozen=True)
-class Written:
+class StoredCompletion:
     """What a teacher wrote.
 
     Attributes:
@@ -74,7 +74,7 @@ class Written:
     refused: bool = False
 
 
-class Store:
+class CompletionStore:
     """The folder, held by this process while it is open (a context manager).
 
     Raises:
@@ -83,13 +83,13 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._completions = Parts(folder / _COMPLETIONS, _SCHEMA)
-        self._refused = Parts(folder / _REFUSALS, _SCHEMA)
+        self._completions = ParquetStore(folder / _COMPLETIONS, _SCHEMA)
+        self._refused = ParquetStore(folder / _REFUSALS, _SCHEMA)
         self._pending: dict[str, dict[str, Any]] = {}
         self._earlier: dict[str, dict[str, Any]] = {}
         self._flushing = threading.Lock()
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> "CompletionStore":
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "w")  # held until __exit__
@@ -138,12 +138,12 @@ class Store:
         paths = (path for kept in (_COMPLETIONS, _REFUSALS) for path in (folder / kept).glob("part-*.parquet"))
         for path in sorted(paths):
             with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
-                self._earlier |= {row["key"]: row for row in rows_in(path, _SCHEMA).to_pylist()}
+                self._earlier |= {row["key"]: row for row in read_parquet(path, _SCHEMA).to_pylist()}
 
     def __len__(self) -> int:
         return len(self._completions) + len(self._pending)
 
-    def find(self, key: str) -> Written | None:
+    def find(self, key: str) -> StoredCompletion | None:
         """What was written for a request."""
         if row := self._pending.get(key):
             return _written(row)
@@ -155,7 +155,7 @@ class Store:
             return _written(row)
         return None
 
-    def add(self, written: Written, provenance: Mapping[str, Any]) -> None:
+    def add(self, written: StoredCompletion, provenance: Mapping[str, Any]) -> None:
         """Keep a completion, or that there will be none: in memory until the next `flush`."""
         row = {name: getattr(written, name) for name in _READ}
         if written.refused:
@@ -250,10 +250,10 @@ def _settings_in(path: Path) -> dict[str, Any]:
     return found
 
 
-def _written(row: Mapping[str, Any]) -> Written:
+def _written(row: Mapping[str, Any]) -> StoredCompletion:
     if row["finish_reason"] == _REFUSED:
-        return Written(row["key"], "", None, None, "error", row["text"], refused=True)
-    return Written(*(row[name] for name in _READ))
+        return StoredCompletion(row["key"], "", None, None, "error", row["text"], refused=True)
+    return StoredCompletion(*(row[name] for name in _READ))
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

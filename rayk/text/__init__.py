@@ -1,19 +1,19 @@
 """Text alone, without models: words of any script, ROUGE-L among many texts, and the filters of quality control."""
 
-from rayk.text.filters import Filter, Rejection, Sifted, build_filters, judge, sift
-from rayk.text.rouge import RougeIndex, Similar, rouge_l
+from rayk.text.filters import Filter, FilterResult, Rejection, apply_filters, build_filters, judge
+from rayk.text.rouge import RougeIndex, SimilarText, rouge_l
 from rayk.text.words import normalize, words
 
 __all__ = [
     "Filter",
+    "FilterResult",
     "Rejection",
     "RougeIndex",
-    "Sifted",
-    "Similar",
+    "SimilarText",
+    "apply_filters",
     "build_filters",
     "judge",
     "normalize",
     "rouge_l",
-    "sift",
     "words",
 ]

@@ -35,7 +35,7 @@ _DATE = re.compile(
 )
 
 
-def matched(text: str, pattern: str | None) -> str | None:
+def find_last_match(text: str, pattern: str | None) -> str | None:
     """What the one group of `pattern` finds last in `text`, white space folded; None where it finds nothing. Without a
     pattern the whole text."""
     if pattern is not None:
@@ -46,7 +46,7 @@ def matched(text: str, pattern: str | None) -> str | None:
     return " ".join(text.split())
 
 
-def answer_in(text: str, kind: str, *, choices: str = "ABCDE", continues: bool = False) -> str | None:
+def find_answer(text: str, kind: str, *, choices: str = "ABCDE", continues: bool = False) -> str | None:
     """The answer of type `kind` ('number', 'choice', 'yes_no', 'date', 'free') in `text`, in one form of writing.
 
     Args:
@@ -64,8 +64,8 @@ def answer_in(text: str, kind: str, *, choices: str = "ABCDE", continues: bool =
     return candidates[0] if delimiter or continues else candidates[-1]
 
 
-def same_answer(one: str, other: str, kind: str) -> bool:
-    """Whether two answers, as `answer_in` gives them, are the same: numbers to 1e-6, text whatever its case."""
+def answers_match(one: str, other: str, kind: str) -> bool:
+    """Whether two answers, as `find_answer` gives them, are the same: numbers to 1e-6, text whatever its case."""
     if kind == "number":
         return abs(Decimal(one) - Decimal(other)) <= TOLERANCE
     return one.casefold() == other.casefold()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from rayk.text.rouge import Similar
+from rayk.text.rouge import SimilarText
 from rayk.text.words import ngrams, words
 
 _HIGHEST_PROPOSED = 0.95  # nearer to 1 there is no choice of bands
@@ -32,14 +32,14 @@ class NearDuplicates:
         self._lsh = MinHashLSH(threshold=min(threshold, _HIGHEST_PROPOSED), num_perm=permutations, weights=(0.1, 0.9))
         self._texts: list[str] = []
 
-    def find(self, text: str) -> Similar | None:
+    def find(self, text: str) -> SimilarText | None:
         """The earliest text of the pool that the hashes propose and that is as similar, with the similarity."""
         shingles = self._shingles(text)
         for place in sorted(self._lsh.query(self._hash(shingles))) if shingles else ():
             others = self._shingles(self._texts[place])
             similarity = len(shingles & others) / len(shingles | others)
             if similarity >= self._threshold:
-                return Similar(self._texts[place], similarity)
+                return SimilarText(self._texts[place], similarity)
         return None
 
     def add(self, text: str) -> None:

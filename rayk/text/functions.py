@@ -1,30 +1,78 @@
-"""Functions of the user's, named in the settings as 'module:name'."""
+"""Load functions and classes of the user's that settings name as 'module:name' or by entry point."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
 
 from rayk.errors import InputError
 
+T = TypeVar("T")
 
-def load_function(name: str, setting: str) -> Callable[..., Any]:
-    """The function `name` ('module:name'), from an installed module or one that lies where rayk was started.
+
+def load_function(path: str, setting: str) -> Callable[..., Any]:
+    """Load the function `path` ('module:name') from an installed module or a file in the current folder.
+
+    Args:
+        setting: name of the setting in error messages ("synthesis.scorer").
 
     Raises:
-        InputError: it cannot be imported or called; the sentence names `setting`.
+        InputError: the module cannot be imported or has no such function.
     """
-    module_name, _, attribute = name.partition(":")
-    sys.path.append("")  # what `python -m` has and a console script lacks
+    function = _load(path, setting, "function")
+    if not callable(function):
+        raise InputError(f"{setting}: '{path}' is not a function but a {type(function).__name__}; correct the name.")
+    return function
+
+
+def load_class(path: str, base: type[T], setting: str, group: str, public_name: str) -> type[T]:
+    """Load the class `path` ('module:name', or the name of an entry point in `group`), a subclass of `base`.
+
+    Args:
+        public_name: import name of `base` in error messages ("rayk.Recipe").
+
+    Raises:
+        InputError: the class cannot be imported, is not a subclass of `base`, or lacks abstract methods of it.
+    """
+    found = _load(path, setting, "class") if ":" in path else _load_entry_point(path, setting, group)
+    if not inspect.isclass(found) or not issubclass(found, base):
+        raise InputError(f"{setting}: '{path}' is not a subclass of {public_name}; derive the class from it.")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise InputError(f"{setting}: class '{path}' does not define {', '.join(map(repr, missing))}; add it.")
+    return found
+
+
+def _load(path: str, setting: str, kind: str) -> Any:
+    module_name, _, name = path.partition(":")
+    sys.path.append("")  # console scripts, unlike `python -m`, do not search the current folder
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's fails in ways of its own
+    except Exception as error:  # importing a user's module can raise anything
         raise InputError(
-            f"{setting}: module '{module_name}' cannot be imported: {type(error).__name__}: {error}."
+            f"{setting}: module '{module_name}' cannot be imported: {type(error).__name__}: {error}; correct the path, "
+            "or start rayk in the folder with the module."
         ) from error
     finally:
         sys.path.remove("")
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise InputError(f"{setting}: module '{module_name}' has no function '{attribute}'; correct the name.")
-    return function
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise InputError(f"{setting}: module '{module_name}' has no {kind} '{name}'; correct the name.") from error
+
+
+def _load_entry_point(name: str, setting: str, group: str) -> Any:
+    installed = {entry.name: entry for entry in entry_points(group=group)}
+    if name not in installed:
+        names = ", ".join(map(repr, sorted(installed))) or "none"
+        raise InputError(
+            f"{setting}: no installed package registers '{name}' as entry point in group '{group}' (registered: "
+            f"{names}); install it, or give 'module:name'."
+        )
+    try:
+        return installed[name].load()
+    except Exception as error:  # importing a user's module can raise anything
+        raise InputError(
+            f"{setting}: entry point '{name}' cannot be loaded: {type(error).__name__}: {error}; reinstall its package."
+        ) from error

@@ -28,7 +28,7 @@ _SHARED = 4
 
 
 @dataclass(frozen=True)
-class Similar:
+class SimilarText:
     """A text of a pool that is too much like the one asked about, and how much, of 1."""
 
     text: str
@@ -80,7 +80,7 @@ class RougeIndex:
         if len(self._texts) == self._next_reorder:
             self._reorder()
 
-    def find(self, text: str) -> Similar | None:
+    def find(self, text: str) -> SimilarText | None:
         """The earliest text of the pool with F ≥ threshold to `text`; None where there is none."""
         unknown = len(self._ids)  # words that the pool does not have are like none of it
         sequence = tuple(self._ids.get(word, unknown) for word in words(text))
@@ -89,7 +89,7 @@ class RougeIndex:
             needed = self._common_needed(len(sequence) + len(other))
             common = LCSseq.similarity(sequence, other, score_cutoff=needed)
             if common >= needed:
-                return Similar(self._texts[place], 2 * common / (len(sequence) + len(other)))
+                return SimilarText(self._texts[place], 2 * common / (len(sequence) + len(other)))
         return None
 
     def _places_near(self, sequence: tuple[int, ...]) -> list[int]:

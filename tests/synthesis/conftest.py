@@ -3,10 +3,10 @@
 import pytest
 
 from rayk.config import TeacherConfig
-from rayk.synthesis import Store
+from rayk.synthesis import CompletionStore
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint
-from tests.synthesis.writing import engine_of
+from tests.synthesis.helpers import engine_of
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +44,6 @@ def endpoint(_endpoint):
 
 @pytest.fixture
 def store(tmp_path):
-    with Store(tmp_path / "synthesis") as opened:
+    with CompletionStore(tmp_path / "synthesis") as opened:
         opened.claim({}, set(), set())
         yield opened

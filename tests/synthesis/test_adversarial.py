@@ -10,13 +10,13 @@ import pytest
 from rayk.config import AdversarialConfig, TeacherConfig, parse_config
 from rayk.errors import RunFailed
 from rayk.run import distill
-from rayk.synthesis import Company, Store, synthesise
-from rayk.synthesis.pools import CACHE, TRAIN, read_pool
+from rayk.synthesis import CompletionStore, RecipeContext, synthesize_rows
+from rayk.synthesis.instruction_pools import CACHE, TRAIN, read_pool
 from rayk.teachers import serve_teacher
 from rayk.text import build_filters, rouge_l
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import settings
-from tests.synthesis.writing import engine_of, prompts_of
+from tests.synthesis.helpers import engine_of, prompts_of
 
 pytestmark = pytest.mark.cluster
 
@@ -66,7 +66,7 @@ class World:
     def __init__(self, folder, teacher, student):
         self.folder, self.teacher, self.student = folder, teacher, student
 
-    def round(self, number, given=GIVEN, opening=Store, seed=0, **changed):
+    def round(self, number, given=GIVEN, opening=CompletionStore, seed=0, **changed):
         settings = AdversarialConfig(**({"instructions": 4} | changed))
         folder = self.folder / f"round-{number}"
         before = self.folder / f"round-{number - 1}" if number else None
@@ -74,9 +74,9 @@ class World:
             store.claim({}, set(), set())
             if before is not None:
                 store.look_into(before)
-            return synthesise(
+            return synthesize_rows(
                 settings, prompts_of(*given), self.teacher, store, build_filters(settings.filters), seed=seed,
-                company=Company(number, before, self.student if number else None)
+                company=RecipeContext(number, before, self.student if number else None)
             )  # fmt: skip
 
     def rows(self, number, name="rows"):
@@ -133,7 +133,7 @@ def test_what_the_student_does_badly_is_made_up_anew_beside_as_many_rarer_ones(w
     assert {row["origin"] for row in map(vars, world.pool(2, TRAIN))} <= set(range(8))
 
 
-class Stopping(Store):
+class Stopping(CompletionStore):
     """A store that takes only so many completions."""
 
     room = 0

@@ -5,7 +5,7 @@ import pytest
 from rayk.config import AdversarialConfig
 from rayk.synthesis.adversarial import new_instruction_filters
 from rayk.synthesis.adversarial_texts import new_prompt, parse_new_prompt, parse_scores, referee_prompt
-from rayk.synthesis.pools import Comparison, Entry
+from rayk.synthesis.instruction_pools import AnswerComparison, PoolEntry
 from rayk.text import judge
 
 
@@ -79,7 +79,7 @@ def test_a_new_instruction_is_read_without_its_wrapping(text, instruction):
 
 
 @pytest.mark.parametrize(
-    ("scores", "lead", "kind", "hangs_on_order"),
+    ("scores", "lead", "kind", "depends_on_order"),
     [
         (((8, 7), (8, 7)), 1.0, "hard", False),
         (((9, 5), (6, 8)), 1.0, "hard", True),
@@ -89,9 +89,9 @@ def test_a_new_instruction_is_read_without_its_wrapping(text, instruction):
         ((None, None), None, "unscored", False),
     ],
 )
-def test_the_lead_is_the_mean_of_both_orders_and_known_only_with_both(scores, lead, kind, hangs_on_order):
-    compared = Comparison(Entry("x", "given", 0, 0), "teacher's", "student's", scores)
-    assert (compared.lead, compared.kind(1.0), compared.hangs_on_order) == (lead, kind, hangs_on_order)
+def test_the_lead_is_the_mean_of_both_orders_and_known_only_with_both(scores, lead, kind, depends_on_order):
+    compared = AnswerComparison(PoolEntry("x", "given", 0, 0), "teacher's", "student's", scores)
+    assert (compared.lead, compared.kind(1.0), compared.depends_on_order) == (lead, kind, depends_on_order)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayk.config import ChainOfThoughtConfig
-from rayk.synthesis import synthesise
+from rayk.synthesis import synthesize_rows
 from rayk.synthesis.prompts import Prompt
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion
@@ -23,7 +23,7 @@ def questions(*truths):
 
 def write(teacher, store, prompts, **settings):
     settings = ChainOfThoughtConfig(**GSM8K | settings)
-    return synthesise(settings, prompts, teacher, store, build_filters(settings.filters))
+    return synthesize_rows(settings, prompts, teacher, store, build_filters(settings.filters))
 
 
 def rows(store, name="rows"):

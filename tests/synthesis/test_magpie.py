@@ -8,9 +8,9 @@ from rayk.config import MagpieConfig, parse_config
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
 from rayk.run import distill, synthesize
-from rayk.run.inputs import prompts_written_for
-from rayk.serving.event_loop import run_to_the_end
-from rayk.synthesis import synthesise
+from rayk.run.inputs import read_synthesis_prompts
+from rayk.serving.event_loop import run_until_complete
+from rayk.synthesis import synthesize_rows
 from rayk.synthesis.magpie import Magpie
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion
@@ -34,7 +34,7 @@ def template(tmp_path_factory):
 
 def write(teacher, store, seed=0, **changed):
     given = MagpieConfig(**({"instructions": 12} | changed))
-    return synthesise(given, Magpie.own_prompts(given), teacher, store, build_filters(given.filters), seed=seed)
+    return synthesize_rows(given, Magpie.seed_prompts(given), teacher, store, build_filters(given.filters), seed=seed)
 
 
 def rows(store, name="rows"):
@@ -71,7 +71,7 @@ def test_a_model_is_fed_the_tokens_before_the_users_text_and_then_asked_what_it_
     assert len(first) == 12 and len({row["seed"] for row in first}) == 12
     ids = np.asarray(tiny_tokenizer()(BEGUN, add_special_tokens=False)["input_ids"])
     drawing = SamplingParameters(24, 1.0, stop=("<|end|>", "assistant", *sampling["stop"]))
-    expected = run_to_the_end(served.agenerate([ids] * 12, drawing, [row["seed"] for row in first]))
+    expected = run_until_complete(served.agenerate([ids] * 12, drawing, [row["seed"] for row in first]))
     assert [row["text"] for row in first] == [each.text for each in expected]
     before = len(store)
     write(served, store, 3, **given)
@@ -166,9 +166,9 @@ def test_a_template_that_is_not_there_is_told_before_anything_is_started(tmp_pat
     teacher = {"name": "base", "model": str(tmp_path / "base")}
     values |= {"teachers": [teacher], "data": {}, "synthesis": {"kind": "magpie"}}
     with pytest.raises(InputError, match="teacher 'base' has no chat template in its tokenizer, and magpie draws"):
-        prompts_written_for(parse_config(values))
+        read_synthesis_prompts(parse_config(values))
     values["synthesis"] |= {"tokenizer": tiny_student}
-    assert prompts_written_for(parse_config(values))
+    assert read_synthesis_prompts(parse_config(values))
 
 
 def test_from_a_template_to_a_student_in_one_run(tmp_path, tiny_student, scribbler, endpoint, template):

@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 
 from rayk.config import AnswerConfig, DataSource, SynthesisConfig
 from rayk.errors import InputError
-from rayk.synthesis import RECIPES, OwnPrompts, fingerprint, read_prompts
+from rayk.synthesis import RECIPES, PromptGeneratingRecipe, fingerprint, read_prompts
 from rayk.synthesis.prompts import is_right
 
 
@@ -80,4 +80,4 @@ def test_the_fingerprint_changes_with_texts_and_order_and_the_whole_with_truths_
 @pytest.mark.parametrize("kind", RECIPES)
 def test_a_recipe_makes_up_its_prompts_where_its_settings_say_so(kind):
     settings = TypeAdapter(SynthesisConfig).validate_python({"kind": kind})
-    assert settings.makes_prompts == issubclass(RECIPES[kind], OwnPrompts)
+    assert settings.makes_prompts == issubclass(RECIPES[kind], PromptGeneratingRecipe)

@@ -5,19 +5,19 @@ import pytest
 
 from rayk.config import ResponsesConfig
 from rayk.errors import InputError, RunFailed
-from rayk.synthesis import Store, synthesise
+from rayk.synthesis import CompletionStore, synthesize_rows
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion
-from tests.synthesis.writing import prompts_of
+from tests.synthesis.helpers import prompts_of
 
 pytestmark = pytest.mark.cluster
 
 
 def write(teacher, store, prompts, seed=0, **settings):
     settings = ResponsesConfig(**settings)
-    return synthesise(settings, prompts, teacher, store, build_filters(settings.filters), seed=seed)
+    return synthesize_rows(settings, prompts, teacher, store, build_filters(settings.filters), seed=seed)
 
 
 def rows(store, name="rows"):
@@ -40,7 +40,7 @@ def test_answers_become_rows_with_what_the_source_says(parrot, endpoint, store):
 def test_the_same_seed_writes_the_same_rows_and_another_one_others(served, tmp_path):
     written = []
     for name, seed, in_flight in (("one", 3, 64), ("two", 3, 2), ("other", 4, 64)):
-        with Store(tmp_path / name) as store:
+        with CompletionStore(tmp_path / name) as store:
             store.claim({}, set(), set())
             settings = {"samples": 2, "sampling": {"max_new_tokens": 8, "temperature": 1.0}, "filters": []}
             write(served, store, prompts_of("the cat", "Question:", "what is"), seed, in_flight=in_flight, **settings)

@@ -17,7 +17,7 @@ from rayk.config import parse_config
 from rayk.errors import InputError
 from rayk.models import weights_fingerprint
 from rayk.report.report import write_report
-from rayk.run import Watcher, distill, synthesize
+from rayk.run import ProgressListener, distill, synthesize
 from tests.engines.endpoint import Reply
 from tests.runs import assert_same_learning, environment, metrics, rayk, settings, until
 
@@ -50,13 +50,13 @@ from rayk.run import rounds
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Watcher(rounds.Watcher):
+class Dying(rounds.ProgressListener):
     def stage(self, text):
         if text == sys.argv[2]:
             die()
 
 rounds.write_json = die  # which is for what the rounds came to
-rounds.distill(sys.argv[1], resume=True, watcher=Watcher())
+rounds.distill(sys.argv[1], resume=True, listener=Dying())
 """
 """A run that ends where a stage begins, or else when its rounds are over."""
 
@@ -71,7 +71,7 @@ def completions(run):
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-class Stages(Watcher):
+class Stages(ProgressListener):
     def __init__(self):
         self.up = []
 
@@ -83,7 +83,7 @@ class Stages(Watcher):
 def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_student, parrot, endpoint):
     training = {"steps": 30, "checkpoint_every_steps": 4}
     watching = Stages()
-    whole = distill(parse_config(run_of(tmp_path / "whole", tiny_student, **training)), watcher=watching)
+    whole = distill(parse_config(run_of(tmp_path / "whole", tiny_student, **training)), listener=watching)
     assert watching.up == [1, 0, 1, 0]
     assert [each.prompt for each in endpoint.asked].count(PROMPTS[0]) == 1  # by the first round for both
     _check_rounds(whole, tiny_student)

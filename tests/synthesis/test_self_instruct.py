@@ -10,9 +10,9 @@ import pytest
 from rayk.config import SelfInstructConfig, parse_config
 from rayk.errors import InputError, RunFailed
 from rayk.run import distill, synthesize
-from rayk.synthesis import Store, synthesise
+from rayk.synthesis import CompletionStore, synthesize_rows
 from rayk.synthesis.self_instruct import SelfInstruct
-from rayk.synthesis.tasks import read_seed_tasks
+from rayk.synthesis.self_instruct_texts import read_seed_tasks
 from rayk.text import build_filters, rouge_l
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import settings
@@ -52,7 +52,9 @@ def _instruction(draw: random.Random) -> str:
 
 def write(teacher, store, seed=0, **changed):
     given = SelfInstructConfig(**({"instructions": 40, "batch": 3} | changed))
-    return synthesise(given, SelfInstruct.own_prompts(given), teacher, store, build_filters(given.filters), seed=seed)
+    return synthesize_rows(
+        given, SelfInstruct.seed_prompts(given), teacher, store, build_filters(given.filters), seed=seed
+    )
 
 
 def rows(store, name="rows"):
@@ -60,7 +62,7 @@ def rows(store, name="rows"):
 
 
 def opened(folder):
-    store = Store(folder)
+    store = CompletionStore(folder)
     store.__enter__()
     store.claim({}, set(), set())
     return store

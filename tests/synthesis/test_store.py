@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayk.errors import InputError, RunFailed
-from rayk.synthesis.store import Store, Written
+from rayk.synthesis.store import CompletionStore, StoredCompletion
 
 PROVENANCE = {
     "prompt": "2 + 2", "parameters": "{}", "seed": 2**64 - 1, "teacher": "t", "model": "m", "weights": "w",
@@ -22,12 +22,12 @@ PROVENANCE = {
 
 def written(number, text=None):
     text = f"text {number}" if text is None else text
-    return Written(f"key-{number}", text, number, -0.5 if number % 2 else None, "stop")
+    return StoredCompletion(f"key-{number}", text, number, -0.5 if number % 2 else None, "stop")
 
 
 @contextmanager
 def opened(folder, **settings):
-    with Store(folder) as store:
+    with CompletionStore(folder) as store:
         store.claim(settings, {"in_flight"}, {"filters"})
         yield store
 
@@ -112,7 +112,7 @@ def test_a_part_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
 
 
 def test_a_refusal_is_kept_apart_with_its_reason(tmp_path):
-    refusal = Written("key-1", "", None, None, "error", "400: no", refused=True)
+    refusal = StoredCompletion("key-1", "", None, None, "error", "400: no", refused=True)
     with opened(tmp_path) as store:
         store.add(refusal, PROVENANCE)
         assert store.find("key-1") == refusal
@@ -227,7 +227,7 @@ def test_another_setting_is_refused_by_its_name(tmp_path):
         ({"sampling": {"temperature": 0.8, "stop": ["a"]}}, "sampling.temperature"),
         ({"sampling": {"temperature": 0.7, "stop": []}}, "sampling.stop"),
     ]:
-        store = Store(tmp_path)
+        store = CompletionStore(tmp_path)
         with store, pytest.raises(InputError, match=f"was made with another '{name}'"):
             store.claim({"seed": 1, "sampling": {"temperature": 0.7, "stop": ["a"]}} | changed, {"in_flight"}, set())
     with opened(tmp_path, seed=1, sampling={"temperature": 0.7, "stop": ["a"]}, in_flight=8):

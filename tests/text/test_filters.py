@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from rayk.config import FilterConfig
 from rayk.errors import InputError
-from rayk.text import build_filters, sift
+from rayk.text import apply_filters, build_filters
 
 FILTERS = TypeAdapter(list[FilterConfig])
 
@@ -188,7 +188,7 @@ QUESTION = "A train leaves the station at nine and travels for three hours at si
 def test_tokens_that_nobody_counted_cannot_be():
     for given in (candidate() | {"tokens": None}, {"prompt": "?", "completion": "!"}):
         with pytest.raises(InputError, match="Filter 'length' counts tokens, which the endpoint does not tell"):
-            sift([given], filters({"kind": "length", "unit": "tokens"}))
+            apply_filters([given], filters({"kind": "length", "unit": "tokens"}))
 
 
 def test_endings():
@@ -225,25 +225,25 @@ def test_near_duplicates_are_found_at_the_exact_similarity():
     words = [f"w{i}" for i in range(60)]
     close = [*words[:-2], "x", "y"]  # shares 56 of 60 trigrams' union
     far = [*words[:40], *(f"v{i}" for i in range(20))]
-    sifted = sift([candidate(" ".join(each)) for each in (words, close, far, words)], near_duplicates())
+    sifted = apply_filters([candidate(" ".join(each)) for each in (words, close, far, words)], near_duplicates())
     assert [r.candidate["completion"].split()[-1] for r in sifted.rejected] == ["y", "w59"]
     assert sifted.rejected[0].reason.startswith("is a near-duplicate (0.93) of 'w0 w1")
-    assert sift([candidate(" ".join(each)) for each in (words, close)], near_duplicates(threshold=0.94)).counts == {
-        "near_duplicates": 0
-    }
+    assert apply_filters(
+        [candidate(" ".join(each)) for each in (words, close)], near_duplicates(threshold=0.94)
+    ).counts == {"near_duplicates": 0}
 
 
 def test_equal_texts_are_duplicates_at_every_threshold_and_length():
     for threshold in (0.3, 0.8, 1.0):
         for text in ("42", "two words", "猫", "a b c d e f"):
-            sifted = sift(
+            sifted = apply_filters(
                 [candidate(text), candidate(text.upper()), candidate("other")], near_duplicates(threshold=threshold)
             )
             assert [r.candidate["completion"] for r in sifted.rejected] == [text.upper()]
 
 
 def test_texts_without_words_are_no_duplicates():
-    assert not sift([candidate("!"), candidate("!")], near_duplicates()).rejected
+    assert not apply_filters([candidate("!"), candidate("!")], near_duplicates()).rejected
 
 
 def test_near_duplicates_agree_with_all_pairs():
@@ -263,7 +263,7 @@ def test_near_duplicates_agree_with_all_pairs():
         tokens = text.split()
         return {tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)}
 
-    sifted = sift([candidate(text) for text in texts], near_duplicates())
+    sifted = apply_filters([candidate(text) for text in texts], near_duplicates())
     kept = [shingles(each["completion"]) for each in sifted.kept]
     similarities = [
         max(
@@ -279,7 +279,7 @@ def test_near_duplicates_agree_with_all_pairs():
 
 def test_rouge_compares_prompts_with_those_kept():
     prompts = ["Write a poem about the sea", "Write a poem about the sky", "Explain how engines work"]
-    sifted = sift([candidate(prompt=prompt) for prompt in prompts], filters({"kind": "rouge"}))
+    sifted = apply_filters([candidate(prompt=prompt) for prompt in prompts], filters({"kind": "rouge"}))
     assert [each["prompt"] for each in sifted.kept] == [prompts[0], prompts[2]]
     assert sifted.rejected[0].reason == "has ROUGE-L 0.83 to 'Write a poem about the sea'"
 
@@ -290,7 +290,7 @@ def test_what_another_filter_rejects_makes_no_duplicates():
         candidate("A long answer that ends well", finish_reason="length"),
         candidate("A long answer that ends well"),
     )
-    sifted = sift([cut, whole, whole], given)
+    sifted = apply_filters([cut, whole, whole], given)
     assert sifted.kept == [whole]
     assert [(r.candidate, r.filter) for r in sifted.rejected] == [(cut, "truncated"), (whole, "rouge")]
 
@@ -299,13 +299,15 @@ def test_every_filter_is_counted_by_its_name_and_goes_on_where_it_was():
     given = filters(
         {"kind": "length", "minimum": 2}, {"kind": "length", "maximum": 3}, {"kind": "rouge", "field": "completion"}
     )
-    sifted = sift([candidate(text) for text in ("one", "two words", "three words here", "now four words here")], given)
+    sifted = apply_filters(
+        [candidate(text) for text in ("one", "two words", "three words here", "now four words here")], given
+    )
     assert sifted.counts == {"length 1": 1, "length 2": 1, "rouge": 0}
     assert [(r.filter, r.reason) for r in sifted.rejected] == [
         ("length 1", "has 1 of at least 2 words"),
         ("length 2", "has 4 of at most 3 words"),
     ]
-    assert sift([candidate("two words")], given).counts == {"length 1": 0, "length 2": 0, "rouge": 1}
+    assert apply_filters([candidate("two words")], given).counts == {"length 1": 0, "length 2": 0, "rouge": 1}
 
 
 @pytest.fixture
@@ -322,7 +324,9 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_function_of_the_user_judges(module):
-    sifted = sift([candidate("yes"), candidate("never")], filters({"kind": "custom", "function": f"{module}:short"}))
+    sifted = apply_filters(
+        [candidate("yes"), candidate("never")], filters({"kind": "custom", "function": f"{module}:short"})
+    )
     assert [each["completion"] for each in sifted.kept] == ["yes"]
     assert [(r.filter, r.reason) for r in sifted.rejected] == [("custom", "too long for me")]
 
@@ -333,13 +337,13 @@ def test_a_function_of_the_user_judges(module):
         ("my_judges:truth", "returned True; let it return None to keep a candidate"),
         ("my_judges:broken", "failed with KeyError: 'no_such_field'"),
         ("my_judges:absent", "module 'my_judges' has no function 'absent'"),
-        ("my_judges:number", "module 'my_judges' has no function 'number'"),
+        ("my_judges:number", "'my_judges:number' is not a function but a int"),
         ("no_such_module:f", "module 'no_such_module' cannot be imported: ModuleNotFoundError"),
     ],
 )
 def test_a_function_that_does_not_work_is_named(module, function, message):
     with pytest.raises(InputError, match=message):
-        sift([candidate()], filters({"kind": "custom", "function": function}))
+        apply_filters([candidate()], filters({"kind": "custom", "function": function}))
 
 
 @pytest.mark.parametrize(

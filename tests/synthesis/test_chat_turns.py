@@ -4,7 +4,7 @@ import pytest
 
 from rayk.data.tokens import Encoder
 from rayk.errors import InputError
-from rayk.synthesis.turns import turns_of
+from rayk.synthesis.chat_turns import find_chat_turns
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 LLAMA_3 = (
@@ -47,7 +47,7 @@ def encoder_of(template):
 
 
 def turns(template, system=None):
-    found = turns_of(encoder_of(template), system, "teacher 'big'")
+    found = find_chat_turns(encoder_of(template), system, "teacher 'big'")
     return found.user_begins, found.user_ends, found.assistant_ends
 
 
@@ -73,7 +73,7 @@ def test_the_turns_of_known_templates(template, expected):
 def test_what_is_fed_are_the_tokens_that_precede_any_text():
     for template in (LLAMA_3, QWEN_2_5, GEMMA_2, MISTRAL, VICUNA, CHAT_TEMPLATE):
         encoder = encoder_of(template)
-        fed = encoder.encode([turns_of(encoder, None, "it").user_begins])[0]
+        fed = encoder.encode([find_chat_turns(encoder, None, "it").user_begins])[0]
         for text in ("Question: what is it?", "the cat", "72", "Über"):
             assert encoder.chat_prompt([{"role": "user", "content": text}], "it")[: len(fed)] == fed
 

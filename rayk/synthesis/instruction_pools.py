@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from rayk.errors import RunFailed
 from rayk.synthesis.adversarial_texts import Scores
-from rayk.synthesis.store import Store, table_of
+from rayk.synthesis.store import CompletionStore, table_of
 
 TRAIN, CACHE, COMPARISONS = "train_pool", "cache_pool", "comparisons"
 GIVEN, HARD, EASY, UNSCORED = "given", "hard", "easy", "unscored"
@@ -30,7 +30,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Entry:
+class PoolEntry:
     """An instruction of a pool.
 
     Attributes:
@@ -50,7 +50,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnswerComparison:
     """A teacher's and a student's answer to an instruction of the cache pool, and what a referee thought of them.
 
     Attributes:
@@ -59,7 +59,7 @@ class Comparison:
         reason: why there are not both.
     """
 
-    entry: Entry
+    entry: PoolEntry
     teacher: str
     student: str
     scores: tuple[Scores | None, ...] = ()
@@ -76,7 +76,7 @@ class Comparison:
         return fmean(self.leads) if len(self.leads) == 2 else None
 
     @property
-    def hangs_on_order(self) -> bool:
+    def depends_on_order(self) -> bool:
         """Whether each order makes another answer the better one."""
         return len(self.leads) == 2 and self.leads[0] * self.leads[1] < 0
 
@@ -87,12 +87,12 @@ class Comparison:
         return HARD if self.lead >= threshold else EASY
 
 
-def write_pool(store: Store, name: str, entries: Iterable[Entry]) -> None:
+def write_pool(store: CompletionStore, name: str, entries: Iterable[PoolEntry]) -> None:
     """Put a pool into a round's folder, whole or not at all."""
     store.put(name, pa.Table.from_pylist([asdict(each) for each in entries], _SCHEMA))
 
 
-def read_pool(folder: Path, name: str) -> list[Entry]:
+def read_pool(folder: Path, name: str) -> list[PoolEntry]:
     """A pool of the round whose folder this is.
 
     Raises:
@@ -107,10 +107,10 @@ def read_pool(folder: Path, name: str) -> list[Entry]:
             f"'{folder / 'summary.json'}' and '{folder.parent / 'summary.json'}' and go on with --resume: that round's "
             "rows and pools are made anew from what was written."
         ) from error
-    return [Entry(**row) for row in rows]
+    return [PoolEntry(**row) for row in rows]
 
 
-def write_comparisons(store: Store, comparisons: Sequence[Comparison], threshold: float) -> None:
+def write_comparisons(store: CompletionStore, comparisons: Sequence[AnswerComparison], threshold: float) -> None:
     """Put them into the round's folder, whole or not at all."""
     rows = [
         {

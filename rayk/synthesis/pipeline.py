@@ -9,21 +9,21 @@ from typing import Any
 
 from rayk.config import SynthesisSettings
 from rayk.errors import RunFailed
-from rayk.serving.event_loop import run_to_the_end
+from rayk.serving.event_loop import run_until_complete
 from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.base import Candidate, Recipe, Round
 from rayk.synthesis.chain_of_thought import ChainOfThought
-from rayk.synthesis.judging import Judge, judged, judges_among
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.judging import Judge, apply_judge, find_judges
 from rayk.synthesis.magpie import Magpie
 from rayk.synthesis.preferences import Preferences
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.responses import Responses
-from rayk.synthesis.scribe import Scribe
 from rayk.synthesis.self_instruct import SelfInstruct
-from rayk.synthesis.store import Store
-from rayk.synthesis.tally import Progress, Tally
+from rayk.synthesis.store import CompletionStore
+from rayk.synthesis.usage import Progress, UsageTracker
 from rayk.teachers import Teacher
-from rayk.text import Filter, sift
+from rayk.text import Filter, apply_filters
 
 RECIPES: dict[str, type[Recipe]] = {
     "responses": Responses,
@@ -38,7 +38,7 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Company:
+class RecipeContext:
     """Whom a recipe may ask beside the teacher, and in which round.
 
     Attributes:
@@ -56,10 +56,10 @@ class Company:
     judges: Mapping[str, Teacher] = field(default_factory=dict)
 
 
-def synthesise(
-    settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: Store,
+def synthesize_rows(
+    settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: CompletionStore,
     filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
-    company: Company | None = None,
+    company: RecipeContext | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
 
@@ -75,7 +75,7 @@ def synthesise(
         RunFailed: the teacher answers nothing, the disk is full, or no row is left.
         TeacherUnavailable: as `Teacher.generate`.
     """
-    company = company or Company()
+    company = company or RecipeContext()
     scribes = _scribes(settings, teacher, store, seed, progress, company)
     recipe = RECIPES[settings.kind](settings, prompts, scribes["teacher"])
     recipe.round = Round(
@@ -83,12 +83,12 @@ def synthesise(
     )
     tally = scribes["teacher"].tally
     rating = _rating(settings, teacher, store, seed, tally, company)
-    candidates = run_to_the_end(_written(recipe, scribes.values()))
+    candidates = run_until_complete(_written(recipe, scribes.values()))
     alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
     candidates = _unlike(_sifted(candidates, alone, prompts))
     for judge, asking in rating:
         rows = [_judged(each, prompts) for each in candidates]
-        candidates = run_to_the_end(judged(judge, candidates, rows, asking, settings.in_flight))
+        candidates = run_until_complete(apply_judge(judge, candidates, rows, asking, settings.in_flight))
     candidates = _chosen(recipe, candidates)
     # What remembers others is to remember only what is kept, so it comes after the choice.
     candidates = _sifted(candidates, comparing, prompts)
@@ -133,38 +133,50 @@ def _summary(recipe: Recipe, candidates: list[Candidate], filters: Sequence[str]
 
 
 def _scribes(
-    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, progress: Progress, company: Company
-) -> dict[str, Scribe]:
+    settings: SynthesisSettings,
+    teacher: Teacher,
+    store: CompletionStore,
+    seed: int,
+    progress: Progress,
+    company: RecipeContext,
+) -> dict[str, CompletionClient]:
     """Who asks whom, by what the asked one is."""
-    tally = Tally(store.usage, progress)
-    scribes = {"teacher": Scribe(teacher, store, settings, seed, tally)}
+    tally = UsageTracker(store.usage, progress)
+    scribes = {"teacher": CompletionClient(teacher, store, settings, seed, tally)}
     if company.student is not None:
         chat = company.student_chats
-        scribes["student"] = Scribe(company.student, store, settings, seed, tally, role="student", chat=chat)
+        scribes["student"] = CompletionClient(company.student, store, settings, seed, tally, role="student", chat=chat)
     if company.referee is not None:
         chat = settings.chat and company.referee.info.engine != "openai"
-        scribes["referee"] = Scribe(company.referee, store, settings, seed, tally, role="referee", chat=chat)
+        scribes["referee"] = CompletionClient(company.referee, store, settings, seed, tally, role="referee", chat=chat)
     return scribes
 
 
 def _rating(
-    settings: SynthesisSettings, teacher: Teacher, store: Store, seed: int, tally: Tally, company: Company
-) -> list[tuple[Judge, Scribe]]:
+    settings: SynthesisSettings,
+    teacher: Teacher,
+    store: CompletionStore,
+    seed: int,
+    tally: UsageTracker,
+    company: RecipeContext,
+) -> list[tuple[Judge, CompletionClient]]:
     """The judges among the filters, and who asks each."""
     rating = []
-    for judge in judges_among(settings.filters):
+    for judge in find_judges(settings.filters):
         rater = teacher if judge.settings.teacher is None else company.judges[judge.settings.teacher]
         chat = judge.settings.chat and rater.info.engine != "openai"
-        rating.append((judge, Scribe(rater, store, settings, seed, tally, role="judge", chat=chat)))
+        rating.append((judge, CompletionClient(rater, store, settings, seed, tally, role="judge", chat=chat)))
     return rating
 
 
-def _names(alone: Iterable[Filter], rating: Iterable[tuple[Judge, Scribe]], comparing: Iterable[Filter]) -> list[str]:
+def _names(
+    alone: Iterable[Filter], rating: Iterable[tuple[Judge, CompletionClient]], comparing: Iterable[Filter]
+) -> list[str]:
     """What the filters are called, in the order in which they judge."""
     return [*(each.name for each in alone), *(judge.name for judge, _ in rating), *(each.name for each in comparing)]
 
 
-async def _written(recipe: Recipe, scribes: Iterable[Scribe]) -> list[Candidate]:
+async def _written(recipe: Recipe, scribes: Iterable[CompletionClient]) -> list[Candidate]:
     async with AsyncExitStack() as stack:
         for scribe in scribes:
             await stack.enter_async_context(scribe)
@@ -189,7 +201,7 @@ def _unlike(candidates: list[Candidate]) -> list[Candidate]:
 def _sifted(candidates: list[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
     """With what the filters reject rejected."""
     rows = [None if each.rejected_by else _judged(each, prompts) for each in candidates]
-    rejections = {id(each.candidate): each for each in sift(filter(None, rows), filters).rejected}
+    rejections = {id(each.candidate): each for each in apply_filters(filter(None, rows), filters).rejected}
     found = [rejections.get(id(row)) for row in rows]
     return [
         each if rejection is None else each.rejected(rejection.filter, rejection.reason)

@@ -10,11 +10,11 @@ import pytest
 from rayk.config import ResponsesConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
-from rayk.serving.event_loop import run_to_the_end
-from rayk.synthesis import Store
-from rayk.synthesis import scribe as scribes
-from rayk.synthesis.scribe import Request, Scribe, in_order
-from rayk.synthesis.tally import Tally
+from rayk.serving.event_loop import run_until_complete
+from rayk.synthesis import CompletionStore
+from rayk.synthesis import completions as completion_client
+from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.usage import UsageTracker
 from rayk.teachers.client import Teacher
 from tests.engines.endpoint import Reply, completion
 
@@ -27,19 +27,19 @@ REFUSED = Reply(400, b'{"error": {"message": "too rude"}}')
 def ask(teacher, store, requests, **settings):
     """What a scribe brings for the requests, and the scribe."""
     told = []
-    tally = Tally(store.usage, lambda *all: told.append(all))
-    scribe = Scribe(teacher, store, ResponsesConfig(**settings), tally=tally)
+    tally = UsageTracker(store.usage, lambda *all: told.append(all))
+    scribe = CompletionClient(teacher, store, ResponsesConfig(**settings), tally=tally)
     scribe.total = len(requests)
 
     async def work():
         async with scribe:
             return await scribe.write(requests)
 
-    return run_to_the_end(work()), scribe, told
+    return run_until_complete(work()), scribe, told
 
 
 def requests(count, parameters=SHORT, prompt="prompt {}"):
-    return [Request(prompt.format(i), i, parameters) for i in range(count)]
+    return [CompletionRequest(prompt.format(i), i, parameters) for i in range(count)]
 
 
 def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served, store):
@@ -47,7 +47,7 @@ def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served,
     assert scribe.tally.asked == 12
     assert told[-1][:2] == (12, 12)
     assert "completions/s" in told[-1][2] and "tokens/s" in told[-1][2]
-    expected = run_to_the_end(served.agenerate([each.prompt for each in requests(12)], SHORT, range(12)))
+    expected = run_until_complete(served.agenerate([each.prompt for each in requests(12)], SHORT, range(12)))
     assert [each.text for each in written] == [each.text for each in expected]
     assert [each.tokens for each in written] == [len(each.token_ids) for each in expected]
     assert written[3].mean_logprob == pytest.approx(expected[3].logprobs.mean(), abs=1e-4)
@@ -66,8 +66,8 @@ def test_rows_have_their_provenance(served, store):
 
 
 def test_other_parameters_seeds_and_repetitions_are_other_requests(parrot, endpoint, store):
-    one = Request("prompt", 1, SHORT)
-    asked = [one, one, Request("prompt", 2, SHORT), Request("prompt", 1, SamplingParameters(9, 0.7))]
+    one = CompletionRequest("prompt", 1, SHORT)
+    asked = [one, one, CompletionRequest("prompt", 2, SHORT), CompletionRequest("prompt", 1, SamplingParameters(9, 0.7))]
     written, _, _ = ask(parrot, store, asked)
     assert len({each.key for each in written}) == 4
     assert len(endpoint.asked) == 4
@@ -161,7 +161,7 @@ def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
 
 def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, monkeypatch):
     """Wherever a kill falls: the bill is written before what it is for, also for answers that come meanwhile."""
-    bills, write, usage = [], Store.flush, Teacher.ausage
+    bills, write, usage = [], CompletionStore.flush, Teacher.ausage
 
     async def slowly(teacher):
         used = await usage(teacher)
@@ -174,8 +174,8 @@ def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, mon
         bills.append((len(rows), store.usage.get("requests", 0)))
 
     monkeypatch.setattr(Teacher, "ausage", slowly)
-    monkeypatch.setattr(Store, "flush", noted)
-    monkeypatch.setattr(scribes, "_FLUSH_COMPLETIONS", 4)
+    monkeypatch.setattr(CompletionStore, "flush", noted)
+    monkeypatch.setattr(completion_client, "_FLUSH_COMPLETIONS", 4)
     endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.1)] for i in range(40)}
     ask(parrot, store, requests(40), in_flight=3)
     assert len(bills) > 3 and bills[-1] == (40, 40)
@@ -183,8 +183,8 @@ def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, mon
 
 
 def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
-    long = Request("the cat sat " * 200, 0, SHORT)
-    (one, other), scribe, _ = ask(served, store, [long, Request("the cat", 0, SHORT)])
+    long = CompletionRequest("the cat sat " * 200, 0, SHORT)
+    (one, other), scribe, _ = ask(served, store, [long, CompletionRequest("the cat", 0, SHORT)])
     assert (one.finish_reason, other.finish_reason != "error") == ("error", True)
     assert one.reason.endswith("leaves no room for 8 more: the teacher takes 512")
     assert one.refused
@@ -194,7 +194,7 @@ def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
 def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
     endpoint.replies["prompt 9"] = [Reply(delay_seconds=5)]
 
-    scribe = Scribe(parrot, store, ResponsesConfig())
+    scribe = CompletionClient(parrot, store, ResponsesConfig())
 
     async def work():
         async with scribe:
@@ -208,7 +208,7 @@ def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
         await task
 
     with pytest.raises(CancelledError):
-        run_to_the_end(interrupted())
+        run_until_complete(interrupted())
     assert store.unwritten == 0
     endpoint.begin_anew()
     _, scribe, _ = ask(parrot, store, requests(10))
@@ -232,7 +232,7 @@ def test_results_come_in_order_however_they_come_and_leaving_early_cancels():
 
     async def some(count):
         results = []
-        work = in_order((piece(number) for number in range(20)), 4)
+        work = run_in_order((piece(number) for number in range(20)), 4)
         async for result in work:
             results.append(result)
             if len(results) == count:
@@ -248,8 +248,8 @@ def test_results_come_in_order_however_they_come_and_leaving_early_cancels():
 
 
 def test_seeds_follow_from_the_place(parrot, store):
-    one, other = (Scribe(parrot, store, ResponsesConfig(), seed) for seed in (0, 1))
-    assert one.seed(0, 1, 2) == Scribe(parrot, store, ResponsesConfig(), 0).seed(0, 1, 2)
+    one, other = (CompletionClient(parrot, store, ResponsesConfig(), seed) for seed in (0, 1))
+    assert one.seed(0, 1, 2) == CompletionClient(parrot, store, ResponsesConfig(), 0).seed(0, 1, 2)
     assert len({one.seed(0, 1, 2), one.seed(0, 2, 1), one.seed(1, 1, 2), other.seed(0, 1, 2)}) == 4
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayk.text.answers import answer_in, matched, same_answer
+from rayk.text.answers import answers_match, find_answer, find_last_match
 
 
 @pytest.mark.parametrize(
@@ -44,39 +44,39 @@ from rayk.text.answers import answer_in, matched, same_answer
     ],
 )
 def test_each_type_is_found(kind, text, answer):
-    assert answer_in(text, kind) == answer
+    assert find_answer(text, kind) == answer
 
 
 def test_after_a_delimiter_the_first_candidate_counts_and_without_one_the_last():
-    assert answer_in("2 and 3 --> 7, not 8", "number") == "7"
-    assert answer_in("7 --> 8 --> 9", "number") == "8"
-    assert answer_in("2 and 3 make 5", "number") == "5"
-    assert answer_in("72. Q: 3", "number", continues=True) == "72"
+    assert find_answer("2 and 3 --> 7, not 8", "number") == "7"
+    assert find_answer("7 --> 8 --> 9", "number") == "8"
+    assert find_answer("2 and 3 make 5", "number") == "5"
+    assert find_answer("72. Q: 3", "number", continues=True) == "72"
 
 
 @pytest.mark.parametrize("trigger", ["Therefore, the answer is", "Therefore the answer is", "So the final answer is:"])
 def test_the_comma_of_therefore_is_not_insisted_on(trigger):
-    assert answer_in(f"1 and 2. {trigger} 42. 7 is not.", "number") == "42"
+    assert find_answer(f"1 and 2. {trigger} 42. 7 is not.", "number") == "42"
 
 
 def test_a_letter_that_comes_first_counts_before_one_in_brackets():
-    assert answer_in(" C, because (A) is too small.", "choice", continues=True) == "C"
-    assert answer_in("B. (A) is wrong", "choice", continues=True) == "B"
+    assert find_answer(" C, because (A) is too small.", "choice", continues=True) == "C"
+    assert find_answer("B. (A) is wrong", "choice", continues=True) == "B"
 
 
 def test_choices_may_be_others():
-    assert answer_in("(F)", "choice", choices="ABCDEF") == "F"
-    assert answer_in("B or C", "choice", choices="BC") == "C"
+    assert find_answer("(F)", "choice", choices="ABCDEF") == "F"
+    assert find_answer("B or C", "choice", choices="BC") == "C"
 
 
 def test_numbers_are_the_same_to_a_millionth_and_text_whatever_its_case():
-    assert same_answer("2", "2.0000001", "number")
-    assert not same_answer("2", "2.00001", "number")
-    assert same_answer("Straße", "STRASSE", "free")
-    assert not same_answer("A", "B", "choice")
+    assert answers_match("2", "2.0000001", "number")
+    assert not answers_match("2", "2.00001", "number")
+    assert answers_match("Straße", "STRASSE", "free")
+    assert not answers_match("A", "B", "choice")
 
 
 def test_a_pattern_finds_its_last_match():
-    assert matched("x\n#### 1\n####  1,000 ", "#### (.+)") == "1,000"
-    assert matched("none", "#### (.+)") is None
-    assert matched(" a\n b ", None) == "a b"
+    assert find_last_match("x\n#### 1\n####  1,000 ", "#### (.+)") == "1,000"
+    assert find_last_match("none", "#### (.+)") is None
+    assert find_last_match(" a\n b ", None) == "a b"

@@ -2,7 +2,7 @@
 
 A recipe is plain code that asks a scribe for completions. What the store holds is not asked again, so running a recipe
 again means going on where it was stopped. For that a recipe must ask the same whenever the same was answered: its
-chance comes from `Scribe.seed`, by the place of a row, never from the order in which answers come.
+chance comes from `CompletionClient.seed`, by the place of a row, never from the order in which answers come.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
 from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
 from rayk.models import load_tokenizer
-from rayk.synthesis.store import Store, Written
-from rayk.synthesis.tally import Tally, charges_sum
+from rayk.synthesis.store import CompletionStore, StoredCompletion
+from rayk.synthesis.usage import UsageTracker, add_usage
 from rayk.teachers import Teacher
 from rayk.teachers.client import Completion
 from rayk.text.words import whole_characters
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Request:
+class CompletionRequest:
     """One completion to be written.
 
     Attributes:
@@ -54,7 +54,7 @@ class Request:
     sent: str | None = None
 
 
-class Scribe:
+class CompletionClient:
     """Asks a model, most often the teacher, what `store` does not hold, up to `settings.in_flight` prompts at once. An
     async context manager: at its end, or when it is cancelled, all that was written is on disk.
 
@@ -72,10 +72,10 @@ class Scribe:
     """
 
     def __init__(
-        self, teacher: Teacher, store: Store, settings: SynthesisSettings, seed: int = 0, tally: Tally | None = None, *,
+        self, teacher: Teacher, store: CompletionStore, settings: SynthesisSettings, seed: int = 0, tally: UsageTracker | None = None, *,
         role: str = "", chat: bool | None = None,
     ):  # fmt: skip
-        self.store, self.tally = store, tally or Tally(store.usage)
+        self.store, self.tally = store, tally or UsageTracker(store.usage)
         self._settings, self._seed, self._role = settings, seed, role
         self._chat = settings.chat if chat is None else chat
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
@@ -90,13 +90,13 @@ class Scribe:
             remote = teacher.settings.trust_remote_code
             self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
             if self._chat:
-                check_chats(self._encoder.tokenizer, teacher.name)
+                check_chat_template(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._ended = asyncio.Event()
         self._ordinals: Counter[str] = Counter()
         self._in_a_row = 0
         self._answered = False
-        self._refusals: list[tuple[Written, dict[str, Any]]] = []  # before anything was answered
+        self._refusals: list[tuple[StoredCompletion, dict[str, Any]]] = []  # before anything was answered
         self._uncounted = False  # whether something came since the endpoint told what it charges
         self._failure: RaykError | None = None
         self._charged_before: dict[str, Any] = {}
@@ -104,7 +104,7 @@ class Scribe:
         self._usage_at_start: dict[str, Any] = {}
         self._seen: dict[str, Any] = {}
 
-    async def __aenter__(self) -> "Scribe":
+    async def __aenter__(self) -> "CompletionClient":
         self._usage_at_start = self._seen = await self._usage()
         self.tally.scribes.append(self)
         self._ticking = asyncio.create_task(self._tick())
@@ -137,17 +137,17 @@ class Scribe:
     @property
     def chats(self) -> bool:
         """Whether the teacher reads its prompts as a user's messages."""
-        return self._chat or self.teacher.info.chats
+        return self._chat or self.teacher.info.applies_chat_template
 
     def seed(self, *place: int) -> int:
         """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
         return int(np.random.SeedSequence([self._seed, *place]).generate_state(1, np.uint64)[0])
 
-    async def write(self, requests: Iterable[Request]) -> list[Written]:
+    async def write(self, requests: Iterable[CompletionRequest]) -> list[StoredCompletion]:
         """A completion for each request, in order; see `ask`."""
         return await gather(self.ask(request) for request in requests)
 
-    async def ask(self, request: Request) -> Written:
+    async def ask(self, request: CompletionRequest) -> StoredCompletion:
         """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
         'error'. Where it is `refused` that is kept like a completion, else another run asks again.
 
@@ -170,7 +170,7 @@ class Scribe:
         self.tally.tell()
         return written
 
-    def _key(self, request: Request) -> str:
+    def _key(self, request: CompletionRequest) -> str:
         """What tells requests apart; an equal one that comes again is another one."""
         info = self.teacher.info
         asked = [
@@ -182,10 +182,10 @@ class Scribe:
         self._ordinals[same] += 1
         return f"{same}-{self._ordinals[same]}"
 
-    async def _asked(self, key: str, request: Request) -> Written:
+    async def _asked(self, key: str, request: CompletionRequest) -> StoredCompletion:
         text, prompt = self._sent(request)
         if reason := self._too_long(prompt, request.parameters):
-            return Written(key, "", None, None, "error", reason, refused=True)
+            return StoredCompletion(key, "", None, None, "error", reason, refused=True)
         try:
             completion = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
@@ -212,7 +212,7 @@ class Scribe:
             await self._flush()
         return written
 
-    def _sent(self, request: Request) -> tuple[str, str | np.ndarray]:
+    def _sent(self, request: CompletionRequest) -> tuple[str, str | np.ndarray]:
         """What the teacher reads: as text, and as it is sent."""
         prompt = request.prompt if request.sent is None else request.sent
         if self._encoder is None:
@@ -233,15 +233,15 @@ class Scribe:
             f"takes {limit}"
         )
 
-    def _left_unanswered(self, key: str, reason: str) -> Written:
+    def _left_unanswered(self, key: str, reason: str) -> StoredCompletion:
         """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
         self.tally.unanswered += 1
         self._in_a_row += 1
         if self._in_a_row >= _UNANSWERED_IN_A_ROW:
             self._fail(f"left {self._in_a_row} prompts in a row unanswered, the last since {reason}")
-        return Written(key, "", None, None, "error", reason)
+        return StoredCompletion(key, "", None, None, "error", reason)
 
-    def _take_refusal(self, written: Written, provenance: dict[str, Any]) -> None:
+    def _take_refusal(self, written: StoredCompletion, provenance: dict[str, Any]) -> None:
         """A refusal is an answer of a sort, and kept; but where not one prompt was ever taken, it is not the prompts'
         fault, and they are asked again when that is mended."""
         self.tally.refused += 1
@@ -305,7 +305,7 @@ class Scribe:
             if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
                 self._charged_before, self._usage_at_start = self._charged, {}
             self._seen = used
-            self._charged = charges_sum(self._charged_before, charges_sum(used, self._usage_at_start, -1))
+            self._charged = add_usage(self._charged_before, add_usage(used, self._usage_at_start, -1))
             self.tally.charge(self, self._charged)
 
     async def _usage(self) -> dict[str, Any]:
@@ -316,7 +316,7 @@ class Scribe:
         return {} if usage is None else {name: value for name, value in asdict(usage).items() if value is not None}
 
 
-def check_chats(tokenizer: Any, teacher: str) -> None:
+def check_chat_template(tokenizer: Any, teacher: str) -> None:
     """Refuse to ask in a chat template where there is none.
 
     Raises:
@@ -329,7 +329,7 @@ def check_chats(tokenizer: Any, teacher: str) -> None:
         )
 
 
-async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
+async def run_in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
     """Results of `work` in order, up to `at_once` pieces under way; leaving early cancels them."""
     under_way: list[asyncio.Task[T]] = []
     try:
@@ -345,9 +345,9 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
         await asyncio.gather(*under_way, return_exceptions=True)
 
 
-def _written(key: str, completion: Completion) -> Written:
+def _written(key: str, completion: Completion) -> StoredCompletion:
     known = len(completion.logprobs) > 0
-    return Written(
+    return StoredCompletion(
         key, whole_characters(completion.text), len(completion.token_ids) or None,
         # As the store keeps it, so that an answer reads the same whether it has just come or was found.
         float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,

@@ -20,7 +20,7 @@ _BEGINNINGS = ("The", "What", "I", "1", "Über", "请")
 
 
 @dataclass(frozen=True)
-class Turns:
+class ChatTurns:
     """How the turns of a template begin and end, as text.
 
     Attributes:
@@ -34,7 +34,7 @@ class Turns:
     assistant_ends: str
 
 
-def turns_of(encoder: Encoder, system: str | None, where: str) -> Turns:
+def find_chat_turns(encoder: Encoder, system: str | None, where: str) -> ChatTurns:
     """The turns of the tokenizer's chat template, after a system prompt if there is one.
 
     Args:
@@ -67,7 +67,7 @@ def turns_of(encoder: Encoder, system: str | None, where: str) -> Turns:
             "the tokenizer of another one as synthesis.tokenizer."
         )
     _, behind = _around(encoder, [*opening, question, {"role": "assistant"}], told, generation=False)
-    return Turns(_stable(encoder, before), user_ends, _ending(encoder, behind))
+    return ChatTurns(_stable(encoder, before), user_ends, _ending(encoder, behind))
 
 
 def _around(encoder: Encoder, messages: list[dict[str, str]], where: str, generation: bool = True) -> tuple[str, str]:

@@ -12,7 +12,7 @@ Progress = Callable[[int, int, str], None]
 _TELL_SECONDS = 0.2
 
 
-class Tally:
+class UsageTracker:
     """What the scribes of one store have asked for, all together, as the progress tells it.
 
     Args:
@@ -40,7 +40,7 @@ class Tally:
     @property
     def charged(self) -> dict[str, Any]:
         """What endpoints have charged for all that the store holds, as `rayk.engines.base.Usage` names it."""
-        return functools.reduce(charges_sum, self._charges.values(), {})
+        return functools.reduce(add_usage, self._charges.values(), {})
 
     def charge(self, who: object, charged: Mapping[str, Any]) -> None:
         """Take down what one endpoint has charged since its scribe began."""
@@ -66,7 +66,7 @@ class Tally:
         self._progress(self.done, self.total, text)
 
 
-def charges_sum(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
+def add_usage(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
     """Two charges together, or with `sign` -1 what the one is above the other."""
     return {name: one.get(name, 0) + sign * other.get(name, 0) for name in {**one, **other}}
 

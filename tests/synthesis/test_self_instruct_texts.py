@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from rayk.errors import InputError
-from rayk.synthesis import tasks
+from rayk.synthesis import self_instruct_texts as texts
 from rayk.synthesis.self_instruct import instruction_filters
-from rayk.synthesis.tasks import Instance, read_seed_tasks
+from rayk.synthesis.self_instruct_texts import Instance, read_seed_tasks
 from rayk.text import judge, rouge_l
 
 SEEDS = read_seed_tasks()
@@ -78,10 +78,10 @@ def test_too_few_seeds_or_none_of_a_sort_are_refused(tmp_path):
 
 
 def test_the_prompt_for_instructions():
-    base = tasks.instructions_prompt([f"Task\n {n}" for n in range(8)])
+    base = texts.instructions_prompt([f"Task\n {n}" for n in range(8)])
     assert base.startswith("Come up with a series of tasks:\n1. Task 0\n2. Task 1\n")
     assert base.endswith("\n8. Task 7\n9.")
-    assert "tasks 9 to 16" in tasks.instructions_prompt(["Task"] * 8, chat=True)
+    assert "tasks 9 to 16" in texts.instructions_prompt(["Task"] * 8, chat=True)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_prompt_for_instructions():
     ],
 )  # fmt: skip
 def test_lists_of_instructions_are_read(text, finish_reason, chat, expected):
-    assert tasks.parse_instructions(text, finish_reason, chat) == expected
+    assert texts.parse_instructions(text, finish_reason, chat) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,12 +137,12 @@ def test_an_instruction_is_novel_once():
 
 
 def test_the_prompt_that_sorts_shows_both_sorts_mixed():
-    prompt = tasks.classification_prompt("Is it so?", SEEDS)
+    prompt = texts.classification_prompt("Is it so?", SEEDS)
     assert (prompt.count("classification? Yes"), prompt.count("classification? No")) == (12, 19)
     assert prompt.endswith("Task: Is it so?\nIs it classification?")
     answers = [line[-3:] for line in prompt.splitlines() if line.startswith("Is it classification? ")]
     assert "Yes" in answers[-8:] and " No" in answers[:8]
-    assert tasks.classification_prompt("Is it so?", SEEDS, chat=True).endswith("with Yes or No only.")
+    assert texts.classification_prompt("Is it so?", SEEDS, chat=True).endswith("with Yes or No only.")
 
 
 @pytest.mark.parametrize(
@@ -158,19 +158,19 @@ def test_the_prompt_that_sorts_shows_both_sorts_mixed():
     ],
 )
 def test_sorts_are_read(text, expected):
-    assert tasks.parse_is_classification(text) is expected
+    assert texts.parse_is_classification(text) is expected
 
 
 def test_the_prompts_for_instances_are_in_the_form_that_is_read():
     """What the prompt shows of a seed is read as the seed's own instances."""
     for is_classification in (True, False):
-        prompt = tasks.instances_prompt("Now this.", SEEDS, is_classification)
+        prompt = texts.instances_prompt("Now this.", SEEDS, is_classification)
         assert prompt.endswith("Task: Now this.\n")
         blocks = prompt.split("\nTask: ")[1:-1]
         shown = [each for each in SEEDS if each.is_classification == is_classification][: len(blocks)]
         assert len(blocks) == 8
         for block, each in zip(blocks, shown, strict=True):
-            found, fault = tasks.parse_instances(block.split("\n", 1)[1], is_classification, "stop")
+            found, fault = texts.parse_instances(block.split("\n", 1)[1], is_classification, "stop")
             assert (tuple(found), fault) == (each.instances, None)
 
 
@@ -192,7 +192,7 @@ def test_the_prompts_for_instances_are_in_the_form_that_is_read():
     ],
 )  # fmt: skip
 def test_examples_are_read(text, expected):
-    assert tasks.parse_instances(text, False, "stop") == ([Instance(*each) for each in expected], None)
+    assert texts.parse_instances(text, False, "stop") == ([Instance(*each) for each in expected], None)
 
 
 @pytest.mark.parametrize(
@@ -205,24 +205,24 @@ def test_examples_are_read(text, expected):
     ],
 )
 def test_tasks_without_usable_instances_say_why(text, finish_reason, fault):
-    assert tasks.parse_instances(text, False, finish_reason) == ([], fault)
+    assert texts.parse_instances(text, False, finish_reason) == ([], fault)
 
 
 def test_a_cut_text_loses_its_last_instance_only():
     text = "Example 1\nInput: 2\nOutput: 4\nExample 2\nInput: 3\nOutput: 6 and so"
-    assert tasks.parse_instances(text, False, "length") == ([Instance("2", "4")], None)
+    assert texts.parse_instances(text, False, "length") == ([Instance("2", "4")], None)
 
 
 def test_labels_are_read_with_their_inputs():
     text = "Class label: Good\nInput: I liked it.\nClass label: Bad\nInput: It was\nawful.\n\nClass label: Neither"
     expected = [Instance("I liked it.", "Good"), Instance("It was\nawful.", "Bad")]
-    assert tasks.parse_instances(text, True, "stop") == (expected, None)
-    assert tasks.parse_instances("Class label: A\nInput: x\nClass label: B\nInput: x", True, "stop")[0] == []
+    assert texts.parse_instances(text, True, "stop") == (expected, None)
+    assert texts.parse_instances("Class label: A\nInput: x\nClass label: B\nInput: x", True, "stop")[0] == []
 
 
 def test_every_template_has_the_task_in_it():
-    with_input = {tasks.student_prompt("Do {it}.", "this {one}", choice) for choice in range(50)}
-    without = {tasks.student_prompt("Do {it}.", "", choice) for choice in range(50)}
+    with_input = {texts.student_prompt("Do {it}.", "this {one}", choice) for choice in range(50)}
+    without = {texts.student_prompt("Do {it}.", "", choice) for choice in range(50)}
     assert (len(with_input), len(without)) == (7, 6)
     assert all("Do {it}." in prompt and "this {one}" in prompt for prompt in with_input)
     assert all("Do {it}." in prompt and "nput" not in prompt for prompt in without)
