@@ -1,65 +1,124 @@
-"""README's commands, settings and Python are run or parsed as they stand there."""
+"""The pages of this repository are true: commands parse, links exist, code runs as it stands, tables are complete."""
 
+import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from typer.main import get_command
 
 from rayk.cli import app
-from rayk.config import load_config
+from rayk.config import load_config, parse_config
+from rayk.config.filters import FilterConfig
+from rayk.config.synthesis import SynthesisConfig
 from rayk.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *(path for folder in ("jobs", "rayk", "tests", ".github")
+                                              for path in (ROOT / folder).rglob("*.md"))])
+}  # fmt: skip
+README, CONTRIBUTING = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def code_blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
-def commands(program: str) -> list[list[str]]:
-    """Every command of `program` in the bash blocks, also behind `ray job submit … --`."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[line.index(program) :] for line in words if program in line]
+def named_blocks(page: str) -> dict[str, str]:
+    """Code blocks whose first line is a comment with a file name, by that name."""
+    blocks = [block for language in ("python", "yaml") for block in code_blocks(page, language)]
+    named = [(re.match(r"# (\w+\.(?:py|yaml))$", block.splitlines()[0]), block) for block in blocks]
+    return {name[1]: block for name, block in named if name}
+
+
+def programs(page: str) -> str:
+    """The Python of a page that belongs to no named file, one block after the other."""
+    files = named_blocks(page).values()
+    return "\n".join(block for block in code_blocks(page, "python") if block not in files)
+
+
+def commands(program: str) -> list:
+    """Each command of `program` in the bash blocks of a page, also behind `ray job submit … --`."""
+    found = []
+    for name, page in PAGES.items():
+        lines = "\n".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
+        words = [shlex.split(line, comments=True) for line in lines]
+        found += [(name, line[line.index(program) :]) for line in words if program in line]
+    return [pytest.param(line, id=f"{name}: {' '.join(line)}") for name, line in found]
+
+
+def heading_anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def table_kinds(page: str, header: str) -> set[str]:
+    """The first column of the table with this header, where it is `code`."""
+    table = page.split(f"| {header} |")[1].split("\n\n")[0]
+    return set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+
+
+def kinds(union) -> set[str]:
+    return {member.model_fields["kind"].default for member in get_args(get_args(union)[0])}
 
 
 @pytest.fixture
 def newcomer(tmp_path, tiny_teacher, tiny_student):
-    """A folder with what README's examples name: teacher/, student/, train.jsonl and jobs/ with these put in."""
+    """A folder with what the pages name: teacher/, student/, rows, their named files, and jobs/ on these models."""
     (tmp_path / "teacher").symlink_to(tiny_teacher)
     (tmp_path / "student").symlink_to(tiny_student)
     rows = [{"prompt": f"Question: {n} + {n}?", "completion": f"Answer: {2 * n}"} for n in range(16)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("train.jsonl", "test.jsonl", "prompts.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "jobs").mkdir()
-    for job in JOBS:
-        settings = yaml.safe_load(job.read_text())
-        settings["student"]["model"] = "student"
-        if "train" in settings["data"]:
-            settings["data"]["train"]["path"] = "train.jsonl"
-        for teacher in settings.get("teachers", []):
-            teacher["model"] = "teacher"
-        settings["training"] |= {"epochs": 1, "batch_size": 8, "resources": {"num_cpus": 0.5}}
-        (tmp_path / "jobs" / job.name).write_text(yaml.safe_dump(settings))
+    configs = {f"jobs/{job.name}": job.read_text() for job in JOBS}
+    for page in (README, CONTRIBUTING):
+        for name, text in named_blocks(page).items():
+            if name.endswith(".yaml"):
+                configs[name] = text
+            else:
+                (tmp_path / name).write_text(text)
+    for name, text in configs.items():
+        (tmp_path / name).write_text(yaml.safe_dump(on_tiny_models(yaml.safe_load(text), tmp_path)))
     return tmp_path
+
+
+def on_tiny_models(settings: dict, folder: Path) -> dict:
+    settings["student"]["model"] = str(folder / "student")
+    for part, rows in settings["data"].items():
+        if part in ("train", "evaluation"):
+            rows["path"] = str(folder / "train.jsonl")
+    settings["data"]["chat_template"] = False
+    for teacher in settings.get("teachers", []):
+        teacher |= {"model": str(folder / "teacher"), "engine": {"kind": "transformers"}}
+    settings["training"] |= {"epochs": 1, "batch_size": 8, "precision": "float32", "resources": {"num_cpus": 0.5}}
+    return settings
+
+
+def run_command(*command: str, folder: Path) -> subprocess.CompletedProcess:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.mark.cluster
 def test_python_in_readme_runs_as_it_stands(newcomer):
-    program = "\n".join(blocks("python"))
+    program = programs(README)
     assert "rayk.distill(" in program
     assert "serve_teacher(" in program
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=newcomer, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_command(sys.executable, "-c", program, folder=newcomer)
     assert (newcomer / "runs" / "from-python" / "model" / "config.json").exists()
 
 
@@ -69,9 +128,13 @@ def test_job_without_a_teacher_runs_as_it_is(newcomer, monkeypatch):
     assert (newcomer / "runs" / "supervised" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("command", commands("rayk"), ids=" ".join)
-def test_command_in_readme_parses(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("command", commands("rayk"))
+def test_command_in_a_page_parses(command, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    for page in (README, CONTRIBUTING):
+        for name, text in named_blocks(page).items():
+            (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
     words = command[1:]
     context = get_command(app).make_context("rayk", words, resilient_parsing=False)
     name, *rest = words
@@ -80,14 +143,61 @@ def test_command_in_readme_parses(command, monkeypatch):
         load_config(parsed.params["config"], parsed.params.get("overrides"))
 
 
-@pytest.mark.parametrize("command", commands("make"), ids=" ".join)
-def test_make_target_in_readme_exists(command):
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_target_in_a_page_exists(command):
     assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_readme_lists_every_method():
-    section = README.split("## Choosing a method")[1].split("\n## ")[0]
-    assert {f"`{kind}`" for kind in METHODS} == set(re.findall(r"^\| (`\w+`) \|", section, re.MULTILINE))
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_a_page_runs_exist(page):
+    for module, options in re.findall(r"python -m ([\w.]+)([^`\n]*)", PAGES[page]):
+        found = importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module)
+        assert found, f"python -m {module}"
+        if module.startswith("tests.benchmarks"):
+            source = Path(found.origin).read_text() + (ROOT / "tests/benchmarks/learning/harness.py").read_text()
+            for option in re.findall(r"--[a-z][\w-]*", options):
+                assert option in source, f"python -m {module} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_exist(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = os.path.relpath((ROOT / page).parent / path, ROOT) if path else page
+        assert (ROOT / target).exists(), link
+        if anchor:
+            assert anchor in heading_anchors(PAGES[target]), link
+
+
+def test_files_that_sources_and_pages_name_exist():
+    """No document outside this repository is cited: each NAME.md exists, and no section sign follows a bare name."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    names = {Path(path).name for path in tracked} | {"README.md"}
+    for path in tracked:
+        if path.endswith((".py", ".md", ".yaml", ".j2", ".toml", "Makefile")) and (ROOT / path).exists():
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert not (missing := set(re.findall(r"\b[\w-]+\.md\b", text)) - names), f"{path} names {missing}"
+            assert not (cited := re.findall(r"\b[A-Z]{5,} §\S*", text)), f"{path} cites {cited}"
+
+
+def test_readme_can_be_read_to_the_end():
+    assert 8_000 <= len(README.encode()) <= 10_000
+
+
+def test_readme_lists_every_method_and_synthesis():
+    assert table_kinds(README, "`method.kind`") == set(METHODS)
+    assert table_kinds(README, "`synthesis.kind`") == kinds(SynthesisConfig) - {"custom"}
+
+
+def test_the_page_of_jobs_has_every_job_and_filter():
+    page = PAGES["jobs/README.md"]
+    for job in JOBS:
+        assert f"\n### {job.stem}\n" in page
+        assert re.search(rf"^\| \[{job.stem}\]\(#{job.stem}\) \|", page, re.MULTILINE)
+        assert f"jobs/{job.name}" in page
+    assert table_kinds(page, "filter") == kinds(FilterConfig)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
@@ -96,8 +206,14 @@ def test_job_is_a_config(job):
     assert (config.synthesis or config.method).kind == job.stem
 
 
-def test_files_that_readme_links_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("block", code_blocks(PAGES["rayk/teachers/README.md"], "yaml"))
+def test_settings_of_teachers_in_a_page_are_valid(block):
+    run = {"student": {"model": "student"}, "data": {"train": {"path": "rows"}}, "method": {"kind": "logit_kd"}}
+    parse_config(run | yaml.safe_load(block))
+
+
+def test_the_config_in_readme_is_valid(tmp_path):
+    (tmp_path / "distill.yaml").write_text(named_blocks(README)["distill.yaml"])
+    config = load_config(tmp_path / "distill.yaml")
+    assert config.method.kind == "logit_kd"
+    assert config.output == "runs/first"
