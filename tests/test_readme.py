@@ -148,6 +148,22 @@ def test_make_target_in_a_page_exists(command):
     assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github/workflows").glob("*.yaml")), ids=lambda path: path.name)
+def test_workflow_calls_make_targets_that_exist(workflow):
+    makefile = (ROOT / "Makefile").read_text()
+    steps = [step for job in yaml.safe_load(workflow.read_text())["jobs"].values() for step in job["steps"]]
+    called = [step["run"].split() for step in steps if step.get("run", "").startswith("make ")]
+    assert called
+    for target in (word for words in called for word in words[1:] if "=" not in word):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_fast_tests_run_on_every_supported_python():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    matrix = yaml.safe_load((ROOT / ".github/workflows/fast.yaml").read_text())["jobs"]["fast"]["strategy"]["matrix"]
+    assert matrix["python"] == re.findall(r'"Programming Language :: Python :: (3\.\d+)"', pyproject)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_modules_that_a_page_runs_exist(page):
     for module, options in re.findall(r"python -m ([\w.]+)([^`\n]*)", PAGES[page]):
