@@ -1,11 +1,20 @@
 """What the student writes while it trains: policies that generate, and when each may."""
 
-from rayk.rollouts.gate import VersionGate
-from rayk.rollouts.policy import Policy, Rollout, WorkerPolicy, completed, summarise, with_own_ids
+from rayk.rollouts.policy import Policy, Rollout, WorkerPolicy, summarize_rollouts, with_completion, with_requested_ids
 from rayk.rollouts.served import PolicyAddress, ServedPolicy, serve_policy
-from rayk.serving.weights import learned
+from rayk.rollouts.version_gate import VersionGate
+from rayk.serving.weights import trainable_state_dict
 
 __all__ = [
-    "Policy", "PolicyAddress", "Rollout", "ServedPolicy", "VersionGate", "WorkerPolicy", "completed", "learned",
-    "serve_policy", "summarise", "with_own_ids",
+    "Policy",
+    "PolicyAddress",
+    "Rollout",
+    "ServedPolicy",
+    "VersionGate",
+    "WorkerPolicy",
+    "serve_policy",
+    "summarize_rollouts",
+    "trainable_state_dict",
+    "with_completion",
+    "with_requested_ids",
 ]  # fmt: skip

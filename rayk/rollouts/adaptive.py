@@ -10,7 +10,7 @@ import numpy as np
 
 from rayk.config import AdaptiveConfig
 from rayk.data.examples import Example
-from rayk.rollouts.kept import pack_row, unpack_row
+from rayk.rollouts.packed_rows import pack_row, unpack_row
 from rayk.rollouts.policy import Rollout
 
 

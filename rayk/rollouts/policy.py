@@ -15,13 +15,13 @@ from rayk.config import RolloutConfig
 from rayk.config.support import Requested, Support
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example
-from rayk.engines.base import Generated, SamplingParameters
+from rayk.engines.base import GeneratedSequence, SamplingParameters
 from rayk.engines.speculative import MixedSampling
 from rayk.losses import importance_log_weights
 from rayk.models import CausalLM
+from rayk.rollouts.policy_model import PolicyModel
 from rayk.rollouts.teacher_mixed import MixedRollout, Verify, sample_teacher_mixed
-from rayk.rollouts.writer import Writer
-from rayk.serving.weights import learned
+from rayk.serving.weights import trainable_state_dict
 from rayk.signals.sequence import TokenSequence
 
 _REPEATED_TOKENS = 4
@@ -57,11 +57,11 @@ class Rollout(Example):
         return self.input_ids[self.prompt_tokens :]
 
 
-def completed(prompt: Example, completion_ids: np.ndarray) -> Example:
+def with_completion(prompt: Example, completion_ids: np.ndarray) -> Example:
     """`prompt`'s row with another completion, of which every token counts."""
     ids = np.concatenate([prompt.prompt_ids, completion_ids]).astype(np.int32)
     counted = np.arange(len(ids)) >= prompt.prompt_tokens
-    return Example(ids, counted, None, prompt.prompt_tokens, prompt.where, prompt.fields)
+    return Example(ids, counted, None, prompt.prompt_tokens, prompt.where, prompt.fields, contexts=prompt.contexts)
 
 
 class Policy(Protocol):
@@ -124,13 +124,13 @@ class WorkerPolicy:
         self.parameters = parameters_of(settings)
         self.version = version
         self._learner = learner
-        self._writer = Writer(learner if settings.max_staleness == 0 else _copied(learner), tokenizer, precision)
+        self._writer = PolicyModel(learner if settings.max_staleness == 0 else _copied(learner), tokenizer, precision)
         self._batch_tokens = batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """See `Policy`."""
-        return micro_batches(lengths_of(prompts, self.parameters), self._batch_tokens)
+        return micro_batches(maximum_lengths(prompts, self.parameters), self._batch_tokens)
 
     async def generate(
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
@@ -138,13 +138,13 @@ class WorkerPolicy:
         """See `Policy`."""
         left = threading.Event()
 
-        def write(rows: list[int]) -> list[Generated]:
+        def write(rows: list[int]) -> list[GeneratedSequence]:
             ids = [prompts[row].prompt_ids for row in rows]
             return self._writer.generate(ids, parameters, [seeds[row] for row in rows], left.is_set)
 
-        lengths = lengths_of(prompts, parameters)
+        lengths = maximum_lengths(prompts, parameters)
         try:
-            return rollouts_of(prompts, await self._in_batches(lengths, write), self.version)
+            return to_rollouts(prompts, await self._in_batches(lengths, write), self.version)
         finally:
             left.set()  # whoever was waiting has gone, and a thread can only end by itself
 
@@ -164,7 +164,7 @@ class WorkerPolicy:
 
         return [
             Rollout(
-                **vars(completed(prompt, each.token_ids)), logprobs=each.student_logprobs, version=self.version,
+                **vars(with_completion(prompt, each.token_ids)), logprobs=each.student_logprobs, version=self.version,
                 finish_reason=each.finish_reason, log_weights=log_weights(each), teacher_calls=each.calls,
                 acceptance=each.acceptance,
             )
@@ -187,7 +187,7 @@ class WorkerPolicy:
     def update(self, version: int) -> None:
         """See `Policy`; nobody may be generating."""
         if self._writer.model is not self._learner:
-            self._writer.model.load_state_dict(learned(self._learner), strict=False)
+            self._writer.model.load_state_dict(trainable_state_dict(self._learner), strict=False)
         self.version = version
 
     async def _in_batches(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
@@ -215,23 +215,25 @@ def parameters_of(settings: RolloutConfig) -> SamplingParameters:
     return SamplingParameters(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
 
-def lengths_of(prompts: Sequence[TokenSequence], parameters: SamplingParameters) -> list[int]:
+def maximum_lengths(prompts: Sequence[TokenSequence], parameters: SamplingParameters) -> list[int]:
     """How long each prompt and what is written after it may become, in tokens."""
     return [each.prompt_tokens + parameters.max_new_tokens for each in prompts if isinstance(each, Example)]
 
 
-def rollouts_of(prompts: Sequence[Example], written: Sequence[Generated], version: int) -> list[Rollout]:
+def to_rollouts(prompts: Sequence[Example], written: Sequence[GeneratedSequence], version: int) -> list[Rollout]:
     """What the policy wrote after each prompt, as it is learned from."""
     return [
         Rollout(
-            **vars(completed(prompt, each.token_ids)), logprobs=each.logprobs, finish_reason=each.finish_reason,
+            **vars(with_completion(prompt, each.token_ids)), logprobs=each.logprobs, finish_reason=each.finish_reason,
             version=version,
         )
         for prompt, each in zip(prompts, written, strict=True)
     ]  # fmt: skip
 
 
-async def with_own_ids(policy: Policy, rows: list[TokenSequence], support: Support, count: int) -> list[TokenSequence]:
+async def with_requested_ids(
+    policy: Policy, rows: list[TokenSequence], support: Support, count: int
+) -> list[TokenSequence]:
     """`rows`, and, where `support` has the teacher asked about named ids, the policy's `count` likeliest at each
     counted position."""
     if not isinstance(support, Requested):
@@ -240,7 +242,7 @@ async def with_own_ids(policy: Policy, rows: list[TokenSequence], support: Suppo
     return [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
 
 
-def summarise(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+def summarize_rollouts(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """Sums over `rollouts`, for the metrics of the step that learns from them at `version`: their number, completion
     tokens, how many wrote an end token, shares of repeated 4-grams, staleness, the teacher's part in them."""
     return {

@@ -1,6 +1,6 @@
 """A replica of the served policy: answers each request under the version of the weights it names.
 
-Who computes is a `Computer`: transformers in this process (`Batches`), or vLLM (`rayk.rollouts.vllm`).
+Who computes is a `PolicyBackend`: transformers in this process (`TransformersBackend`), or vLLM (`rayk.rollouts.vllm_backend`).
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rayk.config import ServedRollouts, StudentConfig
 from rayk.config.support import TopK
-from rayk.engines.base import Generated, SamplingParameters
+from rayk.engines.base import GeneratedSequence, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.models import load_tokenizer, pick_device
 from rayk.models.student import make_model
-from rayk.rollouts.writer import Writer
-from rayk.serving.autoscaling import METRIC, Asker, Demand
-from rayk.serving.weight_store import Published, UnusableWeights, Version, store_named
-from rayk.serving.weights import take_over
+from rayk.rollouts.policy_model import PolicyModel
+from rayk.serving.autoscaling import METRIC, Demand, Requester
+from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion, get_store
+from rayk.serving.weights import load_weights
 from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
 
 @dataclass(frozen=True)
-class Versioned:
+class VersionedRequest:
     """A request, and the weights it is to be answered under."""
 
-    version: Version
+    version: WeightVersion
     request: GenerateRequest | ScoreRequest
 
     @property
@@ -36,11 +36,11 @@ class Versioned:
         return self.request.tokens
 
 
-class Computer(Protocol):
+class PolicyBackend(Protocol):
     """Holds the student's model, and the weights of one version at a time."""
 
     async def answer(
-        self, version: Version, published: Published, how: Any, items: list[Any], lengths: list[int]
+        self, version: WeightVersion, published: PublishedWeights, how: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
         """One answer an item, all under `version`.
 
@@ -68,20 +68,20 @@ class PolicyReplica:
             torch.set_num_threads(threads or max(1, int(rollouts.resources.num_cpus)))
         tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
         model = make_model(student, tokenizer, settings["seed"], device).eval()
-        writer = Writer(model, tokenizer, settings["precision"])
-        self._store = store_named(settings["store"])
+        writer = PolicyModel(model, tokenizer, settings["precision"])
+        self._store = get_store(settings["store"])
         self._demand = Demand()
-        self._computer: Computer
+        self._computer: PolicyBackend
         if engine.kind == "vllm":
-            from rayk.rollouts.vllm import start_vllm
+            from rayk.rollouts.vllm_backend import start_vllm
 
             self._computer = await start_vllm(
                 writer, student, engine, tokenizer=settings["tokenizer"], precision=settings["precision"]
             )
         else:
-            self._computer = Batches(writer, engine.batch_tokens)
+            self._computer = TransformersBackend(writer, engine.batch_tokens)
 
-    async def generate(self, asked: Versioned, asker: Asker | None = None) -> list[Generated]:
+    async def generate(self, asked: VersionedRequest, asker: Requester | None = None) -> list[GeneratedSequence]:
         """A continuation for each prompt."""
         request = asked.request
         assert isinstance(request, GenerateRequest)
@@ -89,7 +89,7 @@ class PolicyReplica:
         items = list(zip(request.prompts, request.seeds, strict=True))
         return await self._answer(asked, asker, request.parameters, items, lengths)
 
-    async def read(self, asked: Versioned, asker: Asker | None = None) -> list[np.ndarray]:
+    async def read(self, asked: VersionedRequest, asker: Requester | None = None) -> list[np.ndarray]:
         """At each sequence's counted positions the likeliest ids (support `topk`), or the log-prob of the token there
         (`logprob`); see `rayk.rollouts.Policy`."""
         request = asked.request
@@ -105,14 +105,14 @@ class PolicyReplica:
         return {METRIC: float(self._demand.waiting_tokens())}
 
     async def _answer(
-        self, asked: Versioned, asker: Asker | None, how: Any, items: list[Any], lengths: list[int]
+        self, asked: VersionedRequest, asker: Requester | None, how: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
         with self._demand.answering(asker, asked.tokens):
             # Waited for here, not where it is computed: others may still need an older version.
             published = await self._find(asked.version)
             return await self._computer.answer(asked.version, published, how, items, lengths)
 
-    async def _find(self, version: Version) -> Published:
+    async def _find(self, version: WeightVersion) -> PublishedWeights:
         try:
             return await self._store.find.remote(version)
         except RayTaskError as error:
@@ -121,23 +121,23 @@ class PolicyReplica:
             raise UnusableWeights("The actor that knows where the student's weights are has died.") from None
 
 
-class Batches:
+class TransformersBackend:
     """The student in transformers, a batch at a time, each under one version."""
 
-    def __init__(self, writer: Writer, batch_tokens: int):
+    def __init__(self, writer: PolicyModel, batch_tokens: int):
         self._writer = writer
-        self._version: Version | None = None
+        self._version: WeightVersion | None = None
         self._batcher = MicroBatcher(self._run, batch_tokens)
         self._fatal: Exception | None = None
 
     async def answer(
-        self, version: Version, published: Published, how: Any, items: list[Any], lengths: list[int]
+        self, version: WeightVersion, published: PublishedWeights, how: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
-        """See `Computer`."""
+        """See `PolicyBackend`."""
         return await self._batcher.submit((version, published, how), items, lengths)
 
     async def check_health(self) -> None:
-        """See `Computer`."""
+        """See `PolicyBackend`."""
         if self._fatal is not None:
             raise RuntimeError(f"The device failed: {self._fatal}")
 
@@ -146,7 +146,7 @@ class Batches:
         try:
             if version != self._version:
                 self._version = None
-                take_over(self._writer.model, ray.get(published.weights), published.checksum, version)
+                load_weights(self._writer.model, ray.get(published.weights), published.checksum, version)
                 self._version = version
             with self._writer.computing():
                 if isinstance(how, SamplingParameters):

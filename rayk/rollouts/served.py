@@ -27,16 +27,16 @@ from rayk.engines.batching import gather
 from rayk.engines.speculative import MixedSampling
 from rayk.errors import InputError, PolicyUnavailable
 from rayk.models import CausalLM
-from rayk.rollouts.policy import Rollout, lengths_of, parameters_of, rollouts_of
-from rayk.rollouts.replica import PolicyReplica, Versioned
+from rayk.rollouts.policy import Rollout, maximum_lengths, parameters_of, to_rollouts
+from rayk.rollouts.replica import PolicyReplica, VersionedRequest
 from rayk.rollouts.teacher_mixed import Verify
 from rayk.serving import application as applications
 from rayk.serving.client import ServedModel
-from rayk.serving.event_loop import background
-from rayk.serving.weight_store import Published, UnusableWeights, Version, start_store, store_named
-from rayk.serving.weights import checksum, pack
+from rayk.serving.event_loop import run_in_background
+from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion, get_store, start_store
+from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
-from rayk.teachers.deployment import GenerateRequest, ScoreRequest, gpus_needed
+from rayk.teachers.deployment import GenerateRequest, ScoreRequest, gpus_per_replica
 
 _ROWS_A_CALL = 64
 
@@ -62,12 +62,12 @@ class ServedPolicy(ServedModel):
         self.parameters = parameters_of(settings)
         self._learner, self._publishes = learner, publishes
         self._tokens_at_a_time = settings.engine.batch_tokens * settings.replicas.max
-        self._store = store_named(address.store)
-        self._version = Version("", 0)
+        self._store = get_store(address.store)
+        self._version = WeightVersion("", 0)
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """See `Policy`; what all replicas write at a time."""
-        return micro_batches(lengths_of(prompts, self.parameters), self._tokens_at_a_time)
+        return micro_batches(maximum_lengths(prompts, self.parameters), self._tokens_at_a_time)
 
     async def generate(
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
@@ -75,12 +75,12 @@ class ServedPolicy(ServedModel):
         """See `Policy`."""
         version = self._version
 
-        def request(rows: range) -> Versioned:
+        def request(rows: range) -> VersionedRequest:
             ids = [prompts[row].prompt_ids for row in rows]
-            return Versioned(version, GenerateRequest(ids, [seeds[row] for row in rows], parameters))
+            return VersionedRequest(version, GenerateRequest(ids, [seeds[row] for row in rows], parameters))
 
-        written = await asyncio.wrap_future(background(self._in_calls("generate", len(prompts), request)))
-        return rollouts_of(prompts, written, version.number)
+        written = await asyncio.wrap_future(run_in_background(self._call_in_parts("generate", len(prompts), request)))
+        return to_rollouts(prompts, written, version.number)
 
     async def generate_mixed(
         self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
@@ -98,19 +98,19 @@ class ServedPolicy(ServedModel):
 
     def begin(self, attempt: str) -> None:
         """See `Policy`."""
-        self._version = Version(attempt, 0)
+        self._version = WeightVersion(attempt, 0)
         if self._publishes:
-            self._tell_store("begin", attempt)
+            self._call_store("begin", attempt)
 
     def update(self, version: int) -> None:
         """See `Policy`; only where it `publishes` are the weights looked at."""
-        self._version = Version(self._version.attempt, version)
+        self._version = WeightVersion(self._version.attempt, version)
         if self._publishes:
-            weights = pack(self._learner)
-            published = Published(checksum(weights), ray.put(weights))
-            self._tell_store("publish", self._version, published)
+            weights = pack_weights(self._learner)
+            published = PublishedWeights(checksum(weights), ray.put(weights))
+            self._call_store("publish", self._version, published)
 
-    def _tell_store(self, method: str, *arguments: Any) -> None:
+    def _call_store(self, method: str, *arguments: Any) -> None:
         try:
             ray.get(getattr(self._store, method).remote(*arguments))
         except RayTaskError as error:
@@ -121,12 +121,12 @@ class ServedPolicy(ServedModel):
     async def _read(self, sequences: Sequence[TokenSequence], support: TopK | Logprob) -> list[np.ndarray]:
         version = self._version
 
-        def request(rows: range) -> Versioned:
-            return Versioned(version, ScoreRequest.of([sequences[row] for row in rows], support))
+        def request(rows: range) -> VersionedRequest:
+            return VersionedRequest(version, ScoreRequest.of([sequences[row] for row in rows], support))
 
-        return await asyncio.wrap_future(background(self._in_calls("read", len(sequences), request)))
+        return await asyncio.wrap_future(run_in_background(self._call_in_parts("read", len(sequences), request)))
 
-    async def _in_calls(self, method: str, rows: int, request: Callable[[range], Versioned]) -> list[Any]:
+    async def _call_in_parts(self, method: str, rows: int, request: Callable[[range], VersionedRequest]) -> list[Any]:
         """The answers for so many rows, in order, shared out among the replicas that run."""
         each = min(_ROWS_A_CALL, max(1, math.ceil(rows / await self._credit.replicas())))
         calls = (range(start, min(start + each, rows)) for start in range(0, rows, each))
@@ -158,7 +158,7 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
     try:
         applications.start_application(
             application, PolicyReplica, settings, rollouts.replicas, rollouts.resources,
-            gpus=gpus_needed(rollouts.engine), what=ServedPolicy.what,
+            gpus=gpus_per_replica(rollouts.engine), what=ServedPolicy.what,
         )  # fmt: skip
         yield address
     finally:

@@ -28,12 +28,12 @@ from rayk.engines.speculative import (
     MixedSampling,
     Stream,
     Verdict,
-    draw,
-    one_step_weights,
-    uniforms,
+    sample_ids,
+    importance_weights,
+    draw_uniforms,
 )
 from rayk.errors import InputError, RaykError, UnusableSignal
-from rayk.models import CausalLM, head_of
+from rayk.models import CausalLM, get_head, max_positions
 from rayk.models.kv_cache import Batch, KeyValues, can_continue
 
 Verify = Callable[[list[Draft]], Awaitable[list[Verdict]]]
@@ -124,11 +124,11 @@ async def sample_teacher_mixed(
         while mine or waiting:
             while waiting and len(mine) < batch_size:
                 mine.append(waiting.popleft())
-            fresh = [row for row in mine if not row.text.open]
+            fresh = [row for row in mine if not row.text.is_pending]
             if fresh:
                 async with turn:
                     await asyncio.to_thread(student, drafter.draft, fresh, length.tokens)
-            verdicts = await verify([row.text.question() for row in mine])
+            verdicts = await verify([row.text.next_draft() for row in mine])
             before = _tested(mine)
             async with turn:
                 await asyncio.to_thread(student, drafter.settle, mine, verdicts)
@@ -159,16 +159,16 @@ class _Drafter:
 
     def __init__(self, model: CausalLM, vocab_size: int, ends: frozenset[int]):
         self._model = model
-        self._head = head_of(model)
+        self._head = get_head(model)
         self._vocab_size = vocab_size
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
 
     def draft(self, rows: list[_Row], tokens: int) -> None:
         """Propose up to `tokens` more tokens of each row, to an end token at most."""
         device = self._model.device
-        lengths = torch.tensor([min(tokens, row.text.room) for row in rows], device=device)
+        lengths = torch.tensor([min(tokens, row.text.remaining_tokens) for row in rows], device=device)
         numbers = torch.from_numpy(
-            np.stack([uniforms(Stream.DRAFTS, row.text.seed, tokens, start=row.text.position) for row in rows])
+            np.stack([draw_uniforms(Stream.DRAFTS, row.text.seed, tokens, start=row.text.position) for row in rows])
         ).to(device)
         batch, last = self._begin(rows)
         going = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -178,7 +178,7 @@ class _Drafter:
             logits = self._head.logits(last)[:, : self._vocab_size]
             normalisers = logits.logsumexp(1)
             logprobs = logits - normalisers[:, None]
-            chosen = draw(logprobs, numbers[:, len(steps), None])
+            chosen = sample_ids(logprobs, numbers[:, len(steps), None])
             steps.append((chosen[:, 0], logprobs.gather(1, chosen)[:, 0], last, normalisers))
             drafted += going
             going = going & (drafted < lengths) & ~torch.isin(chosen[:, 0], self._ends)
@@ -212,22 +212,22 @@ class _Drafter:
         if broken := [row.place for row, verdict in zip(rows, verdicts, strict=True) if _unusable(verdict)]:
             raise UnusableSignal(f"The teacher's log-probs after prompt {broken[0]} are NaN.", broken)
         for row, verdict in zip(rows, verdicts, strict=True):
-            row.text.settle(verdict, partial(self._logprobs_at, row))
-            if not row.text.open:
-                row.past = row.past.first(row.text.position - 1)
+            row.text.apply_verdict(verdict, partial(self._logprobs_at, row))
+            if not row.text.is_pending:
+                row.past = row.past.truncate(row.text.position - 1)
                 row.hidden = row.normalisers = None
 
     def _logprobs_at(self, row: _Row, position: int, ids: np.ndarray) -> np.ndarray:
         """log q of `ids` [m] at a drafted position."""
         assert row.hidden is not None and row.normalisers is not None
         place = position - row.start
-        head = self._head.of(torch.from_numpy(ids.astype(int)).to(row.hidden.device))
+        head = self._head.select(torch.from_numpy(ids.astype(int)).to(row.hidden.device))
         return (head.logits(row.hidden[place, None])[0] - row.normalisers[place]).cpu().numpy()
 
 
 def _tested(rows: list[_Row]) -> np.ndarray:
     """How many drafted tokens of `rows` were kept, how many rejected."""
-    return np.array([sum(row.text.kept for row in rows), sum(row.text.rejected for row in rows)])
+    return np.array([sum(row.text.accepted for row in rows), sum(row.text.rejected for row in rows)])
 
 
 def _unusable(verdict: Verdict) -> bool:
@@ -237,8 +237,8 @@ def _unusable(verdict: Verdict) -> bool:
 def _rollout(text: Continuation) -> MixedRollout:
     student, teacher = (np.asarray(each, np.float32) for each in (text.student_logprobs, text.teacher_logprobs))
     return MixedRollout(
-        np.asarray(text.token_ids, np.int32), student, teacher, one_step_weights(student, teacher, text.sampling.alpha),
-        text.finish_reason, text.calls, text.kept, text.rejected, text.capped,
+        np.asarray(text.token_ids, np.int32), student, teacher, importance_weights(student, teacher, text.sampling.alpha),
+        text.finish_reason, text.calls, text.accepted, text.rejected, text.capped,
     )  # fmt: skip
 
 
@@ -251,12 +251,12 @@ def _check(model: CausalLM, prompts: Sequence[np.ndarray], sampling: MixedSampli
         )
     if model.training:
         raise InputError("The student is in training mode, in which dropout changes q; call eval() before sampling.")
-    if vocab_size > head_of(model).vocab_size:
+    if vocab_size > get_head(model).vocab_size:
         raise InputError(
-            f"The teacher has {vocab_size} tokens, but {name} only {head_of(model).vocab_size}; student and teacher "
+            f"The teacher has {vocab_size} tokens, but {name} only {get_head(model).vocab_size}; student and teacher "
             "must share a tokenizer."
         )
-    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    longest = max_positions(model.config)
     for prompt in prompts:
         if not 1 <= len(prompt) <= longest - sampling.max_new_tokens:
             raise InputError(

@@ -10,7 +10,7 @@ from ray.serve.schema import ReplicaState
 from rayk.config import Replicas, Resources
 from rayk.environment import THREADING
 from rayk.errors import InputError
-from rayk.serving.cluster import gpus_each, is_own
+from rayk.serving.cluster import gpus_per_worker, is_own_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def start_application(
         InputError: they do not start.
     """
     serve.start(proxy_location="Disabled")
-    gpus = gpus_each(resources.num_gpus, gpus)
+    gpus = gpus_per_worker(resources.num_gpus, gpus)
     options: dict[str, Any] = {
         **placement(resources, gpus, across_nodes),
         "name": DEPLOYMENT,
@@ -77,7 +77,7 @@ def start_application(
     try:
         serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
-        reason = failure_of(name) or str(error)
+        reason = failure_reason(name) or str(error)
         raise InputError(f"{what} did not start: {reason}") from error
 
 
@@ -92,7 +92,7 @@ def placement(resources: Resources, gpus: float, across_nodes: bool) -> dict[str
     grouped = across_nodes and gpus >= 1
     actor = {
         "num_cpus": resources.num_cpus, "num_gpus": 0.0 if grouped else gpus, "resources": resources.custom,
-        "runtime_env": {} if is_own() else {"env_vars": THREADING},
+        "runtime_env": {} if is_own_cluster() else {"env_vars": THREADING},
     }  # fmt: skip
     if not grouped:
         return {"ray_actor_options": actor}
@@ -112,7 +112,7 @@ def _warn_where_short(what: str, replicas: int, needs: dict[str, float]) -> None
             )  # fmt: skip
 
 
-def failure_of(name: str) -> str:
+def failure_reason(name: str) -> str:
     """Why application `name` is not healthy, as its replicas said it; empty when nothing is known."""
     application = serve.status().applications.get(name)
     if application is None:
@@ -125,7 +125,7 @@ def failure_of(name: str) -> str:
     return ""
 
 
-def running_replicas(name: str) -> int:
+def count_replicas(name: str) -> int:
     """How many replicas of application `name` run."""
     application = serve.status().applications.get(name)
     deployments = application.deployments if application else {}

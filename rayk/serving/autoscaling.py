@@ -16,7 +16,7 @@ METRIC = "waiting_tokens"
 
 
 @dataclass(frozen=True)
-class Asker:
+class Requester:
     """Who asks, and the tokens of all its requests that have no answer yet."""
 
     name: str
@@ -30,7 +30,7 @@ class Demand:
         self._heard: dict[str, tuple[int, float]] = {}
 
     @contextmanager
-    def answering(self, asker: Asker | None, tokens: int) -> Iterator[None]:
+    def answering(self, asker: Requester | None, tokens: int) -> Iterator[None]:
         """Take up what a request of `tokens` says; once it is answered, less is waited for."""
         if asker is not None:
             self._heard[asker.name] = asker.waiting_tokens, time.monotonic()

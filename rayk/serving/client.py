@@ -25,7 +25,7 @@ from tenacity import (
 
 from rayk.errors import EngineDied, InputError, RaykError
 from rayk.serving import application as applications
-from rayk.serving.autoscaling import Asker
+from rayk.serving.autoscaling import Requester
 from rayk.serving.credit import Credit
 from rayk.signals.batch import CorruptSignal
 
@@ -77,11 +77,11 @@ class ServedModel:
         try:
             async with self._credit:
                 self.statistics.calls += 1
-                return await self._call_at_once(method, request, read)
+                return await self._call_without_credit(method, request, read)
         finally:
             self._waiting_tokens -= tokens
 
-    async def _call_at_once(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
+    async def _call_without_credit(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         """`_call` for what takes a replica no time, whatever else is in flight."""
         last: BaseException | None = None
 
@@ -103,7 +103,7 @@ class ServedModel:
             raise self.unavailable(self._no_answer(last)) from (last or error)
 
     async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        response = getattr(self._handle, method).remote(request, Asker(self._asker, self._waiting_tokens))
+        response = getattr(self._handle, method).remote(request, Requester(self._asker, self._waiting_tokens))
         try:
             result = read(await response)
             return await result if inspect.isawaitable(result) else result

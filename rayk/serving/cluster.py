@@ -59,12 +59,12 @@ def start_ray(num_cpus: float = 0) -> None:
         signal.signal(signal.SIGTERM, ours if callable(ours) else signal.getsignal(signal.SIGTERM))
 
 
-def is_own() -> bool:
+def is_own_cluster() -> bool:
     """Whether this process has started its cluster, by `start_ray`, and takes it down when it ends."""
     return ray.is_initialized() and ray.get_runtime_context().gcs_address == _own_address
 
 
-def gpus_each(requested: float | None, needed: float = 1.0) -> float:
+def gpus_per_worker(requested: float | None, needed: float = 1.0) -> float:
     """GPUs for one replica or worker: as requested, else `needed` if the cluster has any."""
     if requested is not None:
         return requested
@@ -78,7 +78,7 @@ def run_on(resources: Resources, work: Callable[..., T], *arguments: Any) -> T:
         Whatever it raises.
     """
     task = ray.remote(work).options(
-        num_cpus=resources.num_cpus, num_gpus=gpus_each(resources.num_gpus), resources=resources.custom
+        num_cpus=resources.num_cpus, num_gpus=gpus_per_worker(resources.num_gpus), resources=resources.custom
     )
     try:
         return ray.get(task.remote(*arguments))

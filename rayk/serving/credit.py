@@ -66,7 +66,7 @@ class Credit:
 
     async def _count(self) -> None:
         try:
-            self._replicas = max(1, await asyncio.to_thread(applications.running_replicas, self._application))
+            self._replicas = max(1, await asyncio.to_thread(applications.count_replicas, self._application))
         except (ray.exceptions.RayError, RayServeException):
             pass  # the controller restarts: as many as before
         finally:

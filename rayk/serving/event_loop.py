@@ -27,7 +27,7 @@ _shared_loop: _Loop | None = None
 _shared_loop_lock = threading.Lock()
 
 
-def background(work: Coroutine[Any, Any, T]) -> "Future[T]":
+def run_in_background(work: Coroutine[Any, Any, T]) -> "Future[T]":
     """Run `work` on this process's background loop."""
     global _shared_loop
     with _shared_loop_lock:
@@ -44,7 +44,7 @@ def wait_for(future: "Future[T]") -> T:
         future.cancel()
 
 
-def run_to_the_end(work: Coroutine[Any, Any, T]) -> T:
+def run_until_complete(work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, run on the background loop. Whatever interrupts the wait (Ctrl-C) cancels it, and then lets
     it put away what it has."""
     ended = threading.Event()
@@ -55,7 +55,7 @@ def run_to_the_end(work: Coroutine[Any, Any, T]) -> T:
         finally:
             ended.set()
 
-    future = background(noted())
+    future = run_in_background(noted())
     try:
         return future.result()
     except BaseException:
@@ -64,12 +64,12 @@ def run_to_the_end(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def background_stream(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:
+def stream_in_background(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:
     """Results of `work` in order, up to `prefetch` pieces begun ahead; leaving early cancels what is under way."""
     under_way: deque[Future[T]] = deque()
     try:
         for piece in work:
-            under_way.append(background(piece))
+            under_way.append(run_in_background(piece))
             if len(under_way) > prefetch:
                 yield wait_for(under_way.popleft())
         while under_way:

@@ -22,7 +22,7 @@ class UnusableWeights(RaykError):
 
 
 @dataclass(frozen=True)
-class Version:
+class WeightVersion:
     """Which weights: of which attempt, after how many optimiser steps."""
 
     attempt: str
@@ -33,12 +33,12 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """Where the weights of a version are, and what they must add up to."""
 
     checksum: int
     weights: ray.ObjectRef
-    """A dict of `rayk.serving.weights.Packed` by name."""
+    """A dict of `rayk.serving.weights.PackedTensor` by name."""
 
 
 class WeightStore:
@@ -54,7 +54,7 @@ class WeightStore:
         self._attempt = ""
         self._ended: set[str] = set()
         self._newest = -1
-        self._kept: dict[Version, Published] = {}
+        self._kept: dict[WeightVersion, PublishedWeights] = {}
         self._changed = asyncio.Condition()
 
     async def begin(self, attempt: str) -> None:
@@ -64,7 +64,7 @@ class WeightStore:
             self._attempt, self._newest, self._kept = attempt, -1, {}
             self._changed.notify_all()
 
-    async def publish(self, version: Version, published: Published) -> None:
+    async def publish(self, version: WeightVersion, published: PublishedWeights) -> None:
         """Make a version known.
 
         Raises:
@@ -82,7 +82,7 @@ class WeightStore:
                 del self._kept[next(iter(self._kept))]
             self._changed.notify_all()
 
-    async def find(self, version: Version) -> Published:
+    async def find(self, version: WeightVersion) -> PublishedWeights:
         """Where the weights of `version` are, once they are published.
 
         Raises:
@@ -116,7 +116,7 @@ def start_store(name: str, patience_seconds: float) -> ray.actor.ActorHandle:
     return ray.remote(WeightStore).options(**options).remote(patience_seconds)
 
 
-def store_named(name: str) -> ray.actor.ActorHandle:
+def get_store(name: str) -> ray.actor.ActorHandle:
     """The actor that `start_store` has started.
 
     Raises:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from rayk.models import CausalLM
-from rayk.serving.weight_store import UnusableWeights, Version
+from rayk.serving.weight_store import UnusableWeights, WeightVersion
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTensor:
     """A tensor as plain values and bytes, which Ray shares between processes of a node without copying."""
 
     dtype: str
@@ -30,7 +30,7 @@ class Packed:
     """uint8, flat."""
 
 
-def learned(model: CausalLM) -> dict[str, Tensor]:
+def trainable_state_dict(model: CausalLM) -> dict[str, Tensor]:
     """What training changes of `model`, each tensor once: the parameters that require gradients, and kept buffers.
 
     The rest a replica has from where the learner had it, so of an adapter on a frozen model just the adapter travels.
@@ -43,16 +43,16 @@ def learned(model: CausalLM) -> dict[str, Tensor]:
     return found
 
 
-def pack(model: CausalLM) -> dict[str, Packed]:
+def pack_weights(model: CausalLM) -> dict[str, PackedTensor]:
     """What training changes of `model`; shares its memory where it is on the CPU."""
     packed = {}
-    for name, tensor in learned(model).items():
+    for name, tensor in trainable_state_dict(model).items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        packed[name] = Packed(str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy())
+        packed[name] = PackedTensor(str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy())
     return packed
 
 
-def checksum(weights: Mapping[str, Packed]) -> int:
+def checksum(weights: Mapping[str, PackedTensor]) -> int:
     """CRC-32 over names, types, shapes and bytes."""
     found = 0
     for name, packed in weights.items():
@@ -62,7 +62,7 @@ def checksum(weights: Mapping[str, Packed]) -> int:
 
 
 @torch.no_grad()
-def take_over(model: CausalLM, weights: Mapping[str, Packed], expected: int, version: Version) -> None:
+def load_weights(model: CausalLM, weights: Mapping[str, PackedTensor], expected: int, version: WeightVersion) -> None:
     """Copy `weights` into `model`, after checking that they are whole and its own; else it stays as it was.
 
     Raises:
@@ -70,7 +70,7 @@ def take_over(model: CausalLM, weights: Mapping[str, Packed], expected: int, ver
     """
     if checksum(weights) != expected:
         raise UnusableWeights(f"The student's weights of {version} arrived torn: their checksum is another.")
-    own = learned(model)
+    own = trainable_state_dict(model)
     same = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in own.items()} == {
         name: (packed.dtype, packed.shape) for name, packed in weights.items()
     }

@@ -58,7 +58,7 @@ class _Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
+class CacheStatistics:
     """What `verify` has seen: whole segments with their entries and bytes, and the names of those it deleted."""
 
     segments: int
@@ -140,7 +140,7 @@ class SegmentStore:
         with self._lock:
             self._write()
 
-    def verify(self) -> Found:
+    def verify(self) -> CacheStatistics:
         """Read every segment whole; delete those that are damaged, and what killed writers have left."""
         segments = entries = size = 0
         damaged = []
@@ -163,7 +163,7 @@ class SegmentStore:
                 self._delete(name)
                 continue
             segments, entries, size = segments + 1, entries + len(places), size + info.size
-        return Found(segments, entries, size, damaged)
+        return CacheStatistics(segments, entries, size, damaged)
 
     def _read_segment(self, name: str, wanted: list[tuple[_Place, bytes]]) -> dict[bytes, bytes]:
         try:

@@ -1,6 +1,6 @@
 """Teachers on Ray Serve: deploying them, and asking them from anywhere on the cluster."""
 
 from rayk.teachers.client import Completion, Scorer, Teacher, connect_teacher, serve_teacher
-from rayk.teachers.ensemble import Ensemble, Route, scorer_of
+from rayk.teachers.ensemble import Ensemble, Route, build_scorer
 
-__all__ = ["Completion", "Ensemble", "Route", "Scorer", "Teacher", "connect_teacher", "scorer_of", "serve_teacher"]
+__all__ = ["Completion", "Ensemble", "Route", "Scorer", "Teacher", "build_scorer", "connect_teacher", "serve_teacher"]

@@ -23,7 +23,7 @@ from rayk.errors import InputError
 from rayk.signals.batch import SignalBatch
 from rayk.signals.codec import CODEC_VERSION, pack, unpack
 from rayk.signals.sequence import TokenSequence
-from rayk.storage.segments import INDEX_BYTES, KEY_BYTES, Found, SegmentStore
+from rayk.storage.segments import INDEX_BYTES, KEY_BYTES, CacheStatistics, SegmentStore
 
 
 class SignalCache:
@@ -69,12 +69,12 @@ class SignalCache:
         """Write what is not yet written."""
         self._store.flush()
 
-    def verify(self) -> Found:
+    def verify(self) -> CacheStatistics:
         """Read all of it, and delete segments that are damaged."""
         return self._store.verify()
 
 
-def opened(settings: CacheConfig | None) -> AbstractContextManager[SignalCache | None]:
+def open_cache(settings: CacheConfig | None) -> AbstractContextManager[SignalCache | None]:
     """The cache of these settings; None where there are none."""
     return nullcontext() if settings is None else SignalCache(settings)
 

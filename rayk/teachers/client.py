@@ -25,14 +25,14 @@ from rayk.config import TeacherConfig
 from rayk.config.support import Hidden, Requested, Support, TopK
 from rayk.engines.base import EngineInfo, SamplingParameters, Usage
 from rayk.engines.batching import gather
-from rayk.engines.checks import check_verifies
+from rayk.engines.checks import check_can_verify
 from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
 from rayk.serving import application as applications
 from rayk.serving.client import ServedModel
 from rayk.serving.cluster import start_ray
-from rayk.serving.event_loop import background, background_stream, wait_for
+from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
 from rayk.signals.batch import SignalBatch, concatenate, decode
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import deployment
@@ -114,13 +114,13 @@ class Teacher(ServedModel):
             TeacherUnavailable: no answer before the deadline.
             UnusableSignal: a row's signal holds numbers that cannot be learned from; the error names the rows.
         """
-        return self._timed(background(self._score(sequences_of(batch), support or TopK())))
+        return self._timed(run_in_background(self._score(sequences_of(batch), support or TopK())))
 
     async def ascore(
         self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
     ) -> SignalBatch:
         """`score`, awaitable on any event loop."""
-        return await asyncio.wrap_future(background(self._score(sequences_of(batch), support or TopK())))
+        return await asyncio.wrap_future(run_in_background(self._score(sequences_of(batch), support or TopK())))
 
     def stream(
         self, batches: Iterable[Any], support: Support | None = None, prefetch: int = 4
@@ -133,7 +133,7 @@ class Teacher(ServedModel):
                 asked.append(batch)
                 yield self._score(sequences_of(batch), support or TopK())
 
-        with closing(background_stream(requests(), prefetch)) as results:
+        with closing(stream_in_background(requests(), prefetch)) as results:
             while True:
                 began = time.perf_counter()
                 try:
@@ -155,13 +155,13 @@ class Teacher(ServedModel):
             TeacherUnavailable: no answer before the deadline.
         """
         parameters = SamplingParameters(max_new_tokens, temperature, top_p, top_k, tuple(stop))
-        return self._timed(background(self._generate(list(prompts), parameters, seed)))
+        return self._timed(run_in_background(self._generate(list(prompts), parameters, seed)))
 
     async def agenerate(
         self, prompts: Sequence[Any], parameters: SamplingParameters, seed: int | Sequence[int] = 0
     ) -> list[Completion]:
         """`generate`, awaitable on any event loop; `seed` may be one for each prompt."""
-        return await asyncio.wrap_future(background(self._generate(list(prompts), parameters, seed)))
+        return await asyncio.wrap_future(run_in_background(self._generate(list(prompts), parameters, seed)))
 
     async def averify(self, drafts: Sequence[Draft]) -> list[Verdict]:
         """Which drafted tokens are kept, a verdict a draft, in order (`rayk.engines.speculative`); on any event loop.
@@ -170,20 +170,20 @@ class Teacher(ServedModel):
             InputError: the teacher cannot verify, or not these drafts.
             TeacherUnavailable: no answer before the deadline.
         """
-        check_verifies(self.info)
-        return await asyncio.wrap_future(background(self._verify(list(drafts))))
+        check_can_verify(self.info)
+        return await asyncio.wrap_future(run_in_background(self._verify(list(drafts))))
 
     def usage(self) -> Usage | None:
         """What all askers together have used of a paid endpoint (engine kind `openai`) since its replica started; None
         with any other engine."""
-        return wait_for(background(self._usage()))
+        return wait_for(run_in_background(self._usage()))
 
     async def ausage(self) -> Usage | None:
         """`usage`, awaitable on any event loop."""
-        return await asyncio.wrap_future(background(self._usage()))
+        return await asyncio.wrap_future(run_in_background(self._usage()))
 
     async def _usage(self) -> Usage | None:
-        return await self._call_at_once("usage", None, lambda usage: usage)
+        return await self._call_without_credit("usage", None, lambda usage: usage)
 
     def _timed(self, future: "Future[T]") -> T:
         began = time.perf_counter()
@@ -192,7 +192,8 @@ class Teacher(ServedModel):
         finally:
             self.statistics.wait_seconds += time.perf_counter() - began
 
-    async def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
+    async def _score(self, rows: list[TokenSequence], support: Support) -> SignalBatch:
+        sequences = [row.view(self.settings.name) for row in rows]
         if self.cache is not None and not isinstance(support, Requested):
             signals = await self._score_cached(self.cache, sequences, support)
         else:
@@ -230,7 +231,7 @@ class Teacher(ServedModel):
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
         if not np.array_equal(signals.offsets.diff().numpy(), expected):
             raise RaykError(f"Teacher '{self.name}' answered for other positions than it was asked about.")
-        if unusable := {chosen[row]: reason for row, reason in signals.unusable().items()}:
+        if unusable := {chosen[row]: reason for row, reason in signals.invalid_rows().items()}:
             row, reason = next(iter(unusable.items()))
             place = getattr(batch[row], "where", "") or f"row {row} of the batch"
             raise UnusableSignal(
@@ -241,7 +242,7 @@ class Teacher(ServedModel):
     async def ahead(self) -> Head:
         """The teacher's head, fetched when first asked for; processes of a node share its memory."""
         if self._head is None:
-            self._head = background(self._call("head", None, _head_of))
+            self._head = run_in_background(self._call("head", None, _head_of))
         return await asyncio.wrap_future(self._head)
 
     def _check_head(self, signals: SignalBatch, targets: np.ndarray) -> None:
@@ -366,7 +367,7 @@ def serve_teacher(config: TeacherConfig, cache: SignalCache | None = None) -> It
     if config.attach:
         yield connect_teacher(config.name, config, cache)
         return
-    adopted = deployment.already_runs(config)
+    adopted = deployment.is_running(config)
     try:
         if not adopted:
             deployment.deploy(config)

@@ -11,13 +11,13 @@ from ray.serve.schema import ApplicationStatus
 
 from rayk.config import EngineConfig, PolicyEngineConfig, TeacherConfig, VLLMPolicyEngineConfig
 from rayk.config.support import Requested, Support
-from rayk.engines.base import Engine, EngineInfo, Generated, SamplingParameters, Usage, VerifyingEngine
-from rayk.engines.checks import check_verifies
+from rayk.engines.base import Engine, EngineInfo, GeneratedSequence, SamplingParameters, Usage, VerifyingEngine
+from rayk.engines.checks import check_can_verify
 from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError
 from rayk.models import pack_head
 from rayk.serving.application import DEPLOYMENT, start_application
-from rayk.serving.autoscaling import METRIC, Asker, Demand
+from rayk.serving.autoscaling import METRIC, Demand, Requester
 from rayk.signals.batch import encode
 from rayk.signals.sequence import TokenSequence
 
@@ -100,29 +100,29 @@ class TeacherReplica:
     async def describe(self) -> tuple[EngineInfo, dict]:
         return self._engine.info, self._settings
 
-    async def score(self, request: ScoreRequest, asker: Asker | None = None) -> np.ndarray:
+    async def score(self, request: ScoreRequest, asker: Requester | None = None) -> np.ndarray:
         """The signals' wire form (`rayk.signals.batch.decode`)."""
         with self._demand.answering(asker, request.tokens):
             return encode(await self._engine.score(request.sequences(), request.support))
 
-    async def head(self, _request: None = None, _asker: Asker | None = None) -> list[ray.ObjectRef]:
+    async def head(self, _request: None = None, _asker: Requester | None = None) -> list[ray.ObjectRef]:
         """The teacher's head, put into the object store once: a node's processes then share one copy."""
         if self._head is None:
             self._head = ray.put(pack_head(self._engine.head()))
         return [self._head]
 
-    async def generate(self, request: GenerateRequest, asker: Asker | None = None) -> list[Generated]:
+    async def generate(self, request: GenerateRequest, asker: Requester | None = None) -> list[GeneratedSequence]:
         """A continuation for each prompt."""
         with self._demand.answering(asker, request.tokens):
             return await self._engine.generate(request.prompts, request.parameters, request.seeds)
 
-    async def verify(self, request: VerifyRequest, asker: Asker | None = None) -> list[Verdict]:
+    async def verify(self, request: VerifyRequest, asker: Requester | None = None) -> list[Verdict]:
         """A verdict for each draft."""
-        check_verifies(self._engine.info)
+        check_can_verify(self._engine.info)
         with self._demand.answering(asker, request.tokens):
             return await cast(VerifyingEngine, self._engine).verify(request.drafts)
 
-    async def usage(self, _request: None = None, _asker: Asker | None = None) -> Usage | None:
+    async def usage(self, _request: None = None, _asker: Requester | None = None) -> Usage | None:
         """What a paid endpoint was asked for since the replica started; None with any other engine."""
         return getattr(self._engine, "usage", None)
 
@@ -169,13 +169,13 @@ def deploy(config: TeacherConfig) -> None:
         InputError: the model cannot be loaded.
     """
     start_application(
-        config.name, TeacherReplica, _settings_of(config), config.replicas, config.resources,
-        gpus=gpus_needed(config.engine), what=f"Teacher '{config.name}'",
+        config.name, TeacherReplica, _replica_settings(config), config.replicas, config.resources,
+        gpus=gpus_per_replica(config.engine), what=f"Teacher '{config.name}'",
         across_nodes=config.engine.kind == "vllm" and config.engine.across_nodes,
     )  # fmt: skip
 
 
-def already_runs(config: TeacherConfig) -> bool:
+def is_running(config: TeacherConfig) -> bool:
     """Whether just this teacher runs, as it does where the run that brought it up was killed.
 
     Raises:
@@ -186,7 +186,7 @@ def already_runs(config: TeacherConfig) -> bool:
     if application is None or application.status != ApplicationStatus.RUNNING:
         return False
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=config.name)
-    if handle.describe.remote().result(timeout_s=60)[1] != _settings_of(config):
+    if handle.describe.remote().result(timeout_s=60)[1] != _replica_settings(config):
         raise InputError(
             f"A teacher '{config.name}' with other settings runs on this cluster; choose another name, or use that one "
             "with 'attach: true'."
@@ -194,14 +194,14 @@ def already_runs(config: TeacherConfig) -> bool:
     return True
 
 
-def gpus_needed(engine: EngineConfig | PolicyEngineConfig | VLLMPolicyEngineConfig) -> float:
+def gpus_per_replica(engine: EngineConfig | PolicyEngineConfig | VLLMPolicyEngineConfig) -> float:
     """GPUs of one replica with such an engine."""
     if engine.kind == "openai":
         return 0.0
     return engine.tensor_parallel_size if engine.kind == "vllm" else 1.0
 
 
-def _settings_of(config: TeacherConfig) -> dict:
+def _replica_settings(config: TeacherConfig) -> dict:
     """What replicas are told; a folder's path is made absolute, for they have a working directory of their own."""
     assert config.model is not None
     folder = os.path.abspath(os.path.expanduser(config.model))

@@ -6,7 +6,6 @@ Both are asked as a single teacher is, and both ask all their teachers at the sa
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +18,6 @@ from rayk.models import Head
 from rayk.signals.batch import SignalBatch, concatenate, fill_distinct
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
-from rayk.teachers.context import Demonstrated, InContext
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Ensemble:
@@ -140,29 +135,22 @@ class Route:
         return concatenate(parts).select([place[row] for row in range(len(sequences))])
 
 
-def build_scorer(
-    config: RunConfig, teachers: Mapping[str, Teacher], tokenizer: "PreTrainedTokenizerBase"
-) -> Scorer | None:
+def build_scorer(config: RunConfig, teachers: Mapping[str, Teacher]) -> Scorer | None:
     """Whom the method and the evaluation ask: the route, the ensemble, or one teacher; None where there is none.
 
     Raises:
         InputError: a member of the ensemble cannot answer what the ensemble will ask.
     """
     known: dict[str, Scorer] = dict(teachers)
-    for settings in config.teachers:
-        if settings.prompt_template is not None:
-            teacher = teachers[settings.name]
-            known[settings.name] = InContext(teacher, settings.prompt_template, config.data, tokenizer)
     if config.ensemble is not None:
         names = config.ensemble.teachers or list(teachers)
         if isinstance(getattr(config.method, "support", None), TopK):
             _check_members([teachers[name] for name in names])
         weights = [config.ensemble.weights.get(name, 1.0) for name in names]
         known["ensemble"] = Ensemble([known[name] for name in names], weights, config.ensemble.combine)
-    asked = known.get("ensemble") or known.get(config.evaluation_teacher)
     if config.route is not None:
-        asked = Route(config.route, known)
-    return Demonstrated(asked) if asked and config.method.kind == "in_context" else asked
+        return Route(config.route, known)
+    return known.get("ensemble") or known.get(config.evaluation_teacher)
 
 
 def name_for(row: TokenSequence, route: RouteConfig) -> str:
@@ -221,7 +209,7 @@ def _union(ids_of: list[Tensor]) -> Tensor:
 def _asking(sequences: list[TokenSequence], named: Tensor) -> list[TokenSequence]:
     counts = [sequence.counted_tokens for sequence in sequences]
     return [
-        TokenSequence(sequence.input_ids, sequence.counted, ids.numpy().astype(np.int32))
+        replace(sequence, requested=ids.numpy().astype(np.int32))
         for sequence, ids in zip(sequences, named.split(counts), strict=True)
     ]
 

@@ -10,7 +10,7 @@ import yaml
 
 from rayk.config import Replicas, TeacherConfig, parse_config
 from rayk.errors import TeacherUnavailable
-from rayk.run import Watcher, distill
+from rayk.run import ProgressListener, distill
 from rayk.teachers import serve_teacher
 from rayk.training.checkpoint import CheckpointStore
 from tests.runs import actors, assert_same_learning, curve, metrics, processes, rayk, settings, until
@@ -20,7 +20,7 @@ SPARED = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_Auto
 LONG = {"steps": 80, "batch_size": 16, "checkpoint_every_steps": 10, "learning_rate": 1e-3}
 
 
-class Striking(Watcher):
+class Striking(ProgressListener):
     """Strikes once, after the given step, from the thread that watches."""
 
     def __init__(self, step, strike):
@@ -103,9 +103,9 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path, tiny_student, whole, r
         there.update({title: actors(title) for title in ("TrainController", "RayTrainWorker", *SPARED)})
         there["RayTrainWorker"][-1].kill()
 
-    watcher = Striking(35, strike)
-    distill(parse_config(hurt), watcher=watcher)
-    assert watcher.struck.is_set()
+    listener = Striking(35, strike)
+    distill(parse_config(hurt), listener=listener)
+    assert listener.struck.is_set()
     assert {title: len(found) for title, found in there.items() if found} == {"TrainController": 1, "RayTrainWorker": 2}
     assert_same_learning(whole, hurt["output"], 1e-3)
 
@@ -122,10 +122,10 @@ def of(values, teacher, **changes):
 
 def test_a_killed_replica_costs_nothing_but_time(tmp_path, tiny_student, whole_taught, mortal):
     hurt = prepared(tmp_path, "hurt", tiny_student, "logit_kd")
-    watcher = Striking(20, lambda: actors("ServeReplica:mortal:")[0].kill())
+    listener = Striking(20, lambda: actors("ServeReplica:mortal:")[0].kill())
     with serve_teacher(mortal.model_copy(update={"replicas": Replicas(min=2, max=2)})):
-        distill(of(hurt, "mortal"), watcher=watcher)
-    assert watcher.struck.is_set()
+        distill(of(hurt, "mortal"), listener=listener)
+    assert listener.struck.is_set()
     assert_same_learning(whole_taught, hurt["output"])
 
 
@@ -136,9 +136,9 @@ def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(
 
     stopped = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=2)
     settings = of(stopped, "mortal", deadline_seconds=3)
-    watcher = Striking(20, lambda: serve.delete("mortal"))
+    listener = Striking(20, lambda: serve.delete("mortal"))
     with serve_teacher(mortal), pytest.raises(TeacherUnavailable, match="Teacher 'mortal' did not answer within 3 s"):
-        distill(settings, watcher=watcher)
+        distill(settings, listener=listener)
     reached = curve(stopped["output"], "step")[-1]
     assert 20 <= reached < 80
     assert CheckpointStore(f"{stopped['output']}/checkpoints").steps()[-1] == reached

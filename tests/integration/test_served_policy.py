@@ -13,7 +13,7 @@ from rayk.serving.weight_store import NAMESPACE
 from rayk.training.checkpoint import CheckpointStore
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
-from tests.teachers.asking import replicas_of
+from tests.teachers.helpers import replicas_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -65,9 +65,9 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
         actors(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
         actors("RayTrainWorker")[-1].kill()
 
-    watcher = Striking(12, strike)
-    distill(hurt, watcher=watcher)
-    assert watcher.struck.is_set()
+    listener = Striking(12, strike)
+    distill(hurt, listener=listener)
+    assert listener.struck.is_set()
     assert_same_learning(tmp_path / "whole" / "run", hurt.output_path, 1e-3)
     assert curve(hurt.output_path, "rollout_staleness") == [0, *[1] * 39]
 
@@ -90,9 +90,9 @@ def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_kill
         [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
         core.kill()
 
-    watcher = Striking(6, strike)
-    distill(run, watcher=watcher)
-    assert watcher.struck.is_set()
+    listener = Striking(6, strike)
+    distill(run, listener=listener)
+    assert listener.struck.is_set()
     assert_same_learning(tmp_path / "worker" / "run", run.output_path, 1e-3)
     assert len(set(curve(run.output_path, "rollout_repetition"))) > 6, "what is written hardly changes"
 
@@ -105,9 +105,9 @@ def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worke
     stopped = prepared(
         tmp_path / "stopped", tiny_student, SERVED | {"deadline_seconds": 3, "replicas": 1}, workers=2, **training
     )
-    watcher = Striking(12, lambda: serve.delete(policy_application(stopped)))
+    listener = Striking(12, lambda: serve.delete(policy_application(stopped)))
     with pytest.raises(PolicyUnavailable, match="The served policy did not answer within 3 s"):
-        distill(stopped, watcher=watcher)
+        distill(stopped, listener=listener)
     reached = curve(stopped.output_path, "step")[-1]
     assert 12 <= reached < 40
     assert CheckpointStore(f"{stopped.output_path}/checkpoints").steps()[-1] == reached

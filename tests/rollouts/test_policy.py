@@ -12,8 +12,8 @@ from rayk.data.examples import Example
 from rayk.engines.base import SamplingParameters
 from rayk.models import real_vocab_size
 from rayk.models.lora import add_adapter
-from rayk.rollouts import Rollout, WorkerPolicy, summarise
-from rayk.rollouts.kept import pack_row, unpack_row
+from rayk.rollouts import Rollout, WorkerPolicy, summarize_rollouts
+from rayk.rollouts.packed_rows import pack_row, unpack_row
 from rayk.rollouts.policy import repetition
 from tests.tiny import moved, tiny_model, tiny_tokenizer
 
@@ -157,7 +157,7 @@ def test_metrics_tell_length_end_repetition_and_age():
     assert repetition(np.array([1, 2, 3])) == 0
     assert repetition(np.array([1, 2, 3, 4] * 2)) == pytest.approx(1 / 5)
     assert repetition(np.array([7] * 13)) == pytest.approx(9 / 10)
-    sums = summarise([rollout([7] * 13, "length", 2), rollout([1, 2], "stop", 3)], version=4)
+    sums = summarize_rollouts([rollout([7] * 13, "length", 2), rollout([1, 2], "stop", 3)], version=4)
     assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3, 5, 5 / 6])
 
 

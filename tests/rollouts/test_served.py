@@ -16,11 +16,11 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, PolicyUnavailable, RaykError
 from rayk.models import load_model
 from rayk.rollouts import ServedPolicy, WorkerPolicy, serve_policy
-from rayk.serving.weight_store import NAMESPACE, Published, Version
-from rayk.serving.weights import checksum, pack
+from rayk.serving.weight_store import NAMESPACE, PublishedWeights, WeightVersion
+from rayk.serving.weights import checksum, pack_weights
 from tests.rollouts.test_policy import prompts
 from tests.runs import settings
-from tests.teachers.asking import eventually, replicas_of
+from tests.teachers.helpers import eventually, replicas_of
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -145,13 +145,13 @@ def test_a_worker_that_is_ahead_waits_for_the_publication(begun):
 
 def test_torn_weights_write_nothing_and_others_go_on(begun):
     learner, policy, _ = begun
-    weights = pack(learner)
+    weights = pack_weights(learner)
     sound = checksum(weights)
     data = weights["lm_head.weight"].data.copy()
     data[7] ^= 1
     torn = weights | {"lm_head.weight": replace(weights["lm_head.weight"], data=data)}
-    version = Version(policy._version.attempt, 1)
-    ray.get(policy._store.publish.remote(version, Published(sound, ray.put(torn))))
+    version = WeightVersion(policy._version.attempt, 1)
+    ray.get(policy._store.publish.remote(version, PublishedWeights(sound, ray.put(torn))))
     before = policy._version
     policy._version = version
     with pytest.raises(RaykError, match="served policy failed at generate: .* weights of version 1 arrived torn"):

@@ -39,6 +39,6 @@ def test_what_a_teacher_cannot_verify_is_refused(served):
     with pytest.raises(InputError, match="share a tokenizer"):
         asyncio.run(served.averify([draft]))
     teacher = connect_teacher("served", served.settings)
-    teacher.info = replace(teacher.info, verifies=False, engine="vllm")
+    teacher.info = replace(teacher.info, can_verify=False, engine="vllm")
     with pytest.raises(InputError, match="'vllm' .* cannot verify drafts"):
         asyncio.run(teacher.averify([draft]))

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
-from rayk.engines.speculative import DraftLength, MixedSampling, tokens_a_call
+from rayk.engines.speculative import DraftLength, MixedSampling, expected_tokens_per_call
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError, RaykError, UnusableSignal
 from rayk.rollouts.teacher_mixed import sample_teacher_mixed
@@ -154,7 +154,7 @@ def test_calls_a_token_follow_the_formula(student, teacher):
     """With the acceptance measured; only the remainder of a sequence and calls for more candidates come on top."""
     rollouts = sampled(student, teacher.verify, PROMPTS * 4, alpha=0.2, max_new_tokens=64, drafted=8, ends=())
     kept, rejected = (sum(getattr(one, name) for one in rollouts) for name in ("kept", "rejected"))
-    expected = 1 / tokens_a_call(rejected / (kept + rejected), 8)
+    expected = 1 / expected_tokens_per_call(rejected / (kept + rejected), 8)
     measured = sum(one.calls for one in rollouts) / sum(len(one.token_ids) for one in rollouts)
     assert expected == pytest.approx(measured, rel=0.15)
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rayk.serving.event_loop import run_to_the_end
+from rayk.serving.event_loop import run_until_complete
 
 
 def test_an_interrupted_wait_lets_the_work_put_away_what_it_has():
@@ -22,7 +22,7 @@ def test_an_interrupted_wait_lets_the_work_put_away_what_it_has():
     waiting = threading.main_thread().ident
     threading.Timer(0.2, lambda: signal.pthread_kill(waiting, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        run_to_the_end(work())
+        run_until_complete(work())
     assert put_away == [True]
 
 
@@ -31,6 +31,6 @@ def test_results_and_failures_come_as_they_are():
         await asyncio.sleep(0)
         return 1 / value
 
-    assert run_to_the_end(work(2)) == 0.5
+    assert run_until_complete(work(2)) == 0.5
     with pytest.raises(ZeroDivisionError):
-        run_to_the_end(work(0))
+        run_until_complete(work(0))

@@ -5,11 +5,11 @@ import sys
 import textwrap
 
 import pytest
-from tests.test_config import changed
 
 from rayk.config import Resources, parse_config
 from rayk.serving.application import placement
-from rayk.teachers.deployment import gpus_needed
+from rayk.teachers.deployment import gpus_per_replica
+from tests.config.test_config import changed
 from tests.runs import PATIENCE_SECONDS, environment
 
 TEACHER = {"name": "big", "model": "models/big"}
@@ -24,7 +24,7 @@ def engine_of(**engine):
     [({}, 1), ({"kind": "vllm"}, 1), ({"kind": "vllm", "tensor_parallel_size": 4, "across_nodes": True}, 4)],
 )
 def test_a_replica_has_as_many_gpus_as_its_engine_has_processes(engine, gpus):
-    assert gpus_needed(engine_of(**engine)) == gpus
+    assert gpus_per_replica(engine_of(**engine)) == gpus
 
 
 def test_a_copy_on_one_node_holds_its_gpus_itself():

@@ -15,18 +15,18 @@ from rayk.engines.base import SamplingParameters
 from rayk.engines.simulated import SimulatedEngine
 from rayk.errors import InputError
 from rayk.serving import application
-from rayk.serving.application import running_replicas
-from rayk.serving.autoscaling import METRIC, Asker, Demand, WaitingTokensPolicy
+from rayk.serving.application import count_replicas
+from rayk.serving.autoscaling import METRIC, Demand, Requester, WaitingTokensPolicy
 from rayk.signals.batch import decode, encode
 from rayk.teachers import serve_teacher
-from tests.teachers.asking import config_of, eventually, sequences_of
+from tests.teachers.helpers import config_of, eventually, sequences_of
 
 
 @pytest.mark.parametrize("support", [TopK(16), TopK(64, (1.0, 2.0)), Logprob()], ids=str)
 def test_simulated_signals_are_well_formed_and_of_real_size(tiny_teacher, support):
     engine, sequences = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(tokens_per_second=1e6)), sequences_of(20)
     signals = decode(encode(asyncio.run(engine.score(sequences, support))))
-    assert not signals.unusable()
+    assert not signals.invalid_rows()
     assert signals.offsets.diff().tolist() == [one.counted_tokens for one in sequences]
     if isinstance(support, TopK):
         assert all(len(set(row)) == support.k for row in signals.ids.tolist())
@@ -46,9 +46,9 @@ def test_simulated_text_has_its_length_and_follows_from_its_seed(tiny_teacher):
 
 def test_a_replica_knows_what_its_askers_wait_for():
     demand = Demand()
-    with demand.answering(Asker("a", 500), 100), demand.answering(Asker("b", 40), 40):
+    with demand.answering(Requester("a", 500), 100), demand.answering(Requester("b", 40), 40):
         assert demand.waiting_tokens() == 540
-        with demand.answering(Asker("a", 700), 200):
+        with demand.answering(Requester("a", 700), 200):
             assert demand.waiting_tokens() == 740
         assert demand.waiting_tokens() == 540
     assert demand.waiting_tokens() == 400
@@ -107,9 +107,9 @@ def test_replicas_come_while_tokens_wait_and_go_to_none_afterwards(ray_cluster, 
         most = 0
         for batch, signals in teacher.stream(batches(), TopK(8), 12):
             assert signals.offsets.diff().tolist() == [one.counted_tokens for one in batch]
-            most = max(most, running_replicas("elastic"))
+            most = max(most, count_replicas("elastic"))
         assert most == 3
         assert teacher._credit._replicas == 3
-        eventually(lambda: running_replicas("elastic") == 0)
+        eventually(lambda: count_replicas("elastic") == 0)
         assert serve.status().applications["elastic"].status == "RUNNING"
         assert teacher.score(sequences_of(2), TopK(8)).tokens  # one is brought up for it

@@ -10,11 +10,11 @@ import torch
 
 from rayk.config import LoraConfig
 from rayk.models.lora import add_adapter
-from rayk.serving.weight_store import Published, UnusableWeights, Version, WeightStore
-from rayk.serving.weights import checksum, learned, pack, take_over
+from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightStore, WeightVersion
+from rayk.serving.weights import checksum, load_weights, pack_weights, trainable_state_dict
 from tests.tiny import moved, tiny_model
 
-FIRST = Version("attempt", 0)
+FIRST = WeightVersion("attempt", 0)
 
 
 def copied(weights):
@@ -30,9 +30,9 @@ def copied(weights):
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_model_takes_over_what_another_has_learned(dtype, tie):
     learner, model = (tiny_model(seed=seed, tie=tie).to(dtype) for seed in (1, 2))
-    weights = copied(pack(learner))
+    weights = copied(pack_weights(learner))
     assert ("lm_head.weight" in weights) == (not tie)
-    take_over(model, weights, checksum(weights), FIRST)
+    load_weights(model, weights, checksum(weights), FIRST)
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -42,30 +42,30 @@ def test_what_is_frozen_does_not_travel():
         each.requires_grad_(False)
         each.lm_head.weight.requires_grad_(True)
     body = copy.deepcopy(model.model.state_dict())
-    weights = copied(pack(learner))
+    weights = copied(pack_weights(learner))
     assert list(weights) == ["lm_head.weight"]
-    take_over(model, weights, checksum(weights), FIRST)
+    load_weights(model, weights, checksum(weights), FIRST)
     assert torch.equal(model.lm_head.weight, learner.lm_head.weight)
     assert all(torch.equal(value, body[name]) for name, value in model.model.state_dict().items())
 
 
 def test_of_an_adapter_only_its_own_bytes_travel():
     learner, replica = (tiny_model(seed=1, hidden=64, vocab_size=2048) for _ in range(2))
-    whole = pack(learner)
+    whole = pack_weights(learner)
     for seed, each in enumerate((learner, replica)):
         add_adapter(each, LoraConfig(r=2), seed, "base")
-    weights = copied(pack(moved(learner)))
+    weights = copied(pack_weights(moved(learner)))
     assert all(".lora_" in name for name in weights)
-    assert sum(map(size_of, weights.values())) < sum(map(size_of, whole.values())) / 20
+    assert sum(map(count_parameters, weights.values())) < sum(map(count_parameters, whole.values())) / 20
     with pytest.raises(UnusableWeights, match="torn"):
-        take_over(replica, broken_byte(weights), checksum(weights), FIRST)
+        load_weights(replica, broken_byte(weights), checksum(weights), FIRST)
     with pytest.raises(UnusableWeights, match="of another model"):
-        take_over(replica, whole, checksum(whole), FIRST)
-    take_over(replica, weights, checksum(weights), FIRST)
+        load_weights(replica, whole, checksum(whole), FIRST)
+    load_weights(replica, weights, checksum(weights), FIRST)
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in replica.state_dict().items())
 
 
-def size_of(packed):
+def count_parameters(packed):
     return packed.data.nbytes
 
 
@@ -73,10 +73,10 @@ def test_kept_buffers_travel_too():
     learner, model = tiny_model(seed=1), tiny_model(seed=1)
     for each, value in ((learner, 3.0), (model, 5.0)):
         each.register_buffer("scale", torch.tensor(value))
-    weights = copied(pack(learner))
-    take_over(model, weights, checksum(weights), FIRST)
+    weights = copied(pack_weights(learner))
+    load_weights(model, weights, checksum(weights), FIRST)
     assert float(model.scale) == 3.0
-    assert learned(model)["scale"] is model.scale
+    assert trainable_state_dict(model)["scale"] is model.scale
 
 
 def broken_byte(weights):
@@ -105,20 +105,20 @@ def reshaped(weights):
 def test_torn_weights_are_refused_and_leave_the_model_as_it_was(damage):
     learner, model = tiny_model(seed=1), tiny_model(seed=2)
     before = copy.deepcopy(model.state_dict())
-    weights = copied(pack(learner))
+    weights = copied(pack_weights(learner))
     with pytest.raises(UnusableWeights, match="weights of version 0 arrived torn"):
-        take_over(model, damage(weights), checksum(weights), FIRST)
+        load_weights(model, damage(weights), checksum(weights), FIRST)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_of_another_model_are_refused():
-    weights = copied(pack(tiny_model(hidden=16)))
+    weights = copied(pack_weights(tiny_model(hidden=16)))
     with pytest.raises(UnusableWeights, match="of another model"):
-        take_over(tiny_model(hidden=32), weights, checksum(weights), FIRST)
+        load_weights(tiny_model(hidden=32), weights, checksum(weights), FIRST)
 
 
 def published(number):
-    return Published(number, np.zeros(0))  # where they are is nothing to the store
+    return PublishedWeights(number, np.zeros(0))  # where they are is nothing to the store
 
 
 def stored(*work):
@@ -135,13 +135,13 @@ def stored(*work):
 def publishing(*numbers, attempt="attempt"):
     async def work(store):
         for number in numbers:
-            await store.publish(Version(attempt, number), published(number))
+            await store.publish(WeightVersion(attempt, number), published(number))
 
     return work
 
 
 def finding(number, attempt="attempt"):
-    return lambda store: store.find(Version(attempt, number))
+    return lambda store: store.find(WeightVersion(attempt, number))
 
 
 def beginning(attempt):
@@ -165,7 +165,7 @@ def test_a_version_that_nobody_publishes_is_an_error():
 def test_a_version_that_is_about_to_come_is_waited_for():
     async def main():
         store = WeightStore(patience_seconds=30)
-        waiting = asyncio.create_task(store.find(Version("next", 1)))
+        waiting = asyncio.create_task(store.find(WeightVersion("next", 1)))
         for work in (beginning("next"), publishing(0, attempt="next"), publishing(1, attempt="next")):
             await asyncio.sleep(0)
             assert not waiting.done()

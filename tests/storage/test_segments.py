@@ -185,7 +185,7 @@ def test_a_disk_that_cannot_be_written_costs_the_cache_and_not_the_run(filled, c
 WRITER = """
 import sys
 from rayk.storage.segments import SegmentStore
-from tests.teachers.test_segments import entries_of
+from tests.storage.test_segments import entries_of
 folder, first, last, a_segment = sys.argv[1], *map(int, sys.argv[2:])
 store = SegmentStore(folder)
 for number in range(first, last, 5):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tests.test_signal_codec import assert_equal
 
 from rayk import cli
 from rayk.commands.cache import fill_cache, verify_cache
@@ -21,7 +20,8 @@ from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 from tests.runs import curve, metrics, settings, weights, write_rows
-from tests.teachers.asking import assert_alike, sequences_of
+from tests.signals.test_codec import assert_equal
+from tests.teachers.helpers import assert_alike, sequences_of
 
 pytestmark = pytest.mark.cluster
 KD = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}, "temperature": 2.0}
@@ -184,7 +184,7 @@ def test_a_worker_reads_what_was_filled_ahead(tmp_path, tiny_student, served):
     values["data"]["evaluation"] = {"path": str(tmp_path / "held_out.jsonl")}
     config = parse_config(values)
     filled = fill_cache(config, Watching())
-    assert [(each.what, each.rows, each.cached_tokens) for each in filled] == [
+    assert [(each.row_kind, each.rows, each.cached_tokens) for each in filled] == [
         ("training rows", 48, 0), ("evaluation rows", 5, 0), ("evaluation rows", 5, 0),
     ]  # fmt: skip
     assert seen[-1] == (5, 5) and (48, 48) in seen

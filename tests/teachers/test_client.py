@@ -20,7 +20,7 @@ from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.serving import application, event_loop
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import connect_teacher, serve_teacher
-from tests.teachers.asking import assert_alike, config_of, eventually, sequences_of
+from tests.teachers.helpers import assert_alike, config_of, eventually, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -349,7 +349,7 @@ def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
     teacher = connect_teacher("served")
     head = engine.head()
     for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
-        teacher._head = event_loop.background(asyncio.sleep(0, wrong))
+        teacher._head = event_loop.run_in_background(asyncio.sleep(0, wrong))
         with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not make its own"):
             teacher.score(sequences_of(8), Hidden())
     teacher._head = None

@@ -21,7 +21,7 @@ from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Route, serve_teacher
 from rayk.teachers.context import InContext
 from tests.runs import curve, metrics, settings
-from tests.teachers.asking import config_of, sequences_of
+from tests.teachers.helpers import config_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WEIGHTS = [1.0, 3.0]

@@ -10,7 +10,7 @@ from rayk.run import with_absolute_paths
 from rayk.run.inputs import read_inputs
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply
-from tests.teachers.asking import config_of, sequences_of
+from tests.teachers.helpers import config_of, sequences_of
 
 
 @pytest.mark.cluster

@@ -9,7 +9,7 @@ from ray import serve
 from rayk.config.support import TopK
 from rayk.engines.transformers import TransformersEngine
 from rayk.teachers import connect_teacher
-from tests.teachers.asking import assert_alike, eventually, replicas_of, sequences_of
+from tests.teachers.helpers import assert_alike, eventually, replicas_of, sequences_of
 
 pytestmark = pytest.mark.cluster
 

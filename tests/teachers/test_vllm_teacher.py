@@ -16,7 +16,7 @@ from rayk.run import distill
 from rayk.serving import application
 from rayk.teachers import serve_teacher
 from tests.runs import curve, settings
-from tests.teachers.asking import assert_alike, config_of, eventually, replicas_of, sequences_of
+from tests.teachers.helpers import assert_alike, config_of, eventually, replicas_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _MANY_PARTS = 64
 
 
-class Parts:
+class ParquetStore:
     """Rows in numbered Parquet files of one folder, found by their column `key`.
 
     Args:
@@ -74,7 +74,7 @@ class Parts:
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
-            return rows_in(path, self._schema)
+            return read_parquet(path, self._schema)
         except (pa.ArrowException, OSError, KeyError) as error:
             path.rename(path.with_suffix(".damaged"))
             logger.warning(
@@ -104,7 +104,7 @@ class Parts:
         return sorted(self.folder.glob("part-*.parquet"))
 
 
-def rows_in(path: Path, schema: pa.Schema) -> pa.Table:
+def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
     """What a part holds; where it is damaged, Arrow's error.
 
     Raises:

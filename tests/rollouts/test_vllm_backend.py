@@ -15,10 +15,10 @@ from rayk.engines.base import SamplingParameters
 from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
 from rayk.models.student import make_model
-from rayk.rollouts.vllm import Turns, start_vllm, whole_weights
-from rayk.rollouts.writer import Writer
-from rayk.serving.weight_store import Published, UnusableWeights, Version
-from rayk.serving.weights import checksum, pack
+from rayk.rollouts.policy_model import PolicyModel
+from rayk.rollouts.vllm_backend import VersionLock, start_vllm, whole_weights
+from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion
+from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
 from tests.rollouts.test_policy import VOCABULARY
 from tests.tiny import moved, tiny_model, tiny_tokenizer
@@ -52,11 +52,11 @@ class Versions:
         return model.eval()
 
     def published(self, number):
-        weights = pack(self.model(number))
-        return Version("attempt", number), Published(checksum(weights), There(weights))
+        weights = pack_weights(self.model(number))
+        return WeightVersion("attempt", number), PublishedWeights(checksum(weights), There(weights))
 
     def writer(self, number):
-        return Writer(self.model(number), tiny_tokenizer())
+        return PolicyModel(self.model(number), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_versions_that_are_asked_for_together_do_not_mix(vllm, versions, on_loop
 
 def test_torn_weights_write_nothing_and_others_go_on(vllm, versions, on_loop):
     version, published = versions.published(3)
-    torn = Published(published.checksum ^ 1, published.weights)
+    torn = PublishedWeights(published.checksum ^ 1, published.weights)
     with pytest.raises(UnusableWeights, match="weights of version 3 arrived torn"):
         on_loop(vllm.answer(version, torn, PARAMETERS, [(PROMPTS[0], 0)], [0]))
     on_loop(vllm.check_health())
@@ -156,7 +156,7 @@ def test_a_caller_that_leaves_while_weights_are_taken_over_does_no_harm(vllm, ve
 
     async def leave():
         leaving = asyncio.create_task(write(vllm, versions, 1))
-        while vllm._turns._version is not None:
+        while vllm._lock._version is not None:
             await asyncio.sleep(0)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -167,17 +167,17 @@ def test_a_caller_that_leaves_while_weights_are_taken_over_does_no_harm(vllm, ve
 
 
 def test_requests_of_another_version_wait_for_those_that_run_and_hold_back_later_ones():
-    """Turns by themselves: what runs, and when, is seen better without an engine."""
+    """VersionLock by themselves: what runs, and when, is seen better without an engine."""
     events = []
 
     async def change(version, _):
         events.append(f"become {version.number}")
 
     async def main():
-        turns, done = Turns(change), [asyncio.Event() for _ in range(4)]
+        lock, done = VersionLock(change), [asyncio.Event() for _ in range(4)]
 
         async def request(name, number):
-            async with turns.of(Version("attempt", number), None):
+            async with lock.hold(WeightVersion("attempt", number), None):
                 events.append(f"begin {name}")
                 await done[name].wait()
 
@@ -225,7 +225,7 @@ def test_an_adapter_is_merged_into_what_vllm_takes_over(tmp_path):
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
     adapted = moved(make_model(config, tiny_tokenizer(), 0)).eval()
     plain = load_model(str(tmp_path / "base"))
-    weights = whole_weights(Writer(adapted, tiny_tokenizer()))
+    weights = whole_weights(PolicyModel(adapted, tiny_tokenizer()))
     width = weights["lm_head.weight"].shape[0]
     assert width < plain.lm_head.weight.shape[0]  # rows that are no tokens do not travel
     state = plain.state_dict()

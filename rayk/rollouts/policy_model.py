@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from rayk.data.batches import Batch, collate, pad_id_of
-from rayk.engines.base import Generated, SamplingParameters
-from rayk.engines.transformers import end_ids, generate
+from rayk.engines.base import GeneratedSequence, SamplingParameters
+from rayk.engines.transformers import generate, get_eos_token_ids
 from rayk.losses import linear_cross_entropy
-from rayk.models import DTYPES, CausalLM, final_hidden, head_of, real_vocab_size
+from rayk.models import DTYPES, CausalLM, final_hidden, get_head, real_vocab_size
 from rayk.signals.sequence import TokenSequence
 
 _CHUNK_ELEMENTS = 1 << 23
 
 
-class Writer:
+class PolicyModel:
     """Generates with a model and reads what it says of sequences, computing as a training step does.
 
     What it computes must run inside `computing`, on the same thread.
@@ -30,19 +30,19 @@ class Writer:
             precision: what the products run in.
         """
         self.model = model
-        self.vocab_size = min(head_of(model).vocab_size, real_vocab_size(tokenizer))
+        self.vocab_size = min(get_head(model).vocab_size, real_vocab_size(tokenizer))
         self._tokenizer = tokenizer
         self._compute_dtype = DTYPES[precision]
 
     @property
     def ends(self) -> list[int]:
         """The tokens that end a completion."""
-        return end_ids(self.model, self._tokenizer)
+        return get_eos_token_ids(self.model, self._tokenizer)
 
     def generate(
         self, prompts: Sequence[np.ndarray], parameters: SamplingParameters, seeds: Sequence[int],
         abandoned: Callable[[], bool] = lambda: False,
-    ) -> list[Generated]:  # fmt: skip
+    ) -> list[GeneratedSequence]:  # fmt: skip
         """One continuation a prompt (token ids); cut off once `abandoned`."""
         return generate(self.model, self.vocab_size, self._tokenizer, prompts, parameters, seeds, abandoned)
 
@@ -50,22 +50,22 @@ class Writer:
         """The likeliest ids at the counted positions, int32 [counted tokens, k]; see `rayk.rollouts.Policy`."""
 
         def likeliest(hidden: Tensor, _: Batch) -> Tensor:
-            head = head_of(self.model)
+            head = get_head(self.model)
             parts = hidden.split(max(1, _CHUNK_ELEMENTS // head.vocab_size))
             kept = min(k, self.vocab_size)
             return torch.cat(
                 [head.logits(part)[:, : self.vocab_size].topk(kept, dim=1).indices for part in parts]
             ).int()
 
-        return self._of_positions(sequences, likeliest)
+        return self._per_sequence(sequences, likeliest)
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """log q of the counted tokens, float32 [counted tokens]; see `rayk.rollouts.Policy`."""
 
         def of_targets(hidden: Tensor, batch: Batch) -> Tensor:
-            return -linear_cross_entropy(hidden, head_of(self.model).first(self.vocab_size), batch.targets)
+            return -linear_cross_entropy(hidden, get_head(self.model).truncate(self.vocab_size), batch.targets)
 
-        return self._of_positions(sequences, of_targets)
+        return self._per_sequence(sequences, of_targets)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class Writer:
         """Products as in training; holds for the thread it is entered on."""
         return torch.autocast(self.model.device.type, self._compute_dtype, self._compute_dtype != torch.float32)
 
-    def _of_positions(
+    def _per_sequence(
         self, sequences: Sequence[TokenSequence], read: Callable[[Tensor, Batch], Tensor]
     ) -> list[np.ndarray]:
         """What `read` makes of the hidden states at each sequence's counted positions, [counted tokens, ...] each."""

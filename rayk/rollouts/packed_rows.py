@@ -9,7 +9,7 @@ from rayk.data.examples import Example
 from rayk.rollouts.policy import Rollout
 from rayk.signals.sequence import TokenSequence
 
-_OF_THE_DATA = ("where", "fields", "rejected")
+_OF_THE_DATA = ("where", "fields", "rejected", "contexts")
 
 
 def pack_row(row: TokenSequence) -> dict[str, Any]:

@@ -21,31 +21,31 @@ from torch import Tensor
 from rayk.config import StudentConfig, VLLMEngineConfig, VLLMPolicyEngineConfig
 from rayk.config.support import Logprob, TopK
 from rayk.engines.base import SamplingParameters
-from rayk.engines.vllm import WORKER_EXTENSION, VLLMEngine, beyond_rounding, probe
+from rayk.engines.vllm import WORKER_EXTENSION, VLLMEngine, logprob_mismatch, probe
 from rayk.errors import EngineDied, InputError
-from rayk.models.lora import has_adapter, merged
-from rayk.rollouts.writer import Writer
-from rayk.serving.weight_store import Published, Version
-from rayk.serving.weights import take_over
+from rayk.models.lora import has_adapter, merged_state_dict
+from rayk.rollouts.policy_model import PolicyModel
+from rayk.serving.weight_store import PublishedWeights, WeightVersion
+from rayk.serving.weights import load_weights
 
 
-class VLLMWriter:
-    """See `rayk.rollouts.replica.Computer`."""
+class VLLMBackend:
+    """See `rayk.rollouts.replica.PolicyBackend`."""
 
-    def __init__(self, engine: VLLMEngine, writer: Writer):
+    def __init__(self, engine: VLLMEngine, writer: PolicyModel):
         """
         Args:
             writer: of the student's model on the CPU, which has the weights that `engine` has.
         """
         self._engine, self._writer = engine, writer
-        self._turns = Turns(self._take_over)
+        self._lock = VersionLock(self._take_over)
         self._broken: Exception | None = None
 
     async def answer(
-        self, version: Version, published: Published, how: Any, items: list[Any], lengths: list[int]
+        self, version: WeightVersion, published: PublishedWeights, how: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
-        """See `Computer`."""
-        async with self._turns.of(version, published):
+        """See `PolicyBackend`."""
+        async with self._lock.hold(version, published):
             if isinstance(how, SamplingParameters):
                 prompts, seeds = zip(*items, strict=True)
                 return await self._engine.generate(prompts, how, seeds)
@@ -55,34 +55,34 @@ class VLLMWriter:
             return np.split(values, signals.offsets[1:-1].tolist())
 
     async def check_health(self) -> None:
-        """See `Computer`."""
+        """See `PolicyBackend`."""
         await self._engine.check_health()
         if self._broken is not None:
             raise RuntimeError(f"vLLM did not take over the student's weights: {self._broken}")
 
-    async def _take_over(self, version: Version, published: Published) -> None:
+    async def _take_over(self, version: WeightVersion, published: PublishedWeights) -> None:
         if self._broken is not None:
             raise EngineDied("A replica of the served policy is about to be replaced.")
         weights = await published.weights
-        await asyncio.to_thread(take_over, self._writer.model, weights, published.checksum, version)
+        await asyncio.to_thread(load_weights, self._writer.model, weights, published.checksum, version)
         try:
-            await self._engine.take_over(whole_weights(self._writer))
+            await self._engine.load_weights(whole_weights(self._writer))
         except RuntimeError as error:
             self._broken = error  # what vLLM holds now is of no version
             raise EngineDied(f"vLLM did not take over the student's weights of {version}: {error}") from error
 
 
-class Turns:
+class VersionLock:
     """Requests of one version run together; one of another version waits until they have ended, and those that come
     after it wait for it."""
 
-    def __init__(self, change: Callable[[Version, Published], Awaitable[None]]):
+    def __init__(self, change: Callable[[WeightVersion, PublishedWeights], Awaitable[None]]):
         """
         Args:
             change: brings a version about, while nothing runs.
         """
         self._change = change
-        self._version: Version | None = None
+        self._version: WeightVersion | None = None
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -90,7 +90,7 @@ class Turns:
         self._changing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def of(self, version: Version, published: Published) -> AsyncIterator[None]:
+    async def hold(self, version: WeightVersion, published: PublishedWeights) -> AsyncIterator[None]:
         """Held while a request of `version` is answered."""
         async with self._entry:
             if self._changing is not None:
@@ -108,15 +108,15 @@ class Turns:
             if not self._running:
                 self._idle.set()
 
-    async def _become(self, version: Version, published: Published) -> None:
+    async def _become(self, version: WeightVersion, published: PublishedWeights) -> None:
         self._version = None
         await self._change(version, published)
         self._version = version
 
 
 async def start_vllm(
-    writer: Writer, student: StudentConfig, engine: VLLMPolicyEngineConfig, *, tokenizer: str, precision: str
-) -> VLLMWriter:
+    writer: PolicyModel, student: StudentConfig, engine: VLLMPolicyEngineConfig, *, tokenizer: str, precision: str
+) -> VLLMBackend:
     """vLLM with the weights of the student as it begins.
 
     Args:
@@ -142,10 +142,10 @@ async def start_vllm(
             described.save_pretrained(folder)
         started = VLLMEngine(str(folder), settings, trust_remote_code=student.trust_remote_code)
     await _hand_over(started, writer)
-    return VLLMWriter(started, writer)
+    return VLLMBackend(started, writer)
 
 
-def whole_weights(writer: Writer) -> dict[str, Tensor]:
+def whole_weights(writer: PolicyModel) -> dict[str, Tensor]:
     """Every tensor of the student's model once, an adapter merged, under its name in a checkpoint; no rows for ids that
     are no tokens, so that vLLM's probabilities are those among the real ones."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -158,7 +158,7 @@ def whole_weights(writer: Writer) -> dict[str, Tensor]:
     )
     found: dict[str, Tensor] = {}
     places = set()
-    for name, tensor in (merged(model) if has_adapter(model) else model.state_dict()).items():
+    for name, tensor in (merged_state_dict(model) if has_adapter(model) else model.state_dict()).items():
         if (place := (tensor.data_ptr(), tensor.shape)) not in places:
             found[name] = tensor
         places.add(place)
@@ -167,23 +167,23 @@ def whole_weights(writer: Writer) -> dict[str, Tensor]:
     return revert_weight_conversion(model, found)
 
 
-def _is_padded(writer: Writer) -> bool:
+def _is_padded(writer: PolicyModel) -> bool:
     """Whether embedding and head have rows that are no tokens, and the configuration says so where vLLM reads it."""
     settings = writer.model.config
     return settings.get_text_config() is settings and settings.vocab_size > writer.vocab_size
 
 
-async def _hand_over(engine: VLLMEngine, writer: Writer) -> None:
+async def _hand_over(engine: VLLMEngine, writer: PolicyModel) -> None:
     """The first weights, and a look at what vLLM makes of them: of a tensor that it was not given it just warns."""
     sequence = probe(engine.info)
     try:
-        await engine.take_over(whole_weights(writer))
+        await engine.load_weights(whole_weights(writer))
         theirs = (await engine.score([sequence], Logprob())).target_logprobs
     except RuntimeError as error:
         raise InputError(f"vLLM cannot write as {engine.info.model} with the student's weights: {error}") from error
     with writer.computing():
         own = torch.from_numpy(writer.logprobs([sequence])[0])
-    if off := beyond_rounding(own, theirs, engine.info.dtype):
+    if off := logprob_mismatch(own, theirs, engine.info.dtype):
         raise InputError(
             f"vLLM's log-probs of the student {engine.info.model} are not those of transformers with the same weights "
             f"(off by up to {off:.2g} nats); use rollouts.engine.kind 'transformers', and please report the "
