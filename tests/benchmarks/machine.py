@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and medians of several runs."""
+"""A description of this machine, and median times."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import torch
 
 
 def machine() -> str:
-    """One line about this machine."""
+    """Describe this machine in one line."""
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     threads = f"torch {torch.__version__} on {torch.get_num_threads()} threads"
@@ -18,7 +18,7 @@ def machine() -> str:
 
 
 def median_seconds(*works: Callable[[], object], runs: int = 5) -> list[float]:
-    """Median seconds of each piece of work, run in turn so that noise falls on all alike."""
+    """Return the median seconds of each of `works`; they take turns, so that noise affects all of them alike."""
     spent: list[list[float]] = [[] for _ in works]
     for work in works:
         work()

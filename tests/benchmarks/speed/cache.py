@@ -1,10 +1,10 @@
-"""What signals cost on disk: bytes an entry with the index, the error of storing them, and the speed of reading.
+"""The signal cache: bytes per entry with the index, the error of storing signals, and the speed of reading them.
 
     python -m tests.benchmarks.speed.cache
 
-An entry is one pair (id, log-prob) of a top-64 signal. Logits are drawn at random, so the ids hold all the information
-they can; a language model's are more alike. Errors are against float32, of distributions coarse-grained to k tokens and
-the rest.
+An entry is one pair (id, log-prob) of a top-64 signal. Logits are random, so the ids cannot be compressed as well as a
+language model's. Errors are relative to float32, of distributions reduced to k tokens and the rest. How to read it:
+lower is better for bytes and errors, higher for tokens/s; each line prints its goal.
 """
 
 import argparse
@@ -33,15 +33,15 @@ K = 64
 TEACHER = EngineInfo("benchmark", 0, 4096, "", "float32", "cpu", ("topk",), weights_fingerprint="benchmark")
 
 
-def rows_of(count: int, length: int, seed: int = 0) -> list[TokenSequence]:
-    """Rows of `length` counted tokens each."""
+def make_rows(count: int, length: int, seed: int = 0) -> list[TokenSequence]:
+    """Make rows of `length` counted tokens each."""
     random = np.random.default_rng(seed)
     flags = np.arange(length + 1) > 0
     return [TokenSequence(random.integers(0, 30_000, length + 1).astype(np.int32), flags) for _ in range(count)]
 
 
-def signals_of(logits: torch.Tensor, length: int) -> SignalBatch:
-    """What a client receives: through the wire."""
+def receive_signals(logits: torch.Tensor, length: int) -> SignalBatch:
+    """Return the signals of `logits` as a client receives them, encoded and decoded."""
     tokens, vocab_size = logits.shape
     columns = reduce_logits(logits.clone(), torch.arange(tokens), TopK(K), vocab_size)
     offsets = torch.arange(0, tokens + 1, length)
@@ -49,11 +49,11 @@ def signals_of(logits: torch.Tensor, length: int) -> SignalBatch:
 
 
 def measure(vocab_size: int, spread: float, length: int, tokens: int = 1024) -> tuple[float, float, float]:
-    """Bytes an entry in the folder, forward and reverse KL in nats."""
+    """Return the bytes per entry on disk, and the forward and reverse KL in nats that storing adds."""
     logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(0)) * spread
-    rows = rows_of(tokens // length, length)
+    rows = make_rows(tokens // length, length)
     with tempfile.TemporaryDirectory() as folder, SignalCache(CacheConfig(path=folder)) as cache:
-        back = concatenate(cache.add(TEACHER, rows, signals_of(logits, length)))
+        back = concatenate(cache.add(TEACHER, rows, receive_signals(logits, length)))
         cache.flush()
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
     assert back.ids is not None
@@ -67,11 +67,13 @@ def measure(vocab_size: int, spread: float, length: int, tokens: int = 1024) -> 
 
 
 def measure_speed(rows: int, length: int, runs: int) -> None:
-    """Tokens a second of writing and of reading in batches of 32 rows in random order, by a process that has just
-    opened the folder; the files are in the system's memory."""
+    """Print tokens per second of writing, and of reading batches of 32 rows in random order with a newly opened cache.
+
+    The files are in the system's page cache.
+    """
     logits = torch.randn(32 * length, 32_000, generator=torch.Generator().manual_seed(0)) * 3
-    signals = signals_of(logits, length)
-    sequences = rows_of(rows, length)
+    signals = receive_signals(logits, length)
+    sequences = make_rows(rows, length)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         with SignalCache(CacheConfig(path=folder)) as cache:

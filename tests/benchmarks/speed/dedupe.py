@@ -1,12 +1,13 @@
-"""Leaving out instructions with ROUGE-L F >= 0.7 to an earlier one: `RougeIndex` beside a pairwise rouge-score loop.
+"""Deduplication of instructions with ROUGE-L F >= 0.7: `RougeIndex` against a pairwise loop over rouge-score.
 
     python -m tests.benchmarks.speed.dedupe [--count 5000] [--large 50000] [--sample 100] [--whole]
 
-Instructions are written by a grammar of tasks, subjects, audiences and constraints, whose words are as unevenly
-frequent as those of real ones; three in ten are an earlier one with a few words changed. The loop asks rouge-score
-about every kept instruction, as Self-Instruct's code does: once as it is there (both texts tokenised in every
-comparison), once with tokens kept, which is the best a pairwise loop can do with that library. It runs for a sample of
-instructions spread over the list, and its time is scaled up; `--whole` runs all of it. Decisions on them are compared.
+A grammar of tasks, subjects, audiences and constraints generates the instructions, with word frequencies as uneven as
+in real ones; three in ten are an earlier instruction with a few words changed. The loop compares each instruction with
+every kept one, as Self-Instruct's code does: once as in that code (both texts tokenized in every comparison), and once
+with stored tokens, which is the best that a pairwise loop can do with that library. The loop runs for a sample of
+instructions spread over the list, and its time is scaled up; `--whole` runs all of it. Both must make the same
+decisions. How to read it: "times as long" is the speed-up of `RougeIndex`.
 """
 
 import argparse
@@ -60,12 +61,12 @@ CONSTRAINTS = """|. Keep it under one hundred words.|. Use at least two examples
 
 
 def options(text: str) -> list[str]:
-    """The grammar's choices; the first of them will be drawn most often."""
+    """Split the grammar's choices; the first ones are drawn most often."""
     return [option for line in text.split("\n") for option in line.split("|")]
 
 
-def write_instructions(count: int, seed: int = 0) -> list[str]:
-    """`count` instructions, the same for the same seed."""
+def generate_instructions(count: int, seed: int = 0) -> list[str]:
+    """Generate `count` instructions, deterministically from `seed`."""
     draw = random.Random(seed)
     kinds, parts = KINDS.split(), [options(text) for text in (TASKS, THINGS, AUDIENCES, CONSTRAINTS)]
 
@@ -94,8 +95,8 @@ def write_instructions(count: int, seed: int = 0) -> list[str]:
     return texts
 
 
-def with_index(texts: list[str]) -> tuple[list[bool], float]:
-    """Which texts are kept, and the seconds it took."""
+def time_index(texts: list[str]) -> tuple[list[bool], float]:
+    """Return for each text whether `RougeIndex` keeps it, and the seconds that took."""
     begun = time.perf_counter()
     index, kept = RougeIndex(THRESHOLD), []
     for text in texts:
@@ -106,59 +107,58 @@ def with_index(texts: list[str]) -> tuple[list[bool], float]:
 
 
 def f_measure_of_tokens(first: list[str], second: list[str]) -> float:
-    """rouge-score's own ROUGE-L of two lists of tokens."""
+    """Return rouge-score's ROUGE-L F of two lists of tokens."""
     score: scoring.Score = rouge_scorer._score_lcs(first, second)
     return score.fmeasure
 
 
-def with_loop(texts: list[str], kept: list[bool], asked: list[int], tokens_kept: bool) -> float:
-    """The seconds the pairwise loop takes for the texts at the places `asked`; checks that it decides as `kept`
-    says."""
+def time_loop(texts: list[str], kept: list[bool], places: list[int], tokens_kept: bool) -> float:
+    """Return the seconds that the pairwise loop needs for the texts at `places`; assert that it decides as `kept`."""
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     tokens = [words(text) for text in texts]
     begun = time.perf_counter()
-    for place in asked:
+    for place in places:
         pool = [earlier for earlier in range(place) if kept[earlier]]
         if tokens_kept:
             scores = [f_measure_of_tokens(tokens[place], tokens[earlier]) for earlier in pool]
         else:
             scores = [scorer.score(texts[place], texts[earlier])["rougeL"].fmeasure for earlier in pool]
-        # Rounded, because floating point makes 0.7000000000000001 or 0.6999999999999998 of some 7/10.
+        # Rounded, because some 7/10 are 0.7000000000000001 or 0.6999999999999998 in floating point.
         assert (round(max(scores, default=0.0), 9) < THRESHOLD) == kept[place], texts[place]
     return time.perf_counter() - begun
 
 
-def comparisons(kept: list[bool], asked: list[int]) -> int:
-    """How many pairs the loop compares for the places asked."""
+def count_comparisons(kept: list[bool], places: list[int]) -> int:
+    """Return the number of pairs that the loop compares for the texts at `places`."""
     before = [0]
-    for each in kept:
-        before.append(before[-1] + each)
-    return sum(before[place] for place in asked)
+    for is_kept in kept:
+        before.append(before[-1] + is_kept)
+    return sum(before[place] for place in places)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--large", type=int, default=50_000)
-    parser.add_argument("--sample", type=int, default=100, help="instructions that the loop is run for")
+    parser.add_argument("--sample", type=int, default=100, help="number of instructions that the loop runs for")
     parser.add_argument("--whole", action="store_true", help="run the loop for every instruction")
     given = parser.parse_args()
     print(f"{machine()}, load before {os.getloadavg()[0]:.1f}")
-    texts = write_instructions(given.count)
+    texts = generate_instructions(given.count)
     lengths = sorted(len(words(text)) for text in texts)
-    kept, seconds = with_index(texts)
+    kept, seconds = time_index(texts)
     print(f"{given.count:,} instructions of {lengths[0]} to {lengths[-1]} words (median {lengths[len(lengths) // 2]}), "
           f"{sum(kept):,} kept; one process each")  # fmt: skip
     print(f"  RougeIndex                                     {seconds:9.2f} s", flush=True)
     every = list(range(given.count))
-    asked = every if given.whole else every[given.sample // 2 :: max(1, given.count // given.sample)]
-    scale = comparisons(kept, every) / comparisons(kept, asked)
-    how = "measured whole" if given.whole else f"{len(asked)} instructions measured, times {scale:.1f}"
+    places = every if given.whole else every[given.sample // 2 :: max(1, given.count // given.sample)]
+    scale = count_comparisons(kept, every) / count_comparisons(kept, places)
+    how = "measured whole" if given.whole else f"{len(places)} instructions measured, times {scale:.1f}"
     for name, tokens_kept in (("rouge-score, pairwise, tokens kept", True), ("rouge-score, pairwise", False)):
-        spent = with_loop(texts, kept, asked, tokens_kept) * scale
+        spent = time_loop(texts, kept, places, tokens_kept) * scale
         print(f"  {name:46} {spent:9.2f} s ({how}): {spent / seconds:,.0f} times as long; same decisions", flush=True)
     if given.large:
-        kept, seconds = with_index(write_instructions(given.large))
+        kept, seconds = time_index(generate_instructions(given.large))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
             f"{given.large:,} instructions, {sum(kept):,} kept: RougeIndex {seconds:.1f} s; process {gigabytes:.2f} GiB"

@@ -1,11 +1,12 @@
-"""The second epoch from the signal cache, beside the same run without one.
+"""Throughput of a second epoch that reads the signal cache, against the same run without a cache.
 
     python -m tests.benchmarks.speed.epoch [--rounds 3]
 
-Two epochs of off-policy logit KD: the models and settings of `race` in float32, random rows of 100 to 280 tokens. The
-run with a cache starts from an empty folder, so its first epoch asks the teacher and writes; the second reads. Batches
-are prepared ahead: those at the border of the epochs may ask once more for what the first still waits for. The teacher
-has random weights; its near-flat distributions pack better than a trained one's.
+Two epochs of off-policy logit KD with the models and settings of `race` in float32, on random rows of 100 to 280
+tokens. The cache starts empty: the first epoch requests signals and writes them, the second reads them. Batches are
+prepared ahead, so the first batches of the second epoch may request signals that are not stored yet. The teacher has
+random weights; its nearly flat distributions compress better than a trained teacher's. How to read it: the ratio is the
+speed-up of the second epoch.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from tests.benchmarks.speed.race import BATCH, VOCAB, K, save_models, tokens_per
 
 
 def make_rows(file: Path, count: int) -> None:
-    """Prompts of 40 to 120 and completions of 60 to 160 random words."""
+    """Write `count` rows with prompts of 40 to 120 and completions of 60 to 160 random words."""
     random = np.random.default_rng(0)
 
     def words(fewest: int, most: int) -> str:
@@ -37,8 +38,8 @@ def make_rows(file: Path, count: int) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: t0 (padding), t1 (the end), t2, ..."""
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per word: t0 (padding), t1 (EOS), t2, …"""
     words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(VOCAB)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1")
@@ -47,7 +48,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=15, help="in an epoch")
+    parser.add_argument("--steps", type=int, default=15, help="per epoch")
     parser.add_argument("--threads", default="1,1", help="of teacher and student")
     given = parser.parse_args()
     teacher_threads, student_threads = map(int, given.threads.split(","))
@@ -57,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_rows(folder / "rows.jsonl", rows)
-        save_models(folder, word_tokenizer())
+        save_models(folder, make_word_tokenizer())
         print(f"two epochs of {steps} steps of {BATCH} rows, k={K}, V={VOCAB:,}; medians of {given.rounds}", flush=True)
         speeds: dict[str, list[float]] = {"without": [], "with": []}
         for number in range(given.rounds):
@@ -68,13 +69,13 @@ def main() -> None:
             speeds["with"].append(tokens_per_second(cached[steps:]))
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
         kept = SignalCache(CacheConfig(path=str(cache))).verify().entries
-    slow, fast = (statistics.median(each) for each in speeds.values())
+    slow, fast = (statistics.median(values) for values in speeds.values())
     counted = sum(step["counted_tokens"] for step in cached[steps:])
-    # What is found is noted when a batch is prepared, some steps before its own. All of it is the second epoch's, since
-    # no row comes twice in an epoch.
-    asked = counted - sum(step["cached_tokens"] for step in cached)
+    # Hits are counted when a batch is prepared, a few steps before it is used. All of them belong to the second epoch,
+    # since no row occurs twice in an epoch.
+    requested = counted - sum(step["cached_tokens"] for step in cached)
     print(f"  epoch 2: {slow:,.0f} tokens/s without the cache, {fast:,.0f} with it: ratio {fast / slow:.2f}")
-    print(f"  teacher tokens asked in epoch 2: {counted:,} without the cache, {asked:,} with it")
+    print(f"  teacher tokens asked in epoch 2: {counted:,} without the cache, {requested:,} with it")
     print(
         f"  on disk, {kept} of {rows} rows: {size / counted / K:.2f} bytes an entry (id, log-prob), "
         f"{size / counted:.0f} bytes a token"

@@ -1,6 +1,9 @@
-"""The chunked loss against dense logits: extra memory and time of both passes .
+"""The chunked loss against dense logits: extra memory and time of forward and backward.
 
-python -m tests.benchmarks.speed.loss
+    python -m tests.benchmarks.speed.loss [--tokens 4096] [--width 256] [--vocab 128256]
+
+Each form runs once in a new process for its peak memory; times are medians of 5. How to read it: fractions of the dense
+logits' size, lower is better.
 """
 
 import argparse
@@ -17,8 +20,8 @@ from rayk.signals.batch import SignalBatch
 from tests.benchmarks.machine import machine, median_seconds
 
 
-def inputs(tokens: int, width: int, vocab_size: int, k: int = 64):
-    """Hidden states, a head and a teacher's signals, random."""
+def make_inputs(tokens: int, width: int, vocab_size: int, k: int = 64):
+    """Return random hidden states, head weights and teacher signals."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = (torch.randn(vocab_size, width) * width**-0.5).requires_grad_()
@@ -29,27 +32,30 @@ def inputs(tokens: int, width: int, vocab_size: int, k: int = 64):
     return hidden, weight, signals
 
 
-def dense(hidden, weight, signals) -> None:
+def dense_loss(hidden, weight, signals) -> None:
     token_mean(forward_kl(Head(weight).logits(hidden), signals), len(hidden)).backward()
 
 
-def chunked(hidden, weight, signals) -> None:
+def chunked_loss(hidden, weight, signals) -> None:
     token_mean(linear_divergence(hidden, Head(weight), signals), len(hidden)).backward()
 
 
+FORMS = {"dense": dense_loss, "chunked": chunked_loss}
+
+
 def extra_bytes(form: str, tokens: int, width: int, vocab_size: int) -> int:
-    """Peak memory of one loss and its gradients beyond inputs and weight gradient, in a process of its own."""
-    hidden, weight, signals = inputs(tokens, width, vocab_size)
+    """Return the peak memory of one loss and its gradients, without inputs and weight gradient; for a new process."""
+    hidden, weight, signals = make_inputs(tokens, width, vocab_size)
     weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    globals()[form](hidden, weight, signals)
+    FORMS[form](hidden, weight, signals)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The gradient that autograd hands to `weight.grad` is one more [vocab, width]; it is no part of the loss.
+    # Autograd allocates one more [vocab, width] before it adds to `weight.grad`; that is not part of the loss.
     return (after - before) * 1024 - weight.numel() * 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=128_256)
@@ -57,7 +63,7 @@ def main() -> None:
     print(machine())
     context = multiprocessing.get_context("spawn")
     extra = {}
-    for form in ("dense", "chunked"):
+    for form in FORMS:
         with context.Pool(1) as pool:
             extra[form] = pool.apply(extra_bytes, (form, sizes.tokens, sizes.width, sizes.vocab))
     logits = sizes.tokens * sizes.vocab * 4
@@ -67,8 +73,8 @@ def main() -> None:
         print(f"  extra memory, {form:8}      {size / 2**20:8.0f} MiB = {size / logits:.3f} of the dense logits")
     print(f"  chunked / dense             {extra['chunked'] / extra['dense']:.3f}")
     tokens = min(sizes.tokens, 1024)
-    given = inputs(tokens, sizes.width, sizes.vocab)
-    slow, fast = median_seconds(lambda: dense(*given), lambda: chunked(*given), runs=5)
+    given = make_inputs(tokens, sizes.width, sizes.vocab)
+    slow, fast = median_seconds(lambda: dense_loss(*given), lambda: chunked_loss(*given), runs=5)
     print(f"  time, {tokens} positions: dense {slow:.2f} s, chunked {fast:.2f} s, ratio {slow / fast:.2f}")
 
 

@@ -1,9 +1,10 @@
-"""Learning from what the student writes: with and without overlap, with the teacher mixed in, and beside TRL.
+"""Throughput of on-policy training: with and without overlap, with teacher-mixed sampling, and against TRL.
 
     python -m tests.benchmarks.speed.on_policy --data train.jsonl [--trl-python VENV/bin/python] [--rounds 3]
 
-The models and rows of `race`, in float32. Every completion is sampled at temperature 1 to 64 tokens. Tokens a second
-are prompt and completion together, over the steps after the first five; the sides take turns, medians are printed.
+The models and rows of `race`, in float32. Completions are sampled at temperature 1 up to 64 tokens. Tokens per second
+count prompts and completions over the steps after the first five; the sides take turns, medians are printed. How to
+read it: each line ends with its throughput relative to TRL's `GKDTrainer` with `lmbda=1`.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from typing import Any
 
 from rayk.serving.cluster import start_ray
 from tests.benchmarks.machine import machine
-from tests.benchmarks.speed.race import BATCH, K, make_models, theirs, tokens_per_second, train
+from tests.benchmarks.speed.race import BATCH, K, make_models, run_trl, tokens_per_second, train
 
 NEW_TOKENS, WARM_STEPS = 64, 5
 TOP: dict[str, Any] = {"support": {"kind": "topk", "k": K}}
 SIDES: dict[str, tuple[dict[str, Any], int]] = {
-    # what is run: method, max_staleness
+    # printed name: method, max_staleness
     "on_policy, no overlap": ({"kind": "on_policy"} | TOP, 0),
     "on_policy, one step stale": ({"kind": "on_policy"} | TOP, 1),
     "on_policy, policy form": ({"kind": "on_policy", "form": "policy", "support": {"kind": "logprob"}}, 0),
@@ -54,7 +55,7 @@ def main() -> None:
                 speeds.setdefault(side, []).append(tokens_per_second(rows))
                 last[side] = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
             if given.trl_python:
-                speed = theirs(
+                speed = run_trl(
                     folder, given.trl_python, "float32", given.steps, os.cpu_count() or 1, lmbda=1.0,
                     max_new_tokens=NEW_TOKENS,
                 )  # fmt: skip

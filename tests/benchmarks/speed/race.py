@@ -1,10 +1,12 @@
-"""Off-policy logit KD side by side with TRL's GKDTrainer on the same rows, and with the machine's own limit.
+"""Throughput of off-policy logit KD against TRL's GKDTrainer on the same rows, and against the machine's limit.
 
     python -m tests.benchmarks.speed.race --data train.jsonl --trl-python VENV/bin/python [--rounds 3]
 
 `--data`: JSONL rows with `question` and `answer` (GSM8K). `--trl-python`: a Python that has `trl==1.16.0` and the same
 torch. Teacher: llama of 40M parameters, student: 11M, V=32,000, batches of 8 rows, one machine for everything. Both
-sides count non-pad tokens a second over the steps after the first ten; the sides take turns, medians are printed.
+sides count tokens per second without padding over the steps after the first ten; the sides take turns, medians are
+printed. How to read it: "ratio" is rayk's throughput divided by TRL's; the machine's limit is the necessary arithmetic
+at the speed of large matrix products.
 """
 
 import argparse
@@ -43,17 +45,17 @@ SIZES: dict[str, dict[str, int]] = {
     "teacher": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
-# (what is raced, teacher's dtype, student's precision)
+# race: (teacher's dtype, student's precision)
 RACES = {
     "float32": ("float32", "float32"),
     "bfloat16 teacher": ("bfloat16", "float32"),
     "bfloat16 throughout": ("bfloat16", "bfloat16"),
-    "cached": ("float32", "float32"),  # a second epoch: our signals come from the cache, TRL has none
+    "cached": ("float32", "float32"),  # a second epoch: rayk reads signals from the cache, TRL has no cache
 }
 
 
 def make_models(folder: Path, data: Path) -> None:
-    """Rows of `data` as conversations, a tokenizer trained on them, and both models."""
+    """Write the rows of `data` as conversations, a tokenizer trained on them, and both models."""
     rows = [json.loads(line) for line in data.open(encoding="utf-8")]
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
@@ -66,7 +68,7 @@ def make_models(folder: Path, data: Path) -> None:
 
 
 def save_models(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Teacher and student with random weights: they are as fast as trained ones."""
+    """Save teacher and student with random weights, which are as fast as trained ones."""
     for name, size in SIZES.items():
         settings = AutoConfig.for_model(
             "llama", vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=1024, pad_token_id=0,
@@ -84,8 +86,11 @@ def train(
     precision: str = "float32", cache: Path | None = None, method: dict[str, Any] | None = None,
     rollouts: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """`steps` steps of `method` (top-64 logit KD) over the first `rows` rows of `folder`; the run's metrics, a row a
-    step."""
+    """Train for `steps` steps with `method` (default: top-64 logit KD) on the first `rows` rows of `folder`.
+
+    Returns:
+        the run's metrics, one entry per step.
+    """
     config = {
         "output": str(folder / run),
         "teachers": [
@@ -108,12 +113,12 @@ def train(
 
 
 def tokens_per_second(steps: list[dict[str, Any]]) -> float:
-    """Non-pad tokens a second over these steps."""
+    """Return the tokens per second, without padding, over `steps`."""
     return sum(step["tokens"] for step in steps) / sum(step["step_seconds"] for step in steps)
 
 
-def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, int]) -> dict[str, float]:
-    """One run of rayk: tokens a second in steady state, and the seconds that are not steps."""
+def run_rayk(folder: Path, number: int, race: str, steps: int, threads: tuple[int, int]) -> dict[str, float]:
+    """Run rayk once; return its tokens per second in steady state and the seconds outside of steps."""
     teacher_dtype, precision = RACES[race]
     cache = folder / "cache" if race == "cached" else None
     began = time.time()
@@ -130,8 +135,8 @@ def ours(folder: Path, number: int, race: str, steps: int, threads: tuple[int, i
     }
 
 
-def theirs(folder: Path, python: str, race: str, steps: int, threads: int, **more: float) -> float:
-    """One run of TRL: tokens a second in steady state. `more`: settings of `race_trl`."""
+def run_trl(folder: Path, python: str, race: str, steps: int, threads: int, **more: float) -> float:
+    """Run TRL once; return its tokens per second in steady state. `more`: settings of `race_trl`."""
     teacher_dtype, precision = RACES[race]
     given = {
         "teacher": str(folder / "teacher"), "student": str(folder / "student"), "rows": str(folder / "rows.jsonl"),
@@ -152,9 +157,12 @@ def theirs(folder: Path, python: str, race: str, steps: int, threads: int, **mor
     return sum(tokens for tokens, _ in timed) / sum(seconds for _, seconds in timed)
 
 
-def limit(race: str, counted: float, rates: dict[str, float]) -> float:
-    """Tokens a second if the machine did nothing but what must be computed: bodies on all tokens, heads where one
-    counts, backward twice the forward, at the rate of large products in each side's dtype."""
+def machine_limit(race: str, counted: float, rates: dict[str, float]) -> float:
+    """Return the tokens per second if the machine did only the necessary arithmetic, at the speed of large products.
+
+    That is bodies on all tokens, heads on counted tokens, and a backward pass of twice the forward's cost, each in its
+    model's dtype.
+    """
     seconds = 0.0
     for name, passes, dtype in zip(("teacher", "student"), (int(race != "cached"), 3), RACES[race], strict=True):
         size = SIZES[name]
@@ -165,7 +173,7 @@ def limit(race: str, counted: float, rates: dict[str, float]) -> float:
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of large products in this process."""
+    """Return the FLOP/s of large matrix products in this process."""
     a, b = torch.randn(1600, 1024, dtype=torch.float32).to(dtype), torch.randn(1024, 4096).to(dtype)
     [seconds] = median_seconds(lambda: a @ b, runs=9)
     return 2 * 1600 * 1024 * 4096 / seconds
@@ -174,13 +182,13 @@ def gemm_rate(dtype: torch.dtype) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--trl-python", help="leave out to run our side only")
+    parser.add_argument("--trl-python", help="leave out to run rayk only")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", default="2,2", help="of teacher and student; TRL's one process has all cores")
     parser.add_argument("--races", default=",".join(RACES))
     given = parser.parse_args()
-    threads = tuple(int(each) for each in given.threads.split(","))
+    threads = tuple(int(count) for count in given.threads.split(","))
     torch.set_num_threads(os.cpu_count() or 1)
     print(f"{machine()}, load before {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as name:
@@ -191,21 +199,21 @@ def main() -> None:
         number = 0
         measured: dict[tuple[str, str], list[float]] = {}
         for race in given.races.split(","):
-            mine, peers = [], list(measured.get(RACES[race], []))  # TRL runs `cached` as it does `float32`
+            runs, peers = [], list(measured.get(RACES[race], []))  # TRL runs `cached` as it does `float32`
             if race == "cached":
                 number += 1
-                ours(folder, number, race, given.steps, threads)  # fills it
+                run_rayk(folder, number, race, given.steps, threads)  # fills the cache
             for _ in range(given.rounds):
                 number += 1
-                mine.append(ours(folder, number, race, given.steps, threads))
+                runs.append(run_rayk(folder, number, race, given.steps, threads))
                 if given.trl_python and len(peers) < given.rounds:
-                    peers.append(theirs(folder, given.trl_python, race, given.steps, os.cpu_count() or 1))
+                    peers.append(run_trl(folder, given.trl_python, race, given.steps, os.cpu_count() or 1))
             measured[RACES[race]] = peers
-            speed = statistics.median(run["tokens_per_second"] for run in mine)
-            last = mine[-1]
-            most = limit(race, last["counted"], rates)
+            speed = statistics.median(run["tokens_per_second"] for run in runs)
+            last = runs[-1]
+            limit = machine_limit(race, last["counted"], rates)
             text = (
-                f"{race}: rayk {speed:,.0f} tokens/s, {speed / most:.2f} of the machine's limit ({most:,.0f}); waits "
+                f"{race}: rayk {speed:,.0f} tokens/s, {speed / limit:.2f} of the machine's limit ({limit:,.0f}); waits "
                 f"{last['wait']:.0%}, up in {last['started']:.0f} s"
             )
             if peers:

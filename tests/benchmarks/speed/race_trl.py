@@ -1,8 +1,9 @@
-"""The peer's side of the benchmarks `race` and `on_policy`, run in an environment that has TRL: GKD in one process, with
-`lmbda` 0 on the rows' completions and forward KL, with 1 on what the student writes and reverse KL.
+"""TRL's side of the benchmarks `race` and `on_policy`, run by a Python that has TRL: `GKDTrainer` in one process.
 
-python race_trl.py SETTINGS.json      prints two lines of JSON: seconds spent in each part of the steps, and
-                                      [[non-pad tokens, seconds] of each step]
+    python race_trl.py SETTINGS.json
+
+With `lmbda` 0 it trains on the rows' completions with forward KL, with 1 on the student's generations with reverse KL.
+It prints two lines of JSON: the seconds of each part of the steps, and [tokens without padding, seconds] of each step.
 """
 
 import json
@@ -27,24 +28,26 @@ collate, batches, steps = DataCollatorForChatML(tokenizer=tokenizer, max_length=
 parts = {}
 
 
-def timed(owner, name, part):
-    """Have `owner.name` note its seconds under `part`."""
+def record_time(owner, name, part):
+    """Make `owner.name` add its seconds to `parts[part]`."""
     work = getattr(owner, name)
 
-    def noting(*arguments, **options):
+    def recorded(*arguments, **options):
         began = time.perf_counter()
         result = work(*arguments, **options)
         parts[part] = parts.get(part, 0.0) + time.perf_counter() - began
         return result
 
-    setattr(owner, name, noting)
+    setattr(owner, name, recorded)
 
 
-def counting(examples):
+def collate_and_count(examples):
     batch = collate(examples)
-    own = given["lmbda"] == 1  # the student writes the completions, as good as always to the limit with random weights
-    tokens = int(batch["prompt_attention_mask" if own else "attention_mask"].sum())
-    batches.append(tokens + own * given["max_new_tokens"] * len(examples))
+    generates = (
+        given["lmbda"] == 1
+    )  # the student generates; with random weights nearly every completion reaches the limit
+    tokens = int(batch["prompt_attention_mask" if generates else "attention_mask"].sum())
+    batches.append(tokens + generates * given["max_new_tokens"] * len(examples))
     return batch
 
 
@@ -66,13 +69,13 @@ arguments = GKDConfig(
     gradient_checkpointing=False,
 )  # fmt: skip
 trainer = GKDTrainer(
-    model=student, teacher_model=teacher, args=arguments, data_collator=counting, processing_class=tokenizer,
+    model=student, teacher_model=teacher, args=arguments, data_collator=collate_and_count, processing_class=tokenizer,
     train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows]), callbacks=[Clock()],
 )  # fmt: skip
-timed(teacher, "forward", "teacher forward")
-timed(student, "forward", "student forward")
-timed(trainer, "generalized_jsd_loss", "loss")
-timed(trainer.accelerator, "backward", "backward")
+record_time(teacher, "forward", "teacher forward")
+record_time(student, "forward", "student forward")
+record_time(trainer, "generalized_jsd_loss", "loss")
+record_time(trainer.accelerator, "backward", "backward")
 trainer.train()
 print(json.dumps(parts | {"all": sum(steps)}))
 print(json.dumps([list(pair) for pair in zip(batches, steps, strict=False)]))

@@ -1,10 +1,11 @@
-"""Does a teacher's throughput grow with its replicas, and does a student wait for one that can do a fifth more?
+"""Throughput of a teacher by its number of replicas, and a student's waiting time at 1.2 times the needed capacity.
 
     python -m tests.benchmarks.speed.scaling [--replicas 1,2,4,8,16] [--students 2]
 
-Replicas run the simulated engine: a fixed number of tokens a second each, 20 ms away, with signals of the real size
-(k=64). Students ask from processes of their own, as Ray Train workers do. So what is measured is Ray Serve, the wire,
-the client's credit and the routing, on however few cores there are.
+Replicas run the simulated engine: a fixed number of tokens per second each, with 20 ms of latency and signals of the
+real size (k=64). Students request signals from processes of their own, as Ray Train workers do. So the benchmark
+measures Ray Serve, encoding, the client's credit and routing, even on few cores. How to read it: "times one" should be
+close to the number of replicas, "waiting" close to 0.
 """
 
 import argparse
@@ -41,36 +42,36 @@ def batch(seed: int) -> list[TokenSequence]:
 
 @ray.remote(num_cpus=0)
 def student(name: str, batches: int, prefetch: int, step_seconds: float) -> tuple[float, float, float]:
-    """Ask for `batches`, with a step of so many seconds after each; (began, ended, seconds waited)."""
+    """Request `batches` with a step of `step_seconds` after each; return (start, end, seconds waited)."""
     teacher = connect_teacher(name)
     teacher.score(batch(0), SUPPORT)
     time.sleep(4)  # the client counts replicas every three seconds
     began, waited = time.time(), 0.0
     answers = teacher.stream((batch(number) for number in range(batches)), SUPPORT, prefetch)
     for number in range(batches):
-        asked = time.time()
+        requested = time.time()
         next(answers)
         if number >= 3 * prefetch:
-            waited += time.time() - asked
+            waited += time.time() - requested
         time.sleep(step_seconds)
     return began, time.time(), waited
 
 
 def throughput(replicas: int, students: int) -> float:
-    """Tokens a second of all students together, asking as fast as they are answered."""
+    """Return the tokens per second of all students together if they never pause."""
     batches = 6 * replicas // students + 6
-    asked = [student.remote("simulated", batches, 4 * replicas, 0.0) for _ in range(students)]
-    began, ended, _ = zip(*ray.get(asked), strict=True)
+    results = [student.remote("simulated", batches, 4 * replicas, 0.0) for _ in range(students)]
+    began, ended, _ = zip(*ray.get(results), strict=True)
     return students * batches * BATCH_ROWS * LENGTH / (max(ended) - min(began))
 
 
-def waiting(replicas: int, students: int) -> float:
-    """The share of its time that a student waits where the teacher could do 1.2 times as much as is asked."""
+def waiting_share(replicas: int, students: int) -> float:
+    """Return the share of its time that a student waits for a teacher with 1.2 times the needed capacity."""
     demand = RATE * replicas / 1.2 / students
     step, prefetch, batches = BATCH_ROWS * LENGTH / demand, 4 * max(1, replicas // students), 0
     batches = 3 * prefetch + int(20 / step)
-    asked = [student.remote("simulated", batches, prefetch, step) for _ in range(students)]
-    results = ray.get(asked)
+    results = [student.remote("simulated", batches, prefetch, step) for _ in range(students)]
+    results = ray.get(results)
     measured = (batches - 3 * prefetch) * step
     return sum(waited for *_, waited in results) / len(results) / (measured + results[0][2])
 
@@ -99,7 +100,7 @@ def main() -> None:
                 up = time.time() - began
                 speed = throughput(count, given.students)
                 alone = alone or speed / count
-                waited = waiting(count, given.students)
+                waited = waiting_share(count, given.students)
             print(
                 f"  {count:2} replicas (up in {up:3.0f} s): {speed:7,.0f} tokens/s, {speed / alone:5.2f} times one, "
                 f"{speed / RATE / count:.0%} of what they can; waiting at 1.2 times the demand: {waited:.1%}",

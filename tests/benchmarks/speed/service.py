@@ -1,9 +1,10 @@
-"""What serving a teacher costs: the service against the bare engine, and the size and error of its signals.
+"""The cost of serving a teacher: the service against direct calls of the engine, and the size and error of signals.
 
     python -m tests.benchmarks.speed.service
 
-Both sides run the same model on the same rows with the same number of threads, in turn; a ratio of 1 says that Ray
-Serve, the wire and the client cost nothing. CPU seconds stand beside the clock's, since these machines are shared.
+Both sides run the same model on the same rows with the same number of threads, in turn. How to read it: a ratio of 1
+means that Ray Serve, encoding and the client cost nothing. CPU seconds are printed too, since the machine may be
+shared.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from rayk.environment import set_threading
 set_threading()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would give the bare side the cores where others want them
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 favors the bare engine on a busy machine
 
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
@@ -29,27 +30,26 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from rayk.config import TeacherConfig, TransformersEngineConfig  # noqa: E402
 from rayk.config.support import TopK  # noqa: E402
-from rayk.engines import transformers as engine_module  # noqa: E402
-from rayk.engines.transformers import reduce_logits  # noqa: E402
+from rayk.engines.transformers import TransformersEngine, reduce_logits  # noqa: E402
 from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
 from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
-from tests.teachers.asking import replicas_of  # noqa: E402
+from tests.teachers.helpers import replicas_of  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
 VOCAB, K, THREADS = 32_000, 64, 1
 
 
 def make_teacher(folder: str) -> None:
-    """llama, width 256, 4 layers, V=32,000 (18M parameters)."""
+    """Save a llama of width 256 with 4 layers, V=32,000 (18M parameters)."""
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t0")
     tiny_model(folder, vocab_size=VOCAB, hidden=256, layers=4, peaked=3.0, tokenizer=tokenizer)
 
 
 def make_rows(count: int, counted: float) -> list[TokenSequence]:
-    """Rows of 200–400 tokens; the last `counted` share of each counts, as completions do."""
+    """Make rows of 200–400 tokens; the last part of each, a share of `counted`, counts, as completions do."""
     random = np.random.default_rng(0)
     rows = []
     for length in random.integers(200, 401, count):
@@ -58,30 +58,30 @@ def make_rows(count: int, counted: float) -> list[TokenSequence]:
     return rows
 
 
-def ways(engine, teacher: Teacher, rows: list[TokenSequence]) -> dict[str, tuple[Callable, Callable]]:
-    """Ways of asking for all rows' signals: of the bare engine, and of the service."""
+def request_patterns(engine, teacher: Teacher, rows: list[TokenSequence]) -> dict[str, tuple[Callable, Callable]]:
+    """Return functions that request all rows' signals, from the engine and from the service, by the pattern's name."""
     support = TopK(K)
     batches = [rows[i : i + 16] for i in range(0, len(rows), 16)]
 
-    async def together(score) -> None:
+    async def concurrently(score) -> None:
         await asyncio.gather(*(score([row], support) for row in rows))
 
-    async def in_turn(pieces: list[list[TokenSequence]]) -> None:
+    async def sequentially(pieces: list[list[TokenSequence]]) -> None:
         for piece in pieces:
             await engine.score(piece, support)
 
     alone = [[row] for row in rows]
     return {
         "1 request in flight": (
-            lambda: asyncio.run(in_turn(alone)),
+            lambda: asyncio.run(sequentially(alone)),
             lambda: [teacher.score(row, support) for row in alone],
         ),
         "64 requests in flight": (
-            lambda: asyncio.run(together(engine.score)),
-            lambda: asyncio.run(together(teacher.ascore)),
+            lambda: asyncio.run(concurrently(engine.score)),
+            lambda: asyncio.run(concurrently(teacher.ascore)),
         ),
         "batches of 16 rows, streamed": (
-            lambda: asyncio.run(in_turn(batches)),
+            lambda: asyncio.run(sequentially(batches)),
             lambda: list(teacher.stream(batches, support, prefetch=3)),
         ),
     }
@@ -98,23 +98,23 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def compare(name: str, bare: Callable, service: Callable, tokens: int, rounds: int) -> None:
-    bare(), service()  # warm
+    bare(), service()  # warm-up
     here, replicas = [psutil.Process()], replicas_of("benchmark")
     spent = {"bare": 0.0, "replica": 0.0, "client": 0.0}
     times = []
     for _ in range(rounds):
-        at_first = cpu_seconds(here)
-        ours = seconds(bare)
-        between, served = cpu_seconds(here), cpu_seconds(replicas)
-        times.append((ours, seconds(service)))
-        spent["bare"] += between - at_first
-        spent["replica"] += cpu_seconds(replicas) - served
+        before = cpu_seconds(here)
+        direct = seconds(bare)
+        between, replicas_before = cpu_seconds(here), cpu_seconds(replicas)
+        times.append((direct, seconds(service)))
+        spent["bare"] += between - before
+        spent["replica"] += cpu_seconds(replicas) - replicas_before
         spent["client"] += cpu_seconds(here) - between
-    ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+    direct, served = (statistics.median(side) for side in zip(*times, strict=True))
     cpu = ", ".join(f"{side} {total / rounds:.2f}" for side, total in spent.items())
     print(
-        f"  {name:30} bare engine {tokens / ours:6,.0f} tokens/s, service {tokens / theirs:6,.0f}: ratio "
-        f"{ours / theirs:.2f}; CPU seconds a pass: {cpu}",
+        f"  {name:30} bare engine {tokens / direct:6,.0f} tokens/s, service {tokens / served:6,.0f}: ratio "
+        f"{direct / served:.2f}; CPU seconds a pass: {cpu}",
         flush=True,
     )
 
@@ -123,19 +123,22 @@ def measure_service(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_teacher(folder)
         settings = TransformersEngineConfig(threads=THREADS)
-        engine = engine_module.TransformersEngineConfig(folder, settings)
+        engine = TransformersEngine(folder, settings)
         config = TeacherConfig(name="benchmark", model=folder, engine=settings, in_flight=64)
         with serve_teacher(config) as teacher:
             for counted in (1.0, 0.5):
                 rows = make_rows(64, counted)
                 tokens = sum(len(row) for row in rows)
                 print(f"\n64 rows, {tokens:,} tokens, {counted:.0%} counted, k={K}, V={VOCAB:,}; medians of {rounds}")
-                for name, (bare, service) in ways(engine, teacher, rows).items():
+                for name, (bare, service) in request_patterns(engine, teacher, rows).items():
                     compare(name, bare, service, tokens, rounds)
 
 
 def measure_signal(vocab_size: int, spread: float, tokens: int = 512) -> tuple[float, float, float]:
-    """Bytes a token, and the mean forward and reverse KL (nats) that the wire adds, of coarse-grained distributions."""
+    """Return the bytes per token, and the mean forward and reverse KL (nats) that encoding adds.
+
+    Distributions are reduced to k tokens and the rest.
+    """
     logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(0)) * spread
     exact = logits.double().log_softmax(1)
     columns = reduce_logits(logits, torch.arange(tokens), TopK(K), logits.shape[1])

@@ -1,8 +1,9 @@
-"""Where a student's step spends its time, rows padded and packed: the student and rows of `race`'s kind, one process.
+"""Time of each part of a student's step, with padded and with packed rows.
 
     python -m tests.benchmarks.speed.step [--precision bfloat16]
 
-The parts are run one by one, as the training loop runs them together; the two ways take turns.
+One process with a student and rows like those of `race`. The parts that the training loop runs together are run one by
+one; padded and packed steps take turns. How to read it: milliseconds of each part, medians.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from rayk.models.packing import enable_packing
 from rayk.signals.sequence import TokenSequence
 from rayk.training.student import Student
 from tests.benchmarks.machine import machine
-from tests.benchmarks.speed.loss import inputs
+from tests.benchmarks.speed.loss import make_inputs
 from tests.benchmarks.speed.race import BATCH, SIZES, VOCAB
 from tests.benchmarks.speed.service import make_rows
 
@@ -34,19 +35,19 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape)).train()
     student = Student(model, given.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    # Half as long, as GSM8K's rows are.
+    # Half as long, like GSM8K's rows.
     rows = [TokenSequence(row.input_ids[::2] % VOCAB, row.counted[::2]) for row in make_rows(BATCH, 0.55)]
     batch = collate(rows, 0)
-    _, _, signals = inputs(64 * (batch.counted_tokens // 64 + 1), 8, VOCAB)
+    _, _, signals = make_inputs(64 * (batch.counted_tokens // 64 + 1), 8, VOCAB)
     signals = signals.slice_tokens(slice(batch.counted_tokens))
     spent: dict[tuple[str, str], list[float]] = {}
 
-    def step(way: str) -> None:
+    def step(layout: str) -> None:
         began = time.perf_counter()
 
         def note(part: str) -> None:
             nonlocal began
-            spent.setdefault((way, part), []).append(time.perf_counter() - began)
+            spent.setdefault((layout, part), []).append(time.perf_counter() - began)
             began = time.perf_counter()
 
         hidden = student.hidden(batch)
@@ -65,20 +66,20 @@ def main() -> None:
         note("clip and AdamW")
 
     for number in range(given.steps + 2):
-        for way in ("padded", "packed"):
+        for layout in ("padded", "packed"):
             model.set_attn_implementation("sdpa")
-            if way == "packed":
+            if layout == "packed":
                 enable_packing(model)
-            step(way)
+            step(layout)
         if number == 1:
             spent.clear()  # the first steps allocate
     print(f"{machine()}, load {os.getloadavg()[0]:.1f}, {given.precision}; ms, medians of {given.steps}")
     tokens, padded = sum(map(len, rows)), batch.input_ids.numel()
     print(f"{tokens:,} tokens ({padded:,} with padding), {batch.counted_tokens:,} counted")
-    for way in ("padded", "packed"):
-        parts = {part: statistics.median(seconds) for (each, part), seconds in spent.items() if each == way}
+    for layout in ("padded", "packed"):
+        parts = {part: statistics.median(seconds) for (name, part), seconds in spent.items() if name == layout}
         listed = ", ".join(f"{part} {seconds * 1e3:,.0f}" for part, seconds in parts.items())
-        print(f"  {way}: {listed}; {tokens / sum(parts.values()):,.0f} tokens/s")
+        print(f"  {layout}: {listed}; {tokens / sum(parts.values()):,.0f} tokens/s")
 
 
 if __name__ == "__main__":

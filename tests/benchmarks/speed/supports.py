@@ -1,10 +1,11 @@
-"""Support `hidden` beside `topk`: bytes a token on the wire, and seconds of the student's loss.
+"""Supports `hidden` and `topk` compared: bytes per token, and seconds of the student's loss.
 
     python -m tests.benchmarks.speed.supports [--sizes 256x32000,1024x128000]
 
-Hidden states (float16) take bytes by the teacher's width d and give the loss the whole distribution, for the price of
-the teacher's head at every position; top-k takes bytes by k alone. Teacher and student are both of width d. The loss is
-forward KL by `linear_divergence`, forward and backward to hidden states and head, on the same positions.
+The size of hidden states (float16) grows with the teacher's width d. They give the loss the whole distribution, but the
+loss must apply the teacher's head at every position. The size of `topk` grows with k only. Teacher and student both
+have width d. The loss is forward KL by `linear_divergence`, forward and backward to hidden states and head, on the same
+positions. How to read it: the last line prints from which k on `hidden` is smaller, and how much slower its loss is.
 """
 
 import argparse
@@ -30,13 +31,13 @@ FEW, MANY = 16, 64
 SUPPORTS: tuple[Support, ...] = (Hidden(), TopK(FEW), TopK(MANY))
 
 
-def states_and_head(tokens: int, width: int, vocab_size: int) -> tuple[Tensor, Head]:
-    """Random final hidden states [tokens, width], and a head that gives them logits of standard deviation 2."""
+def make_states_and_head(tokens: int, width: int, vocab_size: int) -> tuple[Tensor, Head]:
+    """Return random final hidden states [tokens, width], and a head whose logits have standard deviation 2."""
     return torch.randn(tokens, width), Head(2 * width**-0.5 * torch.randn(vocab_size, width))
 
 
-def ask(states: Tensor, head: Head, support: Support) -> tuple[SignalBatch, float]:
-    """What a client receives of a teacher with these hidden states, and its bytes a token on the wire."""
+def receive_signals(states: Tensor, head: Head, support: Support) -> tuple[SignalBatch, float]:
+    """Return what a client receives from a teacher with these hidden states, and its encoded bytes per token."""
     tokens, vocab_size = len(states), head.vocab_size
     targets = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
     pieces = zip(states.split(64), targets.split(64), strict=True)
@@ -49,8 +50,8 @@ def ask(states: Tensor, head: Head, support: Support) -> tuple[SignalBatch, floa
     return (replace(received, head=head) if isinstance(support, Hidden) else received), len(wire) / tokens
 
 
-def loss_of(states: Tensor, head: Head, signals: SignalBatch) -> Callable[[], None]:
-    """One loss with its gradients to the student's `states` and `head`."""
+def make_loss(states: Tensor, head: Head, signals: SignalBatch) -> Callable[[], None]:
+    """Return a function that computes one loss and its gradients to the student's `states` and `head`."""
     states.requires_grad_(), head.weight.requires_grad_()
 
     def work() -> None:
@@ -61,13 +62,12 @@ def loss_of(states: Tensor, head: Head, signals: SignalBatch) -> Callable[[], No
 
 
 def compare(tokens: int, width: int, vocab_size: int, runs: int) -> tuple[float, float]:
-    """Prints a line; the k at which `topk` takes as many bytes as `hidden`, and how many times as long the loss of
-    `hidden` takes as that of top-64."""
+    """Print a line; return the k at which `topk` is as large as `hidden`, and the ratio of their loss times."""
     torch.manual_seed(0)
-    teacher, student = (states_and_head(tokens, width, vocab_size) for _ in range(2))
+    teacher, student = (make_states_and_head(tokens, width, vocab_size) for _ in range(2))
     with torch.no_grad():
-        signals, sizes = zip(*(ask(*teacher, support) for support in SUPPORTS), strict=True)
-    seconds = median_seconds(*(loss_of(*student, each) for each in signals), runs=runs)
+        signals, sizes = zip(*(receive_signals(*teacher, support) for support in SUPPORTS), strict=True)
+    seconds = median_seconds(*(make_loss(*student, signal) for signal in signals), runs=runs)
     hidden, few, many = sizes
     equal = FEW + (hidden - few) * (MANY - FEW) / (many - few)  # bytes grow linearly with k
     slower = seconds[0] / seconds[2]

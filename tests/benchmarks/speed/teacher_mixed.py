@@ -1,12 +1,13 @@
-"""What teacher-mixed sampling asks of the teacher, beside sampling with both models in step, token by token.
+"""Teacher-mixed sampling with drafts, against running both models token by token: teacher calls and throughput.
 
     python -m tests.benchmarks.speed.teacher_mixed
 
-First how often it calls the teacher, where both models in step call once a token: that depends on the models and α
-alone. Then how long a batch takes with a teacher so many milliseconds away (each call waits as long before the engine
-computes). In step, one call a token carries the whole batch, and either model keeps its keys and values. Both models
-run in this process, so the teacher's computing is in all times. The student is the teacher with noise on its head, as
-much as makes the mean total variation that is printed. The limit is that of endless drafts, α·TV.
+First the number of teacher calls per token, which depends on the models and α only (token by token it is 1). Then the
+throughput with a latency of some milliseconds before each call. Token by token, one call serves the whole batch, and
+both models keep their key-value caches. Both models run in this process, so all times contain the teacher's
+computation. The student is the teacher with noise on its head; the noise determines the printed mean total variation
+(TV). The limit for infinitely long drafts is α·TV calls per token. How to read it: calls per token, lower is better;
+"times" is the throughput with drafts over that token by token.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 ALPHA, PROMPT, NEW_TOKENS, END = 0.2, 20, 200, 1
 NOISES, TIMED_NOISE = (0.1, 0.2, 0.3, 0.45), 0.3
-AWAY_MS = (0, 5, 50)
+LATENCIES_MS = (0, 5, 50)
 SMALL, TIMED = {"hidden": 32, "layers": 2}, {"hidden": 256, "layers": 4}
 
 
@@ -56,12 +57,12 @@ def main() -> None:
 
 
 def count_calls(folder: str, sequences: int) -> None:
-    model, engine = made(folder, SMALL)
+    model, engine = make_model_and_engine(folder, SMALL)
     for noise in NOISES:
-        rollouts = asyncio.run(drafted(noisy(model, noise), engine, sequences))
-        tokens = sum(len(one.token_ids) for one in rollouts)
+        rollouts = asyncio.run(sample_with_drafts(add_noise(model, noise), engine, sequences))
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         calls, kept, rejected, capped = (
-            sum(getattr(one, name) for one in rollouts) for name in ("calls", "kept", "rejected", "capped")
+            sum(getattr(rollout, name) for rollout in rollouts) for name in ("calls", "kept", "rejected", "capped")
         )
         rate = rejected / (kept + rejected)
         print(
@@ -72,44 +73,44 @@ def count_calls(folder: str, sequences: int) -> None:
 
 
 def take_time(folder: str, sequences: int, rounds: int) -> None:
-    model, engine = made(folder, TIMED)
-    student, teacher = noisy(model, TIMED_NOISE), load_model(folder)
-    for away in AWAY_MS:
-        ours, theirs = [], []
+    model, engine = make_model_and_engine(folder, TIMED)
+    student, teacher = add_noise(model, TIMED_NOISE), load_model(folder)
+    for latency in LATENCIES_MS:
+        with_drafts, token_by_token = [], []
         for _ in range(rounds):
             began = time.perf_counter()
-            rollouts = asyncio.run(drafted(student, engine, sequences, away / 1000))
-            ours.append(sum(len(one.token_ids) for one in rollouts) / (time.perf_counter() - began))
+            rollouts = asyncio.run(sample_with_drafts(student, engine, sequences, latency / 1000))
+            with_drafts.append(sum(len(rollout.token_ids) for rollout in rollouts) / (time.perf_counter() - began))
             began = time.perf_counter()
-            tokens = in_step(student, teacher, engine.info.vocab_size, sequences, away / 1000)
-            theirs.append(tokens / (time.perf_counter() - began))
-        mine, other = statistics.median(ours), statistics.median(theirs)
+            tokens = sample_token_by_token(student, teacher, engine.info.vocab_size, sequences, latency / 1000)
+            token_by_token.append(tokens / (time.perf_counter() - began))
+        ours, other = statistics.median(with_drafts), statistics.median(token_by_token)
         print(
-            f"  {away} ms away: {mine:,.0f} tokens/s, in step {other:,.0f}: {mine / other:.1f} times (medians of "
+            f"  {latency} ms away: {ours:,.0f} tokens/s, in step {other:,.0f}: {ours / other:.1f} times (medians of "
             f"{rounds})",
             flush=True,
         )
 
 
-def made(folder: str, size: dict[str, int]) -> tuple[CausalLM, TransformersEngine]:
-    """A model and an engine with its weights."""
+def make_model_and_engine(folder: str, size: dict[str, int]) -> tuple[CausalLM, TransformersEngine]:
+    """Return a tiny model and an engine with the same weights."""
     model = tiny_model(folder, seed=1, peaked=3.0, tokenizer=tiny_tokenizer(), **size)
     return model, TransformersEngine(folder)
 
 
 @torch.no_grad()
-def noisy(model: CausalLM, noise: float) -> CausalLM:
+def add_noise(model: CausalLM, noise: float) -> CausalLM:
     student = copy.deepcopy(model)
     head = student.lm_head.weight
     head += noise * head.std() * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
     return student
 
 
-async def drafted(
-    student: CausalLM, engine: TransformersEngine, sequences: int, away_seconds: float = 0.0
+async def sample_with_drafts(
+    student: CausalLM, engine: TransformersEngine, sequences: int, latency_seconds: float = 0.0
 ) -> list[MixedRollout]:
     async def verify(drafts: list[Draft]) -> list[Verdict]:
-        await asyncio.sleep(away_seconds)
+        await asyncio.sleep(latency_seconds)
         return await engine.verify(drafts)
 
     return await sample_teacher_mixed(
@@ -119,15 +120,21 @@ async def drafted(
 
 
 @torch.no_grad()
-def in_step(student: CausalLM, teacher: CausalLM, vocab_size: int, sequences: int, away_seconds: float) -> int:
-    """As LMOps samples: both models read each token, and the next is drawn from their mixture. The tokens written."""
+def sample_token_by_token(
+    student: CausalLM, teacher: CausalLM, vocab_size: int, sequences: int, latency_seconds: float
+) -> int:
+    """Sample as LMOps does: both models read each token, and the next is drawn from their mixture.
+
+    Returns:
+        the number of sampled tokens.
+    """
     prompts: Sequence[np.ndarray] = prompts_of(*repeat(PROMPT, sequences))
     unread = torch.from_numpy(np.stack(prompts).astype(int))
     batches = [(model, Batch(model, [KeyValues()] * sequences)) for model in (student, teacher)]
     going, tokens = torch.ones(sequences, dtype=torch.bool), 0
     random = torch.Generator().manual_seed(0)
     for _ in range(NEW_TOKENS):
-        time.sleep(away_seconds)
+        time.sleep(latency_seconds)
         q, p = (
             get_head(model).logits(batch.read(unread)[:, -1])[:, :vocab_size].softmax(1) for model, batch in batches
         )

@@ -1,11 +1,10 @@
-"""Our service against vLLM's own OpenAI server, and `ray.serve.llm`, with `prompt_logprobs`: tokens a second and bytes
-a token.
+"""rayk's service against vLLM's OpenAI server and `ray.serve.llm` with `prompt_logprobs`: tokens/s and bytes per token.
 
     python -m tests.benchmarks.speed.vllm_server [--k 1,16,64] [--rounds 3]
 
-Same model, rows and cores; every position counts; what arrives is unpacked into tensors on both sides. The server is
-asked for several rows at a time through httpx2, as fast as it answers, and so is the service. The row of
-`ray.serve.llm` needs two packages that nothing else here does: `pip install httpx python-multipart`.
+Same model, rows and cores; every position counts; both sides unpack the reply into arrays. Server and service receive
+requests of several rows, a few of them in flight. `ray.serve.llm` is measured if `httpx` and `python-multipart`, which
+nothing else here needs, are installed. How to read it: speed and bytes are relative to vLLM's server.
 """
 
 import argparse
@@ -45,7 +44,7 @@ VOCAB, PORT, SERVE_PORT, ROWS_A_REQUEST, IN_FLIGHT = 8_192, 18765, 18766, 4, 4
 
 
 def make_teacher(folder: str) -> None:
-    """llama, width 128, 4 layers, V=8,192 (3M parameters)."""
+    """Save a llama of width 128 with 4 layers, V=8,192 (3M parameters)."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -55,8 +54,8 @@ def make_teacher(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def vllm_server(folder: str) -> Iterator[str]:
-    """vLLM's OpenAI server on this machine; its address."""
+def run_vllm_server(folder: str) -> Iterator[str]:
+    """Run vLLM's OpenAI server on this machine; yield its address."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "teacher",
@@ -83,8 +82,8 @@ def vllm_server(folder: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def serve_llm(folder: str) -> Iterator[str]:
-    """The same vLLM behind `ray.serve.llm`, on the Ray that is running; its address."""
+def run_serve_llm(folder: str) -> Iterator[str]:
+    """Run the same vLLM behind `ray.serve.llm` on the running Ray cluster; yield its address."""
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
@@ -105,19 +104,19 @@ def serve_llm(folder: str) -> Iterator[str]:
         serve.delete("serve.llm")
 
 
-async def ask_server(address: str, rows: list[TokenSequence], k: int) -> int:
-    """All rows' log-probs through HTTP, unpacked; the bytes that came."""
+async def query_server(address: str, rows: list[TokenSequence], k: int) -> int:
+    """Request all rows' log-probs by HTTP and unpack them; return the bytes received."""
     received = 0
     places = asyncio.Semaphore(IN_FLIGHT)
 
-    async def one(client: httpx2.AsyncClient, some: list[TokenSequence]) -> None:
+    async def request(client: httpx2.AsyncClient, group: list[TokenSequence]) -> None:
         nonlocal received
         async with places:
-            request = {
-                "model": "teacher", "prompt": [row.input_ids.tolist() for row in some], "max_tokens": 1,
+            body = {
+                "model": "teacher", "prompt": [row.input_ids.tolist() for row in group], "max_tokens": 1,
                 "temperature": 0, "prompt_logprobs": k, "return_tokens_as_token_ids": True,
             }  # fmt: skip
-            response = await client.post(f"{address}/v1/completions", json=request)
+            response = await client.post(f"{address}/v1/completions", json=body)
         response.raise_for_status()
         received += len(response.content)
         for choice in response.json()["choices"]:
@@ -125,22 +124,22 @@ async def ask_server(address: str, rows: list[TokenSequence], k: int) -> int:
 
     async with httpx2.AsyncClient(timeout=600) as client:
         groups = [rows[i : i + ROWS_A_REQUEST] for i in range(0, len(rows), ROWS_A_REQUEST)]
-        await asyncio.gather(*(one(client, group) for group in groups))
+        await asyncio.gather(*(request(client, group) for group in groups))
     return received
 
 
 def unpack(listed: list[dict[str, dict] | None], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """ids and log-probs [positions, k] of one prompt."""
+    """Return ids and log-probs [positions, k] of one prompt."""
     ids, logprobs = np.zeros((len(listed) - 1, k), np.int64), np.zeros((len(listed) - 1, k), np.float32)
     for position, entries in enumerate(listed[1:]):
-        for token, said in (entries or {}).items():
-            if said["rank"] <= k:
-                ids[position, said["rank"] - 1] = int(token)
-                logprobs[position, said["rank"] - 1] = said["logprob"]
+        for token, entry in (entries or {}).items():
+            if entry["rank"] <= k:
+                ids[position, entry["rank"] - 1] = int(token)
+                logprobs[position, entry["rank"] - 1] = entry["logprob"]
     return ids, logprobs
 
 
-def ask_service(teacher: Teacher, rows: list[TokenSequence], k: int) -> int:
+def query_service(teacher: Teacher, rows: list[TokenSequence], k: int) -> int:
     before = teacher.statistics.bytes
     batches = [rows[i : i + ROWS_A_REQUEST] for i in range(0, len(rows), ROWS_A_REQUEST)]
     support = TopK(k) if k > 1 else Logprob()
@@ -176,23 +175,23 @@ def main() -> None:
         serve.start(proxy_location="HeadOnly", http_options={"port": SERVE_PORT})
         teachers = {}
         for engine in given.engines.split(","):
-            # The transformers engine is given both cores, as vLLM takes them.
+            # The transformers engine gets both cores, since vLLM uses both.
             settings = {"kind": engine, "dtype": "float32"} | ({"threads": 2} if engine == "transformers" else {})
             config = TeacherConfig(name=engine, model=folder, engine=settings, resources={"num_cpus": 0.5})
             teachers[engine] = stack.enter_context(serve_teacher(config))
-        servers = {"server": stack.enter_context(vllm_server(folder))}
+        servers = {"server": stack.enter_context(run_vllm_server(folder))}
         if importlib.util.find_spec("httpx") and importlib.util.find_spec("python_multipart"):
-            servers["serve.llm"] = stack.enter_context(serve_llm(folder))
+            servers["serve.llm"] = stack.enter_context(run_serve_llm(folder))
         for k in sizes:
             for number in range(given.rounds + 1):
                 for server, address in servers.items():
                     began = time.perf_counter()
-                    size = asyncio.run(ask_server(address, rows, k))
+                    size = asyncio.run(query_server(address, rows, k))
                     if number:
                         note(server, k, began, size)
                 for engine, teacher in teachers.items():
                     began = time.perf_counter()
-                    size = ask_service(teacher, rows, k)
+                    size = query_service(teacher, rows, k)
                     if number:
                         note(engine, k, began, size)
             base, base_bytes = statistics.median(speeds["server", k]), weights["server", k]

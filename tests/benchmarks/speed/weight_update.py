@@ -1,10 +1,11 @@
-"""What it costs to have replicas write with new weights, and served rollouts beside those in the worker.
+"""The cost of new weights in a served policy's replicas, and served rollouts against those in the training worker.
 
     python -m tests.benchmarks.speed.weight_update [--rounds 5] [--engine vllm]
 
-Publishing is the training worker's part: checksum, and a copy into the object store; the steps wait for it. Taking over
-is a replica's: the look-up, checksum and copy before the first batch under a version, measured as what a short request
-takes longer under a new version than under one that the replica holds. Weights are float32.
+The training worker publishes weights: a checksum and a copy into the object store, for which the step waits. A replica
+loads them before its first batch of a version: look-up, checksum and copy. The loading time is the difference between a
+short request with a new version and one with a version that the replica already has. Weights are float32. How to read
+it: lower milliseconds are better; "times as many" compares served rollouts with those of the worker.
 """
 
 import argparse
@@ -48,26 +49,26 @@ def main() -> None:
         for hidden, layers in SIZES:
             model = f"{folder}/{hidden}"
             tiny_model(model, hidden=hidden, layers=layers, tokenizer=tiny_tokenizer())
-            with_new_weights(model, engine, rounds)
+            measure_new_weights(model, engine, rounds)
         for replicas in (1, 2):
-            beside_the_worker(f"{folder}/{SIZES[0][0]}", engine, replicas, rounds)
+            compare_with_worker(f"{folder}/{SIZES[0][0]}", engine, replicas, rounds)
 
 
-def with_new_weights(model: str, engine: dict, rounds: int) -> None:
+def measure_new_weights(model: str, engine: dict, rounds: int) -> None:
     learner = load_model(model)
     size = sum(parameter.numel() for parameter in learner.parameters())
     publish, first, again = [], [], []
-    config = config_of(model, engine, 1)
+    config = make_config(model, engine, 1)
     with serve_policy(config, "_policy-benchmark", model) as address:
         assert address is not None and isinstance(config.rollouts, ServedRollouts)
         policy = ServedPolicy(learner, config.rollouts, address, publishes=True)
         policy.begin("benchmark")
         for version in range(rounds + 1):
             publish.append(seconds(lambda version=version: policy.update(version)))
-            first.append(seconds(lambda: read(policy)))
-            again.append(seconds(lambda: read(policy)))
+            first.append(seconds(lambda: send_short_request(policy)))
+            again.append(seconds(lambda: send_short_request(policy)))
     published = statistics.median(publish[1:])
-    taken = statistics.median(one - other for one, other in zip(first[1:], again[1:], strict=True))
+    taken = statistics.median(new - known for new, known in zip(first[1:], again[1:], strict=True))
     print(
         f"{size / 1e6:.1f} million parameters, {4 * size / 1e6:.0f} MB: published in {1e3 * published:.0f} ms "
         f"({4 * size / published / 1e9:.2f} GB/s), taken over in {1e3 * taken:.0f} ms",
@@ -75,9 +76,9 @@ def with_new_weights(model: str, engine: dict, rounds: int) -> None:
     )
 
 
-def beside_the_worker(model: str, engine: dict, replicas: int, rounds: int) -> None:
+def compare_with_worker(model: str, engine: dict, replicas: int, rounds: int) -> None:
     learner = load_model(model)
-    config = config_of(model, engine, replicas)
+    config = make_config(model, engine, replicas)
     with serve_policy(config, "_policy-benchmark", model) as address:
         assert address is not None and isinstance(config.rollouts, ServedRollouts)
         served = ServedPolicy(learner, config.rollouts, address, publishes=True)
@@ -90,15 +91,15 @@ def beside_the_worker(model: str, engine: dict, replicas: int, rounds: int) -> N
                 speed = tokens_per_second(policy)
                 if number:
                     speeds[name].append(speed)
-    mine, theirs = (statistics.median(each) for each in speeds.values())
+    local, served = (statistics.median(values) for values in speeds.values())
     print(
-        f"{ROWS} rollouts of {NEW_TOKENS} tokens at most: {mine:,.0f} tokens/s in the worker, {theirs:,.0f} by "
-        f"{replicas} replica{'s' if replicas > 1 else ''}, {theirs / mine:.2f} times as many",
+        f"{ROWS} rollouts of {NEW_TOKENS} tokens at most: {local:,.0f} tokens/s in the worker, {served:,.0f} by "
+        f"{replicas} replica{'s' if replicas > 1 else ''}, {served / local:.2f} times as many",
         flush=True,
     )
 
 
-def config_of(model: str, engine: dict, replicas: int):
+def make_config(model: str, engine: dict, replicas: int):
     return parse_config(
         {
             "teachers": [{"name": "none", "attach": True}], "student": {"model": model},
@@ -108,18 +109,18 @@ def config_of(model: str, engine: dict, replicas: int):
     )  # fmt: skip
 
 
-def prompts(rows: int) -> list[Example]:
+def make_prompts(rows: int) -> list[Example]:
     random = np.random.default_rng(0)
     ids = random.integers(4, 300, (rows, PROMPT)).astype(np.int32)
-    return [Example(each, np.arange(PROMPT) > PROMPT // 2, None, PROMPT) for each in ids]
+    return [Example(row, np.arange(PROMPT) > PROMPT // 2, None, PROMPT) for row in ids]
 
 
-def read(policy: Policy) -> None:
-    asyncio.run(policy.logprobs(prompts(1)))
+def send_short_request(policy: Policy) -> None:
+    asyncio.run(policy.logprobs(make_prompts(1)))
 
 
 def tokens_per_second(policy: Policy) -> float:
-    rows = prompts(ROWS)
+    rows = make_prompts(ROWS)
     began = time.perf_counter()
     rollouts = asyncio.run(policy.generate(rows, policy.parameters, range(ROWS)))
     return sum(len(rollout.completion_ids) for rollout in rollouts) / (time.perf_counter() - began)
