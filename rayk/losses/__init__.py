@@ -1,9 +1,9 @@
-"""Losses on tensors, pure torch: no Ray, no transformers. Formulas and conventions: each function's own page.
+"""Distillation losses in plain PyTorch, without Ray and transformers; each docstring gives the formula and the paper.
 
 Each divergence takes student logits [tokens, vocab] and a teacher (logits, or a `SignalBatch`) and returns nats per
-token; `token_mean` and `sequence_mean` make one number of them. The `linear_*` forms start from hidden states instead.
-Policy gradients on sampled sequences (MiniLLM and on-policy distillation) have their own page, `policy_gradient`;
-preferences between two answers (DPO) have `preference`, retrievers `retrieval`.
+token; `token_mean` and `sequence_mean` reduce them to one number. The `linear_*` functions start from hidden states and
+never store the logits of a whole batch. Policy gradients (MiniLLM, on-policy distillation) are in `policy_gradient`,
+preference losses (DPO) in `preference`, and retriever losses in `retrieval`.
 """
 
 from rayk.losses.chunked import linear_divergence, linear_outcomes

@@ -1,7 +1,8 @@
-"""Divergences straight from hidden states: the head is applied a chunk of positions at a time, logits are never whole.
+"""Divergences from hidden states: the head is applied to one chunk of positions at a time, so that the logits of all
+positions never exist together.
 
-Where the teacher names ids, everything comes from `linear_log_probs`. Against whole distributions autograd does the
-work, with each chunk computed again in the backward pass.
+For signals with ids, `linear_log_probs` returns every log-prob that is needed. For full distributions, each chunk is
+checkpointed: autograd recomputes its logits in the backward pass.
 """
 
 from typing import overload
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rayk.config.support import Hidden, Sampled
 from rayk.losses.divergences import (
+    Divergence,
     check_fit,
     check_sampled,
     find_divergence,
@@ -32,7 +34,7 @@ def linear_divergence(
     student_hidden: Tensor,
     student_head: Head,
     teacher: Tensor | SignalBatch,
-    divergence: str = ...,
+    divergence: str | Divergence = ...,
     *,
     temperature: float = ...,
     targets: None = None,
@@ -46,7 +48,7 @@ def linear_divergence(
     student_hidden: Tensor,
     student_head: Head,
     teacher: Tensor | SignalBatch,
-    divergence: str = ...,
+    divergence: str | Divergence = ...,
     *,
     temperature: float = ...,
     targets: Tensor,
@@ -59,33 +61,34 @@ def linear_divergence(
     student_hidden: Tensor,
     student_head: Head,
     teacher: Tensor | SignalBatch,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     *,
     temperature: float = 1.0,
     targets: Tensor | None = None,
     chunk_tokens: int | None = None,
     **options: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A divergence of `rayk.losses` from the student's hidden states, without ever holding its logits.
+    """Return a divergence computed from the student's hidden states, without storing the logits of all positions.
 
     Args:
         student_hidden: [tokens, width], after the final norm, at counted positions only.
-        student_head: the head that would make the logits.
+        student_head: the student's head, hidden states to logits.
         teacher: signals (any support but `logprob`), or dense logits [tokens, vocab].
-        divergence: a name in `DIVERGENCES`; `options` are its own (beta, alpha, ...).
+        divergence: a name in `DIVERGENCES`, or a function like those there (see `find_divergence`).
+        options: the divergence's own options (beta, alpha, ...).
         temperature: divides both sides' logits.
-        targets: int64 [tokens]; where given, the cross-entropy on them (at temperature 1) comes from the same pass.
-        chunk_tokens: positions at a time; by default chosen from the vocabulary.
+        targets: int64 [tokens]; if given, the cross-entropy on them (at temperature 1) is computed in the same pass.
+        chunk_tokens: positions in a chunk; by default chosen from the vocabulary size.
 
     Returns:
         Nats per token [tokens]; with `targets` the pair (divergence [tokens], cross-entropy [tokens]).
 
     Raises:
-        InputError: as `forward_kl`, and for an unknown divergence or option.
+        InputError: as `forward_kl`; or the divergence or option is unknown.
     """
     pair = find_divergence(divergence, **options)
     if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
-        check_sampled(teacher, divergence, temperature)
+        check_sampled(divergence, temperature)
         check_fit(teacher.tokens, teacher.vocab_size, len(student_hidden), student_head.vocab_size)
         assert teacher.ids is not None
         chosen, _, target = linear_log_probs(student_hidden, student_head, teacher.ids, targets, 1.0, chunk_tokens)
@@ -103,7 +106,7 @@ def linear_divergence(
     )
     check_fit(teacher_tokens, teacher_vocab, len(student_hidden), student_head.vocab_size)
 
-    def of_chunk(
+    def chunk_loss(
         hidden: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         logits = _logits(hidden, student_head)
@@ -121,7 +124,7 @@ def linear_divergence(
     size = chunk_size(student_hidden, student_head, chunk_tokens)
     parts = [
         checkpoint(
-            of_chunk,
+            chunk_loss,
             student_hidden[start : start + size],
             _positions(teacher, slice(start, start + size)),
             None if targets is None else targets[start : start + size],
@@ -142,18 +145,17 @@ def linear_outcomes(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Teacher and student over the outcomes of a signal: each of its ids, and all other tokens together (ALGORITHMS
-    §22).
+    """Return the log-probs of teacher and student over a signal's outcomes: each of its ids, and one tail bucket.
 
     Args:
-        signals: of a support that names ids, k of them at each position, and the mass of the rest.
+        signals: signals with k ids at each position and the mass of all other tokens (`topk` or `requested`).
 
     Returns:
-        log p and log q [tokens, k + 1], the last column the others'; log q of the targets [tokens] or None. Gradients
-        reach the student's alone.
+        log p and log q [tokens, k + 1], the last column is the tail bucket; log q of the targets [tokens] or None. Only
+        the student's log-probs carry a gradient.
 
     Raises:
-        InputError: as `linear_log_probs`, or the signals are of other positions or another vocabulary.
+        InputError: as `linear_log_probs`; or the signals have another number of positions or another vocabulary.
     """
     log_p = signal_outcomes(signals, student_head.vocab_size, len(student_hidden), temperature)
     assert signals.ids is not None
@@ -164,11 +166,11 @@ def linear_outcomes(
 
 
 def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalBatch:
-    return teacher.entries(chosen) if isinstance(teacher, SignalBatch) else teacher[chosen]
+    return teacher.slice_tokens(chosen) if isinstance(teacher, SignalBatch) else teacher[chosen]
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """`Head.logits`, but float64 stays float64."""
+    """Return `Head.logits`, but keep float64."""
     if hidden.dtype != torch.float64:
         return head.logits(hidden)
     logits = F.linear(hidden, head.weight.double(), None if head.bias is None else head.bias.double()) * head.scale

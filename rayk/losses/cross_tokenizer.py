@@ -1,4 +1,4 @@
-"""Distillation between models whose vocabularies differ."""
+"""A distance between models with different vocabularies."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,10 +8,11 @@ from rayk.losses.divergences import log_probs
 
 
 def universal_logit_distance(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Σ |sort↓(q) − sort↓(p)|, the smaller vocabulary padded with zeros (ULD, arXiv 2402.12030; ALGORITHMS §15).
+    """Σ |sort↓(q) − sort↓(p)|, the smaller vocabulary padded with zeros (ULD, Boizard et al. 2024, arXiv 2402.12030).
 
-    It compares how probability is spread, not on what. Row i of both sides is compared, from each one's first answer
-    position and cut to the shorter answer by the caller. The paper adds 1.5 times its mean to the cross-entropy.
+    The distance compares the shapes of two distributions, not their tokens. Row i of the student is compared with row i
+    of the teacher; the caller aligns both at the first answer token and truncates the longer answer. The paper adds 1.5
+    times the mean of this distance to the cross-entropy.
 
     Args:
         student_logits: [tokens, vocab].
@@ -19,15 +20,15 @@ def universal_logit_distance(student_logits: Tensor, teacher_logits: Tensor, *, 
         temperature: divides both sides' logits; 1 in the paper.
 
     Returns:
-        A number in [0, 2] per token, [tokens]; not nats.
+        A distance in [0, 2] per token (not nats), [tokens].
 
     Raises:
-        InputError: dense logits of the same number of tokens are needed on both sides.
+        InputError: the teacher is no tensor of dense logits, or has another number of tokens.
     """
     if not isinstance(teacher_logits, Tensor) or len(teacher_logits) != len(student_logits):
         raise InputError(
             "universal_logit_distance needs the teacher's dense logits, one row for each of the student's; "
-            "signals hold only part of the distribution."
+            "signals contain only part of the distribution."
         )
     q = log_probs(student_logits, temperature).exp().sort(dim=1, descending=True).values
     p = log_probs(teacher_logits.detach(), temperature).exp().sort(dim=1, descending=True).values

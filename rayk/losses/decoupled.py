@@ -1,13 +1,14 @@
-"""Decoupled distillation: the gold token and everything else as two lessons (DKD, arXiv 2203.08679; ATKD, 2402.11890).
+"""Decoupled distillation: separate losses for the gold token and for all other tokens (DKD, arXiv 2203.08679; ATKD,
+2402.11890).
 
 With y the gold token, b = (p_y, 1 − p_y), p̂ the teacher's distribution over the other tokens, and q for the student:
 
-    TCKD = KL(b_p ‖ b_q)        how sure of the gold token
-    NCKD = KL(p̂ ‖ q̂)           how the others compare
+    TCKD = KL(b_p ‖ b_q)        the probability of the gold token
+    NCKD = KL(p̂ ‖ q̂)           the distribution over the other tokens
     KL(p‖q) = TCKD + (1 − p_y)·NCKD
 
-On signals the other tokens are the ids without gold and the tail without gold, so NCKD is coarse-grained as every
-divergence here, and the identity holds for the coarse forward KL with gold as an outcome of its own.
+For signals, the other tokens are the signal's ids without gold, and the tail without gold. NCKD is then coarse-grained
+like every divergence here, and the identity holds for the coarse-grained forward KL with gold as a separate outcome.
 """
 
 import torch
@@ -37,11 +38,11 @@ def decoupled_kl(
     beta: float = 8.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """α·TCKD + β·NCKD at one temperature, without T² and without cross-entropy: the method adds those it wants.
+    """α·TCKD + β·NCKD at one temperature. A factor T² and the cross-entropy are left to the caller.
 
-    A gold token outside a signal's ids is split off its tail with the signal's own log-prob of it, which is known at
-    temperature 1 only; `targets` must then be the tokens the signal was made for. Where the teacher gives the other
-    tokens less than e^-5000 together, it says nothing about them and NCKD is 0.
+    A gold token outside a signal's ids is split off the tail by the signal's log-prob of the actual token, which is
+    known at temperature 1 only; `targets` must then be the tokens that the signal was computed for. If all other tokens
+    together have a teacher probability below e^-5000, NCKD is 0.
 
     Args:
         student_logits: [tokens, vocab].
@@ -54,7 +55,7 @@ def decoupled_kl(
     Raises:
         InputError: as `forward_kl`; temperature ≠ 1 with a gold token outside the signal's ids.
     """
-    gold, others = _decoupled(student_logits, teacher, targets, temperature)
+    gold, others = _decoupled_terms(student_logits, teacher, targets, temperature)
     return alpha * gold + beta * others
 
 
@@ -67,27 +68,27 @@ def adaptive_teaching(
     threshold: float | Tensor | None = None,
     counts: tuple[float | Tensor, float | Tensor] | None = None,
 ) -> Tensor:
-    """ATKD (arXiv 2402.11890): easy tokens teach NCKD, hard ones TCKD + NCKD; α·mean_easy + (1 − α)·mean_hard.
+    """ATKD (arXiv 2402.11890): α·mean over easy tokens of NCKD + (1 − α)·mean over hard tokens of (TCKD + NCKD).
 
-    A token is easy where the teacher's `gold_uncertainty` is below `threshold`. The means are taken here: **the sum of
-    the result is the loss**, to be added over micro-batches and workers and not divided again. An empty group adds 0.
-    Temperature 1, as in the paper.
+    A token is easy if the teacher's `gold_uncertainty` is below `threshold`, and hard otherwise (also at equality).
+    Each value is already divided by the size of its group: **the sum of the result is the loss**; add it over
+    micro-batches and workers without dividing again. An empty group adds 0. The temperature is 1, as in the paper.
 
     Args:
         student_logits: [tokens, vocab].
         teacher: logits [tokens, vocab or fewer], or signals of the same tokens with ids.
         targets: int64 [tokens], the gold tokens.
-        alpha: the easy group's share.
+        alpha: α, the weight of the easy group.
         threshold: the median of `gold_uncertainty` over the *global* batch; by default over these tokens.
-        counts: how many tokens of the *global* batch are (easy, hard); by default of these tokens.
+        counts: numbers of (easy, hard) tokens in the *global* batch; by default among these tokens.
 
     Returns:
-        Nats, already divided by the group sizes, [tokens].
+        Nats, divided by the group sizes, [tokens].
 
     Raises:
         InputError: as `forward_kl`.
     """
-    gold, others = _decoupled(student_logits, teacher, targets, 1.0)
+    gold, others = _decoupled_terms(student_logits, teacher, targets, 1.0)
     uncertainty = gold_uncertainty(teacher, targets)
     if threshold is None:
         threshold = uncertainty.median() if len(uncertainty) else 0.0
@@ -101,21 +102,23 @@ def gold_uncertainty(teacher: Teacher, targets: Tensor) -> Tensor:
     """UNC = 1 − p(gold) at temperature 1, [tokens], of logits [tokens, vocab] or any signal; no gradient.
 
     Summed over the other tokens rather than subtracted from 1, which would tie all confident tokens at 0 in float32
-    and make the median meaningless (ALGORITHMS §25.8).
+    and make the median meaningless.
     """
     dense = _dense(teacher)
     if dense is not None:
         log_p = log_probs(dense)
-        return _without(log_p, targets)[1].exp()
+        return _split_outcome(log_p, targets)[1].exp()
     assert isinstance(teacher, SignalBatch)
     if not isinstance(teacher.support, TopK | Requested) or 1.0 not in teacher.support.temperatures:
         return -teacher.target_logprobs.detach().expm1().clamp(max=0.0)
     log_p, place = _signal_with_gold(teacher, targets, teacher.vocab_size, len(targets), 1.0)
-    return _without(log_p, place)[1].exp()
+    return _split_outcome(log_p, place)[1].exp()
 
 
-def _decoupled(student_logits: Tensor, teacher: Teacher, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(TCKD, NCKD), nats per token, each [tokens]."""
+def _decoupled_terms(
+    student_logits: Tensor, teacher: Teacher, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return (TCKD, NCKD), nats per token, [tokens] each."""
     log_q = log_probs(student_logits, temperature)
     dense = _dense(teacher, log_q.shape[1])
     if dense is None:
@@ -130,14 +133,14 @@ def _decoupled(student_logits: Tensor, teacher: Teacher, targets: Tensor, temper
     else:
         log_p, place = log_probs(fit_teacher(dense, *student_logits.shape), temperature), targets
     kl = DIVERGENCES["forward_kl"]
-    gold_p, rest_p, others_p = _without(log_p, place)
-    gold_q, rest_q, others_q = _without(log_q, place)
+    gold_p, rest_p, others_p = _split_outcome(log_p, place)
+    gold_q, rest_q, others_q = _split_outcome(log_q, place)
     binary = kl(torch.stack([gold_p, rest_p], dim=1), torch.stack([gold_q, rest_q], dim=1))
     return binary, torch.where(rest_p > LOG_FLOOR / 2, kl(others_p, others_q), 0.0)
 
 
 def _dense(teacher: Teacher, columns: int | None = None) -> Tensor | None:
-    """Logits over the whole vocabulary where the teacher gives them, detached."""
+    """Return detached logits over the whole vocabulary, or None for signals that contain part of it."""
     if not isinstance(teacher, SignalBatch):
         return teacher.detach()
     if not isinstance(teacher.support, Hidden):
@@ -145,8 +148,9 @@ def _dense(teacher: Teacher, columns: int | None = None) -> Tensor | None:
     return teacher.logits().detach() if columns is None else hidden_logits(teacher, columns)
 
 
-def _without(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of the outcome at `place`, of all others together, and each of them given that it is not the first."""
+def _split_outcome(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-prob of the outcome at `place`, of all other outcomes together, and of each other outcome given
+    that it is not the one at `place`."""
     others = log_probs.scatter(1, place[:, None], EXCLUDED)
     rest = others.logsumexp(dim=1)
     one = log_probs.gather(1, place[:, None])[:, 0]
@@ -156,7 +160,8 @@ def _without(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _signal_with_gold(
     signals: SignalBatch, targets: Tensor, vocab_size: int, tokens: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probs over (ids, gold where it is not among them, tail), [tokens, k + 2], and gold's column."""
+    """Return the teacher's log-probs over (ids, gold if it is not among the ids, tail) [tokens, k + 2], and the column
+    of gold [tokens]."""
     outcomes = signal_outcomes(signals, vocab_size, tokens, temperature)
     assert signals.ids is not None
     assert signals.log_tails is not None
@@ -173,7 +178,7 @@ def _signal_with_gold(
     floor = outcomes.new_full((tokens, 1), LOG_FLOOR)
     if temperature != 1.0:
         return torch.cat([outcomes[:, :k], floor, outcomes[:, k:]], dim=1), place
-    # Subtract before normalising: both numbers come unrounded, while the normalised tail has moved with the ids' error.
+    # Subtract before normalizing: tail and gold are unrounded, but normalizing mixes in the rounding error of the ids.
     tail = signals.log_tails[:, signals.support.temperatures.index(1.0)].detach()
     gold = torch.minimum(signals.target_logprobs.detach(), tail)
     left = torch.where(gold < tail, tail + torch.log(-torch.expm1(gold - tail)), LOG_FLOOR)

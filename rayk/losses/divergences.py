@@ -1,17 +1,17 @@
-"""How far a student's next-token distribution is from a teacher's: one definition of each divergence.
+"""Divergences between the next-token distributions of teacher and student, one definition each.
 
-Every divergence is written once, on a pair of log-probabilities over the same outcomes. The outcomes are either the
-whole vocabulary (dense logits) or the teacher's chosen ids and one *tail bucket* for all other tokens (a
-`SignalBatch`). The second is a coarse-graining of the first, so every f-divergence of it is at most the exact one and
-grows to it as the ids grow to the vocabulary (ALGORITHMS §22).
+Every divergence is defined once, on the log-probs of teacher and student over the same outcomes. The outcomes are
+either the whole vocabulary (dense logits, `hidden` signals), or the ids of a signal and one *tail bucket* for all other
+tokens (`topk` and `requested` signals). The second is a coarse-graining of the first: an f-divergence on it is a lower
+bound of the exact value, and reaches it as the ids grow to the vocabulary (data processing inequality).
 
-All functions return nats per token, float32 inside (float64 stays float64), teacher detached, without a T² factor.
-`p` is the teacher's distribution, `q` the student's, `M` a mixture of both.
+All functions return nats per token, compute in float32 (float64 stays float64), detach the teacher, and have no factor
+T². `p` is the teacher's distribution, `q` the student's, and `M` a mixture of both.
 """
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,99 +20,102 @@ from torch.nn import functional as F
 
 from rayk.config.support import Hidden, Sampled
 from rayk.errors import InputError
+from rayk.losses.precision import upcast
 from rayk.signals.batch import SignalBatch
 
 LOG_FLOOR = -1e4
-"""Log-probs below this count as this, with no gradient: a token masked with -inf costs 10,000 nats at most, not inf.
+"""Log-probs are at least this value, without gradient below it: a token masked with -inf costs at most 10,000 nats.
 
-e^-10000 is 0 in any dtype, so the floor moves no probability; it only keeps 0·log 0 and its gradient finite.
+e^-10000 is 0 in any dtype, so the floor changes no probability; it keeps 0·log 0 and its gradient finite.
 """
 
-# Stands for -inf under a logsumexp over floored log-probs: adds exactly 0 beside them, and gives no NaN gradient alone.
+# Replaces -inf in a logsumexp over floored log-probs: it adds exactly 0 beside others, and alone gives no NaN gradient.
 EXCLUDED = 2 * LOG_FLOOR
 
 Teacher = Tensor | SignalBatch
+Divergence = Callable[..., Tensor]
+"""(log_p, log_q, *, has_tail, **options) -> nats [tokens], from log-probs [tokens, outcomes]."""
 
 
 def forward_kl(student_logits: Tensor, teacher: Teacher, *, temperature: float = 1.0) -> Tensor:
-    """KL(p‖q) = Σ p·(log p − log q): mass-covering, what word-level distillation minimises. True KL, entropy included.
+    """KL(p‖q) = Σ p·(log p − log q), mass-covering; the entropy of the teacher is included, so the minimum is 0.
 
     Args:
         student_logits: [tokens, vocab].
         teacher: logits [tokens, vocab or fewer], or signals of the same tokens with ids.
-        temperature: divides both sides' logits; a signal must carry it.
+        temperature: divides the logits of both sides; a signal must contain it.
 
     Returns:
         Nats per token, [tokens].
 
     Raises:
-        InputError: shapes that do not fit, or a signal without ids or without this temperature.
+        InputError: the shapes do not fit, or the signal has no ids or was not requested at this temperature.
     """
     return divergence("forward_kl", student_logits, teacher, temperature=temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher: Teacher, *, temperature: float = 1.0) -> Tensor:
-    """KL(q‖p) = Σ q·(log q − log p): mode-seeking (MiniLLM, arXiv 2306.08543). As `forward_kl` otherwise."""
+    """KL(q‖p) = Σ q·(log q − log p), mode-seeking (MiniLLM, arXiv 2306.08543). Arguments as in `forward_kl`."""
     return divergence("reverse_kl", student_logits, teacher, temperature=temperature)
 
 
 def jensen_shannon(student_logits: Tensor, teacher: Teacher, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """Generalised JSD of GKD (arXiv 2306.13649 §3): β·KL(p‖M) + (1−β)·KL(q‖M), M = βp + (1−β)q.
+    """Generalized JSD of GKD (arXiv 2306.13649 §3): β·KL(p‖M) + (1−β)·KL(q‖M), M = βp + (1−β)q.
 
-    `beta` is the teacher's share of M. 0 and 1 are forward and reverse KL as in TRL, so the scale jumps there:
-    JSD(β)/β → KL(p‖q) as β → 0, JSD(β)/(1−β) → KL(q‖p) as β → 1. As `forward_kl` otherwise.
+    `beta` is the share of the teacher in M. As in TRL, 0 and 1 mean forward and reverse KL, so the scale jumps there:
+    JSD(β)/β → KL(p‖q) as β → 0, JSD(β)/(1−β) → KL(q‖p) as β → 1. Other arguments as in `forward_kl`.
     """
     return divergence("jensen_shannon", student_logits, teacher, temperature=temperature, beta=beta)
 
 
 def total_variation(student_logits: Tensor, teacher: Teacher, *, temperature: float = 1.0) -> Tensor:
-    """½·Σ|p − q|, in [0, 1] (f-distill, arXiv 2307.15190). As `forward_kl` otherwise."""
+    """½·Σ|p − q|, in [0, 1] (f-distill, arXiv 2307.15190). Arguments as in `forward_kl`."""
     return divergence("total_variation", student_logits, teacher, temperature=temperature)
 
 
 def symmetric_kl(student_logits: Tensor, teacher: Teacher, *, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """(1 − weight)·KL(p‖q) + weight·KL(q‖p), `weight` on reverse KL as in DistiLLM. As `forward_kl` otherwise."""
+    """(1 − weight)·KL(p‖q) + weight·KL(q‖p), `weight` on reverse KL as in DistiLLM. Else as `forward_kl`."""
     return divergence("symmetric_kl", student_logits, teacher, temperature=temperature, weight=weight)
 
 
 def skew_forward_kl(
     student_logits: Tensor, teacher: Teacher, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """KL(p ‖ αp + (1−α)q) of DistiLLM (arXiv 2402.03898 §3.1). As `forward_kl` otherwise."""
+    """KL(p ‖ αp + (1−α)q) of DistiLLM (arXiv 2402.03898 §3.1). Other arguments as in `forward_kl`."""
     return divergence("skew_forward_kl", student_logits, teacher, temperature=temperature, alpha=alpha)
 
 
 def skew_reverse_kl(
     student_logits: Tensor, teacher: Teacher, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """KL(q ‖ (1−α)p + αq) of DistiLLM; the gradient also flows through the q inside the mixture (v1, not DistiLLM-2).
+    """KL(q ‖ (1−α)p + αq) of DistiLLM; the gradient also flows through the q in the mixture (v1, not DistiLLM-2).
 
-    As `forward_kl` otherwise.
+    Other arguments as in `forward_kl`.
     """
     return divergence("skew_reverse_kl", student_logits, teacher, temperature=temperature, alpha=alpha)
 
 
 def adaptive_kl(student_logits: Tensor, teacher: Teacher, *, mu: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """(g_h·KL(p‖q) + g_t·KL(q‖p)) / (g_h + g_t), g = Σ|p − q| over head and tail, detached (arXiv 2404.02657).
+    """(g_h·KL(p‖q) + g_t·KL(q‖p)) / (g_h + g_t), g = Σ|p − q| over head and tail, detached (AKL, arXiv 2404.02657).
 
-    The head is the likeliest tokens with cumulative p ≤ `mu`; the token that crosses it is tail, the top token always
-    head, a signal's tail bucket always tail. Not an f-divergence: the sparse value may exceed the exact one. As
-    `forward_kl` otherwise.
+    The head contains the most likely tokens with cumulative p ≤ `mu`, and always the top token; the token that crosses
+    `mu` and a signal's tail bucket belong to the tail. Not an f-divergence: on a signal the value may exceed the exact
+    one. Other arguments as in `forward_kl`.
     """
     return divergence("adaptive_kl", student_logits, teacher, temperature=temperature, mu=mu)
 
 
 def divergence(
-    name: str, student_logits: Tensor, teacher: Teacher, *, temperature: float = 1.0, **options: float
+    name: str | Divergence, student_logits: Tensor, teacher: Teacher, *, temperature: float = 1.0, **options: float
 ) -> Tensor:
-    """The divergence called `name` with its own `options`, for callers that read both from settings.
+    """Return the divergence `name` (or a function, see `find_divergence`) with its `options`; otherwise `forward_kl`.
 
     Raises:
-        InputError: no such name or option, or as `forward_kl`.
+        InputError: unknown name or option, or as `forward_kl`.
     """
     pair = find_divergence(name, **options)
     if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
-        check_sampled(teacher, name, temperature)
+        check_sampled(name, temperature)
         check_fit(teacher.tokens, teacher.vocab_size, *student_logits.shape)
         assert teacher.ids is not None
         return sampled_forward_kl(teacher, log_probs(student_logits).gather(1, teacher.ids))
@@ -120,28 +123,60 @@ def divergence(
     return pair(log_p, log_q, has_tail=isinstance(teacher, SignalBatch) and teacher.ids is not None)
 
 
-def find_divergence(name: str, **options: float) -> Callable[..., Tensor]:
-    """`DIVERGENCES[name]` with `options` filled in: (log_p, log_q, *, has_tail) of [tokens, outcomes] -> [tokens].
+def find_divergence(name: str | Divergence, **options: float) -> Divergence:
+    """Return `DIVERGENCES[name]`, or the given function, with `options` filled in.
+
+    A function of the user's has the signature `fn(log_p, log_q, **options) -> Tensor`: the log-probs of teacher and
+    student over the same outcomes, float32 [tokens, outcomes], the teacher's detached; the result is nats [tokens].
+    Outcomes are the whole vocabulary, or, for signals with ids, these ids and a last column with the mass of all other
+    tokens. A function with a parameter `has_tail` receives whether there is such a column. Log-probs are at least
+    `LOG_FLOOR`. The function is called on one chunk of tokens at a time, so it must treat each token by itself.
 
     Raises:
-        InputError: no such name or option; the sentence names the nearest one.
+        InputError: unknown name or option; the sentence names the closest one. For a function: an option that it does
+            not take, or a result that is not [tokens].
     """
+    if not isinstance(name, str):
+        return _checked_function(name, options)
     if name not in DIVERGENCES:
-        raise InputError(f"There is no divergence '{name}'; did you mean '{_nearest(name, list(DIVERGENCES))}'?")
+        raise InputError(f"There is no divergence '{name}'; did you mean '{_closest(name, list(DIVERGENCES))}'?")
     known = [option for option in inspect.signature(DIVERGENCES[name]).parameters if option not in _PAIR_ARGUMENTS]
     for option, value in options.items():
         if option not in known:
-            hint = f"did you mean '{_nearest(option, known)}'?" if known else "it has none."
+            hint = f"did you mean '{_closest(option, known)}'?" if known else "it has none."
             raise InputError(f"The divergence '{name}' has no option '{option}'; {hint}")
         if not 0.0 <= value <= 1.0:
             raise InputError(f"'{option}' of '{name}' is {value:g}; give a number from 0 to 1.")
     return partial(DIVERGENCES[name], **options)
 
 
-def outcomes(student_logits: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Teacher's and student's floored log-probs over the same outcomes, [tokens, vocab] or [tokens, k + 1].
+def _checked_function(function: Divergence, options: Mapping[str, float]) -> Divergence:
+    """Return the user's `function` with `options`, called with `has_tail` only if it takes it, its result checked."""
+    label = getattr(function, "__name__", str(function))
+    parameters = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for option in options:
+        if option not in parameters and not takes_any:
+            raise InputError(f"The divergence '{label}' has no parameter '{option}'; remove it or add the parameter.")
+    takes_tail = takes_any or "has_tail" in parameters
 
-    The teacher's are detached. With signals that have ids the last outcome is the tail bucket: all other tokens.
+    def divergence_of_outcomes(log_p: Tensor, log_q: Tensor, *, has_tail: bool = False) -> Tensor:
+        nats = function(log_p, log_q, **options, **({"has_tail": has_tail} if takes_tail else {}))
+        if not isinstance(nats, Tensor) or nats.shape != log_q.shape[:1]:
+            found = f"shape {list(nats.shape)}" if isinstance(nats, Tensor) else type(nats).__name__
+            raise InputError(
+                f"The divergence '{label}' must return one number per token, a tensor [tokens] of shape "
+                f"[{len(log_q)}] here, but it returned {found}; sum over the last dimension only."
+            )
+        return nats
+
+    return divergence_of_outcomes
+
+
+def outcomes(student_logits: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the floored log-probs of teacher and student over the same outcomes, [tokens, vocab] or [tokens, k + 1].
+
+    The teacher's are detached. For signals with ids the last outcome is the tail bucket of all other tokens.
     """
     log_q = log_probs(student_logits, temperature)
     if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Hidden):
@@ -157,52 +192,60 @@ def outcomes(student_logits: Tensor, teacher: Teacher, temperature: float = 1.0)
 
 
 def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T), at least float32, at least LOG_FLOOR; [tokens, vocab]."""
+    """Return log softmax(logits / T) in at least float32, floored at LOG_FLOOR; [tokens, vocab]."""
     if not temperature > 0:
         raise InputError(f"The temperature is {temperature:g}; give a number above 0.")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = upcast(logits)
     if temperature != 1.0:
         wide = wide / temperature
     return wide.log_softmax(dim=-1).clamp(min=LOG_FLOOR)
 
 
 def signal_outcomes(signals: SignalBatch, vocab_size: int, tokens: int, temperature: float = 1.0) -> Tensor:
-    """The teacher's floored log-probs of its ids and the tail bucket, [tokens, k + 1]; they must fit the student."""
+    """Return the teacher's floored log-probs of the signal's ids and the tail bucket, [tokens, k + 1].
+
+    Raises:
+        InputError: the signal does not fit the student's tokens or vocabulary, or lacks the temperature.
+    """
     log_p, log_tail = signals.at_temperature(temperature)
     check_fit(signals.tokens, signals.vocab_size, tokens, vocab_size)
-    if log_p.shape[1] == vocab_size:  # the student has nothing else, not even the padding the teacher may have
+    if log_p.shape[1] == vocab_size:  # the ids are the student's whole vocabulary; the rest is padding of the teacher
         log_p, log_tail = log_p - log_p.logsumexp(dim=1, keepdim=True), torch.full_like(log_tail, -torch.inf)
     return torch.cat([log_p, log_tail[:, None]], dim=1).detach().clamp(min=LOG_FLOOR)
 
 
 def fit_teacher(logits: Tensor, tokens: int, vocab_size: int) -> Tensor:
-    """A teacher's dense logits, detached, padded with -inf to a student whose vocabulary is padded further."""
+    """Return the teacher's dense logits, detached, padded with -inf to the student's (larger) padded vocabulary."""
     check_fit(len(logits), logits.shape[1], tokens, vocab_size)
     missing = vocab_size - logits.shape[1]
     return F.pad(logits.detach(), (0, missing), value=-torch.inf) if missing else logits.detach()
 
 
 def hidden_logits(signals: SignalBatch, columns: int) -> Tensor:
-    """The logits of a `hidden` signal, detached, in a student's number of columns: what either side's embedding is
-    padded by beyond the other's has no probability on the other side."""
+    """Return the logits of a `hidden` signal, detached, with the student's number of columns.
+
+    Padding columns that only one side has get no probability on the other side.
+    """
     logits = signals.logits().detach()[:, :columns]
     return F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
 
 
-def check_sampled(signals: SignalBatch, name: str, temperature: float) -> None:
-    """Raise InputError where random draws cannot estimate the divergence without bias."""
+def check_sampled(name: str | Divergence, temperature: float) -> None:
+    """Raise InputError if a `sampled` signal cannot estimate the divergence without bias."""
     if name != "forward_kl" or temperature != 1.0:
         raise InputError(
-            f"A 'sampled' signal estimates forward_kl at temperature 1 only, not {name} at {temperature:g}; ask the "
-            "teacher for support 'hidden' (exact) or 'topk'."
+            f"A 'sampled' signal estimates forward_kl at temperature 1 only, not {name} at {temperature:g}; request "
+            "support 'hidden' (exact) or 'topk'."
         )
 
 
 def sampled_forward_kl(signals: SignalBatch, log_q: Tensor) -> Tensor:
-    """Σ w·(−log q) − H(p): an unbiased estimate of KL(p‖q), as is its gradient (arXiv 2503.16870); may be below 0.
+    """Return Σ w·(−log q) − H(p), an unbiased estimate of KL(p‖q) with unbiased gradient (arXiv 2503.16870).
+
+    The estimate may be negative.
 
     Args:
-        signals: with support `sampled`.
+        signals: signals with support `sampled`.
         log_q: the student's log-probs at the signal's ids, [tokens, k].
     """
     assert signals.weights is not None
@@ -211,20 +254,20 @@ def sampled_forward_kl(signals: SignalBatch, log_q: Tensor) -> Tensor:
 
 
 def check_fit(teacher_tokens: int, teacher_vocab: int, tokens: int, vocab_size: int) -> None:
-    """Raise InputError where the teacher's shape does not fit the student's."""
+    """Raise InputError if the teacher's shape does not fit the student's."""
     if teacher_tokens != tokens:
         raise InputError(
-            f"The teacher speaks of {teacher_tokens} tokens but the student of {tokens}; "
-            "give both the same counted positions."
+            f"The teacher's values are for {teacher_tokens} tokens but the student's for {tokens}; "
+            "pass the same counted positions for both."
         )
     if teacher_vocab > vocab_size:
         raise InputError(
             f"The teacher's vocabulary has {teacher_vocab} tokens but the student's logits only {vocab_size} columns; "
-            "use a student with the teacher's tokenizer, or cut the teacher's padding columns off."
+            "use a student with the teacher's tokenizer, or remove the teacher's padding columns."
         )
 
 
-# The definitions, on log-probs [tokens, outcomes]. `has_tail`: the last outcome is a bucket of many tokens.
+# The definitions, on log-probs [tokens, outcomes]. With `has_tail` the last outcome is the tail bucket.
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor, *, has_tail: bool = False) -> Tensor:
@@ -274,12 +317,12 @@ def _adaptive_kl(log_p: Tensor, log_q: Tensor, *, has_tail: bool = False, mu: fl
 
 
 def _log_mixture(difference: Tensor, share: float) -> Tensor:
-    """log(share·a + (1 − share)·b) − log a, from log b − log a: exact near a = b, where the log-probs would cancel."""
+    """Return log(share·a + (1 − share)·b) − log a from log b − log a, without cancellation near a = b."""
     own, other = torch.tensor([share, 1 - share], dtype=difference.dtype, device=difference.device).log()
     return torch.logaddexp(own, other + difference)
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jensen_shannon": _jensen_shannon,
@@ -289,10 +332,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": _skew_reverse_kl,
     "adaptive_kl": _adaptive_kl,
 }
-"""Every divergence by name: (log_p, log_q, *, has_tail, **options) on [tokens, outcomes] -> nats, [tokens]."""
+"""The built-in divergences by name."""
 
 _PAIR_ARGUMENTS = ("log_p", "log_q", "has_tail")
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def _closest(word: str, words: Sequence[str]) -> str:
     return difflib.get_close_matches(word, words, n=1, cutoff=0.0)[0]

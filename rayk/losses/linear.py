@@ -1,9 +1,8 @@
-"""The student's log-probs at chosen ids straight from its hidden states, a chunk of positions at a time, and their
-gradient.
+"""The student's log-probs at chosen ids, computed from its hidden states one chunk of positions at a time.
 
-The logits of a large vocabulary are the largest tensor of a training step, several times over once softmax and
-autograd have copied them. Here only one chunk of them exists. The gradient of a log-softmax is known in closed form, so
-the backward pass writes it over the chunk's own memory and multiplies it into the gradients of hidden states and head.
+With a large vocabulary the logits are the largest tensor of a training step, and softmax and autograd copy them several
+times. Here only one chunk of logits exists at a time. The gradient of log-softmax has a closed form, so the backward
+pass writes it into the memory of the chunk and multiplies it into the gradients of hidden states and head.
 """
 
 from dataclasses import dataclass
@@ -15,15 +14,19 @@ from torch.autograd.function import once_differentiable
 
 from rayk.errors import InputError
 from rayk.losses.divergences import LOG_FLOOR
+from rayk.losses.precision import compute_dtype
 from rayk.models import Head
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Exponentials of the first chunks are kept for the backward pass, which then need not apply the head again there.
+# Exponentials of the first chunks are kept for the backward pass, which then skips the product with the head.
 _KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
-    """−log q(target) in nats, [tokens], from hidden states [tokens, width] and targets int64 [tokens]."""
+    """Return −log q(target) in nats, [tokens], from hidden states [tokens, width] and targets int64 [tokens].
+
+    Differentiable in `hidden` and the head. The logits of all tokens never exist together.
+    """
     _, _, log_q = linear_log_probs(hidden, head, targets.new_zeros(len(targets), 0), targets, 1.0, chunk_tokens)
     assert log_q is not None
     return -log_q
@@ -37,24 +40,24 @@ def linear_log_probs(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The student's log-probs at chosen ids, of all other tokens together, and of the targets; differentiable.
+    """Return the student's log-probs at chosen ids, of all other tokens together, and of the targets; differentiable.
 
-    The product with the head runs in `hidden`'s dtype (autocast's, where that is on), everything after in float32.
+    The product with the head runs in the dtype of `hidden` (or of autocast, if on), everything after it in float32.
 
     Args:
         hidden: [tokens, width].
-        head: the student's; gradients reach its weight and bias where they want them.
-        ids: int64 [tokens, k], each at most once in a row; k may be 0.
+        head: the student's head; its weight and bias receive gradients if they require them.
+        ids: int64 [tokens, k], distinct in each row; k may be 0.
         targets: int64 [tokens], may be among the ids.
-        temperature: of the first two results; the targets' log-probs are at temperature 1.
-        chunk_tokens: positions at a time; by default one float32 chunk takes about 32 MB (CPU) or 256 MB (GPU).
+        temperature: temperature of the first two results; the log-probs of the targets are at temperature 1.
+        chunk_tokens: positions in a chunk; by default a float32 chunk takes about 32 MB (CPU) or 256 MB (GPU).
 
     Returns:
-        log q of the ids [tokens, k], log of the others' mass [tokens], log q of the targets [tokens] or None; each
-        at least LOG_FLOOR (the others' is that where the ids are the whole vocabulary).
+        log q of the ids [tokens, k], log of the mass of all other tokens [tokens], log q of the targets [tokens] or
+        None; each at least LOG_FLOOR (the mass of other tokens is LOG_FLOOR if the ids are the whole vocabulary).
 
     Raises:
-        InputError: the temperature or the chunk is not positive.
+        InputError: the temperature or the chunk size is not positive.
     """
     if not temperature > 0:
         raise InputError(f"The temperature is {temperature:g}; give a number above 0.")
@@ -88,15 +91,16 @@ class _Plan:
 class _LinearLogProbs(torch.autograd.Function):
     """Forward and backward of `linear_log_probs`, chunk by chunk.
 
-    Per position, with z the logits at temperature T, S the ids and R the rest: log q_i = z_i − lse, the tail is
-    lse_R − lse, lse = logaddexp(lse_S, lse_R). With gradients G_i, G_t and their sum G, d/dz_i = G_i − G·q_i on S and
-    d/dz_j = (G_t − G·q_tail)·exp(z_j − lse_R) on R. A target adds G_y·(1[j = y] − softmax_j at T = 1), which joins G
-    where T = 1. lse_R is taken with R's own maximum: a tail far below the ids is small, not zero.
+    At each position, with logits z at temperature T, ids S and other tokens R: log q_i = z_i − lse, and the tail is
+    lse_R − lse, where lse = logaddexp(lse_S, lse_R). With incoming gradients G_i and G_t and their sum G,
+    d/dz_i = G_i − G·q_i on S and d/dz_j = (G_t − G·q_tail)·exp(z_j − lse_R) on R. A target adds
+    G_y·(1[j = y] − softmax_j at T = 1), and its G_y is part of G if T = 1. lse_R subtracts the maximum over R, so that
+    a tail far below the ids is small and not zero.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, targets, plan: _Plan):
-        wide = _wide(hidden.dtype)
+        wide = compute_dtype(hidden.dtype)
         tokens, k = ids.shape
         log_q, log_tail = hidden.new_empty(tokens, k, dtype=wide), hidden.new_empty(tokens, dtype=wide)
         target_log_q = None if targets is None else torch.empty_like(log_tail)
@@ -118,7 +122,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 chosen = scores.gather(1, ids[chunk])
                 if k:
                     scores.scatter_(1, ids[chunk], -torch.inf)
-                # Nothing left outside the ids: any finite maximum gives exp(-inf) = 0 instead of NaN.
+                # If the ids are the whole vocabulary, any finite maximum gives exp(-inf) = 0 instead of NaN.
                 top[chunk] = scores.amax(dim=1).clamp(min=torch.finfo(wide).min)
                 rest = scores.sub_(top[chunk, None]).exp_()
                 total[chunk] = rest.sum(dim=1)
@@ -141,7 +145,7 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx, grad_log_q, grad_tail, grad_target):
         hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse = ctx.saved_tensors
         plan = ctx.plan
-        # Everything that is one number a row, or one an id, for all chunks at once; scale and 1/T folded in.
+        # Factors per row and per id, for all chunks at once; they include the scale and 1/T.
         grad_all = grad_log_q.sum(dim=1) + grad_tail
         if targets is not None and not ctx.two_temperatures:
             grad_all = grad_all + grad_target
@@ -178,9 +182,9 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _Product:
-    """The head, cast once to the dtype its product runs in, and memory for one chunk that every chunk uses again.
+    """The product with the head: weights cast once to the dtype of the product, and memory reused by every chunk.
 
-    Fresh memory for each chunk would cost the CPU more in page faults than the arithmetic done on it.
+    On a CPU, allocating each chunk anew costs more in page faults than the arithmetic.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
@@ -189,7 +193,8 @@ class _Product:
         self.bias = None if bias is None else bias.detach().to(plan.product_dtype)
 
     def scores(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """(memory in the product's dtype, the caller's if `keep`; logits, at least float32, maybe in that memory)."""
+        """Return the product in its dtype (in fresh memory if `keep`), and the logits in at least float32, which may
+        share this memory."""
         memory = self._empty(len(hidden), self.plan.product_dtype) if keep else self._narrow[: len(hidden)]
         hidden = hidden.detach().to(self.plan.product_dtype)
         if self.bias is None:
@@ -204,11 +209,11 @@ class _Product:
         return memory, logits
 
     def widen(self, memory: Tensor) -> Tensor:
-        """`memory` itself, or a float32 copy of it that the next call overwrites."""
-        return memory if memory.dtype == _wide(memory.dtype) else self._wide[: len(memory)].copy_(memory)
+        """Return `memory` itself, or a float32 copy that the next call overwrites."""
+        return memory if memory.dtype == compute_dtype(memory.dtype) else self._wide[: len(memory)].copy_(memory)
 
     def narrow(self, values: Tensor, memory: Tensor) -> Tensor:
-        """`values` in the product's dtype, in `memory`."""
+        """Write `values` into `memory`, in the dtype of the product."""
         return memory if values.dtype == memory.dtype else memory.copy_(values)
 
     @cached_property
@@ -224,7 +229,7 @@ class _Product:
 
 
 class _Gradients:
-    """The gradients of hidden states, weight and bias, those that are wanted; the last two summed in float32."""
+    """Gradients of hidden states, weight and bias, if required; those of weight and bias are summed in float32."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> None:
         self.inputs, self.wanted = (hidden, weight, bias), wanted
@@ -233,8 +238,8 @@ class _Gradients:
         self.bias: Tensor | None = None
 
     def add(self, chunk: slice, grad: Tensor, weight: Tensor) -> None:
-        """Take in d loss / d (W h + b) of one chunk, [tokens, vocab]."""
-        hidden, wide = self.inputs[0], _wide(grad.dtype)
+        """Add a chunk's gradient of the loss by W h + b, [tokens, vocab]."""
+        hidden, wide = self.inputs[0], compute_dtype(grad.dtype)
         if self.hidden is not None:
             self.hidden[chunk] = grad @ weight
         if self.wanted[1]:
@@ -271,15 +276,11 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def chunk_size(hidden: Tensor, head: Head, chunk_tokens: int | None) -> int:
-    """Positions at a time: as given, or as many as the device's memory for a float32 chunk of logits takes.
+    """Return the number of positions in a chunk: as given, or chosen by the size of a float32 chunk of logits.
 
     Raises:
-        InputError: it is not positive.
+        InputError: `chunk_tokens` is not positive.
     """
     if chunk_tokens is None:
         chunk_tokens = max(16, _CHUNK_BYTES.get(hidden.device.type, 32 << 20) // (4 * head.vocab_size))

@@ -1,7 +1,7 @@
 """Policy gradients for distillation: MiniLLM (arXiv 2306.08543) and on-policy distillation by per-token log-ratios.
 
-The student q writes y_1…y_T, alone or mixed with the teacher p, and is rewarded for what p finds likely. In MiniLLM's
-terms, with KL(q‖p) over whole sequences to be minimised:
+The student q samples y_1…y_T, alone or mixed with the teacher p, and its reward is the log-ratio of p to q. In
+MiniLLM's terms, minimizing KL(q‖p) over whole sequences:
 
     r_t      = log p(y_t) − log q(y_t)                                   `token_rewards`
     R_{t+1}  = 1/(T − t) Σ_{s>t} r_s                                     `returns_to_go`
@@ -9,14 +9,14 @@ terms, with KL(q‖p) over whole sequences to be minimised:
     L_long   = −Σ_t w_t R_{t+1} log q(y_t), as ratios, clipped as in PPO  `policy_loss`
     L_single = Σ_t w_t Σ_v q(v) (log q(v) − log p(v))                    `reverse_kl`, `linear_divergence`
 
-The gradient of this is biased on purpose; `unbiased_sequence_kl_loss` has the one that is not. What LMOps (the authors'
-code) runs is another combination of the same parts; each function's page says where.
+The gradient of L_long + L_single is biased by design; that of `unbiased_sequence_kl_loss` is unbiased. LMOps, the
+authors' code, combines the same parts in another way; the docstrings name the differences.
 
-Whatever looks along a sequence takes [rows, length] and `counted`, bool [rows, length]: which positions hold a token of
-the completion. Others may hold anything, NaN included, and change nothing, wherever they stand. What works token by
-token takes any shape; give it the counted tokens alone. float32 inside (float64 stays float64), log-probs floored at
-`LOG_FLOOR`. Rewards, returns and weights carry no gradient. Weights stay logarithms until they are used, since a
-token that only the teacher would say has a q too small for float32.
+Functions that work along a sequence take values [rows, length] and `counted`, bool [rows, length], which is True at the
+tokens of the completion. Values at other positions have no effect, even NaN. Functions that work token by token take
+any shape; pass them counted tokens only. Computations are in float32 (float64 stays float64), and log-probs are floored
+at `LOG_FLOOR`. Rewards, returns and weights carry no gradient. Weights are kept as logarithms, because a token that
+only the teacher would sample has a q too small for float32.
 """
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from rayk.errors import InputError
 from rayk.losses.divergences import LOG_FLOOR
+from rayk.losses.precision import upcast
 
 # e^60 times any reward is still a float32. The weights' mean is 1, so they get there with probability below e^-60.
 _MAX_LOG_WEIGHT = 60.0
@@ -33,41 +34,42 @@ _MAX_LOG_WEIGHT = 60.0
 def token_rewards(
     student_logprobs: Tensor, teacher_logprobs: Tensor, *, scaling: float = 1.0, clip: float | None = None
 ) -> Tensor:
-    """r_t = (log p(y_t) − log q(y_t)) / scaling, then cut to ±clip; without gradient.
+    """Return r_t = (log p(y_t) − log q(y_t)) / scaling, clipped to ±clip; without gradient.
 
-    LMOps runs `scaling` 0.5 (so it doubles the rewards) and `clip` 100; the paper has neither.
+    LMOps uses `scaling` 0.5 (doubled rewards) and `clip` 100; the paper uses neither.
 
     Args:
-        student_logprobs: log q of the sampled tokens, under the student alone even where the teacher was mixed in.
+        student_logprobs: log q of the sampled tokens, of the student alone even if the teacher was mixed in.
         teacher_logprobs: log p of the same tokens.
 
     Returns:
-        Nats (over `scaling`), the inputs' shape.
+        Nats (divided by `scaling`), same shape as the inputs.
 
     Raises:
         InputError: shapes differ, `scaling` or `clip` is not positive.
     """
     _check_shapes(student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs)
     _check_positive(scaling=scaling, clip=clip)
-    rewards = (_floored(teacher_logprobs) - _floored(student_logprobs)).detach() / scaling
+    rewards = (_floor(teacher_logprobs) - _floor(student_logprobs)).detach() / scaling
     return rewards if clip is None else rewards.clamp(-clip, clip)
 
 
 def returns_to_go(
     rewards: Tensor, counted: Tensor, *, include_current: bool = False, discount: float = 1.0, length_norm: bool = True
 ) -> Tensor:
-    """The rewards still to come at each token, Σ_s γ^(s − first) r_s over s > t, or s ≥ t with `include_current`.
+    """Return the sum of later rewards, Σ_s γ^(s − first) r_s over s > t, or over s ≥ t with `include_current`.
 
-    The paper (§2.2) leaves r_t out, since the single-step part has it exactly, and divides by the T − t rewards summed
-    (0 at t = T); `length_norm` off gives the R_{t+1} of its derivation. LMOps instead has `include_current`,
-    `discount` 0.95 and always the division, so r_t counts twice beside the single-step part.
+    The paper (§2.2) leaves out r_t, which the single-step part contains exactly, and divides by the number T − t of
+    summed rewards (0 at t = T); without `length_norm` the result is the R_{t+1} of its derivation. LMOps uses
+    `include_current`, `discount` 0.95 and always the division, so it counts r_t twice, together with the single-step
+    part.
 
     Args:
         rewards: [rows, length].
-        counted: bool [rows, length]; only counted tokens have rewards, discount and add to a length.
-        include_current: r_t is part of its own token's return.
-        discount: γ from 0 to 1. The first reward of the sum is never discounted.
-        length_norm: divide by how many rewards were summed.
+        counted: bool [rows, length]; only counted tokens have rewards, cause discounting and add to the length.
+        include_current: include r_t in the return at t.
+        discount: γ from 0 to 1. The first reward of the sum is not discounted.
+        length_norm: divide by the number of summed rewards.
 
     Returns:
         [rows, length], 0 at uncounted positions, without gradient.
@@ -77,45 +79,46 @@ def returns_to_go(
     """
     _check_shapes(rewards=rewards, counted=counted)
     _check_share(discount=discount)
-    returns = _discounted_suffix_sums(_wide(rewards).detach(), counted, discount)
+    returns = _discounted_suffix_sums(upcast(rewards).detach(), counted, discount)
     remaining = counted.flip(-1).cumsum(-1).flip(-1)
     if not include_current:
-        returns, remaining = _shifted_left(returns), _shifted_left(remaining)
+        returns, remaining = _shift_left(returns), _shift_left(remaining)
     if length_norm:
         returns = returns / remaining.clamp(min=1)
     return torch.where(counted, returns, 0.0)
 
 
 def importance_log_weights(student_logprobs: Tensor, teacher_logprobs: Tensor, alpha: float) -> Tensor:
-    """log w_t = log q(y_t) − log p̃(y_t), p̃ = αp + (1 − α)q: for tokens drawn from the mixture (MiniLLM §2.2).
+    """Return log w_t = log q(y_t) − log p̃(y_t) for tokens sampled from p̃ = αp + (1 − α)q (MiniLLM §2.2).
 
-    At most −log(1 − α), and w_t averages to 1 over p̃. With `alpha` 1 (the teacher alone) there is no such bound.
+    log w_t is at most −log(1 − α), and the mean of w_t over p̃ is 1. With `alpha` 1 (the teacher alone) there is no
+    bound.
 
     Args:
-        student_logprobs: log q of the sampled tokens when they were sampled, under the student alone.
+        student_logprobs: log q of the sampled tokens at the time of sampling, of the student alone.
         teacher_logprobs: log p of the same tokens.
-        alpha: the teacher's share of the mixture, 0 to 1.
+        alpha: α, the share of the teacher in the mixture, 0 to 1.
 
     Returns:
-        The inputs' shape, without gradient.
+        Same shape as the inputs, without gradient.
 
     Raises:
         InputError: shapes differ, or `alpha` is outside 0 to 1.
     """
     _check_shapes(student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs)
     _check_share(alpha=alpha)
-    # As log(p̃/q), which never cancels: the bound holds to the last bit.
-    log_ratio = (_floored(teacher_logprobs) - _floored(student_logprobs)).detach()
+    # Computed as log(p̃/q), which has no cancellation: the bound holds to the last bit.
+    log_ratio = (_floor(teacher_logprobs) - _floor(student_logprobs)).detach()
     student_share, teacher_share = log_ratio.new_tensor([1 - alpha, alpha]).log()
     return -torch.logaddexp(student_share, teacher_share + log_ratio)
 
 
 def cumulative_log_weights(log_weights: Tensor, counted: Tensor) -> Tensor:
-    """log Π_{u≤t} w_u, [rows, length]: how much likelier the sequence up to and with y_t is under q than under p̃.
+    """Return log Π_{u≤t} w_u, [rows, length]: the log-ratio of q to p̃ for the sequence up to and including y_t.
 
-    These are the weights of per-decision importance sampling (Precup et al. 2000): multiplied onto each *reward* they
-    make the long part exact. The paper's derivation multiplies them onto log q(y_t) instead, which leaves the tokens
-    between t and a later reward unweighted.
+    These are the weights of per-decision importance sampling (Precup et al. 2000): applied to each *reward*, they make
+    the long part exact. The paper's derivation applies them to log q(y_t) instead, so the tokens between t and a later
+    reward stay unweighted.
 
     Args:
         log_weights: [rows, length], from `importance_log_weights`.
@@ -125,22 +128,23 @@ def cumulative_log_weights(log_weights: Tensor, counted: Tensor) -> Tensor:
         InputError: shapes differ.
     """
     _check_shapes(log_weights=log_weights, counted=counted)
-    return torch.where(counted, _wide(log_weights).detach(), 0.0).cumsum(-1)
+    return torch.where(counted, upcast(log_weights).detach(), 0.0).cumsum(-1)
 
 
 def prefix_log_weights(log_weights: Tensor, counted: Tensor) -> Tensor:
-    """log Π_{u<t} w_u, [rows, length], 0 at the first token: the weight that makes the single-step part exact.
+    """Return log Π_{u<t} w_u, [rows, length], 0 at the first token: the weight that makes the single-step part exact.
 
-    That part sums over all tokens at t, so only how its prefix came about needs weighing. As `cumulative_log_weights`.
+    The single-step part sums over the vocabulary at t, so only the prefix needs a weight. Arguments and errors: as
+    `cumulative_log_weights`.
     """
     return F.pad(cumulative_log_weights(log_weights, counted), (1, 0))[..., :-1]
 
 
 def moment_sums(values: Tensor, counted: Tensor, *, include_padding: bool = False) -> Tensor:
-    """(n, Σx, Σx²) of the counted values, float64 [3]: to be added up over micro-batches and workers for `whiten`.
+    """Return (n, Σx, Σx²) of the counted values, float64 [3], to be summed over micro-batches and workers for `whiten`.
 
-    `include_padding` counts every other position as a value of 0, as LMOps does; its whitening then depends on how the
-    batch was padded.
+    `include_padding` counts every other position as a value of 0, as LMOps does; the result then depends on the
+    padding.
 
     Raises:
         InputError: shapes differ.
@@ -152,16 +156,16 @@ def moment_sums(values: Tensor, counted: Tensor, *, include_padding: bool = Fals
 
 
 def whiten(values: Tensor, sums: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """(x − mean) / sqrt(variance + epsilon), with the population variance (over n, not n − 1); without gradient.
+    """Return (x − mean) / sqrt(variance + epsilon) with the population variance (over n, not n − 1); without gradient.
 
     Args:
         values: any shape.
-        sums: float64 [3], the `moment_sums` of the *global* batch.
+        sums: float64 [3], `moment_sums` of the *global* batch.
     """
     count, total, squares = sums.to(values.device).unbind()
     mean = total / count.clamp(min=1)
     variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-    return ((values.detach().double() - mean) * (variance + epsilon).rsqrt()).to(_wide(values).dtype)
+    return ((values.detach().double() - mean) * (variance + epsilon).rsqrt()).to(upcast(values).dtype)
 
 
 def policy_loss(
@@ -172,32 +176,32 @@ def policy_loss(
     log_weights: Tensor | None = None,
     clip: float | None = None,
 ) -> Tensor:
-    """−A_t·ρ_t with ρ_t = w_t·q(y_t)/q_rollout(y_t), or PPO's max(−A·ρ, −A·clip(ρ, 1 ± ε)) (arXiv 1707.06347 §3).
+    """Return −A_t·ρ_t with ρ_t = w_t·q(y_t)/q_rollout(y_t), or PPO's max(−A·ρ, −A·clip(ρ, 1±ε)) (arXiv 1707.06347 §3).
 
-    The weight sits inside the clip, as in LMOps: with α = 0.2 a w_t can be 1.25, which ε = 0.2 cuts before the student
-    has moved at all. While the student has not moved, the unclipped gradient is −Σ_t w_t·A_t·∇log q(y_t).
+    The weight is inside the clip, as in LMOps: with α = 0.2, w_t can be 1.25, which ε = 0.2 clips even for an unchanged
+    student. For an unchanged student the unclipped gradient is −Σ_t w_t·A_t·∇log q(y_t).
 
     Args:
-        student_logprobs: log q of the sampled tokens, now; the only input that learns.
-        rollout_logprobs: the same when they were sampled, under the student alone.
+        student_logprobs: log q of the sampled tokens by the current student; the only input with gradient.
+        rollout_logprobs: log q of the same tokens at the time of sampling, of the student alone.
         advantages: returns, whitened or not.
-        log_weights: log w_t; none means 1.
-        clip: ε; none means no clipping.
+        log_weights: log w_t; None means w_t = 1.
+        clip: ε; None means no clipping.
 
     Returns:
-        One value a token, the inputs' shape; its gradient is what matters.
+        One value per token, same shape as the inputs; only the gradient is meaningful.
 
     Raises:
         InputError: shapes differ, or `clip` is not positive.
     """
     _check_shapes(student_logprobs=student_logprobs, rollout_logprobs=rollout_logprobs, advantages=advantages)
     _check_positive(clip=clip)
-    log_ratio = _floored(student_logprobs) - _floored(rollout_logprobs).detach()
+    log_ratio = _floor(student_logprobs) - _floor(rollout_logprobs).detach()
     if log_weights is not None:
         _check_shapes(student_logprobs=student_logprobs, log_weights=log_weights)
-        log_ratio = log_ratio + _wide(log_weights).detach()
+        log_ratio = log_ratio + upcast(log_weights).detach()
     ratio = log_ratio.clamp(max=_MAX_LOG_WEIGHT).exp()
-    advantages = _wide(advantages).detach()
+    advantages = upcast(advantages).detach()
     loss = -advantages * ratio
     return loss if clip is None else torch.maximum(loss, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
@@ -212,19 +216,19 @@ def log_ratio_policy_loss(
 ) -> Tensor:
     """On-policy distillation by per-token log-ratios: `policy_loss` with A_t = −c·(log q_rollout(y_t) − log p(y_t)).
 
-    As Thinking Machines run it (tinker-cookbook `distillation/train_on_policy.py`): no return-to-go (discount 0), no
-    clip by default. On fresh rollouts each token's expected gradient is c times that of its reverse KL, given the
-    prefix; what a token does to later ones is not seen.
+    As in tinker-cookbook (Thinking Machines, `distillation/train_on_policy.py`): no return-to-go (discount 0), no clip
+    by default. On fresh rollouts, the expected gradient at each token, given the prefix, is c times the gradient of its
+    reverse KL; effects of a token on later tokens are ignored.
 
     Args:
-        student_logprobs: log q of the sampled tokens, now.
-        rollout_logprobs: the same when they were sampled.
+        student_logprobs: log q of the sampled tokens by the current student.
+        rollout_logprobs: log q of the same tokens at the time of sampling.
         teacher_logprobs: log p of the same tokens.
-        coefficient: c, `kl_penalty_coef` there.
+        coefficient: c, `kl_penalty_coef` in tinker-cookbook.
         clip: as in `policy_loss`.
 
     Returns:
-        One value a token, the inputs' shape.
+        One value per token, same shape as the inputs.
 
     Raises:
         InputError: as `policy_loss`.
@@ -241,23 +245,23 @@ def unbiased_sequence_kl_loss(
     *,
     log_weights: Tensor | None = None,
 ) -> Tensor:
-    """Summed over rollouts and divided by *their* number, its gradient averages to ∇KL(q‖p) over whole sequences.
+    """A loss whose sum, divided by the number of *rollouts*, has the expected gradient ∇KL(q‖p) over whole sequences.
 
         Σ_t Π_{u<t} w_u · KL(q‖p | y_<t)  −  Σ_t Σ_{s>t} (Π_{u≤s} w_u) · r_s · log q(y_t)
 
-    Only with rollouts of the present student at temperature 1, without top-k or top-p, and dropout off; dividing by the
-    tokens, length norm, a discount, whitening or clipping each make it biased (ALGORITHMS §26). Its variance grows
-    with the length, which is why MiniLLM chose the biased forms.
+    This holds for rollouts of the current student at temperature 1, without top-k or top-p and without dropout.
+    Division by the number of tokens, length normalization, a discount, whitening and clipping each introduce a bias, as
+    the tests show by enumeration. The variance grows with the length, which is why MiniLLM uses the biased forms.
 
     Args:
         student_logprobs: [rows, length], log q of the sampled tokens, with gradient.
-        teacher_logprobs: [rows, length], log p of the same.
+        teacher_logprobs: [rows, length], log p of the same tokens.
         reverse_kl: [rows, length], Σ_v q(v)·(log q(v) − log p(v)) over the whole vocabulary, with gradient.
         counted: bool [rows, length].
-        log_weights: [rows, length], from `importance_log_weights`; none means the student alone wrote the rollouts.
+        log_weights: [rows, length], from `importance_log_weights`; None for rollouts of the student alone.
 
     Returns:
-        [rows, length], 0 at uncounted positions. Not the KL itself: only the gradient means something.
+        [rows, length], 0 at uncounted positions. Only the gradient is meaningful; the value is not the KL.
 
     Raises:
         InputError: shapes differ.
@@ -270,14 +274,14 @@ def unbiased_sequence_kl_loss(
     weighted = cumulative_log_weights(log_weights, counted).clamp(max=_MAX_LOG_WEIGHT).exp() * rewards
     returns = returns_to_go(weighted, counted, length_norm=False)
     prefix_weights = prefix_log_weights(log_weights, counted).clamp(max=_MAX_LOG_WEIGHT).exp()
-    single_step = prefix_weights * torch.where(counted, _wide(reverse_kl), 0.0)
+    single_step = prefix_weights * torch.where(counted, upcast(reverse_kl), 0.0)
     return single_step + policy_loss(student_logprobs, student_logprobs, returns)
 
 
 def _discounted_suffix_sums(values: Tensor, counted: Tensor, discount: float) -> Tensor:
-    """G_t = x_t + γ·G_next over counted positions; an uncounted one holds the G of the next counted one.
+    """Return G_t = x_t + γ·G_next over counted positions; an uncounted position has the G of the next counted one.
 
-    By doubling: after k rounds each position holds the sum over its next 2^k, and the discount across them.
+    Computed by doubling: after k rounds each position contains the sum over its next 2^k positions and their discount.
     """
     sums = torch.where(counted, values, 0.0)
     decay = torch.ones_like(sums).masked_fill(counted, discount)
@@ -289,23 +293,19 @@ def _discounted_suffix_sums(values: Tensor, counted: Tensor, discount: float) ->
     return sums
 
 
-def _shifted_left(values: Tensor) -> Tensor:
-    """What stands one position later, 0 after the last; [..., length]."""
+def _shift_left(values: Tensor) -> Tensor:
+    """Move values one position to the left, with 0 at the end; [..., length]."""
     return F.pad(values, (0, 1))[..., 1:]
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _floored(logprobs: Tensor) -> Tensor:
-    return _wide(logprobs).clamp(min=LOG_FLOOR)
+def _floor(logprobs: Tensor) -> Tensor:
+    return upcast(logprobs).clamp(min=LOG_FLOOR)
 
 
 def _check_shapes(**tensors: Tensor) -> None:
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise InputError(f"These should have one shape but have {shapes}; give all of them for the same tokens.")
+        raise InputError(f"Shapes differ: {shapes}; pass all tensors for the same tokens.")
 
 
 def _check_positive(**values: float | None) -> None:

@@ -1,34 +1,34 @@
-"""Preferences between two answers to one prompt: direct preference optimisation (DPO, Rafailov et al. 2023, arXiv
+"""Preference losses on pairs of answers to one prompt: direct preference optimization (DPO, Rafailov et al. 2023, arXiv
 2305.18290).
 
-The implicit reward of an answer y to a prompt x is r(x, y) = β·(log q(y | x) − log q_ref(y | x)): what the student has
-come to give it over the frozen reference, both summed over the answer's tokens. Under Bradley and Terry's model the
-chosen answer wins with probability σ(r_chosen − r_rejected), and the loss is that model's cross-entropy.
+The implicit reward of an answer y to a prompt x is r(x, y) = β·(log q(y | x) − log q_ref(y | x)), with the log-probs of
+student q and frozen reference q_ref summed over the answer's tokens. In the Bradley–Terry model the chosen answer wins
+with probability σ(r_chosen − r_rejected); the loss is the cross-entropy of this model.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rayk.errors import InputError
+from rayk.losses.precision import upcast
 
 
 def dpo_loss(
     chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, *, beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """−(1−ε)·log σ(m) − ε·log σ(−m) with the margin m = r_chosen − r_rejected (eq. 7 for ε = 0, of one pair).
+    """−(1−ε)·log σ(m) − ε·log σ(−m) for each pair, with the margin m = r_chosen − r_rejected (eq. 7 if ε = 0).
 
     Args:
-        chosen: [pairs], log q of the whole chosen answers in nats; gradients reach it.
-        rejected: [pairs], of the rejected ones; gradients reach it too.
-        reference_chosen: [pairs], the frozen reference's of the same answers; detached.
-        reference_rejected: [pairs], likewise.
-        beta: β, how dear it is to leave the reference; small is cheap.
-        label_smoothing: ε, the share of pairs taken to be the wrong way round (conservative DPO, Mitchell 2023).
+        chosen: [pairs], log q of the chosen answers in nats, with gradient.
+        rejected: [pairs], log q of the rejected answers, with gradient.
+        reference_chosen: [pairs], log q_ref of the chosen answers; detached.
+        reference_rejected: [pairs], log q_ref of the rejected answers; detached.
+        beta: β, the strength of the pull towards the reference.
+        label_smoothing: ε, the assumed share of pairs with swapped labels (conservative DPO, Mitchell 2023).
 
     Returns:
-        Nats, [pairs]; log 2 wherever student and reference are equal.
+        Nats, [pairs]; log 2 where student and reference are equal.
 
     Raises:
         InputError: β is not positive, ε is not in [0, 0.5), or the shapes differ.
@@ -43,7 +43,7 @@ def dpo_loss(
 
 
 def implicit_rewards(logprobs: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """β·(log q − log q_ref) of whole answers, [answers]; `reference` is detached.
+    """Return β·(log q − log q_ref) of each answer, [answers]; `reference` is detached.
 
     Raises:
         InputError: β is not positive, or the shapes differ.
@@ -51,17 +51,13 @@ def implicit_rewards(logprobs: Tensor, reference: Tensor, beta: float) -> Tensor
     if not beta > 0:
         raise InputError(f"beta is {beta:g}; give a number above 0.")
     _check_shapes(logprobs, reference)
-    return beta * (_wide(logprobs) - _wide(reference).detach())
+    return beta * (upcast(logprobs) - upcast(reference).detach())
 
 
-def _check_shapes(ours: Tensor, theirs: Tensor) -> None:
-    # Broadcasting would compare every answer with every other one.
-    if ours.ndim != 1 or ours.shape != theirs.shape:
+def _check_shapes(first: Tensor, second: Tensor) -> None:
+    # Broadcasting would compare every answer with every other answer.
+    if first.ndim != 1 or first.shape != second.shape:
         raise InputError(
-            f"Answers come one number each, [pairs], on every side; these are {list(ours.shape)} and "
-            f"{list(theirs.shape)}."
+            f"Log-probs of answers come with one number each, [pairs]; these have shapes {list(first.shape)} and "
+            f"{list(second.shape)}."
         )
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

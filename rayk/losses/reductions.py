@@ -1,25 +1,26 @@
-"""From values per token to one number, and estimates of the KL from sampled tokens alone."""
+"""Reductions of values per token, and estimates of the KL divergence from sampled tokens."""
 
 import torch
 from torch import Tensor
 
 from rayk.errors import InputError
+from rayk.losses.precision import upcast
 
 
 def token_mean(per_token: Tensor, count: float | Tensor) -> Tensor:
-    """Σ per_token / count: the mean over all counted tokens of the global batch (ALGORITHMS §0).
+    """Return Σ per_token / count, a micro-batch's share of the mean over all counted tokens of the global batch.
 
     Args:
-        per_token: [tokens], this micro-batch's.
-        count: counted tokens of the *global* batch (all micro-batches and workers), so that every token weighs the
-            same however the batch is cut. Below 1 it is treated as 1. DDP averages gradients over workers: multiply
-            by their number.
+        per_token: [tokens], the values of this micro-batch.
+        count: number of counted tokens in the *global* batch (all micro-batches and workers), so that every token has
+            the same weight however the batch is split; at least 1 is used. DDP averages gradients over workers, so
+            multiply the result by the number of workers there.
     """
     return per_token.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def sequence_mean(per_token: Tensor, offsets: Tensor) -> Tensor:
-    """The mean over sequences of each one's token mean, as in GKD (arXiv 2306.13649); empty sequences do not count.
+    """Return the mean over sequences of their token means, as in GKD (arXiv 2306.13649); empty sequences are skipped.
 
     Args:
         per_token: [tokens], sequence after sequence.
@@ -31,7 +32,7 @@ def sequence_mean(per_token: Tensor, offsets: Tensor) -> Tensor:
 
 
 def sequence_sum(per_token: Tensor, offsets: Tensor) -> Tensor:
-    """The sum over each sequence's tokens, [sequences]; of log-probs that is the log-prob of the whole sequence.
+    """Return the sum over each sequence's tokens, [sequences]; for log-probs, the log-prob of the whole sequence.
 
     Args:
         per_token: [tokens], sequence after sequence.
@@ -42,14 +43,14 @@ def sequence_sum(per_token: Tensor, offsets: Tensor) -> Tensor:
 
 
 def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """Estimates of KL(student‖teacher) from tokens the *student* sampled (joschu.net/blog/kl-approx; ALGORITHMS §4).
+    """Estimate KL(student‖teacher) from tokens that the *student* sampled (Schulman, joschu.net/blog/kl-approx).
 
-    With ρ = p/q on the sampled token: k1 = −log ρ (unbiased, high variance), k2 = ½·(log ρ)² (biased, low variance),
-    k3 = ρ − 1 − log ρ (unbiased, never negative). Not clamped: clipping is the method's setting.
+    With ρ = p/q of the sampled token: k1 = −log ρ (unbiased, high variance), k2 = ½·(log ρ)² (biased, low variance),
+    k3 = ρ − 1 − log ρ (unbiased, never negative). The estimates are not clipped.
 
-    The value and its gradient estimate different things. Differentiated through the student's log-probs, k1's
-    gradient has mean zero (it trains nothing), k2's averages to the gradient of *reverse* KL, k3's to that of
-    *forward* KL. For reverse KL use k2, or the policy form (log q − log p).detach()·log q.
+    Value and gradient estimate different quantities. Differentiated through the student's log-probs, the gradient of
+    k1 has mean zero (it trains nothing), that of k2 averages to the gradient of *reverse* KL, and that of k3 to the
+    gradient of *forward* KL. To train with reverse KL use k2, or the policy form (log q − log p).detach()·log q.
 
     Args:
         student_logprobs: [tokens], log q of the sampled tokens.
@@ -59,9 +60,9 @@ def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = 
         Nats per token, [tokens].
 
     Raises:
-        InputError: `kind` is none of the three.
+        InputError: `kind` is not one of the three.
     """
-    log_ratio = _wide(teacher_logprobs).detach() - _wide(student_logprobs)
+    log_ratio = upcast(teacher_logprobs).detach() - upcast(student_logprobs)
     if kind == "k1":
         return -log_ratio
     if kind == "k2":
@@ -69,7 +70,3 @@ def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = 
     if kind == "k3":
         return log_ratio.expm1() - log_ratio
     raise InputError(f"There is no KL estimate '{kind}'; give 'k1', 'k2' or 'k3'.")
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

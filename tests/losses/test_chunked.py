@@ -341,7 +341,7 @@ def test_wrong_input_is_refused_in_a_sentence():
         losses.linear_divergence(hidden, head, random_logits(N, V + 1))
     with pytest.raises(InputError, match="vocabulary has 24 tokens"):
         losses.linear_divergence(hidden, head, signals_of(random_logits(N, V + 1), K))
-    with pytest.raises(InputError, match="speaks of 3 tokens"):
+    with pytest.raises(InputError, match="values are for 3 tokens"):
         losses.linear_divergence(hidden, head, teacher[:3])
     with pytest.raises(InputError, match="temperature is 0"):
         losses.linear_log_probs(hidden, head, some_ids(), temperature=0.0)

@@ -240,7 +240,7 @@ def test_adaptive_kl_of_the_whole_vocabulary_equals_dense_logits():
     data=st.data(),
 )
 def test_a_smaller_support_never_says_more(seed, vocab, scale, temperature, data):
-    """Sparse ≤ dense, monotone in nested supports, equal at S = V (ALGORITHMS §22), for any ids, not only the top."""
+    """Sparse ≤ dense, monotone in nested supports, equal at S = V, for any ids, not only the top."""
     student, teacher = random_logits(4, vocab, seed, scale), random_logits(4, vocab, seed + 1, scale)
     large = data.draw(st.integers(2, vocab - 1))
     small = data.draw(st.integers(1, large - 1))
@@ -309,7 +309,7 @@ def test_wrong_input_is_refused_in_a_sentence():
     student, teacher = student_and_teacher(torch.float32)
     with pytest.raises(InputError, match="vocabulary has 12 tokens but the student's logits only 11"):
         losses.forward_kl(student, random_logits(N, 12))
-    with pytest.raises(InputError, match="speaks of 5 tokens but the student of 6"):
+    with pytest.raises(InputError, match="values are for 5 tokens but the student's for 6"):
         losses.forward_kl(student, teacher[:5])
     with pytest.raises(InputError, match="vocabulary has 12 tokens"):
         losses.forward_kl(student, signals_of(random_logits(N, 12), 3))

@@ -8,7 +8,7 @@ from loss_cases import gradient, random_head, random_logits
 
 from rayk import losses
 from rayk.config.support import Hidden, Logprob, Sampled, TopK
-from rayk.engines.transformers import summarise
+from rayk.engines.transformers import reduce_logits
 from rayk.errors import InputError
 from rayk.models import Head
 from rayk.signals.batch import SignalBatch
@@ -77,7 +77,7 @@ def test_either_side_may_be_padded_further(columns):
 def test_a_signal_of_all_the_students_tokens_has_no_tail():
     """Where the teacher's embedding is padded and the student's is not."""
     logits, student = random_logits(N, V, 2, dtype=torch.float32), random_logits(N, V - 3, 5, dtype=torch.float32)
-    columns = summarise(logits.clone(), torch.zeros(N, dtype=torch.long), TopK(V - 3), V - 3)
+    columns = reduce_logits(logits.clone(), torch.zeros(N, dtype=torch.long), TopK(V - 3), V - 3)
     signals = SignalBatch(TopK(V - 3), torch.tensor([0, N]), vocab_size=V - 3, **columns)
     torch.testing.assert_close(losses.forward_kl(student, signals), losses.forward_kl(student, logits[:, : V - 3]))
     assert losses.forward_kl(logits, signals).abs().max() < 1e-5
@@ -97,7 +97,7 @@ def test_decoupled_losses_read_hidden_signals():
 
 
 def sampled_signals(logits, support, coins):
-    columns = summarise(logits.clone(), torch.zeros(len(logits), dtype=torch.long), support, logits.shape[1], coins)
+    columns = reduce_logits(logits.clone(), torch.zeros(len(logits), dtype=torch.long), support, logits.shape[1], coins)
     return SignalBatch(support, torch.tensor([0, len(logits)]), vocab_size=logits.shape[1], **columns)
 
 

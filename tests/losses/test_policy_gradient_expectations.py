@@ -207,7 +207,7 @@ def relative_bias(setting, seed):
 
 
 MEASURED = {discounted: 0.03, product_up_to_t: 0.18, one_step: 0.20, no_weights: 0.24, length_norm: 0.34}
-"""ALGORITHMS §26, on other tables of the same size."""
+"""Biases measured on other tables of the same size."""
 
 
 def test_the_biases_have_the_order_and_size_that_were_measured():

@@ -1,4 +1,4 @@
-"""logit_kd's loss is the one of ALGORITHMS §0 and §3: α·CE + (1−α)·T²·D, D at temperature T, CE at 1."""
+"""The loss of logit_kd is α·CE + (1−α)·T²·D, with D at temperature T and CE at temperature 1."""
 
 import pytest
 import torch
