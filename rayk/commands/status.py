@@ -1,4 +1,4 @@
-"""`rayk status`: how far a run is, from what its directory holds; whoever runs it, and where, is not asked."""
+"""`rayk status`: show the progress of a run, read from its directory alone, wherever the run is executed."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from rayk.errors import InputError
-from rayk.report.run_directory import Run, duration, read_runs
+from rayk.report.run_directory import Run, duration, read_runs, wait_seconds
 from rayk.training.checkpoint import CheckpointStore
 
 _RECENT_STEPS = 20
@@ -23,18 +23,17 @@ _MEASURED = {
 
 
 def status(folder: Path) -> list[dict[str, str]]:
-    """What is to be said of the run in `folder`, part by part, each named; of every round that has begun, where it has
-    rounds.
+    """Return named texts on the run in `folder`; for a run with rounds, one entry per round that has started.
 
     Raises:
-        InputError: it is no run directory.
+        InputError: `folder` is no run directory.
     """
     if not (folder / "config.yaml").exists() and (folder / "synthesis").is_dir():
-        return [{"run": str(folder), "rows": _being_written(folder / "synthesis")}]
-    return [_of(run) for run in read_runs([folder])]
+        return [{"run": str(folder), "rows": _unfinished_rows(folder / "synthesis")}]
+    return [_describe(run) for run in read_runs([folder])]
 
 
-def _of(run: Run) -> dict[str, str]:
+def _describe(run: Run) -> dict[str, str]:
     parts = {"run": f"{run.label} ({run.method})", "rows": _rows(run)}
     total, done = _total_steps(run), run.steps
     if run.summary is not None:
@@ -46,11 +45,11 @@ def _of(run: Run) -> dict[str, str]:
     if not run.rows:
         return parts | {"state": "no step yet"}
     recent = run.rows[-_RECENT_STEPS:]
-    parts["state"] = f"unfinished; its last step ended {_ago(run.rows[-1].get('ended_at'))}"
+    parts["state"] = f"unfinished; the last step ended {_ago(run.rows[-1].get('ended_at'))}"
     parts["step"] = f"{done:,}" + (f" of {total:,} ({done / total:.0%})" if total else "")
     if total:
         seconds = statistics.mean(row["step_seconds"] for row in recent)
-        parts["to go"] = f"about {duration((total - done) * seconds)} of steps"
+        parts["remaining"] = f"about {duration((total - done) * seconds)} of steps"
     parts["loss"] = f"{statistics.mean(row['loss'] for row in recent):.4f}, mean of {len(recent)} steps"
     parts["speed"] = _speed(recent)
     if run.metrics:
@@ -60,22 +59,23 @@ def _of(run: Run) -> dict[str, str]:
 
 def _rows(run: Run) -> str:
     if run.synthesis is not None:
-        return f"{run.synthesis['kept']:,} kept of {run.synthesis['candidates']:,} written"
-    return _being_written(run.path / "synthesis") if (run.path / "synthesis").is_dir() else ""
+        return f"{run.synthesis['kept']:,} of {run.synthesis['candidates']:,} generated rows kept"
+    return _unfinished_rows(run.path / "synthesis") if (run.path / "synthesis").is_dir() else ""
 
 
-def _being_written(folder: Path) -> str:
-    """Of completions that are on disk; what came since the last flush is not."""
+def _unfinished_rows(folder: Path) -> str:
+    """Describe an unfinished synthesis by the completions on disk; those since the last flush are not counted."""
     found = sorted((folder / "completions").glob("part-*.parquet"))
     try:
         count = sum(parquet.read_metadata(path).num_rows for path in found)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"'{folder}' cannot be read: {error}") from error
-    text = f"not made yet; {count:,} completions are there"
-    return text + (f", written last {_ago(max(path.stat().st_mtime for path in found))}" if found else "")
+    text = f"being generated; {count:,} completions so far"
+    return text + (f", the last {_ago(max(path.stat().st_mtime for path in found))}" if found else "")
 
 
 def _total_steps(run: Run) -> int | None:
+    """Return the configured number of steps, or None where it is not known yet."""
     training: Mapping[str, Any] = run.config.get("training") or {}
     if training.get("steps"):
         return int(training["steps"])
@@ -85,8 +85,10 @@ def _total_steps(run: Run) -> int | None:
 
 def _speed(rows: list[dict[str, Any]]) -> str:
     seconds = sum(row["step_seconds"] for row in rows)
-    waited = sum(row["teacher_wait_seconds"] for row in rows)
-    return f"{sum(row['tokens'] for row in rows) / seconds:,.0f} tokens/s, {waited / seconds:.0%} waiting for signals"
+    text = f"{sum(row['tokens'] for row in rows) / seconds:,.0f} tokens/s"
+    teacher, rollouts = (waited / seconds for waited in wait_seconds(rows))
+    text += f", {teacher:.0%} waiting for the teacher"
+    return text + (f", {rollouts:.0%} for rollouts" if rollouts else "")
 
 
 def _measures(metrics: Mapping[str, float]) -> str:
@@ -99,8 +101,8 @@ def _checkpoint(run: Run) -> str:
         steps = CheckpointStore(place).steps()
     except (OSError, ValueError) as error:
         return f"{place} cannot be read: {str(error).splitlines()[0]}"
-    return f"step {steps[-1]:,}; --resume goes on from there" if steps else "none yet"
+    return f"step {steps[-1]:,}; --resume continues from there" if steps else "none yet"
 
 
-def _ago(moment: float | None, now: Callable[[], float] = time.time) -> str:
-    return "some time ago" if moment is None else f"{duration(max(0.0, now() - moment))} ago"
+def _ago(timestamp: float | None, now: Callable[[], float] = time.time) -> str:
+    return "some time ago" if timestamp is None else f"{duration(max(0.0, now() - timestamp))} ago"

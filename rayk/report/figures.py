@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from rayk.report.run_directory import Run, Series, flattened, teachers_of
+from rayk.report.run_directory import Run, Series, flatten, measured_teachers, wait_seconds
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _INK, _GRID = "#5b6470", "#e6e8eb"
@@ -33,7 +33,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Group:
-    """Figures that stand in one row, or in rows of `columns`."""
+    """Figures under one title, in rows of `columns`."""
 
     title: str
     columns: int
@@ -42,56 +42,56 @@ class Group:
 
 @dataclass(frozen=True)
 class Plot:
-    """What a panel shows and how its axis is to be read."""
+    """The curves of a panel, and how to draw them."""
 
     title: str
     about: str
     curves: list[Series]
     style: str = "noisy"
-    """`noisy`: each step light, their running mean strong; `exact`: a line; `points`: a line with marks."""
+    """`noisy`: pale values with a strong running mean; `exact`: a line; `points`: a line with markers."""
     axis: str = "number"
     reference: float | None = None
-    """The teacher's value, a dotted line."""
+    """The teacher's value, drawn as a dotted line."""
 
 
 def draw_figures(runs: list[Run]) -> list[Group]:
-    """The figures that the runs have data for."""
+    """Draw the figures for which the runs have data."""
     groups = [
         ("Training loss", 2, _loss_plots(runs)),
         ("Measured on held-out rows during training", 3, _evaluation_plots(runs)),
         ("Speed", 2, [
-            Plot("Tokens per second", "Training rows' tokens, padding not counted.",
+            Plot("Tokens per second", "Tokens of training rows, without padding.",
                  _curves(runs, "tokens_per_second"), axis="count"),
-            Plot("Waiting for the teacher", "Seconds each step stood still for its batch.",
-                 _curves(runs, "teacher_wait_seconds")),
-            Plot("Waiting for the policy", "Seconds each step stood still until what its weights were promised for was "
-                 "written.", _curves(runs, "policy_wait_seconds")),
-            Plot("Writing", "Seconds in which the student wrote a step's completions, ahead of it.",
+            Plot("Waiting for the teacher", "Seconds per step until the teacher's signals had arrived.",
+                 _wait_curves(runs, 0)),
+            Plot("Waiting for rollouts", "Seconds per step until the student had generated its rollouts.",
+                 [curve for curve in _wait_curves(runs, 1) if curve.values.any()]),
+            Plot("Generating", "Seconds in which the student generated a step's rollouts.",
                  _curves(runs, "generate_seconds")),
-            Plot("Scoring", "Seconds from a step's first question to the teacher to its last answer, ahead of it.",
+            Plot("Scoring", "Seconds from a step's first request to the teacher to its last response.",
                  _curves(runs, "score_seconds")),
         ]),
-        ("What the student writes while it learns", 2, [
-            Plot("Length", "Tokens a completion.", _curves(runs, "rollout_tokens"), axis="count"),
-            Plot("Ended by itself", "Share of completions with an end token before the limit.",
+        ("Rollouts", 2, [
+            Plot("Length", "Tokens per rollout.", _curves(runs, "rollout_tokens"), axis="count"),
+            Plot("Ended", "Share of rollouts with an end token before the limit.",
                  _curves(runs, "rollout_stopped"), axis="share"),
-            Plot("Repetition", "Share of 4-grams seen before in the completion.",
+            Plot("Repetition", "Share of 4-grams that occurred before in the rollout.",
                  _curves(runs, "rollout_repetition"), axis="share"),
-            Plot("Accepted by the teacher", "Share of the student's proposals that stayed, where both write.",
+            Plot("Accepted by the teacher", "Share of the student's drafted tokens that teacher-mixed sampling kept.",
                  [curve for curve in _curves(runs, "rollout_acceptance") if curve.values.min() < 1], axis="share"),
         ]),
-        ("Preferences of the training pairs", 2, [
-            Plot("Reward margin", "Chosen over rejected, β times nats over the reference.",
+        ("Preferences on the training pairs", 2, [
+            Plot("Reward margin", "β times the log-prob gain over the reference, chosen minus rejected.",
                  _curves(runs, "reward_margin")),
-            Plot("Reward accuracy", "Share of pairs whose chosen answer has the higher reward.",
+            Plot("Reward accuracy", "Share of pairs whose chosen completion has the higher reward.",
                  _curves(runs, "reward_accuracy"), axis="share"),
-            Plot("Log-prob of the chosen", "Nats an answer. It may fall with the rejected one's.",
+            Plot("Log-prob of the chosen", "Nats per completion. It may fall together with the rejected one's.",
                  _curves(runs, "chosen_logprob")),
-            Plot("Log-prob of the rejected", "Nats an answer.", _curves(runs, "rejected_logprob")),
+            Plot("Log-prob of the rejected", "Nats per completion.", _curves(runs, "rejected_logprob")),
         ]),
-        ("Optimiser", 2, [
-            Plot("Learning rate", "After warm-up and schedule.", _curves(runs, "learning_rate"), style="exact"),
-            Plot("Gradient norm", "Before clipping. Spikes or growth hint at an unstable run.",
+        ("Optimizer", 2, [
+            Plot("Learning rate", "With warm-up and schedule.", _curves(runs, "learning_rate"), style="exact"),
+            Plot("Gradient norm", "Before clipping. Spikes or growth indicate an unstable run.",
                  _curves(runs, "gradient_norm")),
         ]),
     ]  # fmt: skip
@@ -100,14 +100,14 @@ def draw_figures(runs: list[Run]) -> list[Group]:
         plots = [plot for plot in plots if plot.curves]
         if plots:
             columns = min(most if len(plots) <= 4 else 3, len(plots))
-            found.append(Group(title, columns, [_panel(plot, columns, title == "Optimiser") for plot in plots]))
+            found.append(Group(title, columns, [_panel(plot, columns, title == "Optimizer") for plot in plots]))
     return found
 
 
 def _loss_plots(runs: list[Run]) -> list[Plot]:
-    """Cross-entropy of all runs on one axis; each other objective on its own, since their units do not compare."""
+    """Return cross-entropy on one axis for all runs, and each other objective on its own axis, as units differ."""
     plots = [
-        Plot("Cross-entropy", "On the tokens learned from, in nats: the data's, or what the student wrote itself.",
+        Plot("Cross-entropy", "On the counted tokens, in nats: those of the data, or of the student's rollouts.",
              _curves(runs, "cross_entropy"))
     ]  # fmt: skip
     objectives: dict[str, list[Series]] = {}
@@ -122,41 +122,40 @@ def _loss_plots(runs: list[Run]) -> list[Plot]:
     for about, curves in objectives.items():
         kind = curves[0].run.method
         plots.append(Plot(f"Objective of {kind}", f"{about}. Not comparable with other objectives.", curves))
-    seen = _curves(runs, "student_mass")
     plots.append(
-        Plot("Compared mass", "Share of the student's probability that is on tokens the teacher names. The divergence "
-             "does not see where the rest of it goes.", seen, axis="share")
+        Plot("Compared mass", "Share of the student's probability on the tokens in the teacher's signal. The "
+             "divergence does not depend on how the rest is distributed.", _curves(runs, "student_mass"), axis="share")
     )  # fmt: skip
     return plots
 
 
 def _objective(run: Run) -> str:
-    """What a run minimises, in words."""
-    settings = flattened({k: v for k, v in run.config["method"].items() if k not in ("kind", "teacher", "support")})
+    """Describe the loss that a run minimizes."""
+    settings = flatten({k: v for k, v in run.config["method"].items() if k not in ("kind", "teacher", "support")})
     parts = [
         f"{name.removesuffix('.name').replace('_', ' ').replace('.', ' ')} "
         f"{format(value, 'g') if isinstance(value, float) else value}"
         for name, value in settings.items() if value is not None and value is not False
     ]  # fmt: skip
-    return f"What {run.method} minimises" + (f" ({', '.join(parts)})" if parts else "")
+    return f"The loss of {run.method}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _evaluation_plots(runs: list[Run]) -> list[Plot]:
-    teachers = teachers_of(runs)
+    teachers = measured_teachers(runs)
     reference = teachers[0][1].get("loss") if len(teachers) == 1 else None
     plots = [
-        Plot("Loss", "Cross-entropy, nats a token." + (" Dotted: the teacher's." if reference is not None else ""),
+        Plot("Loss", "Cross-entropy, nats per token." + (" Dotted: the teacher's." if reference is not None else ""),
              _curves(runs, "evaluation_loss"), style="points", reference=reference),
-        Plot("Forward KL to teacher", "Nats a token; 0 is the teacher itself.",
+        Plot("Forward KL to teacher", "Nats per token; 0 means equal to the teacher.",
              _curves(runs, "evaluation_forward_kl"), style="points"),
-        Plot("Agreement with teacher", "Same first choice of token.",
+        Plot("Agreement with teacher", "Share of tokens with the same most likely token.",
              _curves(runs, "evaluation_agreement"), style="points", axis="share"),
-        Plot("Preference margin", "Log-prob of the chosen answers less the rejected ones', nats a pair.",
+        Plot("Preference margin", "Log-prob of the chosen completion minus the rejected one, nats per pair.",
              _curves(runs, "evaluation_preference_margin"), style="points"),
-        Plot("Preference accuracy", "Share of pairs whose chosen answer is the likelier one.",
+        Plot("Preference accuracy", "Share of pairs whose chosen completion is more likely.",
              _curves(runs, "evaluation_preference_accuracy"), style="points", axis="share"),
     ]  # fmt: skip
-    # A single point is the final table's number.
+    # A single point is the number in the table of results.
     return [plot for plot in plots if any(len(curve.steps) > 1 for curve in plot.curves)]
 
 
@@ -164,23 +163,33 @@ def _curves(runs: list[Run], name: str) -> list[Series]:
     return [series for run in runs if (series := run.series(name)) is not None]
 
 
+def _wait_curves(runs: list[Run], part: int) -> list[Series]:
+    """Return the seconds of waiting per step; `part` 0 is for teachers, 1 for rollouts."""
+    curves = []
+    for run in runs:
+        if run.rows:
+            points = [(row["step"], wait_seconds([row])[part]) for row in run.rows]
+            curves.append(Series(run, *np.array(points, dtype=float).T))
+    return curves
+
+
 def _panel(plot: Plot, columns: int, small: bool) -> Panel:
     height = 2.0 if small else {1: 3.2, 2: 2.9, 3: 2.6}[columns]
     figure = Figure(figsize=(_PAGE_INCHES / columns, height), layout="constrained")
     axes = figure.add_subplot()
-    _dress(axes, plot.axis)
+    _style_axes(axes, plot.axis)
     for curve in plot.curves:
-        _draw(axes, curve, plot.style)
+        _draw_curve(axes, curve, plot.style)
     if plot.reference is not None:
         axes.axhline(plot.reference, color=_INK, linewidth=1, linestyle=":")
-    cropped = plot.style == "noisy" and _crop(axes, plot.curves)
-    about = plot.about + (" The highest spikes are cut off." if cropped else "")
+    cropped = plot.style == "noisy" and _crop_spikes(axes, plot.curves)
+    about = plot.about + (" The highest spikes are cropped." if cropped else "")
     ends = ", ".join(f"{c.run.label} {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in plot.curves)
     label = f"Line chart of {plot.title.lower()} over training steps, from first to last: {ends}."
     return Panel(plot.title, about, as_svg(figure, label))
 
 
-def _dress(axes: Axes, axis: str) -> None:
+def _style_axes(axes: Axes, axis: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#b9bfc7")
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
@@ -198,36 +207,39 @@ def _dress(axes: Axes, axis: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
 
 
-def _draw(axes: Axes, curve: Series, style: str) -> None:
-    look: dict[str, Any] = {"color": curve.run.colour, "linestyle": curve.run.dash, "linewidth": 1.6}
+def _draw_curve(axes: Axes, curve: Series, style: str) -> None:
+    style_options: dict[str, Any] = {"color": curve.run.color, "linestyle": curve.run.dash, "linewidth": 1.6}
     if style == "points":
-        look |= {"marker": _MARKERS[curve.run.place % len(_MARKERS)], "markersize": 4, "markeredgewidth": 0}
+        style_options |= {"marker": _MARKERS[curve.run.index % len(_MARKERS)], "markersize": 4, "markeredgewidth": 0}
     elif len(curve.steps) == 1:
-        look |= {"marker": "o", "markersize": 4}
+        style_options |= {"marker": "o", "markersize": 4}
     values = curve.values
     if style == "noisy" and _window(curve) > 1:
-        axes.plot(*_thinned(curve.steps, values), color=curve.run.colour, linewidth=0.8, alpha=0.22)
-        values = _smoothed(values, _window(curve))
-    axes.plot(*_thinned(curve.steps, values), **look)
+        axes.plot(*_downsample(curve.steps, values), color=curve.run.color, linewidth=0.8, alpha=0.22)
+        values = _running_mean(values, _window(curve))
+    axes.plot(*_downsample(curve.steps, values), **style_options)
 
 
 def _window(curve: Series) -> int:
-    """Steps averaged into one point of the smoothed line: odd, 1 for short runs."""
+    """Return the number of steps averaged into one point: odd, and 1 for short runs."""
     return 2 * round(len(curve.steps) * SMOOTHED_SHARE / 2) + 1
 
 
-def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean. It begins with a window of one, since a steep start would be bent; at the end, where noise
-    would be read as the result, it keeps what is left of the window."""
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the centered running mean.
+
+    At the start the window grows from one value, so that a steep start is not flattened. At the end, where noise would
+    be taken for the result, the window keeps its left half.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    before = np.minimum(places, window // 2)
-    after = np.minimum(before, places[::-1])
-    return (sums[places + after + 1] - sums[places - before]) / (before + after + 1)
+    index = np.arange(len(values))
+    before = np.minimum(index, window // 2)
+    after = np.minimum(before, index[::-1])
+    return (sums[index + after + 1] - sums[index - before]) / (before + after + 1)
 
 
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each stretch: what long runs look like, in few points."""
+def _downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest and the highest point of each interval, to draw long runs with few points."""
     if len(steps) <= _RAW_POINTS:
         return steps, values
     parts = np.array_split(np.arange(len(steps)), _RAW_POINTS // 2)
@@ -236,8 +248,8 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[kept], values[kept]
 
 
-def _crop(axes: Axes, curves: list[Series]) -> bool:
-    """Cut off rare spikes that would flatten all the rest; True if there were any."""
+def _crop_spikes(axes: Axes, curves: list[Series]) -> bool:
+    """Crop rare spikes that would flatten the curves; return whether there were any."""
     values = np.concatenate([curve.values for curve in curves])
     low, high = min(values.min(), 0), np.quantile(values, 0.99)
     if high <= low or values.max() < 3 * (high - low) + low:
@@ -247,7 +259,7 @@ def _crop(axes: Axes, curves: list[Series]) -> bool:
 
 
 def as_svg(figure: Figure, label: str) -> Markup:
-    """`figure` for a page: its text as text, scaled to its place, without what only files need."""
+    """Return `figure` as inline SVG with real text, scaled to its container, without metadata."""
     buffer = io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": label, "text.parse_math": False, "axes.unicode_minus": True}
     with matplotlib.rc_context(settings):
@@ -256,6 +268,6 @@ def as_svg(figure: Figure, label: str) -> Markup:
     box = re.search(r'viewBox="[^"]+"', text)
     assert box is not None
     body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index(">", box.end()) + 1 :], flags=re.DOTALL)
-    # The groups' ids come again in every figure.
+    # Ids of groups would repeat in every figure.
     body = re.sub(r"\n\s*", "\n", re.sub(r'<g id="[^"]*"', "<g", body))
     return Markup(f'<svg {box[0]} role="img" aria-label="{escape(label)}">') + Markup(body)

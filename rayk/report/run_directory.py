@@ -1,10 +1,10 @@
-"""A run directory as it stands on disk: `config.yaml`, `metrics.jsonl`, `summary.json`, finished or not."""
+"""Reading a run directory, finished or not: `config.yaml`, `metrics.jsonl`, `summary.json`, `rollouts.jsonl`."""
 
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,64 +14,85 @@ import yaml
 
 from rayk.errors import InputError
 
-COLOURS = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f", "#7358b5", "#8a6a3b", "#1e98b0", "#6b7280")
+COLORS = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f", "#7358b5", "#8a6a3b", "#1e98b0", "#6b7280")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file; a last one cut off by a kill is left out."""
+    """Return the complete rows of a JSON lines file, without a last one that a kill has truncated."""
     if not path.exists():
         return []
-    return _whole_rows(path.read_bytes())
+    return _complete_rows(path.read_bytes())
 
 
-class Follower:
-    """New rows of a metrics file that grows. Where a restart has cut it back it is told again from the start."""
+class MetricsFollower:
+    """New rows of a growing metrics file, from the start again after a restart has replaced the file."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._inode, self._read = -1, 0
+        self._inode, self._offset = -1, 0
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows since the last call."""
+    def new_rows(self) -> list[dict[str, Any]]:
+        """Return the rows since the last call."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self._inode:
-                self._inode, self._read = inode, 0
-            file.seek(self._read)
+                self._inode, self._offset = inode, 0
+            file.seek(self._offset)
             data = file.read()
-        self._read += data.rfind(b"\n") + 1
-        return _whole_rows(data)
+        self._offset += data.rfind(b"\n") + 1
+        return _complete_rows(data)
 
 
-def _whole_rows(data: bytes) -> list[dict[str, Any]]:
+def _complete_rows(data: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def wait_seconds(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the seconds that training waited for teachers, and for rollouts, over rows of `metrics.jsonl`.
+
+    A step's `teacher_wait_seconds` contains all the waiting for its batch. The part during which its rollouts were
+    still being generated is waiting for rollouts, and so is `policy_wait_seconds`.
+    """
+    teacher = rollouts = 0.0
+    for row in rows:
+        waited, generating = row["teacher_wait_seconds"], 0.0
+        if "generate_started_at" in row:
+            started_at = row["ended_at"] - row["step_seconds"]
+            generated_at = row["generate_started_at"] + row["generate_seconds"]
+            generating = min(started_at + waited, generated_at) - max(started_at, row["generate_started_at"])
+            generating = max(0.0, generating)
+        teacher += waited - generating
+        rollouts += generating + row.get("policy_wait_seconds", 0.0)
+    return teacher, rollouts
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory as it stands, with its look in every figure."""
+    """The contents of one run directory, with the run's look in every figure."""
 
     path: Path
     label: str
-    place: int
+    index: int
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     summary: dict[str, Any] | None
     synthesis: dict[str, Any] | None = None
-    """What the writing of its training rows came to."""
+    """The summary of the synthesis of its training rows."""
     retriever: dict[str, Any] | None = None
-    """What the training of its retriever came to."""
+    """The summary of the training of its retriever."""
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    """Sampled rollouts: `step`, `where`, `prompt`, `completion`, `tokens`, `finish_reason`."""
 
     @property
-    def colour(self) -> str:
-        return COLOURS[self.place % len(COLOURS)]
+    def color(self) -> str:
+        return COLORS[self.index % len(COLORS)]
 
     @property
     def dash(self) -> str:
-        """Beyond the palette, colours come again as dashed lines."""
-        return "-" if self.place < len(COLOURS) else "--"
+        """The line style: dashed beyond the palette, where colors repeat."""
+        return "-" if self.index < len(COLORS) else "--"
 
     @property
     def method(self) -> str:
@@ -93,6 +114,11 @@ class Run:
         return {}
 
     @property
+    def metrics_before(self) -> Mapping[str, float]:
+        """The student's evaluation before training; empty where it was not measured."""
+        return (self.summary or {}).get("student_before") or {}
+
+    @property
     def tokens(self) -> int:
         return sum(row["tokens"] for row in self.rows)
 
@@ -107,8 +133,8 @@ class Run:
         return None
 
     @property
-    def trained(self) -> str | None:
-        """What share of the student's parameters was trained, where not all were."""
+    def trained_parameters(self) -> str | None:
+        """The share of the student's parameters that was trained; None if that is all of them."""
         size = (self.summary or {}).get("parameters")
         if size is None or size["trained"] == size["total"]:
             return None
@@ -116,7 +142,7 @@ class Run:
 
     @property
     def status(self) -> str | None:
-        """What is missing of an unfinished run."""
+        """The progress of an unfinished run; None if it is finished."""
         if self.summary is not None:
             return None
         total = (self.config.get("training") or {}).get("steps")
@@ -124,7 +150,7 @@ class Run:
         return text + (f", measured at step {self.metrics['step']:,}" if self.metrics else ", not measured yet")
 
     def series(self, name: str) -> "Series | None":
-        """Column `name` over the steps that have it."""
+        """Return the column `name` over the steps that have it; None if no step has."""
         points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
         points = [(step, value) for step, value in points if math.isfinite(value)]
         return Series(self, *np.array(points, dtype=float).T) if points else None
@@ -132,7 +158,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One run's curve: float [points] each."""
+    """One run's curve: two float arrays [points]."""
 
     run: Run
     steps: np.ndarray
@@ -140,35 +166,39 @@ class Series:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in `paths`, with labels that tell them apart. One of several rounds counts as so many.
+    """Read the runs in `paths`, with distinct labels. A run with rounds counts as one run per round.
 
     Raises:
         InputError: a folder is no run directory.
     """
-    paths = [each for path in paths for each in _rounds_of(path) or [path]]
+    paths = [folder for path in paths for folder in _round_folders(path) or [path]]
     configs = [_read_config(path) for path in paths]
     names = [str(config["name"]) for config in configs]
     runs = []
-    for place, (path, config, name) in enumerate(zip(paths, configs, names, strict=True)):
+    for index, (path, config, name) in enumerate(zip(paths, configs, names, strict=True)):
         folder = path.absolute().name
         unique = [other.absolute().name for other in paths].count(folder) == 1
         label = name if names.count(name) == 1 else f"{name} ({folder if unique else path})"
-        rows, written = read_lines(path / "metrics.jsonl"), _read_summary(path / "synthesis")
-        retriever = _read_summary(path / "retriever")
-        runs.append(Run(path, label, place, config, rows, _read_summary(path), written, retriever))
+        runs.append(
+            Run(
+                path, label, index, config, read_lines(path / "metrics.jsonl"), _read_summary(path),
+                synthesis=_read_summary(path / "synthesis"), retriever=_read_summary(path / "retriever"),
+                rollouts=read_lines(path / "rollouts.jsonl"),
+            )
+        )  # fmt: skip
     return runs
 
 
-def _rounds_of(path: Path) -> list[Path]:
-    """The run directories of a run's rounds that have begun; none where it has no rounds."""
+def _round_folders(path: Path) -> list[Path]:
+    """Return the run directories of the rounds that have started; none where the run has no rounds."""
     return sorted(file.parent for file in path.glob("rounds/*/config.yaml"))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
     if not file.is_file():
-        why = "has no config.yaml" if path.is_dir() else "does not exist"
-        raise InputError(f"'{path}' is no run directory of rayk: it {why}; give the output folder of a run.")
+        reason = "has no config.yaml" if path.is_dir() else "does not exist"
+        raise InputError(f"'{path}' is no run directory of rayk: it {reason}; give the output folder of a run.")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -185,15 +215,16 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"'{file}' cannot be read: {error}; remove it to report it as unfinished.") from error
+        raise InputError(f"'{file}' cannot be read: {error}; remove it to report the run as unfinished.") from error
 
 
 def last_part(model: Any) -> str:
+    """Return the last part of a model's name or path."""
     return str(model).rstrip("/").rsplit("/", 1)[-1]
 
 
-def flattened(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"a.b": value, "teachers.0.model": value}."""
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as {"a.b": value, "teachers.0.model": value}."""
     if isinstance(values, dict) and values:
         items: Iterable[tuple[Any, Any]] = values.items()
     elif isinstance(values, list) and values and isinstance(values[0], dict):
@@ -202,12 +233,12 @@ def flattened(values: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: values}
     flat: dict[str, Any] = {}
     for key, value in items:
-        flat |= flattened(value, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
-def teachers_of(runs: list[Run]) -> list[tuple[Run, Mapping[str, float]]]:
-    """Each measured teacher once, with the run that measured it."""
+def measured_teachers(runs: Sequence[Run]) -> list[tuple[Run, Mapping[str, float]]]:
+    """Return each measured teacher once, with the run that measured it."""
     found: dict[str | None, tuple[Run, Mapping[str, float]]] = {}
     for run in runs:
         if run.summary and run.summary["teacher"]:
@@ -216,7 +247,7 @@ def teachers_of(runs: list[Run]) -> list[tuple[Run, Mapping[str, float]]]:
 
 
 def duration(seconds: float) -> str:
-    """In words, for readers."""
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

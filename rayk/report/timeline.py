@@ -1,4 +1,4 @@
-"""The report's timeline: when a step's completions were written, scored and learned from, beside its neighbours'."""
+"""The report's timeline: when each step's rollouts were generated, scored and trained on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from rayk.report.run_directory import Run
 
 _STEPS = 8
 _LANES = {
-    "generate": "student writes", "score": "teacher asked", "wait": "learner waits", "train": "learner trains"
+    "generate": "student generates", "score": "teacher scores", "wait": "training waits", "train": "student trains"
 }  # fmt: skip
-_SHADES = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f")
-_WAITING, _INK = "#d5d9de", "#5b6470"
+_COLORS = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f")
+_WAIT_COLOR, _INK = "#d5d9de", "#5b6470"
 
 
 @dataclass(frozen=True)
 class _Bar:
-    """What one lane did for one step, seconds."""
+    """A lane's work for one step, from `start` to `end` in seconds."""
 
     lane: str
     step: int
@@ -29,9 +29,9 @@ class _Bar:
 
 
 def draw_timelines(runs: list[Run]) -> list[Group]:
-    """One figure a run that asked somebody, of some steps from the middle of it."""
+    """Draw a figure per run with a teacher, of some steps from the middle of the run."""
     panels = [panel for run in runs if (panel := _timeline(run)) is not None]
-    return [Group("What happened when", 1, panels)] if panels else []
+    return [Group("Timeline", 1, panels)] if panels else []
 
 
 def _timeline(run: Run) -> Panel | None:
@@ -46,8 +46,8 @@ def _timeline(run: Run) -> Panel | None:
     _draw(figure.add_subplot(), bars, lanes)
     steps = f"steps {rows[0]['step']:,} to {rows[-1]['step']:,}" if len(rows) > 1 else f"step {rows[0]['step']:,}"
     about = (
-        f"Worker 0, {steps}; one colour is one step. What is written or scored while the learner trains on an earlier "
-        "step costs no time."
+        f"Worker 0, {steps}; each color is one step. Generating and scoring cost no time while the student trains "
+        "on an earlier step."
     )
     label = f"Timeline of {run.label}, {steps}: " + ", ".join(
         f"{_LANES[lane]} {sum(bar.end - bar.start for bar in bars if bar.lane == lane):.3g} s" for lane in lanes
@@ -56,13 +56,14 @@ def _timeline(run: Run) -> Panel | None:
 
 
 def _bars(row: Mapping[str, Any]) -> list[_Bar]:
+    """Return the bars of one row of `metrics.jsonl`."""
     step, end = row["step"], row["ended_at"]
-    trained_from = end - row["step_seconds"] + row["teacher_wait_seconds"]
-    trained_to = end - row.get("policy_wait_seconds", 0.0)
+    train_start = end - row["step_seconds"] + row["teacher_wait_seconds"]
+    train_end = end - row.get("policy_wait_seconds", 0.0)
     bars = [
-        _Bar("wait", step, end - row["step_seconds"], trained_from),
-        _Bar("train", step, trained_from, trained_to),
-        *([_Bar("wait", step, trained_to, end)] if trained_to < end else []),
+        _Bar("wait", step, end - row["step_seconds"], train_start),
+        _Bar("train", step, train_start, train_end),
+        *([_Bar("wait", step, train_end, end)] if train_end < end else []),
     ]
     for lane in ("generate", "score"):
         start = row.get(f"{lane}_started_at")
@@ -72,25 +73,25 @@ def _bars(row: Mapping[str, Any]) -> list[_Bar]:
 
 
 def _draw(axes: Axes, bars: list[_Bar], lanes: list[str]) -> None:
-    """Each lane a row; what overlaps within one is stacked in it."""
+    """Draw a row per lane; bars that overlap within a lane are stacked."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#b9bfc7")
     axes.tick_params(colors=_INK, labelsize=8, length=0)
     axes.set_yticks(range(len(lanes)), [_LANES[lane] for lane in lanes])
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.set_xlabel("seconds", color=_INK, fontsize=8, loc="right", labelpad=1)
-    begin = min(bar.start for bar in bars)
-    for place, lane in enumerate(lanes):
-        stack = _stacked([bar for bar in bars if bar.lane == lane])
-        height = 0.8 / (1 + max(level for _, level in stack))
-        for bar, level in stack:
-            colour = _WAITING if lane == "wait" else _SHADES[bar.step % len(_SHADES)]
-            low = place - 0.4 + level * height
-            axes.broken_barh([(bar.start - begin, bar.end - bar.start)], (low, 0.9 * height), facecolors=colour)
+    origin = min(bar.start for bar in bars)
+    for position, lane in enumerate(lanes):
+        levels = _stack([bar for bar in bars if bar.lane == lane])
+        height = 0.8 / (1 + max(level for _, level in levels))
+        for bar, level in levels:
+            color = _WAIT_COLOR if lane == "wait" else _COLORS[bar.step % len(_COLORS)]
+            low = position - 0.4 + level * height
+            axes.broken_barh([(bar.start - origin, bar.end - bar.start)], (low, 0.9 * height), facecolors=color)
 
 
-def _stacked(bars: list[_Bar]) -> list[tuple[_Bar, int]]:
-    """Each bar with the lowest level at which it overlaps none before it."""
+def _stack(bars: list[_Bar]) -> list[tuple[_Bar, int]]:
+    """Return each bar with the lowest level at which it overlaps no earlier bar."""
     ends: list[float] = []
     placed = []
     for bar in sorted(bars, key=lambda bar: bar.start):

@@ -1,4 +1,4 @@
-"""`rayk status` says of a run what its directory holds, at each stage."""
+"""`rayk status` describes a run at each stage from the files in its directory."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from rayk.training.checkpoint import Checkpoint, CheckpointStore
 
 
 def ended(folder, seconds_ago):
-    """Give the steps the time they ended at, as training does, half a second apart."""
+    """Add the time at which each step ended, half a second apart."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row["ended_at"] = time.time() - seconds_ago - 0.5 * (rows[-1]["step"] - row["step"])
@@ -25,26 +25,26 @@ def test_an_unfinished_run(tmp_path):
     folder = make_run(tmp_path / "kd", kd=True, steps=45, finished=False)
     ended(folder, seconds_ago=180)
     CheckpointStore(str(folder / "checkpoints")).save(Checkpoint(40, {}, {}, []), keep=1)
-    [said] = status(folder)
-    assert said["run"] == "kd (logit_kd)"
-    assert said["state"].startswith("unfinished; its last step ended 3 min ")
-    assert said["step"] == "45 of 60 (75%)"
-    assert said["to go"] == "about 7.5 s of steps"
-    assert said["loss"] == f"{sum(9 / step for step in range(26, 46)) / 20:.4f}, mean of 20 steps"
-    assert said["speed"] == "2,000 tokens/s, 20% waiting for signals"
-    assert said["measured"] == "at step 40: loss 1.525, forward KL 0.3250, reverse KL 0.4250"
-    assert said["checkpoint"] == "step 40; --resume goes on from there"
+    [text] = status(folder)
+    assert text["run"] == "kd (logit_kd)"
+    assert text["state"].startswith("unfinished; the last step ended 3 min ")
+    assert text["step"] == "45 of 60 (75%)"
+    assert text["remaining"] == "about 7.5 s of steps"
+    assert text["loss"] == f"{sum(9 / step for step in range(26, 46)) / 20:.4f}, mean of 20 steps"
+    assert text["speed"] == "2,000 tokens/s, 20% waiting for the teacher"
+    assert text["measured"] == "at step 40: loss 1.525, forward KL 0.3250, reverse KL 0.4250"
+    assert text["checkpoint"] == "step 40; --resume continues from there"
 
 
 def test_a_finished_run_and_one_without_a_step(tmp_path):
-    [said] = status(make_run(tmp_path / "done"))
-    assert said["state"] == "finished after 60 steps in 1 min 15 s"
-    assert said["measured"] == "accuracy 50.0%, loss 1.500, forward KL 0.3000, reverse KL 0.4000"
-    [said] = status(make_run(tmp_path / "begun", steps=0, finished=False))
-    assert said["state"] == "no step yet"
+    [text] = status(make_run(tmp_path / "done"))
+    assert text["state"] == "finished after 60 steps in 1 min 15 s"
+    assert text["measured"] == "accuracy 50.0%, loss 1.500, forward KL 0.3000, reverse KL 0.4000"
+    [text] = status(make_run(tmp_path / "begun", steps=0, finished=False))
+    assert text["state"] == "no step yet"
 
 
-def test_the_whole_of_a_run_in_epochs_is_known_from_its_steps(tmp_path):
+def test_total_steps_of_a_run_in_epochs_follow_from_the_steps_so_far(tmp_path):
     folder = make_run(tmp_path / "epochs", steps=10, finished=False)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("steps: 60", "steps: null").replace("epochs: null", "epochs: 3"))
@@ -54,19 +54,19 @@ def test_the_whole_of_a_run_in_epochs_is_known_from_its_steps(tmp_path):
     assert status(folder)[0]["step"] == "10 of 30 (33%)"
 
 
-def test_rows_that_are_being_written(tmp_path):
+def test_rows_that_are_being_generated(tmp_path):
     with CompletionStore(tmp_path / "synthesis") as store:
         store.claim({}, set(), set())
         for number in range(3):
             store.add(StoredCompletion(str(number), "text", None, None, "stop", None), {})
         store.flush()
-        [said] = status(tmp_path)
-    assert re.fullmatch(r"not made yet; 3 completions are there, written last \d.* ago", said["rows"])
+        [text] = status(tmp_path)
+    assert re.fullmatch(r"being generated; 3 completions so far, the last \d.* ago", text["rows"])
     with pytest.raises(InputError, match="is no run directory of rayk"):
         status(tmp_path / "nowhere")
 
 
-def test_each_round_that_has_begun(tmp_path):
+def test_each_round_that_has_started(tmp_path):
     (tmp_path / "rounds").mkdir()
     make_run(tmp_path / "rounds" / "01", name="self-round-1")
     make_run(tmp_path / "rounds" / "02", name="self-round-2", steps=3, finished=False)

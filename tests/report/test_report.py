@@ -1,4 +1,4 @@
-"""The report says what is in the run directories, of one or several, finished or not, and nothing in it is alive."""
+"""The report shows what the run directories of one or several runs contain, finished or not, and executes nothing."""
 
 import html
 import json
@@ -22,7 +22,7 @@ def make_run(
     folder: Path, *, name: str = "", kd: bool = False, steps: int = 60, finished: bool = True,
     student: dict[str, float] | None = None, samples: list[dict[str, Any]] | None = None,
 ) -> Path:  # fmt: skip
-    """A run directory as `rayk run` leaves it."""
+    """Write a run directory as `rayk run` does."""
     folder.mkdir()
     config = parse_config(
         {
@@ -72,7 +72,7 @@ def report_of(tmp_path: Path, *runs: Path) -> str:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, white space folded."""
+    """Return the visible text, with white space normalized."""
     page = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
@@ -82,17 +82,17 @@ def figures_of(page: str) -> list[str]:
 
 
 def row_of(page: str, name: str) -> list[str]:
-    """The cells of `name`'s row in the table of results."""
+    """Return the cells of the row `name` in the table of results."""
     table = page[page.index('<table class="numbers">') : page.index("</table>")]
     row = next(row for row in table.split("<tr")[1:] if f"{name}</th>" in row or f"{name}<span" in row)
     return [text_of(cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
 
 
-def test_single_run_is_told_with_its_numbers_and_curves(tmp_path):
+def test_single_run_is_described_with_its_numbers_and_curves(tmp_path):
     page = report_of(tmp_path, make_run(tmp_path / "small", kd=True))
-    told = text_of(page)
-    assert "A new llama model was trained for 60 steps on 2,000 rows with the method logit_kd" in told
-    assert "measured on 400 held-out rows; the teacher is “big-teacher”." in told
+    text = text_of(page)
+    assert "A new llama model was trained for 60 steps on 2,000 rows with the method logit_kd" in text
+    assert "evaluated on 400 held-out rows; the teacher is “big-teacher”." in text
     assert row_of(page, "Teacher") == ["90.0% ± 3.0%", "1.200", "–", "–", "–", "–", "–"]
     assert row_of(page, "small") == ["50.0% ± 5.0%", "1.500", "0.3000", "0.4000", "80.0%", "2,000", "20.0%"]
     assert figures_of(page) == [
@@ -100,7 +100,7 @@ def test_single_run_is_told_with_its_numbers_and_curves(tmp_path):
         "Tokens per second", "Waiting for the teacher", "Learning rate", "Gradient norm",
     ]  # fmt: skip
     assert "best student" not in page
-    assert "30.0 s 1 min 15 s 2 cores, Linux, Python 3.11.9" in told
+    assert "30.0 s 1 min 15 s 2 cores, Linux, Python 3.11.9" in text
 
 
 def test_several_runs_are_compared_and_the_best_marked(tmp_path):
@@ -123,33 +123,33 @@ def test_several_runs_are_compared_and_the_best_marked(tmp_path):
     assert "kd 3 to" in common
 
 
-def test_a_run_keeps_its_colour_in_all_figures(tmp_path):
+def test_a_run_has_the_same_color_in_all_figures(tmp_path):
     runs = [make_run(tmp_path / f"run{number}", kd=number > 0) for number in range(3)]
     page = report_of(tmp_path, *runs)
-    colours = [run.colour for run in read_runs(runs)]
-    assert len(set(colours)) == 3
+    colors = [run.color for run in read_runs(runs)]
+    assert len(set(colors)) == 3
     for svg in re.findall(r"<svg .*?</svg>", page, re.DOTALL):
-        drawn = [colour for colour in colours if colour in svg]
-        assert drawn == [colour for colour, run in zip(colours, runs, strict=True) if f"{run.name} " in svg]
+        drawn = [color for color in colors if color in svg]
+        assert drawn == [color for color, run in zip(colors, runs, strict=True) if f"{run.name} " in svg]
 
 
-def test_many_runs_and_equal_names_stay_apart(tmp_path):
+def test_many_runs_with_equal_names_are_distinguishable(tmp_path):
     runs = [make_run(tmp_path / f"folder{number}", name="same", kd=True) for number in range(10)]
-    told = text_of(report_of(tmp_path, *runs))
-    assert all(f"same (folder{number})" in told for number in range(10))
-    looks = {(run.colour, run.dash) for run in read_runs(runs)}
+    text = text_of(report_of(tmp_path, *runs))
+    assert all(f"same (folder{number})" in text for number in range(10))
+    looks = {(run.color, run.dash) for run in read_runs(runs)}
     assert len(looks) == 10
 
 
-def test_unfinished_run_is_reported_as_far_as_it_got(tmp_path):
+def test_unfinished_run_is_reported_up_to_its_last_step(tmp_path):
     done = make_run(tmp_path / "done")
     page = report_of(tmp_path, make_run(tmp_path / "half", kd=True, steps=45, finished=False), done)
     assert "unfinished: step 45 of 60, measured at step 40" in text_of(page)
     assert row_of(page, "half") == ["–", "1.525", "0.3250", "0.4250", "82.5%", "2,000", "20.0%"]
-    assert "best student" not in page  # the only finished one has nothing to beat
+    assert "best student" not in page  # a single finished run has nothing to be compared with
 
 
-def test_run_that_has_only_begun_has_a_report(tmp_path):
+def test_run_without_a_step_has_a_report(tmp_path):
     page = report_of(tmp_path, make_run(tmp_path / "begun", steps=0, finished=False))
     assert "unfinished: step 0 of 60, not measured yet" in text_of(page)
     assert "No training step has been recorded yet." in page
@@ -164,14 +164,14 @@ def test_one_step_and_long_runs_are_drawn(tmp_path):
     assert len(long) < 500_000
 
 
-def test_numbers_that_are_none_leave_a_dash(tmp_path):
+def test_numbers_that_are_nan_are_shown_as_a_dash(tmp_path):
     run = make_run(tmp_path / "run", student={"loss": float("nan")})
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(metrics_row(61, False) | {"loss": float("nan")}) + "\n" + '{"step": 62, "lo')
     assert row_of(report_of(tmp_path, run), "run")[1] == "–"
 
 
-def test_hostile_completion_is_shown_not_run(tmp_path):
+def test_hostile_completion_is_escaped(tmp_path):
     evil = "<script>alert('x')</script><img src=x onerror=y>{{ 7 * 7 }}"
     samples = [sample("a.jsonl line 1", prompt=evil, truth=evil, text=evil, teacher=evil)]
     page = report_of(tmp_path, make_run(tmp_path / "run", samples=samples))
@@ -180,7 +180,7 @@ def test_hostile_completion_is_shown_not_run(tmp_path):
     assert page.count(html.escape(evil).replace("&#x27;", "&#39;")) == 4
 
 
-def test_page_needs_nothing_from_outside(tmp_path):
+def test_page_loads_nothing_from_outside(tmp_path):
     page = report_of(tmp_path, make_run(tmp_path / "run", kd=True), make_run(tmp_path / "other"))
     assert not re.search(r"https?:|@import|<script|<link|<iframe|\bsrc=", page)
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
@@ -189,7 +189,7 @@ def test_page_needs_nothing_from_outside(tmp_path):
     assert re.findall(r"<th(?! scope)[ >]", page) == []
 
 
-def test_samples_are_matched_by_their_row(tmp_path):
+def test_samples_are_grouped_by_row(tmp_path):
     first = [sample("line 1", text="first says 4"), sample("line 2", text="first says 5", correct=False)]
     second = [sample("line 2", text="second says 4"), sample("line 3", text="", finish_reason="length")]
     page = report_of(
@@ -197,13 +197,13 @@ def test_samples_are_matched_by_their_row(tmp_path):
     )
     articles = {re.search(r"<h3>(.*?)</h3>", part)[1]: text_of(part) for part in page.split("<article")[1:]}  # type: ignore[index]
     assert list(articles) == ["line 1", "line 2", "line 3"]
-    assert "a ✓ right first says 4 b no answer kept" in articles["line 1"]
-    assert "a ✗ wrong first says 5 b ✓ right second says 4" in articles["line 2"]
-    assert "a no answer kept b ✓ right nothing cut off after 3 tokens" in articles["line 3"]
+    assert "a ✓ correct first says 4 b no completion kept" in articles["line 1"]
+    assert "a ✗ wrong first says 5 b ✓ correct second says 4" in articles["line 2"]
+    assert "a no completion kept b ✓ correct empty truncated after 3 tokens" in articles["line 3"]
 
 
 @pytest.mark.parametrize("acceptance", [0.95, 1.0])
-def test_what_the_student_wrote_is_drawn(tmp_path, acceptance):
+def test_rollout_metrics_are_drawn(tmp_path, acceptance):
     run = make_run(tmp_path / "own", kd=True)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     own = {
@@ -212,7 +212,7 @@ def test_what_the_student_wrote_is_drawn(tmp_path, acceptance):
     }  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(row | own) + "\n" for row in rows))
     figures = figures_of(report_of(tmp_path, run))
-    assert {"Writing", "Scoring", "Length", "Ended by itself", "Repetition"} <= set(figures)
+    assert {"Generating", "Scoring", "Length", "Ended", "Repetition"} <= set(figures)
     assert ("Accepted by the teacher" in figures) == (acceptance < 1)
 
 
@@ -245,7 +245,7 @@ def test_report_that_cannot_be_written_is_an_input_error(tmp_path):
         write_report([], tmp_path / "report.html")
 
 
-WRITING = {
+SYNTHESIS = {
     "kind": "chain_of_thought", "about": "rationales that end in the right answer", "paper": "arXiv 2212.10071",
     "teacher": {"name": "t", "model": "models/big-teacher", "engine": "openai"},
     "prompts": 5, "candidates": 40, "kept": 30, "rejected": {"repetition": 0, "wrong_answer": 10}, "unanswered": 0,
@@ -260,35 +260,94 @@ WRITING = {
 }  # fmt: skip
 
 
-def test_rounds_of_one_student_are_told_as_such(tmp_path):
+def test_rounds_of_one_student_count_as_one_student(tmp_path):
     runs = [make_run(tmp_path / name) for name in ("01", "02")]
     models = ["models/small-student", str(runs[0] / "model")]
     for run, model in zip(runs, models, strict=True):
         config = yaml.safe_load((run / "config.yaml").read_text())
         (run / "config.yaml").write_text(yaml.safe_dump(config | {"student": {"model": model}}))
-    assert "Small-student was trained in 2 runs of 60 steps" in text_of(report_of(tmp_path, *runs))
+    assert "“small-student” was trained in 2 runs of 60 steps" in text_of(report_of(tmp_path, *runs))
 
 
-def test_what_was_not_measured_is_no_column(tmp_path):
+def test_metrics_that_were_not_measured_have_no_column(tmp_path):
     run = make_run(tmp_path / "run", steps=19)
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"student": {}, "teacher": {}}))
-    told = text_of(report_of(tmp_path, run))
-    assert "Accuracy" not in told and "Tokens/s" in told
-    assert "How good a student is was not measured; that takes evaluation rows." in told
+    text = text_of(report_of(tmp_path, run))
+    assert "Accuracy" not in text and "Tokens/s" in text
+    assert (
+        "The quality of the student was not measured, because the run has no evaluation rows (data.evaluation)." in text
+    )
 
 
-def test_what_a_teacher_wrote_is_told_with_what_was_kept_and_why_not(tmp_path):
+def test_synthesis_is_described_with_kept_and_rejected_candidates(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "synthesis").mkdir()
-    (run / "synthesis" / "summary.json").write_text(json.dumps(WRITING))
+    (run / "synthesis" / "summary.json").write_text(json.dumps(SYNTHESIS))
     page = report_of(tmp_path, run, make_run(tmp_path / "plain"))
-    told = text_of(page)
-    assert "big-teacher wrote for 5 prompts: rationales that end in the right answer (arXiv 2212.10071)." in told
-    assert "kept 30 (75.0%) rejected: repetition 0 (0.0%) rejected: wrong_answer 10 (25.0%)" in told
-    assert "teacher's accuracy 75.0% different rationales a question 2.50 requests 1,234" in told
-    assert "cost, in the currency of the prices 0.5000" in told
-    assert "line 2 3 + 3? ✗ wrong_answer: 7, where 6 is right" in told
-    assert "line 1 2 + 2? ✓ kept so --> 4" in told
+    text = text_of(page)
+    assert (
+        "big-teacher generated rows for 5 prompts: rationales that end in the right answer (arXiv 2212.10071)." in text
+    )
+    assert "kept 30 (75.0%) rejected: repetition 0 (0.0%) rejected: wrong_answer 10 (25.0%)" in text
+    assert "teacher's accuracy 75.0% different rationales a question 2.50 requests 1,234" in text
+    assert "cost, in the currency of the prices 0.5000" in text
+    assert "line 2 3 + 3? ✗ wrong_answer: 7, where 6 is right" in text
+    assert "line 1 2 + 2? ✓ kept so --> 4" in text
     assert "<script" not in page
-    assert "What the teacher wrote" not in report_of(tmp_path, tmp_path / "plain")
+    assert "Synthesized training rows" not in report_of(tmp_path, tmp_path / "plain")
+
+
+def test_student_before_training_has_a_row(tmp_path):
+    run = make_run(tmp_path / "small", kd=True)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"student_before": {"loss": 4.5, "accuracy": 0.01}}))
+    page = report_of(tmp_path, run)
+    assert row_of(page, "small, before training") == ["1.0% ± 1.0%", "4.500", "–", "–", "–", "–", "–"]
+    assert row_of(page, "small")[1] == "1.500"
+
+
+def test_waiting_is_split_into_teacher_and_rollouts(tmp_path):
+    run = make_run(tmp_path / "own", kd=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # Each step takes 0.5 s. It waits 0.1 s for its batch; in the first 0.04 s of these, rollouts are generated.
+    times = [
+        {"ended_at": 100.0 + row["step"], "generate_started_at": 99.3 + row["step"], "generate_seconds": 0.24}
+        for row in rows
+    ]
+    lines = [json.dumps(row | time | {"policy_wait_seconds": 0.01}) for row, time in zip(rows, times, strict=True)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = report_of(tmp_path, run)
+    assert row_of(page, "own")[-2:] == ["12.0%", "10.0%"]
+    assert {"Waiting for the teacher", "Waiting for rollouts"} <= set(figures_of(page))
+
+
+def test_sample_rollouts_are_shown(tmp_path):
+    run = make_run(tmp_path / "own", kd=True)
+    rollouts = [
+        {"step": step, "where": "line 1", "prompt": "1 + 1", "completion": f"is <b>{step}</b>", "tokens": 4,
+         "finish_reason": "length"}
+        for step in range(1, 41)
+    ]  # fmt: skip
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+    page = report_of(tmp_path, run)
+    text = text_of(page)
+    assert "step 1 · line 1 1 + 1 is <b>1</b> truncated after 4 tokens" in text
+    assert "is <b>40</b>" in text and page.count("truncated after") == 12
+    assert "Sample rollouts" not in report_of(tmp_path, make_run(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    ("count", "title"),
+    [
+        (1, "Report of run0"), (2, "Comparison of run0 and run1"), (3, "Comparison of run0, run1 and run2"),
+        (4, "Comparison of 4 runs"),
+    ],
+)  # fmt: skip
+def test_title_names_the_runs(tmp_path, count, title):
+    runs = [make_run(tmp_path / f"run{number}") for number in range(count)]
+    assert f"<h1>{title}</h1>" in report_of(tmp_path, *runs)
+
+
+def test_one_step_is_singular(tmp_path):
+    assert "was trained for 1 step on 2,000 rows" in text_of(report_of(tmp_path, make_run(tmp_path / "one", steps=1)))

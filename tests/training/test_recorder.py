@@ -3,7 +3,7 @@
 import json
 
 from rayk.config import TrackingConfig
-from rayk.report.run_directory import Follower, read_lines
+from rayk.report.run_directory import MetricsFollower, read_lines
 from rayk.training.recorder import Recorder
 
 QUIET = TrackingConfig(tensorboard=False)
@@ -28,20 +28,20 @@ def test_a_recorder_opened_at_a_checkpoint_cuts_back_what_came_after(tmp_path):
 
 
 def test_a_follower_sees_each_row_once_and_begins_again_after_a_cut(tmp_path):
-    follower = Follower(tmp_path / "metrics.jsonl")
-    assert follower.rows() == []
+    follower = MetricsFollower(tmp_path / "metrics.jsonl")
+    assert follower.new_rows() == []
     recorder = Recorder(tmp_path, 0, QUIET)
-    assert follower.rows() == []
+    assert follower.new_rows() == []
     for step in (1, 2, 3):
         recorder.record({"step": step})
-        assert steps(follower.rows()) == [step]
+        assert steps(follower.new_rows()) == [step]
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4})[:5])
         file.flush()
-        assert follower.rows() == []
+        assert follower.new_rows() == []
     recorder.close()
     recorder = Recorder(tmp_path, 2, QUIET)
     recorder.record({"step": 3})
-    assert steps(follower.rows()) == [1, 2, 3]
-    assert follower.rows() == []
+    assert steps(follower.new_rows()) == [1, 2, 3]
+    assert follower.new_rows() == []
     recorder.close()
