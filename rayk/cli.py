@@ -1,97 +1,150 @@
 """The `rayk` command: parse, call, print. Exit 0 done, 1 failed while running, 2 the input is wrong, 130 interrupted.
 
-Heavy imports stand inside the commands, so that `rayk --help` needs neither torch nor ray.
+What a command does is in `rayk.commands`, one file each. These are imported inside the commands, so that `rayk --help`
+needs neither torch nor ray.
 """
 
 import contextlib
+import difflib
+import importlib.metadata
 import logging
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
+from rayk.commands.console import console, print_check, print_sections, print_table
 from rayk.config import load_config
 from rayk.environment import set_threading
-from rayk.errors import InputError, RaykError
-
-if TYPE_CHECKING:
-    from rayk.commands.cache import CacheFill
-    from rayk.commands.plan import Plan
-    from rayk.run import ProgressListener
-
-app = typer.Typer(
-    help="Distil large language models into small ones on a Ray cluster.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
-# What users wrote is shown as it is: nothing in it is markup, and lines are folded by the terminal alone.
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+from rayk.errors import InputError, Interrupted, RaykError
 
 _INTERRUPTED = 130
-_GOES_ON = {
-    "run": "what was checkpointed can be continued with --resume",
-    "synthesize": "what was written is kept, and the same command goes on from there",
-    "cache": "the signals that came are kept, and the same command goes on from there",
+_KEPT = {
+    "run": "Interrupted before the run started; nothing is lost.",
+    "synthesize": "Interrupted; the completions are kept, and the same command continues from there.",
+    "cache": "Interrupted; the received signals are kept, and the same command continues from there.",
 }
-"""What is left of a command that was interrupted."""
+"""What an interrupted command keeps."""
+_SYNONYMS = {
+    "train": "run", "distill": "run", "distil": "run", "start": "run", "resume": "run", "eval": "evaluate",
+    "test": "evaluate", "measure": "evaluate", "generate": "synthesize", "synthesise": "synthesize", "new": "init",
+    "create": "init", "check": "doctor", "validate": "doctor", "compare": "report", "list": "methods",
+    "deploy": "serve", "demo": "quickstart",
+}  # fmt: skip
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; see jobs/.")]
+
+class CommandGroup(TyperGroup):
+    """The commands; an unknown name is answered with the closest one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            close = difflib.get_close_matches(name, [*self.commands, *_SYNONYMS], n=1)
+            hint = f"did you mean '{_SYNONYMS.get(close[0], close[0])}'?" if close else f"{', '.join(self.commands)}."
+            raise InputError(f"There is no command '{name}'; {hint if close else 'the commands are ' + hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=CommandGroup, help="Distill large language models into small ones on a Ray cluster.",
+    invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; `rayk init` writes one.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change one setting; may be repeated.")
 ]
 Output = Annotated[str | None, typer.Option("--output", help="The run directory, instead of the config's.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rayk {importlib.metadata.version('rayk')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 def quickstart(
     output: Annotated[
-        str, typer.Option("--output", help="Where the run directories and the report go.")
+        str, typer.Option("--output", help="The folder of the run directories and the report.")
     ] = "runs/quickstart",
 ) -> None:
-    """Watch a small model learn from a bigger one that Ray Serve hosts; needs nothing but this machine."""
+    """Watch a small model learn from a larger one on Ray Serve; requires nothing but this machine."""
     from rayk.commands.quickstart import run_quickstart
+    from rayk.commands.results import results_table
 
     result = run_quickstart(Path(output), listener())
-    _print(comparison(result.summaries))
+    print_table(results_table(result.summaries))
     console.print(f"\nThe report: {result.report}")
+
+
+@app.command()
+def init(
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="MODEL", help="A model's name or folder, or an endpoint's URL.")
+    ] = None,
+    student: Annotated[str | None, typer.Option("--student", metavar="MODEL", help="The model to train.")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="The training rows.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="KIND", help="A kind of `rayk methods`; by default what fits.")
+    ] = None,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The YAML file to write.")] = "run.yaml",
+) -> None:
+    """Write a commented config for your models and data, which `rayk doctor` and `rayk run` accept as it is."""
+    from rayk.commands.init import init as write_config
+
+    for note in write_config(teacher, student, data, method, Path(output)):
+        console.print(note)
+    console.print(f"Wrote {output}. Next: rayk doctor {output}, then rayk run {output}")
 
 
 @app.command()
 def run(
     config: ConfigPath, overrides: Overrides = None, output: Output = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output directory.")] = False,
 ) -> None:  # fmt: skip
     """Run a config from data to trained student."""
     settings = load_config(config, overrides, output=output)
-    from rayk.run import distill
+    from rayk.commands.results import results_table
+    from rayk.commands.run import run as run_config
 
-    result = distill(settings, resume=resume, listener=listener())
-    _print(comparison([result.summary]))
+    result = run_config(settings, resume=resume, listener=listener())
+    print_table(results_table([result.summary]))
     console.print(f"\nThe student: {result.model}\nThe report:  {result.output / 'report.html'}")
 
 
 @app.command()
 def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
-    """Have a config's teacher write its training rows, and nothing more; goes on where it was stopped."""
+    """Generate a config's training rows with its teacher, and nothing more; continues where it was stopped."""
     settings = load_config(config, overrides, output=output)
-    from rayk.run import next_round, with_absolute_paths
-    from rayk.run import synthesize as write
-    from rayk.run.inputs import synthesized_rows_path
+    from rayk.commands.synthesize import synthesis_table
+    from rayk.commands.synthesize import synthesize as synthesize_config
 
-    summary = write(settings, listener=listener())
-    _print(synthesised(summary))
-    console.print(f"\nThe rows: {synthesized_rows_path(next_round(with_absolute_paths(settings))[0])}")
+    summary, rows = synthesize_config(settings, listener())
+    print_table(synthesis_table(summary))
+    console.print(f"\nThe rows: {rows}")
 
 
 @app.command()
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Bring up a config's teachers as Serve applications and keep them up until interrupted."""
+    """Deploy a config's teachers as Serve applications and keep them up until interrupted."""
     settings = load_config(config, overrides)
     from rayk.run import required_cpus, with_absolute_paths
     from rayk.serving.cluster import start_ray
@@ -120,20 +173,20 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 def cache(
     config: ConfigPath, overrides: Overrides = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check the cache instead; delete what is damaged (exit 1 if any was).")
+        bool, typer.Option("--verify", help="Check the cache and delete damaged segments (exit 1 if there were any).")
     ] = False,
 ) -> None:  # fmt: skip
-    """Ask a config's teachers for all the signals its run needs, ahead of it."""
+    """Request all the signals that a config's run needs from its teachers, ahead of the run."""
     settings = load_config(config, overrides)
-    from rayk.commands.cache import fill_cache, verify_cache
+    from rayk.commands.cache import cache_table, fill_cache, verify_cache
 
     if not verify:
-        _print(filling(fill_cache(settings, listener())))
+        print_table(cache_table(fill_cache(settings, listener())))
         return
     found = verify_cache(settings)
-    console.print(f"{found.segments:,} segments hold {found.entries:,} signals in {found.bytes:,} bytes.")
+    console.print(f"{found.segments:,} segments contain {found.entries:,} signals in {found.bytes:,} bytes.")
     if found.damaged:
-        raise RaykError(f"Damaged and deleted: {', '.join(found.damaged)}; their rows will be asked for again.")
+        raise RaykError(f"Damaged and deleted: {', '.join(found.damaged)}; their rows will be requested again.")
 
 
 @app.command()
@@ -141,72 +194,77 @@ def plan(
     config: ConfigPath, overrides: Overrides = None,
     student: Annotated[
         float | None,
-        typer.Option("--student-tokens-per-second", min=1e-9, help="Else from the run in the output directory."),
+        typer.Option(
+            "--student-tokens-per-second", min=1e-9, help="By default measured from the run in the output directory."
+        ),
     ] = None,
     teacher: Annotated[
         float | None,
-        typer.Option("--teacher-tokens-per-second", min=1e-9, help="Of one replica; else measured on one."),
+        typer.Option("--teacher-tokens-per-second", min=1e-9, help="Of one replica; by default measured on one."),
     ] = None,
 ) -> None:  # fmt: skip
-    """Say how many teacher replicas keep the student fed, and what crosses the network."""
+    """Compute the number of teacher replicas that keep the student busy, and the network traffic."""
     settings = load_config(config, overrides)
     from rayk.commands.plan import plan as make_plan
+    from rayk.commands.plan import plan_table
 
-    _print(planning(make_plan(settings, student, teacher)))
+    print_table(plan_table(make_plan(settings, student, teacher)))
 
 
 @app.command()
 def evaluate(
     config: ConfigPath, overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model to measure; else the run's student.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model to measure; by default the run's student.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON instead of a table.")] = False,
 ) -> None:  # fmt: skip
     """Measure a trained student (or any model) on the config's evaluation rows."""
-    settings = load_config(config, overrides)
-    from rayk.run import evaluate_model
+    from rayk.commands.evaluate import check_overrides, to_json
+    from rayk.commands.evaluate import evaluate as evaluate_config
+    from rayk.commands.results import results_table
 
-    summary = evaluate_model(settings, model, listener())
-    _print(comparison([summary]))
+    if model is None:
+        check_overrides(overrides or [])
+    summary, path = evaluate_config(load_config(config, overrides), model, listener())
+    if as_json:
+        print(to_json(summary))
+    else:
+        print_table(results_table([summary]))
+    if path is not None:
+        console.print(f"\nThe result: {path}")
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Run directories; several are compared.")],
-    output: Annotated[Path | None, typer.Option("--output", help="The HTML file; by default in the first run.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="The HTML file; by default RUN_DIR/report.html, or comparison.html for several."),
+    ] = None,
 ) -> None:
     """Write the HTML report of one run, or one that compares several."""
-    from rayk.report.report import write_report
+    from rayk.commands.report import report as make_report
 
-    path = output or runs[0] / "report.html"
-    write_report(runs, path)
-    console.print(f"The report: {path}")
+    console.print(f"The report: {make_report(runs, output)}")
 
 
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run, finished or not.")],
 ) -> None:
-    """Say how far a run is: rows written, steps, speed, last evaluation and checkpoint."""
-    from rayk.commands.status import status as status_of
+    """Show a run's progress: rows generated, steps, speed, last evaluation and checkpoint."""
+    from rayk.commands.status import status as read_status
 
-    for number, part in enumerate(status_of(run)):
-        if number:
-            print()
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, text in part.items():
-            if text:
-                table.add_row(name, Text(text))
-        _print(table)
+    print_sections(read_status(run))
 
 
 @app.command()
 def methods() -> None:
-    """List the ways of learning: what each needs from a teacher and what that costs."""
-    from rayk.methods import METHODS
+    """List the methods: what each does, what it needs from a teacher, and its paper."""
+    from rayk.commands.methods import describe_methods
 
-    table = Table("method.kind", "what it does", "paper", "needs from a teacher", box=None, pad_edge=False)
-    for kind, method in METHODS.items():
-        table.add_row(kind, method.summary, method.paper, method.needs)
-    _print(table)
+    print(describe_methods())
 
 
 @app.command()
@@ -218,129 +276,39 @@ def doctor(
 
     failed = False
     for check in examine(config, overrides):
-        mark = {"ok": ("✓", "green"), "note": ("•", "yellow"), "wrong": ("✗", "red")}[check.state]
-        console.print(Text.assemble(mark, " ", check.text))
+        print_check(check.state, check.text)
         failed |= check.state == "wrong"
     if failed:
         raise typer.Exit(2)
 
 
-_COMPARED = {
-    "accuracy": ("accuracy", "{:.1%}"),
-    "loss": ("loss", "{:.3f}"),
-    "forward KL": ("forward_kl", "{:.4f}"),
-    "reverse KL": ("reverse_kl", "{:.4f}"),
-    "agreement": ("agreement", "{:.1%}"),
-    "prefers right": ("preference_accuracy", "{:.1%}"),
-    "by nats": ("preference_margin", "{:.2f}"),
-    "tokens/s": ("tokens_per_second", "{:,.0f}"),
-    "teacher wait": ("teacher_wait_share", "{:.1%}"),
-}
-"""The final table's columns: what each shows, and how."""
+def listener() -> Any:
+    """Return a listener that shows progress as a bar on a terminal, elsewhere as lines."""
+    from rayk.commands.progress import TerminalProgress
 
-
-def comparison(summaries: list[dict[str, Any]]) -> Table:
-    """The final table: the teacher and each student, a row each; of what was measured."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    rows = [("teacher", summaries[0]["teacher"])] if summaries and summaries[0]["teacher"] else []
-    for summary in summaries:
-        speed = {name: summary[name] for name in ("tokens_per_second", "teacher_wait_share") if name in summary}
-        rows.append((summary["name"], summary["student"] | speed))
-    columns = {heading: how for heading, how in _COMPARED.items() if any(how[0] in values for _, values in rows)}
-    table.add_column("")
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for name, values in rows:
-        table.add_row(Text(name), *(_cell(values, *how) for how in columns.values()))
-    return table
-
-
-def synthesised(summary: dict[str, Any]) -> Table:
-    """What a teacher's writing came to."""
-    from rayk.report.report import figure_text
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    usage = summary["usage"]
-    rows = {
-        "kept": f"{summary['kept']:,} of {summary['candidates']:,}"
-        + (f" for {summary['prompts']:,} prompts" if summary["prompts"] else ""),
-        **{f"rejected: {by}": f"{count:,}" for by, count in summary["rejected"].items()},
-        **{each["name"]: figure_text(each) for each in summary["figures"]},
-        "requests": f"{usage['requests']:,}" if "requests" in usage else "",
-        "cost": f"{usage['cost']:,.4f}" if "cost" in usage else "",
-    }
-    for name, text in rows.items():
-        if text:
-            table.add_row(Text(name), text)
-    return table
-
-
-def filling(filled: "list[Filled]") -> Table:
-    """What a cache holds for a run: a row for each kind of rows and support."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("", "support", "rows", "tokens", "there before", "bytes", "bytes an entry"):
-        table.add_column(heading, justify="left" if heading in ("", "support") else "right")
-    for each in filled:
-        numbers = (each.rows, each.tokens, each.cached_tokens, each.bytes)
-        an_entry = "–" if each.bytes_an_entry is None else f"{each.bytes_an_entry:.2f}"
-        table.add_row(each.what, each.support.kind, *(f"{number:,}" for number in numbers), an_entry)
-    return table
-
-
-def planning(plan: "Plan") -> Table:
-    """What `rayk plan` has found."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    fewer = sorted({1, max(1, plan.replicas // 2), max(1, plan.replicas - 1)} - {plan.replicas})
-    waits = ", ".join(f"with {count}: {plan.waiting_share(count):.0%}" for count in fewer)
-    for name, text in {
-        "the student trains": str(plan.size),
-        "student, never waiting": f"{plan.student_rate:,.0f} tokens/s",
-        "one replica": f"{plan.teacher_rate:,.0f} tokens/s",
-        "replicas": f"{plan.replicas}, with a fifth to spare",
-        "the student would wait": waits,
-        "a counted token": f"about {plan.bytes_a_token:,.0f} bytes; {plan.counted_share:.0%} of the tokens count",
-        "network": f"{plan.bytes_a_second / 1e6:,.2f} MB/s, {plan.bytes_a_second * plan.seconds / 1e9:,.2f} GB in all",
-        "training": f"{plan.total_tokens / 1e6:,.2f} million tokens, about {plan.seconds / 60:,.1f} minutes",
-    }.items():
-        if text:
-            table.add_row(name, text)
-    return table
-
-
-def _cell(values: dict[str, Any], name: str, form: str) -> str:
-    return form.format(values[name]) if name in values else "–"
-
-
-def _print(table: Table) -> None:
-    """To standard output, and not folded where that is a file."""
-    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
-
-
-def listener() -> "ProgressListener":
-    """Progress on a terminal as a bar, elsewhere as a line now and then."""
-    from rayk.commands.terminal import TerminalProgress
-
-    return TerminalProgress(console)
+    return TerminalProgress()
 
 
 def main() -> None:
-    """The console script: commands, with errors as sentences and exit codes."""
+    """Run the console script: errors become sentences and exit codes."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     set_threading()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would run into ours
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would mix with our progress lines
     # SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
     try:
         code = app(standalone_mode=False) or 0
-        if code == _INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        if code == _INTERRUPTED:  # typer's result for a KeyboardInterrupt
             raise KeyboardInterrupt
     except InputError as error:
         code = _fail(str(error), 2)
+    except Interrupted as stop:
+        code = _fail(str(stop), _INTERRUPTED)
     except RaykError as error:
         code = _fail(str(error), 1)
     except (KeyboardInterrupt, SystemExit):
-        command = next((each for each in sys.argv[1:] if not each.startswith("-")), "")
-        code = _fail("; ".join(["Interrupted", *filter(None, [_GOES_ON.get(command)])]) + ".", _INTERRUPTED)
+        command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+        code = _fail(_KEPT.get(command, "Interrupted."), _INTERRUPTED)
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
@@ -349,12 +317,12 @@ def main() -> None:
         elif os.environ.get("RAYK_VERBOSE"):
             raise
         else:
-            code = _fail(f"{type(error).__name__}: {error} (RAYK_VERBOSE=1 shows where.)", 1)
+            code = _fail(f"{type(error).__name__}: {error} (RAYK_VERBOSE=1 prints the traceback.)", 1)
     sys.exit(code)
 
 
 def _fail(sentence: str, code: int) -> int:
-    """Say it on one line, whatever the message came from."""
+    """Print the message on one line and return `code`."""
     console.print(Text.assemble(("rayk:", "red"), " ", " ".join(sentence.split())))
     return code
 

@@ -1,16 +1,16 @@
-"""The errors rayk raises on purpose. Each message is a sentence that names the field or file and what to do."""
+"""The errors that rayk raises. Each message is a sentence that names the field or file and says what to do."""
 
 
 class RaykError(Exception):
-    """Base of rayk's own errors."""
+    """Base class of rayk's errors."""
 
 
 class InputError(RaykError, ValueError):
-    """What the user gave is wrong (a setting, a file, a row, a model); the command line exits with 2."""
+    """A setting, file, row or model that the user gave is wrong; the command line exits with 2."""
 
 
 class EngineDied(RaykError):
-    """An engine's own process is gone. Its replica is about to be replaced, so asking again helps."""
+    """An engine's process has died. Ray Serve replaces its replica, so the request should be retried."""
 
 
 class TeacherUnavailable(RaykError):
@@ -22,7 +22,7 @@ class PolicyUnavailable(RaykError):
 
 
 class UnusableSignal(RaykError):
-    """A teacher's signals for some rows cannot be learned from (NaN, infinities); `rows`: their places in the batch."""
+    """A teacher's signals contain NaN or infinities for some rows; `rows` are their indices in the batch."""
 
     def __init__(self, message: str, rows: list[int]):
         super().__init__(message, rows)
@@ -32,5 +32,9 @@ class UnusableSignal(RaykError):
         return self.args[0]
 
 
+class Interrupted(RaykError):
+    """A command was interrupted by Ctrl-C or SIGTERM; the command line exits with 130."""
+
+
 class RunFailed(RaykError):
-    """A run stopped after it had started; its last step is checkpointed where that was possible."""
+    """A run failed after it had started; the last step is checkpointed where that was possible."""

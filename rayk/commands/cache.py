@@ -1,9 +1,11 @@
-"""`rayk cache`: ask the teachers for every signal a run will need, before it starts; check what a cache holds."""
+"""`rayk cache`: request the signals that a run will need and store them in its cache; verify a cache."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+
+from rich.table import Table
 
 from rayk.config import CacheConfig, InContextConfig, RunConfig
 from rayk.config.support import Logprob, Requested, Support, TopK
@@ -13,17 +15,17 @@ from rayk.errors import InputError, UnusableSignal
 from rayk.evaluation.evaluate import fitting
 from rayk.run import (
     ProgressListener,
-    teacher_applications,
     connect_attached_teachers,
-    required_cpus,
     next_round,
+    required_cpus,
     serve_teachers,
+    teacher_applications,
     with_absolute_paths,
 )
-from rayk.run.inputs import Inputs, with_synthesized_rows, read_inputs
+from rayk.run.inputs import Inputs, read_inputs, with_synthesized_rows
 from rayk.serving.cluster import start_ray
-from rayk.serving.event_loop import background_stream
-from rayk.storage.segments import Found
+from rayk.serving.event_loop import stream_in_background
+from rayk.storage.segments import CacheStatistics
 from rayk.teachers import Teacher
 from rayk.teachers.cache import SignalCache
 from rayk.teachers.ensemble import name_for
@@ -33,42 +35,48 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheFill:
-    """What the cache holds of one kind of rows."""
+    """The cached signals of one kind of rows."""
 
-    what: str
+    row_kind: str
+    """Either training rows or evaluation rows."""
     rows: int
     tokens: int
-    """Counted tokens, of which `cached_tokens` were there before."""
+    """Counted tokens, including `cached_tokens` that were cached before."""
     cached_tokens: int
     bytes: int
     support: Support
 
     @property
-    def bytes_an_entry(self) -> float | None:
-        """Bytes for one pair (id, log-prob) of a top-k signal, tails and index included."""
+    def bytes_per_entry(self) -> float | None:
+        """Bytes per pair (id, log-prob) of a top-k signal, including tails and index; None for other supports."""
         return self.bytes / max(1, self.tokens * self.support.k) if isinstance(self.support, TopK) else None
 
 
 def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> list[CacheFill]:
-    """Ask for every signal that `config`'s run will ask for, and keep it in `config.cache`.
+    """Request every signal that `config`'s run will request, and store it in `config.cache`.
 
     Raises:
-        InputError: there is no cache or no teacher to fill it, or the inputs are wrong.
-        UnusableSignal: a row's signal cannot be learned from, and `training.unusable_rows` is "stop".
+        InputError: the cache or the teachers are missing, or the inputs are wrong.
+        UnusableSignal: a row's signal contains NaN or infinities, and `training.unusable_rows` is "stop".
     """
     config, listener = with_synthesized_rows(next_round(with_absolute_paths(config))[0]), listener or ProgressListener()
     settings = _settings(config)
     if not config.teachers:
-        raise InputError("There is no teacher to fill the cache from; add one under 'teachers'.")
+        raise InputError("teachers is missing; add the teacher that the cache is filled from.")
     if config.ensemble is not None:
-        raise InputError("An ensemble asks for ids that depend on all its members, which no cache holds; leave it out.")
+        raise InputError(
+            "Signals of an ensemble are not cached, because the requested ids depend on all its members; remove "
+            "'ensemble'."
+        )
     if not getattr(config.method, "reads_completions", True):
         raise InputError(
-            f"method '{config.method.kind}' learns from rows that are not written yet; nothing can be asked ahead."
+            f"method.kind '{config.method.kind}' learns from rollouts, which are generated during the run, so their "
+            "signals cannot be cached in advance."
         )
     if isinstance(config.method, InContextConfig):
         raise InputError(
-            "method 'in_context' asks about rows with demonstrations, which its run draws; the run fills the cache."
+            "method.kind 'in_context' draws demonstrations for each row during the run, so their signals cannot be "
+            "cached in advance; the run fills the cache."
         )
     listener.stage("Reading data and models")
     with ExitStack() as stack:
@@ -77,31 +85,33 @@ def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> l
         listener.stage("Bringing up teachers")
         cache = stack.enter_context(SignalCache(settings))
         teachers = serve_teachers(config, teacher_applications(config), stack, cache)
-        filled = []
-        for what, teacher, support, examples in _wanted(config, inputs, teachers):
-            listener.stage(f"Asking {teacher.name} for the signals of {what} ({support.kind})")
-            filled.append(_fill(what, teacher, support, examples, config.training.unusable_rows == "skip", listener))
-    return filled
+        fills = []
+        for row_kind, teacher, support, examples in _requests(config, inputs, teachers):
+            listener.stage(f"Requesting the signals of {row_kind} ({support.kind}) from {teacher.name}")
+            fills.append(_fill(row_kind, teacher, support, examples, config.training.unusable_rows == "skip", listener))
+    return fills
 
 
-def verify_cache(config: RunConfig) -> Found:
-    """Read all of `config.cache` and delete what is damaged.
+def verify_cache(config: RunConfig) -> CacheStatistics:
+    """Read all of `config.cache` and delete damaged segments.
 
     Raises:
-        InputError: there is no cache.
+        InputError: the config has no cache.
     """
     return SignalCache(_settings(with_absolute_paths(config))).verify()
 
 
 def _settings(config: RunConfig) -> CacheConfig:
     if config.cache is None:
-        raise InputError("cache is missing; set cache.path to the folder or URI that holds it.")
+        raise InputError("cache is missing; set cache.path to a folder or URI.")
     return config.cache
 
 
-def _wanted(
+def _requests(
     config: RunConfig, inputs: Inputs, teachers: dict[str, Teacher]
 ) -> Iterable[tuple[str, Teacher, Support, list[Example]]]:
+    """Yield the kind of rows, the teacher, the support and the rows of each group of requests."""
+
     def by_teacher(table: ExampleTable) -> Iterable[tuple[Teacher, list[Example]]]:
         if config.route is None:
             return [(teachers[config.evaluation_teacher], list(table))]
@@ -123,31 +133,43 @@ def _wanted(
 
 
 def _fill(
-    what: str, teacher: Teacher, support: Support, examples: list[Example], skip: bool, listener: ProgressListener
+    row_kind: str, teacher: Teacher, support: Support, examples: list[Example], skip: bool, listener: ProgressListener
 ) -> CacheFill:
     assert teacher.cache is not None
     statistics, bytes_before = teacher.statistics, teacher.cache.bytes
     tokens_before, cached_before = statistics.tokens, statistics.cached_tokens
 
-    async def kept(rows: list[int]) -> int:
-        """How many of `rows` the cache holds now."""
+    async def request(rows: list[int]) -> int:
+        """Request the signals of `rows`; return the number of usable ones."""
         try:
             await teacher.ascore([examples[row] for row in rows], support)
         except UnusableSignal as error:
             if not skip:
                 raise
-            logger.warning("%s Left out.", error)
+            logger.warning("%s Skipped.", error)
             usable = [row for place, row in enumerate(rows) if place not in error.rows]
-            return await kept(usable) if usable else 0
+            return await request(usable) if usable else 0
         return len(rows)
 
     groups = micro_batches([len(example) for example in examples], teacher.settings.call_tokens)
     done = rows = 0
-    with closing(background_stream(map(kept, groups), teacher.settings.in_flight)) as answers:
+    with closing(stream_in_background(map(request, groups), teacher.settings.in_flight)) as answers:
         for group, count in zip(groups, answers, strict=True):
             rows, done = rows + count, done + len(group)
             listener.progress(done, len(examples), f"{statistics.tokens - tokens_before:,} tokens")
     return CacheFill(
-        what, rows, statistics.tokens - tokens_before, statistics.cached_tokens - cached_before,
+        row_kind, rows, statistics.tokens - tokens_before, statistics.cached_tokens - cached_before,
         teacher.cache.bytes - bytes_before, support,
     )  # fmt: skip
+
+
+def cache_table(fills: Sequence[CacheFill]) -> Table:
+    """Return a table with a row per kind of rows and support."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "support", "rows", "tokens", "cached before", "bytes", "bytes per entry"):
+        table.add_column(heading, justify="left" if heading in ("", "support") else "right")
+    for fill in fills:
+        numbers = (fill.rows, fill.tokens, fill.cached_tokens, fill.bytes)
+        per_entry = "–" if fill.bytes_per_entry is None else f"{fill.bytes_per_entry:.2f}"
+        table.add_row(fill.row_kind, fill.support.kind, *(f"{number:,}" for number in numbers), per_entry)
+    return table

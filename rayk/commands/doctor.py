@@ -1,16 +1,17 @@
-"""`rayk doctor`: what a run would stumble over, found without running anything."""
+"""`rayk doctor`: find the problems of this machine and of a config before anything runs."""
 
 import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rayk.config import RunConfig, load_config
 from rayk.errors import RaykError
 
 _PACKAGES = ("ray", "torch", "transformers", "datasets", "pyarrow")
+_HIGH_LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -22,95 +23,201 @@ class Check:
 
 
 def examine(config: str | None, overrides: list[str] | None = None) -> Iterator[Check]:
-    """Check this machine, then the config, as far as one check lets the next be made."""
-    yield from _machine()
-    if config is None:
-        return
+    """Check this machine, then the config; a check that later ones depend on ends the examination if it fails."""
     try:
+        yield from _check_machine()
+        if config is None:
+            return
         settings = load_config(config, overrides)
         yield Check("ok", f"{config}: the settings are well-formed ({settings.method.kind}).")
-        yield from _run(settings)
+        yield from _check_run(settings)
     except RaykError as error:
         yield Check("wrong", str(error))
 
 
-def _machine() -> Iterator[Check]:
+def _check_machine() -> Iterator[Check]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     yield Check("ok", f"Python {platform.python_version()}, {versions}")
     import torch
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Check("ok", f"{len(names)} GPU(s) here: {', '.join(names)}")
+        yield Check("ok", f"{len(names)} GPU(s) on this machine: {', '.join(names)}")
     else:
-        yield Check("note", f"No GPU in this process; {os.cpu_count()} CPU cores.")
+        yield Check("note", f"No GPU on this machine; {os.cpu_count()} CPU cores.")
     address = os.environ.get("RAY_ADDRESS")
-    yield Check(
-        "ok" if address else "note",
-        f"Ray: {address or 'RAY_ADDRESS is not set, so a run starts its own local cluster.'}",
-    )
+    if not address:
+        yield Check("note", "Ray: RAY_ADDRESS is not set, so a run starts its own local cluster.")
+        return
+    from rayk.serving.cluster import start_ray
+
+    start_ray()
+    yield Check("ok", f"Ray: connected to the cluster at {address}.")
 
 
-def _run(settings: RunConfig) -> Iterator[Check]:
-    from rayk.models.student import count_planned_parameters
-    from rayk.run import connect_attached_teachers, required_cpus, next_round, with_absolute_paths
-    from rayk.run.inputs import build_row_filters, with_synthesized_rows, read_synthesis_prompts, read_inputs, synthesized_rows_path
+def _check_run(settings: RunConfig) -> Iterator[Check]:
+    from rayk.run import connect_attached_teachers, next_round, with_absolute_paths
+    from rayk.run.inputs import read_inputs, synthesized_rows_path, with_synthesized_rows
 
     settings = with_absolute_paths(settings)
-    if settings.output_path.joinpath("config.yaml").exists():
-        yield Check(
-            "note", f"{settings.output_path} holds a run already; `rayk run` will want --resume or another --output."
-        )
+    yield _check_output(settings)
+    yield from _check_resources(settings)
     if settings.rounds > 1:
         rounds = settings.rounds
-        settings, which = next_round(settings)
-        yield Check("ok", f"rounds: {rounds}, of which round {which.number + 1} is next, in {settings.output_path}.")
+        settings, round_info = next_round(settings)
+        yield Check("ok", f"rounds: round {round_info.number + 1} of {rounds} is next, in {settings.output_path}.")
     attached = connect_attached_teachers(settings)
     for teacher in attached.values():
-        yield Check("ok", f"Teacher '{teacher.name}' answers: {teacher.info.model}, {teacher.info.dtype}.")
+        yield Check("ok", f"Teacher '{teacher.name}' responds: {teacher.info.model}, {teacher.info.dtype}.")
     if settings.synthesis is not None:
-        prompts = read_synthesis_prompts(settings)
-        build_row_filters(settings)
-        kind = settings.synthesis.kind
-        given = "" if settings.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
-        yield Check("ok", f"synthesis: teacher '{settings.synthesis_teacher}' writes {kind}{given}.")
-    written = settings.synthesis is None or synthesized_rows_path(settings).with_name("summary.json").exists()
-    if not written:
-        yield Check("note", "The training rows are not written yet; the run has them written first.")
-    inputs = read_inputs(with_synthesized_rows(settings) if written else settings, attached, training=written)
+        yield _check_synthesis(settings)
+    has_rows = settings.synthesis is None or synthesized_rows_path(settings).with_name("summary.json").exists()
+    if not has_rows:
+        yield Check("note", "The training rows are not synthesized yet; the run does this first.")
+    settings = with_synthesized_rows(settings) if has_rows else settings
+    inputs = read_inputs(settings, attached, training=has_rows)
     yield Check("ok", f"Tokenizer {inputs.tokenizer_name}: teachers and student agree.")
-    for what, table in (("train", inputs.train), ("evaluation", inputs.evaluation)):
+    yield from _check_rows(settings, inputs)
+    yield from _check_models(settings, inputs)
+    yield from _check_signals(settings)
+
+
+def _check_output(settings: RunConfig) -> Check:
+    if settings.output_path.joinpath("config.yaml").exists():
+        return Check(
+            "note",
+            f"{settings.output_path} contains a run already; `rayk run` needs --resume to continue it, or another "
+            "--output.",
+        )
+    return Check("ok", f"The run directory will be {settings.output_path}.")
+
+
+def _check_resources(settings: RunConfig) -> Iterator[Check]:
+    """Compare the required resources with those of the cluster, or of this machine where the run starts its own."""
+    from rayk.run import required_cpus
+    from rayk.run.applications import missing_resources
+
+    if os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        found = ray.cluster_resources()
+        missing = missing_resources(settings, found.get("CPU", 0), found.get("GPU", 0))
+        if missing:
+            yield Check("note", f"{missing} On this cluster it waits until nodes are added.")
+            return
+    else:
+        import torch
+
+        if missing := missing_resources(settings, float("inf"), torch.cuda.device_count()):
+            yield Check("wrong", missing)
+            return
+        if missing := missing_resources(settings, os.cpu_count() or 1, float("inf")):
+            yield Check("note", f"{missing} On this machine they share the cores, so the run is slow.")
+            return
+    yield Check("ok", f"The run requires {required_cpus(settings):g} CPUs, with all replicas.")
+
+
+def _check_synthesis(settings: RunConfig) -> Check:
+    from rayk.run.inputs import build_row_filters, read_synthesis_prompts
+
+    assert settings.synthesis is not None
+    prompts = read_synthesis_prompts(settings)
+    build_row_filters(settings)
+    rows = "" if settings.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
+    return Check("ok", f"synthesis: teacher '{settings.synthesis_teacher}' generates {settings.synthesis.kind}{rows}.")
+
+
+def _check_rows(settings: RunConfig, inputs: Any) -> Iterator[Check]:
+    for name, table in (("train", inputs.train), ("evaluation", inputs.evaluation)):
         if table is None:
             continue
         skipped = sum(table.skipped.values())
         counted = int(table.counted_tokens.sum())
-        text = f"data.{what}: {len(table):,} rows, {counted:,} counted tokens, longest {table.longest}"
+        text = f"data.{name}: {len(table):,} rows, {counted:,} counted tokens, longest {table.longest}"
         yield Check(
             "note" if skipped else "ok", text + (f"; {skipped} rows skipped: {table.skipped}" if skipped else ".")
         )
+    batch_size = settings.training.batch_size
+    if inputs.train is not None and len(inputs.train) < batch_size:
+        yield Check(
+            "note",
+            f"training.batch_size is {batch_size}, but data.train has only {len(inputs.train)} rows, so that one step "
+            "trains on rows several times; lower it, or give more rows.",
+        )
+    if _lacks_chat_template(settings, inputs.tokenizer):
+        yield Check(
+            "note",
+            "The student's tokenizer has a chat template, but data.chat_template is false, so that rows are plain text "
+            "to the models; set it to true for a chat model, unless the prompts already contain the template's marks.",
+        )
+
+
+def _lacks_chat_template(settings: RunConfig, tokenizer: Any) -> bool:
+    """Return whether rows with a plain prompt are trained on without the tokenizer's chat template."""
+    from rayk.data.prompts import RowTexts
+    from rayk.data.sources import read_rows
+
+    source = settings.data.train
+    if settings.data.chat_template or source is None or not getattr(tokenizer, "chat_template", None):
+        return False
+    row, texts = next(iter(read_rows(source))), RowTexts(source)
+    row_format = texts.format_of(
+        row, prompts_only=not settings.method.reads_completions, pairs=settings.method.reads_pairs
+    )
+    if row_format not in ("prompt_completion", "preference"):
+        return False
+    if row_format == "preference" and texts.has_conversations(row):
+        return False
+    return not any(mark in texts.prompt(row) for mark in tokenizer.all_special_tokens)
+
+
+def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
+    from rayk.config import StudentConfig
+    from rayk.errors import InputError
+    from rayk.models.student import count_planned_parameters
+
     size = count_planned_parameters(settings.student, inputs.tokenizer)
     yield Check("ok", f"The student trains {size}.")
+    for teacher in settings.signal_teachers:
+        if teacher.model is None:
+            continue
+        try:
+            model = StudentConfig(model=teacher.model, trust_remote_code=teacher.trust_remote_code)
+            total = count_planned_parameters(model, inputs.tokenizer).total
+        except InputError:  # such as a quantized model, whose size does not matter here
+            continue
+        if total < size.total:
+            yield Check(
+                "note",
+                f"Teacher '{teacher.name}' has {total:,} parameters and the student {size.total:,}; if they were "
+                "swapped, exchange teachers.model and student.model.",
+            )
+    if settings.training.learning_rate >= _HIGH_LEARNING_RATE:
+        yield Check(
+            "note",
+            f"training.learning_rate is {settings.training.learning_rate:g}, at which training diverges with AdamW; "
+            "usual values are 1e-6 to 1e-3.",
+        )
     if (retriever := settings.retriever) is not None:
         most = retriever.candidates * retriever.rounds
-        through = f" and {retriever.reward_model.model}" if retriever.reward_model else ""
+        reward = f" and {retriever.reward_model.model}" if retriever.reward_model else ""
         yield Check(
             "ok",
-            f"Retriever: {retriever.encoder}{through} can be loaded; teacher '{settings.retriever_teacher}' scores up "
+            f"Retriever: {retriever.encoder}{reward} can be loaded; teacher '{settings.retriever_teacher}' scores up "
             f"to {most} demonstrations for each training input.",
         )
-    yield from _signal_size(settings)
-    yield Check("ok", f"The run asks Ray for {cpus_needed(settings):g} CPUs.")
 
 
-def _signal_size(settings: RunConfig) -> Iterator[Check]:
-    from rayk.config.support import bytes_a_token
+def _check_signals(settings: RunConfig) -> Iterator[Check]:
+    from rayk.config.support import bytes_per_token
     from rayk.methods import METHODS
     from rayk.models import load_model_config
 
-    yield Check("ok", f"{settings.method.kind} asks of a teacher: {METHODS[settings.method.kind].needs}.")
+    if (method := METHODS.get(settings.method.kind)) is not None:
+        yield Check("ok", f"{settings.method.kind} needs from a teacher: {method.needs}.")
     support = settings.signal_support
     for teacher in settings.teachers:
         if support is not None and teacher.name == settings.evaluation_teacher and teacher.model is not None:
             model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()
-            size = bytes_a_token(support, model.vocab_size, model.hidden_size)
-            yield Check("ok", f"Support {support.kind} of teacher '{teacher.name}': about {size:,.0f} bytes a token.")
+            size = bytes_per_token(support, model.vocab_size, model.hidden_size)
+            yield Check("ok", f"Support {support.kind} of teacher '{teacher.name}': about {size:,.0f} bytes per token.")

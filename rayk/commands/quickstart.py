@@ -1,7 +1,7 @@
-"""`rayk quickstart`: the whole machine on a small scale, with nothing but this computer.
+"""`rayk quickstart`: a complete distillation on a small scale, on this machine alone.
 
-A teacher learns the built-in task (once; it is kept in the cache), is deployed on Ray Serve with two replicas, and two
-students learn the task from the same initial weights, the same rows and as many steps: one from the rows alone
+A teacher is trained on the built-in task (once; it is cached) and deployed on Ray Serve with two replicas. Two students
+with the same initial weights learn the task from the same rows in the same number of steps: one from the rows alone
 (supervised), one from the teacher's distributions on them (logit KD).
 """
 
@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_con
 from rayk.data import generated
 from rayk.errors import InputError
 from rayk.report.report import write_report
-from rayk.run import Result, ProgressListener, distill
+from rayk.run import ProgressListener, distill
 from rayk.serving.cluster import start_ray
 from rayk.teachers import serve_teacher
 
@@ -30,19 +31,21 @@ _TEACHER = "quickstart-teacher"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The two runs' summaries, and the report on both."""
+class QuickstartResult:
+    """The summaries of both runs, and the report that compares them."""
 
     summaries: list[dict[str, Any]]
     report: Path
 
 
-def run_quickstart(output: Path, listener: ProgressListener, seed: int = 0, steps: int | None = None) -> Comparison:
-    """Make or find the teacher, train both students, compare them in OUTPUT/report.html.
+def run_quickstart(
+    output: Path, listener: ProgressListener, seed: int = 0, steps: int | None = None
+) -> QuickstartResult:
+    """Train the teacher unless it is cached, train both students, and compare them in OUTPUT/report.html.
 
     Args:
-        seed: of the students' weights, rows and order.
-        steps: of each student, instead of the task's own.
+        seed: seed of the students' weights, rows and order.
+        steps: number of steps per student; by default the task's.
     """
     for method in METHODS:
         _clear(output / method)
@@ -52,28 +55,28 @@ def run_quickstart(output: Path, listener: ProgressListener, seed: int = 0, step
     listener.stage("Bringing up the teacher on Ray Serve, 2 replicas")
     with serve_teacher(teacher_config(model)):
         results = [
-            distill(student_config(home, output, method, seed, steps), listener=_Naming(listener, method))
+            distill(student_config(home, output, method, seed, steps), listener=_PrefixedListener(listener, method))
             for method in METHODS
         ]
     report = output / "report.html"
     write_report([result.output for result in results], report)
-    return Comparison([result.summary for result in results], report)
+    return QuickstartResult([result.summary for result in results], report)
 
 
 def cache_folder() -> Path:
-    """Where the task's teacher is kept: one folder for each version of the task."""
+    """Return the folder of the cached teacher; each version of the task has its own."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = hashlib.sha256(inspect.getsource(generated).encode()).hexdigest()[:12]
     return base / "rayk" / f"quickstart-{version}"
 
 
 def teacher_model(home: Path, listener: ProgressListener) -> Path:
-    """The folder of the trained teacher, trained now unless `home` has it."""
+    """Return the folder of the trained teacher; train it first unless `home` contains it."""
     model = home / "teacher"
     if model.is_dir():
-        listener.stage(f"The teacher is in the cache ({home})")
+        listener.stage(f"The teacher is cached in {home}")
         return model
-    listener.stage("Training the teacher on the built-in task (only this first time)")
+    listener.stage("Training the teacher on the built-in task (only the first time)")
     work = home / f"training-{os.getpid()}"
     try:
         work.mkdir(parents=True)
@@ -99,15 +102,15 @@ def teacher_model(home: Path, listener: ProgressListener) -> Path:
 
 
 def teacher_config(model: Path, replicas: int = 2) -> TeacherConfig:
-    """The served teacher."""
-    copies = Replicas(min=replicas, max=replicas)
-    return TeacherConfig(name=_TEACHER, model=str(model), replicas=copies, resources=Resources(num_cpus=0.5))
+    """Return the settings of the served teacher."""
+    count = Replicas(min=replicas, max=replicas)
+    return TeacherConfig(name=_TEACHER, model=str(model), replicas=count, resources=Resources(num_cpus=0.5))
 
 
 def student_config(
     home: Path, output: Path, method: str, seed: int = 0, steps: int | None = None, workers: int = 2
 ) -> RunConfig:
-    """One student's run; all that differs between the two is `method`."""
+    """Return the config of one student's run; the two runs differ only in `method`."""
     settings = generated.STUDENT_TRAINING
     data = home / f"rows-{seed}"
     if not data.is_dir():
@@ -146,25 +149,31 @@ def _training(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier quickstart's run; anything else is left alone and named."""
+    """Remove the run of an earlier quickstart.
+
+    Raises:
+        InputError: `folder` contains something else.
+    """
     if not folder.exists():
         return
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"'{folder}' is in the way and is no earlier quickstart; remove it or give another --output.")
+        raise InputError(
+            f"'{folder}' exists and is no run of an earlier quickstart; remove it or give another --output."
+        )
     shutil.rmtree(folder)
 
 
-class _Naming(ProgressListener):
-    """Says which student a stage is about."""
+class _PrefixedListener(ProgressListener):
+    """A progress listener that adds the method's name to each stage."""
 
     def __init__(self, listener: ProgressListener, method: str):
-        self._watcher, self._method = listener, method
+        self._listener, self._method = listener, method
 
     def stage(self, text: str) -> None:
-        self._watcher.stage(f"[{self._method}] {text}")
+        self._listener.stage(f"[{self._method}] {text}")
 
-    def steps(self, rows, total: int) -> None:
-        self._watcher.steps(rows, total)
+    def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
+        self._listener.steps(rows, total)
 
-
-__all__ = ["Comparison", "Result", "run_quickstart"]
+    def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
+        self._listener.progress(done, total, text, unit)

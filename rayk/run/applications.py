@@ -1,33 +1,92 @@
-"""What a run has on Ray Serve, under which names, and the CPUs that takes."""
+"""A run's Ray Serve applications: their names, deploying the teachers, and the resources that the run requires."""
 
 import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 
-from rayk.config import RunConfig, ServedRollouts, StudentSynthesisConfig, TeacherConfig
+from rayk.config import Resources, RunConfig, ServedRollouts, TeacherConfig
 from rayk.models import weights_fingerprint
 from rayk.serving.cluster import start_ray
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 
 
-def required_cpus(config: RunConfig) -> float:
-    """Logical CPUs the run asks Ray for at a time."""
-    needs = {t.name: t.resources.num_cpus * t.replicas.max for t in config.teachers if not t.attach}
-    writing = sum(needs.get(name, 0.0) for name in config.synthesis_teachers)
-    if isinstance(config.synthesis, StudentSynthesisConfig) and config.synthesis.reads_student:
-        writing += config.synthesis.student.resources.num_cpus * config.synthesis.student.replicas.max
-    training = sum(need for name, need in needs.items() if name not in config.synthesis_only_teachers)
+@dataclass(frozen=True)
+class Need:
+    """The copies of one part of a run, and the resources of each copy."""
+
+    name: str
+    least: int
+    """Number of copies without which the run cannot start."""
+    most: int
+    resources: Resources
+    engine_gpus: float = 1.0
+    """GPUs of a copy where `resources.num_gpus` is null and the cluster has GPUs."""
+
+    def gpus(self, has_gpus: bool) -> float:
+        """Return the GPUs of one copy."""
+        if self.resources.num_gpus is not None:
+            return self.resources.num_gpus
+        return self.engine_gpus if has_gpus else 0.0
+
+
+def resource_needs(config: RunConfig) -> list[list[Need]]:
+    """Return what the run requires at the same time: first while it synthesizes rows, then while it trains."""
+    teachers = {
+        teacher.name: Need(
+            f"teacher '{teacher.name}'", max(1, teacher.replicas.min), teacher.replicas.max, teacher.resources,
+            teacher.engine.gpus,
+        )
+        for teacher in config.teachers if not teacher.attach
+    }  # fmt: skip
+    synthesis = [teachers[name] for name in config.synthesis_teachers if name in teachers]
+    served = config.synthesis.served_student if config.synthesis else None
+    if served is not None:
+        replicas = served.replicas
+        synthesis.append(Need("the student", max(1, replicas.min), replicas.max, served.resources, served.engine.gpus))
+    training = [need for name, need in teachers.items() if name not in config.synthesis_only_teachers]
     if isinstance(config.rollouts, ServedRollouts):
-        training += config.rollouts.resources.num_cpus * config.rollouts.replicas.max
-    return max(writing, training + config.training.workers * config.training.resources.num_cpus) + 1
+        policy = config.rollouts
+        training.append(
+            Need("the policy", max(1, policy.replicas.min), policy.replicas.max, policy.resources, policy.engine.gpus)
+        )
+    workers = config.training.workers
+    return [synthesis, [*training, Need("the training workers", workers, workers, config.training.resources)]]
+
+
+def required_cpus(config: RunConfig) -> float:
+    """Return the logical CPUs that the run requests from Ray at the same time, with all replicas."""
+    return max(sum(need.most * need.resources.num_cpus for need in phase) for phase in resource_needs(config)) + 1
+
+
+def missing_resources(config: RunConfig, cpus: float, gpus: float) -> str | None:
+    """Say in a sentence which resources a cluster of `cpus` CPUs and `gpus` GPUs lacks; None if it has enough."""
+    for phase in resource_needs(config):
+        needed_cpus = sum(need.least * need.resources.num_cpus for need in phase)
+        needed_gpus = sum(need.least * need.gpus(gpus >= 1) for need in phase)
+        if needed_gpus > gpus:
+            parts = ", ".join(
+                f"{need.name} {need.least * need.gpus(gpus >= 1):g}" for need in phase if need.gpus(gpus >= 1)
+            )
+            return (
+                f"The run requires {needed_gpus:g} GPUs at the same time ({parts}), but there are {gpus:g}; lower "
+                "resources.num_gpus (fractions share a GPU; 0 computes on CPUs), replicas or training.workers."
+            )
+        if needed_cpus > cpus:
+            parts = ", ".join(f"{need.name} {need.least * need.resources.num_cpus:g}" for need in phase if need.least)
+            return (
+                f"The run requires {needed_cpus:g} CPUs at the same time ({parts}), but there are {cpus:g}; lower "
+                "resources.num_cpus, replicas or training.workers."
+            )
+    return None
 
 
 def connect_attached_teachers(config: RunConfig) -> dict[str, Teacher]:
-    """The teachers that must already run, asked.
+    """Connect to the teachers that must already be running.
 
     Raises:
-        InputError: one does not answer.
+        InputError: one does not respond.
     """
     names = [teacher.name for teacher in config.teachers if teacher.attach]
     if names:
@@ -36,29 +95,34 @@ def connect_attached_teachers(config: RunConfig) -> dict[str, Teacher]:
 
 
 def teacher_applications(config: RunConfig) -> dict[str, str]:
-    """Each teacher's Serve application."""
+    """Return the name of each teacher's Serve application."""
     return {t.name: t.name if t.attach else f"{t.name}-{_owner(config)}" for t in config.teachers}
 
 
 def policy_application(config: RunConfig) -> str:
-    """The Serve application of the run's own policy; no teacher's name begins so."""
+    """Return the name of the policy's Serve application; no teacher's name starts with an underscore."""
     return f"_policy-{_owner(config)}"
 
 
 def served_student_config(config: RunConfig) -> TeacherConfig:
-    """The student as the run begins, as a Serve application that answers like a teacher. No teacher's name is so, nor
-    that of a student with other weights, which a killed run may have left under the same path."""
-    model = config.student.model
-    assert isinstance(config.synthesis, StudentSynthesisConfig) and model is not None
+    """Return the settings with which the student is served for synthesis.
+
+    The application's name contains the fingerprint of the weights, so that an application of other weights that a
+    killed run has left is not used.
+    """
+    model, served = config.student.model, config.synthesis.served_student if config.synthesis else None
+    assert served is not None and model is not None
     return TeacherConfig(
         name=f"{_owner(config)}-student-{weights_fingerprint(model)[:8] or 'hub'}", model=model,
-        trust_remote_code=config.student.trust_remote_code, **dict(config.synthesis.student),
+        trust_remote_code=config.student.trust_remote_code, **dict(served),
     )  # fmt: skip
 
 
 def _owner(config: RunConfig) -> str:
-    """What a run's own Serve applications are named after, its output, so that two runs on a cluster do not take each
-    other's, and a resumed run finds what a killed one has left."""
+    """Return a hash of the run directory, the suffix of the run's own applications.
+
+    Two runs on a cluster do not use each other's applications, and a resumed run finds those a killed one has left.
+    """
     return hashlib.sha256(str(config.output_path).encode()).hexdigest()[:8]
 
 
@@ -66,11 +130,12 @@ def serve_teachers(
     config: RunConfig, applications: Mapping[str, str], stack: ExitStack, cache: SignalCache | None,
     names: Collection[str] | None = None,
 ) -> dict[str, Teacher]:  # fmt: skip
-    """The teachers of these names, by default those of training, up until `stack` closes."""
+    """Deploy the teachers `names`, by default those of training, until `stack` closes."""
+    names = [teacher.name for teacher in config.training_teachers] if names is None else names
     running = {}
-    names = [each.name for each in config.training_teachers] if names is None else names
-    for teacher in (each for each in config.teachers if each.name in names):
-        application = teacher.model_copy(update={"name": applications[teacher.name]})
-        served = serve_teacher(application, cache if teacher.gives_signals else None)
-        running[teacher.name] = stack.enter_context(served)
+    for teacher in config.teachers:
+        if teacher.name in names:
+            application = teacher.model_copy(update={"name": applications[teacher.name]})
+            served = serve_teacher(application, cache if teacher.gives_signals else None)
+            running[teacher.name] = stack.enter_context(served)
     return running

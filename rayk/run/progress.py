@@ -1,4 +1,4 @@
-"""What a run tells whoever watches."""
+"""Progress of a run: the listener interface, and following `metrics.jsonl` while training runs."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,36 +6,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayk.report.run_directory import Follower
+from rayk.report.run_directory import MetricsFollower
 
 
 class ProgressListener:
-    """What a run tells whoever watches; the command line draws it."""
+    """Receives a run's progress and ignores it; override what you want to show. The command line draws it."""
 
     def stage(self, text: str) -> None:
-        """A new part of the run begins."""
+        """A new stage of the run begins."""
 
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
-        """Rows of `metrics.jsonl` since the last call; after a worker's death they begin again at the first."""
+        """New rows of `metrics.jsonl`. After a worker's death and on resuming, earlier steps may be repeated."""
 
     def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
-        """So much of the current part is done."""
+        """`done` of `total` units of the current stage are finished."""
 
 
 @contextmanager
-def watching(folder: Path, total: int, listener: ProgressListener) -> Iterator[None]:
-    """Tell the watcher of new rows in `metrics.jsonl` while training runs, wherever rank 0 is."""
+def follow_metrics(folder: Path, total: int, listener: ProgressListener) -> Iterator[None]:
+    """Report new rows of `folder`/metrics.jsonl to the listener while the block runs, wherever rank 0 is."""
     done = threading.Event()
-    follower = Follower(folder / "metrics.jsonl")
+    follower = MetricsFollower(folder / "metrics.jsonl")
 
-    def tell() -> None:
+    def report() -> None:
         finished = False
         while not finished:
             finished = done.wait(0.5)
-            if rows := follower.rows():
+            if rows := follower.new_rows():
                 listener.steps(rows, total)
 
-    thread = threading.Thread(target=tell, name="rayk-progress", daemon=True)
+    thread = threading.Thread(target=report, name="rayk-progress", daemon=True)
     thread.start()
     try:
         yield

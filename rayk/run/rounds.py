@@ -1,9 +1,8 @@
-"""A run's rounds: rows written with the student of the round before, and that student trained on them, so often.
+"""Runs of one or several rounds. Each round synthesizes rows and trains on them, starting from the previous student.
 
-Each round is a run directory of its own, `OUTPUT/rounds/01` and so on, made by the code of a single run
-(`rayk.run.pipeline`) with settings of its own: the student is the model that the round before has left. So a run that was
-killed goes on inside its round by what that round's directory holds. OUTPUT itself gets the last round's model, all
-rounds' steps one after the other in `metrics.jsonl`, and a report that compares them.
+Each round is a run of its own (`rayk.run.pipeline`) in `OUTPUT/rounds/01` and so on, and its student is the model of
+the round before. A killed run therefore continues inside its round, from that round's directory. OUTPUT itself gets
+the model of the last round, the steps of all rounds in one `metrics.jsonl`, and a report that compares the rounds.
 """
 
 import json
@@ -17,12 +16,12 @@ from rayk.config import RunConfig, load_config, parse_config
 from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
+from rayk.run.applications import required_cpus
 from rayk.run.directory import ROUNDS, check, claim, with_absolute_paths, write_config
 from rayk.run.inputs import read_synthesis_prompts, synthesized_rows_path
 from rayk.run.pipeline import Result, run_once, training_speed, write_json
-from rayk.run.applications import required_cpus
 from rayk.run.progress import ProgressListener
-from rayk.run.training_rows import FIRST_ROUND, RoundInfo, write_rows
+from rayk.run.training_rows import FIRST_ROUND, RoundInfo, synthesize_training_rows
 from rayk.serving.cluster import start_ray
 from rayk.synthesis import CompletionStore
 
@@ -35,13 +34,13 @@ def distill(
 
     Args:
         output: the run directory, instead of the config's.
-        resume: go on with the run in that directory, if there is one; also with more `rounds` than it had.
-        watcher: is told how the run goes.
+        resume: continue the run in that directory, if it contains one; `rounds` may be larger than before.
+        listener: receives the progress.
 
     Raises:
-        InputError: the settings, data or models are wrong, or the directory holds another run.
-        TeacherUnavailable: a teacher did not answer in time; the last step is checkpointed.
-        RunFailed: training broke down (the latest checkpoint stands), or no training row could be synthesised.
+        InputError: the settings, data or models are wrong, or the directory contains another run.
+        TeacherUnavailable: a teacher did not respond in time; the last step is checkpointed.
+        RunFailed: training failed (the latest checkpoint is kept), or no training row could be synthesized.
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, output=output)
@@ -49,25 +48,28 @@ def distill(
     if config.rounds == 1:
         return run_once(config, listener, resume=resume)
     check(config, resume)
-    _check_number(config)
+    _check_rounds(config)
     for number in range(config.rounds):
         settings, round_info = round_config(config, number)
-        if _finished(settings):
+        if _is_finished(settings):
             claim(settings, resume)
             continue
         listener.stage(f"Round {number + 1} of {config.rounds}")
         run_once(settings, listener, resume=resume, round_info=round_info)
         write_config(config)
         _gather_steps(config)
-    return _finish(config)
+    return _finish_run(config)
 
 
-def synthesize(config: RunConfig, output: str | None = None, listener: ProgressListener | None = None) -> dict[str, Any]:
-    """Only have `config`'s training rows written, into `<output>/synthesis`; what is there is not asked for again. With
-    `rounds`, those of the round that is next.
+def synthesize(
+    config: RunConfig, output: str | None = None, listener: ProgressListener | None = None
+) -> dict[str, Any]:
+    """Synthesize the training rows of `config` (with `rounds`, of the next round) in `OUTPUT/synthesis`.
+
+    Existing completions are not requested again.
 
     Returns:
-        The summary, as `synthesis/summary.json` holds it.
+        The content of `synthesis/summary.json`.
 
     Raises:
         InputError: there is no `synthesis`, or the settings, data or models are wrong.
@@ -75,29 +77,31 @@ def synthesize(config: RunConfig, output: str | None = None, listener: ProgressL
     """
     config, listener = with_absolute_paths(config, output), listener or ProgressListener()
     if config.synthesis is None:
-        raise InputError("synthesis is missing; set synthesis.kind to what a teacher is to write.")
+        raise InputError("synthesis is missing; set synthesis.kind to the way in which rows are generated.")
     config, round_info = next_round(config)
     listener.stage("Reading data and models")
     prompts = read_synthesis_prompts(config)
     with ExitStack() as stack:
         start_ray(required_cpus(config))
-        write_rows(config, prompts, stack, None, listener, settled=False, round_info=round_info)
+        synthesize_training_rows(config, prompts, stack, None, listener, settled=False, round_info=round_info)
         summary = CompletionStore(synthesized_rows_path(config).parent).summary
     assert summary is not None
     return summary
 
 
 def next_round(config: RunConfig) -> tuple[RunConfig, RoundInfo]:
-    """The settings of the first round that is not finished (the last one, where all are), and which it is; `config`
-    itself, whose paths are absolute, where it has no rounds."""
+    """Return the settings and number of the first unfinished round, or of the last one if all are finished.
+
+    For a run without rounds that is `config` itself. Its paths must be absolute.
+    """
     if config.rounds == 1:
         return config, FIRST_ROUND
     rounds = [round_config(config, number) for number in range(config.rounds)]
-    return next((each for each in rounds if not _finished(each[0])), rounds[-1])
+    return next((entry for entry in rounds if not _is_finished(entry[0])), rounds[-1])
 
 
 def round_config(config: RunConfig, number: int) -> tuple[RunConfig, RoundInfo]:
-    """The settings of round `number`, from 0, as a run of its own."""
+    """Return the settings of round `number`, from 0, as a run of its own."""
     values = config.model_dump(mode="json")
     values |= {"rounds": 1, "name": f"{config.name}-round-{number + 1}", "output": str(_folder(config, number))}
     if config.training.checkpoints:
@@ -113,20 +117,20 @@ def _folder(config: RunConfig, number: int) -> Path:
     return config.output_path / ROUNDS / f"{number + 1:02d}"
 
 
-def _finished(config: RunConfig) -> bool:
+def _is_finished(config: RunConfig) -> bool:
     return (config.output_path / "summary.json").exists()
 
 
-def _check_number(config: RunConfig) -> None:
+def _check_rounds(config: RunConfig) -> None:
     if _folder(config, config.rounds).exists():
         raise InputError(
-            f"rounds is {config.rounds}, but the run in '{config.output_path}' has begun with round "
-            f"{config.rounds + 1}; give it as many, or another --output."
+            f"rounds is {config.rounds}, but the run in '{config.output_path}' has already started round "
+            f"{config.rounds + 1}; raise rounds, or give another --output."
         )
 
 
 def _gather_steps(config: RunConfig) -> None:
-    """Write all rounds' steps so far into the run's own `metrics.jsonl`, counted through."""
+    """Write the steps of all rounds to the run's own `metrics.jsonl`, numbered consecutively."""
     rows: list[dict[str, Any]] = []
     for number in range(config.rounds):
         steps = read_lines(_folder(config, number) / "metrics.jsonl")
@@ -136,8 +140,8 @@ def _gather_steps(config: RunConfig) -> None:
     part.replace(config.output_path / "metrics.jsonl")
 
 
-def _finish(config: RunConfig) -> Result:
-    """Give the run directory what the rounds came to."""
+def _finish_run(config: RunConfig) -> Result:
+    """Write the model, metrics, summary and report of the whole run."""
     folders = [_folder(config, number) for number in range(config.rounds)]
     model, unfinished = config.output_path / "model", config.output_path / "model.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -149,7 +153,7 @@ def _finish(config: RunConfig) -> Result:
     summary = {
         **summaries[-1],
         "name": config.name,
-        "seconds": sum(each["seconds"] for each in summaries),
+        "seconds": sum(summary["seconds"] for summary in summaries),
         **training_speed(read_lines(config.output_path / "metrics.jsonl")),
         "rounds": summaries,
     }

@@ -1,4 +1,4 @@
-"""Having a run's training rows written, and what they depend on."""
+"""Synthesize a run's training rows, unless its directory contains them already."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,20 +9,21 @@ from typing import Any
 
 from rayk.config import RunConfig
 from rayk.models import weights_fingerprint
+from rayk.run.applications import serve_teachers, served_student_config, teacher_applications
 from rayk.run.directory import CHOICE, PLACEMENT
-from rayk.run.inputs import contamination_prompts, build_row_filters, synthesized_rows_path
-from rayk.run.applications import teacher_applications, serve_teachers, served_student_config
+from rayk.run.inputs import build_row_filters, contamination_prompts, synthesized_rows_path
 from rayk.run.progress import ProgressListener
-from rayk.synthesis import RecipeContext, Prompt, CompletionStore, fingerprint, synthesize_rows
+from rayk.synthesis import CompletionStore, Prompt, RecipeContext, fingerprint, synthesize_rows
 from rayk.teachers import Teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 
-_NOT_WRITTEN_WITH = ("prompts", "teacher", "referee", "seed_tasks")  # told by what is in them, not by where they are
+# Identified by their contents, not by their paths or names.
+_LOCATIONS = ("prompts", "teacher", "referee", "seed_tasks")
 
 
 @dataclass(frozen=True)
 class RoundInfo:
-    """Which of a run's rounds this is, from 0, and where the rows of the round before were written."""
+    """A round's number, from 0, and the synthesis folder of the round before."""
 
     number: int = 0
     before: Path | None = None
@@ -31,69 +32,71 @@ class RoundInfo:
 FIRST_ROUND = RoundInfo()
 
 
-def write_rows(
-    config: RunConfig, prompts: Sequence[Prompt], stack: ExitStack, cache: SignalCache | None, listener: ProgressListener, *,
-    settled: bool, round_info: RoundInfo = FIRST_ROUND,
+def synthesize_training_rows(
+    config: RunConfig, prompts: Sequence[Prompt], stack: ExitStack, cache: SignalCache | None,
+    listener: ProgressListener, *, settled: bool, round_info: RoundInfo = FIRST_ROUND,
 ) -> dict[str, Teacher]:  # fmt: skip
-    """Have the training rows written, unless they are.
+    """Synthesize the training rows, unless they are complete.
 
     Args:
-        stack: holds the teachers that training needs too; the others come down at once, and so does the student.
-        settled: rows are learned from already; prompts that were left unanswered are not asked again.
+        stack: keeps the teachers that training needs too; other teachers and the served student are removed at the end.
+        settled: whether training on the rows has started; then failed requests are not repeated.
 
     Returns:
-        The teachers that stay up, by name.
+        The teachers that are still running, by name.
     """
     assert config.synthesis is not None
-    asks_student = config.synthesis.asks_student(round_info.number)
-    with CompletionStore(synthesized_rows_path(config).parent) as store, ExitStack() as staying, ExitStack() as leaving:
-        store.claim(_made_with(config, prompts, round_info), PLACEMENT, CHOICE)
-        if (summary := store.summary) and (settled or not _wants_more(store, summary)):
+    uses_student = config.synthesis.asks_student(round_info.number)
+    with (
+        CompletionStore(synthesized_rows_path(config).parent) as store,
+        ExitStack() as kept_apps,
+        ExitStack() as temporary,
+    ):
+        store.claim(_dependencies(config, prompts, round_info), PLACEMENT, CHOICE)
+        if (summary := store.summary) and (settled or not _is_incomplete(store, summary)):
             return {}
         if round_info.before is not None:
-            store.look_into(round_info.before)
+            store.add_earlier_round(round_info.before)
         filters = build_row_filters(config)
-        new = [each.name for each in config.teachers if each.name in config.synthesis_teachers and not each.attach]
-        if new or asks_student:
-            listener.stage(f"Bringing up {', '.join([*new, *['the student'] * asks_student])} on Ray Serve")
+        names = [t.name for t in config.teachers if t.name in config.synthesis_teachers and not t.attach]
+        if names or uses_student:
+            listener.stage(f"Bringing up {', '.join([*names, *['the student'] * uses_student])} on Ray Serve")
         applications = teacher_applications(config)
         needed = [name for name in config.synthesis_teachers if name not in config.synthesis_only_teachers]
-        kept = serve_teachers(config, applications, staying, cache, needed)
-        gone = serve_teachers(
-            config, applications, leaving, cache, [n for n in config.synthesis_teachers if n not in needed]
-        )
-        student = leaving.enter_context(serve_teacher(served_student_config(config))) if asks_student else None
-        running = kept | gone
-        before = f", {len(store):,} completions are there" if len(store) else ""
-        given = "" if config.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
-        listener.stage(f"Synthesising {config.synthesis.kind}{given}{before}")
+        kept = serve_teachers(config, applications, kept_apps, cache, needed)
+        others = [name for name in config.synthesis_teachers if name not in needed]
+        running = kept | serve_teachers(config, applications, temporary, cache, others)
+        student = temporary.enter_context(serve_teacher(served_student_config(config))) if uses_student else None
+        count = "" if config.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
+        existing = f"; {len(store):,} completions exist already" if len(store) else ""
+        listener.stage(f"Synthesizing {config.synthesis.kind}{count}{existing}")
         summary = synthesize_rows(
             config.synthesis, prompts, running[config.synthesis_teacher], store, filters, seed=config.seed,
             progress=partial(listener.progress, unit="completion"),
-            company=RecipeContext(
+            context=RecipeContext(
                 round_info.number, round_info.before, student, config.data.chat_template,
                 running[config.referee] if config.referee != config.synthesis_teacher else None, running,
             ),
         )  # fmt: skip
-        listener.stage(_came_to(summary))
-        stack.enter_context(staying.pop_all())
+        listener.stage(_describe_rows(summary))
+        stack.enter_context(kept_apps.pop_all())
         return kept
 
 
-def _came_to(summary: Mapping[str, Any]) -> str:
-    """How many rows there are, and what became of the others."""
-    left_out = ", ".join(f"{count:,} {by}" for by, count in summary["rejected"].items() if count)
-    rows = f"{summary['kept']:,} of {summary['candidates']:,} rows are kept"
-    return f"{rows}; left out: {left_out}" if left_out else rows
+def _describe_rows(summary: Mapping[str, Any]) -> str:
+    """Describe the numbers of kept and rejected rows."""
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in summary["rejected"].items() if count)
+    text = f"{summary['kept']:,} of {summary['candidates']:,} rows are kept"
+    return f"{text}; rejected: {rejected}" if rejected else text
 
 
-def _wants_more(store: CompletionStore, summary: Mapping[str, Any]) -> bool:
-    """Whether there is something to ask again: it was left unanswered, or its refusal was deleted."""
-    return summary["unanswered"] > 0 or store.refusals < summary.get("refused", 0)
+def _is_incomplete(store: CompletionStore, summary: Mapping[str, Any]) -> bool:
+    """Return whether requests should be repeated: some failed, or stored refusals were deleted."""
+    return summary["unanswered"] > 0 or store.num_refusals < summary.get("refused", 0)
 
 
-def _made_with(config: RunConfig, prompts: Sequence[Prompt], round_info: RoundInfo) -> dict[str, Any]:
-    """What the written rows depend on."""
+def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: RoundInfo) -> dict[str, Any]:
+    """Return everything that the synthesized rows depend on."""
     assert config.synthesis is not None
     values = config.model_dump(mode="json")
     models = {
@@ -101,8 +104,8 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt], round_info: RoundIn
         for teacher in values["teachers"]
     }
     teachers = [models[name] for name in dict.fromkeys([config.synthesis_teacher, config.referee])]
-    made_with = {
-        "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _NOT_WRITTEN_WITH},
+    dependencies = {
+        "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _LOCATIONS},
         "seed": config.seed,
         "teachers": teachers if len(teachers) > 1 else teachers[0],
         "judges": [models[name] for name in config.judges],
@@ -111,9 +114,9 @@ def _made_with(config: RunConfig, prompts: Sequence[Prompt], round_info: RoundIn
         "compared": fingerprint(contamination_prompts(config)),
     }
     if round_info.number:
-        made_with["round"] = round_info.number
+        dependencies["round"] = round_info.number
     if config.synthesis.asks_student(round_info.number):
         assert config.student.model is not None
         weights = weights_fingerprint(config.student.model)
-        made_with["student"] = {"weights": weights or config.student.model, "chat": config.data.chat_template}
-    return made_with
+        dependencies["student"] = {"weights": weights or config.student.model, "chat": config.data.chat_template}
+    return dependencies

@@ -52,10 +52,10 @@ def test_quickstart_compares_two_students_of_one_served_teacher(small, ray_clust
     assert not any(stage.startswith("Training") for stage in again.stages)
 
 
-def test_quickstart_leaves_a_stranger_in_its_way_alone(tmp_path):
+def test_quickstart_does_not_remove_other_folders(tmp_path):
     folder = tmp_path / "out" / "supervised"
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("my life's work")
-    with pytest.raises(quickstart.InputError, match="is no earlier quickstart"):
+    with pytest.raises(quickstart.InputError, match="is no run of an earlier quickstart"):
         quickstart.run_quickstart(tmp_path / "out", ProgressListener())
     assert (folder / "thesis.tex").exists()

@@ -1,39 +1,42 @@
-"""How a run looks on a terminal, and in a log file."""
+"""A run's progress on a terminal as a bar, elsewhere as lines."""
 
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from rayk.commands.console import console as standard_error
 from rayk.run import ProgressListener
 
 _LINE_EVERY_SECONDS = 10.0
 
 
 class TerminalProgress(ProgressListener):
-    """Stages as lines with the time since the start; steps as a bar on a terminal, else as a line now and then."""
+    """A progress listener that prints stages as lines with the time since the start, and steps as a bar.
 
-    def __init__(self, console: Console):
+    Where the output is no terminal, steps are printed as lines, at most one every ten seconds.
+    """
+
+    def __init__(self, console: Console = standard_error):
         self._console = console
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._bar: Progress | None = None
         self._last_line = 0.0
+        self._last_step = 0
 
     def stage(self, text: str) -> None:
         self._close()
-        self._console.print(Text.assemble((f"{time.monotonic() - self._began:5.0f} s", "dim"), "  ", text))
+        self._last_step = 0
+        self._console.print(Text.assemble((f"{time.monotonic() - self._started:5.0f} s", "dim"), "  ", text))
 
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
         row = rows[-1]
+        if row["step"] <= self._last_step:  # a resumed run repeats the steps after its checkpoint
+            return
+        self._last_step = row["step"]
         text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
         if "evaluation_loss" in row:
             text += f"  evaluation loss {row['evaluation_loss']:.4f}"

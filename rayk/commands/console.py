@@ -1,0 +1,41 @@
+"""Printing: messages to standard error, results to standard output. Imports neither torch nor ray."""
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Users' texts are shown as they are: no markup is interpreted, and only the terminal wraps lines.
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+"""Messages and progress go to standard error; results go to standard output."""
+
+_MARKS = {"ok": ("✓", "green"), "note": ("•", "yellow"), "wrong": ("✗", "red")}
+
+
+def print_table(table: Table) -> None:
+    """Print to standard output; rows are not wrapped if that is a file."""
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
+
+
+def print_sections(sections: Sequence[Mapping[str, str]]) -> None:
+    """Print each section as a table of names and texts, with an empty line between sections; skip empty texts."""
+    for number, section in enumerate(sections):
+        if number:
+            print()
+        print_table(two_columns(section))
+
+
+def two_columns(texts: Mapping[str, str]) -> Table:
+    """Return a table with a name and a text per row, without the empty texts."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, text in texts.items():
+        if text:
+            table.add_row(Text(name), Text(text))
+    return table
+
+
+def print_check(state: str, text: str) -> None:
+    """Print one finding of `rayk doctor` to standard output; `state` is "ok", "note" or "wrong"."""
+    Console(highlight=False, markup=False, soft_wrap=True).print(Text.assemble(_MARKS[state], " ", text))

@@ -1,0 +1,55 @@
+"""`rayk evaluate`: measure a trained student, or any model, on a config's evaluation rows."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rayk.config import RunConfig
+from rayk.errors import InputError
+from rayk.run import ProgressListener, evaluate_model, with_absolute_paths
+from rayk.run.pipeline import write_json
+
+logger = logging.getLogger(__name__)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse `--set student.model=…`, which would not change the model that is measured.
+
+    Raises:
+        InputError: `student.model` is among the overrides.
+    """
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.strip() == "student.model":
+            raise InputError(
+                f"--set {override} does not choose the model to measure: by default that is the run's trained student. "
+                f"Give --model {value.strip()} instead."
+            )
+
+
+def evaluate(config: RunConfig, model: str | None, listener: ProgressListener) -> tuple[dict[str, Any], Path | None]:
+    """Measure `model`, by default the run's student, and keep the result in `evaluation.json`.
+
+    The file is in the run directory, or in the folder of `model` if that is a local one.
+
+    Returns:
+        The summary, and the file it was written to; None where the model is no local folder.
+    """
+    summary = evaluate_model(config, model, listener)
+    folder = with_absolute_paths(config).output_path if model is None else Path(model).expanduser()
+    if not folder.is_dir():
+        return summary, None
+    path = folder / "evaluation.json"
+    try:
+        write_json(path, summary)
+    except OSError as error:
+        logger.warning("'%s' cannot be written: %s.", path, error.strerror)
+        return summary, None
+    return summary, path
+
+
+def to_json(summary: dict[str, Any]) -> str:
+    """Return the summary as JSON text."""
+    return json.dumps(summary, indent=2, ensure_ascii=False)

@@ -1,0 +1,38 @@
+"""`rayk run`: a run from data to trained student, and what an interruption leaves."""
+
+from rayk.config import RunConfig
+from rayk.errors import Interrupted
+from rayk.run import ProgressListener, Result, distill, next_round, with_absolute_paths
+from rayk.run.directory import learned_from
+from rayk.training.checkpoint import CheckpointStore
+
+
+def run(config: RunConfig, *, resume: bool, listener: ProgressListener) -> Result:
+    """Run `config` to the end.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the message says what is kept.
+    """
+    try:
+        return distill(config, resume=resume, listener=listener)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise Interrupted(_kept(config)) from stop
+
+
+def _kept(config: RunConfig) -> str:
+    """Say in a sentence what an interrupted run has kept, and how to continue."""
+    config, _ = next_round(with_absolute_paths(config))
+    if steps := _checkpointed_steps(config):
+        return f"Interrupted; the run is checkpointed at step {steps[-1]:,}. Continue it with --resume."
+    if learned_from(config):
+        return "Interrupted before the first checkpoint; with --resume the training starts again at step 1."
+    if (config.output_path / "synthesis").is_dir():
+        return "Interrupted; the generated completions are kept. Continue with --resume."
+    return "Interrupted before training started; nothing is lost."
+
+
+def _checkpointed_steps(config: RunConfig) -> list[int]:
+    try:
+        return CheckpointStore(config.checkpoints).steps()
+    except (OSError, ValueError):
+        return []
