@@ -37,9 +37,9 @@ class EngineInfo:
     weights_fingerprint: str = ""
     """Changes with the weights (`rayk.models.weights_fingerprint`); empty where they are not known, as behind an
     endpoint."""
-    verifies: bool = False
+    can_verify: bool = False
     """Whether it is a `VerifyingEngine`."""
-    chats: bool = False
+    applies_chat_template: bool = False
     """Whether it puts every prompt into a chat template itself, as a user's message; an endpoint may."""
 
 
@@ -64,7 +64,7 @@ class SamplingParameters:
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedSequence:
     """One continuation: its token ids (EOS included where it ended so), their log-probs under the model at temperature
     1 without truncation (nats), `finish_reason` 'stop' or 'length', and its text without special tokens.
 
@@ -110,7 +110,7 @@ class Engine(Protocol):
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
-    ) -> list[Generated]:
+    ) -> list[GeneratedSequence]:
         """One continuation a prompt, in order."""
         ...
 
@@ -124,7 +124,7 @@ class Engine(Protocol):
 
 
 class VerifyingEngine(Engine, Protocol):
-    """An engine that also takes part in teacher-mixed sampling; its `info.verifies` says so."""
+    """An engine that also takes part in teacher-mixed sampling; its `info.can_verify` says so."""
 
     async def verify(self, drafts: Sequence[Draft]) -> list[Verdict]:
         """Which drafted tokens are kept, and what may replace the first that is not; a verdict each, in order."""

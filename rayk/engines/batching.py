@@ -82,7 +82,7 @@ class MicroBatcher:
 
 
 @asynccontextmanager
-async def together() -> AsyncIterator[asyncio.TaskGroup]:
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """Tasks that end with the block: its first failure, or theirs, cancels the rest and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -94,6 +94,6 @@ async def together() -> AsyncIterator[asyncio.TaskGroup]:
 
 async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results in order; the first failure cancels the rest and is raised as itself."""
-    async with together() as group:
+    async with task_group() as group:
         tasks = [group.create_task(piece) for piece in work]
     return [task.result() for task in tasks]

@@ -52,7 +52,7 @@ def _check_requested(info: EngineInfo, sequence: TokenSequence, first: TokenSequ
         )
 
 
-def tokenized(
+def tokenize_prompts(
     info: EngineInfo, tokenizer: Any, prompts: Sequence[Prompt], parameters: SamplingParameters
 ) -> list[np.ndarray]:
     """The prompts' token ids, after refusing what this model cannot continue.
@@ -73,13 +73,13 @@ def tokenized(
     return rows
 
 
-def check_verifies(info: EngineInfo) -> None:
+def check_can_verify(info: EngineInfo) -> None:
     """Refuse teachers that cannot take part in teacher-mixed sampling.
 
     Raises:
         InputError: the engine cannot draw at positions of a given sequence.
     """
-    if not info.verifies:
+    if not info.can_verify:
         raise InputError(
             f"engine kind '{info.engine}' of {info.model} cannot verify drafts, which teacher-mixed sampling needs; "
             "use engine kind 'transformers', or sample from the student alone."
@@ -92,7 +92,7 @@ def check_drafts(info: EngineInfo, drafts: Sequence[Draft]) -> None:
     Raises:
         InputError: another kind of engine, a sequence too long or with ids out of range.
     """
-    check_verifies(info)
+    check_can_verify(info)
     for draft in drafts:
         if len(draft) > info.max_tokens:
             raise InputError(

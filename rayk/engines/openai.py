@@ -26,7 +26,7 @@ from tenacity import (
 
 from rayk.config import OpenAIEngineConfig
 from rayk.config.support import Support
-from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters, Usage
+from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters, Usage
 from rayk.engines.batching import gather
 from rayk.engines.limits import RateLimit
 from rayk.errors import InputError
@@ -87,7 +87,7 @@ class OpenAIEngine:
             device="endpoint",
             supports=(),
             engine="openai",
-            chats=settings.chat,
+            applies_chat_template=settings.chat,
         )
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
@@ -104,7 +104,7 @@ class OpenAIEngine:
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
-    ) -> list[Generated]:
+    ) -> list[GeneratedSequence]:
         if parameters.top_k:
             raise InputError("OpenAI-compatible endpoints take no top_k; leave it out, or use top_p.")
         return await gather(
@@ -117,7 +117,7 @@ class OpenAIEngine:
     async def check_health(self) -> None:
         """Nothing: a new replica would not mend a slow endpoint."""
 
-    async def _continued(self, prompt: str, parameters: SamplingParameters, seed: int) -> Generated:
+    async def _continued(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, _NoAnswer) and error.passing),
             stop=stop_after_attempt(self.settings.attempts), wait=_pause, reraise=True,
@@ -128,9 +128,11 @@ class OpenAIEngine:
         except _NoAnswer as error:
             self.usage.given_up += 1
             logger.warning("%s left a prompt unanswered: %s", self.info.model, error)
-            return Generated(np.zeros(0, np.int32), np.zeros(0, np.float32), "error", "", str(error), error.refused)
+            return GeneratedSequence(
+                np.zeros(0, np.int32), np.zeros(0, np.float32), "error", "", str(error), error.refused
+            )
 
-    async def _ask(self, prompt: str, parameters: SamplingParameters, seed: int) -> Generated:
+    async def _ask(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
         """One request, when the limits allow it."""
         expected = len(prompt) / _CHARACTERS_A_TOKEN + parameters.max_new_tokens
         await self._requests.take(1)
@@ -223,7 +225,7 @@ class OpenAIEngine:
             self.usage.cost = (self.usage.cost or 0.0) + paid
         self._tokens.give_back(expected - prompt - completion)
 
-    def _generated(self, answer: Any) -> Generated:
+    def _generated(self, answer: Any) -> GeneratedSequence:
         """What an answer says."""
         try:
             choice = answer["choices"][0]
@@ -237,7 +239,7 @@ class OpenAIEngine:
                 refused=ended == "content_filter" or (self.settings.chat and bool(choice["message"].get("refusal"))),
             )  # fmt: skip
         logprobs = self._logprobs_of(choice) if self.settings.logprobs and text else np.zeros(0, np.float32)
-        return Generated(np.zeros(0, np.int32), logprobs, ended, text)
+        return GeneratedSequence(np.zeros(0, np.int32), logprobs, ended, text)
 
     def _logprobs_of(self, choice: Any) -> np.ndarray:
         """float32 [written tokens], in nats."""

@@ -13,10 +13,10 @@ import torch
 
 from rayk.config import SimulatedEngineConfig
 from rayk.config.support import Logprob, Support, TopK
-from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
-from rayk.engines.checks import check_request, tokenized
+from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters
+from rayk.engines.checks import check_request, tokenize_prompts
 from rayk.errors import InputError
-from rayk.models import Head, load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.models import Head, load_model_config, load_tokenizer, max_positions, real_vocab_size, tokenizer_fingerprint
 from rayk.signals.batch import SignalBatch
 from rayk.signals.sequence import TokenSequence
 
@@ -32,7 +32,7 @@ class SimulatedEngine:
         self.info = EngineInfo(
             model=model,
             vocab_size=min(architecture.vocab_size, real_vocab_size(self.tokenizer)),
-            max_tokens=int(getattr(architecture, "max_position_embeddings", None) or 1 << 30),
+            max_tokens=max_positions(architecture),
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype="none",
             device="none",
@@ -60,14 +60,14 @@ class SimulatedEngine:
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
-    ) -> list[Generated]:
-        rows = tokenized(self.info, self.tokenizer, prompts, parameters)
+    ) -> list[GeneratedSequence]:
+        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters)
         length = parameters.max_new_tokens
         await self._take(length * len(rows) / self.settings.generated_tokens_per_second)
         ids = [np.random.default_rng(seed).integers(0, self.info.vocab_size, length, np.int32) for seed in seeds]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         logprobs = np.full(length, -2.0, np.float32)
-        return [Generated(row, logprobs, "length", text) for row, text in zip(ids, texts, strict=True)]
+        return [GeneratedSequence(row, logprobs, "length", text) for row, text in zip(ids, texts, strict=True)]
 
     def head(self) -> Head:
         raise InputError("engine kind 'simulated' has no weights, so it cannot give hidden states; use 'topk'.")

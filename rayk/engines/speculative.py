@@ -55,7 +55,7 @@ class Stream(IntEnum):
     """Whether a candidate is taken, numbers of each position's own."""
 
 
-def uniforms(stream: Stream, seed: int, count: int, *, start: int, position: int = 0) -> np.ndarray:
+def draw_uniforms(stream: Stream, seed: int, count: int, *, start: int, position: int = 0) -> np.ndarray:
     """Numbers `start` to `start + count` of a stream, or of those that a `position` has of its own; float64 [count] in
     [0, 1).
 
@@ -67,7 +67,7 @@ def uniforms(stream: Stream, seed: int, count: int, *, start: int, position: int
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(skipped + count)[skipped:]
 
 
-def draw(logprobs: Tensor, numbers: Tensor) -> Tensor:
+def sample_ids(logprobs: Tensor, numbers: Tensor) -> Tensor:
     """Ids int64 [rows, n] drawn from the distributions `logprobs` [rows, vocab], by inversion of uniform `numbers`,
     float64 [rows, n]. Never one of probability 0."""
     cumulative = logprobs.double().exp().cumsum(1)
@@ -150,7 +150,7 @@ class Draft:
         """The position of the first drafted token."""
         return len(self.input_ids) - self.drafted
 
-    def kept(self, teacher_logprobs: np.ndarray) -> int:
+    def count_accepted(self, teacher_logprobs: np.ndarray) -> int:
         """How many drafted tokens are kept, given log p of each of them [drafted]."""
         with np.errstate(invalid="ignore"):
             # Where p > q a token is kept whatever its coin, so the ratio need not be computed above 1, nor overflow.
@@ -160,7 +160,9 @@ class Draft:
 
     def candidate_numbers(self, kept: int) -> np.ndarray:
         """The uniform numbers its candidates are drawn by, float64 [candidates], where `kept` tokens are kept."""
-        return uniforms(Stream.CANDIDATES, self.seed, self.candidates, start=self.tried, position=self.start + kept)
+        return draw_uniforms(
+            Stream.CANDIDATES, self.seed, self.candidates, start=self.tried, position=self.start + kept
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,13 +176,13 @@ class Verdict:
         candidate_logprobs: float32 [m], log p of the candidates.
     """
 
-    kept: int
+    accepted: int
     logprobs: np.ndarray
     candidates: np.ndarray
     candidate_logprobs: np.ndarray
 
 
-def first_taken(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray, coins: np.ndarray) -> int | None:
+def first_accepted(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray, coins: np.ndarray) -> int | None:
     """The place of the first candidate that is taken: coin < 1 − q(y)/p(y). None: none of them.
 
     Args:
@@ -193,7 +195,7 @@ def first_taken(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray, coin
     return int(taken[0]) if len(taken) else None
 
 
-def one_step_weights(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray, alpha: float) -> np.ndarray:
+def importance_weights(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray, alpha: float) -> np.ndarray:
     """w = q/p̃ = 1/((1−α) + α·p/q) of each token, MiniLLM's importance weight; at most 1/(1−α)."""
     difference = teacher_logprobs.astype(np.float64) - student_logprobs
     return (1 / ((1 - alpha) + alpha * np.exp(np.minimum(difference, 700.0)))).astype(np.float32)
@@ -201,7 +203,7 @@ def one_step_weights(student_logprobs: np.ndarray, teacher_logprobs: np.ndarray,
 
 @dataclass(eq=False)
 class Continuation:
-    """A prompt being continued from p̃, draft by draft: `propose` tokens, send `question()`, `settle` the answer; until
+    """A prompt being continued from p̃, draft by draft: `propose` tokens, send `next_draft()`, `settle` the answer; until
     `finish_reason` is there. After `settle` the draft may still be `open`: then ask again without proposing.
 
     Attributes:
@@ -221,7 +223,7 @@ class Continuation:
     teacher_logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     calls: int = 0
-    kept: int = 0
+    accepted: int = 0
     rejected: int = 0
     capped: int = 0
     _draft: Draft | None = None
@@ -234,12 +236,12 @@ class Continuation:
         return len(self.prompt) + len(self.token_ids)
 
     @property
-    def room(self) -> int:
+    def remaining_tokens(self) -> int:
         """How many tokens may still come."""
         return self.sampling.max_new_tokens - len(self.token_ids)
 
     @property
-    def open(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether a draft waits to be settled."""
         return self._draft is not None
 
@@ -249,13 +251,13 @@ class Continuation:
 
     def propose(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Draft `token_ids`, drawn from q by the numbers of stream `DRAFTS`, with their log q."""
-        coins = uniforms(Stream.COINS, self.seed, len(token_ids), start=self.position)
+        coins = draw_uniforms(Stream.COINS, self.seed, len(token_ids), start=self.position)
         self._draft = Draft(
             self.sequence(token_ids), np.asarray(logprobs, np.float32), coins, self.sampling.alpha, self.seed,
             self.sampling.candidates,
         )  # fmt: skip
 
-    def question(self) -> Draft:
+    def next_draft(self) -> Draft:
         """What to ask the teacher now: the draft, or for more candidates where it was rejected."""
         assert self._draft is not None
         if self._rejected is None:
@@ -263,8 +265,8 @@ class Continuation:
         nothing, more = np.zeros(0), min(self._tried + self.sampling.candidates, self._left)
         return Draft(self.sequence(), nothing, nothing, self.sampling.alpha, self.seed, more, self._tried)
 
-    def settle(self, verdict: Verdict, student_logprobs_at: Callable[[int, np.ndarray], np.ndarray]) -> None:
-        """Take in the teacher's answer to `question()`.
+    def apply_verdict(self, verdict: Verdict, student_logprobs_at: Callable[[int, np.ndarray], np.ndarray]) -> None:
+        """Take in the teacher's answer to `next_draft()`.
 
         Args:
             student_logprobs_at: log q [m] of ids [m] at a position of the sequence, one that is in the open draft.
@@ -281,19 +283,19 @@ class Continuation:
     def _keep(self, draft: Draft, verdict: Verdict) -> None:
         tokens = draft.input_ids[draft.start :].tolist()
         answers = list(zip(tokens, draft.logprobs.tolist(), verdict.logprobs.tolist(), strict=False))
-        for answer in answers[: verdict.kept]:
+        for answer in answers[: verdict.accepted]:
             self._append(*answer)
-        self.kept += verdict.kept
-        if verdict.kept < draft.drafted:
+        self.accepted += verdict.accepted
+        if verdict.accepted < draft.drafted:
             self.rejected += 1
-            self._rejected = answers[verdict.kept]
+            self._rejected = answers[verdict.accepted]
 
     def _replace(self, verdict: Verdict, student_logprobs_at: Callable[[int, np.ndarray], np.ndarray]) -> None:
         assert self._rejected is not None
         count = len(verdict.candidates)
-        coins = uniforms(Stream.CANDIDATE_COINS, self.seed, count, start=self._tried, position=self.position)
+        coins = draw_uniforms(Stream.CANDIDATE_COINS, self.seed, count, start=self._tried, position=self.position)
         student = student_logprobs_at(self.position, verdict.candidates)
-        taken = first_taken(student, verdict.candidate_logprobs, coins)
+        taken = first_accepted(student, verdict.candidate_logprobs, coins)
         self._tried += count
         if taken is not None:
             chosen = int(verdict.candidates[taken]), float(student[taken]), float(verdict.candidate_logprobs[taken])
@@ -315,11 +317,11 @@ class Continuation:
         self.teacher_logprobs.append(teacher_logprob)
         if token in self.ends:
             self.finish_reason = "stop"
-        elif self.room == 0:
+        elif self.remaining_tokens == 0:
             self.finish_reason = "length"
 
 
-def tokens_a_call(rejection_rate: float, drafted: int) -> float:
+def expected_tokens_per_call(rejection_rate: float, drafted: int) -> float:
     """Expected tokens that one call settles: Σ_{i<γ} (1−r)^i = (1 − (1−r)^γ)/r, where a drafted token is rejected with
     probability r = α·TV. The i-th one comes out, drafted or replaced, where all before it were kept."""
     if rejection_rate == 0:
@@ -331,7 +333,7 @@ class DraftLength:
     """How many tokens to draft before the next call: most tokens for the time, by the acceptance seen so far.
 
     Drafting γ tokens and having them verified takes about γ + c of the student's steps, c being what a call costs; so
-    γ maximises `tokens_a_call` / (γ + c). Which tokens come out does not depend on it.
+    γ maximises `expected_tokens_per_call` / (γ + c). Which tokens come out does not depend on it.
     """
 
     # Before anything is seen: MiniLLM's α = 0.2 at a total variation of 0.3, which makes γ = 16.
@@ -340,19 +342,19 @@ class DraftLength:
     def __init__(self, call_cost: float = 11.0, longest: int = 64):
         self._call_cost = call_cost
         self._longest = longest
-        self._kept, self._rejected = 0, 0
+        self._accepted, self._rejected = 0, 0
 
-    def observe(self, kept: int, rejected: int) -> None:
+    def observe(self, accepted: int, rejected: int) -> None:
         """So many more drafted tokens were kept, so many were not."""
-        self._kept += kept
+        self._accepted += accepted
         self._rejected += rejected
 
     @property
     def rejection_rate(self) -> float:
-        tested = self._kept + self._rejected + self._PRIOR_TOKENS
+        tested = self._accepted + self._rejected + self._PRIOR_TOKENS
         return (self._rejected + self._PRIOR_REJECTED) / tested
 
     @property
     def tokens(self) -> int:
         rate = self.rejection_rate
-        return max(range(1, self._longest + 1), key=lambda n: tokens_a_call(rate, n) / (n + self._call_cost))
+        return max(range(1, self._longest + 1), key=lambda n: expected_tokens_per_call(rate, n) / (n + self._call_cost))

@@ -14,24 +14,25 @@ from torch import Tensor
 
 from rayk.config import TransformersEngineConfig
 from rayk.config.support import Hidden, Requested, Sampled, Support, TopK
-from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
+from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters
 from rayk.engines.batching import MicroBatcher
-from rayk.engines.checks import check_drafts, check_request, tokenized
+from rayk.engines.checks import check_drafts, check_request, tokenize_prompts
 from rayk.engines.speculative import Draft, Verdict
 from rayk.engines.verification import Verifier
 from rayk.models import (
     DTYPES,
     Head,
     final_hidden,
-    head_of,
+    get_head,
     load_model,
     load_tokenizer,
+    max_positions,
     pick_device,
     real_vocab_size,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from rayk.signals.batch import SignalBatch, concatenate, distinct_fill
+from rayk.signals.batch import SignalBatch, concatenate, fill_distinct
 from rayk.signals.sequence import TokenSequence
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
@@ -50,20 +51,20 @@ class TransformersEngine:
         self.model = load_model(
             model, dtype=settings.dtype, device=self.device, trust_remote_code=trust_remote_code
         ).requires_grad_(False)
-        self._head = head_of(self.model)
+        self._head = get_head(self.model)
         self._fatal: Exception | None = None
         self._batcher = MicroBatcher(self._run, settings.batch_tokens)
         self.info = EngineInfo(
             model=model,
             vocab_size=min(self._head.vocab_size, real_vocab_size(self.tokenizer)),
-            max_tokens=int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
+            max_tokens=max_positions(self.model.config),
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=self.device,
             supports=("topk", "requested", "sampled", "hidden", "logprob"),
             hidden_size=self._head.weight.shape[1],
             weights_fingerprint=weights_fingerprint(model, getattr(self.model.config, "_commit_hash", None)),
-            verifies=True,
+            can_verify=True,
         )
         self._verifier = Verifier(
             self.model, self._head, self.info.vocab_size,
@@ -79,8 +80,8 @@ class TransformersEngine:
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
-    ) -> list[Generated]:
-        rows = tokenized(self.info, self.tokenizer, prompts, parameters)
+    ) -> list[GeneratedSequence]:
+        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters)
         lengths = [len(row) + parameters.max_new_tokens for row in rows]
         return await self._batcher.submit(("generate", parameters), list(zip(rows, seeds, strict=True)), lengths)
 
@@ -139,7 +140,7 @@ class TransformersEngine:
             at = slice(start, start + self._chunk)
             logits = self._head.logits(hidden[at])
             parts.append(
-                summarise(logits, targets[at], support, self.info.vocab_size, None if asked is None else asked[at])
+                reduce_logits(logits, targets[at], support, self.info.vocab_size, None if asked is None else asked[at])
             )
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counted.sum(1).cumsum(0)])
         found: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
@@ -164,7 +165,7 @@ def _coins(sequence: TokenSequence, support: Sampled) -> np.ndarray:
     return np.random.Generator(stream).random((sequence.counted_tokens, support.draws))
 
 
-def summarise(
+def reduce_logits(
     logits: Tensor, targets: Tensor, support: Support, vocab_size: int, asked: Tensor | None = None
 ) -> dict[str, Tensor]:
     """What `support` keeps of float32 logits [tokens, columns], which are overwritten: columns of a `SignalBatch`.
@@ -224,7 +225,7 @@ def _drawn(logits: Tensor, normaliser: Tensor, support: Sampled, vocab_size: int
     weights = counts.double() / support.draws
     if support.tau != 1.0:
         weights *= (real.log_softmax(1) - proposal).gather(1, ids).exp()
-    return {"ids": distinct_fill(ids, counts > 0), "weights": weights.float(), "entropies": entropies}
+    return {"ids": fill_distinct(ids, counts > 0), "weights": weights.float(), "entropies": entropies}
 
 
 class _SeededSampler:
@@ -248,7 +249,7 @@ class _SeededSampler:
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # Never a padding column, though those count in the normaliser as in `summarise`.
+        # Never a padding column, though those count in the normaliser as in `reduce_logits`.
         logprobs = scores.float().log_softmax(-1)[:, : self._vocab_size]
         if self._temperature == 0:
             chosen = logprobs.argmax(-1, keepdim=True)
@@ -298,7 +299,7 @@ class _Abandoned:
         return torch.full((len(input_ids),), self._abandoned(), device=input_ids.device)
 
 
-def end_ids(model, tokenizer) -> list[int]:
+def get_eos_token_ids(model, tokenizer) -> list[int]:
     """The tokens that end a text: what the model's generation settings say, else the tokenizer."""
     own = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if own is None else own
@@ -308,7 +309,7 @@ def end_ids(model, tokenizer) -> list[int]:
 def generate(
     model, vocab_size: int, tokenizer, prompts: Sequence[np.ndarray], parameters: SamplingParameters,
     seeds: Sequence[int], abandoned: Callable[[], bool] = lambda: False,
-) -> list[Generated]:  # fmt: skip
+) -> list[GeneratedSequence]:  # fmt: skip
     """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`.
 
     `abandoned`: asked after each token; once it is true, what has been written is cut off there.
@@ -322,7 +323,7 @@ def generate(
         ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
         mask[row, longest - len(prompt) :] = 1
     own = model.generation_config
-    ends = end_ids(model, tokenizer)
+    ends = get_eos_token_ids(model, tokenizer)
     settings = GenerationConfig(
         max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
@@ -352,5 +353,5 @@ def generate(
         length = length or len(row_ids)
         written = row_ids[:length].astype(np.int32)
         text = tokenizer.decode(written, skip_special_tokens=True)
-        generated.append(Generated(written, row_logprobs[:length].astype(np.float32), reason, text))
+        generated.append(GeneratedSequence(written, row_logprobs[:length].astype(np.float32), reason, text))
     return generated

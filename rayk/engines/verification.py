@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rayk.engines.speculative import Draft, Verdict, draw
+from rayk.engines.speculative import Draft, Verdict, sample_ids
 from rayk.models import CausalLM, Head, final_hidden
 from rayk.models.kv_cache import Batch, KeyValues, can_continue
 
@@ -35,7 +35,7 @@ class PrefixCache:
         ids, past = self._kept[draft.seed]
         shared = min(len(ids), draft.start - 1)
         different = np.flatnonzero(ids[:shared] != draft.input_ids[:shared])
-        return past.first(int(different[0]) if len(different) else shared)
+        return past.truncate(int(different[0]) if len(different) else shared)
 
     def keep(self, seed: int, input_ids: np.ndarray, past: KeyValues) -> None:
         """Remember the keys and values of all `input_ids`."""
@@ -78,7 +78,7 @@ class Verifier:
         parts = zip(tested.split(self._chunk), targets.to(tested.device).split(self._chunk), strict=True)
         found = [self._logprobs(states).gather(1, ids[:, None])[:, 0] for states, ids in parts]
         logprobs = np.split(torch.cat(found).cpu().numpy(), np.cumsum(counts)[:-1])
-        kept = [draft.kept(own) for draft, own in zip(drafts, logprobs, strict=True)]
+        kept = [draft.count_accepted(own) for draft, own in zip(drafts, logprobs, strict=True)]
         wanting = [row for row, draft in enumerate(drafts) if kept[row] < draft.drafted or not draft.drafted]
         candidates = self._candidates(
             [hidden[row][kept[row]] for row in wanting], [drafts[row].candidate_numbers(kept[row]) for row in wanting]
@@ -88,7 +88,7 @@ class Verifier:
         if self._cache is not None:
             for draft, past, own in zip(drafts, read, kept, strict=True):
                 length = draft.start + own
-                self._cache.keep(draft.seed, draft.input_ids[:length], past.first(length))
+                self._cache.keep(draft.seed, draft.input_ids[:length], past.truncate(length))
         return [
             Verdict(own, row_logprobs[: own + 1], *drawn.get(row, nothing))
             for row, (own, row_logprobs) in enumerate(zip(kept, logprobs, strict=True))
@@ -119,7 +119,7 @@ class Verifier:
             rows = numbers[start : start + self._chunk]
             padded = pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
             logprobs = self._logprobs(torch.stack(hidden[start : start + self._chunk]))
-            ids = draw(logprobs, padded.to(logprobs.device))
+            ids = sample_ids(logprobs, padded.to(logprobs.device))
             values = logprobs.gather(1, ids).cpu().numpy()
             columns = zip(ids.cpu().numpy().astype(np.int32), values, rows, strict=True)
             results += [(own[: len(row)], own_values[: len(row)]) for own, own_values, row in columns]

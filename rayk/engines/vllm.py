@@ -20,9 +20,9 @@ from torch import Tensor
 
 from rayk.config import VLLMEngineConfig
 from rayk.config.support import Hidden, Logprob, Requested, Support, TopK
-from rayk.engines.base import EngineInfo, Generated, Prompt, SamplingParameters
+from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters
 from rayk.engines.batching import gather
-from rayk.engines.checks import check_request, tokenized
+from rayk.engines.checks import check_request, tokenize_prompts
 from rayk.errors import EngineDied, InputError
 from rayk.models import (
     DTYPES,
@@ -50,8 +50,8 @@ _SAFETENSORS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-WORKER_EXTENSION = "rayk.engines.vllm_worker.TakesWeights"
-"""For vLLM's argument `worker_extension_cls`: `VLLMEngine.take_over` needs it."""
+WORKER_EXTENSION = "rayk.engines.vllm_worker.WeightUpdateExtension"
+"""For vLLM's argument `worker_extension_cls`: `VLLMEngine.load_weights` needs it."""
 
 
 class VLLMEngine:
@@ -106,15 +106,15 @@ class VLLMEngine:
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
-    ) -> list[Generated]:
-        rows = tokenized(self.info, self.tokenizer, prompts, parameters)
+    ) -> list[GeneratedSequence]:
+        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters)
         if not (parameters.temperature == 0 or 0.01 <= parameters.temperature <= 2):
             raise InputError(
                 f"vLLM samples at temperatures from 0.01 to 2, or 0 for greedy, not {parameters.temperature:g}."
             )
         return await gather(self._continued(prompt, parameters, seed) for prompt, seed in zip(rows, seeds, strict=True))
 
-    async def take_over(self, weights: Mapping[str, Tensor]) -> None:
+    async def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Compute with `weights` from now on. The engine must have been started with `WORKER_EXTENSION`, and nobody may
         be asking it for anything.
 
@@ -129,7 +129,7 @@ class VLLMEngine:
         with open(os.memfd_create("rayk-weights"), "wb") as file, self._telling():
             await asyncio.to_thread(_write, file, weights)
             path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-            await self._engine.collective_rpc("take_over_weights", args=(path,))
+            await self._engine.collective_rpc("load_weights_file", args=(path,))
             if not await self._engine.reset_prefix_cache(reset_running_requests=True):
                 raise RuntimeError("vLLM did not forget what it had computed with the weights before.")
 
@@ -137,7 +137,7 @@ class VLLMEngine:
         listed = (await self.score([probe(self.info)], TopK(1))).target_logprobs
         if self._pooling is not None:
             own = (await self.score([probe(self.info)], Hidden())).target_logprobs
-            if off := beyond_rounding(own, listed, self.info.dtype):
+            if off := logprob_mismatch(own, listed, self.info.dtype):
                 raise InputError(
                     f"The hidden states vLLM gives of {self.info.model} and its head do not make its log-probs (off by "
                     f"up to {off:.2g} nats); leave 'engine.hidden' out, and please report the architecture."
@@ -179,7 +179,7 @@ class VLLMEngine:
             if not spare or ((ids[:, -(width + spare) :] >= 0).sum(1) >= width).all():
                 break
         if spare or asked is not None:
-            ids, logprobs = likeliest_distinct(ids, logprobs, width)
+            ids, logprobs = top_distinct(ids, logprobs, width)
         found: dict[str, Any] = {"target_logprobs": torch.from_numpy(targets)}
         if not isinstance(support, Logprob):
             found["ids"], found["logprobs"] = torch.from_numpy(ids), torch.from_numpy(logprobs)
@@ -250,7 +250,7 @@ class VLLMEngine:
             support, torch.tensor([0, len(at)]), logprobs, self.info.vocab_size, hidden=states.to(DTYPES[support.dtype])
         )
 
-    async def _continued(self, prompt: np.ndarray, parameters: SamplingParameters, seed: int) -> Generated:
+    async def _continued(self, prompt: np.ndarray, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -266,7 +266,7 @@ class VLLMEngine:
         [written] = output.outputs
         if written.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM gave a continuation up: {written.finish_reason}.")
-        return Generated(
+        return GeneratedSequence(
             np.asarray(written.token_ids, np.int32), np.asarray(written.logprobs.logprobs, np.float32),
             written.finish_reason, self.tokenizer.decode(written.token_ids, skip_special_tokens=True),
         )  # fmt: skip
@@ -316,14 +316,14 @@ def probe(info: EngineInfo) -> TokenSequence:
     return TokenSequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
 
 
-def beyond_rounding(own: Tensor, others: Tensor, dtype: str) -> float:
+def logprob_mismatch(own: Tensor, others: Tensor, dtype: str) -> float:
     """How far log-probs of the same tokens, computed in two ways in `dtype`, are apart at most; 0 where rounding may
     account for it."""
     off, allowed = (own - others).abs(), 1e-2 if dtype == "float32" else 0.3
     return float(off.max()) if bool((off > allowed + 0.02 * others.abs()).any()) else 0.0
 
 
-def likeliest_distinct(ids: np.ndarray, logprobs: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def top_distinct(ids: np.ndarray, logprobs: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """The first `width` different ids of each row, likeliest first; -1 is none.
 
     Args:

@@ -5,14 +5,14 @@ from typing import Any
 from safetensors import safe_open
 
 
-class TakesWeights:
+class WeightUpdateExtension:
     """Mixed into vLLM's worker (its argument `worker_extension_cls`)."""
 
     reload_weights: Any
     get_model: Any
     """The worker's own, as the former."""
 
-    def take_over_weights(self, path: str) -> None:
+    def load_weights_file(self, path: str) -> None:
         """Compute with the weights of the safetensors file `path` from now on; each worker takes its shard of them.
 
         `reload_weights` keeps the tensors where they are, which CUDA graphs and kernels with a layout of their own

@@ -5,8 +5,16 @@ applied only where a token counts, and only to a chunk of positions at a time.
 """
 
 from rayk.models.fingerprint import real_vocab_size, tokenizer_fingerprint, weights_fingerprint
-from rayk.models.head import Head, check_head, final_hidden, head_of, pack_head, unpack_head
-from rayk.models.loading import load_head, load_model, load_model_config, load_tokenizer, pick_device, quiet_loading
+from rayk.models.head import Head, check_head, final_hidden, get_head, pack_head, unpack_head
+from rayk.models.loading import (
+    load_head,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    max_positions,
+    pick_device,
+    quiet_loading,
+)
 from rayk.models.types import DTYPES, CausalLM
 
 __all__ = [
@@ -15,11 +23,12 @@ __all__ = [
     "Head",
     "check_head",
     "final_hidden",
-    "head_of",
+    "get_head",
     "load_head",
     "load_model",
     "load_model_config",
     "load_tokenizer",
+    "max_positions",
     "pack_head",
     "pick_device",
     "quiet_loading",

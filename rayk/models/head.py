@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rayk.errors import InputError
-from rayk.models.packing import packed_hidden, packs
+from rayk.models.packing import can_pack, packed_hidden
 from rayk.models.types import DTYPES, CausalLM
 
 
@@ -37,13 +37,15 @@ class Head:
         """The same head on `device`."""
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
-    def of(self, ids: Tensor) -> "Head":
+    def select(self, ids: Tensor) -> "Head":
         """The head of the tokens `ids` alone, in their order."""
         return replace(self, weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
 
-    def first(self, tokens: int) -> "Head":
+    def truncate(self, vocab_size: int) -> "Head":
         """The head of the first `tokens` tokens alone, sharing memory."""
-        return replace(self, weight=self.weight[:tokens], bias=None if self.bias is None else self.bias[:tokens])
+        return replace(
+            self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in `hidden`'s dtype."""
@@ -80,7 +82,7 @@ def unpack_head(packed: dict[str, Any]) -> Head:
     return Head(weight, tensor(packed["bias"]), packed["scale"], packed["softcap"])
 
 
-def head_of(model: CausalLM) -> Head:
+def get_head(model: CausalLM) -> Head:
     """The head of a transformers causal LM, sharing its parameters.
 
     Raises:
@@ -103,7 +105,7 @@ def head_of(model: CausalLM) -> Head:
 def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states after the final norm, [rows, length, width], of right-padded rows."""
     body = getattr(model, model.base_model_prefix)
-    if packs(model, input_ids.shape[1]) and not attention_mask.all():
+    if can_pack(model, input_ids.shape[1]) and not attention_mask.all():
         return packed_hidden(body, input_ids, attention_mask)
     return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
@@ -116,11 +118,11 @@ def check_head(model: CausalLM) -> None:
         InputError: they differ, so this architecture does something between body and logits that `Head` does not know;
             or they are not numbers.
     """
-    vocab_size = head_of(model).vocab_size
+    vocab_size = get_head(model).vocab_size
     probe = torch.arange(1, 9, device=model.device)[None] % vocab_size
     mask = torch.ones_like(probe)
     own = model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
-    ours = head_of(model).logits(final_hidden(model, probe, mask)[0])
+    ours = get_head(model).logits(final_hidden(model, probe, mask)[0])
     if own.isnan().any():
         raise InputError(f"{type(model).__name__} computes NaN from its weights; the checkpoint is damaged.")
     # Against the logits' own spread: a missing scale shows on flat distributions too, and rounding looks like none.

@@ -27,7 +27,7 @@ class KeyValues:
     def nbytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
-    def first(self, tokens: int) -> "KeyValues":
+    def truncate(self, tokens: int) -> "KeyValues":
         """Those of the first `tokens` tokens, sharing memory."""
         return KeyValues(tuple((keys[:, :tokens], values[:, :tokens]) for keys, values in self.layers))
 

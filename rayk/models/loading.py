@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayk.errors import InputError
-from rayk.models.head import Head, check_head, head_of
+from rayk.models.head import Head, check_head, get_head
 from rayk.models.packing import enable_packing
 from rayk.models.types import DTYPES, CausalLM
+
+UNLIMITED = 1 << 30
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> CausalLM:
@@ -53,7 +56,7 @@ def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
-    head = head_of(model)
+    head = get_head(model)
     named = list(model.named_parameters(remove_duplicate=False))
 
     def read(parameter: Tensor | None) -> Tensor | None:
@@ -124,6 +127,11 @@ def _from_pretrained(loader, name: str, what: str, **options):
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         taken = "" if folder.is_dir() else " (there is no such folder, so it was taken for a hub id)"
         raise InputError(f"No {what} could be loaded from '{name}'{taken}: {reason}") from error
+
+
+def max_positions(config: Any) -> int:
+    """Number of tokens that the model of a transformers config accepts, `UNLIMITED` where the config gives none."""
+    return int(getattr(config and config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def has_adapter(model: Any) -> bool:
 
 
 @torch.no_grad()
-def merged(model: Any) -> dict[str, Tensor]:
+def merged_state_dict(model: Any) -> dict[str, Tensor]:
     """The state of `model` as one without an adapter: W + (α/r)·B A, in W's dtype, under the base's names."""
     state = {}
     for name, tensor in model.state_dict().items():

@@ -27,7 +27,7 @@ def enable_packing(model: Any) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def packs(model: Any, longest: int) -> bool:
+def can_pack(model: Any, longest: int) -> bool:
     """Whether `packed_hidden` gives what the body would for rows of up to `longest` tokens."""
     if model.config._attn_implementation != _NAME:
         return False

@@ -47,7 +47,7 @@ class Size:
         return f"{self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})"
 
 
-def size_of(model: nn.Module) -> Size:
+def count_parameters(model: nn.Module) -> Size:
     """The size of a model that is there."""
     parameters = list(model.parameters())
     return Size(
@@ -55,7 +55,7 @@ def size_of(model: nn.Module) -> Size:
     )
 
 
-def planned_size(config: StudentConfig, tokenizer) -> Size:
+def count_planned_parameters(config: StudentConfig, tokenizer) -> Size:
     """The size of the model that `make_model` would make, from its architecture alone.
 
     Raises:
@@ -69,7 +69,7 @@ def planned_size(config: StudentConfig, tokenizer) -> Size:
         model.tie_weights()
         if config.lora is not None:
             add_adapter(model, config.lora, 0, str(config.model))
-    return size_of(model)
+    return count_parameters(model)
 
 
 def base_fingerprint(config: StudentConfig) -> str:

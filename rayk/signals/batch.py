@@ -90,7 +90,7 @@ class SignalBatch:
         entries = starts[chosen].repeat_interleave(lengths[chosen]) + within
         return self._map(lambda column: column[entries], offsets)
 
-    def entries(self, chosen: slice) -> "SignalBatch":
+    def slice_tokens(self, chosen: slice) -> "SignalBatch":
         """The given positions as one row, without copying."""
         length = len(range(*chosen.indices(self.tokens)))
         return self._map(lambda column: column[chosen], torch.tensor([0, length]))
@@ -135,7 +135,7 @@ class SignalBatch:
             raise InputError("Only a 'hidden' signal with its teacher's head gives logits; ask for support 'hidden'.")
         return self.head.logits(self.hidden.to(self.head.weight.dtype))
 
-    def unusable(self) -> dict[int, str]:
+    def invalid_rows(self) -> dict[int, str]:
         """The rows that cannot be learned from, and why: NaN, ±inf, a log-prob clearly above 0, an id out of range."""
         wrong = {
             "an actual token with a log-prob of NaN, of -inf, or above 0": (
@@ -176,7 +176,7 @@ def concatenate(batches: Sequence[SignalBatch]) -> SignalBatch:
     return replace(first, offsets=_offsets_of(torch.cat([batch.offsets.diff() for batch in batches])), **columns)
 
 
-def distinct_fill(ids: Tensor, used: Tensor) -> Tensor:
+def fill_distinct(ids: Tensor, used: Tensor) -> Tensor:
     """`ids` [tokens, k] with every place that is not `used` given the smallest id that no used place of its row has.
 
     So all ids of a row stay different, as everything that gathers or scatters by them needs.
@@ -258,7 +258,7 @@ def decode(wire: np.ndarray | bytes) -> SignalBatch:
         ids[used] = take(id_type, total)
         return replace(
             signals, support=Sampled(width, tau, extra), weights=torch.from_numpy(weights),
-            ids=distinct_fill(torch.from_numpy(ids), torch.from_numpy(used)),
+            ids=fill_distinct(torch.from_numpy(ids), torch.from_numpy(used)),
             entropies=entropies,
         )  # fmt: skip
     if kind is Hidden:

@@ -49,3 +49,7 @@ class TokenSequence:
     def targets(self) -> np.ndarray:
         """The counted tokens, int32 [counted_tokens]."""
         return self.input_ids[self.counted]
+
+    def view(self, reader: str) -> "TokenSequence":
+        """The sequence as the model named `reader` reads it. All views have the same counted tokens."""
+        return self

@@ -13,13 +13,14 @@ import numpy as np
 
 from rayk.config import MiniLLMConfig, RunConfig
 from rayk.data.batches import Batch, BatchSampler, collate
-from rayk.data.examples import ExampleTable
-from rayk.engines.batching import together
+from rayk.data.examples import Example, ExampleTable
+from rayk.data.views import RowViews
+from rayk.engines.batching import task_group
 from rayk.errors import RunFailed, UnusableSignal
 from rayk.methods import Experience, Method
 from rayk.rollouts import Policy, VersionGate
-from rayk.rollouts.kept import pack_row, unpack_row
-from rayk.serving.event_loop import background, background_stream, wait_for
+from rayk.rollouts.packed_rows import pack_row, unpack_row
+from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
 from rayk.signals.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,13 @@ class Supply:
     def __init__(
         self, config: RunConfig, method: Method, policy: Policy | None, table: ExampleTable, sampler: BatchSampler,
         pad_id: int, rank: int, world: int, pretraining: ExampleTable | None = None,
+        views: RowViews | None = None,
     ):  # fmt: skip
         self._config, self._method, self._policy = config, method, policy
         self._table, self._sampler, self._pad_id = table, sampler, pad_id
         self._rank, self._world = rank, world
         self._pretraining = pretraining
+        self._views = views or RowViews()
         if pretraining is not None:
             assert isinstance(config.method, MiniLLMConfig) and config.method.pretraining is not None
             size = config.method.pretraining.batch_size or config.training.batch_size
@@ -83,13 +86,13 @@ class Supply:
             self._gate = VersionGate(step, next_step, total_steps - 1, self._max_staleness)
         # A step that is not begun would never have its turn, and `finish` would wait for it.
         ahead = max(self._config.training.prefetch, self._max_staleness)
-        with closing(background_stream(map(self._prepared, range(step, total_steps)), ahead)) as results:
+        with closing(stream_in_background(map(self._prepared, range(step, total_steps)), ahead)) as results:
             yield from results
 
     def finish(self) -> None:
         """Wait until all that is to be written with the present weights has been."""
         if self._gate is not None:
-            wait_for(background(self._gate.finished()))
+            wait_for(run_in_background(self._gate.finished()))
 
     def advance(self, version: int) -> None:
         """Have the policy write with the weights that the learner has now."""
@@ -98,7 +101,7 @@ class Supply:
             if version + self._max_staleness < self._sampler.steps:  # else no step is left that writes with it
                 self._policy.update(version)
             self._sampled.pop(version - 1, None)
-            wait_for(background(self._gate.advance()))
+            wait_for(run_in_background(self._gate.advance()))
 
     def state(self, step: int) -> list[dict[str, Any]]:
         """For a checkpoint after `step` steps: the rows sampled for later ones under weights that will be gone."""
@@ -147,11 +150,11 @@ class Supply:
     async def _written(self, step: int, gate: VersionGate) -> tuple[Experience, Span, Span]:
         """What the policy writes for the step, group by group: teachers are asked about one while it writes the
         next."""
-        rows, seeds = self._rows(step, self._table, self._sampler), self._seeds(step)
+        rows, seeds = self._rows(step, self._table, self._sampler), self._seeds(step, self._sampler)
         progress = step / self._sampler.steps
         sampled: dict[int, TokenSequence] = {}
         scoring: list[tuple[list[int], asyncio.Task[_Usable]]] = []
-        async with together() as tasks, gate.turn(step), self._in_time(step):
+        async with task_group() as tasks, gate.turn(step), self._in_time(step):
             began = time.time()
             scored_from = math.inf
             for group in self._method.groups(rows, seeds, progress):
@@ -183,21 +186,27 @@ class Supply:
 
     async def _sample(self, step: int) -> Batch:
         rows = self._rows(step, self._table, self._sampler)
-        return await self._method.sample(rows, self._seeds(step), step / self._sampler.steps)
+        return await self._method.sample(rows, self._seeds(step, self._sampler), step / self._sampler.steps)
 
     def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
-        rows = sampler.share(step, self._rank, self._world)
-        return collate([table[int(row)] for row in rows], self._pad_id)
+        """This rank's rows of `step`, with the contexts of the models that read them."""
+        rows = [table[int(row)] for row in sampler.share(step, self._rank, self._world)]
+        seeds, progress = self._seeds(step, sampler), step / sampler.steps
+        return collate(
+            [self._views.apply(row, seed, progress) for row, seed in zip(rows, seeds, strict=True)], self._pad_id
+        )
 
-    def _seeds(self, step: int) -> list[int]:
+    def _seeds(self, step: int, sampler: BatchSampler) -> list[int]:
         """One a row, of the run's seed, the step and the row's place in it: the same whichever rank has the row."""
-        places = self._sampler.places(step, self._rank, self._world)
+        places = sampler.places(step, self._rank, self._world)
         keys = ([self._config.seed, step, int(place)] for place in places)
         return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
 
     async def _usable(self, batch: Batch) -> _Usable:
         """What can be learned from of `batch`, and which of its rows that are."""
-        rows = list(range(batch.rows))
+        # Rows that come from a checkpoint have no contexts yet.
+        views = [self._views.apply(row) for row in batch.sequences if isinstance(row, Example)]
+        batch, rows = replace(batch, sequences=list[TokenSequence](views)), list(range(batch.rows))
         while rows:
             try:
                 left = batch if len(rows) == batch.rows else batch.select(rows)

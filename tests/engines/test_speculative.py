@@ -16,11 +16,11 @@ from rayk.engines.speculative import (
     MixedSampling,
     Stream,
     Verdict,
-    draw,
-    first_taken,
-    one_step_weights,
-    tokens_a_call,
-    uniforms,
+    draw_uniforms,
+    expected_tokens_per_call,
+    first_accepted,
+    importance_weights,
+    sample_ids,
 )
 from rayk.errors import InputError
 
@@ -43,12 +43,12 @@ def answered(teacher, drafts):
     kept, logprobs, befores = [], [], []
     for draft in drafts:
         logprobs.append(teacher.numpy()[draft.input_ids[draft.start - 1 : -1], draft.input_ids[draft.start :]])
-        kept.append(draft.kept(logprobs[-1]))
+        kept.append(draft.count_accepted(logprobs[-1]))
         befores.append(draft.input_ids[draft.start + kept[-1] - 1])
     numbers = [draft.candidate_numbers(own) for draft, own in zip(drafts, kept, strict=True)]
     width = max(map(len, numbers))
     wide = np.stack([np.resize(own, width) for own in numbers])
-    ids = draw(teacher[torch.tensor(np.array(befores), dtype=torch.long)], torch.from_numpy(wide)).numpy()
+    ids = sample_ids(teacher[torch.tensor(np.array(befores), dtype=torch.long)], torch.from_numpy(wide)).numpy()
     verdicts = []
     for row, (draft, own) in enumerate(zip(drafts, kept, strict=True)):
         rejected = own < draft.drafted or not draft.drafted
@@ -59,14 +59,14 @@ def answered(teacher, drafts):
 
 def drafted_by(student, rows, tokens):
     """Propose `tokens` tokens, or as many as there is room for, to each row."""
-    numbers = np.stack([uniforms(Stream.DRAFTS, row.seed, tokens, start=row.position) for row in rows])
+    numbers = np.stack([draw_uniforms(Stream.DRAFTS, row.seed, tokens, start=row.position) for row in rows])
     drawn = [torch.tensor([row.sequence()[-1] for row in rows], dtype=torch.long)]
     for step in range(tokens):
-        drawn.append(draw(student[drawn[-1]], torch.from_numpy(numbers[:, step, None]))[:, 0])
+        drawn.append(sample_ids(student[drawn[-1]], torch.from_numpy(numbers[:, step, None]))[:, 0])
     ids = torch.stack(drawn, dim=1)
     logprobs = student[ids[:, :-1], ids[:, 1:]].tolist()
     for row, own, own_logprobs in zip(rows, ids[:, 1:].tolist(), logprobs, strict=True):
-        row.propose(own[: row.room], own_logprobs[: row.room])
+        row.propose(own[: row.remaining_tokens], own_logprobs[: row.remaining_tokens])
 
 
 def many(teacher, student, alpha, drafted, samples=SAMPLES, length=LENGTH, **settings):
@@ -74,11 +74,13 @@ def many(teacher, student, alpha, drafted, samples=SAMPLES, length=LENGTH, **set
     sampling = MixedSampling(alpha, length, **settings)
     rows = [Continuation(PROMPT, seed, sampling) for seed in range(samples)]
     while going := [row for row in rows if not row.finish_reason]:
-        if fresh := [row for row in going if not row.open]:
+        if fresh := [row for row in going if not row.is_pending]:
             drafted_by(student, fresh, min(drafted, length))
-        verdicts = answered(teacher, [row.question() for row in going])
+        verdicts = answered(teacher, [row.next_draft() for row in going])
         for row, verdict in zip(going, verdicts, strict=True):
-            row.settle(verdict, lambda position, ids, row=row: student.numpy()[row.sequence()[position - 1], ids])
+            row.apply_verdict(
+                verdict, lambda position, ids, row=row: student.numpy()[row.sequence()[position - 1], ids]
+            )
     return rows
 
 
@@ -132,10 +134,10 @@ def test_shared_streams_would_show(monkeypatch, streams):
     def shared(stream, seed, count, *, start, position=0):
         by_position = stream in (Stream.CANDIDATES, Stream.CANDIDATE_COINS)
         if stream in streams and streams[stream] is Stream.COINS and by_position:
-            return np.resize(uniforms(Stream.COINS, seed, 1, start=position), count)
-        return uniforms(streams.get(stream, stream), seed, count, start=start, position=position)
+            return np.resize(draw_uniforms(Stream.COINS, seed, 1, start=position), count)
+        return draw_uniforms(streams.get(stream, stream), seed, count, start=start, position=position)
 
-    monkeypatch.setattr(speculative, "uniforms", shared)
+    monkeypatch.setattr(speculative, "draw_uniforms", shared)
     teacher, student = tables(2.0)
     wrong = [one.token_ids for one in many(teacher, student, 0.5, drafted=16, samples=6000)]
     assert p_value(wrong, mixture(teacher, student, 0.5)) < 1e-12
@@ -145,10 +147,12 @@ def test_candidates_tried_twice_would_show(monkeypatch):
     """A wrong variant on purpose: every call brings the first candidates again, though with new coins."""
 
     def again(stream, seed, count, *, start, position=0):
-        numbers = uniforms(stream, seed, count, start=0 if stream is Stream.CANDIDATES else start, position=position)
+        numbers = draw_uniforms(
+            stream, seed, count, start=0 if stream is Stream.CANDIDATES else start, position=position
+        )
         return np.resize(numbers[:2], count) if stream is Stream.CANDIDATES else numbers
 
-    monkeypatch.setattr(speculative, "uniforms", again)
+    monkeypatch.setattr(speculative, "draw_uniforms", again)
     teacher, student = tables(2.0)
     wrong = [one.token_ids for one in many(teacher, student, 1.0, drafted=16, samples=5000, candidates=2)]
     assert p_value(wrong, mixture(teacher, student, 1.0)) < 1e-12
@@ -163,7 +167,7 @@ def test_logprobs_and_weights_are_the_tables(spread):
         log_p, log_q = (table[pairs[0], pairs[1]].numpy() for table in (teacher, student))
         np.testing.assert_allclose(one.teacher_logprobs, log_p, rtol=1e-6)
         np.testing.assert_allclose(one.student_logprobs, log_q, rtol=1e-6)
-        w = one_step_weights(np.array(one.student_logprobs), np.array(one.teacher_logprobs), 0.2)
+        w = importance_weights(np.array(one.student_logprobs), np.array(one.teacher_logprobs), 0.2)
         np.testing.assert_allclose(w, np.exp(log_q) / (0.2 * np.exp(log_p) + 0.8 * np.exp(log_q)), rtol=1e-5)
         weights.append(w)
     weights = np.concatenate(weights)
@@ -172,15 +176,15 @@ def test_logprobs_and_weights_are_the_tables(spread):
 
 
 def test_weights_do_not_overflow():
-    w = one_step_weights(np.array([-900.0, -1.0]), np.array([-0.1, -np.inf]), 0.2)
+    w = importance_weights(np.array([-900.0, -1.0]), np.array([-0.1, -np.inf]), 0.2)
     np.testing.assert_allclose(w, [0.0, 1.25], atol=1e-6)
-    assert one_step_weights(np.array([-900.0]), np.array([-0.1]), 0.0) == 1.0
+    assert importance_weights(np.array([-900.0]), np.array([-0.1]), 0.0) == 1.0
 
 
 def test_equal_models_keep_everything():
     teacher, _ = tables(2.0)
     for one in many(teacher, teacher, 0.5, drafted=16, samples=500):
-        assert (one.kept, one.rejected, one.calls) == (LENGTH, 0, 1)
+        assert (one.accepted, one.rejected, one.calls) == (LENGTH, 0, 1)
 
 
 def test_a_hopeless_rejection_ends_with_the_drafted_token():
@@ -190,10 +194,10 @@ def test_a_hopeless_rejection_ends_with_the_drafted_token():
     one.propose([2], [float(teacher[0, 2])])
     asked = []
     while not one.finish_reason:
-        draft = one.question()
+        draft = one.next_draft()
         asked.append((draft.drafted, draft.tried, draft.candidates))
         unkind = Draft(draft.input_ids, draft.logprobs, draft.coins * 0 + 1.0, 0.5, 7, draft.candidates, draft.tried)
-        one.settle(answered(teacher, [unkind])[0], lambda _, ids: teacher.numpy()[0, ids])
+        one.apply_verdict(answered(teacher, [unkind])[0], lambda _, ids: teacher.numpy()[0, ids])
     assert asked == [(1, 0, 8), (0, 8, 16), (0, 24, 32), (0, 56, 44)]
     assert (one.token_ids, one.capped, one.rejected, one.calls) == ([2], 1, 1, 4)
     assert one.teacher_logprobs == one.student_logprobs == [pytest.approx(float(teacher[0, 2]))]
@@ -201,14 +205,14 @@ def test_a_hopeless_rejection_ends_with_the_drafted_token():
 
 def test_a_token_the_teacher_excludes_is_never_kept_at_alpha_1():
     draft = Draft(np.array([0, 1, 2], np.int32), np.log([0.5, 0.5]), np.zeros(2), 1.0, 0, 8)
-    assert draft.kept(np.array([-0.5, -np.inf])) == 1
-    assert draft.kept(np.array([-np.inf, -0.5])) == 0
-    assert first_taken(np.array([0.0, -np.inf]), np.array([-1.0, -1.0]), np.array([0.0, 0.99])) == 1
+    assert draft.count_accepted(np.array([-0.5, -np.inf])) == 1
+    assert draft.count_accepted(np.array([-np.inf, -0.5])) == 0
+    assert first_accepted(np.array([0.0, -np.inf]), np.array([-1.0, -1.0]), np.array([0.0, 0.99])) == 1
 
 
 def test_nan_from_the_teacher_keeps_nothing():
     draft = Draft(np.array([0, 1], np.int32), np.log([0.5]), np.zeros(1), 0.5, 0, 8)
-    assert draft.kept(np.array([np.nan])) == 0
+    assert draft.count_accepted(np.array([np.nan])) == 0
 
 
 @pytest.mark.parametrize("drafted", [4, 16])
@@ -219,45 +223,46 @@ def test_calls_a_token_follow_the_formula(drafted):
     teacher, student = (each.log().repeat(TOKENS, 1) for each in (p, q))
     rows = [Continuation(PROMPT, seed, MixedSampling(alpha, 2 * drafted, candidates=64)) for seed in range(1500)]
     drafted_by(student, rows, drafted)
-    for row, verdict in zip(rows, answered(teacher, [row.question() for row in rows]), strict=True):
-        row.settle(verdict, lambda _, ids: student.numpy()[0, ids])
+    for row, verdict in zip(rows, answered(teacher, [row.next_draft() for row in rows]), strict=True):
+        row.apply_verdict(verdict, lambda _, ids: student.numpy()[0, ids])
     settled = [len(row.token_ids) for row in rows]
     error = np.std(settled) / np.sqrt(len(settled))
-    assert abs(np.mean(settled) - tokens_a_call(alpha * tv, drafted)) < 4 * error < 0.05 * drafted
+    assert abs(np.mean(settled) - expected_tokens_per_call(alpha * tv, drafted)) < 4 * error < 0.05 * drafted
 
 
 def test_tokens_a_call():
-    assert tokens_a_call(0.06, 8) == pytest.approx(6.5, abs=0.05)
-    assert tokens_a_call(0.06, 16) == pytest.approx(10.5, abs=0.05)
-    assert tokens_a_call(0.06, 10**6) == pytest.approx(16.7, abs=0.05)
-    assert [tokens_a_call(rate, 8) for rate in (0.0, 1.0)] == [8.0, 1.0]
-    assert tokens_a_call(1e-12, 8) == pytest.approx(8.0)
+    assert expected_tokens_per_call(0.06, 8) == pytest.approx(6.5, abs=0.05)
+    assert expected_tokens_per_call(0.06, 16) == pytest.approx(10.5, abs=0.05)
+    assert expected_tokens_per_call(0.06, 10**6) == pytest.approx(16.7, abs=0.05)
+    assert [expected_tokens_per_call(rate, 8) for rate in (0.0, 1.0)] == [8.0, 1.0]
+    assert expected_tokens_per_call(1e-12, 8) == pytest.approx(8.0)
 
 
 def test_drafts_grow_with_acceptance():
     begin = DraftLength().tokens
     kind, unkind = DraftLength(longest=48), DraftLength()
-    kind.observe(kept=10_000, rejected=0)
-    unkind.observe(kept=500, rejected=500)
+    kind.observe(accepted=10_000, rejected=0)
+    unkind.observe(accepted=500, rejected=500)
     assert (begin, kind.tokens) == (16, 48)
     assert unkind.tokens < 8
 
 
 def test_numbers_are_uniform_and_each_use_has_its_own():
     places = list(itertools.product(Stream, [0, 1, 2**64 - 1], [0, 1, 2]))
-    numbers = np.array([uniforms(s, seed, 64, start=0, position=place) for s, seed, place in places])
+    numbers = np.array([draw_uniforms(s, seed, 64, start=0, position=place) for s, seed, place in places])
     assert len(np.unique(numbers)) == numbers.size
     assert chisquare(np.histogram(numbers, 32, (0, 1))[0]).pvalue > HOPELESS
     assert np.abs(np.corrcoef(numbers)[np.triu_indices(len(places), 1)]).max() < 0.6
     for start in range(9):
         np.testing.assert_array_equal(
-            uniforms(Stream.COINS, 5, 9, start=start), uniforms(Stream.COINS, 5, 18, start=0)[start : start + 9]
+            draw_uniforms(Stream.COINS, 5, 9, start=start),
+            draw_uniforms(Stream.COINS, 5, 18, start=0)[start : start + 9],
         )
 
 
 def test_draws_follow_the_distribution_and_avoid_what_is_impossible():
     logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
-    drawn = draw(logprobs, torch.tensor([[0.0, 0.2499, 0.25, 1 - 2**-53]], dtype=torch.float64))
+    drawn = sample_ids(logprobs, torch.tensor([[0.0, 0.2499, 0.25, 1 - 2**-53]], dtype=torch.float64))
     assert drawn.tolist() == [[1, 1, 3, 3]]
 
 

@@ -33,22 +33,24 @@ def verify(engine, drafts):
 def assert_right(verdict, draft, model):
     table = exact(model, draft.input_ids).numpy()
     log_p = table[np.arange(draft.start - 1, len(draft) - 1), draft.input_ids[draft.start :]]
-    kept = draft.kept(log_p)
-    assert verdict.kept == kept
-    np.testing.assert_allclose(verdict.logprobs, log_p[: kept + 1], atol=1e-4)
-    assert len(verdict.candidates) == (0 if draft.drafted and kept == draft.drafted else draft.candidates)
-    np.testing.assert_allclose(verdict.candidate_logprobs, table[draft.start + kept - 1, verdict.candidates], atol=1e-4)
+    accepted = draft.count_accepted(log_p)
+    assert verdict.accepted == accepted
+    np.testing.assert_allclose(verdict.logprobs, log_p[: accepted + 1], atol=1e-4)
+    assert len(verdict.candidates) == (0 if draft.drafted and accepted == draft.drafted else draft.candidates)
+    np.testing.assert_allclose(
+        verdict.candidate_logprobs, table[draft.start + accepted - 1, verdict.candidates], atol=1e-4
+    )
 
 
 def test_verdicts_are_the_models_own_in_any_company(engine, reference):
-    """All kept, some kept, none kept, nothing drafted; sequences of unequal length in one batch, seen and unseen."""
+    """All accepted, some accepted, none accepted, nothing drafted; sequences of unequal length in one batch, seen and unseen."""
     coins = {"coins": 0.499}, {"coins": 0.8, "logprobs": -15.0}, {"coins": 0.999, "logprobs": -0.01}
     drafts = [draft_of(20 + 7 * i, 1 + 3 * i, i, **coins[i % 3]) for i in range(8)] + [draft_of(15, 0, 9, candidates=3)]
     first = verify(engine, drafts)
-    fates = [(verdict.kept, draft.drafted) for verdict, draft in zip(first, drafts, strict=True)]
-    assert any(kept == drafted > 0 for kept, drafted in fates)
-    assert any(0 < kept < drafted for kept, drafted in fates)
-    assert any(kept == 0 < drafted for kept, drafted in fates)
+    fates = [(verdict.accepted, draft.drafted) for verdict, draft in zip(first, drafts, strict=True)]
+    assert any(accepted == drafted > 0 for accepted, drafted in fates)
+    assert any(0 < accepted < drafted for accepted, drafted in fates)
+    assert any(accepted == 0 < drafted for accepted, drafted in fates)
     for verdict, draft in zip(first + verify(engine, drafts), drafts * 2, strict=True):
         assert_right(verdict, draft, reference)
 

@@ -13,8 +13,8 @@ from rayk.config import VLLMEngineConfig
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines import vllm as engine_module
 from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import TransformersEngine, summarise
-from rayk.engines.vllm import VLLMEngine, likeliest_distinct
+from rayk.engines.transformers import TransformersEngine, reduce_logits
+from rayk.engines.vllm import VLLMEngine, top_distinct
 from rayk.errors import EngineDied, InputError
 from rayk.signals.batch import concatenate
 from rayk.signals.sequence import TokenSequence
@@ -174,11 +174,11 @@ def test_requested_ids_are_united_with_the_likeliest_as_in_the_transformers_engi
     """What vLLM's V2 runner would give, which needs a GPU, made from logits."""
     logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     asked = torch.randint(-1, 30, (50, 6), generator=torch.Generator().manual_seed(1))
-    expected = summarise(logits.clone(), asked[:, 0].clamp(min=0), Requested(4), 30, asked)
+    expected = reduce_logits(logits.clone(), asked[:, 0].clamp(min=0), Requested(4), 30, asked)
     logprobs = logits.log_softmax(1)
     top = logprobs[:, :30].topk(10)
     named = torch.where(asked < 0, float("-inf"), logprobs.gather(1, asked.clamp(min=0)))
-    ids, values = likeliest_distinct(
+    ids, values = top_distinct(
         np.concatenate([asked.numpy(), top.indices.numpy()], 1),
         np.concatenate([named.numpy(), top.values.numpy()], 1),
         10,

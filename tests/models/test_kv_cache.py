@@ -38,7 +38,7 @@ def test_reading_on_is_reading_from_the_start(architecture):
     for row, n, states in zip(rows, counts.tolist(), hidden, strict=True):
         torch.testing.assert_close(states[:n], alone(model, row[:n]), atol=1e-5, rtol=1e-5)
 
-    pasts = [past.first(n) for past, n in zip(first.key_values(), (10, 4, 3, 20), strict=True)]
+    pasts = [past.truncate(n) for past, n in zip(first.key_values(), (10, 4, 3, 20), strict=True)]
     pasts[2] = KeyValues()
     assert [len(past) for past in pasts] == [10, 4, 0, 20]
     rest = [row[len(past) :] for row, past in zip(rows, pasts, strict=True)]
@@ -70,7 +70,7 @@ def test_clones_hold_their_own_memory_only():
     batch = Batch(model, [KeyValues()] * 2)
     with torch.no_grad():
         batch.read(padded(rows_of(30, 30)))
-    part = batch.key_values()[0].first(10)
+    part = batch.key_values()[0].truncate(10)
     own = part.clone()
     assert part.nbytes == own.nbytes
     assert part.layers[0][0].untyped_storage().nbytes() > own.layers[0][0].untyped_storage().nbytes()

@@ -11,7 +11,7 @@ from rayk.errors import InputError
 from rayk.models import (
     check_head,
     final_hidden,
-    head_of,
+    get_head,
     load_head,
     load_model,
     load_model_config,
@@ -38,7 +38,7 @@ def test_body_and_head_equal_the_models_own_logits(architecture, tie):
     model = tiny_model(architecture=architecture, tie=tie, peaked=4.0)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tie
     ids, mask = probe(model)
-    ours = head_of(model).logits(final_hidden(model, ids, mask)[mask.bool()])
+    ours = get_head(model).logits(final_hidden(model, ids, mask)[mask.bool()])
     torch.testing.assert_close(
         ours, model(input_ids=ids, attention_mask=mask).logits[mask.bool()], atol=1e-5, rtol=1e-5
     )
@@ -198,7 +198,7 @@ def fingerprint_after(folder, change):
 
 @pytest.mark.parametrize("whole_bytes", [64 << 20, 4096], ids=["read-whole", "sampled"])
 def test_the_fingerprint_changes_with_any_tensor_and_not_with_the_place(tmp_path, monkeypatch, whole_bytes):
-    monkeypatch.setattr("rayk.models._HASHED_WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr("rayk.models.fingerprint._HASHED_WHOLE_BYTES", whole_bytes)
     tiny_model(tmp_path / "model", seed=1)
     own = weights_fingerprint(str(tmp_path / "model"))
 
@@ -230,7 +230,7 @@ def test_a_head_is_read_without_its_body(tmp_path, architecture, tie, shard):
     model = tiny_model(architecture=architecture, tie=tie, peaked=4.0)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    head, own = load_head(str(tmp_path), dtype=torch.float32), head_of(model)
+    head, own = load_head(str(tmp_path), dtype=torch.float32), get_head(model)
     assert torch.equal(head.weight, own.weight)
     assert (head.bias, head.scale, head.softcap) == (None, own.scale, own.softcap)
     assert load_head(str(tmp_path), dtype=torch.bfloat16).weight.dtype == torch.bfloat16

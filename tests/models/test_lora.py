@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from rayk.config import LoraConfig, StudentConfig, parse_config
 from rayk.errors import InputError
-from rayk.models import check_head, final_hidden, head_of, load_model
-from rayk.models.lora import add_adapter, merged
-from rayk.models.student import Size, make_model, planned_size, size_of
-from rayk.rollouts import learned
+from rayk.models import check_head, final_hidden, get_head, load_model
+from rayk.models.lora import add_adapter, merged_state_dict
+from rayk.models.student import Size, count_parameters, count_planned_parameters, make_model
+from rayk.rollouts import trainable_state_dict
 from rayk.training.student import save_model
 from tests.tiny import moved, tiny_model, tiny_tokenizer
 
@@ -39,7 +39,7 @@ def student_of(folder, seed=0, lora=None, dtype="float32", gradient_checkpointin
 
 
 def logits(model):
-    return head_of(model).logits(final_hidden(model, IDS, MASK)[MASK.bool()])
+    return get_head(model).logits(final_hidden(model, IDS, MASK)[MASK.bool()])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,7 +79,7 @@ def test_merged_it_computes_the_same_in_plain_transformers_and_peft(kind, lora, 
         torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
         assert (expected - untrained).abs().max() > 0.05  # so that equality says something
         check_head(model)
-    assert merged(model).keys() == load_model(str(tmp_path / "base")).state_dict().keys()
+    assert merged_state_dict(model).keys() == load_model(str(tmp_path / "base")).state_dict().keys()
 
 
 def test_a_bfloat16_base_is_merged_in_its_own_type(tmp_path):
@@ -126,16 +126,16 @@ def test_the_size_is_known_before_any_weight_is_loaded(tmp_path):
     model = student_of(tmp_path / "base", tie=True)
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
     adapters = 2 * 4 * (4 * 16 + 16 + 8 + 8 + 16 + 2 * (16 + 32) + 32 + 16)
-    base = size_of(load_model(str(tmp_path / "base"))).total
-    assert planned_size(config, TOKENIZER) == size_of(model) == Size(adapters, base + adapters)
-    assert str(size_of(model)).endswith(f"parameters ({adapters / (base + adapters):.2%})")
-    assert planned_size(StudentConfig(model=str(tmp_path / "base")), TOKENIZER) == Size(base, base)
+    base = count_parameters(load_model(str(tmp_path / "base"))).total
+    assert count_planned_parameters(config, TOKENIZER) == count_parameters(model) == Size(adapters, base + adapters)
+    assert str(count_parameters(model)).endswith(f"parameters ({adapters / (base + adapters):.2%})")
+    assert count_planned_parameters(StudentConfig(model=str(tmp_path / "base")), TOKENIZER) == Size(base, base)
 
 
 def test_what_travels_and_is_kept_is_the_adapter(tmp_path):
     model = student_of(tmp_path / "base", lora=WHOLE)
     names = {name for name, each in model.named_parameters() if each.requires_grad}
-    assert learned(model).keys() == names
+    assert trainable_state_dict(model).keys() == names
     assert {name.split(".")[-3] for name in names} == {"lora_A", "lora_B", "modules_to_save"}
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayk.models import final_hidden
-from rayk.models.packing import enable_packing, packs
+from rayk.models.packing import can_pack, enable_packing
 
 LENGTHS = [14, 3, 9, 1]
 SIZE = {
@@ -56,7 +56,7 @@ def test_packed_rows_equal_padded_rows(kind, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    assert packs(model, max(LENGTHS))
+    assert can_pack(model, max(LENGTHS))
     seen = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
     packed_hidden, packed_gradients = hidden_and_gradients(model)
@@ -75,7 +75,7 @@ def test_a_body_that_mixes_tokens_otherwise_stays_padded(kind):
 
     enable_packing(model)
 
-    assert not packs(model, 4) and model.config._attn_implementation == before
+    assert not can_pack(model, 4) and model.config._attn_implementation == before
     torch.testing.assert_close(hidden_and_gradients(model)[0], hidden)
 
 
@@ -85,7 +85,7 @@ def test_a_body_whose_rows_leak_is_found_by_the_probe(monkeypatch):
 
     enable_packing(model)
 
-    assert not packs(model, 4)
+    assert not can_pack(model, 4)
 
 
 def test_rows_beyond_the_sliding_window_are_padded():
@@ -94,7 +94,7 @@ def test_rows_beyond_the_sliding_window_are_padded():
 
     enable_packing(model)
 
-    assert packs(model, 10) and not packs(model, 11)
+    assert can_pack(model, 10) and not can_pack(model, 11)
     torch.testing.assert_close(hidden_and_gradients(model), (hidden, gradients))
 
 
@@ -106,7 +106,7 @@ def test_generation_is_as_it_was():
 
     enable_packing(model)
 
-    assert packs(model, 1)
+    assert can_pack(model, 1)
     assert torch.equal(model.generate(**asked), before)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
-from rayk.engines.transformers import summarise
+from rayk.engines.transformers import reduce_logits
 from rayk.errors import InputError
 from rayk.models import DTYPES
 from rayk.signals.batch import _COLUMNS, CorruptSignal, SignalBatch, concatenate, decode, encode
@@ -32,7 +32,7 @@ def signals_of(logits, support, lengths=None):
         asked = torch.randint(-1, vocab_size, (tokens, 3), generator=generator)
     if isinstance(support, Sampled):
         asked = torch.rand(tokens, support.draws, generator=generator, dtype=torch.float64)
-    columns = summarise(logits.clone(), targets, support, vocab_size, asked)
+    columns = reduce_logits(logits.clone(), targets, support, vocab_size, asked)
     return SignalBatch(support, offsets, vocab_size=vocab_size, **columns)
 
 
@@ -70,7 +70,7 @@ def batches(draw):
 @settings(max_examples=150, deadline=None)
 def test_round_trip_keeps_everything_but_rounding(signals):
     back = decode(encode(signals))
-    assert not back.unusable()
+    assert not back.invalid_rows()
     assert equal(replace(back, logprobs=None), replace(signals, logprobs=None))
     if signals.logprobs is not None:
         torch.testing.assert_close(back.logprobs, signals.logprobs, rtol=2**-11, atol=2**-24)
@@ -204,10 +204,10 @@ def test_a_read_only_wire_gives_writable_signals():
 @pytest.mark.parametrize(("entry", "row"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 4)])
 def test_numbers_nothing_can_be_learned_from_are_found_in_their_row(column, value, said, entry, row):
     signals = signals_of(logits_of(6, 30, 2.0), TopK(6), [2, 0, 3, 0, 1])
-    assert not signals.unusable()
+    assert not signals.invalid_rows()
     damaged = getattr(signals, column).clone()
     damaged[entry] = value
-    [(found, reason)] = decode(encode(replace(signals, **{column: damaged}))).unusable().items()
+    [(found, reason)] = decode(encode(replace(signals, **{column: damaged}))).invalid_rows().items()
     assert found == row
     assert said in reason
 
@@ -216,6 +216,6 @@ def test_impossible_tokens_stay_finite_on_the_wire():
     logits = logits_of(4, 10, 1.0)
     logits[:, 5:] = float("-inf")
     back = decode(encode(signals_of(logits, TopK(8))))
-    assert not back.unusable()
+    assert not back.invalid_rows()
     assert bool(back.logprobs.isfinite().all())
     assert bool((back.at_temperature()[0].exp().sum(1) - 1 < 1e-5).all())

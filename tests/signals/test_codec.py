@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_signal import SPREADS, coarse, logits_of, signals_of
 
 from rayk.config.support import Hidden, Logprob, Sampled, TopK
 from rayk.signals.batch import CorruptSignal, SignalBatch, concatenate, decode, encode
 from rayk.signals.codec import pack, unpack
+from tests.signals.test_batch import SPREADS, coarse, logits_of, signals_of
 
 
 def stored(signals: SignalBatch) -> SignalBatch:
@@ -38,7 +38,7 @@ def topk_signals(draw):
 @settings(max_examples=60, deadline=None)
 def test_a_top_k_row_comes_back_with_only_its_log_probs_rounded(signals):
     back = stored(signals)
-    assert not back.unusable()
+    assert not back.invalid_rows()
     assert_equal(replace(back, logprobs=None), replace(signals, logprobs=None))
     within = (8 - signals.logprobs.clamp(min=-65504, max=0)) / 128 * 1.0001
     assert bool(((back.logprobs - signals.logprobs.clamp(min=-65504)).abs() <= within).all())
@@ -94,7 +94,7 @@ def test_impossible_tokens_are_stored_as_the_wire_gives_them():
     logits = logits_of(4, 10, 1.0)
     logits[:, 5:] = float("-inf")
     back = stored(decode(encode(signals_of(logits, TopK(8)))))
-    assert not back.unusable()
+    assert not back.invalid_rows()
     assert bool((back.logprobs[:, 5:] < -60_000).all())
 
 

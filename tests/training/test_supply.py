@@ -8,7 +8,7 @@ from rayk.data.batches import BatchSampler
 from rayk.data.tokenizing import tokenize
 from rayk.models import load_tokenizer
 from rayk.rollouts import Rollout
-from rayk.rollouts.kept import pack_row
+from rayk.rollouts.packed_rows import pack_row
 from rayk.training.supply import Supply
 from tests.runs import write_rows
 
