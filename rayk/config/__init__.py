@@ -7,6 +7,17 @@ whatever is wrong into one sentence.
 from rayk.config.base import Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig, DataSource
+from rayk.config.demonstrations import DemonstrationsConfig
+from rayk.config.engines import (
+    CustomEngineConfig,
+    EngineConfig,
+    EngineSettings,
+    LocalEngineConfig,
+    OpenAIEngineConfig,
+    SimulatedEngineConfig,
+    TransformersEngineConfig,
+    VLLMEngineConfig,
+)
 from rayk.config.evaluation import EvaluationConfig, GenerationConfig
 from rayk.config.filters import (
     ContaminationFilterConfig,
@@ -25,12 +36,12 @@ from rayk.config.filters import (
     TextFilterConfig,
     TruncatedFilterConfig,
 )
-from rayk.config.loading import difference, load_config, parse_config
+from rayk.config.loading import load_config, parse_config
+from rayk.config.marks import difference
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
     AdaptiveConfig,
     CustomMethodConfig,
-    DemonstrationsConfig,
     Divergence,
     DivergenceMethodConfig,
     InContextConfig,
@@ -39,7 +50,6 @@ from rayk.config.methods import (
     MiniLLMConfig,
     OnPolicyConfig,
     PreferenceConfig,
-    PretrainingConfig,
     SupervisedConfig,
     TeacherMethodConfig,
 )
@@ -52,6 +62,14 @@ from rayk.config.rollouts import (
     WorkerRollouts,
 )
 from rayk.config.run import RunConfig, TrackingConfig
+from rayk.config.sections import (
+    MethodSettings,
+    PretrainingConfig,
+    RolloutSettings,
+    SamplingConfig,
+    ServedStudentConfig,
+    SynthesisSettings,
+)
 from rayk.config.synthesis import (
     AdversarialConfig,
     AnswerConfig,
@@ -61,27 +79,11 @@ from rayk.config.synthesis import (
     MagpieConfig,
     PreferencesConfig,
     ResponsesConfig,
-    SamplingConfig,
     SelfInstructConfig,
-    ServedStudentConfig,
     StudentSynthesisConfig,
     SynthesisConfig,
-    SynthesisSettings,
 )
-from rayk.config.teachers import (
-    CustomEngineConfig,
-    EngineConfig,
-    EnsembleConfig,
-    LocalEngineConfig,
-    OpenAIEngineConfig,
-    Replicas,
-    Resources,
-    RouteConfig,
-    SimulatedEngineConfig,
-    TeacherConfig,
-    TransformersEngineConfig,
-    VLLMEngineConfig,
-)
+from rayk.config.teachers import EnsembleConfig, Replicas, Resources, RouteConfig, TeacherConfig
 from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
 __all__ = [
@@ -106,6 +108,7 @@ __all__ = [
     "EncoderTraining",
     "EndingFilterConfig",
     "EngineConfig",
+    "EngineSettings",
     "EnsembleConfig",
     "EvaluationConfig",
     "FilterConfig",
@@ -120,6 +123,7 @@ __all__ = [
     "LoraConfig",
     "MagpieConfig",
     "MethodConfig",
+    "MethodSettings",
     "MiniLLMConfig",
     "NearDuplicatesFilterConfig",
     "OnPolicyConfig",
@@ -136,6 +140,7 @@ __all__ = [
     "RetrieverConfig",
     "RewardModelConfig",
     "RolloutConfig",
+    "RolloutSettings",
     "RougeFilterConfig",
     "RouteConfig",
     "RunConfig",

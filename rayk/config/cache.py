@@ -1,16 +1,16 @@
-"""Where teachers' signals are kept."""
+"""Storage of teachers' signals on disk."""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from rayk.config.base import Settings
+from rayk.config.base import Placement, Settings, StoragePath
 
 
 class CacheConfig(Settings):
-    """Signals kept on disk, so that later epochs and other runs do not ask for them again."""
+    """Teachers' signals stored on disk, so that later epochs and other runs need not request them again."""
 
-    path: str
-    """A folder or a URI (s3://…, gs://…) that all workers reach; several runs may share it."""
-    max_gigabytes: Annotated[float, Field(gt=0)] | None = None
-    """Beyond it the least recently used signals are deleted; by default nothing is."""
+    path: Annotated[str, StoragePath(), Placement()]
+    """A folder or URI (s3://…, gs://…) that all workers can reach. Several runs may share it."""
+    max_gigabytes: Annotated[float | None, Placement()] = Field(default=None, gt=0)
+    """Size in gigabytes above which the least recently used signals are deleted; `null`: nothing is deleted."""

@@ -1,45 +1,63 @@
-"""Where rows come from and how they are read."""
+"""Training and evaluation rows: where they are stored and how they are read."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from rayk.config.base import Positive, Settings
+from rayk.config.base import InputPath, Placement, Positive, Settings
+
+RowFormat = Literal["auto", "prompt_completion", "messages", "text", "preference"]
 
 
 class DataSource(Settings):
-    """Where rows come from and how to read them."""
+    """Rows: where they are stored and which fields are read."""
 
-    path: str
-    """A .jsonl or .parquet file, a glob, a folder saved by `datasets`, or a hub dataset id."""
+    path: InputPath
+    """A .jsonl or .parquet file, a glob pattern, a folder saved by `datasets`, or the id of a data set on the hub."""
     split: str = "train"
+    """The split of a data set that has several."""
     name: str | None = None
-    """The configuration of a hub dataset."""
+    """The configuration of a data set on the hub; `null`: its default."""
     rows: Positive | None = None
-    """Take only the first so many."""
-    format: Literal["auto", "prompt_completion", "messages", "text", "preference"] = "auto"
+    """Read only this number of rows, the first ones; `null`: all."""
+    format: RowFormat = "auto"
+    """What a row contains; `auto` decides it by the fields of the first row."""
     prompt_field: str = "prompt"
+    """The field with the prompt."""
     completion_field: str = "completion"
+    """The field with the completion."""
     messages_field: str = "messages"
+    """The field with the list of chat messages ({role, content})."""
     chosen_field: str = "chosen"
-    """The better of two answers to `prompt`: text, or a list of messages (as in TRL, with the prompt's or without)."""
+    """The field with the better answer of a preference pair: text, or a list of messages (as in TRL, with or without
+    the prompt's messages)."""
     rejected_field: str = "rejected"
+    """The field with the worse answer of a preference pair, in the same form."""
     text_field: str = "text"
+    """The field with plain text, of which every token is trained on."""
     prompt_template: str | None = None
-    """Text with {field} names of the row, instead of `prompt_field`."""
+    """The prompt as text with {field} names of the row, instead of `prompt_field`; `null`: `prompt_field` is read."""
     completion_template: str | None = None
+    """The completion as text with {field} names of the row; `null`: `completion_field` is read."""
     train_on: Literal["last", "all"] = "last"
-    """Which assistant turns of `messages` count."""
+    """The assistant turns of `messages` that are trained on: the last one, or all."""
+
+    def with_default_format(self, row_format: RowFormat) -> "DataSource":
+        """Return the source with this format in place of 'auto'."""
+        return self.model_copy(update={"format": row_format}) if self.format == "auto" else self
 
 
 class DataConfig(Settings):
-    """The rows a run learns from and is measured on."""
+    """The rows that a run trains on and is evaluated on."""
 
     train: DataSource | None = None
-    """Left out only where `synthesis.prompts` says what to write rows from."""
-    evaluation: DataSource | None = None
+    """The training rows; `null` only where `synthesis` makes them from other prompts."""
+    evaluation: Annotated[DataSource | None, Placement()] = None
+    """Held-out rows; `null`: nothing is evaluated."""
     max_prompt_tokens: Positive = 1024
+    """Longest prompt in tokens."""
     max_tokens: Positive = 2048
-    """Longest row, prompt and completion together."""
+    """Longest row in tokens, prompt and completion together."""
     too_long: Literal["error", "skip", "truncate"] = "error"
-    """What happens to longer rows; `truncate` cuts the completion, never the prompt."""
+    """What happens to longer rows: the run stops, the row is skipped, or the completion (never the prompt) is cut."""
     chat_template: bool = False
-    """Wrap `prompt`/`completion` rows in the tokenizer's chat template."""
+    """Wrap the prompt and completion of each row in the tokenizer's chat template, as a user's and an assistant's
+    turn."""

@@ -1,4 +1,4 @@
-"""What is measured on held-out rows."""
+"""Measurements on held-out rows."""
 
 from typing import Annotated
 
@@ -9,36 +9,38 @@ from rayk.config.support import TopK
 
 
 class GenerationConfig(Settings):
-    """How the student answers evaluation prompts."""
+    """How the student generates answers to the evaluation prompts."""
 
     max_new_tokens: Positive = 128
+    """Longest answer in tokens; longer ones are cut."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0: greedy."""
+    """Sampling temperature; 0 is greedy decoding."""
     rows: Positive | None = None
-    """Only the first so many evaluation rows."""
+    """Answer only this number of evaluation rows, the first ones; `null`: all."""
 
 
 class EvaluationConfig(Settings):
-    """Measuring on held-out rows: loss, distance to the teacher, and the task itself."""
+    """Measurements on held-out rows: the loss, the divergence from the teacher, and the quality of answers."""
 
     every_steps: Positive | None = None
-    """Loss and divergences this often; always at the end."""
-    support: TopK = TopK()
-    """What the teacher is asked for the divergences."""
-    generation: GenerationConfig | None = None
-    """Also answer the prompts and score the answers; `null` measures only losses."""
-    answer_field: str | None = None
-    """The row's field with the truth; by default the completion."""
-    answer_pattern: AnswerPattern | None = None
-    """A regular expression with one group that finds the answer in both texts (the last match counts), such as
-    '#### (.+)'; by default the whole text, white space folded."""
-    metrics: list[FunctionPath] = Field(default_factory=list)
-    """Metrics of your own beside the built-in ones, each a function 'module:name' called with (completion, row) for
-    each evaluated row, where `row` is a mapping of the row's fields. It returns a number; the mean is reported under
-    the function's name. Needs `generation`."""
+    """Measure loss and divergences after every this number of steps; `null`: only at the end."""
     before_training: bool = True
     """Also measure the student before its first update."""
+    support: TopK = TopK()
+    """The part of the teacher's distribution that the divergences are computed on."""
+    generation: GenerationConfig | None = None
+    """Generate answers to the evaluation prompts and score them; `null`: only losses and divergences are measured."""
+    answer_field: str | None = None
+    """The row's field with the right answer; `null`: the completion."""
+    answer_pattern: AnswerPattern | None = None
+    """A regular expression with one group that finds the answer in both texts, such as '#### (.+)'; the last match
+    counts. `null`: the whole texts are compared, white space normalized."""
+    metrics: list[FunctionPath] = Field(default_factory=list)
+    """Your own metrics, each a function 'module:name' that is called as `function(completion, row)` for each generated
+    answer, `row` being a mapping of the row's fields, and returns a number. The mean is reported under the function's
+    name. Needs `generation`."""
     samples: Annotated[int, Field(ge=0)] = 8
-    """Completions kept for the report."""
+    """Number of answers shown in the report."""
     demonstration_draws: Positive = 1
-    """With method `in_context`: how many random draws of demonstrations answer a row; the majority decides."""
+    """With method `in_context`: number of random draws of demonstrations with which each row is answered; the answer of
+    the majority counts."""

@@ -1,76 +1,106 @@
-"""The filters of quality control, told apart by `kind`: what is left out of what teachers write."""
+"""Filters of generated rows, chosen by `kind`: each rejects candidates for training rows."""
 
 import re
 import string
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rayk.config.base import AnswerPattern, FunctionPath, Positive, Settings, Share
 
 
-class FieldFilterConfig(Settings):
-    """What filters of one field share."""
+class FilterSettings(Settings):
+    """Base of all filters, with what other sections must know of a filter."""
+
+    compares_evaluation_prompts: ClassVar[bool] = False
+    """Whether it compares candidates with the evaluation prompts."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it reads the number of tokens that a teacher generated."""
+        return False
+
+    def judge_teacher(self, default: str) -> str | None:
+        """Return the name of the teacher that the filter queries, `default` being the one that generates; None if it
+        queries none."""
+        return None
+
+
+class FieldFilterConfig(FilterSettings):
+    """Base of filters that read one field."""
 
     field: str = "completion"
-    """Which field of the candidate is judged: `prompt`, `completion`, or one that the recipe adds. Of a pair
-    `completion` is the chosen answer, `rejected` the other."""
+    """The field of the candidate that is read: `prompt`, `completion`, or one that the recipe adds. For a preference
+    pair, `completion` is the chosen answer and `rejected` the other one."""
 
 
 class EmptyFilterConfig(FieldFilterConfig):
-    """Rejects what has no visible character."""
+    """Rejects text without a visible character."""
 
     kind: Literal["empty"] = "empty"
+    """The filter's kind."""
 
 
-class TruncatedFilterConfig(Settings):
+class TruncatedFilterConfig(FilterSettings):
     """Rejects completions that were cut at the token limit (`finish_reason` is 'length')."""
 
     kind: Literal["truncated"] = "truncated"
+    """The filter's kind."""
 
 
 class LengthFilterConfig(FieldFilterConfig):
-    """Rejects what is shorter or longer; of scripts without spaces a word is a character."""
+    """Rejects text that is too short or too long. In scripts without spaces, each character counts as a word."""
 
     kind: Literal["length"] = "length"
+    """The filter's kind."""
     unit: Literal["words", "characters", "tokens"] = "words"
-    """`tokens`: those that the teacher counted of its completion, whatever `field` says."""
+    """The unit of both limits; `tokens`: those of the completion as the teacher counted them, whatever `field` is."""
     minimum: Annotated[int, Field(ge=0)] = 1
+    """Shortest length that is kept."""
     maximum: Positive | None = None
+    """Longest length that is kept; `null`: no limit."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        return self.unit == "tokens"
 
     @model_validator(mode="after")
-    def _can_be_met(self) -> "LengthFilterConfig":
+    def _check_order(self) -> "LengthFilterConfig":
         if self.maximum is not None and self.maximum < self.minimum:
             raise ValueError(f"filter 'length': maximum ({self.maximum}) is below minimum ({self.minimum})")
         return self
 
 
 class LanguageFilterConfig(FieldFilterConfig):
-    """Rejects what is in another language (py3langid). Text too short or too mixed to tell is kept."""
+    """Rejects text in another language (py3langid). Text that is too short or too mixed to decide is kept."""
 
     kind: Literal["language"] = "language"
+    """The filter's kind."""
     languages: Annotated[list[str], Field(min_length=1)]
-    """ISO 639-1 codes: en, zh, de, …"""
+    """ISO 639-1 codes of the languages to keep: en, zh, de, …"""
     margin: Annotated[float, Field(ge=1)] = 10.0
-    """How many times likelier another language must be than those wanted together."""
+    """Ratio by which another language must be more likely than all `languages` together."""
 
 
 class RepetitionFilterConfig(FieldFilterConfig):
-    """Rejects what goes round in circles: too many of its n-grams of words repeat earlier ones, or too much of it is
-    one character over and over."""
+    """Rejects repetitive text: too many of its n-grams of words repeat earlier ones, or one character is repeated over
+    too much of it."""
 
     kind: Literal["repetition"] = "repetition"
+    """The filter's kind."""
     n: Positive = 4
+    """Words per n-gram."""
     maximum: Share = 0.3
-    """The largest share of repeated n-grams, or of one run of one character, that is kept."""
+    """Largest share of repeated n-grams, or of one repeated character, that is kept."""
 
 
 class RefusalFilterConfig(FieldFilterConfig):
-    """Rejects answers that begin by refusing (the patterns in `rayk.text.refusals`)."""
+    """Rejects answers that begin with a refusal (the patterns in `rayk.text.refusals`)."""
 
     kind: Literal["refusal"] = "refusal"
+    """The filter's kind."""
     patterns: list[str] = Field(default_factory=list)
-    """Regular expressions beside the built-in ones, sought in the beginning of the answer in lower case."""
+    """More regular expressions, searched in the beginning of the answer in lower case."""
 
     @field_validator("patterns")
     @classmethod
@@ -84,62 +114,77 @@ class RefusalFilterConfig(FieldFilterConfig):
 
 
 class KeywordsFilterConfig(FieldFilterConfig):
-    """Rejects what has one of the words or phrases in it, as whole words whatever their case; of scripts without
-    spaces, anywhere."""
+    """Rejects text with one of the words or phrases in it: whole words in any case; in scripts without spaces,
+    anywhere."""
 
     kind: Literal["keywords"] = "keywords"
+    """The filter's kind."""
     keywords: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """The words or phrases."""
 
 
 class EndingFilterConfig(FieldFilterConfig):
-    """Rejects what ends as if something were to follow, white space aside."""
+    """Rejects text whose end announces more, white space ignored."""
 
     kind: Literal["ending"] = "ending"
+    """The filter's kind."""
     endings: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (":", "：")
+    """The endings that are rejected."""
 
 
-class ContaminationFilterConfig(Settings):
-    """Rejects what shares a run of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165 appendix C). A
-    shorter evaluation prompt rejects only a field that is the same, word for word."""
+class ContaminationFilterConfig(FilterSettings):
+    """Rejects candidates that share a sequence of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165,
+    appendix C). An evaluation prompt shorter than that rejects only fields that equal it word for word."""
+
+    compares_evaluation_prompts: ClassVar[bool] = True
 
     kind: Literal["contamination"] = "contamination"
+    """The filter's kind."""
     n: Positive = 13
-    """Words in the run; of scripts without spaces, characters."""
+    """Words in the sequence; in scripts without spaces, characters."""
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
+    """The fields of the candidate that are read."""
 
 
-class NearDuplicatesFilterConfig(Settings):
-    """Rejects what is nearly the same as a candidate kept before: Jaccard similarity of their sets of word n-grams,
-    whose pairs are found by MinHash (datasketch)."""
+class NearDuplicatesFilterConfig(FilterSettings):
+    """Rejects candidates that are similar to one kept before, by the Jaccard similarity of their sets of word n-grams.
+    Similar pairs are found by MinHash (datasketch)."""
 
     kind: Literal["near_duplicates"] = "near_duplicates"
+    """The filter's kind."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """The similarity from which on a candidate is a duplicate."""
+    """Smallest similarity that makes a candidate a duplicate."""
     n: Positive = 3
+    """Words per n-gram."""
     permutations: Annotated[int, Field(ge=16)] = 128
-    """Hashes of each text: more of them miss fewer pairs near the threshold and take more memory, 8 bytes each."""
+    """Number of hashes per text, of 8 bytes each; with more of them, fewer pairs near the threshold are missed."""
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
-    """Compared together as one text."""
+    """The fields that are compared, joined into one text."""
 
 
-class RougeFilterConfig(Settings):
-    """Rejects what has ROUGE-L F ≥ `threshold` to a candidate kept before (Self-Instruct, arXiv 2212.10560 §2.2)."""
+class RougeFilterConfig(FilterSettings):
+    """Rejects candidates with a ROUGE-L F score ≥ `threshold` to one kept before (Self-Instruct, arXiv 2212.10560,
+    §2.2)."""
 
     kind: Literal["rouge"] = "rouge"
+    """The filter's kind."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Smallest score that is rejected."""
     field: str = "prompt"
+    """The field that is compared."""
 
 
-class CustomFilterConfig(Settings):
-    """Asks a function of the user's: it is given the candidate (a mapping of fields) and returns None to keep it, or
-    the reason for leaving it out as text."""
+class CustomFilterConfig(FilterSettings):
+    """Your own function, called as `function(candidate)` with a mapping of the candidate's fields. It returns None to
+    keep the candidate, or the reason for the rejection as text."""
 
     kind: Literal["custom"] = "custom"
+    """The filter's kind."""
     function: FunctionPath
-    """'module:name'; the module is looked for where rayk was started, too."""
+    """The function as 'module:name'. The module may be a file in the folder where rayk is started."""
 
 
-def _fields_alone(template: str) -> str:
+def _check_field_names(template: str) -> str:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -147,36 +192,40 @@ def _fields_alone(template: str) -> str:
     names = [name for _, name, _, _ in parts if name is not None]
     wrong = next((name for name in names if not name.isidentifier()), None)
     if wrong is not None or not names:
-        said = f"has {{{wrong}}}" if names else "names no field"
-        raise ValueError(f"{said}; name fields of the row in it, such as {{prompt}} and {{completion}}")
+        found = f"has {{{wrong}}}" if names else "names no field"
+        raise ValueError(f"{found}; name fields of the row in it, such as {{prompt}} and {{completion}}")
     return template
 
 
-class JudgeFilterConfig(Settings):
-    """Has a model rate each row, and rejects what it rates low. It comes after the filters of text alone and before
-    `keep`; what has no rating, because the model's reply has none or there is no reply, is rejected as such."""
+class JudgeFilterConfig(FilterSettings):
+    """Queries a model for a rating of each row, and rejects rows with a low one. It runs after the filters that read
+    text only and before `keep`. Rows without a rating, because there is no reply or none in the reply, are rejected."""
 
     kind: Literal["judge"] = "judge"
+    """The filter's kind."""
     teacher: str | None = None
-    """Which of `teachers` judges; by default the one that writes."""
-    template: Annotated[str, AfterValidator(_fields_alone)] = (
+    """Which of `teachers` is the judge; `null`: the one that generates."""
+    template: Annotated[str, AfterValidator(_check_field_names)] = (
         "Rate an answer to a task: is it right, does it do what was asked, is it clear?\n\nTask:\n{prompt}\n\nAnswer:\n"
         "{completion}\n\nSay in two sentences at most what is good and what is bad about it. Then write on a line of "
         "its own 'Score: ' and a number from 1 (useless) to 5 (could not be better)."
     )
-    """What it is asked; {prompt}, {completion} (of a pair the better one; {chosen} and {rejected}, too) and the row's
-    other fields are put in."""
+    """The judge's prompt, with {prompt}, {completion} (for a pair the better answer, also {chosen} and {rejected}) and
+    the row's other fields."""
     score_pattern: AnswerPattern = r"(?i)\bscore\W{0,5}(\d+(?:\.\d+)?)"
     """A regular expression with one group that finds the rating, a number, in the reply; the last match counts."""
     at_least: float = 4.0
-    """The lowest rating that is kept."""
+    """Lowest rating that is kept."""
     max_new_tokens: Positive = 512
-    """Longest reply, which is greedy."""
+    """Longest reply in tokens, decoded greedily."""
     chat: bool = True
-    """Ask in the judge's chat template; an endpoint (engine kind `openai`) has its own `engine.chat`."""
+    """Wrap the prompt in the judge's chat template; an endpoint (engine kind `openai`) has its own `engine.chat`."""
+
+    def judge_teacher(self, default: str) -> str | None:
+        return self.teacher or default
 
 
-_OfTexts = (
+_TextFilters = (
     EmptyFilterConfig
     | TruncatedFilterConfig
     | LengthFilterConfig
@@ -189,6 +238,6 @@ _OfTexts = (
     | RougeFilterConfig
     | CustomFilterConfig
 )
-TextFilterConfig = Annotated[_OfTexts, Field(discriminator="kind")]
-"""Those that need nothing but the candidates."""
-FilterConfig = Annotated[_OfTexts | ContaminationFilterConfig | JudgeFilterConfig, Field(discriminator="kind")]
+TextFilterConfig = Annotated[_TextFilters, Field(discriminator="kind")]
+"""A filter that reads only candidates."""
+FilterConfig = Annotated[_TextFilters | ContaminationFilterConfig | JudgeFilterConfig, Field(discriminator="kind")]

@@ -56,20 +56,6 @@ def parse_config(values: dict[str, Any], where: str = "The config") -> RunConfig
         raise InputError(f"{where}: {_sentence(error)}") from error
 
 
-def difference(before: Any, now: Any, ignored: set[str], place: str = "") -> str | None:
-    """The first place ("a.b") in which two settings, as plain values, differ; None where they agree but for the
-    `ignored` places."""
-    if place in ignored or before == now:
-        return None
-    if isinstance(before, dict) and isinstance(now, dict):
-        inside = [(before.get(key), now.get(key), f"{place}.{key}".lstrip(".")) for key in before | now]
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        inside = [(*pair, place) for pair in zip(before, now, strict=True)]
-    else:
-        return place
-    return next(filter(None, (difference(old, new, ignored, where) for old, new, where in inside)), None)
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

@@ -4,83 +4,98 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from rayk.config.base import Positive, Settings
+from rayk.config.base import InputPath, Positive, Settings
 
 
 class EncoderTraining(Settings):
-    """How an encoder is trained: AdamW, warmed up in a straight line and down to 0 in another."""
+    """Training of an encoder: AdamW, with a learning rate that rises linearly in the warmup and then falls to 0."""
 
     steps: Positive
+    """Number of optimizer steps."""
     batch_size: Positive
-    """Queries of a step."""
+    """Queries per step."""
     learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 400
+    """Number of steps over which the learning rate rises linearly from 0."""
     max_tokens: Positive
-    """Of a longer text the first so many are read."""
+    """Longest text in tokens; of a longer one the beginning is read."""
 
     @model_validator(mode="after")
-    def _warms_up(self) -> Self:
+    def _check_warmup(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps}); lower it")
         return self
 
 
 class RewardModelConfig(EncoderTraining):
-    """A cross-encoder that reads query, right answer and candidate, and learns to put first what the teacher does."""
+    """A cross-encoder that reads query, right answer and candidate, and learns to rank candidates as the teacher
+    does."""
 
-    model: str = "google/electra-base-discriminator"
-    """A local folder or hub id."""
+    model: InputPath = "google/electra-base-discriminator"
+    """The model that training starts from: a local folder or hub id."""
     steps: Positive = 3000
+    """Number of optimizer steps."""
     batch_size: Positive = 16
+    """Queries per step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
     max_tokens: Positive = 384
+    """Longest text in tokens; of a longer one the beginning is read."""
     negatives: Positive = 7
-    """Candidates that a better one is held against."""
+    """Number of worse candidates that a better one is compared with."""
 
 
 class RetrieverConfig(EncoderTraining):
-    """A bi-encoder that finds the demonstrations which help a teacher most. Its candidates are what is nearest by
-    BM25, in later rounds by the retriever of the round before; the teacher says how likely each makes the right answer,
-    the reward model learns that from it, and the encoder from the reward model."""
+    """A bi-encoder that finds the demonstrations which help a teacher most.
 
-    encoder: str = "intfloat/e5-base-v2"
-    """The model it begins as, a local folder or hub id."""
+    In the first round the candidates of a query are nearest by BM25, in later rounds by the retriever of the round
+    before. The teacher scores each candidate by the log-prob of the right answer after it; the reward model learns
+    these scores, and the encoder learns from the reward model.
+    """
+
+    encoder: InputPath = "intfloat/e5-base-v2"
+    """The model that each round starts from: a local folder or hub id."""
     teacher: str | None = None
-    """Who scores candidates, one of `teachers`; by default the method's, or the first that gives signals."""
+    """Which of `teachers` scores candidates; `null`: the method's teacher, or the first that returns signals."""
     reward_model: RewardModelConfig | None = Field(default_factory=RewardModelConfig)
-    """`null`: the encoder learns from the teacher's scores themselves."""
+    """The reward model; `null`: the encoder learns from the teacher's scores directly."""
     rounds: Positive = 2
+    """Number of rounds."""
     steps: Positive = 6000
-    """In each round, which begins anew from `encoder`."""
+    """Number of optimizer steps in each round."""
     batch_size: Positive = 32
+    """Queries per step."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
+    """Peak learning rate."""
     max_tokens: Positive = 256
+    """Longest text in tokens; of a longer one the beginning is read."""
     prompt: str = ""
-    """Stands before every text, as some encoders want it ('query: ')."""
+    """Text before each input of the encoder, which some encoders need ('query: ')."""
     queries: Positive = 200_000
-    """At most so many different training inputs are scored."""
+    """Largest number of different training inputs that are scored."""
     nearest: Positive = 100
-    """Candidates of a query are the nearest so many,"""
+    """Number of nearest candidates per query."""
     candidates: Positive = 32
-    """and so many drawn of them are scored."""
+    """Number of candidates that are drawn from the nearest ones and scored."""
     positives: Positive = 3
-    """The best so many of them may be a step's positive,"""
+    """Number of best candidates from which a step's positive is drawn."""
     worst: Positive = 16
-    """and the worst so many its negatives."""
+    """Number of worst candidates from which a step's negatives are drawn."""
     passages: Annotated[int, Field(ge=2)] = 4
-    """Candidates that the encoder compares in a step, of each query one positive and else negatives."""
+    """Candidates per query in a step: one positive, the others negatives."""
     temperature: Annotated[float, Field(gt=0)] = 0.01
-    """Of the cosines."""
+    """Temperature of the cosine similarities."""
     contrastive_weight: Annotated[float, Field(ge=0)] = 0.2
-    """Of telling a query's positive from what else is in the batch."""
+    """Weight of the contrastive loss, which separates a query's positive from all other candidates in the batch."""
     same_label: bool = True
-    """Where query and candidate have the same `options`, a candidate with another output is no use, whatever the
-    teacher would say; it is not asked."""
+    """Where query and candidate have the same `options`, treat a candidate with another output as the worst, without
+    querying the teacher."""
     held_out: Positive = 200
-    """Queries that the retriever is measured on and does not learn from; at most a tenth of all."""
+    """Number of queries that the retriever is evaluated on and not trained on; at most a tenth of all."""
 
     @model_validator(mode="after")
-    def _numbers_fit(self) -> "RetrieverConfig":
+    def _check_numbers(self) -> "RetrieverConfig":
         if self.candidates > self.nearest:
             raise ValueError(f"candidates ({self.candidates}) are drawn of nearest ({self.nearest}); raise nearest")
         if self.positives >= self.candidates:

@@ -1,70 +1,78 @@
-"""Supports: which part of the teacher's distribution a signal carries. Plain data, so that settings can hold them."""
+"""Supports: the part of a teacher's distribution that a signal carries. Plain data without torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _Temperatures = tuple[Annotated[float, Field(gt=0)], ...]
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's `k` likeliest tokens at each counted position, with the log-mass of all others.
-
-    `temperatures`: the softmax temperatures at which a loss may read the signal exactly. For each the teacher sends
-    one float32, log Σ p^(1/T) over the tokens outside the top k, taken before any rounding.
-    """
+    """The teacher's `k` most likely tokens at each counted position, and the log of the remaining probability mass."""
 
     __pydantic_config__ = _STRICT
 
     k: Annotated[int, Field(ge=1)] = 64
+    """Number of tokens per position."""
     temperatures: _Temperatures = (1.0,)
+    """Softmax temperatures T at which a loss may read the signal exactly. For each, the teacher sends one float32 per
+    position: log Σ p^(1/T) over the tokens outside the top k, computed before any rounding."""
     kind: Literal["topk"] = "topk"
+    """The support's kind."""
 
 
 @dataclass(frozen=True)
 class Requested:
-    """The teacher's log-probs at the ids each sequence names (`Sequence.requested`, m a position), united with its `k`
-    likeliest: k + m different ids at every position, those named first, then the likeliest of the others.
+    """The teacher's log-probs at m ids per position that each sequence names (`TokenSequence.requested`), and at its
+    own `k` most likely ones: k + m different ids per position, the requested ones first, then the most likely others.
 
-    Reverse KL and JSD put their weight where the *student* has mass, so their ids are the student's (ALGORITHMS §22).
-    `temperatures` as in `TopK`.
+    Reverse KL and Jensen–Shannon put their weight where the student has mass, so their ids are the student's.
     """
 
     __pydantic_config__ = _STRICT
 
     k: Annotated[int, Field(ge=0)] = 64
+    """Number of the teacher's own tokens per position."""
     temperatures: _Temperatures = (1.0,)
+    """As in `topk`."""
     kind: Literal["requested"] = "requested"
+    """The support's kind."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """`draws` tokens drawn with replacement from p^τ at each counted position, with weights whose expectation is p:
+    """`draws` tokens sampled with replacement from p^τ at each counted position, with weights whose expectation is p:
     random-sampling KD (arXiv 2503.16870). For forward KL and cross-entropy at temperature 1 only.
 
-    The draws follow from `seed` and the sequence's own tokens, so a repeated request gets the same ones.
+    The draws depend only on `seed` and the sequence's own tokens, so a repeated request returns the same draws.
     """
 
     __pydantic_config__ = _STRICT
 
     draws: Annotated[int, Field(ge=1, le=255)] = 50
+    """Number of draws per position."""
     tau: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent τ of the distribution that is sampled from."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the draws."""
     kind: Literal["sampled"] = "sampled"
+    """The support's kind."""
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The teacher's final hidden states, after the final norm. With its head, which each node fetches once, they give
-    the distribution over the whole vocabulary at any temperature, exact to `dtype`."""
+    """The teacher's final hidden states, after the final norm. With its head, which each node loads once, they give the
+    distribution over the whole vocabulary at any temperature, exact up to the rounding of `dtype`."""
 
     __pydantic_config__ = _STRICT
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """The type in which hidden states are sent."""
     kind: Literal["hidden"] = "hidden"
+    """The support's kind."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Logprob:
     __pydantic_config__ = _STRICT
 
     kind: Literal["logprob"] = "logprob"
+    """The support's kind."""
 
 
 SUPPORTS = (TopK, Requested, Sampled, Hidden, Logprob)
@@ -82,15 +91,20 @@ Support = Annotated[TopK | Requested | Sampled | Hidden | Logprob, Field(discrim
 """Any support, told apart by `kind`."""
 
 
-def bytes_a_token(support: Support, vocab_size: int, width: int, requested: int = 0) -> float:
-    """About what a counted token's signal takes on the wire, `width` being the teacher's hidden size."""
-    an_id = 2 if vocab_size <= 1 << 16 else 4
+def bytes_per_token(support: Support, vocab_size: int, width: int, requested: int = 0) -> float:
+    """Estimate the bytes of one counted token's signal on the wire.
+
+    Args:
+        width: the teacher's hidden size.
+        requested: number of requested ids per position.
+    """
+    id_bytes = 2 if vocab_size <= 1 << 16 else 4
     match support:
         case TopK() | Requested():
-            return (support.k + requested) * (an_id + 2) + 4 * len(support.temperatures) + 4
+            return (support.k + requested) * (id_bytes + 2) + 4 * len(support.temperatures) + 4
         case Sampled():
-            # About 12 different ids among 50 draws from a language model (arXiv 2503.16870).
-            return 0.25 * support.draws * (an_id + (1 if support.tau == 1.0 else 4)) + 9
+            # 50 draws from a language model have about 12 different ids (arXiv 2503.16870).
+            return 0.25 * support.draws * (id_bytes + (1 if support.tau == 1.0 else 4)) + 9
         case Hidden():
             return width * (4 if support.dtype == "float32" else 2) + 4
         case Logprob():

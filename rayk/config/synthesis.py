@@ -1,152 +1,74 @@
-"""What teachers write for the student to learn from, and how; told apart by `kind`."""
+"""Syntheses: training rows that teachers generate, told apart by `kind`."""
 
 import string
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from rayk.config.base import FUNCTION_PATTERN, AnswerPattern, ClassPath, Positive, Settings
-from rayk.config.data import DataSource
+from rayk.config.base import FUNCTION_PATTERN, AnswerPattern, ClassPath, InputPath, Positive, Selection, Settings
 from rayk.config.filters import (
     EndingFilterConfig,
     FilterConfig,
+    FilterSettings,
     LengthFilterConfig,
     NearDuplicatesFilterConfig,
     TextFilterConfig,
-    TruncatedFilterConfig,
 )
-from rayk.config.teachers import (
-    Replicas,
-    Resources,
-    TransformersEngineConfig,
-    VLLMEngineConfig,
-    as_replicas,
-    on_transformers,
-)
+from rayk.config.sections import SamplingConfig, ServedStudentConfig, SynthesisSettings
+from rayk.config.teachers import TeacherConfig
 
 AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
 
 
-class SamplingConfig(Settings):
-    """How the teacher writes."""
-
-    max_new_tokens: Positive = 256
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    """0: greedy."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Texts that end a completion and are no part of it, such as "\\nQ:" for a base model that would go on asking."""
-
-
 class AnswerConfig(Settings):
-    """What counts as an answer, and where a row has the right one."""
+    """The form of an answer, and where a row has the right one."""
 
     type: AnswerType = "free"
-    """What an answer looks like in what the teacher writes. `choice`: one of the letters `choices`; `date`: with the
-    month before the day where both are numbers; `free`: text up to the end of its line."""
+    """What an answer looks like in a completion. `choice`: one of the letters `choices`; `date`: the month before the
+    day if both are numbers; `free`: text up to the end of its line."""
     choices: Annotated[str, Field(pattern=r"^[A-Z]{2,}$")] = "ABCDE"
+    """The letters of type `choice`."""
     field: str = "answer"
-    """The row's field with the truth."""
+    """The row's field with the right answer."""
     pattern: AnswerPattern | None = None
-    """A regular expression with one group that finds the answer in that field (the last match counts), such as
-    '#### (.+)'; by default the whole field."""
+    """A regular expression with one group that finds the answer in that field, such as '#### (.+)'; the last match
+    counts. `null`: the whole field."""
 
 
 Scorer = Annotated[str, Field(pattern=rf"^(mean_logprob|answer|{FUNCTION_PATTERN[1:-1]})$")]
 
 
-def _whole_ones() -> list[FilterConfig]:
-    return [TruncatedFilterConfig()]
-
-
-class SynthesisSettings(Settings):
-    """What all recipes share."""
-
-    kind: str
-    teacher: str | None = None
-    """Which of `teachers` writes; by default the first. Unless the method asks it for signals too, it comes down before
-    training, and may have a tokenizer of its own."""
-    prompts: DataSource | None = None
-    """The rows to write for, instead of `data.train`; only their prompts are read, and the truth where it is used."""
-    chat: bool = False
-    """Wrap what the teacher is asked in its tokenizer's chat template, as a user's message. An endpoint (engine kind
-    `openai`) has its own `engine.chat`."""
-    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    filters: list[FilterConfig] = Field(default_factory=_whole_ones)
-    """What is left out of what was written, in this order, but a `judge` after those of text alone, and those that
-    compare rows with each other last, after `keep`; by default what was cut at `sampling.max_new_tokens`, for the
-    student would learn to stop so."""
-    in_flight: Positive = 64
-    """Prompts asked for at once."""
-
-    @property
-    def reads_truth(self) -> bool:
-        """Whether the rows' right answers are needed."""
-        return False
-
-    @property
-    def makes_prompts(self) -> bool:
-        """Whether the teacher makes up the prompts too, so that no rows are given."""
-        return False
-
-    @property
-    def needs_logprobs(self) -> bool:
-        """Whether the teacher must tell the log-probs of what it writes."""
-        return False
-
-    @property
-    def writes_pairs(self) -> bool:
-        """Whether a row is a prompt with a better and a worse answer, for method `preference`."""
-        return False
-
-    @property
-    def reads_student(self) -> bool:
-        """Whether the rows depend on the student, so that there can be `rounds`."""
-        return False
-
-    def asks_student(self, number: int) -> bool:
-        """Whether the student, as it is when round `number` (from 0) begins, has to answer in it."""
-        return self.reads_student
-
-
-class ServedStudentConfig(Settings):
-    """How the student, as it is when a round begins, is served to be asked; it comes down before training."""
-
-    engine: Annotated[
-        Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")],
-        BeforeValidator(on_transformers),
-    ] = Field(default_factory=TransformersEngineConfig)
-    """By default `kind: transformers`."""
-    replicas: Annotated[Replicas, BeforeValidator(as_replicas)] = Field(default_factory=Replicas)
-    resources: Resources = Field(default_factory=Resources)
-    deadline_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """How long one request may take, retries and replica restarts included, before the run stops."""
-
-
 class StudentSynthesisConfig(SynthesisSettings):
-    """What recipes share whose rows depend on the student."""
+    """Base of syntheses whose rows depend on the student."""
 
     student: ServedStudentConfig = Field(default_factory=ServedStudentConfig)
-    """How it is served while it writes."""
+    """How the student is served while it generates."""
 
     @property
     def reads_student(self) -> bool:
         return True
 
+    @property
+    def served_student(self) -> ServedStudentConfig | None:
+        return self.student if self.reads_student else None
+
 
 class ResponsesConfig(SynthesisSettings):
-    """The teacher's answers to the rows' prompts (SeqKD)."""
+    """The teacher's answers to the rows' prompts (sequence-level KD)."""
 
     kind: Literal["responses"] = "responses"
+    """The synthesis' kind."""
     samples: Positive = 1
-    """Completions asked for each prompt."""
-    keep: Literal["all", "best"] = "all"
-    """All samples of a prompt, or the one that `scorer` likes best (the first of equals)."""
-    scorer: Scorer = "mean_logprob"
-    """For `keep: best`: the teacher's own `mean_logprob`; `answer`: a right one, and no sample where none is right; or
-    your function `module:name`, called with (prompt, completion, row), which returns a number, higher is better."""
-    answer: AnswerConfig = Field(default_factory=AnswerConfig)
-    """For scorer `answer`."""
+    """Number of completions per prompt."""
+    keep: Annotated[Literal["all", "best"], Selection()] = "all"
+    """Keep all samples of a prompt, or the one with the highest score (the first of equals)."""
+    scorer: Annotated[Scorer, Selection()] = "mean_logprob"
+    """The score for `keep: best`: the teacher's own `mean_logprob`; `answer`, which keeps a right answer, and no sample
+    if none is right; or your function 'module:name', called as `function(prompt, completion, row)`, which returns a
+    number, higher being better."""
+    answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
+    """The form of answers, for scorer `answer`."""
 
     @property
     def reads_truth(self) -> bool:
@@ -171,32 +93,36 @@ def _template_with(*needed: str):
 
 
 class ReasoningConfig(SamplingConfig):
-    """How rationales are written."""
+    """How rationales are sampled."""
 
     max_new_tokens: Positive = 128
+    """Longest rationale in tokens."""
 
 
 class ChainOfThoughtConfig(SynthesisSettings):
     """The teacher's rationales that end in the right answer (Fine-tune-CoT)."""
 
     kind: Literal["chain_of_thought"] = "chain_of_thought"
+    """The synthesis' kind."""
     sampling: ReasoningConfig = Field(default_factory=ReasoningConfig)
+    """How rationales are sampled."""
     rationales: Positive = 1
-    """D: rationales asked for each question."""
-    answer: AnswerConfig = Field(default_factory=AnswerConfig)
-    keep: Literal["correct", "answered"] = "correct"
-    """Rationales whose answer is the row's; or all that have an answer, where rows have no truth."""
+    """Number of rationales per question (D in the paper)."""
+    answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
+    """The form of answers."""
+    keep: Annotated[Literal["correct", "answered"], Selection()] = "correct"
+    """Keep the rationales whose answer is the row's; or all that have an answer, if rows have no right one."""
     rationale_template: Annotated[str, _template_with("question")] = "Q: {question}\nA: Let's think step by step."
-    """The first call."""
+    """Prompt of the first request."""
     answer_template: Annotated[str, _template_with("asked", "rationale")] = (
         "{asked} {rationale}\nTherefore, the answer is"
     )
-    """The second call; {asked} is the first."""
+    """Prompt of the second request; {asked} is the first one."""
     answer_tokens: Positive = 32
-    """Longest answer of the second call, which is greedy."""
-    student_format: Literal["delimiters", "plain"] = "delimiters"
-    """What the student learns: `<question> ###` and `<rationale> --> <answer>`; or the question as it is and
-    `<rationale>\\nTherefore, the answer is <answer>.`, which suits `data.chat_template: true`."""
+    """Longest answer in the second request, in tokens; it is decoded greedily."""
+    student_format: Annotated[Literal["delimiters", "plain"], Selection()] = "delimiters"
+    """The student's rows: `<question> ###` and `<rationale> --> <answer>`; or the question as it is and
+    `<rationale>\\nTherefore, the answer is <answer>.`, for `data.chat_template: true`."""
 
     @property
     def reads_truth(self) -> bool:
@@ -204,35 +130,38 @@ class ChainOfThoughtConfig(SynthesisSettings):
 
 
 class ListingConfig(SamplingConfig):
-    """How lists of new instructions are written."""
+    """How lists of new instructions are sampled."""
 
     max_new_tokens: Positive = 1024
+    """Longest list in tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Sample from the most likely tokens with this total probability; 1: from all."""
 
 
 class SelfInstructConfig(SynthesisSettings):
-    """Tasks with inputs and answers that the teacher makes up itself (Self-Instruct); a base model will do."""
+    """Tasks with inputs and answers that the teacher makes up (Self-Instruct); a base model suffices."""
 
     kind: Literal["self_instruct"] = "self_instruct"
-    seed_tasks: str | None = None
-    """The tasks it starts from, JSONL in the paper's format: {"instruction": …, "is_classification": true or false,
-    "instances": [{"input": …, "output": …}, …]}. By default 70 that were written for rayk."""
-    instructions: Positive = 1000
-    """How many to make up; fewer where the teacher has no new ideas any more. Each becomes up to 5 rows."""
+    """The synthesis' kind."""
+    seed_tasks: InputPath | None = None
+    """The tasks to start from, a JSONL file in the paper's format: {"instruction": …, "is_classification": true or
+    false, "instances": [{"input": …, "output": …}, …]}. `null`: 70 tasks that come with rayk."""
+    instructions: Annotated[Positive, Selection()] = 1000
+    """Number of new instructions; fewer if the teacher has no new ideas. Each becomes up to 5 rows."""
     batch: Positive = 16
-    """Lists of 8 new instructions asked for before they join the pool."""
+    """Number of lists of 8 instructions that are requested before they join the pool."""
     sampling: ListingConfig = Field(default_factory=ListingConfig)
-    """Of the lists; whether a task is a classification and its instances are written greedily."""
+    """How lists are sampled. Whether a task is a classification, and its instances, are decoded greedily."""
     instance_tokens: Positive = 350
-    """Longest text of a task's instances."""
-    blacklist: tuple[Annotated[str, Field(min_length=1)], ...] = (
+    """Longest text of a task's instances, in tokens."""
+    blacklist: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Selection()] = (
         "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
         "go to",
     )  # fmt: skip
-    """Words of instructions that a model of text alone cannot follow; the paper's. [] for none."""
-    filters: list[FilterConfig] = Field(default_factory=list)
-    """Of the rows, beside the recipe's own rules. A cut answer's last instance is left out anyway, but `truncated`
-    would leave out the whole ones before it too."""
+    """Words of instructions that a text model cannot follow; those of the paper. []: none."""
+    filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=list)
+    """Filters of the rows, besides the recipe's own rules. The last instance of a truncated answer is dropped anyway;
+    filter `truncated` would also drop the complete ones before it."""
 
     @property
     def makes_prompts(self) -> bool:
@@ -240,146 +169,187 @@ class SelfInstructConfig(SynthesisSettings):
 
 
 class DrawingConfig(SamplingConfig):
-    """How instructions are drawn: as the model has them, without truncation."""
+    """How instructions are sampled: from the model's own distribution, without truncation."""
 
     max_new_tokens: Positive = 2048
+    """Longest instruction in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy decoding."""
 
 
 class RespondingConfig(SamplingConfig):
-    """How they are answered."""
+    """How instructions are answered."""
 
     max_new_tokens: Positive = 4096
+    """Longest answer in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 is greedy decoding."""
 
 
-def _instructions_worth_answering() -> list[TextFilterConfig]:
-    return [LengthFilterConfig(minimum=3), EndingFilterConfig(), NearDuplicatesFilterConfig(fields=("prompt",))]
+def _default_instruction_filters() -> list[TextFilterConfig]:
+    return [
+        LengthFilterConfig(minimum=3),
+        EndingFilterConfig(),
+        NearDuplicatesFilterConfig(fields=("prompt",)),
+    ]
 
 
 class MagpieConfig(SynthesisSettings):
-    """Instructions that a chat model writes when it is given the beginning of a user's turn, and its answers to them
+    """Instructions that a chat model generates after the beginning of a user's turn, and its answers to them
     (Magpie)."""
 
     kind: Literal["magpie"] = "magpie"
-    instructions: Positive = 1000
-    """How many to draw; those that pass `instruction_filters` are answered."""
+    """The synthesis' kind."""
+    instructions: Annotated[Positive, Selection()] = 1000
+    """Number of instructions to sample; those that pass `instruction_filters` are answered."""
     system: Annotated[str, Field(min_length=1)] | None = None
-    """A system prompt before the instructions, such as one that names a subject; the answers are given without it."""
-    tokenizer: str | None = None
-    """Whose chat template is used, a local folder or a hub id; by default the teacher's own. For an endpoint (engine
-    kind `openai`) it is needed, and `engine.chat: false`: a beginning can only go through plain completions."""
+    """A system prompt before the instructions, for example one that names a subject; answers are generated without it.
+    `null`: none."""
+    tokenizer: InputPath | None = None
+    """The tokenizer whose chat template is used: a local folder or hub id; `null`: the teacher's own. An endpoint
+    (engine kind `openai`) needs it, and `engine.chat: false`, because only plain completions can continue a turn."""
     sampling: DrawingConfig = Field(default_factory=DrawingConfig)
-    """Of the instructions."""
+    """How instructions are sampled."""
     responses: RespondingConfig = Field(default_factory=RespondingConfig)
+    """How answers are sampled."""
     role_words: tuple[Annotated[str, Field(min_length=1)], ...] = ("assistant",)
-    """End an instruction too, for a model may write the next role's name without ending the turn. Where one stands
-    amid a line, the instruction is left out. [] for none."""
+    """Words that also end an instruction, because a model may generate the next role's name without ending the turn. An
+    instruction with one of them inside a line is dropped. []: none."""
     stop_at_newline: bool = False
-    """Instructions of one line."""
-    instruction_filters: list[TextFilterConfig] = Field(default_factory=_instructions_worth_answering)
-    """What is left out of the instructions before they are answered, whichever field a filter names."""
-    keep_longest: Positive | None = None
-    """Of the rows that pass `filters`, only so many with the longest answers, in characters."""
+    """End each instruction at its first line."""
+    instruction_filters: Annotated[list[TextFilterConfig], Selection()] = Field(
+        default_factory=_default_instruction_filters
+    )
+    """Filters of the instructions before they are answered; the filters' `field` is ignored."""
+    keep_longest: Annotated[Positive | None, Selection()] = None
+    """Of the rows that pass `filters`, keep only this number, those with the longest answers in characters; `null`:
+    all."""
 
     @property
     def makes_prompts(self) -> bool:
         return True
 
+    @property
+    def all_filters(self) -> Sequence[FilterSettings]:
+        return [*self.filters, *self.instruction_filters]
+
     @model_validator(mode="after")
-    def _chats_by_itself(self) -> "MagpieConfig":
+    def _check_chat(self) -> "MagpieConfig":
         if self.chat:
-            raise ValueError("synthesis.chat: 'magpie' always goes by the teacher's chat template; leave it out")
+            raise ValueError("synthesis.chat: 'magpie' always uses the teacher's chat template; leave it out")
         return self
+
+    def check_teacher(self, teacher: TeacherConfig) -> None:
+        super().check_teacher(teacher)
+        own_template = teacher.engine.applies_chat_template
+        if own_template and (not teacher.engine.continues_prompts or self.tokenizer is None):
+            raise ValueError(
+                f"synthesis 'magpie' sends the beginning of a user's turn, which chat completions do not accept: "
+                f"teacher '{teacher.name}' needs engine.chat: false (an endpoint that has plain completions), and "
+                "synthesis.tokenizer with its chat template"
+            )
 
 
 class AnsweringConfig(SamplingConfig):
     """How instructions are answered."""
 
     max_new_tokens: Positive = 1024
+    """Longest answer in tokens."""
 
 
 class RefereeingConfig(SamplingConfig):
-    """How answers are compared."""
+    """How comparisons of answers are sampled."""
 
     max_new_tokens: Positive = 512
+    """Longest comparison in tokens."""
     temperature: Annotated[float, Field(ge=0)] = 0.2
+    """Sampling temperature; 0 is greedy decoding."""
 
 
 class AdversarialConfig(StudentSynthesisConfig):
-    """Round by round new instructions where the student is behind its teacher (Lion); with `rounds`."""
+    """New instructions in each round where the student is worse than its teacher (Lion); with `rounds`."""
 
     kind: Literal["adversarial"] = "adversarial"
+    """The synthesis' kind."""
     referee: str | None = None
-    """Which of `teachers` compares answers; by default the one that writes."""
+    """Which of `teachers` compares answers; `null`: the one that generates."""
     sampling: AnsweringConfig = Field(default_factory=AnsweringConfig)
-    """Of answers, the student's too."""
-    referee_sampling: RefereeingConfig = Field(default_factory=RefereeingConfig)
-    threshold: float = 1.0
-    """An instruction is hard if the teacher's answer scores so many points of 10 more than the student's, else easy."""
-    instructions: Positive = 3000
-    """How many to make up in each round from hard ones; fewer where the teacher has no new ideas any more, or where
-    there are none."""
+    """How answers are sampled, the student's too."""
+    referee_sampling: Annotated[RefereeingConfig, Selection()] = Field(default_factory=RefereeingConfig)
+    """How comparisons are sampled."""
+    threshold: Annotated[float, Selection()] = 1.0
+    """An instruction is hard if the teacher's answer scores at least this number of points (of 10) above the student's,
+    else easy."""
+    instructions: Annotated[Positive, Selection()] = 3000
+    """Number of new instructions per round that are made from hard ones; fewer if the teacher has no new ideas or there
+    are no hard ones."""
     easy_instructions: Annotated[int, Field(ge=0)] | None = None
-    """How many from easy ones; by default as many as from hard ones. 0: none."""
+    """Number of new instructions per round that are made from easy ones; `null`: as many as from hard ones."""
     batch: Positive = 64
-    """Instructions of a kind asked for before those that pass join the pool."""
+    """Number of instructions of one kind that are requested before those that pass join the pool."""
     instruction_temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature of new instructions."""
     instruction_tokens_per_word: Positive = 4
-    """Longest new instruction, for each word of the one it is made from; never fewer than 32 tokens."""
-    blacklist: tuple[Annotated[str, Field(min_length=1)], ...] = (
+    """Longest new instruction, in tokens per word of the one it is made from; at least 32 tokens in all."""
+    blacklist: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Selection()] = (
         "instruction", "instructions", "given prompt", "new prompt",
     )  # fmt: skip
-    """Words of instructions that talk about what the teacher was asked for. [] for none."""
-    hard_template: Annotated[str, _template_with("instruction")] | None = None
-    """How to ask for an instruction of the same domain and type as a hard one; by default rayk's own, for base models
-    with examples, for chat models without."""
-    easy_template: Annotated[str, _template_with("instruction")] | None = None
-    """How to ask for a rarer instruction of the same domain as an easy one."""
-    referee_template: Annotated[str, _template_with("instruction", "first", "second")] | None = None
-    """How to ask for the scores of two answers, 'A' and 'B'. Understood are lines such as 'Score of A: 8', the last of
-    each, and otherwise the last line that has two numbers and nothing else; from 1 to 10."""
+    """Words of instructions that talk about the request itself. []: none."""
+    hard_template: Annotated[str, _template_with("instruction"), Selection()] | None = None
+    """Prompt for a new instruction of the same domain and type as a hard one; `null`: rayk's own, with examples for
+    base models and without for chat models."""
+    easy_template: Annotated[str, _template_with("instruction"), Selection()] | None = None
+    """Prompt for a rarer instruction of the same domain as an easy one; `null`: rayk's own."""
+    referee_template: Annotated[str, _template_with("instruction", "first", "second"), Selection()] | None = None
+    """Prompt for the scores of two answers, 'A' and 'B', from 1 to 10; `null`: rayk's own. Scores are read from lines
+    such as 'Score of A: 8' (the last of each), else from the last line that has two numbers and nothing else."""
+
+    @property
+    def referee_name(self) -> str | None:
+        return self.referee
 
     @property
     def instructions_of(self) -> dict[str, int]:
-        """How many to make up in each round, by the kind of what they are made from."""
+        """Number of new instructions per round, by the kind of instruction they are made from."""
         easy = self.instructions if self.easy_instructions is None else self.easy_instructions
         return {"hard": self.instructions, "easy": easy}
 
-    def asks_student(self, number: int) -> bool:
-        return number > 0
+    def asks_student(self, round_number: int) -> bool:
+        return round_number > 0
 
 
 class PreferencesConfig(StudentSynthesisConfig):
-    """A better and a worse answer to each prompt, for method `preference` (DPO); what `filters` look at as `completion`
-    is the better one, `chosen`, the other one is `rejected`."""
+    """A better and a worse answer to each prompt, for method `preference` (DPO). Filters read the better one, `chosen`,
+    as `completion`; the other one is `rejected`."""
 
     kind: Literal["preferences"] = "preferences"
-    chosen: Literal["teacher", "best"] = "teacher"
-    """The teacher's answer is preferred to the student's; or of all samples the one that `scorer` likes best to the one
-    it likes least."""
+    """The synthesis' kind."""
+    chosen: Annotated[Literal["teacher", "best"], Selection()] = "teacher"
+    """The better answer: the teacher's, the student's being the worse; or the sample with the highest score, the one
+    with the lowest being the worse."""
     samples: Positive = 1
-    """The teacher's for each prompt."""
+    """Number of the teacher's samples per prompt."""
     student_samples: Annotated[int, Field(ge=0)] = 1
-    """The student's, as it is when the round begins. With `chosen: teacher` each side's are paired in turn, so that
-    there are as many pairs as the side with more of them has samples."""
+    """Number of samples per prompt of the student as it is when the round begins. With `chosen: teacher` the samples of
+    both are paired in turn, so that there are as many pairs as the larger number."""
     student_sampling: SamplingConfig | None = None
-    """How the student writes, whose prompts are as `data` lays them out; by default as the teacher."""
-    scorer: Scorer = "answer"
-    """For `chosen: best`: whether the `answer` is right; the writer's own `mean_logprob`, where the teacher alone
-    writes; or your function `module:name`, called with (prompt, completion, row), which returns a number."""
-    answer: AnswerConfig = Field(default_factory=AnswerConfig)
-    """For scorer `answer`."""
+    """How the student samples, whose prompts are as section `data` lays them out; `null`: as the teacher."""
+    scorer: Annotated[Scorer, Selection()] = "answer"
+    """The score for `chosen: best`: whether the `answer` is right; the generating model's own `mean_logprob`, if only
+    the teacher generates; or your function 'module:name', called as `function(prompt, completion, row)`, which returns
+    a number, higher being better."""
+    answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
+    """The form of answers, for scorer `answer`."""
 
     @model_validator(mode="after")
-    def _can_be_paired(self) -> "PreferencesConfig":
+    def _check_pairs(self) -> "PreferencesConfig":
         if self.chosen == "teacher" and not self.student_samples:
             raise ValueError("student_samples is 0, so there is nothing to prefer the teacher to; set chosen: best")
         if self.samples + self.student_samples < 2:
-            raise ValueError("a pair takes two samples; raise samples or student_samples")
+            raise ValueError("a pair needs two samples; raise samples or student_samples")
         if self.needs_logprobs and self.student_samples:
             raise ValueError(
-                "scorer 'mean_logprob' compares what one model wrote, but teacher and student write; set "
+                "scorer 'mean_logprob' compares samples of one model, but teacher and student generate; set "
                 "student_samples to 0, or another scorer"
             )
         return self
@@ -402,17 +372,18 @@ class PreferencesConfig(StudentSynthesisConfig):
 
 
 class CustomSynthesisConfig(SynthesisSettings):
-    """A recipe of your own: a subclass of `rayk.Recipe`."""
+    """Your own recipe: a subclass of `rayk.Recipe`."""
 
     kind: Literal["custom"] = "custom"
+    """The synthesis' kind."""
     path: ClassPath
-    """The recipe's class as 'module:name'; the module may also be a file in the folder where rayk was started."""
+    """The recipe's class as 'module:name'. The module may be a file in the folder where rayk is started."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the recipe as `settings.options`."""
+    """Your own options; the recipe reads them as `settings.options`."""
     own_prompts: bool = False
     """Whether the recipe makes its own prompts, so that neither `data.train` nor `synthesis.prompts` is given."""
     pairs: bool = False
-    """Whether each row is a prompt with a better and a worse answer, for method `preference`."""
+    """Whether each row has a better and a worse answer, for method `preference`."""
 
     @property
     def makes_prompts(self) -> bool:

@@ -1,38 +1,37 @@
-"""Who learns, and how: the student and the optimisation."""
+"""The student and the optimization."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayk.config.base import Positive, Settings, Share
+from rayk.config.base import InputPath, Placement, Positive, Settings, Share, StoragePath
 from rayk.config.teachers import Resources
 
 
-def _all_or_named(value: Any) -> Any:
-    if value != "all-linear" and not (
-        isinstance(value, list) and value and all(isinstance(each, str) for each in value)
-    ):
+def _check_modules(value: Any) -> Any:
+    is_list = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    if value != "all-linear" and not is_list:
         raise ValueError(f"is {value!r}; it may be 'all-linear' or a list of modules, such as [q_proj, v_proj]")
     return value
 
 
 class LoraConfig(Settings):
-    """Train an adapter on frozen weights (`rayk.models.lora`); needs `pip install 'rayk[lora]'`."""
+    """Train a LoRA adapter on frozen weights; needs `pip install 'rayk[lora]'`."""
 
     r: Positive = 16
-    """The rank: how many directions of each weight learn."""
+    """Rank of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The adapter's output counts alpha/r times."""
+    """The adapter's output is multiplied by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of what the adapter reads, in training steps alone."""
-    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_all_or_named)] = "all-linear"
-    """The modules that get an adapter, by the end of their names (`[q_proj, v_proj]`); `all-linear`: all linear layers
-    but the head."""
+    """Dropout probability of the adapter's input during training."""
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_check_modules)] = "all-linear"
+    """The modules that get an adapter, by the last part of their names (`[q_proj, v_proj]`); `all-linear`: all linear
+    layers except the head."""
     modules_to_save: list[str] = Field(default_factory=list)
-    """Modules that learn whole, by the end of their names, in the student's `dtype`."""
+    """Modules that are trained in full, by the last part of their names, in the student's `dtype`."""
 
     @model_validator(mode="after")
-    def _one_way_each(self) -> "LoraConfig":
+    def _check_disjoint(self) -> "LoraConfig":
         both = [] if isinstance(self.target_modules, str) else set(self.target_modules) & set(self.modules_to_save)
         if both:
             raise ValueError(f"'{min(both)}' is in both target_modules and modules_to_save; leave it out of one")
@@ -40,24 +39,26 @@ class LoraConfig(Settings):
 
 
 class StudentConfig(Settings):
-    """The model that learns: loaded (`model`) or made anew from an architecture (`config`)."""
+    """The model that is trained: loaded (`model`), or created with random weights (`config`)."""
 
-    model: str | None = None
-    """A local model folder or a hub id."""
-    config: str | dict[str, Any] | None = None
-    """A folder or hub id whose `config.json` is used, or the architecture itself (with its `model_type`); the weights
-    start random, from the run's seed. `vocab_size` is taken from the tokenizer where it is not given."""
-    tokenizer: str | None = None
-    """Folder or hub id; by default the student's own (`model`), or the first teacher's (`config`)."""
+    model: InputPath | None = None
+    """A local model folder or a hub id; `null`: the student is created from `config`."""
+    config: InputPath | dict[str, Any] | None = None
+    """The architecture of a student with random weights, drawn from the run's seed: a folder or hub id whose
+    `config.json` is used, or its content (with `model_type`). `vocab_size` is the tokenizer's if not given."""
+    tokenizer: InputPath | None = None
+    """Folder or hub id of the tokenizer; `null`: that of `model`, or of the first teacher with `config`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The weights' type; `training.precision` chooses what the step computes in."""
+    """The type of the weights; `training.precision` is the type of the computation."""
     lora: LoraConfig | None = None
-    """Learn an adapter on the loaded weights, which stay as they are; `null`: learn all weights."""
-    gradient_checkpointing: bool = False
+    """Train an adapter and keep the loaded weights as they are; `null`: all weights are trained."""
+    gradient_checkpointing: Annotated[bool, Placement()] = False
+    """Recompute activations in the backward pass, to save memory."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "StudentConfig":
+    def _check_origin(self) -> "StudentConfig":
         if (self.model is None) == (self.config is None):
             raise ValueError("needs exactly one of 'model' (load weights) and 'config' (start from random weights)")
         if self.lora is not None and self.model is None:
@@ -66,46 +67,56 @@ class StudentConfig(Settings):
 
 
 class TrainingConfig(Settings):
-    """The optimisation and where it runs. The learning result depends on neither `workers` nor `micro_batch_tokens`."""
+    """The optimization and where it runs. The trained weights depend on neither `workers` nor `micro_batch_tokens`."""
 
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Ray Train workers (data parallel); 0 trains in this very process, without a worker group."""
-    resources: Resources = Field(default_factory=Resources)
-    threads: Positive | None = None
-    """CPU threads of one worker; by default the machine's cores shared out."""
+    workers: Annotated[int, Placement(), Field(ge=0)] = 1
+    """Number of Ray Train workers (data parallel); 0 trains in this process, without a worker group."""
+    resources: Annotated[Resources, Placement()] = Field(default_factory=Resources)
+    """Resources of one worker."""
+    threads: Annotated[Positive | None, Placement()] = None
+    """CPU threads of one worker; `null`: the machine's cores divided by its workers."""
     steps: Positive | None = None
+    """Number of optimizer steps; `null`: given by `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the data; give this or `steps`."""
+    """Number of passes over the data, instead of `steps`; 1 if neither is given."""
     batch_size: Positive = 32
-    """Rows of one optimiser step, over all workers."""
-    micro_batch_tokens: Positive = 8192
-    """Padded tokens a worker holds at a time; gradients are accumulated."""
+    """Rows per optimizer step, over all workers."""
+    micro_batch_tokens: Annotated[Positive, Placement()] = 8192
+    """Tokens per forward pass of one worker, padding included; gradients are accumulated."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warmup."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Number of steps over which the learning rate rises linearly from 0."""
     final_learning_rate: Share = 0.0
-    """What the schedule ends at, as a share of `learning_rate`."""
+    """Learning rate at the end of the schedule, as a share of `learning_rate`."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Norm to which the gradient is clipped; `null`: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16`: autocast of the step; weights and losses stay as they are."""
-    prefetch: Positive = 4
-    """Batches prepared ahead of the step (teacher asked, rollouts made)."""
+    """The type of the computation; `bfloat16` is autocast, which changes neither weights nor losses."""
+    prefetch: Annotated[Positive, Placement()] = 4
+    """Number of batches prepared ahead of the step (teachers queried, rollouts generated)."""
     unusable_rows: Literal["stop", "skip"] = "stop"
-    """What happens to a row whose signal cannot be learned from (NaN, infinities, rewards and ratios beyond a method's
-    limits): it is named and the run stops, or it is named, left out and counted."""
-    checkpoint_every_steps: Positive = 100
-    keep_checkpoints: Positive = 2
-    checkpoints: str | None = None
-    """Where checkpoints go: a folder or a URI (s3://…, gs://…); by default OUTPUT/checkpoints."""
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker-group restarts before the run gives up; -1 for no limit."""
-    collective_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
-    """Longer than any teacher's deadline: the ranks must hear of it, not time out."""
+    """What happens if a row cannot be trained on (NaN or infinite signals, rewards or ratios above a method's limits):
+    the run stops and names the row, or the row is named, skipped and counted."""
+    checkpoint_every_steps: Annotated[Positive, Placement()] = 100
+    """Write a checkpoint after every this number of steps."""
+    keep_checkpoints: Annotated[Positive, Placement()] = 2
+    """Number of checkpoints to keep, the latest ones."""
+    checkpoints: Annotated[str | None, StoragePath(), Placement()] = None
+    """Folder or URI (s3://…, gs://…) of the checkpoints; `null`: OUTPUT/checkpoints."""
+    max_failures: Annotated[int, Placement(), Field(ge=-1)] = 3
+    """Number of times that failed workers are restarted before the run stops; -1: no limit."""
+    collective_timeout_seconds: Annotated[float, Placement(), Field(gt=0)] = 1800.0
+    """Seconds that workers wait for each other; longer than any teacher's deadline."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainingConfig":
+    def _check_length(self) -> "TrainingConfig":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give 'steps' or 'epochs', not both; set the other to null")
         if self.steps is None and self.epochs is None:

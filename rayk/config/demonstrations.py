@@ -1,0 +1,59 @@
+"""Demonstrations: solved examples in front of a row, for method `in_context`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayk.config.base import InputPath, Positive, Settings
+from rayk.config.data import DataSource, RowFormat
+from rayk.config.retriever import RetrieverConfig
+
+ROW_FORMAT: RowFormat = "prompt_completion"
+"""The format of rows that demonstrations are made of or shown to: an input and an output."""
+
+
+class DemonstrationsConfig(Settings):
+    """Solved examples in front of a row: for each its input, `output_separator`, its output, `separator`; then the
+    row's own input and `output_separator` (MetaICL, arXiv 2110.15943)."""
+
+    k: Annotated[int, Field(ge=0)] = 16
+    """Number of demonstrations that the teacher reads; fewer if the row's task has fewer."""
+    choice: Literal["random", "bm25", "embedding", "learned"] = "random"
+    """How they are chosen. `random`: different ones in every epoch. `bm25`, `embedding`: those whose inputs are nearest
+    to the row's, the nearest last. `learned`: the same with an encoder that is first trained to find demonstrations
+    that help a teacher (`retriever`)."""
+    encoder: InputPath | None = None
+    """The model whose mean hidden states `embedding` compares: a local folder or hub id, or OUTPUT/retriever of a run
+    with `learned`."""
+    retriever: RetrieverConfig | None = None
+    """Training of the retriever for `learned`; only for that choice."""
+    pool: DataSource | None = None
+    """Rows that demonstrations are taken from; `null`: the training rows. A demonstration never has the same input as
+    its row."""
+    separator: Annotated[str, Field(min_length=1)] = "\n\n\n"
+    """Text after each demonstration."""
+    output_separator: Annotated[str, Field(min_length=1)] = "\n"
+    """Text between an input and its output."""
+    max_tokens: Positive = 256
+    """Longest demonstration in tokens, without separators; longer inputs are cut at their end. If all together exceed
+    `data.max_tokens`, they are cut at their beginning."""
+    task_field: str = "task"
+    """The row's field with its task: only rows of the same task are demonstrations for each other. Rows without the
+    field are of one task."""
+    options_field: str = "options"
+    """The row's field with the list of its possible outputs."""
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> "DemonstrationsConfig":
+        if (self.choice == "embedding") != (self.encoder is not None):
+            raise ValueError("'encoder' names the model of choice 'embedding', and of no other; set both or neither")
+        if self.pool is not None:
+            object.__setattr__(self, "pool", self.pool.with_default_format(ROW_FORMAT))
+        if self.choice != "learned":
+            if self.retriever is not None:
+                raise ValueError(f"'retriever' is choice 'learned's, but choice is '{self.choice}'; leave one out")
+            return self
+        if not self.k:
+            raise ValueError("choice 'learned' has nothing to choose where 'k' is 0; raise it")
+        object.__setattr__(self, "retriever", self.retriever or RetrieverConfig())
+        return self

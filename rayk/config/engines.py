@@ -1,0 +1,261 @@
+"""The engines that run a model, and what each of them can do."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from rayk.config.base import ClassPath, Dtype, Placement, Positive, Settings
+from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, TopK
+
+
+class EngineSettings(Settings):
+    """Base of all engines' settings, with what other sections must know of an engine."""
+
+    runs_alone: ClassVar[bool] = False
+    """Whether a teacher on this engine has exactly one replica."""
+    verifies_drafts: ClassVar[bool] = False
+    """Whether it can verify drafts of the student, which teacher-mixed sampling requires."""
+    applies_chat_template: ClassVar[bool] = False
+    """Whether it wraps prompts in a chat template by itself."""
+    counts_tokens: ClassVar[bool] = True
+    """Whether it returns token ids with the text it generates."""
+
+    @property
+    def gives_signals(self) -> bool:
+        """Whether it returns signals; else it only generates text."""
+        return True
+
+    @property
+    def continues_prompts(self) -> bool:
+        """Whether it continues a prompt exactly as given; else a chat template is put around it."""
+        return True
+
+    @property
+    def generates_logprobs(self) -> bool:
+        """Whether it returns the log-probs of the tokens it generates."""
+        return True
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one replica, unless `resources.num_gpus` is set."""
+        return 1.0
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether the GPUs of one replica may be on several nodes."""
+        return False
+
+    @property
+    def simulated_rate(self) -> float | None:
+        """Tokens per second that one replica scores; None where only a measurement can tell."""
+        return None
+
+    def check_support(self, support: Support) -> None:
+        """Check that the engine returns this support.
+
+        Raises:
+            ValueError: it does not; the sentence names an alternative.
+        """
+
+    def check_deadline(self, deadline_seconds: float) -> None:
+        """Check that one request can end before the teacher's deadline.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+
+class LocalEngineConfig(EngineSettings):
+    """Base of engines that compute in the replica's own process."""
+
+    device: Annotated[str, Placement()] = "auto"
+    """The device to compute on; `auto`: the first GPU of the replica, or the CPU if it has none."""
+    batch_tokens: Annotated[Positive, Placement()] = 8192
+    """Tokens in one forward pass, padding included."""
+    threads: Annotated[Positive | None, Placement()] = None
+    """CPU threads of one replica; `null`: its `resources.num_cpus`, at least 1."""
+
+
+class TransformersEngineConfig(LocalEngineConfig):
+    """A causal language model of transformers in the replica's own process."""
+
+    verifies_drafts: ClassVar[bool] = True
+
+    kind: Literal["transformers"] = "transformers"
+    """The engine's kind."""
+    dtype: Dtype = "auto"
+    """The type of weights and computation; `auto`: the type that the checkpoint was saved in."""
+
+
+class VLLMSettings(EngineSettings):
+    """Base of the vLLM engines: vLLM's asynchronous engine in a process beside the replica's own, or in several.
+
+    A replica requests `tensor_parallel_size` GPUs of one node from Ray, unless `resources.num_gpus` is set; vLLM runs
+    one process on each.
+    """
+
+    kind: Literal["vllm"] = "vllm"
+    """The engine's kind."""
+    tensor_parallel_size: Annotated[Positive, Placement()] = 1
+    """Number of GPUs that share one copy of the model."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest sequence in tokens, prompt and completion together; `null`: the model's own limit. The KV cache must have
+    room for one such sequence."""
+    gpu_memory_utilization: Annotated[float | None, Placement()] = Field(default=None, gt=0, le=1)
+    """Share of each GPU's memory that one engine takes; `null`: vLLM's default. On a CPU it is a share of the machine's
+    memory, and `null` gives the KV cache 1 GiB."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Other arguments of vLLM's `AsyncEngineArgs`, by their names there."""
+
+    @property
+    def gpus(self) -> float:
+        return float(self.tensor_parallel_size)
+
+
+class VLLMEngineConfig(VLLMSettings):
+    """vLLM: fast, on one or more GPUs of a node; top-k signals at temperature 1."""
+
+    dtype: Dtype = "auto"
+    """The type of weights and computation; `auto`: the type of the checkpoint, but 16 bits for one in float32."""
+    across_nodes: Annotated[bool, Placement()] = False
+    """Allow the GPUs of one copy to be on several nodes, for models that do not fit on one. A replica then requests a
+    placement group with one GPU per bundle on as few nodes as possible, and Ray starts vLLM's processes."""
+    hidden: bool = False
+    """Also return support `hidden`. vLLM needs a second engine for it, which loads the model once more: keep
+    `gpu_memory_utilization` below 0.5, with room for the head."""
+
+    @property
+    def spans_nodes(self) -> bool:
+        return self.across_nodes
+
+    @model_validator(mode="after")
+    def _check_second_engine(self) -> "VLLMEngineConfig":
+        if self.across_nodes and self.hidden:
+            raise ValueError("'across_nodes' has GPUs for one engine, but 'hidden' needs a second; leave one out")
+        return self
+
+    def check_support(self, support: Support) -> None:
+        if isinstance(support, Hidden) and not self.hidden:
+            raise ValueError("support 'hidden' on vLLM needs a second engine; set 'engine.hidden: true'")
+        if isinstance(support, Sampled):
+            raise ValueError("vLLM cannot sample at the positions of a prompt; use 'topk', or engine kind "
+                             "'transformers'")  # fmt: skip
+        if isinstance(support, TopK | Requested) and set(support.temperatures) != {1.0}:
+            raise ValueError(
+                "vLLM returns log-probs at temperature 1 only; use support 'hidden', or engine kind 'transformers'"
+            )
+
+
+class SimulatedEngineConfig(EngineSettings):
+    """Random signals of the real size after the time that a real teacher would take, without weights: for capacity
+    planning."""
+
+    kind: Literal["simulated"] = "simulated"
+    """The engine's kind."""
+    tokens_per_second: Annotated[float, Field(gt=0)] = 10_000.0
+    """Tokens per second that one replica scores."""
+    generated_tokens_per_second: Annotated[float, Field(gt=0)] = 1_000.0
+    """Tokens per second that one replica generates."""
+    latency_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds added to each request, while other requests are computed."""
+    start_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds until a new replica is ready."""
+
+    @property
+    def simulated_rate(self) -> float | None:
+        return self.tokens_per_second
+
+    def check_support(self, support: Support) -> None:
+        if not isinstance(support, TopK | Logprob):
+            raise ValueError(f"the simulated engine has no support '{support.kind}'; use 'topk'")
+
+
+class OpenAIEngineConfig(EngineSettings):
+    """An OpenAI-compatible endpoint as a black box: prompts and completions are text, and there are no signals.
+
+    A single replica sends all requests, so that rate limits and the usage count hold for the whole teacher. The API key
+    stays in the environment of the replica's process.
+    """
+
+    runs_alone: ClassVar[bool] = True
+    applies_chat_template: ClassVar[bool] = True
+    counts_tokens: ClassVar[bool] = False
+
+    kind: Literal["openai"] = "openai"
+    """The engine's kind."""
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] = "https://api.openai.com/v1"
+    """The endpoint's URL, without user, password or query, because settings are stored in the run directory."""
+    model_name: str | None = None
+    """The endpoint's name of the model; `null`: the teacher's `model`."""
+    api_key_variable: Annotated[str | None, Placement()] = Field(
+        default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
+    )
+    """The environment variable with the API key, set where the replica runs; `null`: the endpoint needs no key."""
+    chat: bool = True
+    """Request chat completions, each prompt as a user's message; else plain completions."""
+    length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The endpoint's name of the length limit in chat; OpenAI's newer models accept only `max_completion_tokens`."""
+    logprobs: bool = False
+    """Also request the log-probs of the generated tokens, as the endpoint computes them."""
+    concurrency: Annotated[Positive, Placement()] = 16
+    """Number of prompts that are requested at the same time."""
+    requests_per_minute: Annotated[float | None, Placement()] = Field(default=None, gt=0)
+    """Limit on requests per minute, retries included; `null`: no limit. All prompts in flight must be completed within
+    `deadline_seconds`."""
+    tokens_per_minute: Annotated[float | None, Placement()] = Field(default=None, gt=0)
+    """Limit on tokens per minute, prompts and completions together; `null`: no limit."""
+    attempts: Annotated[Positive, Placement()] = 5
+    """Number of requests for one prompt before it is given up."""
+    timeout_seconds: Annotated[float, Placement(), Field(gt=0)] = 60.0
+    """Longest time of one request in seconds."""
+    price_per_million_prompt_tokens: Annotated[float | None, Placement()] = Field(default=None, ge=0)
+    """Price of a million prompt tokens in any currency; with both prices, the cost is counted."""
+    price_per_million_completion_tokens: Annotated[float | None, Placement()] = Field(default=None, ge=0)
+    """Price of a million completion tokens."""
+
+    @property
+    def gives_signals(self) -> bool:
+        return False
+
+    @property
+    def continues_prompts(self) -> bool:
+        return not self.chat
+
+    @property
+    def generates_logprobs(self) -> bool:
+        return self.logprobs
+
+    @property
+    def gpus(self) -> float:
+        return 0.0
+
+    def check_deadline(self, deadline_seconds: float) -> None:
+        if self.timeout_seconds >= deadline_seconds:
+            raise ValueError(f"engine.timeout_seconds must be below deadline_seconds ({deadline_seconds:g})")
+
+
+class CustomEngineConfig(EngineSettings):
+    """Your own engine: a class with the methods of `rayk.engines.base.Engine`, which is called as
+    `class(model, settings, trust_remote_code=…)`."""
+
+    verifies_drafts: ClassVar[bool] = True  # the running teacher is checked
+
+    kind: Literal["custom"] = "custom"
+    """The engine's kind."""
+    path: ClassPath
+    """The engine's class as 'module:name', or the name of an entry point in group `rayk.engines`. The module may be a
+    file in the folder where rayk is started."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Your own options; the engine reads them as `settings.options`."""
+    signals: bool = True
+    """Whether the engine returns signals; else it only generates text."""
+
+    @property
+    def gives_signals(self) -> bool:
+        return self.signals
+
+
+EngineConfig = Annotated[
+    TransformersEngineConfig | VLLMEngineConfig | OpenAIEngineConfig | SimulatedEngineConfig | CustomEngineConfig,
+    Field(discriminator="kind"),
+]

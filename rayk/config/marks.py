@@ -1,0 +1,62 @@
+"""Read the marks on settings' fields (`LocalPath`, `StoragePath`, `Placement`, `Selection`), and compare settings."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from rayk.config.base import Settings
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The annotation itself and everything inside its brackets."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _parts(argument)
+
+
+def sections_in(field: FieldInfo) -> list[type[Settings]]:
+    """The sections that a field may contain: one, or one for each kind."""
+    return [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, Settings)]
+
+
+@functools.cache
+def marked_fields(section: type[Settings], mark: type, place: str = "") -> Mapping[str, Any]:
+    """Find all fields below `section` with a mark of this type.
+
+    Returns:
+        Each field's place, such as "teachers.engine.device" (positions in lists left out), with its mark.
+    """
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        here = f"{place}.{name}".lstrip(".")
+        marks = [part for part in (*field.metadata, *_parts(field.annotation)) if isinstance(part, mark)]
+        if marks:
+            found[here] = marks[0]
+        for inner in sections_in(field):
+            found |= marked_fields(inner, mark, here)
+    return found
+
+
+def map_places(values: Any, places: Set[str], change: Callable[[str, str], str], place: str = "") -> Any:
+    """Return a copy of plain settings in which `change(place, text)` replaces the texts at `places`."""
+    if isinstance(values, dict):
+        return {key: map_places(value, places, change, f"{place}.{key}".lstrip(".")) for key, value in values.items()}
+    if isinstance(values, list):
+        return [map_places(value, places, change, place) for value in values]
+    return change(place, values) if isinstance(values, str) and place in places else values
+
+
+def difference(before: Any, now: Any, ignored: Set[str], place: str = "") -> str | None:
+    """Return the first place ("a.b") at which two settings, as plain values, differ, except for the `ignored` places;
+    None if there is none."""
+    if place in ignored or before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        inside = [(before.get(key), now.get(key), f"{place}.{key}".lstrip(".")) for key in before | now]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inside = [(old, new, place) for old, new in zip(before, now, strict=True)]
+    else:
+        return place
+    return next(filter(None, (difference(old, new, ignored, where) for old, new, where in inside)), None)

@@ -1,0 +1,42 @@
+"""Methods' settings, told apart by `kind`; one file each."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rayk.config.methods.custom import CustomMethodConfig
+from rayk.config.methods.divergence import DIVERGENCE_OPTIONS, Divergence, DivergenceMethodConfig
+from rayk.config.methods.in_context import InContextConfig
+from rayk.config.methods.logit_kd import LogitKDConfig
+from rayk.config.methods.minillm import MiniLLMConfig
+from rayk.config.methods.on_policy import AdaptiveConfig, OnPolicyConfig
+from rayk.config.methods.preference import PreferenceConfig
+from rayk.config.methods.supervised import SupervisedConfig
+from rayk.config.methods.teacher import TeacherMethodConfig
+
+__all__ = [
+    "DIVERGENCE_OPTIONS",
+    "AdaptiveConfig",
+    "CustomMethodConfig",
+    "Divergence",
+    "DivergenceMethodConfig",
+    "InContextConfig",
+    "LogitKDConfig",
+    "MethodConfig",
+    "MiniLLMConfig",
+    "OnPolicyConfig",
+    "PreferenceConfig",
+    "SupervisedConfig",
+    "TeacherMethodConfig",
+]
+
+MethodConfig = Annotated[
+    SupervisedConfig
+    | LogitKDConfig
+    | OnPolicyConfig
+    | MiniLLMConfig
+    | InContextConfig
+    | PreferenceConfig
+    | CustomMethodConfig,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,104 @@
+"""Methods in which the student matches the teacher's distribution."""
+
+import re
+from dataclasses import replace
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from rayk.config.base import FUNCTION_PATTERN, Settings, Share, closest, unknown_key
+from rayk.config.methods.teacher import TeacherMethodConfig
+from rayk.config.support import Logprob, Requested, Sampled, TopK
+
+DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "forward_kl": (),
+    "reverse_kl": (),
+    "jensen_shannon": ("beta",),
+    "total_variation": (),
+    "symmetric_kl": ("weight",),
+    "skew_forward_kl": ("alpha",),
+    "skew_reverse_kl": ("alpha",),
+    "adaptive_kl": ("mu",),
+}
+
+
+class Divergence(Settings):
+    """A divergence of `rayk.losses` with its option, or your own function with options of its own. A name alone is
+    short for `{name: …}`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "forward_kl"
+    """A divergence of `rayk.losses`, or your own function 'module:name' (`rayk/methods/README.md`). Its other keys are
+    passed to your function as keyword arguments."""
+    beta: Share | None = None
+    """Weight β of `jensen_shannon`; `null`: its default."""
+    weight: Share | None = None
+    """Weight of the forward KL in `symmetric_kl`; `null`: its default."""
+    alpha: Share | None = None
+    """Share α of the other distribution in the skewed KLs; `null`: its default."""
+    mu: Share | None = None
+    """Share μ of the probability mass that is the head of the distribution in `adaptive_kl`; `null`: its default."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "Divergence":
+        if self.is_custom:
+            return self
+        if self.name not in DIVERGENCE_OPTIONS:
+            near = closest(self.name, DIVERGENCE_OPTIONS, cutoff=0.4)
+            hint = f"did you mean '{near}'? " if near else ""
+            raise ValueError(
+                f"unknown divergence '{self.name}'; {hint}Known: {', '.join(DIVERGENCE_OPTIONS)}, or your own function "
+                "as 'module:name'"
+            )
+        if self.model_extra:
+            raise unknown_key(next(iter(self.model_extra)), type(self).model_fields)
+        for option in self.options:
+            if option not in DIVERGENCE_OPTIONS[self.name]:
+                raise ValueError(f"'{self.name}' takes no '{option}'")
+        return self
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether `name` is a user's function."""
+        return re.match(FUNCTION_PATTERN, self.name) is not None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the divergence."""
+        given = {name: getattr(self, name) for name in ("beta", "weight", "alpha", "mu")} | (self.model_extra or {})
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _expand_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+DivergenceConfig = Annotated[Divergence, BeforeValidator(_expand_name)]
+
+
+class DivergenceMethodConfig(TeacherMethodConfig):
+    """Base of methods in which the student matches the teacher's distribution."""
+
+    divergence: DivergenceConfig = Field(default_factory=Divergence)
+    """The divergence of the student's distribution from the teacher's: its name, or `{name, <options>}`."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature of both distributions in the divergence."""
+    temperature_squared: bool = False
+    """Multiply the divergence by T² (Hinton et al. 2015, §2, so that its gradients keep their size at any T)."""
+
+    @property
+    def uses_divergence(self) -> bool:
+        """Whether the loss is the divergence."""
+        return True
+
+    @model_validator(mode="after")
+    def _check_support(self) -> Self:
+        if isinstance(self.support, Logprob) and self.uses_divergence:
+            raise ValueError(f"{self.kind} cannot learn from support 'logprob'; use 'topk' or 'hidden'")
+        if isinstance(self.support, Sampled) and (self.divergence.name != "forward_kl" or self.temperature != 1.0):
+            raise ValueError("support 'sampled' estimates forward_kl at temperature 1 only; use 'hidden' or 'topk'")
+        if isinstance(self.support, TopK | Requested) and self.temperature not in self.support.temperatures:
+            temperatures = (*self.support.temperatures, self.temperature)
+            object.__setattr__(self, "support", replace(self.support, temperatures=temperatures))
+        return self

@@ -1,0 +1,105 @@
+"""Settings of `minillm`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayk.config.base import Positive
+from rayk.config.methods.teacher import TeacherMethodConfig
+from rayk.config.sections import PretrainingConfig, Run
+from rayk.config.support import Logprob, Sampled
+
+
+class MiniLLMConfig(TeacherMethodConfig):
+    """Policy gradients of the reverse KL over whole completions, which student and teacher sample together
+    (`rollouts`)."""
+
+    kind: Literal["minillm"] = "minillm"
+    """The method's kind."""
+    form: Literal["paper", "lmops"] = "paper"
+    """`paper`: returns sum the rewards after a token, importance weights on both parts. `lmops`: what the authors' code
+    computes (γ = 0.95, the token's own reward included, rewards doubled and clipped at 100, returns whitened, no
+    weights on the single-step part)."""
+    teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """α: every token is drawn from α·teacher + (1−α)·student. 0: the student samples alone."""
+    single_step: bool = True
+    """Compute the part of the gradient that depends on one token exactly, from the teacher's distribution; else each
+    token's own reward is added to those after it, as in the paper's Eq. 2."""
+    length_norm: bool = True
+    """Divide each return by its number of rewards."""
+    ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """ε of PPO's clipping; `null`: no clipping."""
+    reward_limit: Annotated[float, Field(gt=0)] = 1000.0
+    """Largest absolute reward of a token, in nats. A completion with a larger one (the teacher finds the token
+    impossible) is handled as `training.unusable_rows` says."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
+    """Largest factor by which a token may have become more likely since it was sampled. A token above it is handled as
+    `training.unusable_rows` says; only the token is skipped."""
+    inner_epochs: Positive = 1
+    """Number of passes over a step's completions, with one optimizer update each."""
+    minibatches: Positive = 1
+    """Number of updates that each pass is split into, by rows."""
+    requested_ids: Positive = 64
+    """As in `on_policy`."""
+    pretraining: PretrainingConfig | None = None
+    """Plain text that is trained on in the same updates (L_PT); `null`: none."""
+
+    @property
+    def reads_completions(self) -> bool:
+        return False
+
+    @property
+    def samples_rollouts(self) -> bool:
+        return True
+
+    @property
+    def weighs_rollout_logprobs(self) -> bool:
+        return True
+
+    @property
+    def auxiliary_data(self) -> PretrainingConfig | None:
+        return self.pretraining
+
+    @model_validator(mode="after")
+    def _check_form(self) -> "MiniLLMConfig":
+        if isinstance(self.support, Sampled) or (isinstance(self.support, Logprob) and self.single_step):
+            raise ValueError(
+                f"minillm cannot compute its single-step part, a reverse KL, from support '{self.support.kind}'; use "
+                "'topk', 'requested' or 'hidden'"
+            )
+        if self.form == "lmops" and not self.length_norm:
+            raise ValueError("form 'lmops' always divides returns by their length; use form 'paper'")
+        return self
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        workers = run.training.workers
+        smallest = self.minibatches * max(1, workers)
+        if smallest > run.training.batch_size:
+            raise ValueError(
+                f"method.minibatches ({self.minibatches}) for each of training.workers ({workers}) need at least one "
+                f"row each, but training.batch_size is {run.training.batch_size}; raise it"
+            )
+        text_rows = self.pretraining and self.pretraining.batch_size
+        if text_rows and smallest > text_rows:
+            raise ValueError(
+                f"method.minibatches ({self.minibatches}) for each of training.workers ({workers}) need at least one "
+                f"row of text each, but method.pretraining.batch_size is {text_rows}; raise it"
+            )
+        if not self.teacher_share:
+            return
+        if run.ensemble or run.route:
+            raise ValueError(
+                "method.teacher_share needs one teacher to sample with, but 'ensemble' or 'route' is set; set it to 0"
+            )
+        if run.rollouts is not None and run.rollouts.is_served:
+            raise ValueError(
+                "method.teacher_share has student and teacher sample together, which the student does in the training "
+                "worker; use rollouts.kind 'worker', or set method.teacher_share to 0"
+            )
+        teacher = next(teacher for teacher in run.teachers if teacher.name == run.evaluation_teacher)
+        if teacher.prompt_template is not None or not (teacher.engine.verifies_drafts or teacher.attach):
+            raise ValueError(
+                f"method.teacher_share: teacher '{teacher.name}' cannot sample together with the student; it needs "
+                "engine kind 'transformers' and no prompt_template, or set method.teacher_share to 0"
+            )

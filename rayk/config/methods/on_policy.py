@@ -1,0 +1,100 @@
+"""Settings of `on_policy`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rayk.config.base import Positive, Settings, Share
+from rayk.config.methods.divergence import Divergence, DivergenceConfig, DivergenceMethodConfig
+from rayk.config.sections import Run
+
+
+class AdaptiveConfig(Settings):
+    """DistiLLM's adaptive share of rollouts (arXiv 2402.03898, §3.2): it starts at 0 and grows whenever the evaluation
+    loss has risen. Towards the end of training, more and more of the rollouts are earlier ones from a replay buffer."""
+
+    tolerance: Annotated[float, Field(ge=0)] = 0.1
+    """Nats per token by which the evaluation loss must have risen since the share last grew."""
+    increment: Share = 0.1
+    """Growth of the share, up to `student_fraction`."""
+    replay_capacity: Positive = 1000
+    """Number of rollouts in each worker's replay buffer; until it is full, no rollout is trained on again."""
+
+
+class OnPolicyConfig(DivergenceMethodConfig):
+    """The student matches the teacher's distribution on completions that the student generates (`rollouts`)."""
+
+    kind: Literal["on_policy"] = "on_policy"
+    """The method's kind."""
+    form: Literal["divergence", "policy"] = "divergence"
+    """`divergence`: the loss is the divergence. `policy`: a policy gradient whose reward is log p − log q of each
+    generated token (Thinking Machines, 2025), with support `logprob` at 4 bytes per token; it has the same aim and more
+    noise."""
+    ratio_clip: Annotated[float, Field(gt=0)] | None = None
+    """ε of PPO's clipping, for form `policy`; `null`: no clipping."""
+    reward_limit: Annotated[float, Field(gt=0)] = 1000.0
+    """As in `minillm`, for form `policy`."""
+    ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
+    """As in `minillm`, for form `policy`."""
+    divergence: DivergenceConfig = Divergence(name="reverse_kl")
+    """The divergence of the student's distribution from the teacher's: its name, or `{name, <options>}`."""
+    student_fraction: Share = 1.0
+    """λ, the share of rows whose completion the student generates, drawn for each row. 0 is supervised KD, 1 on-policy
+    KD; in between is GKD's mixture (arXiv 2306.13649, which uses 0.5)."""
+    teacher_written: Share = 0.0
+    """Of the other rows, the share whose completion the teacher generates (sequence-level KD), sampled as `rollouts`
+    says; the remaining rows keep their own completion."""
+    adaptive: AdaptiveConfig | None = None
+    """Let the evaluation loss decide the share of rollouts, up to `student_fraction`; `null`: it is constant."""
+    requested_ids: Positive = 64
+    """With support `requested`: number of the student's own most likely ids per position at which the teacher returns
+    log-probs, besides the teacher's own `support.k`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_policy_support(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("form") == "policy":
+            return {"support": {"kind": "logprob"}} | given
+        return given
+
+    @model_validator(mode="after")
+    def _check_policy_rows(self) -> "OnPolicyConfig":
+        if self.form == "policy" and (self.student_fraction < 1 or self.adaptive):
+            raise ValueError("form 'policy' learns only from new completions of the student; leave out "
+                             "student_fraction and adaptive, or use form 'divergence'")  # fmt: skip
+        return self
+
+    @property
+    def uses_divergence(self) -> bool:
+        return self.form == "divergence"
+
+    @property
+    def reads_completions(self) -> bool:
+        return (self.student_fraction < 1 or self.adaptive is not None) and self.teacher_written < 1
+
+    @property
+    def samples_rollouts(self) -> bool:
+        return True
+
+    @property
+    def weighs_rollout_logprobs(self) -> bool:
+        return self.form == "policy"
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if self.adaptive and not (run.data.evaluation and run.evaluation.every_steps):
+            raise ValueError(
+                "method.adaptive needs the evaluation loss; set data.evaluation and evaluation.every_steps"
+            )
+        if not self.teacher_written:
+            return
+        if run.ensemble or run.route:
+            raise ValueError(
+                "method.teacher_written needs one teacher that generates, but 'ensemble' or 'route' is set; set it to 0"
+            )
+        teacher = next(teacher for teacher in run.teachers if teacher.name == run.evaluation_teacher)
+        if teacher.prompt_template is not None:
+            raise ValueError(
+                f"method.teacher_written: teacher '{teacher.name}' has a prompt_template, but its completions would "
+                "follow the student's prompt; leave one of the two out"
+            )

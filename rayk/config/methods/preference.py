@@ -1,0 +1,57 @@
+"""Settings of `preference`."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from rayk.config.sections import MethodSettings, Run
+from rayk.config.support import Logprob, Support
+
+
+class PreferenceConfig(MethodSettings):
+    """The student learns to prefer the chosen of two answers to a prompt (DPO)."""
+
+    teacher_key: ClassVar[str] = "reference"
+
+    kind: Literal["preference"] = "preference"
+    """The method's kind."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength β of the regularization towards the reference; with a smaller one the student moves further away."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs assumed to have the wrong order (conservative DPO)."""
+    chosen_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight α of the chosen answer's own loss per token, in nats (iterative RPO, Pang et al. 2024, uses 1). If the
+    chosen answers are not the student's own, it keeps them from becoming unlikely."""
+    reference: str | None = None
+    """The frozen reference model, one of `teachers`; `null`: the student as it is when the run begins, whatever
+    teachers there are."""
+
+    @property
+    def teacher_name(self) -> str | None:
+        return self.reference
+
+    @property
+    def support(self) -> Logprob | None:
+        """The support that is requested of the reference; None if it is the initial student."""
+        return None if self.reference is None else Logprob()
+
+    @property
+    def signal_support(self) -> Support | None:
+        return self.support
+
+    @property
+    def reads_pairs(self) -> bool:
+        return True
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if run.synthesis is not None and not run.synthesis.writes_pairs:
+            raise ValueError(
+                f"synthesis '{run.synthesis.kind}' generates one answer for each row, but method 'preference' learns "
+                "from pairs; use synthesis 'preferences', another method, or rows that have pairs"
+            )
+        if run.synthesis is None and run.data.train is not None and run.data.train.format not in ("auto", "preference"):
+            raise ValueError(
+                f"data.train.format is '{run.data.train.format}', but method 'preference' learns from pairs of "
+                "answers; leave it out"
+            )

@@ -1,0 +1,387 @@
+"""Base classes of the sections that have several kinds and depend on each other: method, synthesis and rollouts.
+
+Each declares what the rest of a run must know of it, with defaults for what most kinds do, and checks itself against
+the other sections in `check(run)`. `Run` lists what a check may read.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Protocol
+
+from pydantic import Field
+
+from rayk.config.base import Placement, Positive, Selection, Settings, Share, default_kind
+from rayk.config.data import DataConfig, DataSource, RowFormat
+from rayk.config.demonstrations import DemonstrationsConfig
+from rayk.config.engines import TransformersEngineConfig, VLLMEngineConfig
+from rayk.config.evaluation import EvaluationConfig
+from rayk.config.filters import FilterConfig, FilterSettings, TruncatedFilterConfig
+from rayk.config.retriever import RetrieverConfig
+from rayk.config.support import Support
+from rayk.config.teachers import EnsembleConfig, Replicas, ReplicasConfig, Resources, RouteConfig, TeacherConfig
+from rayk.config.training import StudentConfig, TrainingConfig
+
+
+class PretrainingConfig(Settings):
+    """Plain text that is trained on in the same updates as the method's rows, so that the student forgets less
+    (MiniLLM's L_PT)."""
+
+    data: DataSource
+    """The rows of text."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the text's mean loss per token, which is added to the method's loss."""
+    batch_size: Positive | None = None
+    """Rows of text per step; `null`: `training.batch_size`."""
+    teacher_share: Share = 0.5
+    """Share r in (1−r)·cross-entropy + r·forward KL to the teacher. 0 queries no teacher for the text (the paper's
+    form); LMOps uses 0.5."""
+
+
+class MethodSettings(Settings):
+    """Base of all methods' settings, with what the rest of a run must know of a method."""
+
+    teacher_key: ClassVar[str] = "teacher"
+    """The key that names the teacher to query."""
+    row_format: ClassVar[RowFormat | None] = None
+    """The format that rows must have; None for any."""
+
+    kind: str
+    """The method's kind."""
+
+    @property
+    def signal_support(self) -> Support | None:
+        """The support that the method requests of its teacher; None if it queries none."""
+        return None
+
+    @property
+    def teacher_name(self) -> str | None:
+        """The teacher that the settings name; None if they leave it open."""
+        return None
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the method queries a teacher for signals."""
+        return self.signal_support is not None
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether rows are preference pairs."""
+        return False
+
+    @property
+    def reads_completions(self) -> bool:
+        """Whether any of the rows' own completions are trained on; else the prompts suffice."""
+        return True
+
+    @property
+    def samples_rollouts(self) -> bool:
+        """Whether the student generates completions while it is trained (section `rollouts`)."""
+        return False
+
+    @property
+    def weighs_rollout_logprobs(self) -> bool:
+        """Whether the loss divides by the log-probs under which the completions were sampled, as a policy gradient."""
+        return False
+
+    @property
+    def shown_demonstrations(self) -> DemonstrationsConfig | None:
+        """The demonstrations that are shown in front of each row; None without any."""
+        return None
+
+    @property
+    def auxiliary_data(self) -> PretrainingConfig | None:
+        """Text that is trained on in the same updates; None without any."""
+        return None
+
+    def check(self, run: "Run") -> None:
+        """Check the method against the run's other sections.
+
+        Raises:
+            ValueError: they do not fit; one sentence says what to change.
+        """
+        names = [teacher.name for teacher in run.teachers]
+        if self.asks_teacher and self.teacher_name is None and not names:
+            raise ValueError(f"method.kind '{self.kind}' needs a teacher; add one under 'teachers'")
+        if self.teacher_name is not None:
+            check_teacher_name(f"method.{self.teacher_key}", self.teacher_name, names)
+            if run.ensemble or run.route:
+                raise ValueError(
+                    f"method.{self.teacher_key} names one teacher, but 'ensemble' or 'route' is set; leave one out"
+                )
+        if run.synthesis is not None and run.synthesis.writes_pairs and not self.reads_pairs:
+            raise ValueError(
+                f"synthesis '{run.synthesis.kind}' generates a better and a worse answer for each row, which only "
+                f"method 'preference' trains on; use it instead of '{self.kind}', or another synthesis"
+            )
+        if self.shown_demonstrations is None and run.evaluation.demonstration_draws > 1:
+            raise ValueError(
+                f"evaluation.demonstration_draws is set, but method '{self.kind}' shows no demonstrations; leave it out"
+            )
+        if not self.samples_rollouts and run.rollouts is not None:
+            raise ValueError(f"rollouts is set, but method '{self.kind}' samples nothing; leave it out")
+        if self.weighs_rollout_logprobs and run.rollouts is not None and not run.rollouts.samples_exactly:
+            raise ValueError(
+                f"{self.kind}'s policy gradient holds for completions sampled at temperature 1 without truncation; "
+                "leave rollouts.temperature, top_p and top_k out"
+            )
+
+
+class RolloutSettings(Settings):
+    """Sampling of the student's completions during training, wherever they are generated."""
+
+    max_new_tokens: Positive = 256
+    """Longest completion in tokens. Longer ones are truncated; their tokens are trained on, with no EOS appended."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Sampling temperature; 0 is greedy decoding. GKD's reverse KL is defined for temperature 1 without truncation."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens with this total probability; 1: from all."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from this number of most likely tokens; 0: from all."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Age of the weights that generate, in optimizer steps: step i (from 0) trains on completions sampled under exactly
+    the weights after i − `max_staleness` steps (the first ones under the initial weights). 0 alternates generation and
+    training; from 1 on, completions for later steps are generated while a step trains. Both are reproducible; with
+    served replicas up to rounding, because they share rows as they arrive."""
+    timeout_seconds: Annotated[float | None, Placement()] = Field(default=None, gt=0)
+    """Longest time in seconds to generate one step's completions; then the run stops. `null`: no limit."""
+
+    @property
+    def samples_exactly(self) -> bool:
+        """Whether completions follow the student's own distribution: temperature 1, no truncation."""
+        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether replicas on Ray Serve generate; else the training workers do."""
+        return False
+
+    def check(self, run: "Run") -> None:
+        """Check the rollouts against the run's other sections; errors as `MethodSettings.check`."""
+        limit = run.training.collective_timeout_seconds
+        for name in ("timeout_seconds", "deadline_seconds"):
+            if (getattr(self, name, None) or 0) >= limit:
+                raise ValueError(f"rollouts.{name} must be below training.collective_timeout_seconds ({limit:g})")
+
+
+class SamplingConfig(Settings):
+    """How completions are sampled."""
+
+    max_new_tokens: Positive = 256
+    """Longest completion in tokens; longer ones are cut."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """Sampling temperature; 0 is greedy decoding."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens with this total probability; 1: from all."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Texts that end a completion and are not part of it, such as "\\nQ:" for a base model that would go on with
+    another question."""
+
+
+class ServedStudentConfig(Settings):
+    """How the student is served while it generates answers for a synthesis; it is removed before training."""
+
+    engine: Annotated[
+        Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")],
+        default_kind("transformers"),
+    ] = Field(default_factory=TransformersEngineConfig)
+    """The engine that runs it; by default `kind: transformers`."""
+    replicas: Annotated[ReplicasConfig, Placement()] = Field(default_factory=Replicas)
+    """Number of copies; a single number is the fixed number of copies."""
+    resources: Annotated[Resources, Placement()] = Field(default_factory=Resources)
+    """Resources of one replica."""
+    deadline_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
+    """Longest time of one request in seconds, retries and replica restarts included; then the run stops."""
+
+
+def _default_filters() -> list[FilterConfig]:
+    return [TruncatedFilterConfig()]
+
+
+class SynthesisSettings(Settings):
+    """Base of all syntheses' settings, with what the rest of a run must know of a synthesis."""
+
+    kind: str
+    """The synthesis' kind."""
+    teacher: str | None = None
+    """Which of `teachers` generates; `null`: the first. Unless the method also queries it, it is removed before
+    training, and may have its own tokenizer."""
+    prompts: DataSource | None = None
+    """The rows whose prompts are completed, instead of `data.train`. Of the rest of a row, only the right answer is
+    read, where it is needed."""
+    chat: bool = False
+    """Wrap each request in the chat template of the teacher's tokenizer, as a user's message. An endpoint (engine kind
+    `openai`) has its own `engine.chat`."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How the teacher samples completions."""
+    filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=_default_filters)
+    """Filters, in order; judges run after text filters, filters that compare rows last, after `keep`. By default
+    completions truncated at `sampling.max_new_tokens` are dropped, so that the student does not learn to stop there."""
+    in_flight: Annotated[Positive, Placement()] = 64
+    """Number of prompts that are requested at the same time."""
+
+    @property
+    def reads_truth(self) -> bool:
+        """Whether the rows' right answers are needed."""
+        return False
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Whether the prompts are generated, too, so that no rows are given."""
+        return False
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether the log-probs of the teacher's completions are needed."""
+        return False
+
+    @property
+    def writes_pairs(self) -> bool:
+        """Whether each row has a better and a worse answer, for method `preference`."""
+        return False
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether the rows depend on the student, so that there can be several `rounds`."""
+        return False
+
+    @property
+    def served_student(self) -> ServedStudentConfig | None:
+        """How the student is served while it generates; None if it generates nothing."""
+        return None
+
+    @property
+    def referee_name(self) -> str | None:
+        """The teacher that compares answers; None for the one that generates."""
+        return None
+
+    @property
+    def all_filters(self) -> Sequence[FilterSettings]:
+        """The filters of rows and of everything else that is generated."""
+        return self.filters
+
+    def asks_student(self, round_number: int) -> bool:
+        """Return whether the student, as it is at the beginning of this round (from 0), generates answers in it."""
+        return self.reads_student
+
+    def check(self, run: "Run") -> None:
+        """Check the synthesis against the run's other sections; errors as `MethodSettings.check`."""
+        names = [teacher.name for teacher in run.teachers]
+        if not names:
+            raise ValueError("synthesis needs a teacher that generates; add one under 'teachers'")
+        check_teacher_name("synthesis.teacher", self.teacher, names)
+        check_teacher_name("synthesis.referee", self.referee_name, names)
+        for judge in run.judges:
+            check_teacher_name("synthesis.filters: judge's teacher", judge, names)
+        self._check_prompts(run)
+        self._check_student(run)
+        for teacher in run.teachers:
+            if teacher.name in run.synthesis_only_teachers and teacher.prompt_template is not None:
+                raise ValueError(
+                    f"teacher '{teacher.name}' only generates training rows, so its prompt_template is not read; use a "
+                    "prompt_template of the rows it generates for (data.train or synthesis.prompts)"
+                )
+        teacher = next(teacher for teacher in run.teachers if teacher.name == run.synthesis_teacher)
+        if not teacher.attach:
+            self.check_teacher(teacher)
+
+    def check_teacher(self, teacher: TeacherConfig) -> None:
+        """Check that the engine of the teacher that generates can do what the synthesis needs; errors as `check`."""
+        if self.chat and teacher.engine.applies_chat_template:
+            raise ValueError(
+                f"synthesis.chat: teacher '{teacher.name}' is an endpoint with its own chat template; leave it out and "
+                "set engine.chat"
+            )
+        if not teacher.engine.counts_tokens and any(each.counts_tokens for each in self.all_filters):
+            raise ValueError(
+                f"synthesis.filters: 'length' counts tokens, which teacher '{teacher.name}' does not return; set "
+                "another unit"
+            )
+        if self.needs_logprobs and not teacher.engine.generates_logprobs:
+            raise ValueError(
+                f"synthesis.scorer 'mean_logprob' needs log-probs of teacher '{teacher.name}'; set engine.logprobs, or "
+                "another scorer"
+            )
+
+    def _check_prompts(self, run: "Run") -> None:
+        has_rows = run.data.train is not None, self.prompts is not None
+        if self.makes_prompts and any(has_rows):
+            raise ValueError(
+                f"synthesis '{self.kind}' makes its own prompts; leave out data.train and synthesis.prompts"
+            )
+        if not self.makes_prompts and sum(has_rows) != 1:
+            raise ValueError(
+                f"synthesis '{self.kind}' completes the prompts of data.train or of synthesis.prompts; set one of the "
+                "two"
+            )
+
+    def _check_student(self, run: "Run") -> None:
+        if run.rounds > 1 and not self.reads_student:
+            raise ValueError(
+                f"rounds is {run.rounds}, but the rows of synthesis '{self.kind}' do not depend on the student, so "
+                "every round would be the same; leave it out"
+            )
+        if self.asks_student(0) and run.student.model is None:
+            raise ValueError(
+                f"synthesis '{self.kind}' requests answers of the student before training, but 'student.config' "
+                "creates one with random weights; give student.model"
+            )
+
+
+class Run(Protocol):
+    """The parts of a run that a section may read when it checks itself (`rayk.config.RunConfig`)."""
+
+    @property
+    def teachers(self) -> Sequence[TeacherConfig]: ...
+    @property
+    def ensemble(self) -> EnsembleConfig | None: ...
+    @property
+    def route(self) -> RouteConfig | None: ...
+    @property
+    def student(self) -> StudentConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def synthesis(self) -> SynthesisSettings | None: ...
+    @property
+    def rounds(self) -> int: ...
+    @property
+    def method(self) -> MethodSettings: ...
+    @property
+    def rollouts(self) -> RolloutSettings | None: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def evaluation(self) -> EvaluationConfig: ...
+    @property
+    def signal_support(self) -> Support | None: ...
+    @property
+    def signal_teacher_names(self) -> Sequence[str]: ...
+    @property
+    def signal_teachers(self) -> Sequence[TeacherConfig]: ...
+    @property
+    def training_teachers(self) -> Sequence[TeacherConfig]: ...
+    @property
+    def retriever(self) -> RetrieverConfig | None: ...
+    @property
+    def evaluation_teacher(self) -> str: ...
+    @property
+    def retriever_teacher(self) -> str: ...
+    @property
+    def synthesis_teacher(self) -> str: ...
+    @property
+    def referee(self) -> str: ...
+    @property
+    def synthesis_teachers(self) -> Sequence[str]: ...
+    @property
+    def synthesis_only_teachers(self) -> Sequence[str]: ...
+    @property
+    def judges(self) -> Sequence[str]: ...
+
+
+def check_teacher_name(place: str, name: str | None, names: Sequence[str]) -> None:
+    """Check that a setting at `place` names one of the teachers `names`; None names none.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if name is not None and name not in names:
+        raise ValueError(f"{place} '{name}' is none of the teachers ({', '.join(names) or 'there are none'})")
