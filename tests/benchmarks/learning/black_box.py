@@ -1,48 +1,48 @@
-"""Black-box distillation compared with what could be done without: tasks whose truth is known, real teachers on Ray
-Serve, everything through `rayk.distill`.
+"""Black-box and in-context distillation compared with training without a teacher, on tasks with a known truth.
 
     python -m tests.benchmarks.learning.black_box --output black_box.jsonl [--seeds 3] [--parts cot,responses]
 
-`cot` and `responses` are about the world of `purse`. Its teacher (64×2) was shown sound workings of 2,500 purses and
-stopped while it still made mistakes; students (32×2, random weights) are asked about other purses, 400 of them
-held out.
+Teachers run on Ray Serve, and every student is trained through `rayk.distill`.
 
-- `cot`: 200 questions with their answers. Learned from are the answers alone, or 1, 4 or 8 rationales a question of
-  `chain_of_thought` (two calls, temperature 0.7, kept if right); and 8 of which nothing was left out.
-- `responses`: 600 questions with workings by people who slip at every tenth step and go on from there, and with the
-  right answers. Learned from are those workings, those of them that end right, the teacher's (`responses`, temperature
-  0.7), the one of four that it finds likeliest, or the first of four that ends right.
+Parts `cot` and `responses` use the task `purse`. Their teacher (64×2) has seen sound workings of 2,500 purses and was
+stopped while it still made mistakes. Students (32×2, random weights) learn about other purses, 400 of which are held
+out.
 
-`in_context` is about the tasks of `signs`. Its teacher (64×2) has read 19,200 conversations, each about one task; the
-students are smaller (32×2) and start, all methods and seeds alike, from one that was stopped after 300 steps, the first
-of 300, 340, … after which it had 70 % right on the tuning seed. From there they see each of 20 rows of 320 villages
-once: alone (`fine_tuned`, plain fine-tuning), or after 8 solved signs of the village, which are right. Learned is the
-row's word (`labels`, in-context tuning, no teacher), that moving to the teacher's probabilities of both words in a
-straight line (`distilled`), or the teacher's alone (`distilled_softly`). All of it once with rows that are right, and
-once (`_slips`) with rows of which one in ten has the other word. Measured on 30 new villages, with pairs of words that
-nobody has read together: of each they are shown 8 solved signs and asked 20. Without these half the answers would be
-right. No text is learned from beside (Meta-ICT).
+- `cot`: 200 questions with their answers. Training rows are the answers alone, or 1, 4 or 8 rationales per question of
+  `chain_of_thought` (two calls, temperature 0.7, kept if right), or 8 without that check.
+- `responses`: 600 questions with their right answers. Training rows are workings by people who make a mistake at every
+  tenth step and continue from it, those of them with the right answer, the teacher's (`responses`, temperature 0.7),
+  the one of four that the teacher finds most likely, or the first right one of four.
 
-On pilots with a loop of their own, seed 1000: models this small learn to read such conversations from 300 steps on at a
-rate of 5e-3; with slips in what they read, or with twice as many words, they did not within 600 and 700, so
-demonstrations are right and words few. Students as large as the teacher that saw 800 rows with slips eight times
-learned those by heart and did worse than before, whatever they were trained with. One word in ten is wrong because with
-a quarter wrong `labels` fell below the start there, and with none both learned as much.
+Part `in_context` uses the tasks of `signs`. Its teacher (64×2) has read 19,200 conversations, each about one task.
+Students (32×2) all start from the same model, stopped after 300 steps: the first of 300, 340, … after which it was
+right for 70 % on the tuning seed. They then see each of 20 rows of 320 villages once, either alone (`fine_tuned`, plain
+fine-tuning) or after 8 solved signs of the village, which are right. They learn the row's word (`labels`, in-context
+tuning without a teacher), a target that moves linearly from that word to the teacher's probabilities of both words
+(`distilled`), or the teacher's probabilities alone (`distilled_softly`). Each runs once with right rows and once
+(`_slips`) with rows of which one in ten has the other word. Evaluation uses 30 new villages with pairs of words that
+occur together in no training row: 8 solved signs and 20 questions each. Without the solved signs half of the answers
+would be right. There is no loss on the demonstrations (Meta-ICT).
 
-`adversarial` and `preferences` state theirs in `black_box_rounds` and `black_box_preferring`; what follows holds for
-them, too.
+Pilots with another training loop, on seed 1000: models of this size learn to read such conversations within 300 steps
+at a rate of 5e-3; with wrong words in the demonstrations, or with twice as many words, they did not within 600 and 700
+steps, so demonstrations are right and words few. Students as large as the teacher that saw 800 rows with wrong words
+eight times memorized them and became worse than before with every method. One word in ten is wrong because with a
+quarter wrong `labels` fell below the start, and with none both methods learned equally much.
 
-Settled before the runs. Every student of a part makes as many updates of as many rows (600 of 64; `in_context` 200 of
-32) with AdamW and a cosine to zero after a warm-up; that a rationale has more tokens than an answer, and a row more
-with demonstrations, is not made up for. The one thing tuned is the learning rate: of three (1e-3, 3e-3, 1e-2) the one
-whose student has the best accuracy on seed 1000, which is used for nothing else; the same three and the same criterion
-for each method. A seed draws the questions (or villages), those held out, the student's weights (but for `in_context`)
-and the order.
+Parts `adversarial` and `preferences` are described in their modules; the following also holds for them.
 
-Every finished run is a line of OUTPUT and is not run again. Measured: the share of right answers, written greedily;
-how many of all come with a sound working; and what is known of the training rows, such as how many of those with the
-right answer have it for wrong reasons. Printed as Markdown, with paired differences and their 95 % intervals (Student's
-t, none of them corrected for the number of pairs), `undecided` where 0 is inside.
+Settled before the runs: every student of a part makes the same number of updates of the same number of rows (600 of 64;
+`in_context` 200 of 32), with AdamW and a cosine schedule to zero after a warm-up. A rationale has more tokens than an
+answer, and a row with demonstrations more than one without; this is not compensated. Only the learning rate is tuned:
+of three (1e-3, 3e-3, 1e-2) the one with the best accuracy on seed 1000, which is used for nothing else; the same three
+and the same criterion for each method. A seed determines the questions (or villages), the held-out ones, the student's
+weights (except for `in_context`) and the order.
+
+Finished runs are lines of OUTPUT and are not repeated. Measured are the share of right answers with greedy generation,
+the share with a sound working, and statistics of the training rows, such as the share of right rows that are right for
+wrong reasons. How to read it: Markdown tables with means, and paired differences with their 95 % confidence intervals
+(Student's t, not corrected for the number of pairs), `undecided` if 0 is inside.
 """
 
 import os
@@ -51,7 +51,7 @@ from dataclasses import replace
 from rayk.environment import set_threading
 
 set_threading()
-os.environ.setdefault("RAY_worker_niceness", "0")  # the teacher is not to wait longer than those who ask it
+os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 would slow down the teacher
 
 import torch  # noqa: E402
 
@@ -59,7 +59,7 @@ from rayk.config import Resources, TeacherConfig  # noqa: E402
 from rayk.serving.cluster import start_ray  # noqa: E402
 from rayk.teachers import serve_teacher  # noqa: E402
 from tests.benchmarks.learning.adversarial import ADVERSARIAL_PART  # noqa: E402
-from tests.benchmarks.learning.harness import Part, Runs, arguments  # noqa: E402
+from tests.benchmarks.learning.harness import Part, Runs, parse_arguments  # noqa: E402
 from tests.benchmarks.learning.in_context import IN_CONTEXT_PART  # noqa: E402
 from tests.benchmarks.learning.preferences import PREFERENCES_PART  # noqa: E402
 from tests.benchmarks.learning.reasoning import COT_PART, RESPONSES_PART  # noqa: E402
@@ -72,7 +72,7 @@ PARTS: dict[str, Part] = {
 
 
 def main() -> None:
-    given = arguments(__doc__, "parts", PARTS)
+    given = parse_arguments(__doc__, "parts", PARTS)
     torch.set_num_threads(1)
     print(machine(), flush=True)
     start_ray(num_cpus=2)
@@ -80,12 +80,12 @@ def main() -> None:
     for name in given.parts:
         part = PARTS[name]
         comparison = replace(part.comparison, known={**part.comparison.known, **given.rates})
-        model = part.teacher()
-        teacher = part.measured(model)
+        model = part.make_teacher()
+        teacher = part.measure_teacher(model)
         print(f"\n## {name}: the teacher has {teacher}", flush=True)
         if not given.print:
             served = TeacherConfig(name=part.application, model=str(model), resources=Resources(num_cpus=0.5))
-            with part.serving(model) if part.serving else serve_teacher(served):
+            with part.serve(model) if part.serve else serve_teacher(served):
                 runs.add(comparison, seeds, part.run)
         runs.print(comparison, seeds, teacher)
 

@@ -3,26 +3,26 @@
     python -m tests.benchmarks.learning.comparison --output comparison.jsonl [--seeds 3] [--methods minillm,on_policy]
                                           [--rates minillm=3e-2,on_policy=3e-2]
 
-The task is `walks`: half of it is beyond the student (width 8, one layer; the teacher has 96 and two). The teacher
-learns it once (kept in the cache), and is served by Ray Serve. For each seed a student is made and, as in the paper,
-first fine-tuned on 2,000 rows of that seed: every method goes on from there, with the same rows or their prompts in the
-same order. `seqkd` is `supervised` on what the teacher wrote once after these prompts.
+The task is `walks`, half of which the student cannot learn (width 8, one layer; the teacher has width 96 and two
+layers). The teacher is trained once (kept in the cache) and runs on Ray Serve. For each seed a student is created and,
+as in the MiniLLM paper, first fine-tuned on 2,000 rows of that seed; every method starts from it, with the same rows or
+their prompts in the same order. `seqkd` is `supervised` on completions that the teacher generated once for these
+prompts.
 
-Settled before the runs. Fine-tuning: 300 steps of 64 rows at 1e-2. Every method: 60 steps of 64 rows, one update each
-(so `minillm` has 1 inner epoch; it has no text to learn beside), AdamW, cosine to zero after 10 steps of warm-up. The
-one thing tuned is the learning rate: of 3e-3, 1e-2 and 3e-2 the one whose student has the best accuracy (`accuracy`
-below) on seed 1000, which is used for nothing else; the same three and the same criterion for each method. `on_policy`
-is GKD with λ = 1 and reverse KL; signals are the whole distribution. Completions are cut at 64 tokens.
+Settled before the runs. Fine-tuning: 300 steps of 64 rows at 1e-2. Every method: 60 steps of 64 rows with one update
+each (so `minillm` has 1 inner epoch and no pretraining text), AdamW, a cosine schedule to zero after 10 steps of
+warm-up. Only the learning rate is tuned: of 3e-3, 1e-2 and 3e-2 the one with the best `accuracy` on seed 1000, which is
+used for nothing else; the same three and the same criterion for each method. `on_policy` is GKD with λ = 1 and reverse
+KL; signals are the whole distribution. Completions are truncated at 64 tokens.
 
-Width and grid were chosen on pilot runs, on that seed and one more, of a student of width 16: 1e-3 was the worst of
-four rates with all four methods that had had them, and 3,000 supervised steps of fresh rows taught that student all
-that its teacher knew, so there was no gap. After 2,000 such steps one of width 8 still has 0.525 of its walks right,
-the teacher 0.904.
+Width and rates were chosen in pilots on that seed and one more, with a student of width 16: 1e-3 was the worst of four
+rates for all four methods that tried it, and 3,000 supervised steps on new rows taught that student everything its
+teacher knew, so there was no gap. After 2,000 such steps a student of width 8 has 0.525 valid walks, the teacher 0.904.
 
-Every finished run is a line of OUTPUT and is not run again. `--rates` says what an earlier run has chosen, so that
-nothing is tuned again. What is measured: `comparison_measures`. Printed as Markdown: means ± standard deviations over
-seeds, and paired differences with their 95 % intervals (Student's t, none of them corrected for the number of pairs),
-`undecided` where 0 is inside.
+Finished runs are lines of OUTPUT and are not repeated. `--rates` gives the rates that an earlier run has chosen, so
+that nothing is tuned again. The measures are described in `measures`. How to read it: Markdown tables with means ±
+standard deviations over seeds, and paired differences with their 95 % confidence intervals (Student's t, not corrected
+for the number of pairs), `undecided` if 0 is inside.
 """
 
 import os
@@ -33,7 +33,7 @@ from typing import Any
 from rayk.environment import set_threading
 
 set_threading()
-os.environ.setdefault("RAY_worker_niceness", "0")  # the teacher is not to wait longer than those who ask it
+os.environ.setdefault("RAY_worker_niceness", "0")  # the default of 15 would slow down the teacher
 
 import torch  # noqa: E402
 
@@ -43,13 +43,20 @@ from rayk.run import distill  # noqa: E402
 from rayk.serving.cluster import start_ray  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.learning import walks  # noqa: E402
-from tests.benchmarks.learning.harness import Comparison, Runs, arguments, cache_folder, made, run_config  # noqa: E402
+from tests.benchmarks.learning.harness import (  # noqa: E402
+    Comparison,
+    Runs,
+    cache_folder,
+    parse_arguments,
+    run_config,
+    train_model_once,
+)
 from tests.benchmarks.learning.measures import LENGTHS, MAX_NEW_TOKENS, Measurer  # noqa: E402
-from tests.benchmarks.learning.words import llama, tokenizer_of, write_rows  # noqa: E402
+from tests.benchmarks.learning.words import llama_config, make_tokenizer, write_rows  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 
-TEACHER_MODEL = llama(walks.WORDS, hidden=96, layers=2, heads=4, between=256)
-STUDENT_MODEL = llama(walks.WORDS, hidden=8, layers=1, heads=2, between=16)
+TEACHER_MODEL = llama_config(walks.WORDS, hidden=96, layers=2, heads=4, intermediate=256)
+STUDENT_MODEL = llama_config(walks.WORDS, hidden=8, layers=1, heads=2, intermediate=16)
 TEACHER_ROWS, TEACHER_STEPS, TEACHER_RATE = 48_000, 750, 3e-3
 ROWS, BATCH = 2000, 64
 WARM_STEPS, WARM_RATE = 300, 1e-2
@@ -88,18 +95,18 @@ _TEACHER = "comparison-teacher"
 
 
 def main() -> None:
-    given = arguments(__doc__, "methods", METHODS)
+    given = parse_arguments(__doc__, "methods", METHODS)
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    home = _home()
-    model = made(
-        home / "teacher", tokenizer_of(walks.WORDS), TEACHER_MODEL, walks.generate_rows(TEACHER_ROWS, seed=1), 1,
+    home = _models_folder()
+    model = train_model_once(
+        home / "teacher", make_tokenizer(walks.WORDS), TEACHER_MODEL, walks.generate_rows(TEACHER_ROWS, seed=1), 1,
         steps=TEACHER_STEPS, batch_size=BATCH, learning_rate=TEACHER_RATE, warmup_steps=50,
     ) / "model"  # fmt: skip
     measurer = Measurer(model)
     comparison = Comparison(
         given.methods, LEARNING_RATES, TUNING_SEED, COLUMNS, PAIRS, compared=("accuracy", "reverse_kl"),
-        told=("accuracy", "reverse_kl", "old_town", "seconds"), known=given.rates,
+        printed=("accuracy", "reverse_kl", "old_town", "seconds"), known=given.rates,
     )  # fmt: skip
     runs = Runs(given.output)
     if not given.print:
@@ -116,14 +123,14 @@ def main() -> None:
 def compare(
     method: str, seed: int, learning_rate: float, home: Path, teacher: Teacher, measurer: Measurer
 ) -> dict[str, Any]:
-    """One method's student of one seed: trained from the seed's start, measured."""
-    start = made(
-        home / f"start-{seed}", tokenizer_of(walks.WORDS), STUDENT_MODEL, walks.generate_rows(ROWS, 10_000 + seed),
+    """Train one method's student of one seed from the seed's start, and measure it."""
+    start = train_model_once(
+        home / f"start-{seed}", make_tokenizer(walks.WORDS), STUDENT_MODEL, walks.generate_rows(ROWS, 10_000 + seed),
         10_000 + seed, steps=WARM_STEPS, batch_size=BATCH, learning_rate=WARM_RATE, warmup_steps=50,
     )  # fmt: skip
     rows = start / ("seqkd.jsonl" if method == "seqkd" else "train.jsonl")
     if not rows.exists():
-        _write_by_teacher(rows, start / "train.jsonl", teacher, seed)
+        _write_teacher_rows(rows, start / "train.jsonl", teacher, seed)
     settings = METHODS[method]
     sections: dict[str, Any] = {}
     if settings["kind"] != "supervised":
@@ -143,22 +150,22 @@ def compare(
         }  # fmt: skip
 
 
-def _home() -> Path:
-    """Where teacher and starts are kept."""
+def _models_folder() -> Path:
+    """Return the cache folder of the teacher and of the starts."""
     settings = [TEACHER_MODEL, STUDENT_MODEL, TEACHER_ROWS, TEACHER_STEPS, TEACHER_RATE, ROWS, WARM_STEPS, WARM_RATE]
     return cache_folder("comparison", walks, settings)
 
 
-def _write_by_teacher(path: Path, given: Path, teacher: Teacher, seed: int) -> None:
-    """The rows of `given` with completions the teacher samples; of those it does not end, none."""
+def _write_teacher_rows(path: Path, given: Path, teacher: Teacher, seed: int) -> None:
+    """Write the rows of `given` with completions that the teacher samples, without truncated ones."""
     prompts = [row["prompt"] for row in read_lines(given)]
-    written = teacher.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+    completions = teacher.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
     write_rows(
         path,
         [
-            {"prompt": prompt, "completion": each.text}
-            for prompt, each in zip(prompts, written, strict=True)
-            if each.finish_reason == "stop"
+            {"prompt": prompt, "completion": completion.text}
+            for prompt, completion in zip(prompts, completions, strict=True)
+            if completion.finish_reason == "stop"
         ],
     )
 

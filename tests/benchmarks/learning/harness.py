@@ -1,7 +1,6 @@
-"""What comparisons of methods share: a rate for each, found on a seed of its own; runs that are kept and not repeated;
-models that are made once; tables of means and of paired differences.
+"""Shared code of comparisons: tuning of learning rates, runs that are stored and not repeated, tables of results.
 
-A comparison's own module states its task, its budget and its tuning in its docstring before anything is run.
+A comparison's own module states its task, budget and tuning in its docstring before anything is run.
 """
 
 import argparse
@@ -31,21 +30,21 @@ Interval = tuple[float, float]
 Key = tuple[str, int, float]
 """Method, seed, learning rate."""
 Run = Callable[[str, int, float], dict[str, Any]]
-"""What a method's student of a seed, trained at a rate, came to."""
+"""Measures of a method's student, given method, seed and learning rate."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods to be compared, and how.
+    """Methods to compare, and how.
 
     Attributes:
-        rates: the learning rates of which each method has the one whose student has the best `accuracy` on
-            `tuning_seed`, which is used for nothing else.
-        columns: measures of a run, each with its title and its form.
-        pairs: whose differences are told, the first less the second.
-        compared: in which measures.
-        told: what is printed of each run as it ends.
-        known: the rates of methods that are not tuned, as an earlier run has chosen them.
+        rates: learning rates; each method uses the one with the best `accuracy` on `tuning_seed`, which is used for
+            nothing else.
+        columns: measures of a run, each with its title and its format.
+        pairs: pairs whose differences, first minus second, are printed.
+        compared: measures for which these differences are printed.
+        printed: measures that are printed when a run ends.
+        known: learning rates of methods that an earlier run has tuned.
     """
 
     methods: Sequence[str]
@@ -54,33 +53,33 @@ class Comparison:
     columns: Mapping[str, tuple[str, str]]
     pairs: Sequence[tuple[str, str]]
     compared: Sequence[str] = ("accuracy",)
-    told: Sequence[str] = ("accuracy", "seconds")
+    printed: Sequence[str] = ("accuracy", "seconds")
     known: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A comparison of several that a benchmark has, with its teacher.
+    """One comparison of a benchmark that has several, with its teacher.
 
     Attributes:
-        application: the teacher's name on Ray Serve.
-        teacher: the folder of its model, made now unless the cache has it; or a program's file.
-        measured: what that comes to, as students are measured.
-        run: a student's run.
-        serving: has it served, where it is no model.
+        application: the teacher's application name on Ray Serve.
+        make_teacher: returns the folder of its model, trained unless the cache has it; or the file of a program.
+        measure_teacher: measures the teacher as students are measured.
+        run: trains and measures one student.
+        serve: serves a teacher that is not a model.
     """
 
     comparison: Comparison
     application: str
-    teacher: Callable[[], Path]
-    measured: Callable[[Path], dict[str, float]]
+    make_teacher: Callable[[], Path]
+    measure_teacher: Callable[[Path], dict[str, float]]
     run: Run
-    serving: Callable[[Path], AbstractContextManager[None]] | None = None
+    serve: Callable[[Path], AbstractContextManager[None]] | None = None
 
 
 @dataclass
 class Runs:
-    """The finished runs: lines of a .jsonl file, none of which is run again."""
+    """Finished runs, one line each of a .jsonl file; they are not repeated."""
 
     output: Path
     results: dict[Key, dict[str, Any]] = field(default_factory=dict)
@@ -90,7 +89,7 @@ class Runs:
         self.results = {(row["method"], row["seed"], row["learning_rate"]): row for row in read_lines(self.output)}
 
     def add(self, comparison: Comparison, seeds: Iterable[int], run: Run) -> None:
-        """Run what is missing: the learning rates of every method that is tuned, then seed by seed."""
+        """Run what is missing: first the learning rates of every method to tune, then all methods seed by seed."""
         tuned = [method for method in comparison.methods if method not in comparison.known]
         for method, rate in itertools.product(tuned, comparison.rates):
             self._add(comparison, (method, comparison.tuning_seed, rate), run)
@@ -105,17 +104,19 @@ class Runs:
         self.results[key] = row
         with self.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"seed {seed} {method} {rate:g}: { {name: round(row[name], 4) for name in comparison.told} }", flush=True)
+        print(
+            f"seed {seed} {method} {rate:g}: { {name: round(row[name], 4) for name in comparison.printed} }", flush=True
+        )
 
     def rate_of(self, method: str, comparison: Comparison) -> float:
-        """The learning rate that is known, or has the best accuracy on the tuning seed."""
+        """Return the known learning rate, or the one with the best accuracy on the tuning seed."""
         if method in comparison.known:
             return comparison.known[method]
         accuracies = {rate: self.results[method, comparison.tuning_seed, rate]["accuracy"] for rate in comparison.rates}
         return max(comparison.rates, key=lambda rate: accuracies[rate])
 
     def print(self, comparison: Comparison, seeds: Iterable[int], teacher: Mapping[str, float]) -> None:
-        """Means and paired differences over those of `seeds` that all methods have had, as Markdown."""
+        """Print means and paired differences as Markdown, over those of `seeds` that all methods have finished."""
         rates = {method: self.rate_of(method, comparison) for method in comparison.methods}
         seeds = [seed for seed in seeds if all((method, seed, rates[method]) in self.results for method in rates)]
         table = {method: [self.results[method, seed, rate] for seed in seeds] for method, rate in rates.items()}
@@ -148,7 +149,7 @@ def _print_pairs(comparison: Comparison, table: Mapping[str, list[dict[str, Any]
             continue
         cells = []
         for name in comparison.compared:
-            mean, half = paired([row[name] for row in table[one]], [row[name] for row in table[other]])
+            mean, half = paired_difference([row[name] for row in table[one]], [row[name] for row in table[other]])
             cells.append(f"{mean:+.3f} ± {half:.3f}" + (", undecided" if abs(mean) <= half else ""))
         print(_line([f"{one} − {other}", *cells]))
 
@@ -157,43 +158,40 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def paired(ours: Sequence[float], others: Sequence[float]) -> Interval:
-    """Mean of the paired differences, and half its 95 % interval (Student's t)."""
+def paired_difference(ours: Sequence[float], others: Sequence[float]) -> Interval:
+    """Return the mean of the paired differences and half of its 95 % confidence interval (Student's t)."""
     differences = [one - other for one, other in zip(ours, others, strict=True)]
     half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
     return statistics.mean(differences), float(half)
 
 
-def arguments(about: str | None, choice: str, every: Iterable[str]) -> argparse.Namespace:
-    """The command line of a comparison: `seeds`, `output`, `rates`, `print`, and under `choice` which of `every`."""
+def parse_arguments(about: str | None, choice: str, names: Iterable[str]) -> argparse.Namespace:
+    """Parse a comparison's command line: `seeds`, `output`, `rates`, `print`, and `choice`, a selection of `names`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(f"--{choice}", type=lambda given: given.split(","), default=list(every))
-    parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; what is in it is not run again")
-    parser.add_argument(
-        "--rates", type=_rates, default={}, help="METHOD=RATE,… of the methods that are not to be tuned"
-    )
-    parser.add_argument("--print", action="store_true", help="run nothing; print the seeds that all methods have had")
+    parser.add_argument(f"--{choice}", type=lambda given: given.split(","), default=list(names))
+    parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; runs in it are not repeated")
+    parser.add_argument("--rates", type=_rates, default={}, help="METHOD=RATE,… for methods that are already tuned")
+    parser.add_argument("--print", action="store_true", help="run nothing; print the finished seeds")
     return parser.parse_args()
 
 
 def _rates(given: str) -> dict[str, float]:
-    return {method: float(rate) for method, rate in (each.split("=") for each in given.split(","))}
+    return {method: float(rate) for method, rate in (pair.split("=") for pair in given.split(","))}
 
 
 def cache_folder(name: str, task: ModuleType, settings: Sequence[Any]) -> Path:
-    """Where models are kept that are made once: one folder for each version of the task and the settings."""
+    """Return the cache folder of a version of `task` and `settings`, for models that are trained once."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = hashlib.sha256((inspect.getsource(task) + json.dumps(settings)).encode()).hexdigest()[:12]
     return base / "rayk" / f"{name}-{version}"
 
 
-def made(
+def train_model_once(
     folder: Path, tokenizer: PreTrainedTokenizerBase, model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     seed: int, *, train_on: str = "last", **training: Any,
 ) -> Path:  # fmt: skip
-    """`folder` with `train.jsonl` and, trained on it with supervision from random weights, `model`; made now unless it
-    is there."""
+    """Return `folder` with `train.jsonl` and a `model` trained on it from random weights; train unless it exists."""
     if folder.is_dir():
         return folder
     print(f"making {folder}", flush=True)
@@ -215,10 +213,10 @@ def run_config(
     output: Path, student: Mapping[str, Any], train: Mapping[str, Any], seed: int, method: Mapping[str, Any],
     training: Mapping[str, Any], *, data: Mapping[str, Any] | None = None, **sections: Any,
 ) -> RunConfig:  # fmt: skip
-    """A run in this very process.
+    """Return the settings of a run in this process.
 
     Args:
-        data: what there is beside `train`.
+        data: keys of the data section other than `train`.
         sections: further sections of the settings.
     """
     return parse_config(

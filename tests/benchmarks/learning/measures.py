@@ -1,4 +1,4 @@
-"""What `comparison` measures of a student, against the teacher and against the task's truth."""
+"""Measures of a student in `comparison`, against the teacher and against the task's truth."""
 
 import statistics
 from dataclasses import dataclass
@@ -19,58 +19,58 @@ from tests.benchmarks.learning import walks
 
 SAMPLES_A_PROMPT, DATA_ROWS = 4, 768
 LENGTHS = (8, 16, 32, 48)
-"""At which ExAccErr is taken, in tokens."""
+"""Lengths in tokens at which ExAccErr is computed."""
 MAX_NEW_TOKENS = walks.MAX_WORDS + 4
 
 
 @dataclass(frozen=True)
 class Divergences:
-    """Of student q and teacher p at every counted token of some rows, nats [rows, length]; 0 past a row's end."""
+    """Divergences of student q and teacher p at every counted token, nats [rows, length]; 0 after a row's end."""
 
     forward: Tensor
     reverse: Tensor
     entropy: Tensor
-    """The student's."""
+    """Entropy of the student."""
     tokens: int
 
     def mean(self, name: str) -> float:
-        """Nats a token."""
+        """Return the mean over tokens, nats."""
         return float(getattr(self, name).double().sum()) / self.tokens
 
 
 class Measurer:
-    """Measures students with the same prompts, seeds and rows each time. Everything is on the CPU, in this process."""
+    """Measures students with the same prompts, seeds and rows, on the CPU of this process."""
 
     def __init__(self, teacher: Path):
         self._tokenizer = load_tokenizer(str(teacher))
         self._teacher = load_model(str(teacher))
-        self._prompts = walks.prompts()
+        self._prompts = walks.all_prompts()
         rows = walks.generate_rows(DATA_ROWS, seed=0)
         self._data = [self._sequence(row["prompt"], self._ids(row["completion"] + walks.EOS)) for row in rows]
-        written = self._written(self._teacher, self._prompts * SAMPLES_A_PROMPT)
-        self._by_teacher = [self._sequence(prompt, ids) for prompt, ids in written]
+        generated = self._generate(self._teacher, self._prompts * SAMPLES_A_PROMPT)
+        self._by_teacher = [self._sequence(prompt, ids) for prompt, ids in generated]
 
     @torch.no_grad()
     def measure(self, student: Path) -> dict[str, float]:
-        """Every measure of the model in a folder.
+        """Measure the model in a folder.
 
         Returns:
-            accuracy: share of sampled completions that are walks from beginning to end (cut ones: as far as they go).
-            greedy_accuracy: the same of greedy ones, one a prompt.
+            accuracy: share of sampled completions that are valid walks (truncated ones up to their last token).
+            greedy_accuracy: the same for greedy completions, one per prompt.
             reverse_kl, forward_kl, entropy: means over the tokens of the student's own samples, nats.
-            data_forward_kl: over fresh rows of the task.
-            excess_error_L: ExAccErr(L) of Arora et al. 2022 (arXiv 2204.01171), as MiniLLM reports it: how much
-                more KL(p‖q) the student has gathered after L tokens of its own than after L of the teacher's, as a
-                share of the latter.
-            old_town: share of the visits begun that are to the old town (truth: a little over a half).
-            length: mean tokens of a sample, its end included.
-            distinct_4: distinct 4-grams among all of all samples.
+            data_forward_kl: mean over new rows of the task.
+            excess_error_L: ExAccErr(L) of Arora et al. 2022 (arXiv 2204.01171), as MiniLLM reports it: the KL(p‖q)
+                that accumulates over L tokens of the student's text beyond that over L tokens of the teacher's text,
+                as a share of the latter.
+            old_town: share of visits to the old town among all visits (truth: a little over a half).
+            length: mean tokens of a sample, EOS included.
+            distinct_4: distinct 4-grams as a share of all 4-grams of all samples.
         """
         model = load_model(str(student))
-        sampled = self._written(model, self._prompts * SAMPLES_A_PROMPT)
-        greedy = self._written(model, self._prompts, temperature=0.0)
+        sampled = self._generate(model, self._prompts * SAMPLES_A_PROMPT)
+        greedy = self._generate(model, self._prompts, temperature=0.0)
         own = self._divergences(model, [self._sequence(prompt, ids) for prompt, ids in sampled])
-        theirs = self._divergences(model, self._by_teacher)
+        on_teacher_text = self._divergences(model, self._by_teacher)
         texts = [self._tokenizer.convert_ids_to_tokens(ids.tolist()) for _, ids in sampled]
         visits = [word for text in texts for word in text if word in (walks.TO_OLD, walks.TO_PLAIN)]
         grams = [gram for text in texts for gram in zip(*(text[first:] for first in range(4)), strict=False)]
@@ -80,22 +80,25 @@ class Measurer:
             "reverse_kl": own.mean("reverse"),
             "forward_kl": own.mean("forward"),
             "data_forward_kl": self._divergences(model, self._data).mean("forward"),
-            **{f"excess_error_{length}": excess_error(own.forward, theirs.forward, length) for length in LENGTHS},
+            **{
+                f"excess_error_{length}": excess_error(own.forward, on_teacher_text.forward, length)
+                for length in LENGTHS
+            },
             "old_town": visits.count(walks.TO_OLD) / max(1, len(visits)),
             "length": statistics.mean(map(len, texts)),
             "distinct_4": len(set(grams)) / max(1, len(grams)),
             "entropy": own.mean("entropy"),
         }
 
-    def _written(self, model: Any, prompts: list[str], temperature: float = 1.0) -> list[tuple[str, np.ndarray]]:
+    def _generate(self, model: Any, prompts: list[str], temperature: float = 1.0) -> list[tuple[str, np.ndarray]]:
         ids = [self._ids(prompt) for prompt in prompts]
         parameters = SamplingParameters(MAX_NEW_TOKENS, temperature)
-        written = generate(model, len(walks.WORDS), self._tokenizer, ids, parameters, range(len(ids)))
-        return [(prompt, each.token_ids) for prompt, each in zip(prompts, written, strict=True)]
+        completions = generate(model, len(walks.WORDS), self._tokenizer, ids, parameters, range(len(ids)))
+        return [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
 
-    def _share_of_walks(self, written: list[tuple[str, np.ndarray]]) -> float:
-        said = ((prompt, self._tokenizer.convert_ids_to_tokens(ids.tolist())) for prompt, ids in written)
-        return statistics.mean(walks.is_walk(prompt, words) for prompt, words in said)
+    def _share_of_walks(self, completions: list[tuple[str, np.ndarray]]) -> float:
+        texts = ((prompt, self._tokenizer.convert_ids_to_tokens(ids.tolist())) for prompt, ids in completions)
+        return statistics.mean(walks.is_walk(prompt, words) for prompt, words in texts)
 
     def _divergences(self, student: Any, rows: list[TokenSequence]) -> Divergences:
         batch = collate(rows, pad_id_of(self._tokenizer))
@@ -119,8 +122,12 @@ class Measurer:
         return TokenSequence(ids, np.arange(len(ids)) >= len(start))
 
 
-def excess_error(own: Tensor, theirs: Tensor, length: int) -> float:
-    """ExAccErr(length) = R(l) / (l·ε(l)) − 1 of KL(p‖q) [rows, length] on the student's and on the teacher's text: R
-    and l·ε are means over rows of what the first `length` tokens sum up to. 0 where there is no error on either."""
-    gathered, reference = (float(each[:, :length].double().sum(1).mean()) for each in (own, theirs))
-    return gathered / reference - 1 if reference else 0.0
+def excess_error(own: Tensor, reference: Tensor, length: int) -> float:
+    """Return ExAccErr(l) = R(l) / (l·ε(l)) − 1 for l = `length`, and 0 if the reference is 0.
+
+    Args:
+        own: KL(p‖q) on the student's text, nats [rows, length]. R(l) is the mean over rows of the sum of l tokens.
+        reference: KL(p‖q) on the teacher's text, nats [rows, length], for l·ε(l).
+    """
+    gathered, reference_sum = (float(kl[:, :length].double().sum(1).mean()) for kl in (own, reference))
+    return gathered / reference_sum - 1 if reference_sum else 0.0

@@ -1,13 +1,13 @@
-"""The black-box comparison's world of reckoning: what the coins in a purse come to, modulo 10.
+"""A task of `black_box` with calculations: the total value of the coins in a purse, modulo 10.
 
-A question is five different coins of sixteen, ``coin3 coin11 coin0 coin7 coin12``. What a coin is worth, 0 to 9, is
-nowhere said (`WORTH`, drawn once): whoever reckons must know it by heart. A working takes the coins in any order and
-says after each what they come to so far, ``coin7 4 coin0 9 coin3 9 coin12 2 coin11 5``; the last number is the answer.
-So a question has 120 sound workings, each step of which is one of 160 entries of a table, while its answer alone is a
-function of all five coins at once.
+A question is five different coins out of sixteen, ``coin3 coin11 coin0 coin7 coin12``. The value of a coin, 0 to 9, is
+stated nowhere (`WORTH`, drawn once), so a model must memorize it. A working takes the coins in any order and gives the
+total after each, ``coin7 4 coin0 9 coin3 9 coin12 2 coin11 5``; the last number is the answer. So a question has 120
+sound workings, each step of which is one of 160 entries of a table, while its answer alone is a function of all five
+coins at once.
 
-Everything is known: the answer (`answer_to`) and whether a working is sound (`is_sound`), which one with the right
-answer need not be: two wrong steps may make up for each other, or a coin worth nothing be left out.
+The truth is known: the answer (`answer_to`), and whether a working is sound (`is_sound`). A working with the right
+answer may be unsound: two wrong steps can cancel out, or a coin of value 0 may be missing.
 """
 
 import itertools
@@ -20,29 +20,28 @@ NAMES = [f"coin{number}" for number in range(COINS)]
 WORTH = dict(zip(NAMES, random.Random(0).choices(range(MODULUS), k=COINS), strict=True))
 
 _ASKING = ["Q", ":", "A", "Let", "'", "s", "think", "step", "by", ".", "Therefore", ",", "the", "answer", "is"]
-"""What `chain_of_thought` asks with by default, word by word."""
+"""The words of `chain_of_thought`'s default templates."""
 WORDS = [PAD, EOS, UNKNOWN, *_ASKING, "###", "-->", *map(str, range(MODULUS)), *NAMES]
 
 _PURSES = list(itertools.combinations(NAMES, IN_A_PURSE))
 random.Random(1).shuffle(_PURSES)
-_TEACHERS = 2500
-"""The first so many purses are the teacher's, all others its students'."""
+_TEACHER_PURSES = 2500
+"""The first purses are for the teacher, all others for the students."""
 
 
-def questions(count: int, draw: random.Random, *, teachers: bool = False) -> list[str]:
-    """``count`` questions of different purses, the teacher's or those it never learned from."""
-    purses = draw.sample(_PURSES[:_TEACHERS] if teachers else _PURSES[_TEACHERS:], count)
+def sample_questions(count: int, draw: random.Random, *, for_teacher: bool = False) -> list[str]:
+    """Return ``count`` questions about different purses, from the teacher's part or from the other one."""
+    purses = draw.sample(_PURSES[:_TEACHER_PURSES] if for_teacher else _PURSES[_TEACHER_PURSES:], count)
     return [" ".join(draw.sample(purse, IN_A_PURSE)) for purse in purses]
 
 
 def answer_to(question: str) -> str:
-    """The right answer."""
+    """Return the right answer."""
     return str(sum(WORTH[coin] for coin in question.split()) % MODULUS)
 
 
-def working(question: str, draw: random.Random, slips: float = 0.0) -> str:
-    """A working in an order drawn at random. Whoever writes it slips at each step with probability `slips`, writes
-    another number, and goes on from that."""
+def make_working(question: str, draw: random.Random, slips: float = 0.0) -> str:
+    """Return a working in random order; each step is wrong with probability `slips`, and later steps build on it."""
     total, words = 0, []
     for coin in draw.sample(question.split(), IN_A_PURSE):
         total = (total + WORTH[coin]) % MODULUS
@@ -53,7 +52,7 @@ def working(question: str, draw: random.Random, slips: float = 0.0) -> str:
 
 
 def is_sound(question: str, rationale: str) -> bool:
-    """Whether `rationale` takes each coin of the question once, and every number in it is right."""
+    """Return whether `rationale` takes each coin of the question once and every number in it is right."""
     words = rationale.split()
     coins, numbers = words[::2], words[1::2]
     if sorted(coins) != sorted(question.split()):

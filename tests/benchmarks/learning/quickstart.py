@@ -1,8 +1,10 @@
-"""The quickstart's comparison over several seeds (python -m tests.benchmarks.learning.quickstart --seeds 5).
+"""The quickstart's comparison over several seeds.
+
+    python -m tests.benchmarks.learning.quickstart [--seeds 3]
 
 Each seed draws new student weights, rows and order, the same for both methods; the teacher, the task and every setting
-(those of `rayk quickstart`, learning rate chosen for the supervised student) stay. Prints means, standard deviations
-and paired differences with their 95 % interval.
+(those of `rayk quickstart`, whose learning rate was chosen for the supervised student) stay. How to read it: means,
+standard deviations and paired differences with their 95 % confidence intervals.
 """
 
 import argparse
@@ -15,14 +17,14 @@ from rayk.environment import set_threading
 from rayk.run import ProgressListener, distill
 from rayk.serving.cluster import start_ray
 from rayk.teachers import serve_teacher
-from tests.benchmarks.learning.harness import paired
+from tests.benchmarks.learning.harness import paired_difference
 from tests.benchmarks.machine import machine
 
 MEASURES = ("accuracy", "loss", "forward_kl", "reverse_kl", "agreement")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     seeds = range(parser.parse_args().seeds)
     set_threading()
@@ -40,7 +42,7 @@ def main() -> None:
                 print(f"seed {seed} {method:12}", {name: round(student[name], 4) for name in MEASURES}, flush=True)
     for name in MEASURES:
         values = {method: [result[name] for result in results[method]] for method in METHODS}
-        mean, half = paired(values["logit_kd"], values["supervised"])
+        mean, half = paired_difference(values["logit_kd"], values["supervised"])
         spread = "  ".join(f"{m} {statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for m, v in values.items())
         print(f"{name:12} {spread}  paired difference {mean:+.4f} ± {half:.4f} (95 %)")
 

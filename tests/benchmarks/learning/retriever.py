@@ -1,15 +1,14 @@
-"""Demonstrations found by a learned retriever, by BM25 and at random, on a task where what helps is known.
+"""Demonstrations found by a learned retriever, by BM25 and at random, on a task where the helpful ones are known.
 
     python -m tests.benchmarks.learning.retriever [--seeds 3]
 
-A row's input is four fillers and a key word, its output the word that its key's family goes by. Each of the 8
-families has 40 keys, each key stands in one row, and which word a family goes by is drawn anew for every seed. So a
-demonstration tells the answer where it is of the row's own family, and else says nothing; but no two rows share more
-than fillers, by which BM25 must go. The teacher knows the families, but not their words: what it knows of an answer it
-has from the demonstrations before it.
+A row's input is four filler words and a key word; its output is the word of the key's family. Each of the 8 families
+has 40 keys, each key occurs in one row, and each seed draws new words for the families. So a demonstration reveals the
+answer if it is of the row's own family, and nothing otherwise; but rows share only filler words, which mislead BM25.
+The teacher knows the families but not their words: what it knows about an answer comes from the demonstrations.
 
-Right after the retriever is trained the run is over but for one step; k = 2. Printed is what `summary.json` says of
-held-out rows: mean log-prob of the answer and its end, which is 0 at best and about -1.4 where the answer is a guess.
+The run ends one step after the retriever is trained; k = 2. How to read it: the mean log-prob of answer and EOS of
+held-out rows from `summary.json`, which is 0 at best and about -1.4 for a guess.
 """
 
 import argparse
@@ -45,19 +44,19 @@ ROW_WORDS, SHOWN_ROWS = SHOWN_FILLERS + 4, K + 1
 VARIANTS: dict[str, dict[str, Any]] = {"with a reward model": {}, "from the teacher's scores": {"reward_model": None}}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word."""
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per word."""
     words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS, bos_token=BOS)
 
 
-def rows(seed: int) -> list[dict[str, str]]:
-    """A row for each key."""
+def make_rows(seed: int) -> list[dict[str, str]]:
+    """Return one row for each key, with words for the families drawn by `seed`."""
     draw = random.Random(seed)
     names = draw.sample(NAMES, FAMILIES)
     found = [
-        {"prompt": " ".join(asked(key, draw)), "completion": names[family], "family": str(family)}
+        {"prompt": " ".join(make_input(key, draw)), "completion": names[family], "family": str(family)}
         for family, keys in enumerate(KEY_WORDS)
         for key in keys
     ]
@@ -65,15 +64,18 @@ def rows(seed: int) -> list[dict[str, str]]:
     return found
 
 
-def asked(key: str, draw: random.Random) -> list[str]:
-    """Fillers and a key."""
+def make_input(key: str, draw: random.Random) -> list[str]:
+    """Return the words of an input: fillers and a key."""
     return [*draw.sample(FILLER_WORDS, SHOWN_FILLERS), key]
 
 
 def make_teacher(folder: Path) -> None:
-    """A GPT-2 whose weights are set, not trained. Its first layer tells each word of a row the family of the row's key;
-    its second has "=" look for a name that was told the same family, and looks at "=" itself where there is none."""
-    words = tokenizer()
+    """Save a GPT-2 with constructed weights.
+
+    Its first layer copies the family of the row's key to each word of the row. In its second layer "=" attends to a
+    name with the same family, or to itself if there is none.
+    """
+    words = make_tokenizer()
     place = words.get_vocab()
     rows = SHOWN_ROWS
     sizes = {"family": FAMILIES, "name": WORDS, "row": rows, "told": FAMILIES, "answer": WORDS, "kind": 5}
@@ -89,13 +91,13 @@ def make_teacher(folder: Path) -> None:
         for part, parameter in model.named_parameters():
             parameter.fill_(1.0 if ".ln_" in part and part.endswith("weight") else 0.0)
         embedding, head = model.transformer.wte.weight, model.lm_head.weight
-        embedding[:, other] = 1.0  # every word has two ones, so that the layers' norms scale all alike
+        embedding[:, other] = 1.0  # every word has two ones, so that the norms scale all words alike
         for family, keys in enumerate(KEY_WORDS):
-            for each in keys:
-                embedding[place[each], [first["family"] + family, key, *other]] = torch.tensor([1.0, 1.0, 0.0, 0.0])
-        for number, each in enumerate(NAMES):
-            embedding[place[each], [first["name"] + number, name, *other]] = torch.tensor([1.0, 1.0, 0.0, 0.0])
-            head[place[each], [first["answer"] + number, equals]] = torch.tensor([2.0, 4.0])
+            for word in keys:
+                embedding[place[word], [first["family"] + family, key, *other]] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+        for number, word in enumerate(NAMES):
+            embedding[place[word], [first["name"] + number, name, *other]] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+            head[place[word], [first["answer"] + number, equals]] = torch.tensor([2.0, 4.0])
         embedding[place[IS], [equals, other[0]]] = torch.tensor([1.0, 0.0])
         head[place[EOS], name] = 12.0
         for number in range(rows):
@@ -105,14 +107,14 @@ def make_teacher(folder: Path) -> None:
             (1, "told", {name: 1.0, equals: 0.5}, ("name", "answer")),
         ):
             attention = model.transformer.h[layer].attn
-            query, looked_for, value = attention.c_attn.weight.split(width, dim=1)
+            query, match_key, value = attention.c_attn.weight.split(width, dim=1)
             bias = attention.c_attn.bias
             for number in range(sizes[matched]):
                 query[first[matched] + number, number] = 8.0
-                looked_for[first[matched] + number, number] = 8.0
-            bias[width - 1] = 24.0  # of the query, for what a word is whoever asks
+                match_key[first[matched] + number, number] = 8.0
+            bias[width - 1] = 24.0  # of the query: matches a kind of word for every query
             for kind, weight in kinds.items():
-                looked_for[kind, width - 1] = 8.0 * weight
+                match_key[kind, width - 1] = 8.0 * weight
             for number in range(sizes[moved[0]]):
                 value[first[moved[0]] + number, number] = 1.0
                 attention.c_proj.weight[number, first[moved[1]] + number] = 1.0
@@ -120,9 +122,9 @@ def make_teacher(folder: Path) -> None:
     words.save_pretrained(folder)
 
 
-def learned(folder: Path, models_in: Path, seed: int, variant: str) -> dict[str, Any]:
-    """The retriever's summary, with the share of held-out rows that are shown one of their family."""
-    given = rows(seed)
+def train_retriever(folder: Path, models_in: Path, seed: int, variant: str) -> dict[str, Any]:
+    """Train a retriever; return its summary, with the share of held-out rows that see one of their family."""
+    given = make_rows(seed)
     folder.mkdir(parents=True)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in given))
@@ -155,12 +157,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_teacher(folder / "teacher")
-        tiny_encoder(folder / "encoder", tokenizer=tokenizer(), hidden=64)
+        tiny_encoder(folder / "encoder", tokenizer=make_tokenizer(), hidden=64)
         with serve_teacher(TeacherConfig(name="families", model=str(folder / "teacher"))):
             for variant in VARIANTS:
                 gains = []
                 for seed in range(given.seeds):
-                    summary = learned(folder / f"{variant} {seed}", folder, seed, variant)
+                    summary = train_retriever(folder / f"{variant} {seed}", folder, seed, variant)
                     figures = summary["held_out"]["mean_logprob"]
                     gains.append(figures["learned"] - figures["bm25"])
                     first = summary["rounds"][0]["mean_logprob"]

@@ -1,17 +1,17 @@
-"""The comparison's task: walks through a town of which a small model can learn one half only.
+"""The task of `comparison`: walks through a town, half of which a small model cannot learn.
 
 A prompt is a key and a place, ``key7 old13 ->``; its completion is a walk, ``toold old13 old14 old9 square toplain
-plain2 plain5 square`` and the end. From the square a walk goes on to the plain town, to the old town or, once it has
-been anywhere, home (25 %); after each step in a town the way leads back to the square with probability 0.12.
+plain2 plain5 square``, and EOS. From the square a walk goes to the plain town, to the old town or, after the first
+visit, home (25 %); after each step in a town it returns to the square with probability 0.12.
 
-The plain town is the same for everyone: from each of its eight places one goes to the next (60 %) or to the next but
-two. The old town is not. It is entered at the prompt's place and has three quarters of eight places. Five places of a
-quarter have a main road, which is everyone's, and one lane; the other three have two lanes and no road. Where a lane
-leads depends on the place *and the key*: 24 keys, 264 lanes, drawn once (`TOWN_SEED`). The teacher learns them by
-heart. A student of width 8 cannot, and so it either guesses lanes that do not exist, or keeps to the main roads, turns
-back, or stays away from the old town: all this is valid, and less than the truth. Half of all first visits are to it.
+The plain town is the same for all prompts: from each of its eight places one goes to the next (60 %) or to the next but
+two. The old town is different. It is entered at the prompt's place and has three quarters of eight places. Five places
+of a quarter have a main road, the same for all prompts, and one lane; the other three have two lanes and no road. Where
+a lane leads depends on the place *and the key*: 24 keys, 264 lanes, drawn once (`TOWN_SEED`). The teacher memorizes
+them. A student of width 8 cannot: it either guesses lanes that do not exist, or keeps to the main roads, turns back, or
+avoids the old town, which is valid and less than the truth. Half of all first visits are to the old town.
 
-Everything is known: the distribution of each next word (`following`), whether a walk is possible (`is_walk`).
+The truth is known: the distribution of each next word (`next_words`), and whether a walk is possible (`is_walk`).
 """
 
 import itertools
@@ -23,7 +23,7 @@ from tests.benchmarks.learning.words import EOS, PAD, UNKNOWN
 TOWN_SEED = 0
 KEYS, QUARTERS, PLACES, JUNCTIONS = 24, 3, 8, 3
 MAX_WORDS = 60
-"""No walk is longer, its end included; one that were (about 8 %) is drawn again."""
+"""The longest walk, its EOS included; longer ones (about 8 %) are drawn again."""
 
 ARROW = "->"
 SQUARE, TO_PLAIN, TO_OLD = "square", "toplain", "toold"
@@ -39,7 +39,7 @@ _SETTING_OUT = {TO_OLD: 0.53, TO_PLAIN: 0.47}
 
 
 def _old_town() -> dict[tuple[str, str], dict[str, float]]:
-    """(key, place) to the places one goes to from there, with their probabilities; a key has one quarter."""
+    """Return the next places and their probabilities for each (key, place); a key has one quarter."""
     draw = random.Random(TOWN_SEED)
     rings = []
     for quarter in range(QUARTERS):
@@ -59,16 +59,16 @@ def _old_town() -> dict[tuple[str, str], dict[str, float]]:
 OLD_TOWN = _old_town()
 
 
-def prompts() -> list[str]:
-    """Every key with every place of its quarter."""
+def all_prompts() -> list[str]:
+    """Return a prompt for each key and each place of its quarter."""
     return [f"{key} {place} {ARROW}" for key, place in OLD_TOWN]
 
 
-def following(prompt: str, walk: Sequence[str]) -> dict[str, float]:
-    """The next word's possible values with their probabilities, after the words of `walk` (were walks of any length).
+def next_words(prompt: str, walk: Sequence[str]) -> dict[str, float]:
+    """Return the possible next words after `walk` with their probabilities, without the limit on a walk's length.
 
     Raises:
-        KeyError: nobody gets to where `walk` has got to.
+        KeyError: `walk` is not possible.
     """
     key, entry, _ = prompt.split()
     if not walk:
@@ -88,27 +88,27 @@ def following(prompt: str, walk: Sequence[str]) -> dict[str, float]:
 
 
 def is_walk(prompt: str, words: Sequence[str]) -> bool:
-    """Whether every word of `words`, its end included if it has one, may follow those before it."""
+    """Return whether every word of `words`, including EOS if present, is possible after the words before it."""
     return all(
-        words[place - 1 : place] != [EOS] and word in following(prompt, words[:place])
+        words[place - 1 : place] != [EOS] and word in next_words(prompt, words[:place])
         for place, word in enumerate(words)
     )  # fmt: skip
 
 
 def generate_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """``count`` rows, the first of the seed's endless stream; a prompt returns only after all others."""
+    """Return the first ``count`` rows of the seed's stream; a prompt repeats only after all others."""
     draw = random.Random(seed)
-    rounds = itertools.chain.from_iterable(iter(lambda: draw.sample(prompts(), len(OLD_TOWN)), None))
+    rounds = itertools.chain.from_iterable(iter(lambda: draw.sample(all_prompts(), len(OLD_TOWN)), None))
     chosen = itertools.islice(rounds, count)
     return [{"prompt": prompt, "completion": " ".join(_walk(prompt, draw))} for prompt in chosen]
 
 
 def _walk(prompt: str, draw: random.Random) -> list[str]:
-    """The words of a walk, without its end."""
+    """Return the words of a random walk, without EOS."""
     while True:
         walk: list[str] = []
         while len(walk) < MAX_WORDS:
-            steps = following(prompt, walk)
+            steps = next_words(prompt, walk)
             word = draw.choices(list(steps), list(steps.values()))[0]
             if word == EOS:
                 return walk

@@ -1,4 +1,4 @@
-"""What made-up languages of a few words need: a tokenizer of one token a word, models over it, rows on disk."""
+"""Tools for artificial languages of a few words: a tokenizer with one token per word, model configs, rows on disk."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerFast
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
-def tokenizer_of(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """One token a word; ``encode`` adds no special tokens."""
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per word; ``encode`` adds no special tokens."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
-def llama(words: Sequence[str], *, hidden: int, layers: int, heads: int, between: int) -> dict[str, Any]:
-    """The architecture of a model that reads `words`; `between`: the width inside its feed-forward parts."""
+def llama_config(words: Sequence[str], *, hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, Any]:
+    """Return the config of a llama over `words`; `intermediate` is the width inside its feed-forward layers."""
     return {
         "model_type": "llama",
         "vocab_size": len(words),
@@ -29,7 +29,7 @@ def llama(words: Sequence[str], *, hidden: int, layers: int, heads: int, between
         "bos_token_id": None,
         "tie_word_embeddings": False,
         "hidden_size": hidden,
-        "intermediate_size": between,
+        "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
@@ -37,6 +37,6 @@ def llama(words: Sequence[str], *, hidden: int, layers: int, heads: int, between
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows as JSON lines."""
+    """Write rows as JSON lines; return `path`."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
