@@ -13,6 +13,9 @@ import pyarrow as pa
 
 from rayk.signals.sequence import TokenSequence
 
+EVERY_TEACHER = "*"
+"""Reader of a context that all teachers read for which the row has no context of their own."""
+
 _CHUNK_ROWS = 1000
 _SKIPPED = b"rayk.skipped"
 # large lists: the tokens of a whole corpus overflow the 32-bit offsets of plain ones
@@ -39,12 +42,27 @@ class Example(TokenSequence):
         where: the row's place in words, for messages.
         fields: the row as it was read.
         rejected: of a preference row, whose chosen answer this is, the other answer after the same prompt.
+        contexts: what other readers read instead of the prompt, int32 [length] each, by a teacher's name or
+            `EVERY_TEACHER`. Not stored in `ExampleTable`; see `rayk.data.views`.
     """
 
     prompt_tokens: int = 0
     where: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     rejected: "Example | None" = None
+    contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def view(self, reader: str) -> "Example":
+        """The row as the model named `reader` reads it: after the reader's context, or unchanged where it has none.
+
+        Views align by counted index: the tokens after the prompt, the counted ones among them, are the same in each.
+        """
+        context = self.contexts.get(reader, self.contexts.get(EVERY_TEACHER))
+        if context is None:
+            return self
+        ids = np.concatenate([context, self.input_ids[self.prompt_tokens :]])
+        counted = np.concatenate([np.zeros(len(context), bool), self.counted[self.prompt_tokens :]])
+        return Example(ids, counted, self.requested, len(context), self.where, self.fields)
 
     @property
     def answers(self) -> "list[Example]":

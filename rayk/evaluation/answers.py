@@ -8,7 +8,7 @@ import numpy as np
 from rayk.config import EvaluationConfig
 from rayk.data.examples import Example
 from rayk.errors import InputError
-from rayk.text.answers import matched
+from rayk.text.answers import find_last_match
 
 
 @dataclass(frozen=True)
@@ -75,4 +75,4 @@ class AnswerScorer:
 
     def _extract(self, text: str) -> str | None:
         """The answer in `text`; None where the pattern finds none."""
-        return matched(text, self._settings.answer_pattern)
+        return find_last_match(text, self._settings.answer_pattern)

@@ -14,18 +14,18 @@ from torch import Tensor
 from rayk.config import EvaluationConfig
 from rayk.config.support import Logprob, TopK
 from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
-from rayk.data.demonstrations import Demonstrator, Shown
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import Example
+from rayk.data.views import RowViews
 from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import generate
+from rayk.engines.generation import generate
 from rayk.evaluation.answers import Answer, AnswerScorer
 from rayk.evaluation.options import answer_by_options, with_options
 from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_probs, sequence_sum
 from rayk.models import Head, real_vocab_size
-from rayk.serving.event_loop import background, background_stream, wait_for
+from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
 from rayk.signals.batch import SignalBatch
 from rayk.teachers import Ensemble, Scorer, Teacher
-from rayk.teachers.context import Demonstrated
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23
 
@@ -85,15 +85,15 @@ class Evaluator:
 
     def __init__(
         self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer, teacher: Scorer | None,
-        micro_batch_tokens: int, rank: int = 0, world: int = 1, demonstrator: Demonstrator | None = None,
+        micro_batch_tokens: int, rank: int = 0, world: int = 1, views: RowViews | None = None,
     ):  # fmt: skip
         every = list(examples)
         self._settings = settings
-        self._demonstrator = demonstrator
-        self._examples = first_drawn(every[rank::world], demonstrator)
-        self._with_options = with_options(every, demonstrator)[rank::world]
+        self._views = views or RowViews()
+        self._examples = [self._views.apply_draw(row) for row in every[rank::world]]
+        self._with_options = with_options(every, views)[rank::world]
         # Numbered before they are shared out: an answer's seed is its number, whoever asks.
-        self._asked = list(enumerate(with_prompts(every, settings, demonstrator)))[rank::world]
+        self._asked = list(enumerate(with_prompts(every, settings, views)))[rank::world]
         self._tokenizer = tokenizer
         self._teacher = teacher
         self._budget = micro_batch_tokens
@@ -125,7 +125,8 @@ class Evaluator:
         settings = self._settings.generation
         assert settings is not None
         # After demonstrations a model goes on to the next one, where it writes no end token.
-        separator = "" if self._demonstrator is None else self._demonstrator.settings.separator
+        pool = self._views.demonstrations
+        separator = "" if pool is None else pool.settings.separator
         stop = (separator,) if separator else ()
         parameters = SamplingParameters(settings.max_new_tokens, settings.temperature, stop=stop)
         scorer = AnswerScorer(self._settings, self._tokenizer)
@@ -147,16 +148,16 @@ class Evaluator:
 
     def _drawn(self, row: Example) -> Sequence[Example]:
         """What the student is asked about `row`: after each draw of demonstrations, where there are any."""
-        if self._demonstrator is None:
+        if self._views.demonstrations is None:
             return [row]
-        return [self._demonstrator.drawn(row, draw) for draw in range(self._settings.demonstration_draws)]
+        return [self._views.apply_draw(row, draw) for draw in range(self._settings.demonstration_draws)]
 
     def _chosen(self, student) -> Evaluation:
         """Answers to the rows with options."""
-        assert self._demonstrator is not None
+        assert self._views.demonstrations is not None
         evaluation = Evaluation()
 
-        def log_probs(rows: list[Shown]) -> list[float]:
+        def log_probs(rows: list[Example]) -> list[float]:
             found: dict[int, float] = {}
             for group in micro_batches([len(row) for row in rows], self._budget):
                 batch = collate([rows[row] for row in group], pad_id_of(self._tokenizer)).to(student.model.device)
@@ -165,7 +166,7 @@ class Evaluator:
             return [found[row] for row in range(len(rows))]
 
         scorer, draws = AnswerScorer(self._settings, self._tokenizer), self._settings.demonstration_draws
-        for answer in answer_by_options(self._with_options, self._demonstrator, draws, scorer, log_probs):
+        for answer in answer_by_options(self._with_options, self._views.demonstrations, draws, scorer, log_probs):
             add_answer(evaluation, answer)
         return evaluation
 
@@ -220,56 +221,55 @@ def measure_preferences(student, batch: Batch) -> Evaluation:
 
 def evaluate_teacher(
     teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192,
-    demonstrator: Demonstrator | None = None,
+    views: RowViews | None = None,
 ) -> Evaluation:  # fmt: skip
     """The teacher's own loss and answers, for comparison; asked through its service. Several teachers as one have a
     loss, but no answers of their own; nor has one after demonstrations, but to rows with options."""
-    options, examples = with_options(examples, demonstrator), first_drawn(examples, demonstrator)
+    views = views or RowViews()
+    options, examples = with_options(examples, views), [views.apply_draw(row) for row in examples]
     rows_of = micro_batches([len(example) for example in examples], batch_tokens)
     batches = [collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of]
     evaluation = Evaluation()
-    support = Logprob() if isinstance(teacher, Teacher) else settings.support
+    # A teacher that reads rows as the student does.
+    plain = teacher if isinstance(teacher, Teacher) and not views.has_view(teacher.settings.name) else None
+    support = settings.support if plain is None else Logprob()
     for batch, signals in zip(batches, _asked(teacher, batches, support), strict=True):
         evaluation.add(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
-    if settings.generation and isinstance(teacher, Teacher):
+    if settings.generation and plain is not None:
         asked = with_prompts(examples, settings)
         scorer = AnswerScorer(settings, tokenizer)
-        completions = teacher.generate(
+        completions = plain.generate(
             [example.prompt_ids for example in asked],
             max_new_tokens=settings.generation.max_new_tokens,
             temperature=settings.generation.temperature,
         )
         for example, written in zip(asked, completions, strict=True):
             add_answer(evaluation, scorer.score(example, written.text, written.finish_reason, len(written.token_ids)))
-    if demonstrator is not None and options and not _several(teacher):
-        for answer in _options_of_teacher(teacher, settings, options, tokenizer, demonstrator):
+    if views.demonstrations is not None and options and not isinstance(teacher, Ensemble):
+        for answer in _options_of_teacher(teacher, settings, options, tokenizer, views.demonstrations):
             add_answer(evaluation, answer)
     return evaluation
 
 
 def _options_of_teacher(
-    teacher: Scorer, settings: EvaluationConfig, rows: list[Example], tokenizer, demonstrator: Demonstrator
+    teacher: Scorer, settings: EvaluationConfig, rows: list[Example], tokenizer, pool: DemonstrationPool
 ) -> Iterator[Answer]:
-    def log_probs(answers: list[Shown]) -> list[float]:
-        signals = wait_for(background(teacher.ascore(answers, Logprob())))
+    def log_probs(answers: list[Example]) -> list[float]:
+        signals = wait_for(run_in_background(teacher.ascore(answers, Logprob())))
         return sequence_sum(signals.target_logprobs.double(), signals.offsets).tolist()
 
     scorer = AnswerScorer(settings, tokenizer)
-    return answer_by_options(rows, demonstrator, settings.demonstration_draws, scorer, log_probs)
-
-
-def first_drawn(examples: Iterable[Example], demonstrator: Demonstrator | None) -> list[Example]:
-    """The rows as losses and divergences are measured on them: after their first draw of demonstrations."""
-    return [row if demonstrator is None else demonstrator.drawn(row, 0) for row in examples]
+    return answer_by_options(rows, pool, settings.demonstration_draws, scorer, log_probs)
 
 
 def with_prompts(
-    examples: Iterable[Example], settings: EvaluationConfig, demonstrator: Demonstrator | None = None
+    examples: Iterable[Example], settings: EvaluationConfig, views: RowViews | None = None
 ) -> list[Example]:
     """The rows whose prompts are to be answered by writing."""
     if settings.generation is None:
         return []
-    written = (row for row in examples if demonstrator is None or not demonstrator.options(row))
+    pool = views and views.demonstrations
+    written = (row for row in examples if pool is None or not pool.option_ids(row))
     return [example for example in written if example.prompt_tokens][: settings.generation.rows]
 
 
@@ -281,11 +281,6 @@ def add_answer(evaluation: Evaluation, answer: Answer) -> None:
     )
 
 
-def _several(teacher: Scorer) -> bool:
-    """Whether an ensemble answers, which has no log-probs of whole texts."""
-    return isinstance(teacher.teacher if isinstance(teacher, Demonstrated) else teacher, Ensemble)
-
-
 def fitting(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:
     """`support` with k no larger than the vocabulary: for measuring, all of a small one will do."""
     if isinstance(support, TopK) and support.k > vocab_size:
@@ -295,7 +290,7 @@ def fitting(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:
 
 def _asked(teacher: Scorer, batches: Iterable[Batch], support: TopK | Logprob) -> Iterator[SignalBatch]:
     support = fitting(support, teacher.vocab_size)
-    return background_stream((teacher.ascore(batch, support) for batch in batches), prefetch=4)
+    return stream_in_background((teacher.ascore(batch, support) for batch in batches), prefetch=4)
 
 
 def _top_tokens(hidden: Tensor, head: Head) -> Tensor:

@@ -1,58 +1,68 @@
-"""The protocol of a way of learning: `sample` has the policy write, `prepare` turns rows into an experience, `loss`
-says what is learned from it."""
+"""The interface of a method: `prepare` turns rows into an experience, `loss` computes what the student minimizes.
+
+A method whose student generates completions derives from `OnPolicyMethod`, any other from `Method`.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from rayk.data.batches import Batch, collate
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.examples import Example
 from rayk.models import Head
 from rayk.rollouts import Policy
-from rayk.signals.batch import SignalBatch, concatenate
+from rayk.signals import batch as signal_batch
+from rayk.signals.batch import SignalBatch
 from rayk.teachers import Scorer
 
 
 class Student(Protocol):
-    """What a method sees of the model that learns."""
+    """The student as a method uses it: body and head of a causal LM, in training."""
 
     @property
-    def head(self) -> Head: ...
+    def head(self) -> Head:
+        """The final projection, hidden states to logits."""
+        ...
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states that predict the counted tokens, [tokens, width]."""
+        """Return the final hidden states that predict the counted tokens, [tokens, width], with gradient."""
         ...
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What one step learns from: rows, and what was said about them. It can be cut into micro-batches by row; a
-    method's own kind of it may keep several rows together."""
+    """A batch of rows with the teacher's signals: what one step trains on.
+
+    It is split into micro-batches by row. A subclass may have another unit than the token, and then overrides `count`,
+    `lengths`, `select` and `to`.
+    """
 
     batch: Batch
     signals: SignalBatch | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """What a method has made of each counted token, [counted tokens] each."""
-    beside: "Experience | None" = None
-    """Learned from in the same update, its loss averaged over its own units."""
+    """Values of the method's own, one per counted token, [counted tokens] each."""
+    auxiliary: "Experience | None" = None
+    """A second experience whose mean loss is added to this one's in the same update."""
     skipped: int = 0
-    """Rows left out, since nothing could be learned from what was said about them."""
+    """Number of rows left out because their signals are unusable."""
 
     @property
     def count(self) -> int:
-        """Units the loss is averaged over, summed across micro-batches and workers: counted tokens."""
+        """Number of units that the loss is averaged over (here counted tokens), summed over micro-batches and
+        workers."""
         return self.batch.counted_tokens
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each part that `select` can choose, its rows padded to the longest of them."""
+        """Padded tokens of each part that `select` can choose."""
         return [len(sequence) for sequence in self.batch.sequences]
 
-    def select(self, rows: list[int]) -> "Experience":
+    def select(self, rows: list[int]) -> Self:
+        """Return the given rows (or pairs, or queries), in the given order."""
         tokens = torch.cat([torch.arange(*self.batch.offsets[row : row + 2].tolist()) for row in rows])
         return replace(
             self,
@@ -62,18 +72,19 @@ class Experience:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["Experience"]) -> "Experience":
-        """The rows of all `parts` (of one method), in order; what may stand beside them is not theirs yet."""
+    def concatenate(cls, parts: Sequence["Experience"]) -> "Experience":
+        """Return the rows of all `parts`, which one method prepared, in order; without auxiliary experiences."""
         first = parts[0]
         if len(parts) == 1:
             return first
         return cls(
             collate([row for part in parts for row in part.batch.sequences], first.batch.pad_id),
-            None if first.signals is None else concatenate([part.signals for part in parts if part.signals]),
+            None if first.signals is None else signal_batch.concatenate([p.signals for p in parts if p.signals]),
             {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
         )
 
-    def to(self, device: torch.device | str) -> "Experience":
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same experience on `device`."""
         return replace(
             self,
             batch=self.batch.to(device),
@@ -84,109 +95,137 @@ class Experience:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of each unit (token, pair or query), nats [count], and the terms it is made of, for the metrics."""
+    """The loss of an experience, before it is averaged."""
 
     per_token: Tensor
+    """Loss of each unit (token, pair or query), [count], with gradient."""
     terms: dict[str, Tensor] = field(default_factory=dict)
+    """Values for the metrics, [count] each; their means are recorded at every step."""
     unusable: Tensor | None = None
-    """Units that nothing can be learned from any more, bool [count]: their loss is left out, and `training.
-    unusable_rows` says what follows."""
+    """Units that cannot be trained on any more, bool [count]: their loss is left out, and `training.unusable_rows`
+    decides whether the run stops."""
 
 
 class Method(ABC):
-    """A way of learning. One file an implementation; `rayk.methods.METHODS` lists them."""
+    """Base of all methods.
 
-    kind: ClassVar[str]
-    summary: ClassVar[str]
+    Args:
+        settings: the settings in section `method`.
+        teacher: returns signals: `await teacher.ascore(batch, support)`; None without a teacher.
+        policy: generates with the student's weights (see `OnPolicyMethod`); None for other methods.
+    """
+
+    kind: ClassVar[str] = "custom"
+    summary: ClassVar[str] = ""
     """One line for `rayk methods`."""
-    paper: ClassVar[str]
-    needs: ClassVar[str]
-    """What it asks of a teacher, with the cost."""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
+    """What the method requests from a teacher, with the size per token."""
 
-    def __init__(
-        self, settings: Any, teacher: Scorer | None, policy: Policy | None = None,
-        demonstrator: Demonstrator | None = None,
-    ):  # fmt: skip
+    def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
         self.settings = settings
         self.teacher = teacher
-        self.policy = policy
-        """Who writes, where the run has `rollouts`; for `sample` alone, whose turn it is."""
-        self.demonstrator = demonstrator
-        """Who shows rows demonstrations, with method `in_context`."""
 
-    @property
-    def fewest_rows(self) -> int:
-        """How many rows each worker needs of a step, after those that nothing can be learned from are left out."""
-        return 1
+    def precompute(self, student: Student, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]) -> None:
+        """Compute values that need the initial student, e.g. reference log-probs; by default nothing.
 
-    def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
-        """The rows that `sample` is to see at a time, each in one group; a group's teachers are asked while the next is
-        written. By default all at once."""
-        return [list(range(batch.rows))]
-
-    def look_at_start(self, student: Student, batches: Iterable[Batch]) -> Any:
-        """What has to be known of the student before its first update; by default nothing. Runs once in a run, on every
-        worker: a resumed one does not ask again, so what must last belongs in `state_dict`.
+        Runs once before the first update, on every worker, without gradients. A resumed run does not repeat it, so
+        results that are needed later belong in `state_dict`.
 
         Args:
-            batches: this worker's share of all that the run will learn from, each answer of a preference pair as a row
-                of its own.
+            batches: this worker's share of all training rows; each answer of a preference pair is a row.
+            gather: returns the value of every worker; to be called equally often on all workers.
         """
-        return None
-
-    def on_start(self, seen: Sequence[Any]) -> None:  # noqa: B027
-        """Called after `look_at_start` with what all workers have seen."""
-
-    async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
-        """The rows that the step learns from, for methods that have the policy write them or draw something to each; by
-        default the data's.
-
-        Runs before `prepare`, where there is a policy while it holds the weights promised to the step.
-
-        Args:
-            seeds: one a row, all that its random choices may depend on.
-            progress: the share of the run's steps that come before this one.
-        """
-        return batch
 
     @abstractmethod
     async def prepare(self, batch: Batch) -> Experience:
-        """Rows to experience: asks teachers. Runs ahead of the training step, on the background event loop.
+        """Return the experience of a batch, e.g. with the teacher's signals.
+
+        Runs on a background event loop, `training.prefetch` steps ahead of training.
 
         Raises:
-            UnusableSignal: nothing can be learned from some rows; where the settings say so, the caller leaves them out
-                and prepares the rest.
+            UnusableSignal: signals of some rows are unusable. With `training.unusable_rows: skip` the caller removes
+                these rows and prepares the remaining ones.
         """
 
-    def together(self, experience: Experience, sums: Callable[[list[float]], list[float]]) -> Experience:
-        """The experience with what takes all workers to know; by default as it is. Runs on every worker at once.
+    async def prepare_auxiliary(self, batch: Batch) -> Experience:
+        """Return the experience of a batch of `settings.auxiliary_data`; by default as `prepare`."""
+        return await self.prepare(batch)
+
+    @abstractmethod
+    def loss(self, student: Student, experience: Experience) -> Loss:
+        """Return the loss of one micro-batch.
+
+        Runs inside the forward pass of the wrapped student, so that DDP and FSDP see the gradients of the head.
+        """
+
+    def modules(self) -> nn.Module | None:
+        """Return the method's own modules, which train with the student; by default none."""
+        return None
+
+    def on_step(self, step: int) -> None:  # noqa: B027
+        """Called after each optimizer step, with the number of finished steps."""
+
+    def on_evaluation(self, metrics: Mapping[str, float]) -> None:  # noqa: B027
+        """Called after each evaluation, with its metrics."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the method's state for a checkpoint: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Restore the state that `state_dict` returned."""
+
+
+class OnPolicyMethod(Method):
+    """Base of methods whose student generates completions while it is trained (section `rollouts`).
+
+    A step runs `sample`, `prepare`, `synchronize`, and one update for each experience of `updates`.
+    """
+
+    def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
+        super().__init__(settings, teacher)
+        self._policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """Generates completions with the weights of the step that is sampled; for use in `sample` and `groups` only."""
+        assert self._policy is not None
+        return self._policy
+
+    @property
+    def minimum_rows(self) -> int:
+        """Number of rows that each worker needs in a step, after rows with unusable signals are removed."""
+        return 1
+
+    def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
+        """Split the rows into groups that `sample` receives one after the other, by default as the policy batches them.
+
+        Teachers score a group while the next one is generated.
+        """
+        return self.policy.groups(batch.sequences)
+
+    async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
+        """Return the rows that the step trains on; by default the student generates the completion of every row.
+
+        Runs before `prepare`, while the policy has the weights of the step.
 
         Args:
-            sums: each number summed over the workers.
+            seeds: one per row; every random choice must depend on these alone.
+            progress: share of the run's steps before this one, in [0, 1).
+        """
+        prompts = [row for row in batch.sequences if isinstance(row, Example)]
+        return collate(await self.policy.generate(prompts, self.policy.parameters, seeds), batch.pad_id)
+
+    def synchronize(self, experience: Experience, sums: Callable[[list[float]], list[float]]) -> Experience:
+        """Add statistics that need all workers, e.g. global reward moments; by default none.
+
+        Args:
+            sums: returns each number summed over the workers; to be called equally often on all workers.
         """
         return experience
 
     def updates(self, experience: Experience, seed: int) -> Iterable[Experience]:
-        """What each optimiser update of the step learns from, as many on every worker; by default one, from all."""
+        """Return the experience of each optimizer update of the step, as many on every worker; by default one update
+        with all rows."""
         return [experience]
-
-    @abstractmethod
-    def loss(self, student: Student, experience: Experience) -> Loss:
-        """The loss of one micro-batch. Runs inside the wrapped student's forward, so that DDP and FSDP see the head."""
-
-    def modules(self) -> nn.Module | None:
-        """Modules of the method's own that train with the student."""
-        return None
-
-    def on_step(self, step: int) -> None:  # noqa: B027
-        """Called after each optimiser step."""
-
-    def on_evaluation(self, metrics: Mapping[str, float]) -> None:  # noqa: B027
-        """Called after each evaluation, with its numbers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the student: tensors and plain values."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Take up what `state_dict` gave."""

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rayk.config import EncoderTraining, RetrieverConfig, RewardModelConfig
-from rayk.data.retrieval import Embedder, Reading, load_encoder
+from rayk.data.nearest import Embedder, EncoderSettings, load_encoder
 from rayk.errors import RunFailed
 from rayk.losses import full_contrastive_loss, no_negatives, reward_distillation
+from rayk.models import max_positions
 from rayk.retrieval.scores import REFUSED, Progress
 
 ENCODER_SETTING, REWARD_SETTING = (
@@ -161,7 +162,7 @@ class RewardModel:
             model, AutoModelForSequenceClassification, REWARD_SETTING, num_labels=1
         )
         self.model.config.pad_token_id = self._tokenizer.pad_token_id
-        self._longest = min(settings.max_tokens, getattr(self.model.config, "max_position_embeddings", math.inf))
+        self._longest = min(settings.max_tokens, max_positions(self.model.config))
 
     def scores(self, texts: Texts, pairs: list[tuple[int, int]]) -> Tensor:
         """How good each candidate is for its query, [pairs]."""
@@ -197,7 +198,7 @@ def fit_encoder(
     random = np.random.default_rng([workshop.seed, 2])
     with torch.random.fork_rng():
         torch.manual_seed(workshop.seed)
-        reading = Reading(settings.max_tokens, settings.prompt, outputs=True)
+        reading = EncoderSettings(settings.max_tokens, settings.prompt, outputs=True)
         embedder = Embedder(settings.encoder, reading, ENCODER_SETTING)
         embedder.model.to(device)
 

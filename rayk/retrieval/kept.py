@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.retrieval.fitting import Workshop
@@ -17,7 +17,7 @@ from rayk.teachers import Teacher
 
 
 def learned_retriever(
-    config: RunConfig, demonstrator: Demonstrator, rows: ExampleTable, teacher: Teacher,
+    config: RunConfig, pool: DemonstrationPool, rows: ExampleTable, teacher: Teacher,
     stage: Callable[[str], None], progress: Callable[..., None],
 ) -> str:  # fmt: skip
     """The folder of the run's retriever, trained now unless it is there: where `training` has its workers, one of them.
@@ -30,7 +30,7 @@ def learned_retriever(
     if retriever_summary(config) is None:
         threads = training.threads or (0 if training.workers else None)
         Learning(
-            config.retriever, demonstrator, rows, teacher, folder, Workshop(config.seed, training.precision, threads),
+            config.retriever, pool, rows, teacher, folder, Workshop(config.seed, training.precision, threads),
             partial(run_on, training.resources) if training.workers else None, stage, progress,
         ).to_the_end()  # fmt: skip
     return str(folder)

@@ -36,9 +36,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayk.config import RetrieverConfig
-from rayk.data.demonstrations import Demonstrator, Query
+from rayk.data.demonstrations import DemonstratedRow, DemonstrationPool
 from rayk.data.examples import Example, ExampleTable
-from rayk.data.retrieval import Embedder, check_encoder
+from rayk.data.nearest import Embedder, check_encoder
 from rayk.errors import InputError
 from rayk.retrieval.fitting import (
     ENCODER_SETTING,
@@ -52,7 +52,7 @@ from rayk.retrieval.fitting import (
 )
 from rayk.retrieval.scores import REFUSED, Progress, Scores
 from rayk.storage.atomic import disk_errors, write_whole
-from rayk.storage.files import parquet_bytes
+from rayk.storage.parquet_store import parquet_bytes
 from rayk.teachers import Teacher
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Learning:
     """One retriever, from scores to a folder.
 
     Args:
-        demonstrator: whose pool is searched.
+        demonstrations: whose pool is searched.
         rows: training rows, whose inputs are the queries.
         teacher: who scores.
         folder: the retriever's.
@@ -72,16 +72,18 @@ class Learning:
     """
 
     def __init__(
-        self, settings: RetrieverConfig, demonstrator: Demonstrator, rows: ExampleTable, teacher: Teacher, folder: Path,
+        self, settings: RetrieverConfig, demonstrations: DemonstrationPool, rows: ExampleTable, teacher: Teacher, folder: Path,
         workshop: Workshop, remote: Callable[..., Any] | None, stage: Callable[[str], None],
         progress: Callable[..., None],
     ):  # fmt: skip
-        self._settings, self._demonstrator, self._folder = settings, demonstrator, folder
+        self._settings, self._demonstrations, self._folder = settings, demonstrations, folder
         self._workshop, self._remote, self._stage, self._progress = workshop, remote, stage, progress
-        self._teacher, self._pool = teacher, demonstrator.pool
+        self._teacher, self._pool = teacher, demonstrations.pool
         self._scores = Scores(teacher, folder / "scores")
-        self._queries, self._held_out = _divided(demonstrator.distinct(rows), settings, workshop.seed)
-        self._labels, self._others = ([demonstrator.label(row) for row in each] for each in (self._queries, self._pool))
+        self._queries, self._held_out = _divided(demonstrations.unique_inputs(rows), settings, workshop.seed)
+        self._labels, self._others = (
+            [demonstrations.label(row) for row in each] for each in (self._queries, self._pool)
+        )
         self._texts = self._read()
         self._measured: dict[str, np.ndarray] = {}
         self._fingerprint = f"{rows.fingerprint} {self._pool.fingerprint}"
@@ -100,7 +102,7 @@ class Learning:
         self._claim()
         self._stage(f"Retriever: measuring {len(self._held_out):,} held-out rows after random and BM25 demonstrations")
         self._measure("random", {
-            row.where: self._demonstrator.at_random(row, self._workshop.seed) for row in self._held_out
+            row.where: self._demonstrations.select_random(row, self._workshop.seed) for row in self._held_out
         })  # fmt: skip
         self._measure("bm25", self._nearest_first(self._held_out, None))
         graded: list[Graded] = []
@@ -160,7 +162,7 @@ class Learning:
         if not kept.exists():
             by = "BM25" if embedder is None else "the retriever of the round before"
             self._stage(f"Retriever, round {number}: candidates of {len(self._queries):,} rows by {by}")
-            found = self._demonstrator.nearest(self._queries, self._settings.nearest, embedder)
+            found = self._demonstrations.nearest(self._queries, self._settings.nearest, embedder)
             nearest = {row.where: places for row, places in found}
             random = np.random.default_rng([self._workshop.seed, 3, number])
             drawn = [
@@ -214,7 +216,7 @@ class Learning:
 
     def _nearest_first(self, rows: list[Example], embedder: Embedder | None) -> dict[str, list[int]]:
         """What would stand before each row, by where it stood."""
-        nearest = self._demonstrator.nearest(rows, self._demonstrator.settings.k, embedder)
+        nearest = self._demonstrations.nearest(rows, self._demonstrations.settings.k, embedder)
         return {row.where: places[::-1] for row, places in nearest}
 
     def _measure(self, what: str, chosen: Mapping[str, list[int]]) -> None:
@@ -225,8 +227,8 @@ class Learning:
         )
         self._measured[what] = self._scores.of(shown, len(self._held_out), self._told("row"))
 
-    def _shown(self, row: Example, places: Sequence[int]) -> Query:
-        return self._demonstrator.after(row, places)
+    def _shown(self, row: Example, places: Sequence[int]) -> DemonstratedRow:
+        return self._demonstrations.demonstrate_with(row, places)
 
     def _told(self, unit: str) -> Progress:
         return partial(self._progress, unit=unit)
@@ -238,12 +240,12 @@ class Learning:
 
     def _read(self) -> Texts:
         """What the models read."""
-        texts = [self._demonstrator.texts(row) for row in self._queries]
-        separator, count = self._demonstrator.settings.output_separator, len(texts)
-        rows = _numbers(map(self._demonstrator.key, [*self._queries, *self._pool]))
+        texts = [self._demonstrations.texts(row) for row in self._queries]
+        separator, count = self._demonstrations.settings.output_separator, len(texts)
+        rows = _numbers(map(self._demonstrations.input_key, [*self._queries, *self._pool]))
         labels = _numbers([*self._labels, *self._others])
         return Texts(
-            [asked for asked, _ in texts], [separator + answer for _, answer in texts], self._demonstrator.solved,
+            [asked for asked, _ in texts], [separator + answer for _, answer in texts], self._demonstrations.demonstration_texts,
             rows[:count], rows[count:], labels[:count], labels[count:],
         )  # fmt: skip
 
@@ -267,7 +269,7 @@ class Learning:
         }
 
 
-def check_retriever(settings: RetrieverConfig, demonstrator: Demonstrator, rows: ExampleTable) -> None:
+def check_retriever(settings: RetrieverConfig, demonstrations: DemonstrationPool, rows: ExampleTable) -> None:
     """See before anything costs time that the models can be loaded and training `rows` have something to learn from.
 
     Raises:
@@ -276,14 +278,14 @@ def check_retriever(settings: RetrieverConfig, demonstrator: Demonstrator, rows:
     check_encoder(settings.encoder, ENCODER_SETTING, settings.max_tokens)
     if settings.reward_model is not None:
         check_encoder(settings.reward_model.model, REWARD_SETTING, settings.reward_model.max_tokens)
-    most = max(demonstrator.candidates(row) for row in rows)
+    most = max(demonstrations.num_candidates(row) for row in rows)
     if most <= settings.positives:
         raise InputError(
             f"No training row has more than {most} candidates for demonstrations, of which "
             f"method.demonstrations.retriever.positives takes {settings.positives} as good ones; give more rows of "
             "each task, or lower it."
         )
-    if len(demonstrator.distinct(rows)) < 2:
+    if len(demonstrations.unique_inputs(rows)) < 2:
         raise InputError("A retriever needs at least two different training inputs, one to be measured on; give more.")
 
 

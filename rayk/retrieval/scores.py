@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from rayk.config.support import Logprob
-from rayk.data.demonstrations import Query
+from rayk.data.demonstrations import DemonstratedRow
 from rayk.errors import UnusableSignal
 from rayk.losses import sequence_sum
-from rayk.serving.event_loop import background_stream
+from rayk.serving.event_loop import stream_in_background
 from rayk.signals.sequence import TokenSequence
-from rayk.storage.files import Parts
+from rayk.storage.parquet_store import ParquetStore
 from rayk.teachers import Teacher
 
 REFUSED = -100.0
@@ -54,14 +54,14 @@ class Scores:
     def __init__(self, teacher: Teacher, folder: Path):
         self.asked = self.unusable = 0
         self._teacher = teacher
-        self._kept = Parts(folder, _SCHEMA)
+        self._kept = ParquetStore(folder, _SCHEMA)
         self._kept.load()
         self._pending: dict[str, dict[str, Any]] = {}
         self._flushed = time.monotonic()
         info = teacher.info
         self._context = json.dumps([info.weights_fingerprint or info.model, info.engine, info.dtype]).encode()
 
-    def of(self, shown: Iterable[tuple[Query, Sequence[str]]], total: int, progress: Progress) -> np.ndarray:
+    def of(self, shown: Iterable[tuple[DemonstratedRow, Sequence[str]]], total: int, progress: Progress) -> np.ndarray:
         """The scores of queries after demonstrations, float32, in order; what was asked before is not asked again.
 
         Args:
@@ -80,14 +80,14 @@ class Scores:
             nonlocal done
             call: list[tuple[int, str, TokenSequence, dict[str, Any]]] = []
             for place, (query, demonstrations) in enumerate(shown):
-                assert query.teacher_row is not None
-                key = self._key(query.teacher_row)
+                view = query.view(self._teacher.settings.name)
+                key = self._key(view)
                 found = self._find(key)
                 if found is not None:
                     scores[place], done = found, done + 1
                     continue
                 provenance = {"query": query.where, "demonstrations": list(demonstrations)}
-                call.append((place, key, query.teacher_row, provenance))
+                call.append((place, key, view, provenance))
                 if len(call) == _QUERIES_A_CALL:
                     waiting.append([each[:2] for each in call])
                     yield self._ask([each[1:] for each in call])
@@ -97,7 +97,7 @@ class Scores:
                 yield self._ask([each[1:] for each in call])
 
         try:
-            with closing(background_stream(calls(), self._teacher.settings.in_flight)) as answers:
+            with closing(stream_in_background(calls(), self._teacher.settings.in_flight)) as answers:
                 for rows in answers:
                     places = [place for place, _ in waiting.pop(0)]
                     scores[places] = [row["mean_logprob"] for row in rows]

@@ -1,4 +1,7 @@
-"""Rows that were written for steps still to come, as a checkpoint keeps them: the weights that wrote them are gone."""
+"""Pack rows for a checkpoint.
+
+Rollouts for later steps must be stored because the weights that generated them do not exist any more after a restart.
+"""
 
 from typing import Any
 
@@ -9,25 +12,25 @@ from rayk.data.examples import Example
 from rayk.rollouts.policy import Rollout
 from rayk.signals.sequence import TokenSequence
 
-_OF_THE_DATA = ("where", "fields", "rejected", "contexts")
+_NOT_PACKED = ("where", "fields", "rejected", "contexts")
 
 
 def pack_row(row: TokenSequence) -> dict[str, Any]:
-    """`row` as tensors and plain values, without what the data's own row says."""
+    """Return `row` as tensors and plain values, without the values of the dataset's row."""
     values = {
         name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
         for name, value in vars(row).items()
-        if name not in _OF_THE_DATA
+        if name not in _NOT_PACKED
     }
     return values | {"sampled": isinstance(row, Rollout)}
 
 
 def unpack_row(packed: dict[str, Any], origin: Example) -> Example:
-    """What `pack_row` made, `origin` being the data's row it was written for."""
+    """Return the row that `pack_row` packed; `origin` is the dataset's row."""
     values: dict[str, Any] = {
         name: value.numpy() if isinstance(value, torch.Tensor) else value
         for name, value in packed.items()
         if name != "sampled"
     }
-    kind = Rollout if packed["sampled"] else Example
-    return kind(**values, where=origin.where, fields=origin.fields)
+    row_class = Rollout if packed["sampled"] else Example
+    return row_class(**values, where=origin.where, fields=origin.fields)

@@ -28,9 +28,9 @@ from rayk.engines.speculative import (
     MixedSampling,
     Stream,
     Verdict,
-    sample_ids,
-    importance_weights,
     draw_uniforms,
+    importance_weights,
+    sample_ids,
 )
 from rayk.errors import InputError, RaykError, UnusableSignal
 from rayk.models import CausalLM, get_head, max_positions

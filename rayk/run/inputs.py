@@ -1,9 +1,8 @@
 """What a run needs before anything is started: tokenizer and rows, held against the models and the settings."""
 
-import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,21 @@ import numpy as np
 
 from rayk.config import DataSource, InContextConfig, JudgeFilterConfig, RunConfig, ServedRollouts, TeacherConfig
 from rayk.config.support import Hidden, TopK
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
-from rayk.data.retrieval import check_encoder
+from rayk.data.nearest import check_encoder
 from rayk.data.sources import read_rows
 from rayk.data.tokenizing import RowTokenizer, collect, tokenize
+from rayk.data.views import RowViews
 from rayk.errors import InputError
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import with_prompts
 from rayk.evaluation.options import with_options
-from rayk.models import load_model_config, load_tokenizer, real_vocab_size, tokenizer_fingerprint
+from rayk.models import load_model_config, load_tokenizer, max_positions, real_vocab_size, tokenizer_fingerprint
 from rayk.models.student import architecture, count_planned_parameters
 from rayk.retrieval import check_retriever
-from rayk.synthesis import RECIPES, PromptGeneratingRecipe, Prompt, check_chat_template, read_prompts
+from rayk.synthesis import RECIPES, Prompt, PromptGeneratingRecipe, check_chat_template, read_prompts
 from rayk.teachers import Teacher
-from rayk.teachers.context import prompt_tokenizer, seen_after
 from rayk.teachers.ensemble import check_ensemble, name_for
 from rayk.text import Filter, build_filters
 
@@ -41,7 +40,7 @@ class Inputs:
     evaluation: ExampleTable | None
     pretraining: ExampleTable | None = None
     """Plain text learned from beside `train`."""
-    demonstrator: Demonstrator | None = None
+    views: RowViews = field(default_factory=RowViews)
     """Who shows rows demonstrations, with method `in_context`; which are nearest is not known yet."""
 
 
@@ -78,19 +77,20 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     beside = getattr(config.method, "pretraining", None) if training else None
     pretraining = tokenize(beside.data, config.data, tokenizer) if beside else None
     tables = [table for table in (train_table, evaluation, pretraining) if table is not None]
-    demonstrator = _demonstrator(config, tokenizer, train_table, tables)
+    demonstrations = _demonstrations(config, tokenizer, train_table, tables)
+    views = RowViews.from_config(config, tokenizer, demonstrations)
     _check_lengths(models, config, train_table, evaluation, tables)
-    if demonstrator is not None:
-        _check_demonstrated(models, config, demonstrator, tables)
-    _check_contexts(models, config, tokenizer, tables)
+    if demonstrations is not None:
+        _check_demonstrated(models, config, demonstrations, tables)
+    _check_contexts(models, config, views, tables)
     _check_many_teachers(config, tables)
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
         for example in [
-            *with_prompts(evaluation, config.evaluation, demonstrator), *with_options(evaluation, demonstrator),
+            *with_prompts(evaluation, config.evaluation, views), *with_options(evaluation, views),
         ]:  # fmt: skip
             scorer.expected(example)
-    return Inputs(name, tokenizer, train_table, evaluation, pretraining, demonstrator)
+    return Inputs(name, tokenizer, train_table, evaluation, pretraining, views)
 
 
 def read_synthesis_prompts(config: RunConfig) -> list[Prompt]:
@@ -238,7 +238,7 @@ def _check_lengths(
             )
         rolled_out = int(train_table.prompt_tokens.max()) + config.rollouts.max_new_tokens
     for name, settings in models.items():
-        limit = _positions(settings)
+        limit = max_positions(settings)
         if longest > limit:
             raise InputError(
                 f"The longest row has {longest} tokens, but {name} takes {limit}; lower data.max_tokens and set "
@@ -261,7 +261,7 @@ def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None
     """vLLM writes at least a token after whatever it reads, and so takes one less than the model does."""
     if not isinstance(config.rollouts, ServedRollouts) or config.rollouts.engine.kind != "vllm":
         return
-    limit = min(_positions(student), config.rollouts.engine.max_model_len or sys.maxsize) - 1
+    limit = min(max_positions(student), config.rollouts.engine.max_model_len or sys.maxsize) - 1
     if longest > limit:
         raise InputError(
             f"The longest row, or prompt with what is written after it, may have {longest} tokens, but the policy "
@@ -270,9 +270,9 @@ def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None
         )
 
 
-def _demonstrator(
+def _demonstrations(
     config: RunConfig, tokenizer: Any, train_table: ExampleTable | None, tables: list[ExampleTable]
-) -> Demonstrator | None:
+) -> DemonstrationPool | None:
     """Who shows rows demonstrations; each row of `tables` can be shown some."""
     if not isinstance(config.method, InContextConfig):
         return None
@@ -283,23 +283,23 @@ def _demonstrator(
     else:
         assert config.data.train is not None
         pool_table = train_table or tokenize(config.data.train, config.data, tokenizer)
-    demonstrator = Demonstrator(pool_table, config.method, tokenizer, config.data.max_tokens)
+    demonstrations = DemonstrationPool(pool_table, config.method, tokenizer, config.data.max_tokens)
     for row in (row for table in tables for row in table):
-        demonstrator.check(row)
+        demonstrations.check(row)
     if (encoder := config.method.demonstrations.encoder) is not None:
         check_encoder(encoder, "method.demonstrations.encoder")
     if config.retriever is not None and train_table is not None:
-        check_retriever(config.retriever, demonstrator, train_table)
-    return demonstrator
+        check_retriever(config.retriever, demonstrations, train_table)
+    return demonstrations
 
 
 def _check_demonstrated(
-    models: Mapping[str, Any], config: RunConfig, demonstrator: Demonstrator, tables: list[ExampleTable]
+    models: Mapping[str, Any], config: RunConfig, demonstrations: DemonstrationPool, tables: list[ExampleTable]
 ) -> None:
     written = config.evaluation.generation.max_new_tokens if config.evaluation.generation else 0
-    longest = max(demonstrator.longest(list(table)) for table in tables) + written
+    longest = max(demonstrations.max_length(list(table)) for table in tables) + written
     for name, settings in models.items():
-        if longest > (limit := _positions(settings)):
+        if longest > (limit := max_positions(settings)):
             raise InputError(
                 f"A row with its demonstrations and what is written after it may have {longest} tokens, but {name} "
                 f"takes {limit}; lower data.max_tokens, beyond which demonstrations are cut off, or "
@@ -307,21 +307,15 @@ def _check_demonstrated(
             )
 
 
-def _positions(settings: Any) -> float:
-    """How many tokens a model reads at most; unlimited where its settings, or None for them, do not say."""
-    return getattr(settings and settings.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def _check_contexts(models: Mapping[str, Any], config: RunConfig, tokenizer: Any, tables: list[ExampleTable]) -> None:
+def _check_contexts(models: Mapping[str, Any], config: RunConfig, views: RowViews, tables: list[ExampleTable]) -> None:
     """Each teacher's own prompts can be made, and leave room for the completion."""
     for teacher in config.teachers:
         if teacher.prompt_template is None:
             continue
         settings = models.get(f"teacher '{teacher.name}'")
-        limit = _positions(settings)
-        prompts = prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
+        limit = max_positions(settings)
         for row in (answer for table in tables for each in table for answer in each.answers):
-            if (length := len(seen_after(prompts, row))) > limit:
+            if (length := len(views.apply(row).view(teacher.name))) > limit:
                 raise InputError(
                     f"{row.where} has {length} tokens after the prompt of teacher '{teacher.name}', which takes "
                     f"{limit}; shorten teachers.prompt_template, or lower data.max_tokens."

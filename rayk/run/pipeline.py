@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayk.config import RunConfig, ServedRollouts, StudentConfig
+from rayk.config import RunConfig, ServedRollouts, StudentConfig, with_absolute_paths
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.methods import METHODS
@@ -18,11 +18,17 @@ from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
 from rayk.retrieval import found_retriever, learned_retriever, retriever_summary
 from rayk.rollouts import serve_policy
-from rayk.run.directory import checked_base, claim, claim_rows, learned_from, with_absolute_paths
-from rayk.run.inputs import Inputs, with_synthesized_rows, read_synthesis_prompts, read_inputs
-from rayk.run.applications import teacher_applications, connect_attached_teachers, required_cpus, policy_application, serve_teachers
-from rayk.run.progress import ProgressListener, watching
-from rayk.run.training_rows import FIRST_ROUND, RoundInfo, write_rows
+from rayk.run.applications import (
+    connect_attached_teachers,
+    policy_application,
+    required_cpus,
+    serve_teachers,
+    teacher_applications,
+)
+from rayk.run.directory import check_base_weights, claim_directory, claim_training_rows, has_training_rows
+from rayk.run.inputs import Inputs, read_inputs, read_synthesis_prompts, with_synthesized_rows
+from rayk.run.progress import ProgressListener, follow_metrics
+from rayk.run.training_rows import FIRST_ROUND, RoundInfo, synthesize_training_rows
 from rayk.serving.cluster import start_ray
 from rayk.teachers import Teacher, build_scorer
 from rayk.teachers.cache import SignalCache, open_cache
@@ -50,19 +56,19 @@ def run_once(config: RunConfig, listener: ProgressListener, *, resume: bool, rou
         attached = connect_attached_teachers(config)
         inputs = read_inputs(config, attached, training=config.synthesis is None)
         prompts = read_synthesis_prompts(config) if config.synthesis else []
-        claim(config, resume)
+        claim_directory(config, resume)
         if config.teachers or config.training.workers:
             start_ray(required_cpus(config))
         running: dict[str, Teacher] = {}
         if config.synthesis is not None:
-            running = write_rows(
-                config, prompts, stack, cache, listener, settled=learned_from(config), round_info=round_info
+            running = synthesize_training_rows(
+                config, prompts, stack, cache, listener, settled=has_training_rows(config), round_info=round_info
             )
             config = with_synthesized_rows(config)
             inputs = read_inputs(config, attached)
         assert inputs.train is not None
-        claim_rows(config, inputs.train.fingerprint)
-        base = checked_base(config)
+        claim_training_rows(config, inputs.train.fingerprint)
+        base = check_base_weights(config)
         if config.retriever is None:
             _rank(inputs, listener)
         teachers = running | _others_up(config, running, stack, cache, listener)
@@ -82,9 +88,9 @@ def run_once(config: RunConfig, listener: ProgressListener, *, resume: bool, rou
             config, inputs.tokenizer_name, teacher_applications(config), inputs.train.table,
             evaluation_table=None if inputs.evaluation is None else inputs.evaluation.table,
             pretraining_table=None if inputs.pretraining is None else inputs.pretraining.table,
-            policy=policy, demonstrator=inputs.demonstrator, base=base,
+            policy=policy, views=inputs.views, base=base,
         )  # fmt: skip
-        with watching(config.output_path, total, listener):
+        with follow_metrics(config.output_path, total, listener):
             outcome = train(job)
     summary = summarise(config, inputs, outcome, teacher_evaluation, time.time() - began)
     write_json(config.output_path / "summary.json", summary)
@@ -103,9 +109,11 @@ def _others_up(
 
 
 def _learned_retriever(config: RunConfig, inputs: Inputs, teachers: Mapping[str, Teacher], listener: ProgressListener) -> str:
-    assert inputs.train is not None and inputs.demonstrator is not None
+    assert inputs.train is not None and inputs.views.demonstrations is not None
     scorer = teachers[config.retriever_teacher]
-    return learned_retriever(config, inputs.demonstrator, inputs.train, scorer, listener.stage, listener.progress)
+    return learned_retriever(
+        config, inputs.views.demonstrations, inputs.train, scorer, listener.stage, listener.progress
+    )
 
 
 def evaluate_model(config: RunConfig, model: str | None = None, listener: ProgressListener | None = None) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def evaluate_model(config: RunConfig, model: str | None = None, listener: Progre
         _rank(inputs, listener, retriever)
         job = Job(
             config, inputs.tokenizer_name, applications, None, inputs.evaluation.table,
-            demonstrator=inputs.demonstrator,
+            views=inputs.views,
         )  # fmt: skip
         evaluation = evaluate_remotely(job)
         teacher = _measured(config, teachers, inputs) if config.evaluation_teacher else None
@@ -148,19 +156,19 @@ def evaluate_model(config: RunConfig, model: str | None = None, listener: Progre
 
 
 def _rank(inputs: Inputs, listener: ProgressListener, retriever: str | None = None) -> None:
-    """Let the inputs' demonstrator, if there is one, know what is nearest to each row."""
-    if inputs.demonstrator is not None:
+    """Compute each row's nearest demonstrations, where the run shows such."""
+    if (demonstrations := inputs.views.demonstrations) is not None:
         listener.stage("Choosing demonstrations")
         for table in (inputs.train, inputs.evaluation):
-            inputs.demonstrator.rank(table or (), retriever)
+            demonstrations.rank_nearest(table or (), retriever)
 
 
 def _measured(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
     assert inputs.evaluation is not None
-    teacher = build_scorer(config, teachers, inputs.tokenizer)
+    teacher = build_scorer(config, teachers)
     assert teacher is not None
     return evaluate_teacher(
-        teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer, demonstrator=inputs.demonstrator
+        teacher, config.evaluation, list(inputs.evaluation), inputs.tokenizer, views=inputs.views
     )
 
 

@@ -1,9 +1,9 @@
-"""The asker's side of a teacher: `Teacher`, used alike in scripts, notebooks and Train workers.
+"""The client of a teacher: `Teacher`, for scripts, notebooks and training workers.
 
-All traffic runs on one background event loop per process, so a training step never waits for Python's network code
-and a notebook's own loop is left alone. What is in flight is bounded (credit), results come back in the order they were
-asked for, and a request that loses its replica is asked again: requests are pure functions of their content, so
-nothing is lost, doubled or reordered.
+All requests run on one background event loop per process, so a training step never waits for Python's network code and
+the caller's own event loop is not touched. The number of open calls is limited by credit, results are returned in the
+order of the requests, and a request whose replica dies is repeated: requests are pure functions of their content, so
+no result is lost, duplicated or reordered.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import ray
 import torch
-from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from rayk.config import TeacherConfig
@@ -33,26 +32,27 @@ from rayk.serving import application as applications
 from rayk.serving.client import ServedModel
 from rayk.serving.cluster import start_ray
 from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
+from rayk.serving.requests import GenerateRequest, ScoreRequest
 from rayk.signals.batch import SignalBatch, concatenate, decode
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import deployment
 from rayk.teachers.cache import SignalCache, check_cacheable
-from rayk.teachers.deployment import GenerateRequest, ScoreRequest, VerifyRequest
+from rayk.teachers.deployment import VerifyRequest
 
-_PROMPTS_A_CALL = 32
+_PROMPTS_PER_CALL = 32
 _CHECKED_POSITIONS = 8
 T = TypeVar("T")
 
 
 class HasSequences(Protocol):
-    """What `score` takes besides plain sequences: a `rayk.data.Batch`."""
+    """Input of `score` besides plain sequences: a `rayk.data.Batch`."""
 
     @property
     def sequences(self) -> list[TokenSequence]: ...
 
 
 class Scorer(Protocol):
-    """Who can be asked for signals: a teacher, or several as one."""
+    """Source of signals: one teacher, or several combined."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -64,10 +64,10 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Completion:
-    """What a teacher wrote after one prompt; `logprobs` (nats) are the model's own, at temperature 1, untruncated.
+    """A teacher's completion of one prompt; `logprobs` (nats) are the model's, at temperature 1 and not truncated.
 
-    A black-box endpoint (engine kind `openai`) tells no `token_ids`. Where it had no answer, `finish_reason` is 'error'
-    and `reason` says why; `refused` where it will not answer this prompt.
+    A black-box endpoint (engine kind `openai`) returns no `token_ids`. If it returned no text, `finish_reason` is
+    'error' and `reason` contains its message; `refused` if it rejected this prompt for its content.
     """
 
     text: str
@@ -79,10 +79,10 @@ class Completion:
 
 
 class Teacher(ServedModel):
-    """A served teacher that answers. Made by `serve_teacher` or `connect_teacher`.
+    """Client of a running teacher, created by `serve_teacher` or `connect_teacher`.
 
-    With a `cache` it is asked only for signals that are not kept there, and those it gives are; all but `requested`
-    ones, whose ids are other ones at every step.
+    With a `cache`, only signals that are not in the cache are requested, and received signals are stored. `requested`
+    signals are never cached: their ids change every step.
 
     Raises:
         InputError: there is a cache, but the engine does not know its weights.
@@ -95,7 +95,7 @@ class Teacher(ServedModel):
         if cache is not None:
             check_cacheable(info)
         super().__init__(name, in_flight=settings.in_flight, deadline_seconds=settings.deadline_seconds)
-        self.what = f"Teacher '{name}'"
+        self.label = f"Teacher '{name}'"
         self.name = name
         self.cache = cache
         self.info = info
@@ -107,30 +107,30 @@ class Teacher(ServedModel):
         return self.info.vocab_size
 
     def score(self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None) -> SignalBatch:
-        """The teacher's signals at the counted positions, a row a sequence, in order.
+        """Return the teacher's signals at the counted tokens, one row per sequence, in order.
 
         Raises:
-            InputError: the teacher cannot answer such a request.
+            InputError: the teacher cannot answer this request.
             TeacherUnavailable: no answer before the deadline.
-            UnusableSignal: a row's signal holds numbers that cannot be learned from; the error names the rows.
+            UnusableSignal: a row's signal contains NaN or infinite values; the error names the rows.
         """
         return self._timed(run_in_background(self._score(sequences_of(batch), support or TopK())))
 
     async def ascore(
         self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
     ) -> SignalBatch:
-        """`score`, awaitable on any event loop."""
+        """Like `score`, awaitable on any event loop."""
         return await asyncio.wrap_future(run_in_background(self._score(sequences_of(batch), support or TopK())))
 
     def stream(
         self, batches: Iterable[Any], support: Support | None = None, prefetch: int = 4
     ) -> Iterator[tuple[Any, SignalBatch]]:
-        """Pairs (batch, signals) in order, while up to `prefetch` later batches are being answered."""
-        asked: deque[Any] = deque()
+        """Yield pairs (batch, signals) in order, while up to `prefetch` later batches are requested."""
+        pending: deque[Any] = deque()
 
         def requests() -> Iterator[Coroutine[Any, Any, SignalBatch]]:
             for batch in batches:
-                asked.append(batch)
+                pending.append(batch)
                 yield self._score(sequences_of(batch), support or TopK())
 
         with closing(stream_in_background(requests(), prefetch)) as results:
@@ -142,16 +142,18 @@ class Teacher(ServedModel):
                     return
                 finally:
                     self.statistics.wait_seconds += time.perf_counter() - began
-                yield asked.popleft(), signals
+                yield pending.popleft(), signals
 
     def generate(
         self, prompts: Sequence[str] | Sequence[np.ndarray], *, max_new_tokens: int = 256, temperature: float = 1.0,
         top_p: float = 1.0, top_k: int = 0, stop: Sequence[str] = (), seed: int = 0,
     ) -> list[Completion]:  # fmt: skip
-        """One completion a prompt (text, or token ids), in order. `temperature` 0 is greedy; equal seeds, equal text.
+        """Return one completion per prompt (text, or token ids), in order.
+
+        `temperature` 0 is greedy. The same seed gives the same completions.
 
         Raises:
-            InputError: a prompt that leaves no room for `max_new_tokens`.
+            InputError: a prompt leaves no room for `max_new_tokens`.
             TeacherUnavailable: no answer before the deadline.
         """
         parameters = SamplingParameters(max_new_tokens, temperature, top_p, top_k, tuple(stop))
@@ -160,26 +162,28 @@ class Teacher(ServedModel):
     async def agenerate(
         self, prompts: Sequence[Any], parameters: SamplingParameters, seed: int | Sequence[int] = 0
     ) -> list[Completion]:
-        """`generate`, awaitable on any event loop; `seed` may be one for each prompt."""
+        """Like `generate`, awaitable on any event loop; `seed` may contain one seed per prompt."""
         return await asyncio.wrap_future(run_in_background(self._generate(list(prompts), parameters, seed)))
 
     async def averify(self, drafts: Sequence[Draft]) -> list[Verdict]:
-        """Which drafted tokens are kept, a verdict a draft, in order (`rayk.engines.speculative`); on any event loop.
+        """Return one verdict per draft, in order: which tokens are kept (`rayk.engines.speculative`).
+
+        Awaitable on any event loop.
 
         Raises:
-            InputError: the teacher cannot verify, or not these drafts.
+            InputError: the teacher cannot verify drafts, or not these.
             TeacherUnavailable: no answer before the deadline.
         """
         check_can_verify(self.info)
         return await asyncio.wrap_future(run_in_background(self._verify(list(drafts))))
 
     def usage(self) -> Usage | None:
-        """What all askers together have used of a paid endpoint (engine kind `openai`) since its replica started; None
-        with any other engine."""
+        """Return the usage of a paid endpoint (engine kind `openai`) by all requesters since its replica started; None
+        for all other engines."""
         return wait_for(run_in_background(self._usage()))
 
     async def ausage(self) -> Usage | None:
-        """`usage`, awaitable on any event loop."""
+        """Like `usage`, awaitable on any event loop."""
         return await asyncio.wrap_future(run_in_background(self._usage()))
 
     async def _usage(self) -> Usage | None:
@@ -192,65 +196,71 @@ class Teacher(ServedModel):
         finally:
             self.statistics.wait_seconds += time.perf_counter() - began
 
-    async def _score(self, rows: list[TokenSequence], support: Support) -> SignalBatch:
-        sequences = [row.view(self.settings.name) for row in rows]
+    async def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         if self.cache is not None and not isinstance(support, Requested):
-            signals = await self._score_cached(self.cache, sequences, support)
+            signals = await self._score_with_cache(self.cache, sequences, support)
         else:
-            signals = await self._ask(sequences, range(len(sequences)), support)
+            signals = await self._request_signals(sequences, range(len(sequences)), support)
         if isinstance(support, Hidden):
-            signals = replace(signals, head=await self.ahead())
+            signals = replace(signals, head=await self._get_head())
             self._check_head(signals, np.concatenate([sequence.targets for sequence in sequences]))
         self.statistics.tokens += signals.tokens
         return signals
 
-    async def _score_cached(self, cache: SignalCache, sequences: list[TokenSequence], support: Support) -> SignalBatch:
-        """What the cache holds of `sequences`, after the replicas have been asked for the rest. Files and compression
-        are left to threads, for the loop has other requests to look after."""
+    async def _score_with_cache(
+        self, cache: SignalCache, sequences: list[TokenSequence], support: Support
+    ) -> SignalBatch:
+        """Return cached signals, and request and store the remaining ones.
+
+        Files and compression run in threads, because the event loop also serves other requests.
+        """
         rows = await asyncio.to_thread(cache.find, self.info, sequences, support)
-        self.statistics.cached_tokens += sum(found.tokens for found in rows.values())
+        self.statistics.cached_tokens += sum(signals.tokens for signals in rows.values())
         missing = [row for row in range(len(sequences)) if row not in rows]
         if missing:
-            asked = await self._ask(sequences, missing, support)
-            kept = await asyncio.to_thread(cache.add, self.info, [sequences[row] for row in missing], asked)
-            rows |= zip(missing, kept, strict=True)
+            received = await self._request_signals(sequences, missing, support)
+            stored = await asyncio.to_thread(cache.add, self.info, [sequences[row] for row in missing], received)
+            rows |= zip(missing, stored, strict=True)
         return concatenate([rows[row] for row in range(len(sequences))])
 
-    async def _ask(self, batch: list[TokenSequence], chosen: Sequence[int], support: Support) -> SignalBatch:
-        """The replicas' signals for the `chosen` rows of `batch`."""
+    async def _request_signals(
+        self, batch: list[TokenSequence], chosen: Sequence[int], support: Support
+    ) -> SignalBatch:
+        """Return the replicas' signals for the `chosen` rows of `batch`."""
         sequences = [batch[row] for row in chosen]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         calls = _split([len(sequences[row]) for row in order], self.settings.call_tokens)
-        rows_of = [[order[i] for i in call] for call in calls]
+        rows_of_calls = [[order[i] for i in call] for call in calls]
         parts = await gather(
-            self._call("score", ScoreRequest.of([sequences[row] for row in rows], support), self._decoded)
-            for rows in rows_of
+            self._call("score", ScoreRequest.from_sequences([sequences[row] for row in rows], support), self._decode)
+            for rows in rows_of_calls
         )
-        position = {row: i for i, row in enumerate(row for rows in rows_of for row in rows)}
+        position = {row: i for i, row in enumerate(row for rows in rows_of_calls for row in rows)}
         signals = concatenate(parts).select([position[row] for row in range(len(sequences))])
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
         if not np.array_equal(signals.offsets.diff().numpy(), expected):
-            raise RaykError(f"Teacher '{self.name}' answered for other positions than it was asked about.")
-        if unusable := {chosen[row]: reason for row, reason in signals.invalid_rows().items()}:
+            raise RaykError(f"Teacher '{self.name}' returned signals for other positions than requested.")
+        if unusable := {chosen[row]: reason for row, reason in signals.unusable().items()}:
             row, reason = next(iter(unusable.items()))
             place = getattr(batch[row], "where", "") or f"row {row} of the batch"
             raise UnusableSignal(
-                f"Teacher '{self.name}' gave a signal for {place} that cannot be learned from: {reason}.", [*unusable]
+                f"Teacher '{self.name}' returned an unusable signal for {place}: {reason}.", [*unusable]
             )
         return signals
 
-    async def ahead(self) -> Head:
-        """The teacher's head, fetched when first asked for; processes of a node share its memory."""
+    async def _get_head(self) -> Head:
+        """Return the teacher's head, requested once per process; processes of a node share its memory."""
         if self._head is None:
-            self._head = run_in_background(self._call("head", None, _head_of))
+            self._head = run_in_background(self._call("head", None, _read_head))
         return await asyncio.wrap_future(self._head)
 
     def _check_head(self, signals: SignalBatch, targets: np.ndarray) -> None:
-        """Hold some positions of a reply against the actual tokens' log-probs, which the teacher made with its own
-        head: a wrong head, scale or soft-cap is off by nats.
+        """Compare some positions with the target tokens' log-probs, which the teacher computed with its own head.
+
+        A wrong head, scale or soft-cap differs by nats.
 
         Raises:
-            RaykError: they do not agree.
+            RaykError: the log-probs differ.
         """
         assert signals.head is not None
         assert isinstance(signals.support, Hidden)
@@ -258,18 +268,19 @@ class Teacher(ServedModel):
         if not len(some):
             return
         probe = replace(signals, hidden=signals.hidden[some])  # type: ignore[index]
-        chosen = torch.from_numpy(targets[some.numpy()].astype(np.int64))[:, None]
-        ours = probe.logits().log_softmax(1).gather(1, chosen)[:, 0]
-        theirs = signals.target_logprobs[some]
+        target_ids = torch.from_numpy(targets[some.numpy()].astype(np.int64))[:, None]
+        computed = probe.logits().log_softmax(1).gather(1, target_ids)[:, 0]
+        returned = signals.target_logprobs[some]
         coarse = "bfloat16" in (signals.support.dtype, self.info.dtype)
-        tolerance = (0.3 if coarse else 0.05) + 0.02 * theirs.abs()
-        if bool(((ours - theirs).abs() > tolerance).any()):
+        tolerance = (0.3 if coarse else 0.05) + 0.02 * returned.abs()
+        if bool(((computed - returned).abs() > tolerance).any()):
             raise RaykError(
-                f"The hidden states of teacher '{self.name}' and its head do not make its own log-probs (off by up to "
-                f"{(ours - theirs).abs().max():.2g} nats); use support 'topk', and please report the architecture."
+                f"The hidden states of teacher '{self.name}' and its head do not reproduce its own log-probs (they "
+                f"differ by up to {(computed - returned).abs().max():.2g} nats); use support 'topk', and please report "
+                "the architecture."
             )
 
-    def _decoded(self, wire: np.ndarray) -> SignalBatch:
+    def _decode(self, wire: np.ndarray) -> SignalBatch:
         self.statistics.bytes += wire.nbytes
         return decode(wire)
 
@@ -277,16 +288,11 @@ class Teacher(ServedModel):
         self, prompts: list[Any], parameters: SamplingParameters, seed: int | Sequence[int]
     ) -> list[Completion]:
         if isinstance(seed, int):
-            seed = [int(each) for each in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
+            seed = [int(state) for state in np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)]
         seeds = list(seed)
-        starts = range(0, len(prompts), _PROMPTS_A_CALL)
+        calls = [slice(start, start + _PROMPTS_PER_CALL) for start in range(0, len(prompts), _PROMPTS_PER_CALL)]
         parts = await gather(
-            self._call(
-                "generate",
-                GenerateRequest(prompts[i : i + _PROMPTS_A_CALL], seeds[i : i + _PROMPTS_A_CALL], parameters),
-                list,
-            )
-            for i in starts
+            self._call("generate", GenerateRequest(prompts[call], seeds[call], parameters), list) for call in calls
         )
         return [
             Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason, one.refused)
@@ -303,24 +309,24 @@ class Teacher(ServedModel):
         return [verdicts[row] for row in range(len(drafts))]
 
 
-async def _head_of(references: list[ray.ObjectRef]) -> Head:
+async def _read_head(references: list[ray.ObjectRef]) -> Head:
     return unpack_head(await references[0])
 
 
 def sequences_of(batch: HasSequences | Sequence[TokenSequence]) -> list[TokenSequence]:
-    """The sequences of a batch.
+    """Return the sequences of a batch.
 
     Raises:
-        InputError: there is none.
+        InputError: the batch is empty.
     """
     sequences = list(batch if isinstance(batch, Sequence) else batch.sequences)
     if not sequences:
-        raise InputError("There is nothing to score: the batch holds no sequence.")
+        raise InputError("There is nothing to score: the batch contains no sequence.")
     return sequences
 
 
 def _split(lengths: list[int], budget: int) -> list[list[int]]:
-    """Consecutive positions in groups of at most `budget` tokens, at least one each."""
+    """Group consecutive positions, at most `budget` tokens and at least one position per group."""
     groups: list[list[int]] = []
     total = 0
     for position, length in enumerate(lengths):
@@ -333,44 +339,49 @@ def _split(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: SignalCache | None = None) -> Teacher:
-    """Attach to the teacher that runs as Serve application `name` (from `rayk serve` or another process).
+    """Connect to the teacher that runs as Serve application `name` (started by `rayk serve` or another process).
 
-    `settings`: credit and deadline of this asker; by default those the teacher was deployed with. `cache`: where its
-    signals are kept; by default nowhere.
+    Args:
+        settings: credit and deadline of this client; by default those of the deployment.
+        cache: stores the signals; by default none.
 
     Raises:
-        InputError: no such teacher runs on this cluster.
+        InputError: there is no such teacher on this cluster, or no cluster at RAY_ADDRESS.
     """
     start_ray()
     try:
-        handle = serve.get_deployment_handle(applications.DEPLOYMENT, app_name=name)
-        info, deployed = handle.describe.remote().result(timeout_s=60)
+        info, deployed = deployment.call_replica(name, "describe")
     except (KeyError, RayServeException, ray.exceptions.RayError, TimeoutError) as error:
         raise InputError(
-            f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve`, or give its model instead "
-            "of 'attach: true'."
+            f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve` and set the RAY_ADDRESS that "
+            "it prints, or give the teacher's model instead of 'attach: true'."
         ) from error
     return Teacher(name, info, settings or TeacherConfig.model_validate(deployed), cache)
 
 
 @contextmanager
 def serve_teacher(config: TeacherConfig, cache: SignalCache | None = None) -> Iterator[Teacher]:
-    """Bring a teacher up on Ray Serve (starting Ray if need be), and take it down at the end; `cache` as in
-    `connect_teacher`.
+    """Start a teacher on Ray Serve (and Ray if necessary), and remove it at the end.
 
-    With `attach: true` the teacher must already run, and is left running.
+    With `attach: true` the teacher must already run, and it stays. So does a running teacher of the same name and
+    settings that another process still owns; one whose process was killed is taken over and removed.
+
+    Args:
+        cache: stores the signals; by default none.
 
     Raises:
-        InputError: it cannot be started or reached, or another teacher runs under its name.
+        InputError: the teacher cannot be started or reached, or another teacher runs under its name.
     """
     start_ray(num_cpus=config.resources.num_cpus * config.replicas.max + 1)
     if config.attach:
         yield connect_teacher(config.name, config, cache)
         return
-    adopted = deployment.is_running(config)
+    running = deployment.is_running(config)
+    owned = not running or deployment.is_abandoned(config.name)
     try:
-        if not adopted:
+        if not running:
             deployment.deploy(config)
         yield connect_teacher(config.name, config, cache)
     finally:
-        applications.remove(config.name)
+        if owned:
+            applications.remove_application(config.name)

@@ -28,8 +28,8 @@ class Job:
     pretraining_table: Any = None
     policy: PolicyAddress | None = None
     """Where the policy is served; None: each worker writes by itself."""
-    demonstrator: Any = None
-    """Who shows rows demonstrations, with method `in_context`."""
+    views: Any = None
+    """A `RowViews`: the contexts of rows, by the model that reads them; None: no row has any."""
     base: str = ""
     """The fingerprint of the frozen weights below an adapter."""
 

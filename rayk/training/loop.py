@@ -25,10 +25,10 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.losses import token_mean
 from rayk.methods import METHODS, Experience, Method
 from rayk.models import CausalLM, load_tokenizer, pick_device
-from rayk.models.student import make_model, size_of
-from rayk.rollouts import Policy, Rollout, ServedPolicy, WorkerPolicy, learned, summarise
-from rayk.teachers import scorer_of
-from rayk.teachers.cache import opened
+from rayk.models.student import count_parameters, make_model
+from rayk.rollouts import Policy, Rollout, ServedPolicy, WorkerPolicy, summarize_rollouts, trainable_state_dict
+from rayk.teachers import build_scorer
+from rayk.teachers.cache import open_cache
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from rayk.training.job import Job, Outcome, fetched
 from rayk.training.optimizer import learning_rate_at, make_optimizer, steps_of_epochs
@@ -70,11 +70,11 @@ def evaluate_worker(job: Job) -> Evaluation:
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
     model = make_model(config.student, tokenizer, config.seed, pick_device())
     examples = list(ExampleTable(fetched(job.evaluation_table)))
-    with opened(config.cache) as cache:
-        teacher = scorer_of(config, job.teachers(cache), tokenizer)
+    with open_cache(config.cache) as cache:
+        teacher = build_scorer(config, job.teachers(cache))
         evaluator = Evaluator(
             config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens,
-            demonstrator=fetched(job.demonstrator),
+            views=fetched(job.views),
         )  # fmt: skip
         return evaluator.run(Student(model.eval(), config.training.precision), answers=True)
 
@@ -89,14 +89,13 @@ class Trainer:
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
         self.table = ExampleTable(fetched(job.train_table))
         self._closing = ExitStack()
-        self.teachers = job.teachers(self._closing.enter_context(opened(config.cache)))
+        self.teachers = job.teachers(self._closing.enter_context(open_cache(config.cache)))
         self._cached_tokens = 0
-        teacher = scorer_of(config, self.teachers, self.tokenizer)
+        teacher = build_scorer(config, self.teachers)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
         self.policy = _policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
-        self.method: Method = METHODS[config.method.kind](
-            config.method, teacher, self.policy, demonstrator=fetched(job.demonstrator)
-        )
+        self.method: Method = METHODS[config.method.kind](config.method, teacher, self.policy)
+        views = fetched(job.views)
         self.student = Student(model, self.settings.precision)
         self.module = Step(self.student, self.method).to(self.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -107,7 +106,7 @@ class Trainer:
         beside = None if job.pretraining_table is None else ExampleTable(fetched(job.pretraining_table))
         self.supply = Supply(
             config, self.method, self.policy, self.table, self.sampler, pad_id, ranks.rank, ranks.world,
-            pretraining=beside,
+            pretraining=beside, views=views,
         )  # fmt: skip
         self.store = CheckpointStore(config.checkpoints)
         self._base = job.base
@@ -122,7 +121,7 @@ class Trainer:
         if job.evaluation_table is not None:
             self.evaluator = Evaluator(
                 config.evaluation, ExampleTable(fetched(job.evaluation_table)), self.tokenizer,
-                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, self.method.demonstrator,
+                teacher, self.settings.micro_batch_tokens, ranks.rank, ranks.world, views,
             )  # fmt: skip
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
 
@@ -161,7 +160,7 @@ class Trainer:
             save_model(self.student.model, self.tokenizer, self.config.output_path / "model")
         if evaluation is None and self.evaluator:  # resumed after the last step
             evaluation = self._evaluate(last=True)
-        return Outcome(self.step, self.total_steps, evaluation, size=size_of(self.student.model))
+        return Outcome(self.step, self.total_steps, evaluation, size=count_parameters(self.student.model))
 
     def close(self) -> None:
         self._closing.close()
@@ -316,7 +315,7 @@ class Trainer:
         if self.config.rollouts is None:
             return {}
         rows = experience.batch.sequences
-        sums = summarise([row for row in rows if isinstance(row, Rollout)], version=step)
+        sums = summarize_rollouts([row for row in rows if isinstance(row, Rollout)], version=step)
         count, *totals = self.ranks.sums(list(sums.values()))
         return {
             "rollouts": int(count),
@@ -373,7 +372,7 @@ class Trainer:
         problem = None
         if self.ranks.rank == 0:
             state = Checkpoint(
-                self.step, learned(self.module), self.optimizer.state_dict(), states, rollouts, self._base,
+                self.step, trainable_state_dict(self.module), self.optimizer.state_dict(), states, rollouts, self._base,
                 self._measured,
             )  # fmt: skip
             try:
@@ -387,7 +386,7 @@ class Trainer:
         if checkpoint is None:
             return
         missing, unexpected = self.module.load_state_dict(checkpoint.model, strict=False)
-        if unexpected or set(missing) & set(learned(self.module)):
+        if unexpected or set(missing) & set(trainable_state_dict(self.module)):
             raise RaykError(f"The checkpoint of step {checkpoint.step} belongs to another student; use another output.")
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayk.errors import RunFailed
 from rayk.evaluation.evaluate import Evaluation
-from rayk.serving.cluster import gpus_each, run_on
+from rayk.serving.cluster import gpus_per_worker, run_on
 from rayk.training.group import GroupTrainer
 from rayk.training.job import Job, Outcome
 from rayk.training.loop import evaluate_worker, train_worker
@@ -35,9 +35,9 @@ def train(job: Job) -> Outcome:
         return _checked(trainer.fit().return_value)
     shared = replace(
         job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table),
-        pretraining_table=_put(job.pretraining_table), demonstrator=_put(job.demonstrator),
+        pretraining_table=_put(job.pretraining_table), views=_put(job.views),
     )  # fmt: skip
-    gpus = gpus_each(settings.resources.num_gpus)
+    gpus = gpus_per_worker(settings.resources.num_gpus)
     trainer = GroupTrainer(
         # Job and outcome pass the controller packed, so that it can do without all that workers import.
         lambda given: cloudpickle.dumps(train_worker(ray.get(given["job"]))),

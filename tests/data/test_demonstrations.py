@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from rayk.config import DataConfig, DataSource, InContextConfig
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
-from rayk.data.retrieval import Embedder, best_of, scores_by_bm25
+from rayk.data.nearest import Embedder, bm25_scores, top_indices
 from rayk.data.sources import Row
 from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
@@ -38,15 +38,15 @@ def shower(tokenizer):
         table = table_of(rows, tokenizer)
         demonstrations = settings.pop("demonstrations", {})
         method = InContextConfig(demonstrations={"k": 3} | demonstrations, **settings)
-        return Demonstrator(table, method, tokenizer, max_tokens), list(table)
+        return DemonstrationPool(table, method, tokenizer, max_tokens), list(table)
 
     return make
 
 
 def test_the_layout_is_metaicls(shower, tokenizer):
     shows, rows = shower(tasks())
-    query = shows.query(rows[0], seed=5)
-    parts = [rows[place] for place in shows.chosen(rows[0], 5)]
+    query = shows.demonstrate(rows[0], seed=5)
+    parts = [rows[place] for place in shows.select(rows[0], 5)]
     expected = (
         "".join(f"{part.fields['prompt']}\n{part.fields['completion']}\n\n\n" for part in parts) + "cat 0 sat\nno"
     )
@@ -57,14 +57,14 @@ def test_the_layout_is_metaicls(shower, tokenizer):
     assert query.gold == 1
     for answer, option in zip(query.alternatives, OPTIONS, strict=True):
         assert tokenizer.decode(answer.input_ids) == expected.removesuffix("no") + option
-        assert tokenizer.decode(answer.targets) == tokenizer.decode(answer.teacher_row.targets) == option
+        assert tokenizer.decode(answer.targets) == tokenizer.decode(answer.view("any").targets) == option
 
 
 def test_separators_are_as_set_and_a_row_without_options_ends_with_eos(shower, tokenizer):
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks(4)]
     settings = {"k": 1, "separator": " ### ", "output_separator": " => "}
     shows, rows = shower(rows, targets="tokens", demonstrations=settings)
-    text = tokenizer.decode(shows.query(rows[3], 0).input_ids)
+    text = tokenizer.decode(shows.demonstrate(rows[3], 0).input_ids)
     assert text.count(" => ") == 2 and text.count(" ### ") == 1
     assert text.endswith(f" => no{EOS}") and text.count(EOS) == 1
 
@@ -72,10 +72,10 @@ def test_separators_are_as_set_and_a_row_without_options_ends_with_eos(shower, t
 def test_the_tokenizers_prefix_stands_once_and_first(shower):
     tokenizer = tiny_tokenizer(bos=True)
     shows, rows = shower(tasks(), tokenizer=tokenizer, student_demonstrations=1)
-    query = shows.query(rows[1], 0)
-    for ids in (query.input_ids, query.teacher_row.input_ids):
+    query = shows.demonstrate(rows[1], 0)
+    for ids in (query.input_ids, query.view("any").input_ids):
         assert np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(BOS)).tolist() == [0]
-    assert query.whole.counted.tolist() == [False] + [True] * (len(query) - 1)
+    assert query.full_text.counted.tolist() == [False] + [True] * (len(query) - 1)
 
 
 def test_draws_are_of_the_task_never_of_the_rows_own_input_and_repeat(shower):
@@ -83,8 +83,8 @@ def test_draws_are_of_the_task_never_of_the_rows_own_input_and_repeat(shower):
     shows, rows = shower(rows)
     seen = set()
     for seed in range(60):
-        chosen = shows.chosen(rows[4], seed)
-        assert chosen == shows.chosen(rows[4], seed) == pickle.loads(pickle.dumps(shows)).chosen(rows[4], seed)
+        chosen = shows.select(rows[4], seed)
+        assert chosen == shows.select(rows[4], seed) == pickle.loads(pickle.dumps(shows)).select(rows[4], seed)
         assert len(set(chosen)) == 3
         assert all(rows[place].fields["task"] == "task 0" for place in chosen)
         seen |= set(chosen)
@@ -93,7 +93,7 @@ def test_draws_are_of_the_task_never_of_the_rows_own_input_and_repeat(shower):
 
 def test_a_small_pool_is_shown_whole_in_any_order(shower):
     shows, rows = shower(tasks(6), demonstrations={"k": 16})
-    orders = {tuple(shows.chosen(rows[0], seed)) for seed in range(20)}
+    orders = {tuple(shows.select(rows[0], seed)) for seed in range(20)}
     assert orders == {(2, 4), (4, 2)}
 
 
@@ -102,20 +102,20 @@ def test_a_small_pool_is_shown_whole_in_any_order(shower):
 def test_what_the_student_reads_is_how_the_teachers_text_ends(students, max_tokens, shower):
     shows, rows = shower(tasks(), max_tokens=max_tokens, student_demonstrations=students)
     for row in rows:
-        query = shows.query(row, 1)
-        assert len(query.teacher_row) <= max_tokens
-        assert np.array_equal(query.teacher_row.input_ids[-len(query) :], query.input_ids)
-        whole = query.whole
+        query = shows.demonstrate(row, 1)
+        assert len(query.view("any")) <= max_tokens
+        assert np.array_equal(query.view("any").input_ids[-len(query) :], query.input_ids)
+        whole = query.full_text
         assert whole.counted_tokens == len(query) - 1
         for shown in (query, whole, *query.alternatives):
-            assert np.array_equal(shown.targets, shown.teacher_row.targets)
+            assert np.array_equal(shown.targets, shown.view("any").targets)
 
 
 def test_too_much_is_cut_off_at_the_beginning_and_never_the_row(shower, tokenizer):
     shows, rows = shower(tasks())
-    whole = shows.query(rows[0], 2)
+    whole = shows.demonstrate(rows[0], 2)
     cut, rows = shower(tasks(), max_tokens=20)
-    query = cut.query(rows[0], 2)
+    query = cut.demonstrate(rows[0], 2)
     assert len(query.prompt_ids) + max(map(len, query.options)) == 20
     assert np.array_equal(whole.prompt_ids[-len(query.prompt_ids) :], query.prompt_ids)
     tight, rows = shower(tasks(), max_tokens=5)
@@ -127,7 +127,7 @@ def test_a_long_demonstration_loses_the_end_of_its_input(shower, tokenizer):
     rows = tasks(4)
     rows[2]["prompt"] = "the mat and " * 30
     shows, rows = shower(rows, demonstrations={"k": 1, "max_tokens": 8})
-    text = tokenizer.decode(shows.query(rows[0], 0).prompt_ids)
+    text = tokenizer.decode(shows.demonstrate(rows[0], 0).prompt_ids)
     demonstration = text.split("\n\n\n")[0]
     assert demonstration.startswith("the mat and the") and demonstration.endswith("\nthe log")
     assert len(tokenizer(demonstration.replace("\n", "")).input_ids) <= 9
@@ -138,14 +138,14 @@ def test_bm25_puts_the_nearest_last_and_leaves_the_row_itself_out(shower):
     words = ["red fish", "red fish swims", "blue bird", "red fish swims far", "green tree"]
     rows = [rows[0] | {"prompt": text} for text in words]
     shows, rows = shower(rows, demonstrations={"k": 2, "choice": "bm25"})
-    shows.rank(rows)
-    assert [words[place] for place in shows.chosen(rows[3], 0)] == ["red fish", "red fish swims"]
-    assert shows.chosen(rows[3], 1) == shows.chosen(rows[3], 0)
+    shows.rank_nearest(rows)
+    assert [words[place] for place in shows.select(rows[3], 0)] == ["red fish", "red fish swims"]
+    assert shows.select(rows[3], 1) == shows.select(rows[3], 0)
 
 
 def test_bm25_scores_are_okapis():
     pool = [np.array(ids) for ids in ([1, 2, 2], [2, 3], [4, 4, 4, 1])]
-    [scores] = scores_by_bm25(pool, [np.array([2, 4])])
+    [scores] = bm25_scores(pool, [np.array([2, 4])])
     length, k1, b = 3.0, 1.5, 0.75
 
     def part(count, matching, tokens):
@@ -165,16 +165,16 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_whatever_stands_beside_it
         np.testing.assert_allclose(embedder.vectors([text])[0], vector, atol=1e-5)
     rows = [tasks(1)[0] | {"prompt": text} for text in texts]
     shows, rows = shower(rows, demonstrations={"k": 1, "choice": "embedding", "encoder": str(tmp_path / "encoder")})
-    shows.rank(rows)
+    shows.rank_nearest(rows)
     similar = together @ together.T - 9 * np.eye(3)
-    assert [shows.chosen(row, 0) for row in rows] == [[int(best)] for best in similar.argmax(1)]
+    assert [shows.select(row, 0) for row in rows] == [[int(best)] for best in similar.argmax(1)]
     with pytest.raises(InputError, match="encoder 'nowhere' cannot be loaded"):
         Embedder("nowhere")
 
 
 def test_the_best_scores_come_first_and_of_equals_the_earlier():
-    assert best_of(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3) == [1, 3, 2]
-    assert best_of(np.array([1.0]), 0) == []
+    assert top_indices(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3) == [1, 3, 2]
+    assert top_indices(np.array([1.0]), 0) == []
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_best_scores_come_first_and_of_equals_the_earlier():
         ({"options": ["no", "no"]}, "no list of at least two different texts"),
         ({"options": "no, the log"}, "no list of at least two different texts"),
         ({"options": None}, "set method.targets to 'tokens'"),
-        ({"task": "another"}, "task 'another', of which there is no other input"),
+        ({"task": "another"}, "task 'another', and there is no other input"),
     ],
     ids=["output", "one", "twice", "text", "none", "lonely"],
 )
@@ -199,5 +199,5 @@ def test_a_row_that_cannot_be_learned_from_is_named(change, said, shower):
 def test_no_row_with_its_demonstrations_is_longer_than_promised(shower):
     for max_tokens in (1024, 30):
         shows, rows = shower(tasks(), max_tokens=max_tokens, demonstrations={"k": 16})
-        longest = max(len(answer.teacher_row) for row in rows for answer in shows.query(row, 0).alternatives)
-        assert longest <= shows.longest(rows) <= min(max_tokens, longest + 30)
+        longest = max(len(answer.view("any")) for row in rows for answer in shows.demonstrate(row, 0).alternatives)
+        assert longest <= shows.max_length(rows) <= min(max_tokens, longest + 30)

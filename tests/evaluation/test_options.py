@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import DataConfig, EvaluationConfig, InContextConfig
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.tokenizing import tokenize
+from rayk.data.views import RowViews
 from rayk.evaluation.answers import AnswerScorer
 from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
 from rayk.evaluation.options import answer_by_options
-from rayk.teachers.context import Demonstrated
 from rayk.training.student import Student
 from tests.runs import write_tasks
 
@@ -36,13 +36,13 @@ def examples(tmp_path_factory, tokenizer):
 
 
 def demonstrator_of(examples, tokenizer, **settings):
-    return Demonstrator(examples, InContextConfig(demonstrations={"k": 2}, **settings), tokenizer, 512)
+    return DemonstrationPool(examples, InContextConfig(demonstrations={"k": 2}, **settings), tokenizer, 512)
 
 
 @torch.no_grad()
 def enumerated(model, demonstrator, row, tokenizer, draw, per_token):
     """The option that whole logits choose after a draw."""
-    query = demonstrator.drawn(row, draw)
+    query = demonstrator.demonstrate_draw(row, draw)
     scores = []
     for text in row.fields["options"]:
         option = tokenizer(text).input_ids
@@ -59,7 +59,7 @@ def test_shares_answer_as_whole_logits_and_the_majority_say(targets, examples, t
     shows = demonstrator_of(examples, tokenizer, targets=targets)
     settings = EvaluationConfig(demonstration_draws=DRAWS)
     shares = [
-        Evaluator(settings, examples, tokenizer, None, 200, rank, 2, shows).run(Student(model), True)
+        Evaluator(settings, examples, tokenizer, None, 200, rank, 2, RowViews(demonstrations=shows)).run(Student(model), True)
         for rank in range(2)
     ]
     answers = {answer.where: answer for answer in Evaluation.merge(shares).answers}
@@ -74,7 +74,9 @@ def test_the_teacher_answers_after_its_own_demonstrations(examples, tokenizer, t
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
     shows = demonstrator_of(examples, tokenizer, student_demonstrations=0)
     everything = demonstrator_of(examples, tokenizer)
-    measured = evaluate_teacher(Demonstrated(served), EvaluationConfig(), list(examples), tokenizer, demonstrator=shows)
+    measured = evaluate_teacher(
+        served, EvaluationConfig(), list(examples), tokenizer, views=RowViews(demonstrations=shows)
+    )
     texts = [enumerated(model, everything, row, tokenizer, 0, False) for row in examples]
     assert [answer.text for answer in measured.answers] == texts
 
@@ -101,7 +103,7 @@ def test_written_answers_are_voted_on_too(examples, tokenizer, tiny_student):
         {
             answer.where: answer.text
             for answer in Evaluator(
-                EvaluationConfig(generation=generation), rows, tokenizer, None, 200, demonstrator=_only(shows, draw)
+                EvaluationConfig(generation=generation), rows, tokenizer, None, 200, views=RowViews(demonstrations=_only(shows, draw))
             )
             .run(Student(model), True)
             .answers
@@ -109,7 +111,7 @@ def test_written_answers_are_voted_on_too(examples, tokenizer, tiny_student):
         for draw in range(DRAWS)
     ]
     settings = EvaluationConfig(generation=generation, demonstration_draws=DRAWS)
-    voted = Evaluator(settings, rows, tokenizer, None, 200, demonstrator=shows).run(Student(model), True).answers
+    voted = Evaluator(settings, rows, tokenizer, None, 200, views=RowViews(demonstrations=shows)).run(Student(model), True).answers
     assert len(voted) == 5
     for answer in voted:
         texts = [each[answer.where] for each in single]
@@ -120,5 +122,5 @@ def test_written_answers_are_voted_on_too(examples, tokenizer, tiny_student):
 def _only(shows, draw):
     """`shows`, with `draw` for its first."""
     other = copy.copy(shows)
-    other.drawn = lambda row, _: shows.drawn(row, draw)
+    other.demonstrate_draw = lambda row, _: shows.demonstrate_draw(row, draw)
     return other

@@ -13,13 +13,12 @@ from rayk.commands.cache import fill_cache
 from rayk.commands.plan import plan
 from rayk.config import InContextConfig, parse_config
 from rayk.data.batches import collate
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
 from rayk.methods.in_context import InContext, LabelWords
 from rayk.run import distill, evaluate_model
 from rayk.run.inputs import read_inputs
-from rayk.teachers.context import Demonstrated
 from rayk.training.student import Student
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights, write_tasks
 
@@ -42,12 +41,12 @@ def rows(tmp_path_factory, tiny_teacher):
 
 @pytest.fixture(scope="module")
 def make(rows, tiny_teacher, served):
-    """make(**settings): the method, asking the suite's teacher."""
+    """make(**settings): the method, asking the suite's teacher, and the pool it shows demonstrations from."""
 
     def made(**values):
         given = InContextConfig.model_validate(method_of(**values))
-        demonstrator = Demonstrator(rows, given, AutoTokenizer.from_pretrained(tiny_teacher), 1024)
-        return InContext(given, Demonstrated(served), demonstrator=demonstrator)
+        pool = DemonstrationPool(rows, given, AutoTokenizer.from_pretrained(tiny_teacher), 1024)
+        return InContext(given, served), pool
 
     return made
 
@@ -56,13 +55,9 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def experience_of(method, rows, progress=0.0):
-    batch = collate(rows, pad_id=0)
-
-    async def made():
-        return await method.prepare(await method.sample(batch, range(len(rows)), progress))
-
-    return asyncio.run(made())
+def experience_of(method, pool, rows, progress=0.0):
+    batch = collate([pool.demonstrate(row, seed, progress) for seed, row in enumerate(rows)], pad_id=0)
+    return asyncio.run(method.prepare(batch))
 
 
 def text_ids(tokenizer, rows, places, row):
@@ -82,11 +77,11 @@ def log_probs(model, ids, vocabulary):
     return distributions, distributions.gather(1, ids[1:, None])[:, 0]
 
 
-def dense(model, teacher, method, rows, students, tokenizer, vocabulary):
+def dense(model, teacher, pool, rows, students, tokenizer, vocabulary):
     """What the loss should be: of each query over label words, and of all text tokens, from texts and whole logits."""
     of_words, of_text, of_output = [], [], []
     for seed, row in enumerate(rows[i] for i in range(6)):
-        chosen = method.demonstrator.chosen(row, seed)
+        chosen = pool.select(row, seed)
         contexts = {
             "teacher": text_ids(tokenizer, rows, chosen, row),
             "student": text_ids(tokenizer, rows, chosen[len(chosen) - students :], row),
@@ -114,24 +109,24 @@ def dense(model, teacher, method, rows, students, tokenizer, vocabulary):
 @pytest.mark.parametrize("students", [3, 1, 0])
 def test_the_loss_is_the_one_of_whole_logits(students, make, rows, tiny_student, tiny_teacher, served):
     tokenizer, model, teacher = AutoTokenizer.from_pretrained(tiny_student), loaded(tiny_student), loaded(tiny_teacher)
-    method = make(student_demonstrations=students)
-    words, text, output = dense(model, teacher, method, rows, students, tokenizer, served.info.vocab_size)
-    experience = experience_of(method, [rows[i] for i in range(6)])
+    method, pool = make(student_demonstrations=students)
+    words, text, output = dense(model, teacher, pool, rows, students, tokenizer, served.info.vocab_size)
+    experience = experience_of(method, pool, [rows[i] for i in range(6)])
     assert isinstance(experience, LabelWords)
     with torch.no_grad():
         loss, beside = (method.loss(Student(model), part) for part in (experience, experience.beside))
         torch.testing.assert_close(loss.per_token.double(), words, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(beside.per_token.double(), 0.5 * text, rtol=1e-3, atol=2e-3)
-        method = make(student_demonstrations=students, targets="tokens")
-        loss = method.loss(Student(model), experience_of(method, [rows[i] for i in range(6)]))
+        method, pool = make(student_demonstrations=students, targets="tokens")
+        loss = method.loss(Student(model), experience_of(method, pool, [rows[i] for i in range(6)]))
         torch.testing.assert_close(loss.per_token.double(), output, rtol=1e-3, atol=2e-3)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_after_the_same_demonstrations(make, rows, tiny_teacher):
     model = Student(loaded(tiny_teacher))
     for students, nothing in ((None, True), (1, False)):
-        method = make(student_demonstrations=students)
-        experience = experience_of(method, [rows[i] for i in range(6)])
+        method, pool = make(student_demonstrations=students)
+        experience = experience_of(method, pool, [rows[i] for i in range(6)])
         with torch.no_grad():
             of_words = method.loss(model, experience).terms["forward_kl"]
             of_text = method.loss(model, experience.beside).terms["text_forward_kl"]
@@ -141,8 +136,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_after_the_same_demo
 
 
 def test_parts_of_an_experience_lose_what_the_whole_does(make, rows, tiny_student):
-    method, student = make(), Student(loaded(tiny_student))
-    experience = experience_of(method, [rows[i] for i in range(7)])
+    (method, pool), student = make(), Student(loaded(tiny_student))
+    experience = experience_of(method, pool, [rows[i] for i in range(7)])
     assert experience.count == 7
     assert experience.lengths == [
         len(query) * max(map(len, experience.batch.sequences[first : first + len(query)]))
@@ -162,9 +157,9 @@ def test_parts_of_an_experience_lose_what_the_whole_does(make, rows, tiny_studen
 @pytest.mark.parametrize("students", [3, 1])
 def test_counting_one_token_further_would_be_noticed(students, make, rows, tiny_student, tiny_teacher, served):
     tokenizer, model, teacher = AutoTokenizer.from_pretrained(tiny_student), loaded(tiny_student), loaded(tiny_teacher)
-    method = make(student_demonstrations=students)
-    words, _, _ = dense(model, teacher, method, rows, students, tokenizer, served.info.vocab_size)
-    experience = experience_of(method, [rows[i] for i in range(6)])
+    method, pool = make(student_demonstrations=students)
+    words, _, _ = dense(model, teacher, pool, rows, students, tokenizer, served.info.vocab_size)
+    experience = experience_of(method, pool, [rows[i] for i in range(6)])
     shifted = [replace(row, counted=np.roll(row.counted, -1)) for row in experience.batch.sequences]
     moved = replace(experience, batch=collate(shifted, 0))
     with torch.no_grad():
@@ -257,7 +252,7 @@ def test_what_cannot_be_asked_ahead_is_refused(tmp_path, tiny_student, served):
     with pytest.raises(InputError, match="the run fills the cache"):
         fill_cache(parse_config(run.model_dump(mode="json") | {"cache": {"path": str(tmp_path / "cache")}}))
     teacher = {"name": "served", "model": str(tiny_student)}
-    with pytest.raises(InputError, match="learns from each row after its demonstrations"):
+    with pytest.raises(InputError, match="learns from rows with demonstrations, whose lengths"):
         plan(parse_config(run.model_dump(mode="json") | {"teachers": [teacher]}))
 
 

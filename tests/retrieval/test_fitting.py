@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rayk.config import RetrieverConfig
-from rayk.data.retrieval import Embedder, Reading
+from rayk.data.nearest import Embedder, EncoderSettings
 from rayk.errors import RunFailed
 from rayk.retrieval.fitting import Graded, RewardModel, Texts, Workshop, fit_encoder, fit_reward_model, rewarded
 from rayk.retrieval.scores import REFUSED
@@ -70,7 +70,7 @@ def test_the_encoder_learns_whom_the_scores_favour_and_is_loaded_as_it_was(setti
     fit_encoder(settings(), texts, graded, tmp_path / "fit", WORKSHOP, lambda *given: told.append(given))
     assert [done for done, _, _ in told] == list(range(1, 81))
     embedder = Embedder(str(tmp_path / "fit"))
-    assert embedder.reading == Reading(max_tokens=256, prompt="", outputs=True)
+    assert embedder.settings == EncoderSettings(max_tokens=256, prompt="", outputs=True)
     similar = np.stack(list(embedder.scores(texts.passages, texts.queries)))
     assert similar.argmax(1).tolist() == [1, 2, 3, 4, 5, 0]
     before = np.stack(list(Embedder(settings().encoder).scores(texts.passages, texts.queries)))

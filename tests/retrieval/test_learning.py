@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from rayk.commands.doctor import examine
 from rayk.config import parse_config
-from rayk.data.demonstrations import Demonstrator
+from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, UnusableSignal
 from rayk.retrieval.fitting import Workshop
@@ -57,7 +57,7 @@ def learning(tmp_path, tiny_student, encoder, served):
         rows = tokenize(config.data.train, config.data, tokenizer)
         stages = []
         return Learning(
-            config.retriever, Demonstrator(rows, config.method, tokenizer, 256), rows, asker, tmp_path / "retriever",
+            config.retriever, DemonstrationPool(rows, config.method, tokenizer, 256), rows, asker, tmp_path / "retriever",
             Workshop(0), None, stages.append, lambda *given, **unit: None,
         ), stages  # fmt: skip
 
@@ -77,7 +77,7 @@ def interrupting(teacher, after):
     """`teacher`, until it has been asked so often."""
     asked = 0
 
-    class Asker(type(teacher)):
+    class Requester(type(teacher)):
         def __init__(self):
             vars(self).update(vars(teacher))
 
@@ -88,7 +88,7 @@ def interrupting(teacher, after):
                 raise Interrupted
             return await teacher.ascore(batch, support)
 
-    return Asker()
+    return Requester()
 
 
 def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher):
@@ -187,10 +187,10 @@ def test_what_a_teacher_cannot_say_counts_as_refused(learning, served, tmp_path)
 
     learned, _ = learning()
     scores = Scores(Mute(), tmp_path / "few")
-    demonstrator, rows = learned._demonstrator, list(learned._pool)
-    shown = [(demonstrator.after(row, [place - 1]), ["somewhere"]) for place, row in enumerate(rows)]
+    pool, rows = learned._demonstrations, list(learned._pool)
+    shown = [(pool.demonstrate_with(row, [place - 1]), ["somewhere"]) for place, row in enumerate(rows)]
     given = scores.of(shown, len(shown), lambda *told: None)
-    odd = np.array([len(query.teacher_row) % 2 == 1 for query, _ in shown])
+    odd = np.array([len(query.view(served.name)) % 2 == 1 for query, _ in shown])
     assert odd.any() and not odd.all()
     assert (given[odd] == REFUSED).all() and (given[~odd] > REFUSED).all()
     assert scores.unusable == odd.sum()

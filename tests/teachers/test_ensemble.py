@@ -14,12 +14,12 @@ from rayk.config import RouteConfig, parse_config
 from rayk.config.support import Hidden, Logprob, TopK
 from rayk.data.examples import Example
 from rayk.data.tokenizing import tokenize
+from rayk.data.views import RowViews
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.run import distill
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Route, serve_teacher
-from rayk.teachers.context import InContext
 from tests.runs import curve, metrics, settings
 from tests.teachers.helpers import config_of, sequences_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -214,10 +214,12 @@ def test_a_teacher_may_read_another_prompt(tmp_path, tiny_student, served):
     """What it says is what it says after that prompt, at the same tokens of the completion."""
     values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}})
     tokenizer = AutoTokenizer.from_pretrained(tiny_student)
-    data = parse_config(values).data
-    rows = [tokenize(data.train, data, tokenizer)[i] for i in range(5)]
     template = "The answer is {answer}.\n{prompt} ="
-    signals = asyncio.run(InContext(served, template, data, tokenizer).ascore(rows, TopK(8)))
+    teacher = {"name": "served", "attach": True, "prompt_template": template}
+    with_hints = parse_config(values | {"teachers": [teacher]})
+    data, views = with_hints.data, RowViews.from_config(with_hints, tokenizer)
+    rows = [views.apply(tokenize(data.train, data, tokenizer)[i]) for i in range(5)]
+    signals = served.score(rows, TopK(8))
     for i, one in enumerate(rows):
         prompt = tokenizer(template.format(**one.fields), add_special_tokens=False).input_ids
         completion = one.input_ids[one.prompt_tokens :]

@@ -1,0 +1,88 @@
+"""Views: a row as each model of a run reads it (`rayk.data.Example.view`).
+
+A teacher may read another context than the student does: a hint with the right answer (`teachers.prompt_template`,
+context distillation, arXiv 2209.15189), or more demonstrations (method `in_context`). Every view ends with the same
+counted tokens, so student and teacher align by counted index.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from rayk.config import DataConfig, DataSource, RunConfig
+from rayk.data.demonstrations import DemonstrationPool
+from rayk.data.examples import Example
+from rayk.data.sources import Row
+from rayk.data.tokenizing import RowTokenizer
+from rayk.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RowViews:
+    """Give rows the contexts that the models of a run read.
+
+    Attributes:
+        prompts: makes the prompt of each teacher with a `prompt_template`, by the teacher's name.
+        demonstrations: the pool of method `in_context`.
+    """
+
+    prompts: Mapping[str, RowTokenizer] = field(default_factory=dict)
+    demonstrations: DemonstrationPool | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: RunConfig, tokenizer: "PreTrainedTokenizerBase", demonstrations: DemonstrationPool | None = None
+    ) -> "RowViews":
+        """The views that the settings ask for."""
+        prompts = {
+            teacher.name: _prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
+            for teacher in config.teachers
+            if teacher.prompt_template is not None
+        }
+        return cls(prompts, demonstrations)
+
+    def apply(self, row: Example, seed: int = 0, progress: float = 0.0) -> Example:
+        """`row` with its contexts; a row that has them is returned unchanged.
+
+        Args:
+            seed: decides random demonstrations.
+            progress: share of the run's steps done before this one, in [0, 1).
+
+        Raises:
+            InputError: the row has no prompt to replace, lacks a field of a template, or fails
+                `DemonstrationPool.check`.
+        """
+        if self.demonstrations is not None:
+            return self.demonstrations.demonstrate(row, seed, progress)
+        return self._with_prompts(row)
+
+    def apply_draw(self, row: Example, draw: int = 0) -> Example:
+        """`row` as evaluation measures it: with demonstrations that depend on the row and the draw's number only."""
+        if self.demonstrations is not None:
+            return self.demonstrations.demonstrate_draw(row, draw)
+        return self._with_prompts(row)
+
+    def has_view(self, teacher: str) -> bool:
+        """Whether a teacher reads rows in another context than the student."""
+        return self.demonstrations is not None or teacher in self.prompts
+
+    def _with_prompts(self, row: Example) -> Example:
+        if all(name in row.contexts for name in self.prompts):
+            return row
+        if not row.prompt_tokens or row.counted[: row.prompt_tokens].any():
+            raise InputError(
+                f"{row.where or 'A row'} is not a prompt with one completion, so teachers.prompt_template cannot "
+                "replace its prompt; leave it out."
+            )
+        contexts = {name: prompt.prompt_of(Row(row.fields, row.where)) for name, prompt in self.prompts.items()}
+        rejected = None if row.rejected is None else replace(row.rejected, contexts=contexts)
+        return replace(row, contexts=contexts, rejected=rejected)
+
+
+def _prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:
+    """Makes prompts from `template`, in the tokenizer's chat template where `data` has it."""
+    source = DataSource(path="", prompt_template=template, format="prompt_completion")
+    return RowTokenizer(source, data, tokenizer, prompts_only=True, section="teachers.")
