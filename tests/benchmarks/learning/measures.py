@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayk.data.batches import collate, pad_id_of
 from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import generate
+from rayk.engines.generation import generate
 from rayk.losses import forward_kl, reverse_kl
 from rayk.models import load_model, load_tokenizer
 from rayk.signals.sequence import TokenSequence

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from rayk.config import CacheConfig  # noqa: E402
 from rayk.config.support import TopK  # noqa: E402
 from rayk.engines.base import EngineInfo  # noqa: E402
-from rayk.engines.transformers import reduce_logits  # noqa: E402
+from rayk.engines.reduce import reduce_logits  # noqa: E402
 from rayk.signals.batch import SignalBatch, concatenate, decode, encode  # noqa: E402
 from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers.cache import SignalCache  # noqa: E402

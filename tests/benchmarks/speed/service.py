@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from rayk.config import TeacherConfig, TransformersEngineConfig  # noqa: E402
 from rayk.config.support import TopK  # noqa: E402
-from rayk.engines.transformers import TransformersEngine, reduce_logits  # noqa: E402
+from rayk.engines.reduce import reduce_logits  # noqa: E402
+from rayk.engines.transformers import TransformersEngine  # noqa: E402
 from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
 from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402

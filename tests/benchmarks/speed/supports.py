@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from rayk.config.support import Hidden, Support, TopK  # noqa: E402
-from rayk.engines.transformers import reduce_logits  # noqa: E402
+from rayk.engines.reduce import reduce_logits  # noqa: E402
 from rayk.losses import linear_divergence, token_mean  # noqa: E402
 from rayk.models import Head  # noqa: E402
 from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402

@@ -1,4 +1,4 @@
-"""Which rooms may import which: imports point downwards, and no circle of imports exists."""
+"""The package's layers: which folder may import which, no import cycles, and no Ray or torch where none is needed."""
 
 import ast
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rayk"
 
-# Each floor may use the floors above it in this list; rooms on one floor do not import each other.
-FLOORS = [
+# Layers from the bottom up. A folder may import those of lower layers, and none of its own layer.
+LAYERS = [
     {"errors", "environment"},
     {"config"},
     {"storage", "text"},
@@ -27,15 +27,15 @@ FLOORS = [
     {"commands"},
     {"cli"},
 ]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_RAY = {room for rooms in FLOORS[:7] for room in rooms}
+LAYER_OF = {folder: layer for layer, folders in enumerate(LAYERS) for folder in folders}
+WITHOUT_RAY = {folder for folders in LAYERS[:7] for folder in folders}
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     return module.split(".")[1]
 
 
-def modules() -> dict[str, Path]:
+def find_modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -45,8 +45,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
-    """Every module named in an import statement, at the top or inside a function."""
+def imported_names(path: Path) -> set[str]:
+    """Return every module named in an import statement of `path`, at the top or inside a function."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -57,24 +57,24 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(module) for module in modules()} == set(FLOOR_OF)
+def test_every_folder_has_a_layer():
+    assert {folder_of(module) for module in find_modules()} == set(LAYER_OF)
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_imports_point_downwards(module):
-    for name in imports(modules()[module]):
-        if name.startswith("rayk.") and room_of(name) in FLOOR_OF and room_of(name) != room_of(module):
-            assert FLOOR_OF[room_of(name)] < FLOOR_OF[room_of(module)], f"{module} imports {name}"
+@pytest.mark.parametrize("module", sorted(find_modules()))
+def test_imports_point_to_lower_layers(module):
+    for name in imported_names(find_modules()[module]):
+        if name.startswith("rayk.") and folder_of(name) in LAYER_OF and folder_of(name) != folder_of(module):
+            assert LAYER_OF[folder_of(name)] < LAYER_OF[folder_of(module)], f"{module} imports {name}"
 
 
-def test_no_circle_of_imports():
+def test_no_import_cycles():
     """Type-only imports and imports inside functions count too."""
-    found = modules()
+    found = find_modules()
     edges = {
         name: {
-            next((each for each in (target, target.rpartition(".")[0]) if each in found), name)
-            for target in imports(path)
+            next((module for module in (target, target.rpartition(".")[0]) if module in found), name)
+            for target in imported_names(path)
         }
         - {name}
         for name, path in found.items()
@@ -85,10 +85,10 @@ def test_no_circle_of_imports():
     assert not edges, {name: sorted(targets & edges.keys()) for name, targets in edges.items()}
 
 
-def test_the_lower_floors_name_ray_nowhere():
-    for module, path in modules().items():
-        if room_of(module) in WITHOUT_RAY:
-            assert not {name for name in imports(path) if name.split(".")[0] == "ray"}, module
+def test_lower_layers_do_not_import_ray():
+    for module, path in find_modules().items():
+        if folder_of(module) in WITHOUT_RAY:
+            assert not {name for name in imported_names(path) if name.split(".")[0] == "ray"}, module
 
 
 def run_python(code: str) -> str:
@@ -97,14 +97,14 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_the_actor_that_knows_the_weights_waits_for_no_torch():
+def test_weight_store_starts_without_torch():
     assert "loaded: []" in run_python(
         "import sys, rayk.serving.weight_store\nprint('loaded:', sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
 
 
-def test_the_lower_floors_work_where_ray_is_not_installed():
-    names = sorted(module for module in modules() if room_of(module) in WITHOUT_RAY)
+def test_lower_layers_work_without_ray_installed():
+    names = sorted(module for module in find_modules() if folder_of(module) in WITHOUT_RAY)
     run_python(
         f"import sys, importlib\nsys.modules['ray'] = None\nfor name in {names!r}: importlib.import_module(name)"
     )
@@ -114,7 +114,7 @@ def test_the_lower_floors_work_where_ray_is_not_installed():
     "code", ["import rayk.config", "import rayk; rayk.RunConfig", "import sys; sys.argv = ['rayk', '--help']\n"
              "import rayk.cli\ntry: rayk.cli.main()\nexcept SystemExit: pass"], ids=["config", "rayk", "help"],
 )  # fmt: skip
-def test_settings_and_help_need_neither_torch_nor_ray(code):
+def test_settings_and_help_load_neither_torch_nor_ray(code):
     out = run_python(
         f"{code}\nimport sys\nprint('loaded:', sorted({{'torch', 'ray', 'transformers'}} & set(sys.modules)))"
     )
