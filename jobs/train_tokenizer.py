@@ -1,8 +1,8 @@
-"""Train a small byte-level BPE tokenizer on the text of JSONL files, for students and teachers made from nothing.
+"""Train a small byte-level BPE tokenizer on the text of JSONL files, for models that start from random weights.
 
     python jobs/train_tokenizer.py OUTPUT_FOLDER VOCAB_SIZE FILE.jsonl...
 
-Every string field of every row counts. Models that come with a tokenizer do not need this.
+It reads every string field of every row. Models with a tokenizer of their own do not need it.
 """
 
 import json
