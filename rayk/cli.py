@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from rayk.commands.console import console, print_check, print_sections, print_table
 from rayk.config import load_config
 from rayk.environment import set_threading
-from rayk.errors import InputError, Interrupted, RaykError
+from rayk.errors import InputError, Interrupted, RaykError, SettingsError
 
 _INTERRUPTED = 130
 _KEPT = {
@@ -300,6 +300,8 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
         if code == _INTERRUPTED:  # typer's result for a KeyboardInterrupt
             raise KeyboardInterrupt
+    except SettingsError as error:
+        code = _fail(str(error), 2, one_line=False)
     except InputError as error:
         code = _fail(str(error), 2)
     except Interrupted as stop:
@@ -321,9 +323,11 @@ def main() -> None:
     sys.exit(code)
 
 
-def _fail(sentence: str, code: int) -> int:
-    """Print the message on one line and return `code`."""
-    console.print(Text.assemble(("rayk:", "red"), " ", " ".join(sentence.split())))
+def _fail(message: str, code: int, *, one_line: bool = True) -> int:
+    """Print the message, by default on one line, and return `code`."""
+    lines = [message] if one_line else message.splitlines()
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    console.print(Text.assemble(("rayk:", "red"), " ", text))
     return code
 
 

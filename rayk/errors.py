@@ -9,6 +9,19 @@ class InputError(RaykError, ValueError):
     """A setting, file, row or model that the user gave is wrong; the command line exits with 2."""
 
 
+class SettingsError(InputError):
+    """Settings are wrong. The message has one line with a sentence for each of them."""
+
+    def __init__(self, where: str, sentences: list[str]):
+        super().__init__(where, sentences)
+        self.where, self.sentences = where, sentences
+
+    def __str__(self) -> str:
+        if len(self.sentences) == 1:
+            return f"{self.where}: {self.sentences[0]}"
+        return "\n".join([f"{self.where}: {len(self.sentences)} settings are wrong.", *self.sentences])
+
+
 class EngineDied(RaykError):
     """An engine's process has died. Ray Serve replaces its replica, so the request should be retried."""
 

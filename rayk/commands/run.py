@@ -3,7 +3,7 @@
 from rayk.config import RunConfig
 from rayk.errors import Interrupted
 from rayk.run import ProgressListener, Result, distill, next_round, with_absolute_paths
-from rayk.run.directory import learned_from
+from rayk.run.directory import has_training_rows
 from rayk.training.checkpoint import CheckpointStore
 
 
@@ -24,7 +24,7 @@ def _kept(config: RunConfig) -> str:
     config, _ = next_round(with_absolute_paths(config))
     if steps := _checkpointed_steps(config):
         return f"Interrupted; the run is checkpointed at step {steps[-1]:,}. Continue it with --resume."
-    if learned_from(config):
+    if has_training_rows(config):
         return "Interrupted before the first checkpoint; with --resume the training starts again at step 1."
     if (config.output_path / "synthesis").is_dir():
         return "Interrupted; the generated completions are kept. Continue with --resume."

@@ -36,7 +36,7 @@ from rayk.config.filters import (
     TextFilterConfig,
     TruncatedFilterConfig,
 )
-from rayk.config.loading import load_config, parse_config
+from rayk.config.loading import load_config, parse_config, with_absolute_paths
 from rayk.config.marks import difference
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
@@ -168,4 +168,5 @@ __all__ = [
     "difference",
     "load_config",
     "parse_config",
+    "with_absolute_paths",
 ]

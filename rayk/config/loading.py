@@ -1,8 +1,9 @@
-"""Settings from YAML files, overrides and dicts; whatever is wrong with them in one sentence."""
+"""Load settings from YAML files, overrides and dicts; explain everything that is wrong, one sentence each."""
 
-import difflib
+import logging
 import os
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,38 +11,44 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from rayk.config.base import Settings
+from rayk.config.base import UNKNOWN_KEY, LocalPath, Settings, StoragePath, closest, shorten
+from rayk.config.hints import KIND_NAMES, key_hint
+from rayk.config.marks import fields_at, map_places, marked_fields, sections_below
+from rayk.config.paths import absolute_path, is_local_path, is_uri, path_exists
 from rayk.config.run import RunConfig
 from rayk.config.support import SUPPORTS
-from rayk.errors import InputError
+from rayk.errors import InputError, SettingsError
 
+logger = logging.getLogger(__name__)
 
-def _sections(base: type[Settings]) -> Iterator[type[Settings]]:
-    for section in base.__subclasses__():
-        yield section
-        yield from _sections(section)
-
-
-_KINDS = {
-    *(section.model_fields["kind"].default for section in _sections(Settings) if "kind" in section.model_fields),
-    *(each.kind for each in SUPPORTS),
-}
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None, **fields: Any) -> RunConfig:
-    """Read a YAML file, apply `a.b=value` overrides (list items by number) and top-level `fields`, and check it all.
+    """Load a run's settings from a YAML file, and check them.
+
+    Local paths in the file are relative to the file's folder; those in `overrides` and `fields`, and `output`, are
+    relative to the current folder.
+
+    Args:
+        overrides: settings to replace, as 'a.b=value' with the value in YAML; list items by number.
+        fields: top-level settings to replace; those that are None are ignored.
 
     Raises:
-        InputError: one sentence on the first thing that is wrong.
+        InputError: the file or an override cannot be read, or settings are wrong; one sentence for each.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise InputError(f"The config file '{path}' is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"The config file '{path}' is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"The config file '{path}' is empty or holds no settings; see jobs/ for examples.")
+    values = _relative_to_file(values, Path(path))
     for override in overrides or []:
         _apply_override(values, override)
     values.update({name: value for name, value in fields.items() if value is not None})
@@ -53,7 +60,45 @@ def parse_config(values: dict[str, Any], where: str = "The config") -> RunConfig
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{where}: {_sentence(error)}") from error
+        raise SettingsError(where, list(dict.fromkeys(_sentences(error)))) from error
+
+
+def with_absolute_paths(config: RunConfig, output: str | None = None) -> RunConfig:
+    """Return `config` with absolute local paths, because workers run in folders of their own.
+
+    Args:
+        output: the run directory, instead of the config's.
+    """
+    values = config.model_dump(mode="json")
+    values["output"] = absolute_path(output or str(config.output_path))
+    inputs, storage = marked_fields(RunConfig, LocalPath), marked_fields(RunConfig, StoragePath)
+    values = map_places(values, inputs.keys(), lambda _, name: absolute_path(name) if is_local_path(name) else name)
+    values = map_places(values, storage.keys(), lambda _, name: name if is_uri(name) else absolute_path(name))
+    return parse_config(values)
+
+
+def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Resolve local paths from the folder of the config file."""
+    folder = absolute_path(str(file.parent))
+    if folder == os.getcwd():
+        return values
+
+    def resolve(place: str, name: str) -> str:
+        if is_uri(name) or os.path.isabs(os.path.expanduser(name)):
+            return name
+        in_folder = absolute_path(name, folder)
+        if path_exists(in_folder):
+            return in_folder
+        if path_exists(name):
+            logger.warning(
+                "%s: %s '%s' is not in the config file's folder '%s', but in the current folder. Write it relative to "
+                "the config file ('%s'): the next release does not look in the current folder.",
+                file, place, name, folder, os.path.relpath(name, folder),
+            )  # fmt: skip
+            return absolute_path(name)
+        return in_folder if is_local_path(name) else name
+
+    return map_places(values, marked_fields(RunConfig, LocalPath).keys(), resolve)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -62,6 +107,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: write it as a.b=value.")
     *parents, last = key.split(".")
     place: Any = values
+    value = _override_value(override, key, text)
     try:
         for part in parents:
             if isinstance(place, list):
@@ -72,35 +118,81 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 place = place[part]
                 if not isinstance(place, dict | list):
                     raise TypeError
-        value = yaml.safe_load(text)
         if isinstance(place, list):
             place[int(last)] = value
         else:
             place[last] = value
-    except (TypeError, ValueError, IndexError, yaml.YAMLError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"--set {override}: there is no such place in the config.") from error
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+def _override_value(override: str, key: str, text: str) -> Any:
+    """Parse an override's value as YAML; where the setting is text, or YAML reads a template as a mapping, as text."""
+    fields = fields_at(RunConfig, ".".join(part for part in key.split(".") if not part.isdigit()))
+    is_text = bool(fields) and all(field.accepts_text and not field.accepts_sections for field in fields)
+    is_template = re.search(r"\{\w+\}", text) is not None and not text.lstrip().startswith("{")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if is_text or is_template or any(field.accepts_anything for field in fields):
+            return text
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(
+            f"--set {override}: '{shorten(text)}' is not a YAML value ({reason}); quote it, or check its brackets."
+        ) from error
+    if value is None or isinstance(value, str):
+        return value
+    return text if is_text or (is_template and isinstance(value, dict)) else value
+
+
+def _kinds() -> set[str]:
+    sections = sections_below(Settings)
+    kinds = {section.model_fields["kind"].default for section in sections if "kind" in section.model_fields}
+    return kinds | {support.kind for support in SUPPORTS}
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    for line in error.errors(include_url=False):
+        yield from _explain(line)
+
+
+def _explain(line: Any) -> Iterator[str]:
+    """The sentences of one of pydantic's errors."""
     # Union branches put the branch's name in the location; a user knows only the keys.
-    place = ".".join(str(part) for part in first["loc"] if part not in _KINDS)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
+    kinds = _kinds()
+    keys = [str(part) for part in line["loc"] if part not in kinds]
+    message = line["msg"].removeprefix("Value error, ")
+    kind = line["type"]
+    if kind == "missing":
         message = "is missing; set it"
-    elif first["type"] == "union_tag_invalid":
-        tag = first["ctx"]["tag"]
-        known = re.findall(r"'([^']+)'", first["ctx"]["expected_tags"])
-        near = difflib.get_close_matches(tag, known, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        message = f"unknown kind '{tag}'; {hint}Known: {', '.join(known)}"
-    elif first["type"] == "union_tag_not_found":
+    elif kind == "union_tag_invalid":
+        message = _unknown_kind(line["ctx"]["tag"], re.findall(r"'([^']+)'", line["ctx"]["expected_tags"]))
+    elif kind == "union_tag_not_found":
         message = "needs a 'kind'"
-    elif first["type"] in ("dataclass_unexpected_keyword", "unexpected_keyword_argument", "extra_forbidden"):
-        message = f"unknown key '{first['loc'][-1]}'"
-        place = ".".join(place.split(".")[:-1])
-    elif first["type"] != "value_error":  # pydantic's own words, not ours
-        message = f"{message[0].lower()}{message[1:]} (it is {first['input']!r})"
-    joint = " " if message.startswith(("is ", "needs ", "takes ")) else ": "
-    sentence = f"{place}{joint}{message}" if place else message
-    return sentence if sentence.endswith((".", "?")) else f"{sentence}."
+    elif kind in (UNKNOWN_KEY, "dataclass_unexpected_keyword", "unexpected_keyword_argument", "extra_forbidden"):
+        key = keys.pop()
+        message = key_hint(key, ".".join(part for part in keys if not part.isdigit()), _allowed(line))
+    elif keys and keys[-1] == "[key]":
+        message, keys = f"the key {keys[-2]} is not text; put it in quotes", keys[:-2]
+    elif kind != "value_error":  # pydantic's own words, not ours
+        message = f"{message[0].lower()}{message[1:]} (it is {_REPR.repr(line['input'])})"
+    place = ".".join(keys)
+    for part in message.splitlines():
+        joint = " " if part.startswith(("is ", "needs ", "takes ")) else ": "
+        sentence = f"{place}{joint}{part}" if place else part
+        yield sentence if sentence.endswith((".", "?")) else f"{sentence}."
+
+
+def _allowed(line: Any) -> list[str]:
+    """The keys that a section allows where an unknown one was found."""
+    if line["type"] == UNKNOWN_KEY:
+        return line["ctx"]["known"]
+    supports = {support.kind: support for support in SUPPORTS}
+    found = next((supports[part] for part in reversed(line["loc"]) if part in supports), None)
+    return list(found.__dataclass_fields__) if found else []
+
+
+def _unknown_kind(tag: str, known: list[str]) -> str:
+    near = KIND_NAMES.get(tag) if KIND_NAMES.get(tag) in known else closest(tag, known, cutoff=0.4)
+    hint = f"did you mean '{near}'? " if near else ""
+    return f"unknown kind '{shorten(tag)}'; {hint}Known: {', '.join(known)}"

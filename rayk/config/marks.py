@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -60,3 +61,48 @@ def difference(before: Any, now: Any, ignored: Set[str], place: str = "") -> str
     else:
         return place
     return next(filter(None, (difference(old, new, ignored, where) for old, new, where in inside)), None)
+
+
+def sections_below(base: type[Settings]) -> Iterator[type[Settings]]:
+    """All classes derived from a section's base class."""
+    for section in base.__subclasses__():
+        yield section
+        yield from sections_below(section)
+
+
+@functools.cache
+def all_places(section: type[Settings], place: str = "") -> tuple[str, ...]:
+    """The places of all fields below `section`, such as "teachers.engine.device" (positions in lists left out)."""
+    found: dict[str, None] = {}
+    for name, field in section.model_fields.items():
+        here = f"{place}.{name}".lstrip(".")
+        found[here] = None
+        for inner in sections_in(field):
+            found |= dict.fromkeys(all_places(inner, here))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class FieldTypes:
+    """What a field accepts."""
+
+    accepts_text: bool
+    accepts_sections: bool
+    """A mapping or list."""
+    accepts_anything: bool
+
+
+def fields_at(section: type[Settings], place: str) -> list[FieldTypes]:
+    """Return what the fields at a place accept, one for each kind of section that has such a field; a place inside a
+    mapping without named keys accepts anything."""
+    name, _, rest = place.partition(".")
+    field = section.model_fields.get(name)
+    if field is None:
+        return []
+    parts = list(_parts(field.annotation))
+    if not rest:
+        containers = [get_origin(part) or part for part in parts]
+        mappings = any(part in (dict, list, tuple) for part in containers) or bool(sections_in(field))
+        return [FieldTypes(str in parts, mappings, Any in parts)]
+    found = [types for inner in sections_in(field) for types in fields_at(inner, rest)]
+    return found or ([FieldTypes(True, True, True)] if dict in [get_origin(part) for part in parts] else [])

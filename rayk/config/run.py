@@ -115,9 +115,7 @@ class RunConfig(TeacherRoles, Settings):
         if self.synthesis is None and self.data.train is None:
             raise ValueError("data.train is missing; set it")
         if self.synthesis is None and self.rounds > 1:
-            raise ValueError(
-                f"rounds is {self.rounds}, but without 'synthesis' a round generates nothing; leave it out"
-            )
+            raise ValueError(f"rounds is {self.rounds}, but without 'synthesis' it has no effect; leave it out")
 
     def _check_evaluation(self) -> None:
         if self.evaluation.generation and not self.data.evaluation:

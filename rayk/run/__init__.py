@@ -1,22 +1,28 @@
 """One run from settings to result: inputs checked, teachers up, rows written, student trained and measured."""
 
-from rayk.run.directory import with_absolute_paths
+from rayk.config.loading import with_absolute_paths
+from rayk.run.applications import (
+    connect_attached_teachers,
+    policy_application,
+    required_cpus,
+    serve_teachers,
+    teacher_applications,
+)
 from rayk.run.pipeline import Result, evaluate_model
-from rayk.run.rounds import distill, next_round, synthesize
-from rayk.run.applications import teacher_applications, connect_attached_teachers, required_cpus, policy_application, serve_teachers
 from rayk.run.progress import ProgressListener
+from rayk.run.rounds import distill, next_round, synthesize
 
 __all__ = [
-    "Result",
     "ProgressListener",
-    "teacher_applications",
+    "Result",
     "connect_attached_teachers",
-    "required_cpus",
     "distill",
     "evaluate_model",
     "next_round",
     "policy_application",
+    "required_cpus",
     "serve_teachers",
     "synthesize",
+    "teacher_applications",
     "with_absolute_paths",
 ]  # fmt: skip

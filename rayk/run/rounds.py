@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rayk.config import RunConfig, load_config, parse_config
+from rayk.config import RunConfig, load_config, parse_config, with_absolute_paths
 from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
 from rayk.run.applications import required_cpus
-from rayk.run.directory import ROUNDS, check, claim, with_absolute_paths, write_config
+from rayk.run.directory import ROUNDS, check_directory, claim_directory, write_config
 from rayk.run.inputs import read_synthesis_prompts, synthesized_rows_path
 from rayk.run.pipeline import Result, run_once, training_speed, write_json
 from rayk.run.progress import ProgressListener
@@ -47,12 +47,12 @@ def distill(
     config, listener = with_absolute_paths(config, output), listener or ProgressListener()
     if config.rounds == 1:
         return run_once(config, listener, resume=resume)
-    check(config, resume)
+    check_directory(config, resume)
     _check_rounds(config)
     for number in range(config.rounds):
         settings, round_info = round_config(config, number)
         if _is_finished(settings):
-            claim(settings, resume)
+            claim_directory(settings, resume)
             continue
         listener.stage(f"Round {number + 1} of {config.rounds}")
         run_once(settings, listener, resume=resume, round_info=round_info)

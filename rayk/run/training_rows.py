@@ -10,7 +10,7 @@ from typing import Any
 from rayk.config import RunConfig
 from rayk.models import weights_fingerprint
 from rayk.run.applications import serve_teachers, served_student_config, teacher_applications
-from rayk.run.directory import CHOICE, PLACEMENT
+from rayk.run.directory import PLACEMENT, SELECTION
 from rayk.run.inputs import build_row_filters, contamination_prompts, synthesized_rows_path
 from rayk.run.progress import ProgressListener
 from rayk.synthesis import CompletionStore, Prompt, RecipeContext, fingerprint, synthesize_rows
@@ -52,7 +52,7 @@ def synthesize_training_rows(
         ExitStack() as kept_apps,
         ExitStack() as temporary,
     ):
-        store.claim(_dependencies(config, prompts, round_info), PLACEMENT, CHOICE)
+        store.claim(_dependencies(config, prompts, round_info), PLACEMENT, SELECTION)
         if (summary := store.summary) and (settled or not _is_incomplete(store, summary)):
             return {}
         if round_info.before is not None:

@@ -1,4 +1,4 @@
-"""Settings are checked at the door, and whatever is wrong is one sentence that says what to change."""
+"""Settings are checked when they are loaded, and each error is one sentence that says what to change."""
 
 import re
 
@@ -47,7 +47,8 @@ def on_vllm(**engine):
     return {"kind": "served", "engine": {"kind": "vllm", **engine}}
 
 
-def test_settings_survive_the_way_through_yaml(tmp_path):
+def test_resolved_settings_can_be_loaded_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = parse_config(
         changed(
             method={"kind": "logit_kd", "temperature": 2.0, "divergence": {"name": "jensen_shannon", "beta": 0.3}},
@@ -61,7 +62,7 @@ def test_settings_survive_the_way_through_yaml(tmp_path):
     assert again.to_yaml() == settings.to_yaml()
 
 
-def test_defaults_are_filled_in():
+def test_missing_settings_get_their_defaults():
     settings = parse_config(MINIMAL)
     assert settings.training.epochs == 1.0
     assert settings.method.support.k == 64
@@ -100,7 +101,7 @@ def test_overrides_reach_every_place(tmp_path, override, place, value):
 @pytest.mark.parametrize(
     "override", ["training.steps", "=3", "teachers.5.name=x", "seed.deep=x", "teachers.a.name=x", "a=[1"]
 )
-def test_an_override_that_cannot_be_applied_is_named(tmp_path, override):
+def test_an_override_without_a_place_is_named_in_the_error(tmp_path, override):
     with pytest.raises(InputError, match="^" + re.escape(f"--set {override}: ")) as caught:
         load_config(write(tmp_path / "run.yaml", changed(seed=1)), [override])
     assert "\n" not in str(caught.value)
@@ -111,7 +112,7 @@ WRONG = {
     "misspelt key inside": (changed(training__step=1), "training: unknown key 'step'; did you mean 'steps'?"),
     "misspelt key of a kind": (changed(method__temprature=2), "unknown key 'temprature'; did you mean 'temperature'?"),
     "misspelt key of a support": (changed(method__support={"kind": "topk", "kk": 2}), "support: unknown key 'kk'"),
-    "unheard-of key": (changed(student__xyzzy=1), "student: unknown key 'xyzzy'; it may hold: model, config,"),
+    "key without similar ones": (changed(student__xyzzy=1), "student: unknown key 'xyzzy'; Allowed: model, config,"),
     "unknown method": (changed(method__kind="logit_kt"), "method: unknown kind 'logit_kt'; did you mean 'logit_kd'?"),
     "no kind": (changed(method={"temperature": 2}), "method needs a 'kind'"),
     "unknown support": (changed(method__support={"kind": "top"}), "unknown kind 'top'; did you mean 'topk'?"),
@@ -121,50 +122,57 @@ WRONG = {
     "wrong type": (changed(training__steps="many"), "training.steps: input should be a valid integer"),
     "out of range": (changed(training__learning_rate=0), "training.learning_rate: input should be greater than 0"),
     "no teacher": (changed(teachers=[]), "'logit_kd' needs a teacher"),
-    "nobody to match": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
-    "adaptive blindly": (changed(method={"kind": "on_policy", "adaptive": {}}), "method.adaptive needs to know"),
-    "nobody writes": (changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"),
-    "rollouts elsewhere": (changed(rollouts={"kind": "serve"}), "unknown kind 'serve'; did you mean 'served'?"),
-    "rollouts' key": (changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"),
-    "key of the other rollouts": (
+    "on_policy without teacher": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
+    "adaptive without evaluation": (
+        changed(method={"kind": "on_policy", "adaptive": {}}),
+        "method.adaptive needs the evaluation loss; set data.evaluation",
+    ),
+    "rollouts of a method without them": (
+        changed(rollouts={}), "rollouts is set, but method 'logit_kd' samples nothing; leave it out"
+    ),
+    "unknown kind of rollouts": (changed(rollouts={"kind": "serve"}), "unknown kind 'serve'; did you mean 'served'?"),
+    "unknown key of rollouts": (
+        changed(rollouts={"staleness": 1}), "unknown key 'staleness'; did you mean 'max_staleness'?"
+    ),
+    "key of another kind of rollouts": (
         changed(method={"kind": "on_policy"}, rollouts={"replicas": 2}), "rollouts: unknown key 'replicas'"
     ),
-    "vLLM as a policy with a key of the teachers'": (
+    "key of a teacher's vLLM in a policy's": (
         changed(method={"kind": "on_policy"}, rollouts=on_vllm(dtype="float32")), "unknown key 'dtype'"
     ),
-    "what vLLM's replica says itself": (
+    "argument that vLLM's replica sets": (
         changed(method={"kind": "on_policy"}, rollouts=on_vllm(arguments={"load_format": "auto"})),
-        "'load_format' is what a policy's replica says itself; leave it out",
+        "'load_format' is set by the policy's replica; leave it out",
     ),
-    "heat that vLLM lacks": (
+    "temperature above vLLM's limit": (
         changed(method={"kind": "on_policy"}, rollouts=on_vllm() | {"temperature": 2.5}),
         "rollouts.temperature is 2.5, but vLLM samples at temperatures from 0.01 to 2",
     ),
-    "ratios in vLLM's bfloat16": (
+    "policy gradient with vLLM in bfloat16": (
         changed(
             method={"kind": "minillm", "teacher_share": 0}, rollouts=on_vllm(), training={"precision": "bfloat16"}
         ),
         "use rollouts.engine.kind 'transformers', or training.precision and student.dtype 'float32'",
     ),
-    "patience of the rollouts": (
+    "deadline of the rollouts": (
         changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "deadline_seconds": 1800}),
         "rollouts.deadline_seconds must be below training.collective_timeout_seconds (1800)",
     ),
-    "time of the rollouts": (
+    "timeout of the rollouts": (
         changed(method={"kind": "on_policy"}, rollouts={"timeout_seconds": 1800}),
         "rollouts.timeout_seconds must be below training.collective_timeout_seconds (1800)",
     ),
-    "a duet with a served policy": (
+    "teacher-mixed sampling with a served policy": (
         changed(method={"kind": "minillm"}, rollouts={"kind": "served"}), "method.teacher_share has student and teacher"
     ),
-    "a chorus that writes": (
+    "an ensemble that generates": (
         changed(
             teachers=[{"name": "a", "model": "a"}, {"name": "b", "model": "b"}], ensemble={},
             method={"kind": "on_policy", "teacher_written": 0.5},
         ),
-        "method.teacher_written needs one teacher that writes",
+        "method.teacher_written needs one teacher that generates",
     ),
-    "a whisperer that writes": (
+    "a teacher with its own prompt that generates": (
         changed(
             teachers=[{"model": "a", "prompt_template": "{answer}"}], method={"kind": "on_policy", "teacher_written": 1}
         ),
@@ -183,43 +191,49 @@ WRONG = {
             teachers=[{"name": "big", "model": "m", "engine": {"kind": "openai"}}],
             method={"kind": "preference", "reference": "big"},
         ),
-        "teacher 'big': engine kind 'openai' writes text and gives no signals",
+        "teacher 'big': engine kind 'openai' generates text and gives no signals",
     ),
-    "rows that are no pairs": (
+    "rows that are not pairs": (
         changed(method={"kind": "preference"}, data__train__format="messages"),
         "data.train.format is 'messages', but method 'preference' learns from pairs of answers; leave it out",
     ),
     "beta": (changed(method={"kind": "preference", "beta": 0}), "method.beta: input should be greater than 0"),
     "smoothing": (changed(method={"kind": "preference", "label_smoothing": 0.5}), "label_smoothing: input should be"),
-    "other teacher": (changed(method__teacher="small"), "method.teacher 'small' is none of the teachers (big)"),
-    "twice": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
-    "model of teacher": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
-    "both origins": (changed(student__config="x"), "student needs exactly one of 'model'"),
+    "unknown teacher": (changed(method__teacher="small"), "method.teacher 'small' is none of the teachers (big)"),
+    "two teachers of one name": (changed(teachers=[{"model": "a"}, {"model": "b"}]), "two share a name"),
+    "teacher without model": (changed(teachers=[{"name": "x"}]), "teachers.0 needs 'model'"),
+    "model and config of a student": (changed(student__config="x"), "student needs exactly one of 'model'"),
     "steps and epochs": (
         changed(training={"steps": 1, "epochs": 1}),
         "training: give 'steps' or 'epochs', not both; set the other to null",
     ),
-    "few rows": (changed(training={"workers": 4, "batch_size": 2}), "'batch_size' (2) is below 'workers' (4)"),
+    "fewer rows than workers": (
+        changed(training={"workers": 4, "batch_size": 2}), "'batch_size' (2) is below 'workers' (4)"
+    ),
     "deadline": (changed(training__collective_timeout_seconds=10), "deadline_seconds must be below"),
     "pattern": (changed(evaluation__answer_pattern="("), "evaluation.answer_pattern is not a regular expression"),
     "groups": (changed(evaluation__answer_pattern="#"), "evaluation.answer_pattern needs exactly one group, it has 0"),
-    "nothing to answer": (changed(evaluation__generation={}), "evaluation.generation needs rows: set data.evaluation"),
+    "generation without rows": (
+        changed(evaluation__generation={}), "evaluation.generation needs rows: set data.evaluation"
+    ),
     "replicas": (changed(teachers=[{"model": "a", "replicas": {"min": 3, "max": 2}}]), "min (3) is larger than max"),
     "logprob": (changed(method__support={"kind": "logprob"}), "cannot learn from support 'logprob'; use 'topk'"),
     "unknown engine": (changed(teachers=[{"model": "a", "engine": {"kind": "vlm"}}]), "'vlm'; did you mean 'vllm'?"),
-    "key of no engine": (changed(teachers=[{"model": "a", "engine": {"dtpe": 1}}]), "engine: unknown key 'dtpe'; did"),
-    "key of the other engine": (
+    "misspelt key of an engine": (
+        changed(teachers=[{"model": "a", "engine": {"dtpe": 1}}]), "engine: unknown key 'dtpe'; did"
+    ),
+    "key of another engine": (
         changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "batch_tokens": 1}}]), "unknown key 'batch_tokens'"
     ),
     "value of an engine": (
         changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "max_model_len": 1}}]), "max_model_len: input"
     ),
-    "list": (changed(training=[1]), "training: input should be a valid dictionary"),
+    "list in place of a section": (changed(training=[1]), "training: input should be a valid dictionary"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("values", "sentence"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_wrong_is_one_sentence(tmp_path, values, sentence):
+def test_each_wrong_setting_is_one_sentence(tmp_path, values, sentence):
     path = write(tmp_path / "run.yaml", values)
     with pytest.raises(InputError) as caught:
         load_config(path)
@@ -239,7 +253,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path, values, sentence):
         ("\x00", "is not YAML"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(tmp_path, text, sentence):
+def test_a_file_without_settings_is_named(tmp_path, text, sentence):
     path = write(tmp_path / "run.yaml", text)
     with pytest.raises(InputError, match=sentence) as caught:
         load_config(path)
@@ -247,26 +261,26 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text, sentence):
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+def test_an_unreadable_file_is_named(tmp_path, name):
     with pytest.raises(InputError, match="cannot be read"):
         load_config(tmp_path / name)
 
 
-def test_preferences_need_no_teacher_and_use_one_only_where_it_is_named():
-    alone = parse_config(changed(teachers=[], method={"kind": "preference"}))
-    beside, named = (parse_config(changed(method={"kind": "preference"} | more)) for more in ({}, {"reference": "big"}))
-    assert (alone.method.support, beside.method.support, named.method.support) == (None, None, Logprob())
-    assert (alone.evaluation_teacher, beside.evaluation_teacher, named.evaluation_teacher) == ("", "big", "big")
-    for settings in (alone, beside, named):
+def test_preference_uses_a_teacher_only_as_named_reference():
+    without = parse_config(changed(teachers=[], method={"kind": "preference"}))
+    unused, named = (parse_config(changed(method={"kind": "preference"} | more)) for more in ({}, {"reference": "big"}))
+    assert (without.method.support, unused.method.support, named.method.support) == (None, None, Logprob())
+    assert (without.evaluation_teacher, unused.evaluation_teacher, named.evaluation_teacher) == ("", "big", "big")
+    for settings in (without, unused, named):
         assert parse_config(settings.model_dump(mode="json")) == settings
 
 
-def test_a_number_of_replicas_stands_for_both_ends():
+def test_a_number_of_replicas_sets_minimum_and_maximum():
     replicas = TeacherConfig(model="m", replicas=3).replicas
     assert (replicas.min, replicas.max) == (3, 3)
 
 
-def test_an_engine_is_transformers_unless_it_says_another_kind():
+def test_the_default_engine_is_transformers():
     assert TeacherConfig(model="m").engine == TransformersEngineConfig()
     assert TeacherConfig(model="m", engine={"dtype": "bfloat16"}).engine == TransformersEngineConfig(dtype="bfloat16")
     given = {"kind": "vllm", "tensor_parallel_size": 2, "arguments": {"enforce_eager": True}}
@@ -275,7 +289,7 @@ def test_an_engine_is_transformers_unless_it_says_another_kind():
     assert TeacherConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_a_policy_on_vllm_is_what_was_said():
+def test_a_policy_may_run_on_vllm():
     method = {"kind": "on_policy", "form": "policy"}
     settings = parse_config(changed(method=method, rollouts=on_vllm(tensor_parallel_size=2)))
     assert settings.rollouts.engine == VLLMPolicyEngineConfig(tensor_parallel_size=2)
@@ -283,7 +297,7 @@ def test_a_policy_on_vllm_is_what_was_said():
     assert parse_config(changed(method=method, rollouts={"kind": "served"})).rollouts.engine == PolicyEngineConfig()
 
 
-def test_the_default_config_names_every_section():
+def test_a_config_has_these_sections():
     sections = [
         "name", "output", "seed", "teachers", "ensemble", "route", "student", "data", "synthesis", "rounds", "method",
         "rollouts", "training", "evaluation", "cache", "tracking",
@@ -292,20 +306,20 @@ def test_the_default_config_names_every_section():
 
 
 @pytest.mark.parametrize(
-    ("engine", "method", "said"),
+    ("engine", "method", "sentence"),
     [
-        ({"kind": "vllm"}, {"temperature": 2.0}, "teacher 'teacher': vLLM tells log-probs at temperature 1 only"),
+        ({"kind": "vllm"}, {"temperature": 2.0}, "teacher 'teacher': vLLM returns log-probs at temperature 1 only"),
         ({"kind": "vllm"}, {"support": {"kind": "hidden"}}, "set 'engine.hidden: true'"),
-        ({"kind": "vllm"}, {"support": {"kind": "sampled"}}, "vLLM cannot draw at the positions of a prompt"),
+        ({"kind": "vllm"}, {"support": {"kind": "sampled"}}, "vLLM cannot sample at the positions of a prompt"),
         ({"kind": "simulated"}, {"support": {"kind": "hidden"}}, "the simulated engine has no support 'hidden'"),
     ],
 )
-def test_a_support_that_the_engine_lacks_is_refused_before_it_is_started(engine, method, said):
+def test_a_support_that_the_engine_lacks_is_rejected(engine, method, sentence):
     values = {
         "teachers": [{"model": "m", "engine": engine}], "student": {"model": "m"}, "data": {"train": {"path": "p"}},
         "method": {"kind": "logit_kd"} | method,
     }  # fmt: skip
     with pytest.raises(InputError) as caught:
         parse_config(values)
-    assert said in str(caught.value)
+    assert sentence in str(caught.value)
     parse_config(values | {"teachers": [{"model": "m"}]})

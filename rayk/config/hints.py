@@ -1,0 +1,67 @@
+"""Hints for unknown keys: other names of settings in the field, and the section that a key belongs to."""
+
+from rayk.config.base import closest, shorten
+from rayk.config.marks import all_places
+from rayk.config.run import RunConfig
+
+KIND_NAMES = {
+    "sft": "supervised", "dpo": "preference", "gkd": "on_policy", "opd": "on_policy", "kd": "logit_kd",
+    "kl": "logit_kd", "distillation": "logit_kd", "icl": "in_context", "lmops": "minillm", "seqkd": "responses",
+    "sequence_kd": "responses", "cot": "chain_of_thought", "lion": "adversarial", "hf": "transformers",
+    "top_k": "topk", "top-k": "topk", "logits": "hidden",
+}  # fmt: skip
+"""Kinds by their other names."""
+
+KEY_NAMES = {
+    "lr": "training.learning_rate", "max_steps": "training.steps", "num_steps": "training.steps",
+    "num_epochs": "training.epochs", "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size", "train_batch_size": "training.batch_size",
+    "lr_scheduler_type": "training.schedule", "lr_scheduler": "training.schedule",
+    "warmup": "training.warmup_steps", "grad_clip": "training.max_grad_norm", "clip_grad": "training.max_grad_norm",
+    "adam_betas": "training.betas", "save_steps": "training.checkpoint_every_steps",
+    "save_total_limit": "training.keep_checkpoints", "bf16": "training.precision", "num_workers": "training.workers",
+    "world_size": "training.workers", "eval_steps": "evaluation.every_steps", "eval": "evaluation",
+    "model_name": "student.model", "model_name_or_path": "student.model", "tokenizer_name": "student.tokenizer",
+    "peft": "student.lora", "teacher": "teachers", "teacher_model": "teachers.model",
+    "teacher_model_name_or_path": "teachers.model", "dataset": "data.train", "train_file": "data.train.path",
+    "dataset_name": "data.train.path", "validation_file": "data.evaluation.path", "max_length": "data.max_tokens",
+    "max_seq_length": "data.max_tokens", "max_seq_len": "data.max_tokens", "output_dir": "output",
+    "run_name": "name", "random_seed": "seed", "lmbda": "method.student_fraction", "gpus": "resources.num_gpus",
+    "num_gpus": "resources.num_gpus", "cpus": "resources.num_cpus",
+    "gradient_accumulation_steps": "training.micro_batch_tokens",
+}  # fmt: skip
+"""Places of settings by the names that other libraries give them."""
+
+
+def key_hint(key: str, section: str, allowed: list[str]) -> str:
+    """Explain an unknown key: the closest allowed name, the section it belongs to, and what is allowed here.
+
+    Args:
+        section: the place of the section with the key, such as "data.train".
+        allowed: the section's keys.
+    """
+    return f"unknown key '{shorten(key)}'; {_suggestion(key, section, allowed)}Allowed: {', '.join(allowed)}"
+
+
+def _suggestion(key: str, section: str, allowed: list[str]) -> str:
+    if (place := KEY_NAMES.get(key)) is not None:
+        name = place.removeprefix(f"{section}.") if section else place
+        return f"did you mean '{name}'? "
+    if near := closest(key, allowed, cutoff=0.8):
+        return f"did you mean '{near}'? "
+    elsewhere = [place for place in all_places(RunConfig) if place.rpartition(".")[2] == key]
+    if elsewhere:
+        return f"it belongs under {' or '.join(_parents(elsewhere))}. "
+    if near := closest(key, allowed):
+        return f"did you mean '{near}'? "
+    near = closest(key, {place.rpartition(".")[2] for place in all_places(RunConfig)}, cutoff=0.8)
+    if near:
+        places = [place for place in all_places(RunConfig) if place.rpartition(".")[2] == near]
+        return f"did you mean '{near}' under {' or '.join(_parents(places))}? "
+    return ""
+
+
+def _parents(places: list[str], most: int = 3) -> list[str]:
+    """The sections of these places, the shortest first, at most `most` of them."""
+    parents = {place.rpartition(".")[0] or "the top level" for place in places}
+    return sorted(parents, key=lambda parent: (parent.count("."), parent))[:most]
