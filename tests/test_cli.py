@@ -78,7 +78,7 @@ def test_a_wrong_command_line_exits_with_2(rayk, arguments):
 
 def test_synthesizing_without_a_recipe_is_told_so(rayk, write_config):
     assert the_sentence(rayk("synthesize", write_config())) == (
-        "rayk: synthesis is missing; set synthesis.kind to what a teacher is to write."
+        "rayk: synthesis is missing; set synthesis.kind to the way in which rows are generated."
     )
 
 
@@ -101,7 +101,7 @@ def test_a_run_prints_its_result_and_where_it_is(rayk, write_config, tmp_path):
 def test_what_users_wrote_is_no_markup(rayk, write_config, tmp_path):
     path = tmp_path / "[red]"
     assert f"The report:  {path}/report.html\n" in rayk("run", write_config(), "--output", path)[2]
-    assert f"'{path}' holds another run" in the_sentence(rayk("run", write_config(), "--output", path))
+    assert f"'{path}' already contains a run" in the_sentence(rayk("run", write_config(), "--output", path))
     assert "'[bold]'" in the_sentence(rayk("run", "[bold]"))
 
 
@@ -185,14 +185,14 @@ def test_a_teacher_that_does_not_run_is_named(rayk, write_config, ray_cluster):
 def test_an_output_that_is_taken_is_refused(rayk, write_config, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path):
-        assert "is no run directory of rayk" in the_sentence(rayk("run", write_config(), "--output", place))
+        assert "is not a run directory of rayk" in the_sentence(rayk("run", write_config(), "--output", place))
     assert "cannot be written" in the_sentence(rayk("run", write_config(), "--output", tmp_path / "file" / "run"))
     assert rayk("run", write_config())[0] == 0
-    assert "holds another run" in the_sentence(rayk("run", write_config()))
+    assert "already contains a run" in the_sentence(rayk("run", write_config()))
     assert "started with another 'seed'" in the_sentence(rayk("run", write_config(seed=5), "--resume"))
     write_rows(tmp_path / "rows.jsonl", seed=5)
     sentence = the_sentence(rayk("run", write_config(), "--resume"))
-    assert f"The rows of data.train '{tmp_path}/rows.jsonl' are not those the run" in sentence
+    assert f"The rows of data.train '{tmp_path}/rows.jsonl' are not those that the run" in sentence
 
 
 def test_an_error_nobody_foresaw_is_one_sentence_too(rayk, write_config, monkeypatch):
@@ -238,7 +238,7 @@ def test_plan_says_how_many_replicas_feed_the_student(rayk, write_config, tiny_t
     assert re.search(r"^the student would wait +with 1: 75%, with 2: 50%, with 4: 0%", out, re.MULTILINE)
     assert re.search(r"^a counted token +about 72 bytes; \d+% of the tokens count", out, re.MULTILINE)
     assert "--student-tokens-per-second" in the_sentence(rayk("plan", path))
-    assert "asks no teacher for signals" in the_sentence(rayk("plan", write_config("supervised")))
+    assert "needs no signals of a teacher; there is nothing to plan" in the_sentence(rayk("plan", write_config("supervised")))
 
 
 def test_plan_measures_what_is_not_given(rayk, write_config, tiny_teacher, ray_cluster):

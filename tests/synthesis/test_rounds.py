@@ -76,7 +76,7 @@ class Stages(ProgressListener):
         self.up = []
 
     def stage(self, text):
-        if text.startswith(("Training", "Synthesising")):
+        if text.startswith(("Training", "Synthesizing")):
             self.up.append(len([name for name in serve.status().applications if "-student-" in name]))
 
 
@@ -119,7 +119,7 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
     killed_when(lambda: len(metrics(second)) > 8, "steps of the second round")
     assert len(endpoint.asked) == asked
     assert not kept & {each.prompt for each in endpoint.asked[before:]}
-    with pytest.raises(InputError, match="holds another run; continue it with --resume"):
+    with pytest.raises(InputError, match="already contains a run; continue it with --resume"):
         distill(parse_config(values))
     write_report([out], tmp_path / "report.html")
     assert "unfinished" in (tmp_path / "report.html").read_text()
@@ -161,14 +161,14 @@ def test_what_goes_on_must_be_what_was_begun(tmp_path, tiny_student, parrot, end
     assert (out / "rounds" / "01" / "synthesis" / "rows.parquet").exists()
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert f"rounds: 2, of which round 1 is next, in {out}/rounds/01." in [each.text for each in examine(str(path))]
+    assert f"rounds: round 1 of 2 is next, in {out}/rounds/01." in [each.text for each in examine(str(path))]
     distill(parse_config(values | {"rounds": 2}))
     assert len(endpoint.asked) == 24
-    with pytest.raises(InputError, match="was started with 'rounds'; resume it as it was"):
+    with pytest.raises(InputError, match="was started with 'rounds'; resume it the same way"):
         distill(parse_config(values | {"rounds": 1}), resume=True)
     with pytest.raises(InputError, match=r"/rounds/01' was started with another 'method\.beta'"):
         distill(parse_config(values | {"method": {"kind": "preference", "beta": 0.7}}), resume=True)
     longer = distill(parse_config(values | {"rounds": 3}), resume=True)
     assert len(longer.summary["rounds"]) == 3
-    with pytest.raises(InputError, match="has begun with round 3; give it as many"):
+    with pytest.raises(InputError, match="has already started round 3; raise rounds"):
         distill(parse_config(values), resume=True)

@@ -207,9 +207,9 @@ def test_prompts_are_its_own(tmp_path, tiny_student):
     values = settings(tmp_path, tiny_student, "supervised", steps=1)
     rows_file = values["data"]["train"]
     values |= {"teachers": [{"name": "parrot", "attach": True}], "synthesis": {"kind": "self_instruct"}}
-    with pytest.raises(InputError, match="makes up its own prompts; leave out data.train and synthesis.prompts"):
+    with pytest.raises(InputError, match="makes its own prompts; leave out data.train and synthesis.prompts"):
         parse_config(values)
-    with pytest.raises(InputError, match="makes up its own prompts"):
+    with pytest.raises(InputError, match="makes its own prompts"):
         parse_config(values | {"data": {}, "synthesis": values["synthesis"] | {"prompts": rows_file}})
 
 

@@ -75,7 +75,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     watching = Stages()
     distill(parse_config(values), resume=True, listener=watching)
     assert len(endpoint.asked) == asked
-    assert not any("Synthesising" in stage for stage in watching.stages)
+    assert not any("Synthesizing" in stage for stage in watching.stages)
     with pytest.raises(InputError, match=r"was started with another 'synthesis\.samples'"):
         distill(parse_config(values | {"synthesis": values["synthesis"] | {"samples": 3}}), resume=True)
 
@@ -151,7 +151,7 @@ def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_stud
     assert not set(again) & set(kept)
     assert sorted(set(again) | set(kept)) == sorted(f"{n} + {n} =" for n in range(150))
     log = (tmp_path / "second.log").read_text()
-    assert f"for 150 prompts, {len(kept)} completions are there" in log
+    assert f"for 150 prompts; {len(kept)} completions exist already" in log
     assert "150 of 150 for 150 prompts" in log
     interrupted = rows_of(tmp_path)
 
@@ -175,7 +175,7 @@ def test_what_was_left_unanswered_is_asked_again_until_it_is_learned_from(tmp_pa
     distill(parse_config(values), resume=True)
     assert len(endpoint.asked) == asked + 3
     assert synthesize(parse_config(values))["kept"] == 8
-    with pytest.raises(InputError, match="are not those the run in .* was started with"):
+    with pytest.raises(InputError, match="are not those that the run in .* was started with"):
         distill(parse_config(values), resume=True)
 
 
@@ -187,7 +187,7 @@ def test_what_was_refused_is_settled_until_its_record_is_deleted(tmp_path, tiny_
     watching = Stages()
     synthesize(parse_config(values), listener=watching)
     assert len(endpoint.asked) == 8
-    assert not any("Synthesising" in stage for stage in watching.stages)
+    assert not any("Synthesizing" in stage for stage in watching.stages)
     for kept, asked in ((7, 9), (8, 10)):
         shutil.rmtree(tmp_path / "run" / "synthesis" / "refused")
         assert synthesize(parse_config(values))["kept"] == kept
@@ -236,6 +236,6 @@ def test_doctor_looks_at_what_will_be_written(tmp_path, tiny_student, parrot):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     told = [(check.state, check.text) for check in examine(str(path))]
-    assert ("ok", "synthesis: teacher 'parrot' writes responses for 24 prompts.") in told
-    assert ("note", "The training rows are not written yet; the run has them written first.") in told
+    assert ("ok", "synthesis: teacher 'parrot' generates responses for 24 prompts.") in told
+    assert ("note", "The training rows are not synthesized yet; the run does this first.") in told
     assert not [text for state, text in told if state == "wrong"]

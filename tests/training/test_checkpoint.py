@@ -8,7 +8,7 @@ import torch
 from rayk.config import parse_config
 from rayk.errors import InputError, RunFailed
 from rayk.methods import METHODS, Supervised
-from rayk.rollouts import learned
+from rayk.rollouts import trainable_state_dict
 from rayk.run import distill
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from tests.runs import assert_same_learning, config, curve, settings, weights
@@ -79,7 +79,7 @@ def test_checkpoints_live_at_any_uri(tmp_path):
 
 def test_tied_weights_are_held_once_and_come_back_tied(tmp_path):
     tiny_model(tmp_path / "student", hidden=16, layers=1, tie=True, tokenizer=tiny_tokenizer())
-    state = learned(tiny_model(hidden=16, layers=1, tie=True))
+    state = trainable_state_dict(tiny_model(hidden=16, layers=1, tie=True))
     assert "model.embed_tokens.weight" in state
     assert "lm_head.weight" not in state
     run_in_two_parts(tmp_path, str(tmp_path / "student"))
@@ -155,15 +155,15 @@ def test_a_resumed_run_may_be_placed_otherwise_but_not_learn_otherwise(tmp_path,
 
 def test_a_directory_with_another_run_is_refused(tmp_path, tiny_student):
     distill(config(tmp_path, tiny_student, checkpoints=str(tmp_path / "kept")))
-    with pytest.raises(InputError, match="holds another run; continue it with --resume"):
+    with pytest.raises(InputError, match="already contains a run; continue it with --resume"):
         distill(config(tmp_path, tiny_student))
-    with pytest.raises(InputError, match=r"training.checkpoints .* holds another run's"):
+    with pytest.raises(InputError, match=r"training.checkpoints .* contains checkpoints of a run"):
         distill(config(tmp_path, tiny_student, checkpoints=str(tmp_path / "kept")), output=str(tmp_path / "new"))
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     for taken in ("file", "full"):
-        with pytest.raises(InputError, match="is no run directory"):
+        with pytest.raises(InputError, match="is not a run directory"):
             distill(config(tmp_path, tiny_student), output=str(tmp_path / taken))
 
 

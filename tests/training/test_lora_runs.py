@@ -121,7 +121,7 @@ def test_a_base_that_has_changed_is_refused(tmp_path):
     run = prepared(tmp_path, str(tmp_path / "base"), "supervised", steps=2)
     distill(run)
     base(2)
-    with pytest.raises(InputError, match=r"weights of student.model .*base' are not those the run .*--output"):
+    with pytest.raises(InputError, match=r"weights of student.model .*base' are not those that the run .*--output"):
         distill(run, resume=True)
     base(1)
     distill(run, resume=True)
