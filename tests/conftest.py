@@ -1,4 +1,4 @@
-"""What the whole suite shares: tiny models, and one Ray cluster with one served teacher, started when first needed."""
+"""Fixtures of the whole suite: tiny models, and one Ray cluster with one served teacher, started when first used."""
 
 import asyncio
 import os
@@ -6,19 +6,17 @@ import signal
 
 from rayk.environment import set_threading
 
-set_threading()  # before torch
+set_threading()  # before torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["RAY_AUTH_MODE"] = (
-    "disabled"  # else a local cluster writes ~/.ray/auth_token, which later clusters stumble over
-)
+# Otherwise a local cluster writes ~/.ray/auth_token, which later clusters of this user then require.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.pop("RAY_ADDRESS", None)
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # no Ray but those that are asked for; Serve's threads would start one
-# Train's controller looks at its workers five times a second instead of every other one.
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for a quarter of a minute before its first log-probs
-# On the CPU vLLM would give its one worker a process of its own, which imports all of vLLM once more (12 s of a core).
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # Serve's threads would start a cluster that no test requests
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray Train polls its workers; by default every 2 s
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for 15 s before its first log-probs
+# vLLM on a CPU would start its worker in a separate process, which imports all of vLLM once more (12 s of a core).
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# A shell that starts something in the background has it ignore Ctrl-C, and all that it starts in turn.
+# A shell that starts the tests in the background makes them, and their child processes, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
@@ -30,12 +28,34 @@ from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
+CLUSTER_FIXTURES = {"ray_cluster", "vllm"}
+"""Fixtures that start Ray or vLLM; a test that uses one of them, directly or not, gets the marker `cluster`."""
 
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects tests by their markers
 def pytest_collection_modifyitems(items):
-    """Files that start Ray or vLLM first: processes that share the tests take whole files from the top, and what is
-    short fills up the end. A file's tests stay together and in order."""
-    slow = {item.path for item in items if item.get_closest_marker("cluster") or "ray_cluster" in item.fixturenames}
+    """Mark cluster tests, and move their files to the front.
+
+    Processes that share the suite take whole files in this order, so the short files fill up the end. The tests of a
+    file stay together and in order.
+    """
+    for item in items:
+        if CLUSTER_FIXTURES & set(item.fixturenames):
+            item.add_marker("cluster")
+    slow = {item.path for item in items if item.get_closest_marker("cluster")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(request, monkeypatch):
+    """Make a test fail that starts Ray in this process without the marker `cluster`."""
+    if request.node.get_closest_marker("cluster"):
+        return
+
+    def fail(*_, **__):
+        pytest.fail("this test starts Ray; mark it with `cluster`, or use the fixture `ray_cluster`")
+
+    monkeypatch.setattr("ray.init", fail)
 
 
 @pytest.fixture(scope="session")
@@ -56,30 +76,30 @@ def tiny_student(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_loop():
-    """Runs coroutines on the one event loop that an engine's tasks live on."""
+    """Function that runs coroutines on one event loop, which an engine's background tasks require."""
     with asyncio.Runner() as runner:
         yield runner.run
 
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local Ray for the session, with more logical CPUs than the machine has."""
+    """One local Ray cluster for the session, with more logical CPUs than the machine has."""
     import ray
     from ray import serve
     from ray.serve._private import client
 
     from rayk.serving.cluster import start_ray
 
-    client.CLIENT_POLLING_INTERVAL_S = 0.1  # how often it looks whether an application is up, or gone; else each second
+    client.CLIENT_POLLING_INTERVAL_S = 0.1  # interval of checks whether an application has started or ended; default 1
     start_ray(num_cpus=8)
     yield
-    serve.shutdown()  # also this process's handles, which go on reporting to a controller that is no more
+    serve.shutdown()  # also this process's handles, which would keep reporting to a controller that has ended
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def served(ray_cluster, tiny_teacher):
-    """The tiny teacher as Serve application `served`, two replicas; its asker."""
+    """Client of the tiny teacher, which runs as Serve application `served` with two replicas."""
     from rayk.config import TeacherConfig
     from rayk.teachers import serve_teacher
 

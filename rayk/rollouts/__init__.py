@@ -1,4 +1,4 @@
-"""What the student writes while it trains: policies that generate, and when each may."""
+"""Rollouts: completions that the student generates while it trains."""
 
 from rayk.rollouts.policy import Policy, Rollout, WorkerPolicy, summarize_rollouts, with_completion, with_requested_ids
 from rayk.rollouts.served import PolicyAddress, ServedPolicy, serve_policy
@@ -6,15 +6,6 @@ from rayk.rollouts.version_gate import VersionGate
 from rayk.serving.weights import trainable_state_dict
 
 __all__ = [
-    "Policy",
-    "PolicyAddress",
-    "Rollout",
-    "ServedPolicy",
-    "VersionGate",
-    "WorkerPolicy",
-    "serve_policy",
-    "summarize_rollouts",
-    "trainable_state_dict",
-    "with_completion",
-    "with_requested_ids",
+    "Policy", "PolicyAddress", "Rollout", "ServedPolicy", "VersionGate", "WorkerPolicy", "serve_policy",
+    "summarize_rollouts", "trainable_state_dict", "with_completion", "with_requested_ids",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Policies: the student as one that writes. What it wrote is a `Rollout`, token for token as it was sampled."""
+"""Policies: the student when it generates rollouts. A `Rollout` contains the sampled token ids, never re-tokenized."""
 
 import asyncio
 import copy
@@ -30,18 +30,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Rollout(Example):
-    """A prompt and what a policy wrote after it, never tokenised again.
+    """A prompt with a sampled completion, its log-probs and weight version.
 
     Attributes:
-        input_ids: int32 [length], the prompt's ids, then the completion's with its end token where it wrote one.
+        input_ids: int32 [length], the prompt's ids, then the completion's, including its end token.
         counted: bool [length], the completion.
         logprobs: float32 [counted tokens], nats, under the policy at temperature 1 without truncation.
-        finish_reason: 'stop' (it wrote an end token) or 'length' (it was cut).
-        version: optimiser steps behind the weights that wrote it.
-        log_weights: float32 [counted tokens], log q/p̃ of each, p̃ the mixture it was drawn from; None where the policy
-            wrote alone.
-        teacher_calls: how often the teacher was asked while it was written.
-        acceptance: of the tokens the policy proposed to the teacher, the share that stayed; 1 where it wrote alone.
+        finish_reason: 'stop' (ends with an end token) or 'length' (truncated).
+        version: weight version of the policy, in optimizer steps.
+        log_weights: float32 [counted tokens], log q/p̃ of each token, where p̃ is the teacher-student mixture that it
+            was sampled from; None if the policy sampled alone.
+        teacher_calls: number of teacher calls while sampling.
+        acceptance: share of the policy's proposed tokens that the teacher accepted; 1 if the policy sampled alone.
     """
 
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -58,57 +58,63 @@ class Rollout(Example):
 
 
 def with_completion(prompt: Example, completion_ids: np.ndarray) -> Example:
-    """`prompt`'s row with another completion, of which every token counts."""
+    """Return `prompt`'s row with another completion; all tokens of the completion are counted."""
     ids = np.concatenate([prompt.prompt_ids, completion_ids]).astype(np.int32)
     counted = np.arange(len(ids)) >= prompt.prompt_tokens
     return Example(ids, counted, None, prompt.prompt_tokens, prompt.where, prompt.fields, contexts=prompt.contexts)
 
 
 class Policy(Protocol):
-    """The student as one that writes. Used by one step at a time (`VersionGate`)."""
+    """The student when it generates rollouts. Used by one step at a time (`VersionGate`)."""
 
     parameters: SamplingParameters
-    """How completions are sampled, where the method has no reason to do otherwise."""
+    """Sampling parameters of the run's settings; a method may use others."""
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
-        """The rows it writes at a time, each row in one group."""
+        """Group row numbers by the batches in which the policy generates; each row is in one group."""
         ...
 
     async def generate(
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """One completion a row, in order, after the row's prompt; equal seeds and weights, equal text."""
+        """Return one completion per row, in order. The same seeds and weights give the same completions."""
         ...
 
     async def generate_mixed(
         self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """As `generate`, every token drawn from teacher and policy mixed (`rayk.rollouts.teacher_mixed`)."""
+        """Like `generate`, with each token sampled from the mixture of teacher and policy
+        (`rayk.rollouts.teacher_mixed`)."""
         ...
 
     async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
-        """The policy's `k` likeliest ids (fewer of a smaller vocabulary) at each counted position of each sequence,
-        int32 [counted tokens, k]."""
+        """Return the policy's `k` most likely ids (fewer if the vocabulary is smaller) at each counted token, int32
+        [counted tokens, k] per sequence."""
         ...
 
     async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-        """log q of each sequence's counted tokens among the real ones, float32 [counted tokens], as a training step
-        computes it; what a sampler says differs from that by rounding."""
+        """Return log q of each sequence's counted tokens over the real vocabulary, float32 [counted tokens].
+
+        They are computed as in a training step; a sampler's log-probs differ from them by rounding.
+        """
         ...
 
     def begin(self, attempt: str) -> None:
-        """Called on every worker before its first `update`, with a name that no earlier group of workers of the run
-        had: what those wrote, or asked for, under a version is not this group's."""
+        """Start an attempt, on every worker before its first `update`; weights of earlier attempts are dropped.
+
+        Args:
+            attempt: a name that no earlier group of workers of the run had.
+        """
         ...
 
     def update(self, version: int) -> None:
-        """Take over the learner's weights, which `version` optimiser steps have made."""
+        """Load the learner's weights, of `version` optimizer steps."""
         ...
 
 
 class WorkerPolicy:
-    """The policy in the training worker: the model that learns, or, where it may be stale, a copy that generates while
-    that one trains."""
+    """Policy in the training worker: the learner itself, or, if rollouts may be stale, a copy that generates while the
+    learner trains."""
 
     def __init__(
         self, learner: CausalLM, tokenizer: Any, settings: RolloutConfig, *, batch_tokens: int,
@@ -116,15 +122,16 @@ class WorkerPolicy:
     ):  # fmt: skip
         """
         Args:
-            learner: the model that learns.
-            batch_tokens: padded tokens, prompt and completion, generated together.
-            precision: what the products run in, as in training.
-            version: optimiser steps behind the learner's weights.
+            learner: the model in training.
+            batch_tokens: padded tokens, prompts and completions, of one batch.
+            precision: dtype of matrix products, as in training.
+            version: the learner's weight version.
         """
-        self.parameters = parameters_of(settings)
+        self.parameters = sampling_parameters(settings)
         self.version = version
         self._learner = learner
-        self._writer = PolicyModel(learner if settings.max_staleness == 0 else _copied(learner), tokenizer, precision)
+        on_policy = settings.max_staleness == 0
+        self._model = PolicyModel(learner if on_policy else _copy_model(learner), tokenizer, precision)
         self._batch_tokens = batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
@@ -136,115 +143,120 @@ class WorkerPolicy:
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
-        left = threading.Event()
+        abandoned = threading.Event()
 
-        def write(rows: list[int]) -> list[GeneratedSequence]:
+        def generate_rows(rows: list[int]) -> list[GeneratedSequence]:
             ids = [prompts[row].prompt_ids for row in rows]
-            return self._writer.generate(ids, parameters, [seeds[row] for row in rows], left.is_set)
+            return self._model.generate(ids, parameters, [seeds[row] for row in rows], abandoned.is_set)
 
         lengths = maximum_lengths(prompts, parameters)
         try:
-            return to_rollouts(prompts, await self._in_batches(lengths, write), self.version)
+            return to_rollouts(prompts, await self._in_batches(lengths, generate_rows), self.version)
         finally:
-            left.set()  # whoever was waiting has gone, and a thread can only end by itself
+            abandoned.set()  # after a cancellation nobody waits for the thread, which must end by itself
 
     async def generate_mixed(
         self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
-        with self._writer.evaluating():
-            written = await sample_teacher_mixed(
-                self._writer.model, verify, [prompt.prompt_ids for prompt in prompts], seeds, sampling,
-                vocab_size=self._writer.vocab_size, ends=self._writer.ends, computing=self._writer.autocast,
+        with self._model.evaluating():
+            sequences = await sample_teacher_mixed(
+                self._model.model, verify, [prompt.prompt_ids for prompt in prompts], seeds, sampling,
+                vocab_size=self._model.vocab_size, eos_token_ids=self._model.eos_token_ids,
+                computing=self._model.autocast,
             )  # fmt: skip
 
-        def log_weights(each: MixedRollout) -> np.ndarray:
-            student, teacher = torch.from_numpy(each.student_logprobs), torch.from_numpy(each.teacher_logprobs)
+        def log_weights(sequence: MixedRollout) -> np.ndarray:
+            student, teacher = torch.from_numpy(sequence.student_logprobs), torch.from_numpy(sequence.teacher_logprobs)
             return importance_log_weights(student, teacher, sampling.alpha).numpy()
 
         return [
             Rollout(
-                **vars(with_completion(prompt, each.token_ids)), logprobs=each.student_logprobs, version=self.version,
-                finish_reason=each.finish_reason, log_weights=log_weights(each), teacher_calls=each.calls,
-                acceptance=each.acceptance,
+                **vars(with_completion(prompt, one.token_ids)), logprobs=one.student_logprobs, version=self.version,
+                finish_reason=one.finish_reason, log_weights=log_weights(one), teacher_calls=one.calls,
+                acceptance=one.acceptance,
             )
-            for prompt, each in zip(prompts, written, strict=True)
+            for prompt, one in zip(prompts, sequences, strict=True)
         ]  # fmt: skip
 
     async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
         lengths = [len(sequence) for sequence in sequences]
-        return await self._in_batches(lengths, lambda rows: self._writer.top_ids([sequences[row] for row in rows], k))
+        return await self._in_batches(lengths, lambda rows: self._model.top_ids([sequences[row] for row in rows], k))
 
     async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """See `Policy`."""
         lengths = [len(sequence) for sequence in sequences]
-        return await self._in_batches(lengths, lambda rows: self._writer.logprobs([sequences[row] for row in rows]))
+        return await self._in_batches(lengths, lambda rows: self._model.logprobs([sequences[row] for row in rows]))
 
     def begin(self, attempt: str) -> None:
-        """See `Policy`; these weights are nobody else's."""
+        """See `Policy`; a worker's own weights have no attempt."""
 
     def update(self, version: int) -> None:
-        """See `Policy`; nobody may be generating."""
-        if self._writer.model is not self._learner:
-            self._writer.model.load_state_dict(trainable_state_dict(self._learner), strict=False)
+        """See `Policy`. Must not be called during generation."""
+        if self._model.model is not self._learner:
+            self._model.model.load_state_dict(trainable_state_dict(self._learner), strict=False)
         self.version = version
 
     async def _in_batches(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """What `work` makes of rows of such lengths, a batch at a time on the policy's thread; in order."""
+        """Run `work` on batches of rows with these lengths, on the policy's thread; return its results in order."""
 
-        def quietly() -> list[T]:
-            found = dict[int, T]()
-            with self._writer.computing():
+        def run() -> list[T]:
+            results = dict[int, T]()
+            with self._model.computing():
                 for rows in micro_batches(lengths, self._batch_tokens):
-                    found |= zip(rows, work(rows), strict=True)
-            return [found[row] for row in range(len(lengths))]
+                    results |= zip(rows, work(rows), strict=True)
+            return [results[row] for row in range(len(lengths))]
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, quietly)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
 
-def _copied(learner: CausalLM) -> CausalLM:
-    """`learner` as it is now, for generation; what is frozen is shared. What learns goes on requiring gradients in the
-    copy: only such parameters are cast just once by an autocast."""
-    frozen = {id(each): each for each in learner.parameters() if not each.requires_grad}
+def _copy_model(learner: CausalLM) -> CausalLM:
+    """Return a copy of `learner` for generation that shares its frozen parameters.
+
+    Trainable parameters require gradients in the copy, too: autocast caches the casts of such parameters only.
+    """
+    frozen = {id(parameter): parameter for parameter in learner.parameters() if not parameter.requires_grad}
     return copy.deepcopy(learner, frozen).eval()
 
 
-def parameters_of(settings: RolloutConfig) -> SamplingParameters:
-    """How the run's settings have completions sampled."""
+def sampling_parameters(settings: RolloutConfig) -> SamplingParameters:
+    """Return the sampling parameters of a run's settings."""
     return SamplingParameters(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
 
 
 def maximum_lengths(prompts: Sequence[TokenSequence], parameters: SamplingParameters) -> list[int]:
-    """How long each prompt and what is written after it may become, in tokens."""
-    return [each.prompt_tokens + parameters.max_new_tokens for each in prompts if isinstance(each, Example)]
+    """Return the largest length of each prompt with its completion, in tokens."""
+    return [prompt.prompt_tokens + parameters.max_new_tokens for prompt in prompts if isinstance(prompt, Example)]
 
 
-def to_rollouts(prompts: Sequence[Example], written: Sequence[GeneratedSequence], version: int) -> list[Rollout]:
-    """What the policy wrote after each prompt, as it is learned from."""
+def to_rollouts(prompts: Sequence[Example], generated: Sequence[GeneratedSequence], version: int) -> list[Rollout]:
+    """Combine prompts and generated sequences into rollouts of weight version `version`."""
     return [
         Rollout(
-            **vars(with_completion(prompt, each.token_ids)), logprobs=each.logprobs, finish_reason=each.finish_reason,
+            **vars(with_completion(prompt, one.token_ids)), logprobs=one.logprobs, finish_reason=one.finish_reason,
             version=version,
         )
-        for prompt, each in zip(prompts, written, strict=True)
+        for prompt, one in zip(prompts, generated, strict=True)
     ]  # fmt: skip
 
 
 async def with_requested_ids(
     policy: Policy, rows: list[TokenSequence], support: Support, count: int
 ) -> list[TokenSequence]:
-    """`rows`, and, where `support` has the teacher asked about named ids, the policy's `count` likeliest at each
-    counted position."""
+    """Return `rows`, with the policy's `count` most likely ids at each counted token if `support` is `requested`."""
     if not isinstance(support, Requested):
         return rows
-    ids = await policy.top_ids(rows, count)
-    return [replace(row, requested=each) for row, each in zip(rows, ids, strict=True)]
+    top_ids = await policy.top_ids(rows, count)
+    return [replace(row, requested=ids) for row, ids in zip(rows, top_ids, strict=True)]
 
 
 def summarize_rollouts(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
-    """Sums over `rollouts`, for the metrics of the step that learns from them at `version`: their number, completion
-    tokens, how many wrote an end token, shares of repeated 4-grams, staleness, the teacher's part in them."""
+    """Return sums over `rollouts` for the metrics of a training step.
+
+    Args:
+        version: the learner's weight version; staleness is measured against it.
+    """
     return {
         "rollouts": len(rollouts),
         "rollout_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
@@ -257,6 +269,6 @@ def summarize_rollouts(rollouts: Sequence[Rollout], version: int) -> dict[str, f
 
 
 def repetition(ids: np.ndarray, n: int = _REPEATED_TOKENS) -> float:
-    """The share of the n-grams of token ids [tokens] that repeat an earlier one; 0 where there is none."""
+    """Return the share of n-grams of token ids [tokens] that repeat an earlier one; 0 if there are no n-grams."""
     grams = [tuple(ids[start : start + n].tolist()) for start in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

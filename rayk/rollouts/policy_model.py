@@ -1,4 +1,4 @@
-"""The student's model as one that writes, a batch at a time, wherever it stands."""
+"""The student's model as policies use it: generate completions and read log-probs, a batch at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rayk.data.batches import Batch, collate, pad_id_of
 from rayk.engines.base import GeneratedSequence, SamplingParameters
-from rayk.engines.transformers import generate, get_eos_token_ids
+from rayk.engines.generation import generate, get_eos_token_ids
 from rayk.losses import linear_cross_entropy
 from rayk.models import DTYPES, CausalLM, final_hidden, get_head, real_vocab_size
 from rayk.signals.sequence import TokenSequence
@@ -19,15 +19,15 @@ _CHUNK_ELEMENTS = 1 << 23
 
 
 class PolicyModel:
-    """Generates with a model and reads what it says of sequences, computing as a training step does.
+    """A model that generates and computes log-probs with the numerics of a training step.
 
-    What it computes must run inside `computing`, on the same thread.
+    Its methods must be called inside `computing`, on the same thread.
     """
 
     def __init__(self, model: CausalLM, tokenizer: Any, precision: str = "float32"):
         """
         Args:
-            precision: what the products run in.
+            precision: dtype of matrix products.
         """
         self.model = model
         self.vocab_size = min(get_head(model).vocab_size, real_vocab_size(tokenizer))
@@ -35,48 +35,48 @@ class PolicyModel:
         self._compute_dtype = DTYPES[precision]
 
     @property
-    def ends(self) -> list[int]:
-        """The tokens that end a completion."""
+    def eos_token_ids(self) -> list[int]:
+        """Ids of the tokens that end a completion."""
         return get_eos_token_ids(self.model, self._tokenizer)
 
     def generate(
         self, prompts: Sequence[np.ndarray], parameters: SamplingParameters, seeds: Sequence[int],
         abandoned: Callable[[], bool] = lambda: False,
     ) -> list[GeneratedSequence]:  # fmt: skip
-        """One continuation a prompt (token ids); cut off once `abandoned`."""
+        """Return one completion per prompt (token ids); stop early once `abandoned()` is true."""
         return generate(self.model, self.vocab_size, self._tokenizer, prompts, parameters, seeds, abandoned)
 
     def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
-        """The likeliest ids at the counted positions, int32 [counted tokens, k]; see `rayk.rollouts.Policy`."""
+        """Return the most likely ids at the counted tokens, int32 [counted tokens, k]; see `rayk.rollouts.Policy`."""
 
-        def likeliest(hidden: Tensor, _: Batch) -> Tensor:
+        def most_likely(hidden: Tensor, _: Batch) -> Tensor:
             head = get_head(self.model)
-            parts = hidden.split(max(1, _CHUNK_ELEMENTS // head.vocab_size))
-            kept = min(k, self.vocab_size)
+            chunks = hidden.split(max(1, _CHUNK_ELEMENTS // head.vocab_size))
+            count = min(k, self.vocab_size)
             return torch.cat(
-                [head.logits(part)[:, : self.vocab_size].topk(kept, dim=1).indices for part in parts]
+                [head.logits(chunk)[:, : self.vocab_size].topk(count, dim=1).indices for chunk in chunks]
             ).int()
 
-        return self._per_sequence(sequences, likeliest)
+        return self._per_sequence(sequences, most_likely)
 
     def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-        """log q of the counted tokens, float32 [counted tokens]; see `rayk.rollouts.Policy`."""
+        """Return log q of the counted tokens, float32 [counted tokens]; see `rayk.rollouts.Policy`."""
 
-        def of_targets(hidden: Tensor, batch: Batch) -> Tensor:
-            return -linear_cross_entropy(hidden, get_head(self.model).truncate(self.vocab_size), batch.targets)
+        def target_logprobs(hidden: Tensor, batch: Batch) -> Tensor:
+            return -linear_cross_entropy(hidden, get_head(self.model).first(self.vocab_size), batch.targets)
 
-        return self._per_sequence(sequences, of_targets)
+        return self._per_sequence(sequences, target_logprobs)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Without dropout and gradients, products as in training; holds for the thread it is entered on."""
-        # Not inference mode: buffers that a forward makes would be of no use to the backward of a later step.
+        """Disable dropout and gradients and use the training step's dtype, on the current thread."""
+        # Not inference mode: buffers created in a forward could not be used in a later step's backward.
         with self.evaluating(), torch.no_grad(), self.autocast():
             yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout; a model that learns goes on learning afterwards."""
+        """Disable dropout; restore the model's mode at the end."""
         training = self.model.training
         self.model.eval()
         try:
@@ -85,13 +85,13 @@ class PolicyModel:
             self.model.train(training)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Products as in training; holds for the thread it is entered on."""
+        """Use the training step's dtype for matrix products, on the current thread."""
         return torch.autocast(self.model.device.type, self._compute_dtype, self._compute_dtype != torch.float32)
 
     def _per_sequence(
         self, sequences: Sequence[TokenSequence], read: Callable[[Tensor, Batch], Tensor]
     ) -> list[np.ndarray]:
-        """What `read` makes of the hidden states at each sequence's counted positions, [counted tokens, ...] each."""
+        """Apply `read` to the hidden states at the counted tokens; return [counted tokens, ...] per sequence."""
         batch = collate(sequences, pad_id_of(self._tokenizer)).to(self.model.device)
         hidden = batch.counted(final_hidden(self.model, batch.input_ids, batch.attention_mask))
         values = read(hidden.to(self._compute_dtype), batch).cpu().numpy()

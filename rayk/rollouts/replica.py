@@ -1,6 +1,7 @@
-"""A replica of the served policy: answers each request under the version of the weights it names.
+"""Replica of the served policy: answers each request with the weight version that the request names.
 
-Who computes is a `PolicyBackend`: transformers in this process (`TransformersBackend`), or vLLM (`rayk.rollouts.vllm_backend`).
+A `PolicyBackend` computes: transformers in this process (`TransformersBackend`), or vLLM
+(`rayk.rollouts.vllm_backend`).
 """
 
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from rayk.models import load_tokenizer, pick_device
 from rayk.models.student import make_model
 from rayk.rollouts.policy_model import PolicyModel
 from rayk.serving.autoscaling import METRIC, Demand, Requester
+from rayk.serving.requests import GenerateRequest, ScoreRequest
 from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion, get_store
 from rayk.serving.weights import load_weights
-from rayk.teachers.deployment import GenerateRequest, ScoreRequest
 
 
 @dataclass(frozen=True)
 class VersionedRequest:
-    """A request, and the weights it is to be answered under."""
+    """A request, and the weight version that answers it."""
 
     version: WeightVersion
     request: GenerateRequest | ScoreRequest
@@ -37,26 +38,26 @@ class VersionedRequest:
 
 
 class PolicyBackend(Protocol):
-    """Holds the student's model, and the weights of one version at a time."""
+    """Computes with the student's model, which has the weights of one version at a time."""
 
     async def answer(
-        self, version: WeightVersion, published: PublishedWeights, how: Any, items: list[Any], lengths: list[int]
+        self, version: WeightVersion, published: PublishedWeights, mode: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
-        """One answer an item, all under `version`.
+        """Return one result per item, all computed with `version`.
 
         Args:
-            how: sampling parameters, where the items are prompts and seeds; a support, where they are sequences.
-            lengths: what each item may come to, in tokens.
+            mode: sampling parameters if the items are (prompt, seed) pairs; a support if they are sequences.
+            lengths: largest length of each item, in tokens.
         """
         ...
 
     async def check_health(self) -> None:
-        """Raise where this replica must be replaced."""
+        """Raise if this replica must be replaced."""
         ...
 
 
 class PolicyReplica:
-    """One copy of the policy. It begins without weights of its own and takes over those of each request's version."""
+    """One copy of the policy. It starts without weights of its own and loads those of each request's version."""
 
     async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
         student = StudentConfig.model_validate(settings["student"])
@@ -68,49 +69,52 @@ class PolicyReplica:
             torch.set_num_threads(threads or max(1, int(rollouts.resources.num_cpus)))
         tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
         model = make_model(student, tokenizer, settings["seed"], device).eval()
-        writer = PolicyModel(model, tokenizer, settings["precision"])
+        policy_model = PolicyModel(model, tokenizer, settings["precision"])
         self._store = get_store(settings["store"])
         self._demand = Demand()
-        self._computer: PolicyBackend
+        self._backend: PolicyBackend
         if engine.kind == "vllm":
             from rayk.rollouts.vllm_backend import start_vllm
 
-            self._computer = await start_vllm(
-                writer, student, engine, tokenizer=settings["tokenizer"], precision=settings["precision"]
+            self._backend = await start_vllm(
+                policy_model, student, engine, tokenizer=settings["tokenizer"], precision=settings["precision"]
             )
         else:
-            self._computer = TransformersBackend(writer, engine.batch_tokens)
+            self._backend = TransformersBackend(policy_model, engine.batch_tokens)
 
-    async def generate(self, asked: VersionedRequest, asker: Requester | None = None) -> list[GeneratedSequence]:
-        """A continuation for each prompt."""
-        request = asked.request
+    async def generate(
+        self, versioned: VersionedRequest, requester: Requester | None = None
+    ) -> list[GeneratedSequence]:
+        """Return one completion per prompt."""
+        request = versioned.request
         assert isinstance(request, GenerateRequest)
         lengths = [len(prompt) + request.parameters.max_new_tokens for prompt in request.prompts]
         items = list(zip(request.prompts, request.seeds, strict=True))
-        return await self._answer(asked, asker, request.parameters, items, lengths)
+        return await self._answer(versioned, requester, request.parameters, items, lengths)
 
-    async def read(self, asked: VersionedRequest, asker: Requester | None = None) -> list[np.ndarray]:
-        """At each sequence's counted positions the likeliest ids (support `topk`), or the log-prob of the token there
-        (`logprob`); see `rayk.rollouts.Policy`."""
-        request = asked.request
+    async def read(self, versioned: VersionedRequest, requester: Requester | None = None) -> list[np.ndarray]:
+        """Return, at each sequence's counted tokens, the most likely ids (support `topk`) or the token's log-prob
+        (support `logprob`); see `rayk.rollouts.Policy`."""
+        request = versioned.request
         assert isinstance(request, ScoreRequest)
         sequences = request.sequences()
-        return await self._answer(asked, asker, request.support, sequences, [len(each) for each in sequences])
+        lengths = [len(sequence) for sequence in sequences]
+        return await self._answer(versioned, requester, request.support, sequences, lengths)
 
     async def check_health(self) -> None:
-        await self._computer.check_health()
+        await self._backend.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve passes to `rayk.serving.autoscaling.WaitingTokensPolicy`."""
+        """Return the metric that `rayk.serving.autoscaling.WaitingTokensPolicy` reads."""
         return {METRIC: float(self._demand.waiting_tokens())}
 
     async def _answer(
-        self, asked: VersionedRequest, asker: Requester | None, how: Any, items: list[Any], lengths: list[int]
+        self, versioned: VersionedRequest, requester: Requester | None, mode: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
-        with self._demand.answering(asker, asked.tokens):
-            # Waited for here, not where it is computed: others may still need an older version.
-            published = await self._find(asked.version)
-            return await self._computer.answer(asked.version, published, how, items, lengths)
+        with self._demand.answering(requester, versioned.tokens):
+            # Wait for the version here and not in the backend, which may still be needed for an older version.
+            published = await self._find(versioned.version)
+            return await self._backend.answer(versioned.version, published, mode, items, lengths)
 
     async def _find(self, version: WeightVersion) -> PublishedWeights:
         try:
@@ -118,23 +122,23 @@ class PolicyReplica:
         except RayTaskError as error:
             raise error.cause from None
         except RayActorError:
-            raise UnusableWeights("The actor that knows where the student's weights are has died.") from None
+            raise UnusableWeights("The store of the student's weights has died.") from None
 
 
 class TransformersBackend:
-    """The student in transformers, a batch at a time, each under one version."""
+    """The student in transformers; each batch is computed with one version."""
 
-    def __init__(self, writer: PolicyModel, batch_tokens: int):
-        self._writer = writer
+    def __init__(self, policy_model: PolicyModel, batch_tokens: int):
+        self._model = policy_model
         self._version: WeightVersion | None = None
         self._batcher = MicroBatcher(self._run, batch_tokens)
         self._fatal: Exception | None = None
 
     async def answer(
-        self, version: WeightVersion, published: PublishedWeights, how: Any, items: list[Any], lengths: list[int]
+        self, version: WeightVersion, published: PublishedWeights, mode: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
         """See `PolicyBackend`."""
-        return await self._batcher.submit((version, published, how), items, lengths)
+        return await self._batcher.submit((version, published, mode), items, lengths)
 
     async def check_health(self) -> None:
         """See `PolicyBackend`."""
@@ -142,17 +146,17 @@ class TransformersBackend:
             raise RuntimeError(f"The device failed: {self._fatal}")
 
     def _run(self, key: Any, items: list[Any]) -> list[Any]:
-        version, published, how = key
+        version, published, mode = key
         try:
             if version != self._version:
                 self._version = None
-                load_weights(self._writer.model, ray.get(published.weights), published.checksum, version)
+                load_weights(self._model.model, ray.get(published.weights), published.checksum, version)
                 self._version = version
-            with self._writer.computing():
-                if isinstance(how, SamplingParameters):
+            with self._model.computing():
+                if isinstance(mode, SamplingParameters):
                     prompts, seeds = zip(*items, strict=True)
-                    return self._writer.generate(prompts, how, seeds)
-                return self._writer.top_ids(items, how.k) if isinstance(how, TopK) else self._writer.logprobs(items)
+                    return self._model.generate(prompts, mode, seeds)
+                return self._model.top_ids(items, mode.k) if isinstance(mode, TopK) else self._model.logprobs(items)
         except torch.AcceleratorError as error:
-            self._fatal = error  # a CUDA context does not recover: the health check has the replica replaced
+            self._fatal = error  # a CUDA context does not recover; the failed health check replaces the replica
             raise

@@ -1,8 +1,7 @@
-"""A policy that writes on Ray Serve, so that generation scales apart from training.
+"""Policy on Ray Serve, so that generation scales separately from training.
 
-A request names the version of the weights it is to be answered under and is otherwise a pure function of its content
-(prompts, parameters, seeds), so it may be asked again after a replica's death, of any replica, without harm. How the
-weights come there: `rayk.serving.weights`.
+A request names its weight version and is otherwise a pure function of its content (prompts, parameters, seeds), so it
+may be repeated at any replica after one has died. Transfer of the weights: `rayk.serving.weights`.
 """
 
 import asyncio
@@ -27,47 +26,49 @@ from rayk.engines.batching import gather
 from rayk.engines.speculative import MixedSampling
 from rayk.errors import InputError, PolicyUnavailable
 from rayk.models import CausalLM
-from rayk.rollouts.policy import Rollout, maximum_lengths, parameters_of, to_rollouts
+from rayk.rollouts.policy import Rollout, maximum_lengths, sampling_parameters, to_rollouts
 from rayk.rollouts.replica import PolicyReplica, VersionedRequest
 from rayk.rollouts.teacher_mixed import Verify
 from rayk.serving import application as applications
 from rayk.serving.client import ServedModel
 from rayk.serving.event_loop import run_in_background
+from rayk.serving.requests import GenerateRequest, ScoreRequest
 from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion, get_store, start_store
 from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
-from rayk.teachers.deployment import GenerateRequest, ScoreRequest, gpus_per_replica
 
-_ROWS_A_CALL = 64
+_ROWS_PER_CALL = 64
 
 
 @dataclass(frozen=True)
 class PolicyAddress:
-    """Where a run's policy is: its Serve application, and the actor that knows its weights."""
+    """Names of a run's policy application and of its weight store actor."""
 
     application: str
     store: str
 
 
 class ServedPolicy(ServedModel):
-    """One worker's side of the served policy; see `rayk.rollouts.Policy`. The worker that `publishes` has the replicas
-    write with its own learner's weights."""
+    """One worker's client of the served policy; see `rayk.rollouts.Policy`.
 
-    what = "The served policy"
+    The worker with `publishes` publishes its learner's weights for the replicas.
+    """
+
+    label = "The served policy"
     section = "rollouts"
     unavailable = PolicyUnavailable
 
     def __init__(self, learner: CausalLM, settings: ServedRollouts, address: PolicyAddress, *, publishes: bool):
         super().__init__(address.application, in_flight=settings.in_flight, deadline_seconds=settings.deadline_seconds)
-        self.parameters = parameters_of(settings)
+        self.parameters = sampling_parameters(settings)
         self._learner, self._publishes = learner, publishes
-        self._tokens_at_a_time = settings.engine.batch_tokens * settings.replicas.max
+        self._group_tokens = settings.engine.batch_tokens * settings.replicas.max
         self._store = get_store(address.store)
         self._version = WeightVersion("", 0)
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
-        """See `Policy`; what all replicas write at a time."""
-        return micro_batches(maximum_lengths(prompts, self.parameters), self._tokens_at_a_time)
+        """See `Policy`; a group is one batch on every replica."""
+        return micro_batches(maximum_lengths(prompts, self.parameters), self._group_tokens)
 
     async def generate(
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
@@ -79,14 +80,16 @@ class ServedPolicy(ServedModel):
             ids = [prompts[row].prompt_ids for row in rows]
             return VersionedRequest(version, GenerateRequest(ids, [seeds[row] for row in rows], parameters))
 
-        written = await asyncio.wrap_future(run_in_background(self._call_in_parts("generate", len(prompts), request)))
-        return to_rollouts(prompts, written, version.number)
+        work = self._call_in_parts("generate", len(prompts), request)
+        return to_rollouts(prompts, await asyncio.wrap_future(run_in_background(work)), version.number)
 
     async def generate_mixed(
         self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
-        """Not to be had of replicas; `RunConfig` refuses settings that need it."""
-        raise InputError("A served policy does not write together with a teacher; use rollouts.kind 'worker'.")
+        """Not supported by replicas; `RunConfig` rejects settings that require it."""
+        raise InputError(
+            "A served policy cannot sample from the mixture of teacher and student; use rollouts.kind 'worker'."
+        )
 
     async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
@@ -103,7 +106,7 @@ class ServedPolicy(ServedModel):
             self._call_store("begin", attempt)
 
     def update(self, version: int) -> None:
-        """See `Policy`; only where it `publishes` are the weights looked at."""
+        """See `Policy`; reads the learner's weights only on the worker that publishes them."""
         self._version = WeightVersion(self._version.attempt, version)
         if self._publishes:
             weights = pack_weights(self._learner)
@@ -116,39 +119,39 @@ class ServedPolicy(ServedModel):
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:
-            raise UnusableWeights("The actor that knows where the student's weights are has died.") from error
+            raise UnusableWeights("The store of the student's weights has died.") from error
 
     async def _read(self, sequences: Sequence[TokenSequence], support: TopK | Logprob) -> list[np.ndarray]:
         version = self._version
 
         def request(rows: range) -> VersionedRequest:
-            return VersionedRequest(version, ScoreRequest.of([sequences[row] for row in rows], support))
+            return VersionedRequest(version, ScoreRequest.from_sequences([sequences[row] for row in rows], support))
 
         return await asyncio.wrap_future(run_in_background(self._call_in_parts("read", len(sequences), request)))
 
     async def _call_in_parts(self, method: str, rows: int, request: Callable[[range], VersionedRequest]) -> list[Any]:
-        """The answers for so many rows, in order, shared out among the replicas that run."""
-        each = min(_ROWS_A_CALL, max(1, math.ceil(rows / await self._credit.replicas())))
-        calls = (range(start, min(start + each, rows)) for start in range(0, rows, each))
+        """Return the results for all rows, in order, with the rows divided among the running replicas."""
+        per_call = min(_ROWS_PER_CALL, max(1, math.ceil(rows / await self._credit.replicas())))
+        calls = (range(start, min(start + per_call, rows)) for start in range(0, rows, per_call))
         parts = await gather(self._call(method, request(call), list) for call in calls)
-        return [answer for part in parts for answer in part]
+        return [result for part in parts for result in part]
 
 
 @contextmanager
 def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterator[PolicyAddress | None]:
-    """Bring the policy of `config` up on Ray Serve, and take it down at the end; nothing happens, and None is given,
-    where the workers themselves write.
+    """Start the policy of `config` on Ray Serve and remove it at the end; yield None if rollouts are generated in the
+    workers.
 
     Raises:
-        InputError: it does not start.
+        InputError: the policy does not start.
     """
     if not isinstance(config.rollouts, ServedRollouts):
         yield None
         return
     rollouts = config.rollouts
     serve.start(proxy_location="Disabled")
-    applications.remove(application)  # what a killed run may have left asks a store that is gone
-    # Of a name of its own, for one of a killed run may take a while to go.
+    applications.remove_application(application)  # a policy left by a killed run refers to a store that has died
+    # The store's name is unique, because the store of a killed run may still exist for a while.
     address = PolicyAddress(application, f"{application}.{uuid4().hex[:8]}")
     store = start_store(address.store, rollouts.deadline_seconds / 2)
     settings = {
@@ -158,9 +161,9 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
     try:
         applications.start_application(
             application, PolicyReplica, settings, rollouts.replicas, rollouts.resources,
-            gpus=gpus_per_replica(rollouts.engine), what=ServedPolicy.what,
+            gpus=rollouts.engine.gpus, label=ServedPolicy.label,
         )  # fmt: skip
         yield address
     finally:
-        applications.remove(application)
+        applications.remove_application(application)
         ray.kill(store)

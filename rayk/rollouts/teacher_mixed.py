@@ -1,9 +1,9 @@
-"""Rollouts from αp + (1−α)q, the student drafting and the teacher verifying (MiniLLM's teacher-mixed sampling, arXiv
-2306.08543 §2.2; how and why it is exact: `rayk.engines.speculative`).
+"""Sample rollouts from αp + (1−α)q: the student drafts and the teacher verifies (MiniLLM's teacher-mixed sampling,
+arXiv 2306.08543 §2.2; `rayk.engines.speculative` describes the algorithm and shows that it is exact).
 
-Some sequences are drafted while others are being verified, so neither side waits for the other. Of a drafted position
-the student keeps log q of the token, the final hidden state and the log-normaliser: what it takes to evaluate q at the
-teacher's candidates, at a hidden state's width a position instead of a vocabulary's.
+Some sequences are drafted while others are verified, so neither side waits for the other. For each drafted position the
+student stores the token's log q, the final hidden state and the log-normalizer. With these it computes q of the
+teacher's candidates; the memory per position is the hidden size instead of the vocabulary size.
 """
 
 import asyncio
@@ -34,28 +34,30 @@ from rayk.engines.speculative import (
 )
 from rayk.errors import InputError, RaykError, UnusableSignal
 from rayk.models import CausalLM, get_head, max_positions
-from rayk.models.kv_cache import Batch, KeyValues, can_continue
+from rayk.models.kv_cache import CachedBatch, KeyValues, can_continue
 
 Verify = Callable[[list[Draft]], Awaitable[list[Verdict]]]
-"""Asks a teacher: `rayk.teachers.Teacher.averify`, or an engine's `verify`."""
+"""Lets a teacher verify drafts: `rayk.teachers.Teacher.averify`, or an engine's `verify`."""
 
-_LANES = 2  # one drafts while the other's drafts are being verified
+_LANES = 2  # one lane drafts while the teacher verifies the drafts of the other
 
 
 @dataclass(frozen=True, eq=False)
 class MixedRollout:
-    """One sequence sampled from αp + (1−α)q, and what it cost. p and q are distributions among the vocabulary's real
-    tokens, at temperature 1.
+    """A sequence sampled from αp + (1−α)q, and its cost.
+
+    p and q are distributions over the real vocabulary, at temperature 1.
 
     Attributes:
-        token_ids: int32 [tokens], EOS included where it ended so.
+        token_ids: int32 [tokens], including the end token if there is one.
         student_logprobs: float32 [tokens], log q under the student that drafted, in nats.
         teacher_logprobs: float32 [tokens], log p, in nats.
         weights: float32 [tokens], the one-step weight w = q/(αp + (1−α)q), at most 1/(1−α).
         finish_reason: 'stop' or 'length'.
-        calls: drafts of this sequence that the teacher was asked about.
-        kept, rejected: drafted tokens that were tested, by what became of them.
-        capped: rejected tokens that stayed, because none of `MixedSampling.max_candidates` draws was taken.
+        calls: number of drafts of this sequence that were sent to the teacher.
+        accepted, rejected: numbers of drafted tokens that the teacher accepted and rejected.
+        capped: number of rejected tokens that remain because none of `MixedSampling.max_candidates` candidates was
+            accepted.
     """
 
     token_ids: np.ndarray
@@ -64,181 +66,184 @@ class MixedRollout:
     weights: np.ndarray
     finish_reason: str
     calls: int
-    kept: int
+    accepted: int
     rejected: int
     capped: int
 
     @property
     def calls_per_token(self) -> float:
-        """Teacher calls a token; sampling with both models in step takes 1."""
+        """Teacher calls per token; sampling token by token with both models takes 1."""
         return self.calls / len(self.token_ids)
 
     @property
     def acceptance(self) -> float:
-        """Share of the tested drafted tokens that were kept; 1 − α·TV on average."""
-        return self.kept / (self.kept + self.rejected)
+        """Accepted share of the drafted tokens; 1 − α·TV on average."""
+        return self.accepted / (self.accepted + self.rejected)
 
 
 async def sample_teacher_mixed(
     model: CausalLM, verify: Verify, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: MixedSampling, *,
-    vocab_size: int, ends: Collection[int] = (), batch_size: int = 64, draft_length: DraftLength | None = None,
-    computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    vocab_size: int, eos_token_ids: Collection[int] = (), batch_size: int = 64,
+    draft_length: DraftLength | None = None, computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[MixedRollout]:  # fmt: skip
-    """Continue `prompts` from αp + (1−α)q; a rollout each, in order.
+    """Continue `prompts` with samples from αp + (1−α)q; return one rollout per prompt, in order.
 
-    A rollout follows from the models, its prompt and its seed. Who shares its batch, how long drafts are and which
-    replica answers change nothing but rounding.
+    A rollout depends on the models, its prompt and its seed only. The composition of batches, the draft lengths and the
+    choice of replicas change nothing but rounding.
 
     Args:
-        model: the student, in eval mode, not to be changed meanwhile.
-        verify: asks the teacher.
+        model: the student, in eval mode; it must not change during the call.
+        verify: sends drafts to the teacher.
         prompts: int32 [length] each, at least one token.
-        seeds: one a prompt, 0 to 2^64 − 1; equal seeds share their random numbers.
-        vocab_size: the real tokens that both models know (`EngineInfo.vocab_size`); padding is never drawn.
-        ends: token ids that end a sequence.
-        batch_size: how many sequences are drafted at a time; as many again are being verified.
-        draft_length: how many tokens are drafted at a time; by default as suits the acceptance.
-        computing: entered, on the thread that computes, whenever the student does: its autocast.
+        seeds: one per prompt, 0 to 2^64 − 1; equal seeds share their random numbers.
+        vocab_size: number of tokens that both models know (`EngineInfo.vocab_size`); padding is never sampled.
+        eos_token_ids: ids of the tokens that end a sequence.
+        batch_size: number of sequences that are drafted at a time; the same number is being verified.
+        draft_length: number of tokens per draft; by default it adapts to the acceptance.
+        computing: context of the student's computations, entered on the computing thread: its autocast.
 
     Raises:
-        InputError: a student that cannot draft, an empty prompt, no room for `max_new_tokens`.
+        InputError: the student cannot draft, a prompt is empty, or there is no room for `max_new_tokens`.
         UnusableSignal: the teacher's log-probs are NaN; the error names the prompts.
-        RaykError: the student's are.
+        RaykError: the student's log-probs are NaN.
     """
     _check(model, prompts, sampling, vocab_size)
-    drafter = _Drafter(model, vocab_size, frozenset(ends))
+    drafter = _Drafter(model, vocab_size, frozenset(eos_token_ids))
     rows = [
-        _Row(place, Continuation(np.asarray(prompt, np.int32), int(seed), sampling, frozenset(ends)))
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        _Row(number, Continuation(np.asarray(prompt, np.int32), int(seed), sampling, frozenset(eos_token_ids)))
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    turn = asyncio.Lock()
+    student_lock = asyncio.Lock()
 
-    def student(work: Callable[..., None], *arguments: Any) -> None:
-        # Not inference mode: buffers that a forward makes would be of no use to the backward of a later step.
+    def run_student(work: Callable[..., None], *arguments: Any) -> None:
+        # Not inference mode: buffers created in a forward could not be used in a later step's backward.
         with torch.no_grad(), computing():
             work(*arguments)
 
-    # Lanes share nothing, so that whose answer comes first does not decide who is computed with whom.
-    async def lane(waiting: deque[_Row], length: DraftLength) -> None:
-        mine: list[_Row] = []
-        while mine or waiting:
-            while waiting and len(mine) < batch_size:
-                mine.append(waiting.popleft())
-            fresh = [row for row in mine if not row.text.is_pending]
-            if fresh:
-                async with turn:
-                    await asyncio.to_thread(student, drafter.draft, fresh, length.tokens)
-            verdicts = await verify([row.text.next_draft() for row in mine])
-            before = _tested(mine)
-            async with turn:
-                await asyncio.to_thread(student, drafter.settle, mine, verdicts)
-            length.observe(*(_tested(mine) - before))
-            mine = [row for row in mine if not row.text.finish_reason]
+    # Lanes share no rows, so the order of the teacher's answers does not change the composition of batches.
+    async def run_lane(waiting: deque[_Row], length: DraftLength) -> None:
+        active: list[_Row] = []
+        while active or waiting:
+            while waiting and len(active) < batch_size:
+                active.append(waiting.popleft())
+            undrafted = [row for row in active if not row.text.is_pending]
+            if undrafted:
+                async with student_lock:
+                    await asyncio.to_thread(run_student, drafter.draft, undrafted, length.tokens)
+            verdicts = await verify([row.text.next_draft() for row in active])
+            before = _count_tested(active)
+            async with student_lock:
+                await asyncio.to_thread(run_student, drafter.apply_verdicts, active, verdicts)
+            length.observe(*(_count_tested(active) - before))
+            active = [row for row in active if not row.text.finish_reason]
 
     lanes = [deque(rows[start::_LANES]) for start in range(_LANES)]
-    await gather(lane(waiting, copy(draft_length or DraftLength())) for waiting in lanes)
-    return [_rollout(row.text) for row in rows]
+    await gather(run_lane(waiting, copy(draft_length or DraftLength())) for waiting in lanes)
+    return [_to_rollout(row.text) for row in rows]
 
 
 @dataclass(eq=False)
 class _Row:
-    """A sequence being continued. After drafting: what evaluates q at the drafted positions, from `start` on."""
+    """A sequence in progress. After drafting it has the states that give q at the drafted positions from `start` on."""
 
-    place: int
+    number: int
     text: Continuation
     past: KeyValues = field(default_factory=KeyValues)
     start: int = 0
     hidden: Tensor | None = None
     """[drafted, width]"""
-    normalisers: Tensor | None = None
-    """float32 [drafted], logsumexp over the real tokens' logits."""
+    normalizers: Tensor | None = None
+    """float32 [drafted], logsumexp over the real vocabulary's logits."""
 
 
 class _Drafter:
-    """The student's side of a round."""
+    """The student's part of a round: draft, and apply the teacher's verdicts."""
 
-    def __init__(self, model: CausalLM, vocab_size: int, ends: frozenset[int]):
+    def __init__(self, model: CausalLM, vocab_size: int, eos_token_ids: frozenset[int]):
         self._model = model
         self._head = get_head(model)
         self._vocab_size = vocab_size
-        self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
+        self._eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=model.device)
 
     def draft(self, rows: list[_Row], tokens: int) -> None:
-        """Propose up to `tokens` more tokens of each row, to an end token at most."""
+        """Draft up to `tokens` tokens of each row; a row stops at an end token."""
         device = self._model.device
         lengths = torch.tensor([min(tokens, row.text.remaining_tokens) for row in rows], device=device)
         numbers = torch.from_numpy(
             np.stack([draw_uniforms(Stream.DRAFTS, row.text.seed, tokens, start=row.text.position) for row in rows])
         ).to(device)
-        batch, last = self._begin(rows)
-        going = torch.ones(len(rows), dtype=torch.bool, device=device)
+        batch, last = self._read_rows(rows)
+        drafting = torch.ones(len(rows), dtype=torch.bool, device=device)
         drafted = torch.zeros_like(lengths)
         steps: list[tuple[Tensor, ...]] = []
         while True:
             logits = self._head.logits(last)[:, : self._vocab_size]
-            normalisers = logits.logsumexp(1)
-            logprobs = logits - normalisers[:, None]
+            normalizers = logits.logsumexp(1)
+            logprobs = logits - normalizers[:, None]
             chosen = sample_ids(logprobs, numbers[:, len(steps), None])
-            steps.append((chosen[:, 0], logprobs.gather(1, chosen)[:, 0], last, normalisers))
-            drafted += going
-            going = going & (drafted < lengths) & ~torch.isin(chosen[:, 0], self._ends)
-            if not going.any():
+            steps.append((chosen[:, 0], logprobs.gather(1, chosen)[:, 0], last, normalizers))
+            drafted += drafting
+            drafting = drafting & (drafted < lengths) & ~torch.isin(chosen[:, 0], self._eos_token_ids)
+            if not drafting.any():
                 break
-            last = batch.read(chosen, going.long())[:, 0]
-        ids, logprobs, hidden, normalisers = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+            last = batch.forward(chosen, drafting.long())[:, 0]
+        ids, logprobs, hidden, normalizers = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
         if not logprobs.isfinite().all():
-            raise RaykError("The student's log-probs are NaN while it drafts; lower the learning rate or look for what "
-                            "broke its weights.")  # fmt: skip
+            raise RaykError("The student's log-probs are NaN while it drafts; lower the learning rate, or check its "
+                            "weights.")  # fmt: skip
         columns = zip(rows, drafted.tolist(), ids.tolist(), logprobs.tolist(), batch.key_values(), strict=True)
-        for place, (row, count, own_ids, own_logprobs, past) in enumerate(columns):
+        for number, (row, count, row_ids, row_logprobs, past) in enumerate(columns):
             row.start, row.past = row.text.position, past
-            row.hidden, row.normalisers = hidden[place], normalisers[place]
-            row.text.propose(own_ids[:count], own_logprobs[:count])
+            row.hidden, row.normalizers = hidden[number], normalizers[number]
+            row.text.propose(row_ids[:count], row_logprobs[:count])
 
-    def _begin(self, rows: list[_Row]) -> tuple[Batch, Tensor]:
-        """The rows as a batch that has read all of their tokens, and its last states [rows, width]. What is unread is
-        the last token, or a whole prompt."""
+    def _read_rows(self, rows: list[_Row]) -> tuple[CachedBatch, Tensor]:
+        """Return a batch that has read all tokens of the rows, and its last hidden states [rows, width].
+
+        Unread is the last token of a row, or a whole prompt.
+        """
         unread = [torch.from_numpy(row.text.sequence()[len(row.past) :].astype(int)) for row in rows]
         device = self._model.device
         counts = torch.tensor(list(map(len, unread)), device=device)
-        batch = Batch(self._model, [row.past for row in rows])
-        hidden = batch.read(pad_sequence(unread, batch_first=True).to(device), counts)
+        batch = CachedBatch(self._model, [row.past for row in rows])
+        hidden = batch.forward(pad_sequence(unread, batch_first=True).to(device), counts)
         if len(set(map(len, unread))) > 1:
-            batch = Batch(self._model, batch.key_values())
+            batch = CachedBatch(self._model, batch.key_values())
         return batch, hidden[torch.arange(len(rows), device=device), counts - 1]
 
-    def settle(self, rows: list[_Row], verdicts: list[Verdict]) -> None:
-        """Take the verdicts in, and roll back what was read of discarded tokens."""
-        if broken := [row.place for row, verdict in zip(rows, verdicts, strict=True) if _unusable(verdict)]:
-            raise UnusableSignal(f"The teacher's log-probs after prompt {broken[0]} are NaN.", broken)
+    def apply_verdicts(self, rows: list[_Row], verdicts: list[Verdict]) -> None:
+        """Apply the verdicts, and remove discarded tokens from the KV cache."""
+        if unusable := [row.number for row, verdict in zip(rows, verdicts, strict=True) if _has_nan(verdict)]:
+            raise UnusableSignal(f"The teacher's log-probs after prompt {unusable[0]} are NaN.", unusable)
         for row, verdict in zip(rows, verdicts, strict=True):
             row.text.apply_verdict(verdict, partial(self._logprobs_at, row))
             if not row.text.is_pending:
                 row.past = row.past.truncate(row.text.position - 1)
-                row.hidden = row.normalisers = None
+                row.hidden = row.normalizers = None
 
     def _logprobs_at(self, row: _Row, position: int, ids: np.ndarray) -> np.ndarray:
-        """log q of `ids` [m] at a drafted position."""
-        assert row.hidden is not None and row.normalisers is not None
+        """Return log q of `ids` [m] at a drafted position."""
+        assert row.hidden is not None and row.normalizers is not None
         place = position - row.start
         head = self._head.select(torch.from_numpy(ids.astype(int)).to(row.hidden.device))
-        return (head.logits(row.hidden[place, None])[0] - row.normalisers[place]).cpu().numpy()
+        return (head.logits(row.hidden[place, None])[0] - row.normalizers[place]).cpu().numpy()
 
 
-def _tested(rows: list[_Row]) -> np.ndarray:
-    """How many drafted tokens of `rows` were kept, how many rejected."""
+def _count_tested(rows: list[_Row]) -> np.ndarray:
+    """Return the numbers of accepted and of rejected drafted tokens of `rows`."""
     return np.array([sum(row.text.accepted for row in rows), sum(row.text.rejected for row in rows)])
 
 
-def _unusable(verdict: Verdict) -> bool:
+def _has_nan(verdict: Verdict) -> bool:
     return bool(np.isnan(verdict.logprobs).any() or np.isnan(verdict.candidate_logprobs).any())
 
 
-def _rollout(text: Continuation) -> MixedRollout:
-    student, teacher = (np.asarray(each, np.float32) for each in (text.student_logprobs, text.teacher_logprobs))
+def _to_rollout(text: Continuation) -> MixedRollout:
+    student, teacher = (np.asarray(values, np.float32) for values in (text.student_logprobs, text.teacher_logprobs))
+    weights = importance_weights(student, teacher, text.sampling.alpha)
     return MixedRollout(
-        np.asarray(text.token_ids, np.int32), student, teacher, importance_weights(student, teacher, text.sampling.alpha),
-        text.finish_reason, text.calls, text.accepted, text.rejected, text.capped,
+        np.asarray(text.token_ids, np.int32), student, teacher, weights, text.finish_reason, text.calls, text.accepted,
+        text.rejected, text.capped,
     )  # fmt: skip
 
 
@@ -246,7 +251,7 @@ def _check(model: CausalLM, prompts: Sequence[np.ndarray], sampling: MixedSampli
     name = type(model).__name__
     if not can_continue(model):
         raise InputError(
-            f"{name} cannot take back tokens it has read, which teacher-mixed sampling needs; choose a student with "
+            f"{name} cannot remove tokens from its cache, which teacher-mixed sampling requires; choose a student with "
             "attention layers only, or sample from the student alone."
         )
     if model.training:
@@ -261,5 +266,5 @@ def _check(model: CausalLM, prompts: Sequence[np.ndarray], sampling: MixedSampli
         if not 1 <= len(prompt) <= longest - sampling.max_new_tokens:
             raise InputError(
                 f"A prompt of {len(prompt)} tokens cannot be continued by max_new_tokens ({sampling.max_new_tokens}): "
-                f"{name} takes 1 to {longest} tokens in all."
+                f"{name} takes 1 to {longest} tokens in total."
             )

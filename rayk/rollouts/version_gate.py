@@ -1,4 +1,4 @@
-"""When the policy may write for a step: in the order of the steps, and under exactly the weights each was promised."""
+"""Schedule the policy: steps sample in order, and each step samples with exactly the weight version it requires."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,18 +6,18 @@ from contextlib import asynccontextmanager
 
 
 class VersionGate:
-    """Step i samples under version max(first, i − max_staleness), the version being the number of optimiser steps done.
+    """Gate through which step i samples with version max(first, i − max_staleness).
 
-    Steps take turns one by one, in order, so what shares a batch never depends on who is quicker. The policy moves on
-    to the next version only after the last step that was promised the present one has had its turn.
+    The version is the number of optimizer steps. Steps take turns in order, so the composition of a batch never depends
+    on timing. The version advances only after the last step that requires the current one has had its turn.
     """
 
     def __init__(self, version: int, next_step: int, last_step: int, max_staleness: int):
         """
         Args:
-            version: what the policy holds now.
-            next_step: the first step that is to have a turn.
-            last_step: the last one of the run.
+            version: the policy's current weight version.
+            next_step: the first step that takes a turn.
+            last_step: the last step of the run.
         """
         self.version = version
         self._next, self._last, self._max_staleness = next_step, last_step, max_staleness
@@ -25,7 +25,7 @@ class VersionGate:
 
     @asynccontextmanager
     async def turn(self, step: int) -> AsyncIterator[None]:
-        """Held while the policy is used for `step`; waits until it may be."""
+        """Wait for the turn of `step` and hold it while the policy is used."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._next == step and self.version >= step - self._max_staleness)
         try:
@@ -36,13 +36,13 @@ class VersionGate:
                 self._changed.notify_all()
 
     async def finished(self) -> None:
-        """Wait until every step that was promised the present version has had its turn."""
+        """Wait until all steps that require the current version have had their turn."""
         last = min(self.version + self._max_staleness, self._last)
         async with self._changed:
             await self._changed.wait_for(lambda: self._next > last)
 
     async def advance(self) -> None:
-        """Begin the turns of the next version, whose weights the policy has taken over."""
+        """Start the turns of the next version, after the policy has loaded its weights."""
         async with self._changed:
             self.version += 1
             self._changed.notify_all()

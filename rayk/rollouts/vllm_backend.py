@@ -1,10 +1,10 @@
-"""A policy's replica that writes with vLLM.
+"""Replica of the served policy that computes with vLLM.
 
-Weights of a version are taken over by the student's model in this process, which checks them, and handed to vLLM's
-processes from there. vLLM computes for all requests together, so those of another version wait until it is idle.
+The student's model in this process loads and checks the weights of a version and passes them to vLLM's processes. vLLM
+computes all requests together, so requests of another version wait until it is idle.
 
-vLLM's own numbers are the policy's: log-probs of what it writes come with the text, those of a given sequence and the
-likeliest ids at its positions from reading it as a prompt.
+The policy's log-probs are vLLM's own: those of generated tokens come with the completion; those of a given sequence,
+and the most likely ids at its positions, come from reading the sequence as a prompt.
 """
 
 import asyncio
@@ -21,7 +21,9 @@ from torch import Tensor
 from rayk.config import StudentConfig, VLLMEngineConfig, VLLMPolicyEngineConfig
 from rayk.config.support import Logprob, TopK
 from rayk.engines.base import SamplingParameters
-from rayk.engines.vllm import WORKER_EXTENSION, VLLMEngine, logprob_mismatch, probe
+from rayk.engines.checks import logprob_mismatch, probe_sequence
+from rayk.engines.vllm import VLLMEngine
+from rayk.engines.vllm_worker import WORKER_EXTENSION
 from rayk.errors import EngineDied, InputError
 from rayk.models.lora import has_adapter, merged_state_dict
 from rayk.rollouts.policy_model import PolicyModel
@@ -30,26 +32,26 @@ from rayk.serving.weights import load_weights
 
 
 class VLLMBackend:
-    """See `rayk.rollouts.replica.PolicyBackend`."""
+    """`rayk.rollouts.replica.PolicyBackend` on vLLM."""
 
-    def __init__(self, engine: VLLMEngine, writer: PolicyModel):
+    def __init__(self, engine: VLLMEngine, policy_model: PolicyModel):
         """
         Args:
-            writer: of the student's model on the CPU, which has the weights that `engine` has.
+            policy_model: the student's model on the CPU, with the weights that `engine` has.
         """
-        self._engine, self._writer = engine, writer
-        self._lock = VersionLock(self._take_over)
+        self._engine, self._model = engine, policy_model
+        self._lock = VersionLock(self._load)
         self._broken: Exception | None = None
 
     async def answer(
-        self, version: WeightVersion, published: PublishedWeights, how: Any, items: list[Any], lengths: list[int]
+        self, version: WeightVersion, published: PublishedWeights, mode: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
         """See `PolicyBackend`."""
         async with self._lock.hold(version, published):
-            if isinstance(how, SamplingParameters):
+            if isinstance(mode, SamplingParameters):
                 prompts, seeds = zip(*items, strict=True)
-                return await self._engine.generate(prompts, how, seeds)
-            support = TopK(min(how.k, self._engine.info.vocab_size)) if isinstance(how, TopK) else Logprob()
+                return await self._engine.generate(prompts, mode, seeds)
+            support = TopK(min(mode.k, self._engine.info.vocab_size)) if isinstance(mode, TopK) else Logprob()
             signals = await self._engine.score(items, support)
             values = signals.target_logprobs.numpy() if signals.ids is None else signals.ids.numpy().astype(np.int32)
             return np.split(values, signals.offsets[1:-1].tolist())
@@ -58,28 +60,28 @@ class VLLMBackend:
         """See `PolicyBackend`."""
         await self._engine.check_health()
         if self._broken is not None:
-            raise RuntimeError(f"vLLM did not take over the student's weights: {self._broken}")
+            raise RuntimeError(f"vLLM could not load the student's weights: {self._broken}")
 
-    async def _take_over(self, version: WeightVersion, published: PublishedWeights) -> None:
+    async def _load(self, version: WeightVersion, published: PublishedWeights) -> None:
         if self._broken is not None:
             raise EngineDied("A replica of the served policy is about to be replaced.")
         weights = await published.weights
-        await asyncio.to_thread(load_weights, self._writer.model, weights, published.checksum, version)
+        await asyncio.to_thread(load_weights, self._model.model, weights, published.checksum, version)
         try:
-            await self._engine.load_weights(whole_weights(self._writer))
+            await self._engine.load_weights(full_state_dict(self._model))
         except RuntimeError as error:
-            self._broken = error  # what vLLM holds now is of no version
-            raise EngineDied(f"vLLM did not take over the student's weights of {version}: {error}") from error
+            self._broken = error  # vLLM's weights now belong to no version
+            raise EngineDied(f"vLLM could not load the student's weights of {version}: {error}") from error
 
 
 class VersionLock:
-    """Requests of one version run together; one of another version waits until they have ended, and those that come
-    after it wait for it."""
+    """Lock that requests of one version share; a request of another version waits until they have ended, and later
+    requests wait for it."""
 
     def __init__(self, change: Callable[[WeightVersion, PublishedWeights], Awaitable[None]]):
         """
         Args:
-            change: brings a version about, while nothing runs.
+            change: loads a version; called while no request runs.
         """
         self._change = change
         self._version: WeightVersion | None = None
@@ -91,13 +93,13 @@ class VersionLock:
 
     @asynccontextmanager
     async def hold(self, version: WeightVersion, published: PublishedWeights) -> AsyncIterator[None]:
-        """Held while a request of `version` is answered."""
+        """Hold the lock while a request of `version` is answered."""
         async with self._entry:
             if self._changing is not None:
-                await asyncio.wait([self._changing])  # whoever wanted it may have gone
+                await asyncio.wait([self._changing])  # the request that started it may have been cancelled
             if version != self._version:
                 await self._idle.wait()
-                self._changing = asyncio.create_task(self._become(version, published))
+                self._changing = asyncio.create_task(self._load(version, published))
                 await asyncio.shield(self._changing)
             self._running += 1
             self._idle.clear()
@@ -108,84 +110,91 @@ class VersionLock:
             if not self._running:
                 self._idle.set()
 
-    async def _become(self, version: WeightVersion, published: PublishedWeights) -> None:
+    async def _load(self, version: WeightVersion, published: PublishedWeights) -> None:
         self._version = None
         await self._change(version, published)
         self._version = version
 
 
 async def start_vllm(
-    writer: PolicyModel, student: StudentConfig, engine: VLLMPolicyEngineConfig, *, tokenizer: str, precision: str
-) -> VLLMBackend:
-    """vLLM with the weights of the student as it begins.
+    policy_model: PolicyModel, student: StudentConfig, engine: VLLMPolicyEngineConfig, *, tokenizer: str,
+    precision: str,
+) -> VLLMBackend:  # fmt: skip
+    """Start vLLM with the student's initial weights.
 
     Args:
-        writer: of the student's model on the CPU.
-        precision: what training computes in.
+        policy_model: the student's model on the CPU.
+        precision: dtype of the training step.
 
     Raises:
-        InputError: vLLM does not start, or does not make of the weights what transformers makes of them.
+        InputError: vLLM does not start, or its log-probs differ from those of transformers.
     """
-    own: dict[str, Any] = {"tokenizer": tokenizer, "load_format": "dummy", "worker_extension_cls": WORKER_EXTENSION}
-    if _is_padded(writer):
-        own["hf_overrides"] = engine.arguments.get("hf_overrides", {}) | {"vocab_size": writer.vocab_size}
+    arguments: dict[str, Any] = {
+        "tokenizer": tokenizer, "load_format": "dummy", "worker_extension_cls": WORKER_EXTENSION
+    }  # fmt: skip
+    if _has_padded_vocabulary(policy_model):
+        overrides = engine.arguments.get("hf_overrides", {})
+        arguments["hf_overrides"] = overrides | {"vocab_size": policy_model.vocab_size}
     settings = VLLMEngineConfig(
         dtype="bfloat16" if "bfloat16" in (precision, student.dtype) else "float32",
         tensor_parallel_size=engine.tensor_parallel_size, max_model_len=engine.max_model_len,
-        gpu_memory_utilization=engine.gpu_memory_utilization, arguments=engine.arguments | own,
+        gpu_memory_utilization=engine.gpu_memory_utilization, arguments=engine.arguments | arguments,
     )  # fmt: skip
     origin = student.model or student.config
     with nullcontext(origin) if isinstance(origin, str) else tempfile.TemporaryDirectory() as folder:
         if folder is not origin:
-            described = copy.copy(writer.model.config)
-            described.architectures = [type(writer.model).__name__]  # without it vLLM makes a guess
-            described.save_pretrained(folder)
+            config = copy.copy(policy_model.model.config)
+            config.architectures = [type(policy_model.model).__name__]  # vLLM would guess it otherwise
+            config.save_pretrained(folder)
         started = VLLMEngine(str(folder), settings, trust_remote_code=student.trust_remote_code)
-    await _hand_over(started, writer)
-    return VLLMBackend(started, writer)
+    await _load_and_compare(started, policy_model)
+    return VLLMBackend(started, policy_model)
 
 
-def whole_weights(writer: PolicyModel) -> dict[str, Tensor]:
-    """Every tensor of the student's model once, an adapter merged, under its name in a checkpoint; no rows for ids that
-    are no tokens, so that vLLM's probabilities are those among the real ones."""
+def full_state_dict(policy_model: PolicyModel) -> dict[str, Tensor]:
+    """Return each tensor of the student's model once, under its name in a checkpoint, with an adapter merged.
+
+    Rows of ids that are no tokens are left out, so that vLLM's probabilities are over the real vocabulary.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    model: Any = writer.model
+    model: Any = policy_model.model
     vocabulary = tuple(
         f"{name}."
         for name, module in model.named_modules()
         if module is model.get_input_embeddings() or module is model.get_output_embeddings()
     )
-    found: dict[str, Tensor] = {}
-    places = set()
+    state: dict[str, Tensor] = {}
+    seen = set()
     for name, tensor in (merged_state_dict(model) if has_adapter(model) else model.state_dict()).items():
-        if (place := (tensor.data_ptr(), tensor.shape)) not in places:
-            found[name] = tensor
-        places.add(place)
-    if _is_padded(writer):
-        found |= {name: found[name][: writer.vocab_size] for name in found if name.startswith(vocabulary)}
-    return revert_weight_conversion(model, found)
+        if (storage := (tensor.data_ptr(), tensor.shape)) not in seen:
+            state[name] = tensor
+        seen.add(storage)
+    if _has_padded_vocabulary(policy_model):
+        state |= {name: state[name][: policy_model.vocab_size] for name in state if name.startswith(vocabulary)}
+    return revert_weight_conversion(model, state)
 
 
-def _is_padded(writer: PolicyModel) -> bool:
-    """Whether embedding and head have rows that are no tokens, and the configuration says so where vLLM reads it."""
-    settings = writer.model.config
-    return settings.get_text_config() is settings and settings.vocab_size > writer.vocab_size
+def _has_padded_vocabulary(policy_model: PolicyModel) -> bool:
+    """Return whether embedding and head have rows without a token, and vLLM reads the vocabulary's size from the
+    top-level configuration."""
+    config = policy_model.model.config
+    return config.get_text_config() is config and config.vocab_size > policy_model.vocab_size
 
 
-async def _hand_over(engine: VLLMEngine, writer: PolicyModel) -> None:
-    """The first weights, and a look at what vLLM makes of them: of a tensor that it was not given it just warns."""
-    sequence = probe(engine.info)
+async def _load_and_compare(engine: VLLMEngine, policy_model: PolicyModel) -> None:
+    """Load the initial weights and compare log-probs: vLLM only warns about a tensor that it did not receive."""
+    sequence = probe_sequence(engine.info)
     try:
-        await engine.load_weights(whole_weights(writer))
-        theirs = (await engine.score([sequence], Logprob())).target_logprobs
+        await engine.load_weights(full_state_dict(policy_model))
+        vllm_logprobs = (await engine.score([sequence], Logprob())).target_logprobs
     except RuntimeError as error:
-        raise InputError(f"vLLM cannot write as {engine.info.model} with the student's weights: {error}") from error
-    with writer.computing():
-        own = torch.from_numpy(writer.logprobs([sequence])[0])
-    if off := logprob_mismatch(own, theirs, engine.info.dtype):
+        raise InputError(f"vLLM cannot run {engine.info.model} with the student's weights: {error}") from error
+    with policy_model.computing():
+        expected = torch.from_numpy(policy_model.logprobs([sequence])[0])
+    if difference := logprob_mismatch(expected, vllm_logprobs, engine.info.dtype):
         raise InputError(
-            f"vLLM's log-probs of the student {engine.info.model} are not those of transformers with the same weights "
-            f"(off by up to {off:.2g} nats); use rollouts.engine.kind 'transformers', and please report the "
+            f"vLLM's log-probs of the student {engine.info.model} differ from those of transformers with the same "
+            f"weights (by up to {difference:.2g} nats); use rollouts.engine.kind 'transformers', and please report the "
             "architecture."
         )

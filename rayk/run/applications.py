@@ -5,9 +5,12 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from rayk.config import Resources, RunConfig, ServedRollouts, TeacherConfig
+import ray
+
+from rayk.config import Resources, RunConfig, TeacherConfig
+from rayk.errors import InputError
 from rayk.models import weights_fingerprint
-from rayk.serving.cluster import start_ray
+from rayk.serving.cluster import is_own_cluster, start_ray
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 
@@ -46,8 +49,7 @@ def resource_needs(config: RunConfig) -> list[list[Need]]:
         replicas = served.replicas
         synthesis.append(Need("the student", max(1, replicas.min), replicas.max, served.resources, served.engine.gpus))
     training = [need for name, need in teachers.items() if name not in config.synthesis_only_teachers]
-    if isinstance(config.rollouts, ServedRollouts):
-        policy = config.rollouts
+    if (policy := config.rollouts) is not None and policy.is_served:
         training.append(
             Need("the policy", max(1, policy.replicas.min), policy.replicas.max, policy.resources, policy.engine.gpus)
         )
@@ -80,6 +82,18 @@ def missing_resources(config: RunConfig, cpus: float, gpus: float) -> str | None
                 "resources.num_cpus, replicas or training.workers."
             )
     return None
+
+
+def check_own_cluster(config: RunConfig) -> None:
+    """Check that this process's own cluster, to which no nodes are added, has what the run requires.
+
+    Raises:
+        InputError: it has fewer GPUs or CPUs, so that the run would wait for them forever.
+    """
+    if is_own_cluster():
+        found = ray.cluster_resources()
+        if missing := missing_resources(config, found.get("CPU", 0.0), found.get("GPU", 0.0)):
+            raise InputError(missing)
 
 
 def connect_attached_teachers(config: RunConfig) -> dict[str, Teacher]:
@@ -135,7 +149,7 @@ def serve_teachers(
     running = {}
     for teacher in config.teachers:
         if teacher.name in names:
-            application = teacher.model_copy(update={"name": applications[teacher.name]})
-            served = serve_teacher(application, cache if teacher.gives_signals else None)
+            application = applications[teacher.name]
+            served = serve_teacher(teacher, cache if teacher.gives_signals else None, application=application)
             running[teacher.name] = stack.enter_context(served)
     return running

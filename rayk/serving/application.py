@@ -1,4 +1,4 @@
-"""Start, place, inspect and remove the Serve applications that hold teachers and policies."""
+"""Start, place, inspect and remove Ray Serve applications that hold one model."""
 
 import logging
 from typing import Any
@@ -15,40 +15,40 @@ from rayk.serving.cluster import gpus_per_worker, is_own_cluster
 logger = logging.getLogger(__name__)
 
 DEPLOYMENT = "teacher"
-"""Its name in a teacher's application, and in the policy's (`rayk.rollouts.served`)."""
+"""Name of the only deployment in each application. Running applications depend on it, so it stays."""
 
-# Far above what credit-bound clients keep open; at Serve's default of 5 its router probes full replicas again and
-# again, and 200 calls in flight ran ten times slower than one by one (PLATFORM §4).
+# Far above the number of calls that requesters with credit keep open. With Serve's default of 5 its router polls full
+# replicas repeatedly: 200 concurrent calls took ten times longer than the same calls one after another.
 _MAX_ONGOING_REQUESTS = 1000
 
-_HEALTH_CHECK_SECONDS = 5.0  # Serve replaces a replica after the third failed one
+_HEALTH_CHECK_SECONDS = 5.0  # Serve replaces a replica after three failed checks
 
 _START_ATTEMPTS = 2
 
-_REPORT_SECONDS = 10.0  # how often Serve's autoscaler hears of a replica's load
+_REPORT_SECONDS = 10.0  # interval at which replicas report their load to Serve's autoscaler
 
-_LOOK_BACK_SECONDS = 10.5  # what it averages over; Serve wants more than the former
+_LOOK_BACK_SECONDS = 10.5  # window over which the autoscaler averages; must be longer than the report interval
 
 
 def start_application(
-    name: str, replica: type, settings: dict, replicas: Replicas, resources: Resources, *, gpus: float, what: str,
+    name: str, replica: type, settings: dict, replicas: Replicas, resources: Resources, *, gpus: float, label: str,
     across_nodes: bool = False,
 ) -> None:  # fmt: skip
-    """Start Serve application `name`, so many copies of `replica(settings)`, and wait until every one stands.
+    """Start Serve application `name` with replicas `replica(settings)` and wait until all are ready.
 
     Args:
-        replica: reports waiting tokens for autoscaling, as `TeacherReplica` does.
-        gpus: what each needs, where `resources` does not say and the cluster has any.
-        what: how errors and warnings call it.
-        across_nodes: the GPUs of one may lie on several nodes.
+        replica: a class that reports `rayk.serving.autoscaling.METRIC` in `record_autoscaling_stats`.
+        gpus: GPUs of each replica if `resources` does not set them and the cluster has GPUs.
+        label: name of the application in errors and warnings.
+        across_nodes: allow the GPUs of one replica to be on several nodes.
 
     Raises:
-        InputError: they do not start.
+        InputError: the replicas do not start.
     """
     serve.start(proxy_location="Disabled")
     gpus = gpus_per_worker(resources.num_gpus, gpus)
     options: dict[str, Any] = {
-        **placement(resources, gpus, across_nodes),
+        **placement_options(resources, gpus, across_nodes),
         "name": DEPLOYMENT,
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
         "health_check_period_s": _HEALTH_CHECK_SECONDS,
@@ -61,7 +61,7 @@ def start_application(
     else:
         options["autoscaling_config"] = {
             "min_replicas": replicas.min,
-            "initial_replicas": max(1, replicas.min),  # the model is to be seen to load
+            "initial_replicas": max(1, replicas.min),  # so that a model that cannot be loaded fails now
             "max_replicas": replicas.max,
             "metrics_interval_s": _REPORT_SECONDS,
             "look_back_period_s": _LOOK_BACK_SECONDS,
@@ -69,25 +69,25 @@ def start_application(
             "downscale_delay_s": replicas.down_seconds,
             "policy": {
                 "policy_function": "rayk.serving.autoscaling:WaitingTokensPolicy",
-                "policy_kwargs": {"tokens_a_replica": replicas.waiting_tokens},
+                "policy_kwargs": {"tokens_per_replica": replicas.waiting_tokens},
             },
         }
-    _warn_where_short(what, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
+    _warn_if_short(label, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
     application = serve.deployment(replica).options(**options).bind(settings)
     try:
         serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
     except RuntimeError as error:
         reason = failure_reason(name) or str(error)
-        raise InputError(f"{what} did not start: {reason}") from error
+        raise InputError(f"{label} did not start: {reason}") from error
 
 
-def placement(resources: Resources, gpus: float, across_nodes: bool) -> dict[str, Any]:
-    """Serve's options that say where a replica stands.
+def placement_options(resources: Resources, gpus: float, across_nodes: bool) -> dict[str, Any]:
+    """Return Serve's deployment options that place one replica.
 
     Args:
-        gpus: of one replica.
-        across_nodes: a bundle for each of them, on as few nodes as it takes. The replica is in the first with its CPUs
-            and custom resources, and holds no GPU itself, so that what it starts in the group can have them all.
+        gpus: GPUs of one replica.
+        across_nodes: use a placement group with a bundle per GPU on as few nodes as possible. The replica itself is in
+            the first bundle, with its CPUs and custom resources but no GPU: the engine's processes use all GPUs.
     """
     grouped = across_nodes and gpus >= 1
     actor = {
@@ -101,19 +101,19 @@ def placement(resources: Resources, gpus: float, across_nodes: bool) -> dict[str
     return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
 
 
-def _warn_where_short(what: str, replicas: int, needs: dict[str, float]) -> None:
-    """Say what the cluster lacks: Serve waits for it without a word, rightly so where a cluster grows on demand."""
-    there = ray.cluster_resources()
-    for name, each in needs.items():
-        if each * replicas > there.get(name, 0):
+def _warn_if_short(label: str, replicas: int, needs: dict[str, float]) -> None:
+    """Warn if the cluster lacks resources: Serve waits silently, which is right where a cluster grows on demand."""
+    available = ray.cluster_resources()
+    for name, need in needs.items():
+        if need * replicas > available.get(name, 0):
             logger.warning(
-                "%s asks for %g %s in all, but the cluster has %g now: waiting until it has more.",
-                what, each * replicas, name, there.get(name, 0),
+                "%s requires %g %s in total, but the cluster has %g now: waiting until it has more.",
+                label, need * replicas, name, available.get(name, 0),
             )  # fmt: skip
 
 
 def failure_reason(name: str) -> str:
-    """Why application `name` is not healthy, as its replicas said it; empty when nothing is known."""
+    """Return the error message of application `name`'s replicas; empty if there is none."""
     application = serve.status().applications.get(name)
     if application is None:
         return ""
@@ -126,12 +126,12 @@ def failure_reason(name: str) -> str:
 
 
 def count_replicas(name: str) -> int:
-    """How many replicas of application `name` run."""
+    """Return the number of running replicas of application `name`."""
     application = serve.status().applications.get(name)
     deployments = application.deployments if application else {}
     return sum(d.replica_states.get(ReplicaState.RUNNING, 0) for d in deployments.values())
 
 
-def remove(name: str) -> None:
-    """Take application `name` down; nothing happens where it does not exist."""
+def remove_application(name: str) -> None:
+    """Remove application `name` if it exists."""
     serve.delete(name)

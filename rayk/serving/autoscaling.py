@@ -1,7 +1,8 @@
-"""How many replicas a teacher needs, from what its askers wait for.
+"""Scale the replicas of an application by the tokens that its requesters wait for.
 
-Serve's own measure, requests in flight, says little here: askers bound them by credit. So each request says how many
-tokens its asker is still waiting for in all, and replicas report the sum over the askers they have heard of lately.
+Serve's own measure, the number of running requests, is of little use here because requesters limit it themselves
+(`rayk.serving.credit`). Instead, each request carries the number of tokens that its requester waits for in total, and
+each replica reports the sum over the requesters of the last seconds.
 """
 
 import math
@@ -11,65 +12,65 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-_HEARD_SECONDS = 15.0
+_REMEMBER_SECONDS = 15.0
 METRIC = "waiting_tokens"
 
 
 @dataclass(frozen=True)
 class Requester:
-    """Who asks, and the tokens of all its requests that have no answer yet."""
+    """The sender of a request, and the number of tokens of all its unanswered requests."""
 
     name: str
     waiting_tokens: int
 
 
 class Demand:
-    """What one replica knows of its askers' waiting tokens."""
+    """The waiting tokens of the requesters that one replica has seen."""
 
     def __init__(self) -> None:
-        self._heard: dict[str, tuple[int, float]] = {}
+        self._requesters: dict[str, tuple[int, float]] = {}
 
     @contextmanager
-    def answering(self, asker: Requester | None, tokens: int) -> Iterator[None]:
-        """Take up what a request of `tokens` says; once it is answered, less is waited for."""
-        if asker is not None:
-            self._heard[asker.name] = asker.waiting_tokens, time.monotonic()
+    def answering(self, requester: Requester | None, tokens: int) -> Iterator[None]:
+        """Record the requester's waiting tokens; subtract this request's `tokens` at the end."""
+        if requester is not None:
+            self._requesters[requester.name] = requester.waiting_tokens, time.monotonic()
         try:
             yield
         finally:
-            if asker is not None and asker.name in self._heard:
-                waiting, heard = self._heard[asker.name]
-                self._heard[asker.name] = max(0, waiting - tokens), heard
+            if requester is not None and requester.name in self._requesters:
+                waiting, seen_at = self._requesters[requester.name]
+                self._requesters[requester.name] = max(0, waiting - tokens), seen_at
 
     def waiting_tokens(self) -> int:
-        """Sum over askers heard of in the last seconds."""
-        oldest = time.monotonic() - _HEARD_SECONDS
-        self._heard = {name: heard for name, heard in self._heard.items() if heard[1] >= oldest}
-        return sum(waiting for waiting, _ in self._heard.values())
+        """Return the sum over the requesters of the last `_REMEMBER_SECONDS`."""
+        oldest = time.monotonic() - _REMEMBER_SECONDS
+        self._requesters = {name: entry for name, entry in self._requesters.items() if entry[1] >= oldest}
+        return sum(waiting for waiting, _ in self._requesters.values())
 
 
 class WaitingTokensPolicy:
-    """Serve's autoscaling policy: replicas for `tokens_a_replica` waiting tokens each.
+    """Serve autoscaling policy: one replica per `tokens_per_replica` waiting tokens.
 
-    Up as soon as more than that wait; down by one when less than a quarter does, so that a teacher that keeps up is not
-    taken away for keeping up; to none when nobody asks, unless the first replica is still loading. Serve applies its
-    delays and the bounds.
+    It scales up as soon as more tokens wait. It scales down by one replica when less than a quarter of that number
+    waits, so that an application that keeps up with its requests is not scaled down for keeping up. It scales to zero
+    when there are no requests, unless the first replica is still loading. Serve applies delays and bounds.
     """
 
-    def __init__(self, tokens_a_replica: int):
-        self.tokens_a_replica = tokens_a_replica
+    def __init__(self, tokens_per_replica: int):
+        self.tokens_per_replica = tokens_per_replica
 
     def __call__(self, context: Any) -> tuple[int, dict]:
-        """The replicas that Serve's AutoscalingContext calls for, and no state."""
+        """Return the number of replicas for Serve's AutoscalingContext, and an empty state."""
         reported = (context.aggregated_metrics or {}).get(METRIC, {})
-        # Each replica has heard nearly every asker, a new one nobody yet: the largest sum is the nearest.
+        # Each replica sees nearly every requester, but a new replica none: the largest sum is the best estimate.
         waiting = max(reported.values(), default=0.0)
         loading = context.target_num_replicas > 0 and not context.running_replicas
         if waiting == 0 and context.total_num_requests == 0 and not loading:
             return 0, {}
-        current, enough = context.target_num_replicas, math.ceil(waiting / self.tokens_a_replica)
+        current, enough = context.target_num_replicas, math.ceil(waiting / self.tokens_per_replica)
         if enough > current:
             return enough, {}
-        if waiting < 0.25 * self.tokens_a_replica * current:
+        if waiting < 0.25 * self.tokens_per_replica * current:
             return max(1, enough, current - 1), {}
         return max(1, current), {}

@@ -1,5 +1,4 @@
-"""Asking a Serve application: what is in flight is bounded (credit), and a request that loses its replica is asked
-again until a deadline."""
+"""Send requests to a Serve application: limited by credit, and retried until a deadline if a replica dies."""
 
 import asyncio
 import inspect
@@ -29,36 +28,35 @@ from rayk.serving.autoscaling import Requester
 from rayk.serving.credit import Credit
 from rayk.signals.batch import CorruptSignal
 
-# A replica, its engine or its node died, a full queue, an object lost with its node, a reply damaged on the way: ask
-# again.
+# A replica, its engine or its node died, a queue is full, an object was lost with its node, a reply was damaged.
 _RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 T = TypeVar("T")
 
 
 @dataclass
 class Statistics:
-    """What a client has asked and got, since it was made."""
+    """Totals of one client since it was created."""
 
     calls: int = 0
     retries: int = 0
     tokens: int = 0
-    """Counted positions whose signals arrived, from a replica or the cache."""
+    """Counted tokens with signals, from a replica or the cache."""
     cached_tokens: int = 0
-    """Those of them that came from the cache."""
+    """The part of `tokens` that came from the cache."""
     bytes: int = 0
     wait_seconds: float = 0.0
-    """How long `stream` and `score` held their caller."""
+    """Time that callers spent waiting in `stream`, `score` and `generate`."""
 
 
 class ServedModel:
-    """The asker's side of one Serve application. Used on the background loop only."""
+    """Client of one Serve application. Its methods run on the background event loop only."""
 
-    what: str
-    """How errors call it."""
+    label: str
+    """Name of the application in errors."""
     section: str
-    """Where its settings stand."""
+    """Section of its settings, for errors."""
     unavailable: type[RaykError]
-    """Raised where no replica answers before the deadline."""
+    """Raised if no replica answers before the deadline."""
 
     def __init__(self, application: str, *, in_flight: int, deadline_seconds: float):
         self.statistics = Statistics()
@@ -67,11 +65,11 @@ class ServedModel:
             _by_reference=True
         )
         self._credit = Credit(application, in_flight)
-        self._asker = f"{socket.gethostname()}-{os.getpid()}-{id(self)}"
+        self._requester = f"{socket.gethostname()}-{os.getpid()}-{id(self)}"
         self._waiting_tokens = 0
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        """One request, asked within the credit until a replica answers or the deadline passes."""
+        """Send one request within the credit; retry until a replica answers or the deadline passes."""
         tokens = getattr(request, "tokens", 0)
         self._waiting_tokens += tokens
         try:
@@ -82,7 +80,7 @@ class ServedModel:
             self._waiting_tokens -= tokens
 
     async def _call_without_credit(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        """`_call` for what takes a replica no time, whatever else is in flight."""
+        """Like `_call`, for requests that cost a replica no time."""
         last: BaseException | None = None
 
         def note(state: RetryCallState) -> None:
@@ -96,14 +94,14 @@ class ServedModel:
             before_sleep=note,
         )
         try:
-            # Serve itself waits without end while no replica is up, hence our own clock.
+            # Serve itself waits forever while no replica runs, so the deadline is enforced here.
             async with asyncio.timeout(self._deadline_seconds):
                 return await retrying(self._attempt, method, request, read)
         except TimeoutError as error:
             raise self.unavailable(self._no_answer(last)) from (last or error)
 
     async def _attempt(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        response = getattr(self._handle, method).remote(request, Requester(self._asker, self._waiting_tokens))
+        response = getattr(self._handle, method).remote(request, Requester(self._requester, self._waiting_tokens))
         try:
             result = read(await response)
             return await result if inspect.isawaitable(result) else result
@@ -116,7 +114,7 @@ class ServedModel:
             if isinstance(error, _RETRYABLE):
                 raise
             reason = str(error.cause) if isinstance(error.cause, RaykError) else repr(error.cause)
-            raise RaykError(f"{self.what} failed at {method}: {reason}") from error
+            raise RaykError(f"{self.label} failed at {method}: {reason}") from error
         except RayServeException as error:
             if isinstance(error, _RETRYABLE):
                 raise
@@ -125,6 +123,6 @@ class ServedModel:
     def _no_answer(self, reason: BaseException | None) -> str:
         because = f" ({type(reason).__name__})" if reason else ""
         return (
-            f"{self.what} did not answer within {self._deadline_seconds:g} s{because}; see that its replicas run, or "
-            f"raise {self.section}.deadline_seconds."
+            f"{self.label} did not answer within {self._deadline_seconds:g} s{because}; check that its replicas run, "
+            f"or raise {self.section}.deadline_seconds."
         )

@@ -1,9 +1,11 @@
-"""The Ray cluster of this process: the one RAY_ADDRESS names (as in a submitted job), else one of its own."""
+"""Connect to the Ray cluster that RAY_ADDRESS names (as in a submitted job), or start a local one."""
 
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +13,10 @@ import ray
 
 from rayk.config import Resources
 from rayk.environment import THREADING, set_threading
+from rayk.errors import InputError
+
+CONNECT_SECONDS = 10.0
+"""Longest time to wait for the cluster at RAY_ADDRESS to accept a connection."""
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 T = TypeVar("T")
@@ -18,64 +24,106 @@ _own_address: str | None = None
 
 
 def start_ray(num_cpus: float = 0) -> None:
-    """Connect to Ray unless this process already is.
+    """Connect to Ray unless this process is already connected.
 
-    A cluster of this process's own gets at least `num_cpus` logical CPUs: on a laptop a run that asks for more than
-    there are should be slow, not wait for ever.
+    A local cluster gets at least `num_cpus` logical CPUs, even on a smaller machine: a run that requests more CPUs than
+    the machine has should be slow instead of waiting forever.
+
+    Raises:
+        InputError: no cluster answers at RAY_ADDRESS within `CONNECT_SECONDS`.
     """
-    # Train's controller looks at its workers only so often: by default every other second, which each start waits for.
+    # Ray Train polls its workers every 2 s by default, which delays every start by up to that time.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if ray.is_initialized():
         return
     verbose = os.environ.get("RAYK_VERBOSE", "") not in ("", "0")
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.ERROR,
     }
     if not verbose:
         for name in ("ray", "ray.serve", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    own = not os.environ.get("RAY_ADDRESS")
-    if own:
-        set_threading()  # all its processes have this one's variables
-        # Train would start an actor with each group of workers that asks whether nodes are about to be taken away.
+    address = os.environ.get("RAY_ADDRESS")
+    local = not address or address == "local"
+    if local:
+        set_threading()  # every process of the cluster inherits these variables
+        # Ray Train would start an actor per worker group that watches for nodes about to be preempted.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # Train's controller does so
-        common |= {
+        os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # Ray Train's controller causes this warning
+        options |= {
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, int(num_cpus + 0.999)),
             "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
     else:
-        common |= {"runtime_env": {"env_vars": THREADING}}
-    ours = signal.getsignal(signal.SIGTERM)
-    ray.init(**common)
-    if own:
+        check_address(str(address))
+        options |= {"runtime_env": {"env_vars": THREADING}}
+    own_handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise InputError(_no_cluster(address)) from error
+    if local:
         global _own_address
         _own_address = ray.get_runtime_context().gcs_address
     if threading.current_thread() is threading.main_thread():
-        # Ray's native handler aborts the process three seconds after SIGTERM, whatever is still to be taken down.
-        signal.signal(signal.SIGTERM, ours if callable(ours) else signal.getsignal(signal.SIGTERM))
+        # Ray's native handler aborts the process 3 s after SIGTERM, even while applications are being removed.
+        signal.signal(signal.SIGTERM, own_handler if callable(own_handler) else signal.getsignal(signal.SIGTERM))
+
+
+def check_address(address: str) -> None:
+    """Check that a server listens at a Ray address (`HOST:PORT` or `ray://HOST:PORT`); `ray.init` would wait minutes.
+
+    Raises:
+        InputError: nothing listens there within `CONNECT_SECONDS`.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like: Ray finds the address itself
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            remaining = max(0.1, deadline - time.monotonic())
+            socket.create_connection((host.strip("[]"), int(port)), timeout=remaining).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 0.5 > deadline:
+                raise InputError(_no_cluster(address)) from error
+            time.sleep(0.5)
+
+
+def _no_cluster(address: str | None) -> str:
+    return (
+        f"No Ray cluster answers at RAY_ADDRESS '{address}' within {CONNECT_SECONDS:g} s; set RAY_ADDRESS to a running "
+        "cluster, or unset it to use a local cluster of this process."
+    )
+
+
+def cluster_variables() -> dict[str, str]:
+    """Return the environment variables with which another process on this machine connects to this cluster."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, **({"RAY_AUTH_MODE": mode} if mode else {})}
 
 
 def is_own_cluster() -> bool:
-    """Whether this process has started its cluster, by `start_ray`, and takes it down when it ends."""
+    """Return whether this process started its cluster with `start_ray`; such a cluster ends with the process."""
     return ray.is_initialized() and ray.get_runtime_context().gcs_address == _own_address
 
 
 def gpus_per_worker(requested: float | None, needed: float = 1.0) -> float:
-    """GPUs for one replica or worker: as requested, else `needed` if the cluster has any."""
+    """Return the number of GPUs of one replica or worker: `requested`, else `needed` if the cluster has GPUs."""
     if requested is not None:
         return requested
     return needed if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
 def run_on(resources: Resources, work: Callable[..., T], *arguments: Any) -> T:
-    """What `work` returns, run as a task with these resources somewhere on the cluster.
+    """Run `work` as a Ray task with these resources and return its result.
 
     Raises:
-        Whatever it raises.
+        Exception: the exception that `work` raises.
     """
     task = ray.remote(work).options(
         num_cpus=resources.num_cpus, num_gpus=gpus_per_worker(resources.num_gpus), resources=resources.custom
@@ -84,3 +132,13 @@ def run_on(resources: Resources, work: Callable[..., T], *arguments: Any) -> T:
         return ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+
+
+def is_job_running(job_id: str) -> bool:
+    """Return whether the driver of a Ray job still runs; True if Ray does not tell."""
+    try:
+        from ray._private.state import jobs
+
+        return any(job["JobID"] == job_id and not job["IsDead"] for job in jobs())
+    except (ImportError, KeyError):  # not a public interface of Ray
+        return True

@@ -1,4 +1,4 @@
-"""How much one asker may have open: so many calls for each replica that runs."""
+"""Limit the number of calls that one requester has open: a fixed number per running replica."""
 
 import asyncio
 import time
@@ -9,66 +9,69 @@ from ray.serve.exceptions import RayServeException
 
 from rayk.serving import application as applications
 
-_LOOK_SECONDS = 3.0
+_COUNT_SECONDS = 3.0  # shortest time between two counts of the replicas
 
 
 class Credit:
-    """How many calls may be open: so many for each replica that runs. Used on the background loop only."""
+    """Async context manager that holds one of `calls_per_replica` × running replicas slots; waiters enter in order.
 
-    def __init__(self, application: str, for_each: int):
-        self._application, self._for_each = application, for_each
-        self._replicas, self._looked = 1, -_LOOK_SECONDS
+    Use it on the background event loop only.
+    """
+
+    def __init__(self, application: str, calls_per_replica: int):
+        self._application, self._calls_per_replica = application, calls_per_replica
+        self._replicas, self._counted_at = 1, -_COUNT_SECONDS
         self._open = 0
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._look: asyncio.Task[None] | None = None
+        self._counting: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        if self._open >= self._replicas * self._for_each or self._queue:
+        if self._open >= self._replicas * self._calls_per_replica or self._queue:
             place = asyncio.get_running_loop().create_future()
             self._queue.append(place)
-            self._look_again()
+            self._start_counting()
             try:
                 await place
             except asyncio.CancelledError:
-                if place.done() and not place.cancelled():  # it was let in just then
-                    self._leave()
+                if place.done() and not place.cancelled():  # the slot was granted at the same moment
+                    self._release()
                 raise
         else:
             self._open += 1
 
     async def __aexit__(self, *_: object) -> None:
-        self._leave()
-        self._look_again()
+        self._release()
+        self._start_counting()
 
     async def replicas(self) -> int:
-        """How many replicas run, looked up now and then; at least 1."""
-        if self._look is None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._look = asyncio.create_task(self._count())
-        if self._look is not None:
-            await asyncio.shield(self._look)
+        """Return the number of running replicas (at least 1), at most `_COUNT_SECONDS` old."""
+        if self._counting is None and time.monotonic() - self._counted_at > _COUNT_SECONDS:
+            self._counting = asyncio.create_task(self._count())
+        if self._counting is not None:
+            await asyncio.shield(self._counting)
         return self._replicas
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         self._open -= 1
-        self._let_in()
+        self._admit()
 
-    def _let_in(self) -> None:
-        while self._queue and self._open < self._replicas * self._for_each:
+    def _admit(self) -> None:
+        while self._queue and self._open < self._replicas * self._calls_per_replica:
             place = self._queue.popleft()
             if not place.done():
                 self._open += 1
                 place.set_result(None)
 
-    def _look_again(self) -> None:
-        """While somebody waits, count the replicas now and then, off this loop."""
-        if self._queue and self._look is None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._look = asyncio.create_task(self._count())
+    def _start_counting(self) -> None:
+        """Count the replicas again while calls are waiting, in a thread so that the loop is not blocked."""
+        if self._queue and self._counting is None and time.monotonic() - self._counted_at > _COUNT_SECONDS:
+            self._counting = asyncio.create_task(self._count())
 
     async def _count(self) -> None:
         try:
             self._replicas = max(1, await asyncio.to_thread(applications.count_replicas, self._application))
         except (ray.exceptions.RayError, RayServeException):
-            pass  # the controller restarts: as many as before
+            pass  # the controller restarts: keep the last number
         finally:
-            self._looked, self._look = time.monotonic(), None
-            self._let_in()
+            self._counted_at, self._counting = time.monotonic(), None
+            self._admit()

@@ -1,5 +1,8 @@
-"""One event loop a process, on a thread of its own: what asks teachers runs there, so that a training step never waits
-for Python's network code and a notebook's own loop is left alone."""
+"""Run coroutines on one background event loop per process.
+
+Requests run there, so a training step never waits for Python's network code, and the caller's own event loop (a
+notebook, `asyncio.run`) is not touched.
+"""
 
 import asyncio
 import threading
@@ -8,16 +11,16 @@ from collections.abc import Coroutine, Generator, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-_PUT_AWAY_SECONDS = 60.0
+_CLEAN_UP_SECONDS = 60.0
 T = TypeVar("T")
 
 
 class _Loop:
-    """One event loop on a daemon thread, shared by all teachers of this process."""
+    """An event loop on a daemon thread."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="rayk-teachers", daemon=True).start()
+        threading.Thread(target=self.loop.run_forever, name="rayk-requests", daemon=True).start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -28,7 +31,7 @@ _shared_loop_lock = threading.Lock()
 
 
 def run_in_background(work: Coroutine[Any, Any, T]) -> "Future[T]":
-    """Run `work` on this process's background loop."""
+    """Start `work` on this process's background loop."""
     global _shared_loop
     with _shared_loop_lock:
         if _shared_loop is None:
@@ -37,7 +40,7 @@ def run_in_background(work: Coroutine[Any, Any, T]) -> "Future[T]":
 
 
 def wait_for(future: "Future[T]") -> T:
-    """The result of background work; whatever interrupts the wait (Ctrl-C) cancels the work."""
+    """Return the result of background work; an interrupted wait (Ctrl-C) cancels the work."""
     try:
         return future.result()
     finally:
@@ -45,35 +48,40 @@ def wait_for(future: "Future[T]") -> T:
 
 
 def run_until_complete(work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, run on the background loop. Whatever interrupts the wait (Ctrl-C) cancels it, and then lets
-    it put away what it has."""
+    """Run `work` on the background loop and return its result.
+
+    An interrupted wait (Ctrl-C) cancels `work` and waits until it has cleaned up.
+    """
     ended = threading.Event()
 
-    async def noted() -> T:
+    async def signal_end() -> T:
         try:
             return await work
         finally:
             ended.set()
 
-    future = run_in_background(noted())
+    future = run_in_background(signal_end())
     try:
         return future.result()
     except BaseException:
         if future.cancel():
-            ended.wait(_PUT_AWAY_SECONDS)
+            ended.wait(_CLEAN_UP_SECONDS)
         raise
 
 
 def stream_in_background(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:
-    """Results of `work` in order, up to `prefetch` pieces begun ahead; leaving early cancels what is under way."""
-    under_way: deque[Future[T]] = deque()
+    """Yield results of `work` in order, with up to `prefetch` later coroutines running.
+
+    Closing the generator cancels the coroutines that are still running.
+    """
+    running: deque[Future[T]] = deque()
     try:
-        for piece in work:
-            under_way.append(run_in_background(piece))
-            if len(under_way) > prefetch:
-                yield wait_for(under_way.popleft())
-        while under_way:
-            yield wait_for(under_way.popleft())
+        for coroutine in work:
+            running.append(run_in_background(coroutine))
+            if len(running) > prefetch:
+                yield wait_for(running.popleft())
+        while running:
+            yield wait_for(running.popleft())
     finally:
-        for future in under_way:
+        for future in running:
             future.cancel()

@@ -1,6 +1,6 @@
-"""Who knows where the learner's weights of each version are (see `rayk.serving.weights`): an actor with a name.
+"""A named actor that knows the location of the learner's weights of each version (see `rayk.serving.weights`).
 
-A room of its own, without torch: its process is up in a quarter of the time.
+This module does not import torch: without it the actor's process starts four times faster.
 """
 
 import asyncio
@@ -12,18 +12,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayk.errors import RaykError
 
 NAMESPACE = "rayk"
-# A worker may still be asking for the version before the newest when rank 0 publishes; never for an older one, since
-# the step between takes all workers.
+# When rank 0 publishes a version, another worker may still request the previous one, but never an older one: a training
+# step requires all workers.
 _KEPT_VERSIONS = 2
 
 
 class UnusableWeights(RaykError):
-    """Weights of a version that is not to be had, or that are not what was published."""
+    """Weights of a version that is not available, or that differ from the published ones."""
 
 
 @dataclass(frozen=True)
 class WeightVersion:
-    """Which weights: of which attempt, after how many optimiser steps."""
+    """A version of the learner's weights: the attempt, and the number of optimizer steps."""
 
     attempt: str
     number: int
@@ -34,7 +34,7 @@ class WeightVersion:
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Where the weights of a version are, and what they must add up to."""
+    """The location of a version's weights, and their checksum."""
 
     checksum: int
     weights: ray.ObjectRef
@@ -42,15 +42,15 @@ class PublishedWeights:
 
 
 class WeightStore:
-    """Knows where the weights are that may still be asked for: the newest versions of the present attempt. An actor;
-    the weights themselves stay in the object store."""
+    """Actor that knows the location of the newest versions of the current attempt; the weights are in Ray's object
+    store."""
 
-    def __init__(self, patience_seconds: float):
+    def __init__(self, wait_seconds: float):
         """
         Args:
-            patience_seconds: how long a version that has yet to be published is waited for.
+            wait_seconds: longest time that `find` waits for a version.
         """
-        self._patience_seconds = patience_seconds
+        self._wait_seconds = wait_seconds
         self._attempt = ""
         self._ended: set[str] = set()
         self._newest = -1
@@ -58,23 +58,23 @@ class WeightStore:
         self._changed = asyncio.Condition()
 
     async def begin(self, attempt: str) -> None:
-        """What earlier attempts have published does not exist any more."""
+        """Start an attempt and drop all versions of earlier attempts."""
         async with self._changed:
             self._ended.add(self._attempt)
             self._attempt, self._newest, self._kept = attempt, -1, {}
             self._changed.notify_all()
 
     async def publish(self, version: WeightVersion, published: PublishedWeights) -> None:
-        """Make a version known.
+        """Add a version.
 
         Raises:
-            UnusableWeights: it is not newer than what there is.
+            UnusableWeights: the version is not newer than the newest one, or belongs to another attempt.
         """
         async with self._changed:
             if version.attempt != self._attempt or version.number <= self._newest:
                 raise UnusableWeights(
                     f"The student's weights of {version} are stale and were not published: version {self._newest} of "
-                    "this or a later group of workers is there."
+                    "this or a later group of workers exists."
                 )
             self._newest = version.number
             self._kept[version] = published
@@ -83,10 +83,10 @@ class WeightStore:
             self._changed.notify_all()
 
     async def find(self, version: WeightVersion) -> PublishedWeights:
-        """Where the weights of `version` are, once they are published.
+        """Wait until `version` is published and return its location.
 
         Raises:
-            UnusableWeights: they are gone, or do not come.
+            UnusableWeights: the version was replaced, or is not published in time.
         """
 
         def decided() -> bool:
@@ -95,34 +95,34 @@ class WeightStore:
 
         async with self._changed:
             try:
-                async with asyncio.timeout(self._patience_seconds):
+                async with asyncio.timeout(self._wait_seconds):
                     await self._changed.wait_for(decided)
             except TimeoutError:
                 raise UnusableWeights(
-                    f"The student's weights of {version} were not published within {self._patience_seconds:g} s."
+                    f"The student's weights of {version} were not published within {self._wait_seconds:g} s."
                 ) from None
             if version not in self._kept:
                 raise UnusableWeights(f"The student's weights of {version} are stale: newer ones have replaced them.")
             return self._kept[version]
 
 
-def start_store(name: str, patience_seconds: float) -> ray.actor.ActorHandle:
-    """The actor, on this node; it ends with the handle that is returned, or with this process."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+def start_store(name: str, wait_seconds: float) -> ray.actor.ActorHandle:
+    """Start the actor on this node; it ends with the returned handle, or with this process."""
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {
-        "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here,
-        "max_concurrency": 1 << 16,  # those who wait for a version must not keep out the one who publishes it
+        "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": this_node,
+        "max_concurrency": 1 << 16,  # callers that wait for a version must not block the one that publishes it
     }  # fmt: skip
-    return ray.remote(WeightStore).options(**options).remote(patience_seconds)
+    return ray.remote(WeightStore).options(**options).remote(wait_seconds)
 
 
 def get_store(name: str) -> ray.actor.ActorHandle:
-    """The actor that `start_store` has started.
+    """Return the actor that `start_store` started.
 
     Raises:
-        UnusableWeights: it is gone.
+        UnusableWeights: the actor does not exist.
     """
     try:
         return ray.get_actor(name, NAMESPACE)
     except ValueError as error:
-        raise UnusableWeights(f"The store of the student's weights ('{name}') is gone.") from error
+        raise UnusableWeights(f"The store of the student's weights ('{name}') does not exist any more.") from error

@@ -1,10 +1,9 @@
-"""How a policy's replicas come by the learner's weights: published once a version into Ray's object store, and taken
-over by whoever is asked to write under that version.
+"""Transfer a learner's weights to replicas: published once per version in Ray's object store, loaded on demand.
 
-Nobody tells replicas about new weights: a request names the version it is to be answered under, and a replica that
-holds another one asks the store, a small actor with a name (`rayk.serving.weight_store`), where the weights are. So
-replicas may die, come and scale as they like. Versions belong to an attempt, one group of training workers: after a restart the
-same number of steps need not have made the same weights.
+Replicas are never notified of new weights. A request names its weight version, and a replica with another version asks
+a small named actor (`rayk.serving.weight_store`) where the weights are, so replicas may die, start and scale at any
+time. A version belongs to an attempt (one group of training workers): after a restart, the same number of steps may
+have produced other weights.
 """
 
 import warnings
@@ -22,7 +21,7 @@ from rayk.serving.weight_store import UnusableWeights, WeightVersion
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A tensor as plain values and bytes, which Ray shares between processes of a node without copying."""
+    """A tensor as plain values and bytes, which processes of a node share through Ray without a copy."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,20 +30,21 @@ class PackedTensor:
 
 
 def trainable_state_dict(model: CausalLM) -> dict[str, Tensor]:
-    """What training changes of `model`, each tensor once: the parameters that require gradients, and kept buffers.
+    """Return the parameters that require gradients and the persistent buffers of `model`, each tensor once.
 
-    The rest a replica has from where the learner had it, so of an adapter on a frozen model just the adapter travels.
+    Replicas load all other tensors from the same folder as the learner, so of an adapter on a frozen model only the
+    adapter is transferred.
     """
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        if not frozen and not any(tensor is each for each in found.values()):
-            found[name] = tensor
-    return found
+        if not frozen and not any(tensor is other for other in state.values()):
+            state[name] = tensor
+    return state
 
 
 def pack_weights(model: CausalLM) -> dict[str, PackedTensor]:
-    """What training changes of `model`; shares its memory where it is on the CPU."""
+    """Return `trainable_state_dict(model)` as packed tensors; they share the model's memory on a CPU."""
     packed = {}
     for name, tensor in trainable_state_dict(model).items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -53,32 +53,34 @@ def pack_weights(model: CausalLM) -> dict[str, PackedTensor]:
 
 
 def checksum(weights: Mapping[str, PackedTensor]) -> int:
-    """CRC-32 over names, types, shapes and bytes."""
-    found = 0
+    """Return the CRC-32 over names, dtypes, shapes and bytes."""
+    crc = 0
     for name, packed in weights.items():
-        found = zlib.crc32(f"{name} {packed.dtype} {packed.shape}".encode(), found)
-        found = zlib.crc32(packed.data.data, found)
-    return found
+        crc = zlib.crc32(f"{name} {packed.dtype} {packed.shape}".encode(), crc)
+        crc = zlib.crc32(packed.data.data, crc)
+    return crc
 
 
 @torch.no_grad()
-def load_weights(model: CausalLM, weights: Mapping[str, PackedTensor], expected: int, version: WeightVersion) -> None:
-    """Copy `weights` into `model`, after checking that they are whole and its own; else it stays as it was.
+def load_weights(
+    model: CausalLM, weights: Mapping[str, PackedTensor], expected_checksum: int, version: WeightVersion
+) -> None:
+    """Copy `weights` into `model`; on an error the model is unchanged.
 
     Raises:
-        UnusableWeights: they are torn, or another model's.
+        UnusableWeights: the weights are damaged, or belong to another model.
     """
-    if checksum(weights) != expected:
-        raise UnusableWeights(f"The student's weights of {version} arrived torn: their checksum is another.")
-    own = trainable_state_dict(model)
-    same = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in own.items()} == {
+    if checksum(weights) != expected_checksum:
+        raise UnusableWeights(f"The student's weights of {version} were damaged on the way: the checksum differs.")
+    state = trainable_state_dict(model)
+    same = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()} == {
         name: (packed.dtype, packed.shape) for name, packed in weights.items()
     }
     if not same:
-        raise UnusableWeights(f"The student's weights of {version} are of another model than the policy's replicas.")
-    for name, tensor in own.items():
+        raise UnusableWeights(f"The student's weights of {version} belong to another model than the replica's.")
+    for name, tensor in state.items():
         packed = weights[name]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the array is read-only
+            warnings.simplefilter("ignore", UserWarning)  # the array is read-only
             flat = torch.from_numpy(packed.data).view(tensor.dtype)
         tensor.copy_(flat.reshape(packed.shape))

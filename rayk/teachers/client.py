@@ -84,6 +84,8 @@ class Teacher(ServedModel):
     With a `cache`, only signals that are not in the cache are requested, and received signals are stored. `requested`
     signals are never cached: their ids change every step.
 
+    A row with a context for this teacher (`rayk.data.Example.view`) is scored after that context.
+
     Raises:
         InputError: there is a cache, but the engine does not know its weights.
     """
@@ -197,6 +199,7 @@ class Teacher(ServedModel):
             self.statistics.wait_seconds += time.perf_counter() - began
 
     async def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
+        sequences = [sequence.view(self.settings.name) for sequence in sequences]
         if self.cache is not None and not isinstance(support, Requested):
             signals = await self._score_with_cache(self.cache, sequences, support)
         else:
@@ -360,28 +363,32 @@ def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: Sig
 
 
 @contextmanager
-def serve_teacher(config: TeacherConfig, cache: SignalCache | None = None) -> Iterator[Teacher]:
+def serve_teacher(
+    config: TeacherConfig, cache: SignalCache | None = None, *, application: str | None = None
+) -> Iterator[Teacher]:
     """Start a teacher on Ray Serve (and Ray if necessary), and remove it at the end.
 
-    With `attach: true` the teacher must already run, and it stays. So does a running teacher of the same name and
-    settings that another process still owns; one whose process was killed is taken over and removed.
+    With `attach: true` the teacher must already run, and it stays. So does a running teacher with the same application
+    and settings whose process still runs; if its process was killed, it is taken over and removed at the end.
 
     Args:
         cache: stores the signals; by default none.
+        application: name of the Serve application; by default the teacher's name.
 
     Raises:
         InputError: the teacher cannot be started or reached, or another teacher runs under its name.
     """
+    application = application or config.name
     start_ray(num_cpus=config.resources.num_cpus * config.replicas.max + 1)
     if config.attach:
-        yield connect_teacher(config.name, config, cache)
+        yield connect_teacher(application, config, cache)
         return
-    running = deployment.is_running(config)
-    owned = not running or deployment.is_abandoned(config.name)
+    running = deployment.is_running(config, application)
+    owned = not running or deployment.is_abandoned(application)
     try:
         if not running:
-            deployment.deploy(config)
-        yield connect_teacher(config.name, config, cache)
+            deployment.deploy(config, application)
+        yield connect_teacher(application, config, cache)
     finally:
         if owned:
-            applications.remove_application(config.name)
+            applications.remove_application(application)

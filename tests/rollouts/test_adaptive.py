@@ -12,14 +12,14 @@ from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 
 
 def test_the_share_grows_when_the_loss_has_risen_since_it_last_grew():
-    schedule = AdaptiveSchedule(AdaptiveConfig(tolerance=0.1, increment=0.3), most=0.7)
+    schedule = AdaptiveSchedule(AdaptiveConfig(tolerance=0.1, increment=0.3), limit=0.7)
     losses = [2.0, 2.05, 1.5, 2.05, 2.2, 2.25, 2.4, 9.0, 99.0]
     shares = []
     for loss in losses:
         schedule.on_evaluation(loss)
         shares.append(schedule.fraction)
     assert shares == pytest.approx([0, 0, 0, 0, 0.3, 0.3, 0.6, 0.7, 0.7])
-    again = AdaptiveSchedule(AdaptiveConfig(tolerance=0.1), most=0.7)
+    again = AdaptiveSchedule(AdaptiveConfig(tolerance=0.1), limit=0.7)
     again.load_state_dict(schedule.state_dict())
     again.on_evaluation(99.05)
     assert again.fraction == 0.7
@@ -35,9 +35,9 @@ def rollout(number):
 def test_the_buffer_keeps_the_newest_and_survives_a_checkpoint():
     buffer = ReplayBuffer(3)
     buffer.add([rollout(1), rollout(2)])
-    assert not buffer.full
+    assert not buffer.is_full
     buffer.add([rollout(3), rollout(4)])
-    assert buffer.full
+    assert buffer.is_full
     file = io.BytesIO()
     torch.save(buffer.state_dict(), file)
     file.seek(0)

@@ -121,7 +121,7 @@ def test_a_stale_policy_of_an_adapter_shares_what_is_frozen(learner):
     assert now != first
     stale.update(1)
     assert [each.input_ids.tolist() for each in written(stale)] == now
-    copies = dict(stale._writer.model.named_parameters())
+    copies = dict(stale._model.model.named_parameters())
     for name, parameter in learner.named_parameters():
         assert (copies[name] is parameter) == (not parameter.requires_grad), name
 

@@ -25,7 +25,7 @@ def test_a_served_teacher_gives_the_rollouts_of_its_engine(served, tiny_teacher,
 
     def rollouts(verify):
         return asyncio.run(
-            sample_teacher_mixed(student, verify, prompts, range(8), sampling, vocab_size=VOCAB, ends=[1])
+            sample_teacher_mixed(student, verify, prompts, range(8), sampling, vocab_size=VOCAB, eos_token_ids=[1])
         )
 
     for one, other in zip(rollouts(teacher.averify), rollouts(TransformersEngine(tiny_teacher).verify), strict=True):

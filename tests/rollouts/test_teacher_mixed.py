@@ -39,7 +39,7 @@ class FixedLength(DraftLength):
 
 def sampled(student, verify, prompts=PROMPTS, seed=0, alpha=0.4, max_new_tokens=24, drafted=None, **settings):
     seeds = [1000 * seed + int(prompt.sum()) for prompt in prompts]
-    settings = {"vocab_size": VOCAB, "ends": [END]} | settings
+    settings = {"vocab_size": VOCAB, "eos_token_ids": [END]} | settings
     return asyncio.run(
         sample_teacher_mixed(
             student, verify, prompts, seeds, MixedSampling(alpha, max_new_tokens),
@@ -133,27 +133,29 @@ def test_other_architectures_are_rolled_back_alike(architecture, teacher):
 def test_an_end_inside_a_draft_ends_the_sequence(student, teacher):
     """Whichever side draws it: half of all tokens are taken for ends."""
     ends = set(range(0, VOCAB, 8))
-    for one in sampled(student, teacher.verify, drafted=16, ends=ends, max_new_tokens=40):
+    for one in sampled(student, teacher.verify, drafted=16, eos_token_ids=ends, max_new_tokens=40):
         places = np.flatnonzero(np.isin(one.token_ids, list(ends)))
         assert one.finish_reason == "stop"
         assert places.tolist() == [len(one.token_ids) - 1]
 
 
 def test_a_student_equal_to_the_teacher_is_always_kept(teacher):
-    for one in sampled(teacher.model, teacher.verify, drafted=8, max_new_tokens=24, ends=()):
+    for one in sampled(teacher.model, teacher.verify, drafted=8, max_new_tokens=24, eos_token_ids=()):
         assert (one.acceptance, one.calls, one.finish_reason) == (1.0, 3, "length")
         np.testing.assert_allclose(one.weights, 1.0, atol=1e-4)
 
 
 def test_sequences_that_meet_the_models_longest(teacher, student):
-    rollouts = sampled(student, teacher.verify, [np.full(500, 9, np.int32), PROMPTS[0]], max_new_tokens=12, ends=())
+    rollouts = sampled(
+        student, teacher.verify, [np.full(500, 9, np.int32), PROMPTS[0]], max_new_tokens=12, eos_token_ids=()
+    )
     assert [len(one.token_ids) for one in rollouts] == [12, 12]
 
 
 def test_calls_a_token_follow_the_formula(student, teacher):
     """With the acceptance measured; only the remainder of a sequence and calls for more candidates come on top."""
-    rollouts = sampled(student, teacher.verify, PROMPTS * 4, alpha=0.2, max_new_tokens=64, drafted=8, ends=())
-    kept, rejected = (sum(getattr(one, name) for one in rollouts) for name in ("kept", "rejected"))
+    rollouts = sampled(student, teacher.verify, PROMPTS * 4, alpha=0.2, max_new_tokens=64, drafted=8, eos_token_ids=())
+    kept, rejected = (sum(getattr(one, name) for one in rollouts) for name in ("accepted", "rejected"))
     expected = 1 / expected_tokens_per_call(rejected / (kept + rejected), 8)
     measured = sum(one.calls for one in rollouts) / sum(len(one.token_ids) for one in rollouts)
     assert expected == pytest.approx(measured, rel=0.15)
@@ -163,7 +165,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(student, teacher):
     from transformers import MambaConfig, MambaForCausalLM
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
-    with pytest.raises(InputError, match="cannot take back tokens"):
+    with pytest.raises(InputError, match="cannot remove tokens from its cache"):
         sampled(mamba, teacher.verify)
     with pytest.raises(InputError, match="takes 1 to 512 tokens"):
         sampled(student, teacher.verify, [np.zeros(0, np.int32)])

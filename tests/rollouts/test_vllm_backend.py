@@ -16,7 +16,7 @@ from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
 from rayk.models.student import make_model
 from rayk.rollouts.policy_model import PolicyModel
-from rayk.rollouts.vllm_backend import VersionLock, start_vllm, whole_weights
+from rayk.rollouts.vllm_backend import VersionLock, full_state_dict, start_vllm
 from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion
 from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
@@ -145,7 +145,7 @@ def test_versions_that_are_asked_for_together_do_not_mix(vllm, versions, on_loop
 def test_torn_weights_write_nothing_and_others_go_on(vllm, versions, on_loop):
     version, published = versions.published(3)
     torn = PublishedWeights(published.checksum ^ 1, published.weights)
-    with pytest.raises(UnusableWeights, match="weights of version 3 arrived torn"):
+    with pytest.raises(UnusableWeights, match="weights of version 3 were damaged"):
         on_loop(vllm.answer(version, torn, PARAMETERS, [(PROMPTS[0], 0)], [0]))
     on_loop(vllm.check_health())
     assert texts(on_loop(write(vllm, versions, 3))) != texts(on_loop(write(vllm, versions, 2)))
@@ -225,7 +225,7 @@ def test_an_adapter_is_merged_into_what_vllm_takes_over(tmp_path):
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
     adapted = moved(make_model(config, tiny_tokenizer(), 0)).eval()
     plain = load_model(str(tmp_path / "base"))
-    weights = whole_weights(PolicyModel(adapted, tiny_tokenizer()))
+    weights = full_state_dict(PolicyModel(adapted, tiny_tokenizer()))
     width = weights["lm_head.weight"].shape[0]
     assert width < plain.lm_head.weight.shape[0]  # rows that are no tokens do not travel
     state = plain.state_dict()

@@ -7,8 +7,7 @@ import textwrap
 import pytest
 
 from rayk.config import Resources, parse_config
-from rayk.serving.application import placement
-from rayk.teachers.deployment import gpus_per_replica
+from rayk.serving.application import placement_options
 from tests.config.test_config import changed
 from tests.runs import PATIENCE_SECONDS, environment
 
@@ -24,22 +23,22 @@ def engine_of(**engine):
     [({}, 1), ({"kind": "vllm"}, 1), ({"kind": "vllm", "tensor_parallel_size": 4, "across_nodes": True}, 4)],
 )
 def test_a_replica_has_as_many_gpus_as_its_engine_has_processes(engine, gpus):
-    assert gpus_per_replica(engine_of(**engine)) == gpus
+    assert engine_of(**engine).gpus == gpus
 
 
 def test_a_copy_on_one_node_holds_its_gpus_itself():
-    options = placement(Resources(num_cpus=2, custom={"a": 0.5}), 4.0, across_nodes=False)
+    options = placement_options(Resources(num_cpus=2, custom={"a": 0.5}), 4.0, across_nodes=False)
     assert list(options) == ["ray_actor_options"]
     actor = options["ray_actor_options"]
     assert (actor["num_cpus"], actor["num_gpus"], actor["resources"]) == (2, 4.0, {"a": 0.5})
 
 
 def test_a_copy_across_nodes_leaves_the_gpus_of_its_group_to_the_engine():
-    options = placement(Resources(num_cpus=2, custom={"a": 0.5}), 3.0, across_nodes=True)
+    options = placement_options(Resources(num_cpus=2, custom={"a": 0.5}), 3.0, across_nodes=True)
     assert options["ray_actor_options"]["num_gpus"] == 0
     assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 1, "a": 0.5}, {"GPU": 1}, {"GPU": 1}]
     assert options["placement_group_strategy"] == "PACK"
-    alone = placement(Resources(), 0.0, across_nodes=True)
+    alone = placement_options(Resources(), 0.0, across_nodes=True)
     assert "placement_group_bundles" not in alone, "a cluster without GPUs has none to group"
 
 
@@ -66,7 +65,7 @@ def test_ray_spreads_a_copy_over_the_nodes_that_it_takes():
                 return ray.util.get_current_placement_group().id.hex()
 
         application.start_application(
-            "big", Replica, {}, Replicas(), Resources(num_cpus=0.5), gpus=3.0, what="It", across_nodes=True
+            "big", Replica, {}, Replicas(), Resources(num_cpus=0.5), gpus=3.0, label="It", across_nodes=True
         )
         handle = ray.serve.get_deployment_handle(application.DEPLOYMENT, app_name="big")
         group = ray.util.placement_group_table()[handle.group.remote().result(timeout_s=60)]

@@ -57,9 +57,9 @@ def test_of_an_adapter_only_its_own_bytes_travel():
     weights = copied(pack_weights(moved(learner)))
     assert all(".lora_" in name for name in weights)
     assert sum(map(count_parameters, weights.values())) < sum(map(count_parameters, whole.values())) / 20
-    with pytest.raises(UnusableWeights, match="torn"):
+    with pytest.raises(UnusableWeights, match="damaged"):
         load_weights(replica, broken_byte(weights), checksum(weights), FIRST)
-    with pytest.raises(UnusableWeights, match="of another model"):
+    with pytest.raises(UnusableWeights, match="belong to another model"):
         load_weights(replica, whole, checksum(whole), FIRST)
     load_weights(replica, weights, checksum(weights), FIRST)
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in replica.state_dict().items())
@@ -106,14 +106,14 @@ def test_torn_weights_are_refused_and_leave_the_model_as_it_was(damage):
     learner, model = tiny_model(seed=1), tiny_model(seed=2)
     before = copy.deepcopy(model.state_dict())
     weights = copied(pack_weights(learner))
-    with pytest.raises(UnusableWeights, match="weights of version 0 arrived torn"):
+    with pytest.raises(UnusableWeights, match="weights of version 0 were damaged"):
         load_weights(model, damage(weights), checksum(weights), FIRST)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_of_another_model_are_refused():
     weights = copied(pack_weights(tiny_model(hidden=16)))
-    with pytest.raises(UnusableWeights, match="of another model"):
+    with pytest.raises(UnusableWeights, match="belong to another model"):
         load_weights(tiny_model(hidden=32), weights, checksum(weights), FIRST)
 
 
@@ -125,7 +125,7 @@ def stored(*work):
     """What `work`, one after the other, does to a store of little patience."""
 
     async def main():
-        store = WeightStore(patience_seconds=0.05)
+        store = WeightStore(wait_seconds=0.05)
         await store.begin("attempt")
         return [await each(store) for each in work][-1]
 
@@ -164,7 +164,7 @@ def test_a_version_that_nobody_publishes_is_an_error():
 
 def test_a_version_that_is_about_to_come_is_waited_for():
     async def main():
-        store = WeightStore(patience_seconds=30)
+        store = WeightStore(wait_seconds=30)
         waiting = asyncio.create_task(store.find(WeightVersion("next", 1)))
         for work in (beginning("next"), publishing(0, attempt="next"), publishing(1, attempt="next")):
             await asyncio.sleep(0)

@@ -350,7 +350,7 @@ def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
     head = engine.head()
     for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
         teacher._head = event_loop.run_in_background(asyncio.sleep(0, wrong))
-        with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not make its own"):
+        with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not reproduce its own"):
             teacher.score(sequences_of(8), Hidden())
     teacher._head = None
     assert teacher.score(sequences_of(8), Hidden()).logits().shape[1] == 384
@@ -361,9 +361,7 @@ def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):
     assert spare.score([well], TopK(4)).tokens
     ids = well.input_ids.copy()
     ids[0] = 300
-    with pytest.raises(
-        RaykError, match="'spare' gave a signal for row 0 of the batch that cannot be learned from: .*NaN"
-    ):
+    with pytest.raises(RaykError, match="'spare' returned an unusable signal for row 0 of the batch: .*NaN"):
         spare.score([TokenSequence(ids, well.counted)], TopK(4))
     assert spare.statistics.retries == 0
 

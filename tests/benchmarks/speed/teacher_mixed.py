@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from rayk.engines.speculative import Draft, MixedSampling, Verdict  # noqa: E402
 from rayk.engines.transformers import TransformersEngine  # noqa: E402
 from rayk.models import CausalLM, get_head, load_model  # noqa: E402
-from rayk.models.kv_cache import Batch, KeyValues  # noqa: E402
+from rayk.models.kv_cache import CachedBatch, KeyValues  # noqa: E402
 from rayk.rollouts.teacher_mixed import MixedRollout, sample_teacher_mixed  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 from tests.engines.reference import prompts_of  # noqa: E402
@@ -62,7 +62,7 @@ def count_calls(folder: str, sequences: int) -> None:
         rollouts = asyncio.run(sample_with_drafts(add_noise(model, noise), engine, sequences))
         tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         calls, kept, rejected, capped = (
-            sum(getattr(rollout, name) for rollout in rollouts) for name in ("calls", "kept", "rejected", "capped")
+            sum(getattr(rollout, name) for rollout in rollouts) for name in ("calls", "accepted", "rejected", "capped")
         )
         rate = rejected / (kept + rejected)
         print(
@@ -115,7 +115,7 @@ async def sample_with_drafts(
 
     return await sample_teacher_mixed(
         student, verify, prompts_of(*repeat(PROMPT, sequences)), range(sequences), MixedSampling(ALPHA, NEW_TOKENS),
-        vocab_size=engine.info.vocab_size, ends=[END],
+        vocab_size=engine.info.vocab_size, eos_token_ids=[END],
     )  # fmt: skip
 
 
@@ -130,13 +130,13 @@ def sample_token_by_token(
     """
     prompts: Sequence[np.ndarray] = prompts_of(*repeat(PROMPT, sequences))
     unread = torch.from_numpy(np.stack(prompts).astype(int))
-    batches = [(model, Batch(model, [KeyValues()] * sequences)) for model in (student, teacher)]
+    batches = [(model, CachedBatch(model, [KeyValues()] * sequences)) for model in (student, teacher)]
     going, tokens = torch.ones(sequences, dtype=torch.bool), 0
     random = torch.Generator().manual_seed(0)
     for _ in range(NEW_TOKENS):
         time.sleep(latency_seconds)
         q, p = (
-            get_head(model).logits(batch.read(unread)[:, -1])[:, :vocab_size].softmax(1) for model, batch in batches
+            get_head(model).logits(batch.forward(unread)[:, -1])[:, :vocab_size].softmax(1) for model, batch in batches
         )
         unread = torch.multinomial(ALPHA * p + (1 - ALPHA) * q, 1, generator=random)
         tokens += int(going.sum())

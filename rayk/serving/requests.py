@@ -1,0 +1,61 @@
+"""Requests that replicas of any application answer: score sequences, and generate completions."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rayk.config.support import Requested, Support
+from rayk.engines.base import SamplingParameters
+from rayk.signals.sequence import TokenSequence
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Sequences to score, packed: one array with the ids of all rows, and one bit per token (counted or not)."""
+
+    input_ids: np.ndarray
+    counted_bits: np.ndarray
+    lengths: np.ndarray
+    support: Support
+    requested: np.ndarray | None = None
+
+    @classmethod
+    def from_sequences(cls, sequences: list[TokenSequence], support: Support) -> "ScoreRequest":
+        return cls(
+            np.concatenate([sequence.input_ids for sequence in sequences]),
+            np.packbits(np.concatenate([sequence.counted for sequence in sequences])),
+            np.asarray([len(sequence) for sequence in sequences]),
+            support,
+            np.concatenate([s.requested for s in sequences if s.requested is not None])
+            if isinstance(support, Requested) and sequences[0].requested is not None
+            else None,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens to read."""
+        return len(self.input_ids)
+
+    def sequences(self) -> list[TokenSequence]:
+        counted = np.unpackbits(self.counted_bits, count=len(self.input_ids)).astype(bool)
+        ends = np.cumsum(self.lengths)[:-1]
+        rows = zip(np.split(self.input_ids, ends), np.split(counted, ends), strict=True)
+        if self.requested is None:
+            return [TokenSequence(*row) for row in rows]
+        counted_ends = np.cumsum([np.count_nonzero(row) for row in np.split(counted, ends)])[:-1]
+        requested = np.split(self.requested, counted_ends)
+        return [TokenSequence(*row, ids) for row, ids in zip(rows, requested, strict=True)]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Prompts (text, or token ids) to continue, each with its own seed."""
+
+    prompts: list[str] | list[np.ndarray]
+    seeds: list[int]
+    parameters: SamplingParameters = field(default_factory=SamplingParameters)
+
+    @property
+    def tokens(self) -> int:
+        """Largest number of tokens to generate."""
+        return len(self.prompts) * self.parameters.max_new_tokens
