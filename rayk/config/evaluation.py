@@ -1,8 +1,8 @@
 """Measurements on held-out rows."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayk.config.base import AnswerPattern, FunctionPath, Positive, Settings
 from rayk.config.support import TopK
@@ -35,12 +35,18 @@ class EvaluationConfig(Settings):
     answer_pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer in both texts, such as '#### (.+)'; the last match
     counts. `null`: the whole texts are compared, white space normalized."""
-    metrics: list[FunctionPath] = Field(default_factory=list)
-    """Your own metrics, each a function 'module:name' that is called as `function(completion, row)` for each generated
-    answer, `row` being a mapping of the row's fields, and returns a number. The mean is reported under the function's
-    name. Needs `generation`."""
+    metrics: list[Literal["rouge_l"] | FunctionPath] = Field(default_factory=list)
+    """More metrics of the generated answers; needs `generation`. `rouge_l`: ROUGE-L F of the answer and the right one.
+    Or your own function 'module:name', called as `metric(completion: str, row: Mapping[str, Any]) -> float` with the
+    answer's text and the row's fields. The mean over the answered rows is reported under the function's name."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Number of answers shown in the report."""
     demonstration_draws: Positive = 1
     """With method `in_context`: number of random draws of demonstrations with which each row is answered; the answer of
     the majority counts."""
+
+    @model_validator(mode="after")
+    def _metrics_have_answers(self) -> "EvaluationConfig":
+        if self.metrics and self.generation is None:
+            raise ValueError("'metrics' are computed on generated answers; set 'generation' too, or leave them out")
+        return self

@@ -1,1 +1,1 @@
-"""Measuring models on held-out rows, and the report of a run."""
+"""Measurements of models on held-out rows."""

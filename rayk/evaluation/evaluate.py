@@ -1,12 +1,13 @@
-"""How good a student is: its loss, its distance to the teacher on the data's tokens, and its answers to the prompts.
+"""Measure a student on held-out rows: its loss, its divergence from the teacher, and its answers to the prompts.
 
-Every number is a sum over tokens or answers divided once at the end, so shares measured by different workers merge
+Every metric is a sum over tokens or answers that is divided once at the end, so the shares of several workers merge
 exactly.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from rayk.data.examples import Example
 from rayk.data.views import RowViews
 from rayk.engines.base import SamplingParameters
 from rayk.engines.generation import generate
-from rayk.evaluation.answers import Answer, AnswerScorer
-from rayk.evaluation.options import answer_by_options, with_options
+from rayk.evaluation.answer_scoring import Answer, AnswerScorer
+from rayk.evaluation.metrics import MEAN_METRICS
+from rayk.evaluation.option_ranking import answer_with_options, select_option_rows
 from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_probs, sequence_sum
 from rayk.models import Head, real_vocab_size
 from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
@@ -28,103 +30,99 @@ from rayk.signals.batch import SignalBatch
 from rayk.teachers import Ensemble, Scorer, Teacher
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23
+_ANSWER_METRIC = "answer metric "
+"""Prefix of the sums of `evaluation.metrics`."""
 
 
 @dataclass
 class Evaluation:
-    """Sums over what was measured, and some of the answers."""
+    """Sums over the measured rows, and the answers."""
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     answers: list[Answer] = field(default_factory=list)
 
     def add(self, **sums: float) -> None:
-        """Count what was measured further."""
+        """Add to the sums."""
         for name, value in sums.items():
             self.sums[name] += value
 
+    def add_answer(self, answer: Answer) -> None:
+        """Count one answer and keep it."""
+        self.answers.append(answer)
+        self.add(answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop")
+        self.add(**{_ANSWER_METRIC + name: value for name, value in answer.metrics.items()})
+
     @property
     def metrics(self) -> dict[str, float]:
-        """Means: nats a token for losses and divergences, nats a pair for margins, shares for the rest."""
+        """Means by name: nats per token for losses and divergences, nats per pair for margins, shares for the rest."""
         means = {}
-        for name, (total, count) in _MEANS.items():
+        for name, (total, count) in MEAN_METRICS.items():
             if self.sums[count]:
                 means[name] = self.sums[total] / self.sums[count]
+        for name in [name for name in self.sums if name.startswith(_ANSWER_METRIC)]:
+            means[name.removeprefix(_ANSWER_METRIC)] = self.sums[name] / self.sums["answers"]
         return means
 
     @staticmethod
     def merge(parts: Iterable["Evaluation | None"]) -> "Evaluation":
-        """The evaluation of all parts' rows together; answers in the order of the parts."""
-        whole = Evaluation()
+        """The evaluation of the rows of all parts; answers in the order of the parts."""
+        merged = Evaluation()
         for part in parts:
             if part is not None:
-                whole.add(**part.sums)
-                whole.answers.extend(part.answers)
-        return whole
-
-
-# metric: (sum, divided by)
-_MEANS = {
-    "loss": ("cross_entropy", "tokens"),
-    "forward_kl": ("forward_kl", "signal_tokens"),
-    "reverse_kl": ("reverse_kl", "signal_tokens"),
-    "agreement": ("agreement", "signal_tokens"),
-    "teacher_entropy": ("teacher_entropy", "signal_tokens"),
-    "teacher_mass": ("teacher_mass", "signal_tokens"),
-    "student_mass": ("student_mass", "signal_tokens"),
-    "accuracy": ("correct", "answers"),
-    "answer_tokens": ("answer_tokens", "answers"),
-    "stopped": ("stopped", "answers"),
-    "preference_margin": ("preference_margin", "pairs"),
-    "preference_accuracy": ("preferred", "pairs"),
-}
+                merged.add(**part.sums)
+                merged.answers.extend(part.answers)
+        return merged
 
 
 class Evaluator:
-    """Measures a student on one rank's share of fixed rows. The teacher is asked once; its signals are kept for the
-    next time."""
+    """Measure a student on one rank's share of fixed rows. The teacher's signals are requested once and reused."""
 
     def __init__(
-        self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer, teacher: Scorer | None,
+        self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer: Any, teacher: Scorer | None,
         micro_batch_tokens: int, rank: int = 0, world: int = 1, views: RowViews | None = None,
     ):  # fmt: skip
-        every = list(examples)
+        all_examples = list(examples)
         self._settings = settings
         self._views = views or RowViews()
-        self._examples = [self._views.apply_draw(row) for row in every[rank::world]]
-        self._with_options = with_options(every, views)[rank::world]
-        # Numbered before they are shared out: an answer's seed is its number, whoever asks.
-        self._asked = list(enumerate(with_prompts(every, settings, views)))[rank::world]
+        self._examples = [self._views.apply_draw(row) for row in all_examples[rank::world]]
+        self._option_rows = select_option_rows(all_examples, views)[rank::world]
+        # Numbered before they are divided among ranks: the number is the answer's seed on any rank.
+        self._generation_rows = list(enumerate(select_generation_rows(all_examples, settings, views)))[rank::world]
         self._tokenizer = tokenizer
         self._teacher = teacher
         self._budget = micro_batch_tokens
         self._signals: list[SignalBatch | None] = []
 
     @torch.no_grad()
-    def run(self, student, answers: bool) -> Evaluation:
-        """Measure `student` (`.hidden(batch)`, `.head`, `.model`), also its answers to the prompts if asked and set."""
+    def run(self, student: Any, answers: bool) -> Evaluation:
+        """Measure `student` (`.hidden(batch)`, `.head`, `.model`).
+
+        Args:
+            answers: also generate answers to the prompts, where `evaluation.generation` is set.
+        """
         batches = list(self._batches(self._examples))
         if not self._signals:
-            self._signals = self._ask(batches)
+            self._signals = self._request_signals(batches)
         parts = [
-            measure(student, batch.to(student.model.device), signals)
+            measure_batch(student, batch.to(student.model.device), signals)
             for batch, signals in zip(batches, self._signals, strict=True)
         ]
         parts += [measure_preferences(student, pairs.to(student.model.device)) for pairs in self._pairs()]
         if answers and self._settings.generation:
-            parts.append(self._answers(student.model))
-        if answers and self._with_options:
-            parts.append(self._chosen(student))
+            parts.append(self._generate_answers(student.model))
+        if answers and self._option_rows:
+            parts.append(self._choose_options(student))
         return Evaluation.merge(parts)
 
-    def _ask(self, batches: list[Batch]) -> list[SignalBatch | None]:
+    def _request_signals(self, batches: list[Batch]) -> list[SignalBatch | None]:
         if self._teacher is None:
             return [None] * len(batches)
-        return list(_asked(self._teacher, batches, self._settings.support))
+        return list(_stream_signals(self._teacher, batches, self._settings.support))
 
-    def _answers(self, model) -> Evaluation:
+    def _generate_answers(self, model: Any) -> Evaluation:
         settings = self._settings.generation
         assert settings is not None
-        # After demonstrations a model goes on to the next one, where it writes no end token.
+        # After demonstrations a model continues with the next demonstration instead of an end token.
         pool = self._views.demonstrations
         separator = "" if pool is None else pool.settings.separator
         stop = (separator,) if separator else ()
@@ -132,27 +130,28 @@ class Evaluator:
         scorer = AnswerScorer(self._settings, self._tokenizer)
         evaluation = Evaluation()
         vocab_size = real_vocab_size(self._tokenizer)
-        asked = [(number, shown) for number, row in self._asked for shown in self._drawn(row)]
+        requests = [(number, view) for number, row in self._generation_rows for view in self._draws(row)]
         answers: dict[int, list[Answer]] = {}
-        for rows in micro_batches([shown.prompt_tokens + settings.max_new_tokens for _, shown in asked], self._budget):
-            seeds, examples = zip(*(asked[row] for row in rows), strict=True)
+        lengths = [view.prompt_tokens + settings.max_new_tokens for _, view in requests]
+        for group in micro_batches(lengths, self._budget):
+            seeds, examples = zip(*(requests[index] for index in group), strict=True)
             prompts = [example.prompt_ids for example in examples]
             completions = generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds)
-            for number, example, written in zip(seeds, examples, completions, strict=True):
-                text = scorer.text_of(written.token_ids).removesuffix(separator)
-                answer = scorer.score(example, text, written.finish_reason, len(written.token_ids))
+            for number, example, completion in zip(seeds, examples, completions, strict=True):
+                text = scorer.decode(completion.token_ids).removesuffix(separator)
+                answer = scorer.score(example, text, completion.finish_reason, len(completion.token_ids))
                 answers.setdefault(number, []).append(answer)
-        for of_row in answers.values():
-            add_answer(evaluation, of_row[scorer.majority([answer.text for answer in of_row])])
+        for votes in answers.values():
+            evaluation.add_answer(votes[scorer.majority_index([answer.text for answer in votes])])
         return evaluation
 
-    def _drawn(self, row: Example) -> Sequence[Example]:
-        """What the student is asked about `row`: after each draw of demonstrations, where there are any."""
+    def _draws(self, row: Example) -> Sequence[Example]:
+        """`row` after each draw of demonstrations, or unchanged in a run without demonstrations."""
         if self._views.demonstrations is None:
             return [row]
         return [self._views.apply_draw(row, draw) for draw in range(self._settings.demonstration_draws)]
 
-    def _chosen(self, student) -> Evaluation:
+    def _choose_options(self, student: Any) -> Evaluation:
         """Answers to the rows with options."""
         assert self._views.demonstrations is not None
         evaluation = Evaluation()
@@ -166,8 +165,8 @@ class Evaluator:
             return [found[row] for row in range(len(rows))]
 
         scorer, draws = AnswerScorer(self._settings, self._tokenizer), self._settings.demonstration_draws
-        for answer in answer_by_options(self._with_options, self._views.demonstrations, draws, scorer, log_probs):
-            add_answer(evaluation, answer)
+        for answer in answer_with_options(self._option_rows, self._views.demonstrations, draws, scorer, log_probs):
+            evaluation.add_answer(answer)
         return evaluation
 
     def _pairs(self) -> Iterator[Batch]:
@@ -180,8 +179,8 @@ class Evaluator:
             yield collate([examples[row] for row in rows], pad_id_of(self._tokenizer))
 
 
-def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
-    """Sums of losses and divergences over one batch."""
+def measure_batch(student: Any, batch: Batch, signals: SignalBatch | None) -> Evaluation:
+    """Sum losses and, with a teacher's signals, divergences over one batch."""
     hidden, head = student.hidden(batch), student.head
     evaluation = Evaluation()
     evaluation.add(tokens=batch.counted_tokens)
@@ -207,9 +206,14 @@ def measure(student, batch: Batch, signals: SignalBatch | None) -> Evaluation:
     return evaluation
 
 
-def measure_preferences(student, batch: Batch) -> Evaluation:
-    """How far the student itself, held against no reference, prefers the chosen answers (rows 2i) to the rejected ones
-    (rows 2i + 1): sums of log q(chosen) − log q(rejected) over whole answers, and how often it is above 0."""
+def measure_preferences(student: Any, batch: Batch) -> Evaluation:
+    """Sum log q(chosen) − log q(rejected) over pairs of whole answers, and the number of pairs where it is above 0.
+
+    The student is compared with no reference model.
+
+    Args:
+        batch: chosen answers in rows 2i, rejected ones in rows 2i + 1.
+    """
     per_token = -linear_cross_entropy(student.hidden(batch), student.head, batch.targets)
     logprobs = sequence_sum(per_token.double(), batch.offsets)
     margin = logprobs[0::2] - logprobs[1::2]
@@ -220,76 +224,73 @@ def measure_preferences(student, batch: Batch) -> Evaluation:
 
 
 def evaluate_teacher(
-    teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer, batch_tokens: int = 8192,
+    teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer: Any, batch_tokens: int = 8192,
     views: RowViews | None = None,
 ) -> Evaluation:  # fmt: skip
-    """The teacher's own loss and answers, for comparison; asked through its service. Several teachers as one have a
-    loss, but no answers of their own; nor has one after demonstrations, but to rows with options."""
+    """Measure the served teacher's own loss and answers, to compare the student with.
+
+    An ensemble or route has a loss but generates no answers, and neither does a teacher that reads rows in another
+    context than the student. Rows with options are answered by any teacher but an ensemble.
+    """
     views = views or RowViews()
-    options, examples = with_options(examples, views), [views.apply_draw(row) for row in examples]
-    rows_of = micro_batches([len(example) for example in examples], batch_tokens)
-    batches = [collate([examples[row] for row in rows], pad_id_of(tokenizer)) for rows in rows_of]
+    option_rows, examples = select_option_rows(examples, views), [views.apply_draw(row) for row in examples]
+    groups = micro_batches([len(example) for example in examples], batch_tokens)
+    batches = [collate([examples[row] for row in group], pad_id_of(tokenizer)) for group in groups]
     evaluation = Evaluation()
-    # A teacher that reads rows as the student does.
-    plain = teacher if isinstance(teacher, Teacher) and not views.has_view(teacher.settings.name) else None
-    support = settings.support if plain is None else Logprob()
-    for batch, signals in zip(batches, _asked(teacher, batches, support), strict=True):
+    # A single teacher that reads rows as the student does.
+    single = teacher if isinstance(teacher, Teacher) and not views.has_view(teacher.settings.name) else None
+    support = settings.support if single is None else Logprob()
+    for batch, signals in zip(batches, _stream_signals(teacher, batches, support), strict=True):
         evaluation.add(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
-    if settings.generation and plain is not None:
-        asked = with_prompts(examples, settings)
+    if settings.generation and single is not None:
+        rows = select_generation_rows(examples, settings)
         scorer = AnswerScorer(settings, tokenizer)
-        completions = plain.generate(
-            [example.prompt_ids for example in asked],
+        completions = single.generate(
+            [row.prompt_ids for row in rows],
             max_new_tokens=settings.generation.max_new_tokens,
             temperature=settings.generation.temperature,
         )
-        for example, written in zip(asked, completions, strict=True):
-            add_answer(evaluation, scorer.score(example, written.text, written.finish_reason, len(written.token_ids)))
-    if views.demonstrations is not None and options and not isinstance(teacher, Ensemble):
-        for answer in _options_of_teacher(teacher, settings, options, tokenizer, views.demonstrations):
-            add_answer(evaluation, answer)
+        for row, completion in zip(rows, completions, strict=True):
+            evaluation.add_answer(
+                scorer.score(row, completion.text, completion.finish_reason, len(completion.token_ids))
+            )
+    if views.demonstrations is not None and option_rows and not isinstance(teacher, Ensemble):
+        for answer in _teacher_options(teacher, settings, option_rows, tokenizer, views.demonstrations):
+            evaluation.add_answer(answer)
     return evaluation
 
 
-def _options_of_teacher(
-    teacher: Scorer, settings: EvaluationConfig, rows: list[Example], tokenizer, pool: DemonstrationPool
+def _teacher_options(
+    teacher: Scorer, settings: EvaluationConfig, rows: list[Example], tokenizer: Any, pool: DemonstrationPool
 ) -> Iterator[Answer]:
     def log_probs(answers: list[Example]) -> list[float]:
         signals = wait_for(run_in_background(teacher.ascore(answers, Logprob())))
         return sequence_sum(signals.target_logprobs.double(), signals.offsets).tolist()
 
     scorer = AnswerScorer(settings, tokenizer)
-    return answer_by_options(rows, pool, settings.demonstration_draws, scorer, log_probs)
+    return answer_with_options(rows, pool, settings.demonstration_draws, scorer, log_probs)
 
 
-def with_prompts(
+def select_generation_rows(
     examples: Iterable[Example], settings: EvaluationConfig, views: RowViews | None = None
 ) -> list[Example]:
-    """The rows whose prompts are to be answered by writing."""
+    """The rows whose prompts are answered by generation: rows with a prompt and without options."""
     if settings.generation is None:
         return []
     pool = views and views.demonstrations
-    written = (row for row in examples if pool is None or not pool.option_ids(row))
-    return [example for example in written if example.prompt_tokens][: settings.generation.rows]
+    candidates = (row for row in examples if pool is None or not pool.option_ids(row))
+    return [example for example in candidates if example.prompt_tokens][: settings.generation.rows]
 
 
-def add_answer(evaluation: Evaluation, answer: Answer) -> None:
-    """Count one answer and keep it."""
-    evaluation.answers.append(answer)
-    evaluation.add(
-        answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop"
-    )
-
-
-def fitting(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:
-    """`support` with k no larger than the vocabulary: for measuring, all of a small one will do."""
+def limit_support(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:
+    """`support` with k at most the vocabulary size, so that its default also suits a small vocabulary."""
     if isinstance(support, TopK) and support.k > vocab_size:
         return TopK(vocab_size, support.temperatures)
     return support
 
 
-def _asked(teacher: Scorer, batches: Iterable[Batch], support: TopK | Logprob) -> Iterator[SignalBatch]:
-    support = fitting(support, teacher.vocab_size)
+def _stream_signals(teacher: Scorer, batches: Iterable[Batch], support: TopK | Logprob) -> Iterator[SignalBatch]:
+    support = limit_support(support, teacher.vocab_size)
     return stream_in_background((teacher.ascore(batch, support) for batch in batches), prefetch=4)
 
 

@@ -63,7 +63,7 @@ def test_metrics_equal_dense_computations(student, examples, tokenizer, served, 
 
 
 @torch.no_grad()
-def test_masses_are_what_the_support_covers(student, examples, tokenizer, served, tiny_teacher):
+def test_masses_equal_the_probability_of_the_top_tokens(student, examples, tokenizer, served, tiny_teacher):
     settings = EvaluationConfig(support=TopK(3))
     measured = Evaluator(settings, examples, tokenizer, served, 300).run(student, answers=False).metrics
     teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
@@ -80,7 +80,7 @@ def test_masses_are_what_the_support_covers(student, examples, tokenizer, served
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_shares_merge_to_the_whole_whatever_their_number(student, examples, tokenizer, temperature):
+def test_merged_shares_equal_the_whole(student, examples, tokenizer, temperature):
     generation = SETTINGS.generation.model_copy(update={"temperature": temperature})
     settings = SETTINGS.model_copy(update={"generation": generation})
     whole = Evaluator(settings, examples, tokenizer, None, 10_000).run(student, answers=True)
@@ -91,11 +91,11 @@ def test_shares_merge_to_the_whole_whatever_their_number(student, examples, toke
     assert {a.where: a.text for a in merged.answers} == {a.where: a.text for a in whole.answers}
 
 
-def test_a_share_may_be_empty(student, examples, tokenizer):
+def test_empty_share_has_no_metrics(student, examples, tokenizer):
     assert Evaluator(SETTINGS, examples[:1], tokenizer, None, 100, rank=1, world=2).run(student, True).metrics == {}
 
 
-def test_the_teachers_loss_and_answers_are_its_own(examples, tokenizer, served, tiny_teacher):
+def test_teacher_evaluation_equals_the_model_alone(examples, tokenizer, served, tiny_teacher):
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
     alone = Evaluator(SETTINGS, examples, tokenizer, None, 500).run(Student(model), answers=True)
     asked = evaluate_teacher(served, SETTINGS, examples, tokenizer)

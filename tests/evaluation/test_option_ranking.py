@@ -1,4 +1,4 @@
-"""A row with options is answered by the likeliest, and by the majority of the draws."""
+"""A row with options is answered by the likeliest option, and by the majority of several draws."""
 
 import copy
 from dataclasses import replace
@@ -13,9 +13,9 @@ from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.tokenizing import tokenize
 from rayk.data.views import RowViews
-from rayk.evaluation.answers import AnswerScorer
+from rayk.evaluation.answer_scoring import AnswerScorer
 from rayk.evaluation.evaluate import Evaluation, Evaluator, evaluate_teacher
-from rayk.evaluation.options import answer_by_options
+from rayk.evaluation.option_ranking import answer_with_options
 from rayk.training.student import Student
 from tests.runs import write_tasks
 
@@ -35,14 +35,14 @@ def examples(tmp_path_factory, tokenizer):
     return tokenize(data.train, data, tokenizer)
 
 
-def demonstrator_of(examples, tokenizer, **settings):
+def make_pool(examples, tokenizer, **settings):
     return DemonstrationPool(examples, InContextConfig(demonstrations={"k": 2}, **settings), tokenizer, 512)
 
 
 @torch.no_grad()
-def enumerated(model, demonstrator, row, tokenizer, draw, per_token):
-    """The option that whole logits choose after a draw."""
-    query = demonstrator.demonstrate_draw(row, draw)
+def best_option(model, pool, row, tokenizer, draw, per_token):
+    """The option with the highest log-prob after a draw, from full logits."""
+    query = pool.demonstrate_draw(row, draw)
     scores = []
     for text in row.fields["options"]:
         option = tokenizer(text).input_ids
@@ -54,35 +54,37 @@ def enumerated(model, demonstrator, row, tokenizer, draw, per_token):
 
 
 @pytest.mark.parametrize("targets", ["label_words", "tokens"])
-def test_shares_answer_as_whole_logits_and_the_majority_say(targets, examples, tokenizer, tiny_student):
+def test_ranks_answer_with_the_majority_of_the_likeliest_options(targets, examples, tokenizer, tiny_student):
     model = AutoModelForCausalLM.from_pretrained(tiny_student).eval()
-    shows = demonstrator_of(examples, tokenizer, targets=targets)
+    pool = make_pool(examples, tokenizer, targets=targets)
     settings = EvaluationConfig(demonstration_draws=DRAWS)
     shares = [
-        Evaluator(settings, examples, tokenizer, None, 200, rank, 2, RowViews(demonstrations=shows)).run(Student(model), True)
+        Evaluator(settings, examples, tokenizer, None, 200, rank, 2, RowViews(demonstrations=pool)).run(
+            Student(model), True
+        )
         for rank in range(2)
     ]
     answers = {answer.where: answer for answer in Evaluation.merge(shares).answers}
     assert len(answers) == len(examples)
     for row in examples:
-        votes = [enumerated(model, shows, row, tokenizer, draw, targets == "tokens") for draw in range(DRAWS)]
+        votes = [best_option(model, pool, row, tokenizer, draw, targets == "tokens") for draw in range(DRAWS)]
         assert answers[row.where].text == max(votes, key=votes.count)
         assert answers[row.where].correct == (answers[row.where].text == row.fields["completion"])
 
 
-def test_the_teacher_answers_after_its_own_demonstrations(examples, tokenizer, tiny_teacher, served):
+def test_teacher_answers_after_its_own_demonstrations(examples, tokenizer, tiny_teacher, served):
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
-    shows = demonstrator_of(examples, tokenizer, student_demonstrations=0)
-    everything = demonstrator_of(examples, tokenizer)
+    pool = make_pool(examples, tokenizer, student_demonstrations=0)
+    all_demonstrations = make_pool(examples, tokenizer)
     measured = evaluate_teacher(
-        served, EvaluationConfig(), list(examples), tokenizer, views=RowViews(demonstrations=shows)
+        served, EvaluationConfig(), list(examples), tokenizer, views=RowViews(demonstrations=pool)
     )
-    texts = [enumerated(model, everything, row, tokenizer, 0, False) for row in examples]
+    texts = [best_option(model, all_demonstrations, row, tokenizer, 0, False) for row in examples]
     assert [answer.text for answer in measured.answers] == texts
 
 
-def test_a_majority_outvotes_and_the_first_of_equals_stands(examples, tokenizer):
-    shows = demonstrator_of(examples, tokenizer)
+def test_majority_wins_and_ties_go_to_the_first_draw(examples, tokenizer):
+    pool = make_pool(examples, tokenizer)
     row = examples[1]  # three options
     scorer = AnswerScorer(EvaluationConfig(), tokenizer)
     for votes, expected in (((2, 0, 2), 2), ((1, 0, 2), 1), ((0, 1, 1), 1)):
@@ -90,37 +92,32 @@ def test_a_majority_outvotes_and_the_first_of_equals_stands(examples, tokenizer)
         def log_probs(answers, votes=votes):
             return [float(place % 3 == votes[place // 3]) for place in range(len(answers))]
 
-        [answer] = answer_by_options([row], shows, DRAWS, scorer, log_probs)
+        [answer] = answer_with_options([row], pool, DRAWS, scorer, log_probs)
         assert answer.text == row.fields["options"][expected]
 
 
-def test_written_answers_are_voted_on_too(examples, tokenizer, tiny_student):
+def test_generated_answers_are_voted_on_too(examples, tokenizer, tiny_student):
     model = AutoModelForCausalLM.from_pretrained(tiny_student).eval()
     rows = [replace(row, fields={"task": row.fields["task"]}) for row in examples]
-    shows = demonstrator_of(ExampleTable.from_examples(rows), tokenizer, targets="tokens")
+    pool = make_pool(ExampleTable.from_examples(rows), tokenizer, targets="tokens")
     generation = {"max_new_tokens": 3, "rows": 5}
-    single = [
-        {
-            answer.where: answer.text
-            for answer in Evaluator(
-                EvaluationConfig(generation=generation), rows, tokenizer, None, 200, views=RowViews(demonstrations=_only(shows, draw))
-            )
-            .run(Student(model), True)
-            .answers
-        }
-        for draw in range(DRAWS)
-    ]
-    settings = EvaluationConfig(generation=generation, demonstration_draws=DRAWS)
-    voted = Evaluator(settings, rows, tokenizer, None, 200, views=RowViews(demonstrations=shows)).run(Student(model), True).answers
+
+    def answers(shown, **settings):
+        settings, views = EvaluationConfig(generation=generation, **settings), RowViews(demonstrations=shown)
+        evaluator = Evaluator(settings, rows, tokenizer, None, 200, views=views)
+        return evaluator.run(Student(model), True).answers
+
+    single = [{answer.where: answer.text for answer in answers(_only_draw(pool, draw))} for draw in range(DRAWS)]
+    voted = answers(pool, demonstration_draws=DRAWS)
     assert len(voted) == 5
     for answer in voted:
-        texts = [each[answer.where] for each in single]
+        texts = [draw[answer.where] for draw in single]
         assert answer.text in texts
         assert texts.count(answer.text) == max(map(texts.count, texts))
 
 
-def _only(shows, draw):
-    """`shows`, with `draw` for its first."""
-    other = copy.copy(shows)
-    other.demonstrate_draw = lambda row, _: shows.demonstrate_draw(row, draw)
+def _only_draw(pool, draw):
+    """`pool` with `draw` in place of every draw."""
+    other = copy.copy(pool)
+    other.demonstrate_draw = lambda row, _: pool.demonstrate_draw(row, draw)
     return other
