@@ -4,14 +4,12 @@ What a command does is in `rayk.commands`, one file each. These are imported ins
 needs neither torch nor ray.
 """
 
-import contextlib
 import difflib
 import importlib.metadata
 import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from rayk.commands.console import console, print_check, print_sections, print_table
-from rayk.config import load_config
+from rayk.config import load_config, load_teachers
 from rayk.environment import set_threading
 from rayk.errors import InputError, Interrupted, RaykError, SettingsError
 
@@ -144,29 +142,11 @@ def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output =
 
 @app.command()
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Deploy a config's teachers as Serve applications and keep them up until interrupted."""
-    settings = load_config(config, overrides)
-    from rayk.run import required_cpus, with_absolute_paths
-    from rayk.serving.cluster import start_ray
-    from rayk.teachers import serve_teacher
+    """Deploy a config's teachers for other processes until interrupted; only the section `teachers` is read."""
+    teachers = load_teachers(config, overrides)
+    from rayk.commands.serve import serve as serve_teachers
 
-    settings = with_absolute_paths(settings)
-    if not settings.teachers:
-        raise InputError(f"{config} has no teachers to serve; add one under 'teachers'.")
-    start_ray(required_cpus(settings))
-    with contextlib.ExitStack() as stack:
-        for teacher in settings.teachers:
-            console.print(f"Bringing up {teacher.name} ({teacher.model}) …")
-            served = stack.enter_context(serve_teacher(teacher))
-            console.print(
-                f"Teacher {served.name} is up: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
-                f"{served.info.device}. Attach with `attach: true`, or rayk.connect_teacher('{served.name}')."
-            )
-        console.print("Ctrl-C takes them down.")
-        with contextlib.suppress(KeyboardInterrupt, SystemExit):
-            while True:
-                # Short, for the kernel may hand the signal to another thread, which does not end this thread's sleep.
-                time.sleep(0.5)
+    serve_teachers(teachers, console.print)
 
 
 @app.command()
@@ -265,6 +245,19 @@ def methods() -> None:
     from rayk.commands.methods import describe_methods
 
     print(describe_methods())
+
+
+@app.command()
+def settings(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="Such as data, data.train or method.on_policy.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all settings as a page in Markdown.")] = False,
+) -> None:
+    """List the settings of a config: each key with its type, default and description."""
+    from rayk.commands.settings import format_settings, settings_markdown
+
+    print(settings_markdown() if markdown else format_settings(section, min(console.width, 100)))
 
 
 @app.command()

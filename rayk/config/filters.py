@@ -77,7 +77,7 @@ class LanguageFilterConfig(FieldFilterConfig):
     kind: Literal["language"] = "language"
     """The filter's kind."""
     languages: Annotated[list[str], Field(min_length=1)]
-    """ISO 639-1 codes of the languages to keep: en, zh, de, …"""
+    """ISO 639-1 codes of the languages to keep, such as en, zh or de."""
     margin: Annotated[float, Field(ge=1)] = 10.0
     """Ratio by which another language must be more likely than all `languages` together."""
 

@@ -44,24 +44,21 @@ def key_hint(key: str, section: str, allowed: list[str]) -> str:
 
 
 def _suggestion(key: str, section: str, allowed: list[str]) -> str:
-    if (place := KEY_NAMES.get(key)) is not None:
-        name = place.removeprefix(f"{section}.") if section else place
-        return f"did you mean '{name}'? "
-    if near := closest(key, allowed, cutoff=0.8):
-        return f"did you mean '{near}'? "
-    elsewhere = [place for place in all_places(RunConfig) if place.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"it belongs under {' or '.join(_parents(elsewhere))}. "
+    known = key if key in KEY_NAMES else closest(key, [*allowed, *KEY_NAMES], cutoff=0.8)
+    if known in KEY_NAMES and known not in allowed:
+        return f"did you mean '{KEY_NAMES[known].removeprefix(f'{section}.')}'? "
+    if known is not None:
+        return f"did you mean '{known}'? "
+    if parents := _parents(key, section):
+        return f"it belongs under {' or '.join(parents)}. "
     if near := closest(key, allowed):
         return f"did you mean '{near}'? "
     near = closest(key, {place.rpartition(".")[2] for place in all_places(RunConfig)}, cutoff=0.8)
-    if near:
-        places = [place for place in all_places(RunConfig) if place.rpartition(".")[2] == near]
-        return f"did you mean '{near}' under {' or '.join(_parents(places))}? "
-    return ""
+    return f"did you mean '{near}' under {' or '.join(_parents(near, section))}? " if near else ""
 
 
-def _parents(places: list[str], most: int = 3) -> list[str]:
-    """The sections of these places, the shortest first, at most `most` of them."""
-    parents = {place.rpartition(".")[0] or "the top level" for place in places}
-    return sorted(parents, key=lambda parent: (parent.count("."), parent))[:most]
+def _parents(key: str, section: str, most: int = 3) -> list[str]:
+    """The sections that have this key, those inside `section` first, at most `most` of them."""
+    places = [place.rpartition(".") for place in all_places(RunConfig)]
+    parents = dict.fromkeys(parent or "the top level" for parent, _, name in places if name == key)
+    return sorted(parents, key=lambda parent: (not parent.startswith(section), parent.count(".")))[:most]

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rayk.config.base import UNKNOWN_KEY, LocalPath, Settings, StoragePath, closest, shorten
 from rayk.config.hints import KIND_NAMES, key_hint
-from rayk.config.marks import fields_at, map_places, marked_fields, sections_below
+from rayk.config.marks import fields_at, map_places, marked_fields, sections_below, support_keys
 from rayk.config.paths import absolute_path, is_local_path, is_uri, path_exists
 from rayk.config.run import RunConfig
 from rayk.config.support import SUPPORTS
+from rayk.config.teachers import TeacherConfig
 from rayk.errors import InputError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -38,19 +39,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None, **f
     Raises:
         InputError: the file or an override cannot be read, or settings are wrong; one sentence for each.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise InputError(f"The config file '{path}' is nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"The config file '{path}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"The config file '{path}' is empty or holds no settings; see jobs/ for examples.")
-    values = _relative_to_file(values, Path(path))
-    for override in overrides or []:
-        _apply_override(values, override)
+    values = _read_values(path, overrides)
     values.update({name: value for name, value in fields.items() if value is not None})
     return parse_config(values, where=str(path))
 
@@ -61,6 +50,28 @@ def parse_config(values: dict[str, Any], where: str = "The config") -> RunConfig
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise SettingsError(where, list(dict.fromkeys(_sentences(error)))) from error
+
+
+def load_teachers(path: str | os.PathLike, overrides: list[str] | None = None) -> list[TeacherConfig]:
+    """Load only the teachers of a YAML file, whose other sections are not checked and may be missing.
+
+    Args:
+        overrides: see `load_config`.
+
+    Raises:
+        InputError: see `load_config`; also if there is no teacher, or two have the same name.
+    """
+    section = {"teachers": _read_values(path, overrides).get("teachers") or []}
+    try:
+        teachers = TypeAdapter(dict[str, list[TeacherConfig]]).validate_python(section)["teachers"]
+    except ValidationError as error:
+        raise SettingsError(str(path), list(dict.fromkeys(_sentences(error)))) from error
+    names = [teacher.name for teacher in teachers]
+    if not names:
+        raise InputError(f"{path} has no teachers; add one under 'teachers'.")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path}: two teachers are named '{repeated[0]}'; give each its own name.")
+    return teachers
 
 
 def with_absolute_paths(config: RunConfig, output: str | None = None) -> RunConfig:
@@ -75,6 +86,24 @@ def with_absolute_paths(config: RunConfig, output: str | None = None) -> RunConf
     values = map_places(values, inputs.keys(), lambda _, name: absolute_path(name) if is_local_path(name) else name)
     values = map_places(values, storage.keys(), lambda _, name: name if is_uri(name) else absolute_path(name))
     return parse_config(values)
+
+
+def _read_values(path: str | os.PathLike, overrides: list[str] | None) -> dict[str, Any]:
+    """Read a YAML file and apply overrides; see `load_config`."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise InputError(f"The config file '{path}' is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"The config file '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The config file '{path}' is empty or holds no settings; see jobs/ for examples.")
+    values = _relative_to_file(values, Path(path))
+    for override in overrides or []:
+        _apply_override(values, override)
+    return values
 
 
 def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -170,8 +199,11 @@ def _explain(line: Any) -> Iterator[str]:
     elif kind == "union_tag_not_found":
         message = "needs a 'kind'"
     elif kind in (UNKNOWN_KEY, "dataclass_unexpected_keyword", "unexpected_keyword_argument", "extra_forbidden"):
-        key = keys.pop()
-        message = key_hint(key, ".".join(part for part in keys if not part.isdigit()), _allowed(line))
+        key = line["ctx"]["key"] if kind == UNKNOWN_KEY else keys[-1]
+        keys = keys[:-1] if keys[-1:] == [key] else keys
+        section = ".".join(part for part in keys if not part.isdigit())
+        allowed = line["ctx"]["known"] if kind == UNKNOWN_KEY else support_keys(RunConfig, section, line["loc"])
+        message = key_hint(key, section, allowed)
     elif keys and keys[-1] == "[key]":
         message, keys = f"the key {keys[-2]} is not text; put it in quotes", keys[:-2]
     elif kind != "value_error":  # pydantic's own words, not ours
@@ -181,15 +213,6 @@ def _explain(line: Any) -> Iterator[str]:
         joint = " " if part.startswith(("is ", "needs ", "takes ")) else ": "
         sentence = f"{place}{joint}{part}" if place else part
         yield sentence if sentence.endswith((".", "?")) else f"{sentence}."
-
-
-def _allowed(line: Any) -> list[str]:
-    """The keys that a section allows where an unknown one was found."""
-    if line["type"] == UNKNOWN_KEY:
-        return line["ctx"]["known"]
-    supports = {support.kind: support for support in SUPPORTS}
-    found = next((supports[part] for part in reversed(line["loc"]) if part in supports), None)
-    return list(found.__dataclass_fields__) if found else []
 
 
 def _unknown_kind(tag: str, known: list[str]) -> str:

@@ -1,8 +1,8 @@
 """Read the marks on settings' fields (`LocalPath`, `StoragePath`, `Placement`, `Selection`), and compare settings."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -106,3 +106,16 @@ def fields_at(section: type[Settings], place: str) -> list[FieldTypes]:
         return [FieldTypes(str in parts, mappings, Any in parts)]
     found = [types for inner in sections_in(field) for types in fields_at(inner, rest)]
     return found or ([FieldTypes(True, True, True)] if dict in [get_origin(part) for part in parts] else [])
+
+
+def support_keys(section: type[Settings], place: str, kinds: Collection[Any]) -> list[str]:
+    """Return the keys of the support at a place; where several kinds are possible, of the one in `kinds`."""
+    name, _, rest = place.partition(".")
+    field = section.model_fields.get(name)
+    if field is None:
+        return []
+    if rest:
+        return next(filter(None, (support_keys(inner, rest, kinds) for inner in sections_in(field))), [])
+    supports = [part for part in _parts(field.annotation) if isinstance(part, type) and is_dataclass(part)]
+    named = [support for support in supports if getattr(support, "kind", None) in kinds] or supports
+    return [each.name for each in fields(named[0])] if named else []
