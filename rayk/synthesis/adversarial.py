@@ -1,30 +1,29 @@
-"""Instructions where the student is behind its teacher, round by round: Lion (Jiang et al. 2023, arXiv 2305.12870).
+"""Instructions on which the student is behind its teacher, round by round: Lion (Jiang et al. 2023, arXiv 2305.12870).
 
-Two pools hold instructions: what is learned from in a round (train), and all so far (cache). Both begin as the given
-prompts. A round is
+There are two pools of instructions: those trained on in a round (train), and all so far (cache). Both start with the
+given prompts. A round is
 
-1. imitation: the teacher answers the train pool, and the student, as the round before has left it, learns the answers;
-2. discrimination: teacher and student answer the cache pool, and a referee scores both answers from 1 to 10, once with
-   the teacher's first and once with the student's. An instruction is hard if on average the teacher leads by
+1. imitation: the teacher completes the train pool, and the student of the previous round is trained on the completions;
+2. discrimination: teacher and student complete the cache pool, and a referee scores both completions from 1 to 10, once
+   with the teacher's first and once with the student's. An instruction is hard if on average the teacher leads by
    d = teacher − student ≥ 1, else easy;
-3. generation: from one hard instruction a call the teacher makes another of the same domain and type, from one easy
-   instruction a rarer one of the same domain, until there are as many of either kind as are asked for. One is left out
-   if it says "instruction", was cut, has 3 words or less, begins badly, or has ROUGE-L F above 0.7 to one of the cache
-   pool or to a new one;
-4. the new ones replace the train pool and join the cache pool.
+3. generation: in each request the teacher generates from one hard instruction another of the same domain and type, or
+   from one easy instruction a rarer one of the same domain, until the configured number of each kind is reached. A new
+   instruction is rejected if it says "instruction", was truncated, has 3 words or fewer, begins badly, or has ROUGE-L F
+   above 0.7 to an instruction of the cache pool or to another new one;
+4. the new instructions replace the train pool and join the cache pool.
 
-Here 2 and 3 are written at the beginning of the round whose train pool they make, so that round 0 is imitation alone.
-The teacher's answers come with the cache pool and are not asked for again. Other than the authors' code
+Here 2 and 3 run at the beginning of the round whose train pool they make, so that round 0 is imitation alone. The
+teacher's completions of the cache pool are stored in it and not requested again. Differences from the authors' code:
 
-- an instruction that the referee gave no scores for in one of the orders, asked twice, is neither hard nor easy
-  (there, -1 counts as a score);
-- every instruction of a kind is taken once before one is taken again, and any script may begin a new one;
-- a new one may have 32 tokens however short its model is (there, four a word);
-- the referee is tried in round 0 already.
+- an instruction for which the referee gives no scores in one of the orders, after two requests, is neither hard nor
+  easy (there, -1 counts as a score);
+- every instruction of a kind is used once before one is used again, and a new one may begin in any script;
+- a new instruction may have 32 tokens however short its model is (there, four tokens per word);
+- the referee is already tested in round 0.
 
-Requests of a lap are asked for together and read in the order in which they were asked for, hard and easy in turn;
-which they are depends on no answer but the scores. So the same seed makes the same instructions, however often a round
-is interrupted.
+Requests for new instructions are sent in waves and read in the order of their requests, hard and easy alternating; they
+depend on no responses but the scores. So equal seeds give equal instructions, however often a round is interrupted.
 """
 
 from collections import Counter
@@ -73,275 +72,293 @@ from rayk.synthesis.instruction_pools import (
 )
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.store import StoredCompletion
-from rayk.text import Filter, judge
+from rayk.text import Filter, find_rejection
 from rayk.text.words import words
 
 _ANSWER, _AGAIN, _STUDENT, _REFEREE, _CHOICE, _NEW = range(20, 26)  # the stages of a seed
-_SHORTEST_WORDS = 4
-_TOO_SIMILAR = 0.700001  # a filter leaves out what reaches its threshold; 0.7 itself may stay
-_LEAST_TOKENS = 32
-_LEAST_A_LAP = 8
-_FRUITLESS_LAPS = 5
-_TRIED = 4
+_MIN_WORDS = 4
+_MIN_SIMILARITY = 0.700001  # a filter rejects from its threshold on; exactly 0.7 is accepted
+_MIN_TOKENS = 32
+_MIN_WAVE = 8
+_MAX_EMPTY_WAVES = 5
+_NUM_REFEREE_TESTS = 4
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Instruction:
     """An instruction of the train pool.
 
     Attributes:
-        made_of: where it comes from, for its seed: the place of the given prompt, or the seed instruction's and its
-        turn. It is no place in the train pool, for one that is left unanswered and had later would move those behind.
-        written: what the teacher wrote to make it up; nothing where it was given.
+        seed_position: where it comes from, for its seed: the index of the given prompt, or the index of the instruction
+            it was generated from and the number of the turn. Not its index in the train pool, because an instruction
+            whose request failed and succeeds later would shift the others.
+        responses: responses it was generated from; empty if given.
     """
 
     entry: PoolEntry
-    made_of: tuple[int, ...]
-    written: tuple[StoredCompletion, ...] = ()
+    seed_position: tuple[int, ...]
+    responses: tuple[StoredCompletion, ...] = ()
 
 
 class Adversarial(Recipe[AdversarialConfig]):
-    """See the module."""
+    """Recipe `adversarial`; see the module."""
 
-    summary = "new instructions where the student is behind its teacher, round by round, and the teacher's answers"
+    summary = "new instructions on which the student is behind its teacher, round by round"
     paper = "Jiang et al. 2023, arXiv 2305.12870"
 
-    def __init__(self, settings: AdversarialConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
-        super().__init__(settings, prompts, scribe)
-        self._answering = sampling_parameters(settings.sampling)
+    def __init__(self, settings: AdversarialConfig, prompts: Sequence[Prompt], client: CompletionClient):
+        super().__init__(settings, prompts, client)
+        self._completion_parameters = sampling_parameters(settings.sampling)
         self._comparisons: list[AnswerComparison] = []
-        self._made: list[_Made] = []
-        self._left_out: Counter[str] = Counter()
-        self._pools: dict[str, int] = {}
+        self._instructions: list[_Instruction] = []
+        self._num_rejected: Counter[str] = Counter()
+        self._pool_sizes: dict[str, int] = {}
 
     @property
-    def requests(self) -> int:
+    def max_requests(self) -> int:
         return 2 * sum(self.settings.instructions_of.values()) if self.round.number else len(self.prompts)
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
-        """The instructions that were left out, then the answers to the others."""
-        self.scribe.total = self.requests
+        """Yield the rejected instructions, then the others with the teacher's completions."""
+        self.client.total = self.max_requests
         cache: list[PoolEntry] = []
         if self.round.number == 0:
-            self._made = self._given()
+            self._instructions = self._given_instructions()
         else:
             assert self.round.before is not None
             cache = read_pool(self.round.before, CACHE)
-            self.scribe.total += 3 * len(cache)
+            self.client.total += 3 * len(cache)
             await self._discriminate(cache)
-            async with aclosing(self._generate(cache)) as left_out:
-                async for candidate in left_out:
-                    self._left_out[candidate.rejected_by] += 1
+            async with aclosing(self._generate_instructions(cache)) as rejected:
+                async for candidate in rejected:
+                    self._num_rejected[candidate.rejected_by] += 1
                     yield candidate
-            if not self._made and not self._left_out:
+            if not self._instructions and not self._num_rejected:
                 raise RunFailed(
                     f"No instruction of the cache pool's {len(cache)} is hard for the student in round "
-                    f"{self.round.number + 1}, and from easy ones none are to be made; lower synthesis.threshold, or "
+                    f"{self.round.number + 1}, and synthesis.easy_instructions is 0; lower synthesis.threshold or "
                     "raise synthesis.easy_instructions."
                 )
-        self.scribe.total = self.scribe.done + len(self._made)
+        self.client.total = self.client.done + len(self._instructions)
         train: list[PoolEntry] = []
-        work = (self._answered(each) for each in self._made)
-        async with aclosing(run_in_order(work, self.settings.in_flight)) as answered:
-            async for entry, candidate in answered:
+        work = (self._imitate(instruction) for instruction in self._instructions)
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as results:
+            async for entry, candidate in results:
                 train.append(entry)
                 yield candidate
         if self.round.number == 0:
-            await self._try_referee(train)
+            await self._test_referee(train)
         for name, pool in ((TRAIN, train), (CACHE, [*cache, *train])):
             write_pool(self.store, name, pool)
-            self._pools[name] = len(pool)
+            self._pool_sizes[name] = len(pool)
 
-    def _given(self) -> list[_Made]:
-        """The prompts, each once."""
+    def _given_instructions(self) -> list[_Instruction]:
+        """Return the distinct prompts."""
         first: dict[str, int] = {}
-        for place, prompt in enumerate(self.prompts):
-            first.setdefault(prompt.text.strip(), place)
-        return [_Made(PoolEntry(self.prompts[place].text, GIVEN, 0, place), (place,)) for place in first.values()]
+        for index, prompt in enumerate(self.prompts):
+            first.setdefault(prompt.text.strip(), index)
+        return [
+            _Instruction(PoolEntry(self.prompts[index].text, GIVEN, 0, index), (index,)) for index in first.values()
+        ]
 
-    async def _answered(self, made: _Made) -> tuple[PoolEntry, Candidate]:
-        """Imitation: the teacher's answer to an instruction of the train pool."""
-        entry = made.entry
-        written = await self._ask(self.scribe, entry, (_ANSWER, self.round.number, *made.made_of))
-        text = completion_text(written, self._answering.stop)
-        candidate = _candidate(entry, text, written, *made.written)
-        if lack := missing_response(written):
-            return entry, candidate.rejected(*lack)
-        fault = completion_problem(written, text)
-        return replace(entry, answer=text), candidate.rejected(*fault) if fault else candidate
+    async def _imitate(self, instruction: _Instruction) -> tuple[PoolEntry, Candidate]:
+        """Return an instruction of the train pool with the teacher's completion, and its candidate."""
+        entry = instruction.entry
+        seed = (_ANSWER, self.round.number, *instruction.seed_position)
+        response = await self._complete(self.client, entry, seed)
+        text = completion_text(response, self._completion_parameters.stop)
+        candidate = _candidate(entry, text, response, *instruction.responses)
+        if missing := missing_response(response):
+            return entry, candidate.reject(*missing)
+        problem = completion_problem(response, text)
+        return replace(entry, answer=text), candidate.reject(*problem) if problem else candidate
 
-    async def _try_referee(self, train: Sequence[PoolEntry]) -> None:
-        """Have the referee compare some answers with themselves, before a round is trained that it could not follow.
+    async def _test_referee(self, train: Sequence[PoolEntry]) -> None:
+        """Let the referee compare some completions with themselves, before a round is trained for nothing.
 
         Raises:
-            RunFailed: it gives no scores.
+            RunFailed: the referee gives no scores.
         """
-        some = [AnswerComparison(each, each.answer, each.answer) for each in train if each.answer][:_TRIED]
-        tried = await gather(self._judged(place, compared, 0) for place, compared in enumerate(some))
-        if tried and not any(scores for scores, _ in tried):
+        entries = [entry for entry in train if entry.answer][:_NUM_REFEREE_TESTS]
+        comparisons = [AnswerComparison(entry, entry.answer or "", entry.answer or "") for entry in entries]
+        results = await gather(self._judge(place, comparison, 0) for place, comparison in enumerate(comparisons))
+        if results and not any(scores for scores, _ in results):
             raise RunFailed(
-                f"The referee was tried on {len(tried)} answers of the first round, and could not be used: "
-                f"{tried[0][1]}. See to synthesis.referee and synthesis.referee_template and run again; the answers "
-                "are kept."
+                f"The referee gave no scores in {len(results)} test comparisons of the first round: {results[0][1]}. "
+                "Check synthesis.referee and synthesis.referee_template and run again; the completions are kept."
             )
 
     async def _discriminate(self, cache: Sequence[PoolEntry]) -> None:
-        """Have the student answer the cache pool, and the referee compare.
+        """Let the student complete the cache pool, and the referee compare.
 
         Raises:
             RunFailed: nothing could be compared.
         """
-        work = (self._compare(place, entry) for place, entry in enumerate(cache))
-        async with aclosing(run_in_order(work, self.settings.in_flight)) as compared:
-            self._comparisons = [each async for each in compared]
+        work = (self._compare(index, entry) for index, entry in enumerate(cache))
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as comparisons:
+            self._comparisons = [comparison async for comparison in comparisons]
         write_comparisons(self.store, self._comparisons, self.settings.threshold)
-        if not any(each.lead is not None for each in self._comparisons):
-            reason = next(each.reason for each in self._comparisons)
+        if not any(comparison.lead is not None for comparison in self._comparisons):
+            reason = next(comparison.reason for comparison in self._comparisons)
             raise RunFailed(
                 f"None of the cache pool's {len(cache)} instructions could be compared in round "
                 f"{self.round.number + 1}; the first: {reason}. See '{self.store.folder / COMPARISONS}.parquet', and "
-                "to synthesis.referee and synthesis.referee_template."
+                "check synthesis.referee and synthesis.referee_template."
             )
 
-    async def _compare(self, place: int, entry: PoolEntry) -> AnswerComparison:
-        """Both answers to an instruction of the cache pool, and the referee's scores in both orders."""
+    async def _compare(self, index: int, entry: PoolEntry) -> AnswerComparison:
+        """Return both completions of an instruction of the cache pool with the referee's scores in both orders."""
         assert self.round.student is not None
-        number = self.round.number
+        student_seed = (_STUDENT, self.round.number, index)
         teacher, student = await gather(
-            [self._teachers(place, entry), self._ask(self.round.student, entry, (_STUDENT, number, place))]
+            [self._teacher_response(index, entry), self._complete(self.round.student, entry, student_seed)]
         )
-        compared = AnswerComparison(
-            entry, completion_text(teacher, self._answering.stop), completion_text(student, self._answering.stop)
-        )
-        for who, written in (("the teacher", teacher), ("the student", student)):
-            if lack := missing_response(written):
-                return replace(compared, reason=f"{lack[0]} by {who}: {lack[1]}")
-        judged = await gather(self._judged(place, compared, order) for order in range(2))
-        scores, reasons = zip(*judged, strict=True)
-        return replace(compared, scores=scores, reason=next(filter(None, reasons), ""))
+        stop = self._completion_parameters.stop
+        comparison = AnswerComparison(entry, completion_text(teacher, stop), completion_text(student, stop))
+        for model, response in (("the teacher", teacher), ("the student", student)):
+            if missing := missing_response(response):
+                return replace(comparison, reason=f"{missing[0]} by {model}: {missing[1]}")
+        results = await gather(self._judge(index, comparison, order) for order in range(2))
+        scores, reasons = zip(*results, strict=True)
+        return replace(comparison, scores=scores, reason=next(filter(None, reasons), ""))
 
-    async def _teachers(self, place: int, entry: PoolEntry) -> StoredCompletion:
-        """The teacher's answer, which the round that added the instruction may have left open."""
+    async def _teacher_response(self, index: int, entry: PoolEntry) -> StoredCompletion:
+        """Return the teacher's completion; request it if it failed in the round that added the instruction."""
         if entry.answer is not None:
             return StoredCompletion("", entry.answer, None, None, "stop")
-        # In every round the same request: what it came to in an earlier one is found.
-        return await self._ask(self.scribe, entry, (_AGAIN, place))
+        # The same request in every round, so that a stored result is found.
+        return await self._complete(self.client, entry, (_AGAIN, index))
 
-    async def _ask(self, scribe: CompletionClient, entry: PoolEntry, seed: tuple[int, ...]) -> StoredCompletion:
-        return await scribe.ask(CompletionRequest(entry.instruction, self.scribe.seed(*seed), self._answering))
+    async def _complete(self, client: CompletionClient, entry: PoolEntry, seed: tuple[int, ...]) -> StoredCompletion:
+        request = CompletionRequest(entry.instruction, self.client.seed(*seed), self._completion_parameters)
+        return await client.complete(request)
 
-    async def _judged(self, place: int, compared: AnswerComparison, order: int) -> tuple[Scores | None, str]:
-        """The scores of teacher and student with the answers in this order, or why there are none; asked once more
-        where the referee gives none."""
-        own, answers = self.settings.referee_template, (compared.teacher, compared.student)
-        asked = referee_prompt(
-            compared.entry.instruction, answers if order == 0 else answers[::-1], self.round.referee.chats, own
-        )  # fmt: skip
+    async def _judge(self, index: int, comparison: AnswerComparison, order: int) -> tuple[Scores | None, str]:
+        """Return the scores of teacher and student with the completions in this order, or why there are none.
+
+        A second request is sent if the first reply has no scores.
+        """
+        template, answers = self.settings.referee_template, (comparison.teacher, comparison.student)
+        referee = self.round.referee
+        shown = answers if order == 0 else answers[::-1]
+        prompt = referee_prompt(comparison.entry.instruction, shown, referee.uses_chat, template)
         parameters = sampling_parameters(self.settings.referee_sampling)
-        if own is None and not self.round.referee.chats:
+        if template is None and not referee.uses_chat:
             parameters = replace(parameters, stop=(*REFEREE_STOP, *parameters.stop))
         for attempt in range(2):
-            seed = self.scribe.seed(_REFEREE, self.round.number, place, order, attempt)
-            written = await self.round.referee.ask(CompletionRequest(asked, seed, parameters))
-            if lack := missing_response(written):
-                return None, f"{lack[0]} by the referee: {lack[1]}"
-            if scores := parse_scores(completion_text(written, parameters.stop)):
+            seed = self.client.seed(_REFEREE, self.round.number, index, order, attempt)
+            response = await referee.complete(CompletionRequest(prompt, seed, parameters))
+            if missing := missing_response(response):
+                return None, f"{missing[0]} by the referee: {missing[1]}"
+            if scores := parse_scores(completion_text(response, parameters.stop)):
                 return scores if order == 0 else scores[::-1], ""
-        return None, f"the referee gave no two scores: {written.text[-80:]!r}"
+        return None, f"the referee's reply has no two scores: {response.text[-80:]!r}"
 
-    async def _generate(self, cache: Sequence[PoolEntry]) -> AsyncGenerator[Candidate, None]:
-        """Makes up as many instructions of each kind as are asked for, or as the teacher has ideas; yields those that
-        are left out."""
-        filters = new_instruction_filters(self.settings.blacklist, (each.instruction for each in cache))
-        kinds = [each.kind(self.settings.threshold) for each in self._comparisons]
-        seeds = {kind: self._seeds([i for i, each in enumerate(kinds) if each == kind]) for kind in (HARD, EASY)}
-        seeds = {kind: each for kind, each in seeds.items() if kind in kinds}
-        wanted, have, fruitless = self.settings.instructions_of, Counter[str](), Counter[str]()
-        while going_on := [kind for kind in seeds if have[kind] < wanted[kind] and fruitless[kind] < _FRUITLESS_LAPS]:
-            fruitless.update(going_on)
-            laps = [islice(seeds[kind], self._lap(wanted[kind] - have[kind], wanted[kind])) for kind in going_on]
-            asked = [seed for pair in zip_longest(*laps) for seed in pair if seed is not None]
-            proposals = await gather(self._propose(cache[place], kinds[place], place, turn) for place, turn in asked)
-            for (place, turn), written in zip(asked, proposals, strict=True):
-                kind = kinds[place]
-                if have[kind] == wanted[kind]:
+    async def _generate_instructions(self, cache: Sequence[PoolEntry]) -> AsyncGenerator[Candidate, None]:
+        """Generate the configured number of instructions of each kind, or fewer if the teacher repeats itself.
+
+        Yields the rejected ones.
+        """
+        filters = new_instruction_filters(self.settings.blacklist, (entry.instruction for entry in cache))
+        kinds = [comparison.kind(self.settings.threshold) for comparison in self._comparisons]
+        turns = {
+            kind: self._turns([index for index, each in enumerate(kinds) if each == kind])
+            for kind in (HARD, EASY)
+            if kind in kinds
+        }
+        num_wanted, num_accepted, empty_waves = self.settings.instructions_of, Counter[str](), Counter[str]()
+        while unfinished := [
+            kind for kind in turns if num_accepted[kind] < num_wanted[kind] and empty_waves[kind] < _MAX_EMPTY_WAVES
+        ]:
+            empty_waves.update(unfinished)
+            waves = [
+                islice(turns[kind], self._wave_size(num_wanted[kind] - num_accepted[kind], num_wanted[kind]))
+                for kind in unfinished
+            ]
+            models = [model for pair in zip_longest(*waves) for model in pair if model is not None]
+            responses = await gather(self._propose(cache[index], kinds[index], index, turn) for index, turn in models)
+            for (index, turn), response in zip(models, responses, strict=True):
+                kind = kinds[index]
+                if num_accepted[kind] == num_wanted[kind]:
                     continue
-                new, rejection = self._read(written, cache[place], kind, filters)
+                new, rejection = self._parse_proposal(response, cache[index], kind, filters)
                 if rejection:
-                    yield _candidate(new, "", written).rejected(*rejection)
+                    yield _candidate(new, "", response).reject(*rejection)
                 else:
-                    self._made.append(_Made(new, (place, turn), (written,)))
-                    have[kind] += 1
-                    fruitless[kind] = 0
+                    self._instructions.append(_Instruction(new, (index, turn), (response,)))
+                    num_accepted[kind] += 1
+                    empty_waves[kind] = 0
 
-    def _seeds(self, places: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Places of the cache pool to make new instructions from, without an end: all in an order of chance, then all
-        in another one; each with the number of its turn."""
+    def _turns(self, indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield (index, turn) of the next instruction to generate from, without end: each turn in another order."""
         for turn in count():
-            chance = {place: self.scribe.seed(_CHOICE, self.round.number, turn, place) for place in places}
-            yield from ((place, turn) for place in sorted(places, key=chance.__getitem__))
+            order = {index: self.client.seed(_CHOICE, self.round.number, turn, index) for index in indices}
+            yield from ((index, turn) for index in sorted(indices, key=order.__getitem__))
 
-    def _lap(self, missing: int, wanted: int) -> int:
-        """How many calls for a kind go out together while so many of those that are wanted are missing."""
-        return min(self.settings.batch, max(missing, min(_LEAST_A_LAP, wanted)))
+    def _wave_size(self, num_missing: int, num_wanted: int) -> int:
+        """Return the number of requests for a kind that are sent together."""
+        return min(self.settings.batch, max(num_missing, min(_MIN_WAVE, num_wanted)))
 
-    async def _propose(self, model: PoolEntry, kind: str, place: int, turn: int) -> StoredCompletion:
+    async def _propose(self, model: PoolEntry, kind: str, index: int, turn: int) -> StoredCompletion:
         template = self.settings.hard_template if kind == HARD else self.settings.easy_template
-        asked = new_prompt(model.instruction, kind == HARD, self.scribe.chats, template)
-        longest = self.settings.instruction_tokens_per_word * len(words(model.instruction))
+        prompt = new_prompt(model.instruction, kind == HARD, self.client.uses_chat, template)
+        max_tokens = self.settings.instruction_tokens_per_word * len(words(model.instruction))
         parameters = SamplingParameters(
-            max(_LEAST_TOKENS, min(longest, self.settings.sampling.max_new_tokens)),
+            max(_MIN_TOKENS, min(max_tokens, self.settings.sampling.max_new_tokens)),
             self.settings.instruction_temperature,
-            stop=() if self.scribe.chats else NEW_PROMPT_STOP,
+            stop=() if self.client.uses_chat else NEW_PROMPT_STOP,
         )
-        return await self.scribe.ask(CompletionRequest(asked, self.scribe.seed(_NEW, self.round.number, place, turn), parameters))
+        seed = self.client.seed(_NEW, self.round.number, index, turn)
+        return await self.client.complete(CompletionRequest(prompt, seed, parameters))
 
-    def _read(
-        self, written: StoredCompletion, model: PoolEntry, kind: str, filters: Sequence[Filter]
+    def _parse_proposal(
+        self, response: StoredCompletion, model: PoolEntry, kind: str, filters: Sequence[Filter]
     ) -> tuple[PoolEntry, tuple[str, str] | None]:
-        """The new instruction that was written, and the rule by which it is left out, with the reason."""
-        text = parse_new_prompt(completion_text(written, () if self.scribe.chats else NEW_PROMPT_STOP))
+        """Return the new instruction, and the rule that rejects it with the reason."""
+        text = parse_new_prompt(completion_text(response, () if self.client.uses_chat else NEW_PROMPT_STOP))
         new = PoolEntry(text, kind, self.round.number, model.origin, made_from=model.instruction)
-        if lack := missing_response(written):
-            return new, lack
-        if written.finish_reason == "length":
-            return new, ("cut", "was cut at the token limit")
-        rejection = judge({"instruction": text}, filters)
+        if missing := missing_response(response):
+            return new, missing
+        if response.finish_reason == "length":
+            return new, ("cut", "was truncated at the token limit")
+        rejection = find_rejection({"instruction": text}, filters)
         return new, None if rejection is None else (rejection.filter, rejection.reason)
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
-        figures = [Statistic(name.replace("_", " "), size, share=False) for name, size in self._pools.items()]
-        return [*self._of_comparisons(), *self._of_new_ones(), *figures] if self._comparisons else figures
+    def statistics(self, candidates: Sequence[Candidate]) -> list[Statistic]:
+        sizes = [Statistic(name.replace("_", " "), size, share=False) for name, size in self._pool_sizes.items()]
+        if not self._comparisons:
+            return sizes
+        return [*self._comparison_statistics(), *self._instruction_statistics(), *sizes]
 
-    def _of_comparisons(self) -> list[Statistic]:
-        leads = [each.lead for each in self._comparisons if each.lead is not None]
-        judged = [scores for each in self._comparisons for scores in each.scores]
-        hard = sum(each.kind(self.settings.threshold) == HARD for each in self._comparisons)
+    def _comparison_statistics(self) -> list[Statistic]:
+        comparisons = self._comparisons
+        leads = [comparison.lead for comparison in comparisons if comparison.lead is not None]
+        scores = [each for comparison in comparisons for each in comparison.scores]
+        num_hard = sum(comparison.kind(self.settings.threshold) == HARD for comparison in comparisons)
+        num_order = sum(comparison.depends_on_order for comparison in comparisons)
         return [
             Statistic("teacher's lead over the student, of 9 points", fmean(leads), share=False),
-            Statistic("hard instructions", hard / len(leads)),
-            Statistic("judgements without scores", judged.count(None) / len(judged)),
-            Statistic("not compared", 1 - len(leads) / len(self._comparisons)),
-            Statistic(
-                "the order of the answers decides", sum(e.depends_on_order for e in self._comparisons) / len(leads)
-            ),
+            Statistic("hard instructions", num_hard / len(leads)),
+            Statistic("judgements without scores", scores.count(None) / len(scores)),
+            Statistic("not compared", 1 - len(leads) / len(comparisons)),
+            Statistic("the order of the answers decides", num_order / len(leads)),
         ]
 
-    def _of_new_ones(self) -> list[Statistic]:
-        made = Counter(each.entry.kind for each in self._made)
+    def _instruction_statistics(self) -> list[Statistic]:
+        counts = Counter(instruction.entry.kind for instruction in self._instructions)
         return [
-            *(Statistic(f"new from {kind} ones", made[kind], share=False) for kind in (HARD, EASY)),
-            *(Statistic(f"left out: {rule}", number, share=False) for rule, number in self._left_out.most_common()),
+            *(Statistic(f"new from {kind} ones", counts[kind], share=False) for kind in (HARD, EASY)),
+            *(Statistic(f"left out: {rule}", num, share=False) for rule, num in self._num_rejected.most_common()),
         ]
 
 
-def _candidate(entry: PoolEntry, answer: str, *written: StoredCompletion) -> Candidate:
+def _candidate(entry: PoolEntry, completion: str, *responses: StoredCompletion) -> Candidate:
     fields = {"kind": entry.kind, "made_from": entry.made_from}
-    return Candidate(entry.instruction, answer, entry.origin, written, fields, made_up=entry.kind != GIVEN)
+    return Candidate(entry.instruction, completion, entry.origin, responses, fields, new_prompt=entry.kind != GIVEN)
 
 
 def new_instruction_filters(blacklist: Sequence[str], cache: Iterable[str]) -> list[Filter]:
-    """The paper's rules for new instructions (field `instruction`) beside those of the cache pool."""
+    """Build the paper's rules for new instructions (field `instruction`), with the cache pool to compare with."""
     return texts.build_pool_filters(
-        cache, words=(_SHORTEST_WORDS, None), fault=texts.beginning_problem, blacklist=blacklist, similar=_TOO_SIMILAR
+        cache, words=(_MIN_WORDS, None), problem=texts.beginning_problem, blacklist=blacklist, similar=_MIN_SIMILARITY
     )

@@ -1,15 +1,14 @@
-"""Lion's texts (Jiang et al. 2023, arXiv 2305.12870): how a referee is asked to compare two answers, how a teacher is
-asked for new instructions, and how both are read.
+"""Prompts and parsers of Lion (Jiang et al. 2023, arXiv 2305.12870): comparisons by a referee, and new instructions.
 
-Pure functions of text. Every prompt comes in two forms: for a base model it breaks off where the answer begins, after
-an example or two; for a chat model (`chat`) it says what to write.
+Pure functions of text. Every prompt has two forms: for a base model it ends where the response begins, after an example
+or two; for a chat model (`chat`) it is an instruction.
 """
 
 import re
 from collections.abc import Sequence
 
 Scores = tuple[float, float]
-"""Of two answers, from 1 to 10; higher is better."""
+"""Scores of two answers, from 1 to 10; higher is better."""
 
 _ANSWERS = """[Request]
 {instruction}
@@ -51,7 +50,7 @@ Score of B: 2
 [Scores]
 Score of A:"""
 REFEREE_STOP = ("\n\n", "\n[")
-"""Where a base model's scores end; a chat model's assessment comes before them."""
+"""Stop texts after a base model's scores; a chat model's assessment comes before its scores."""
 
 _ALIKE = "The new prompt is about as long and as difficult as the given one, makes sense by itself and can be answered."
 
@@ -99,11 +98,11 @@ EASY_BASE = _base(
     "How many years does a glacier that moves 0.3 m a day need for the length of its 14 km valley?",
 )
 NEW_PROMPT_STOP = ("\n\n", "\nGiven prompt:", "\nNew prompt:")
-"""Where a base model's new instruction ends; a chat model's may have paragraphs."""
+"""Stop texts of a base model; a chat model's new instruction may have paragraphs."""
 
 
 def referee_prompt(instruction: str, answers: Sequence[str], chat: bool = False, template: str | None = None) -> str:
-    """Ask for the scores of two answers in this order."""
+    """Return the prompt for the scores of two answers in this order."""
     first, second = answers
     template = template or (REFEREE_CHAT if chat else REFEREE_BASE)
     return template.format(instruction=instruction.strip(), first=first.strip(), second=second.strip())
@@ -118,10 +117,10 @@ _BARE = re.compile(rf"^[\s\"'*#(\[]*{_NUMBER}(?:\s*[,;&|]\s*|\s+and\s+|\s+){_NUM
 
 
 def parse_scores(text: str) -> Scores | None:
-    """The scores of the answers A and B in what followed `referee_prompt`; None where there are not two from 1 to 10.
+    """Return the scores of the answers A and B in the response to `referee_prompt`; None unless both are from 1 to 10.
 
-    Of scores with labels the last of each counts; a base model's begin after "Score of A:". Without labels it is the
-    last line that has two numbers and nothing else.
+    The last score with each label counts; a base model's response begins after "Score of A:". Without labels the last
+    line that consists of two numbers counts.
     """
     for labelled in (text, f"A: {text}"):
         scores = {"A1B2".find(name) // 2: float(score) for name, score in _labels(labelled)}
@@ -136,11 +135,11 @@ def _labels(text: str) -> list[tuple[str, str]]:
 
 
 def _within(*scores: float) -> Scores | None:
-    return (scores[0], scores[1]) if all(1 <= each <= 10 for each in scores) else None
+    return (scores[0], scores[1]) if all(1 <= score <= 10 for score in scores) else None
 
 
 def new_prompt(instruction: str, hard: bool, chat: bool = False, template: str | None = None) -> str:
-    """Ask for a new instruction: of a hard one's domain and type, or rarer than an easy one in its domain."""
+    """Return the prompt for a new instruction: of a hard one's domain and type, or rarer than an easy one."""
     if template is None:
         template = (HARD_CHAT if hard else EASY_CHAT) if chat else (HARD_BASE if hard else EASY_BASE)
     return template.format(instruction=instruction.strip() if chat else " ".join(instruction.split()))
@@ -151,7 +150,7 @@ _QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“"}
 
 
 def parse_new_prompt(text: str) -> str:
-    """The instruction that a teacher has made up, without a heading or quotation marks around it."""
+    """Return the instruction in a response, without a heading or quotation marks around it."""
     text = _HEADING.sub("", text, count=1).strip()
     closing = _QUOTES.get(text[:1])
     if closing and text.endswith(closing) and len(text) > 1 and closing not in text[1:-1] and text[0] not in text[1:-1]:

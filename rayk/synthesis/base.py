@@ -1,6 +1,6 @@
-"""What a recipe is: prompts in, candidates for training rows out, in an order that depends on nothing but them."""
+"""Interface of recipes: prompts in, candidates for training rows out, in an order that only depends on them."""
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -18,41 +18,42 @@ S = TypeVar("S", bound=SynthesisSettings)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A training row that may be.
+    """A possible training row.
 
     Attributes:
-        prompt, completion: what the student would learn.
-        worse: beside the completion, a worse answer to the same prompt, where rows are pairs of such.
-        origin: which prompt it is for, by place.
-        written: what the teacher wrote for it, call by call.
-        fields: what else is kept with it.
-        made_up: the teacher made up the prompt, so that the other fields of the row it is for say nothing about it.
-        rejected_by: the check that it did not pass, with the `reason` in words; empty while it is kept.
+        prompt, completion: text that the student would be trained on.
+        prompt_index: index of the prompt in `Recipe.prompts` that the row belongs to.
+        responses: model responses that the row was made from; the first is the one with the completion.
+        fields: additional fields of the row.
+        new_prompt: whether the prompt was generated, so that the source row's other fields do not apply to it.
+        rejected_by: name of the check that rejected the candidate, with the `reason`; empty while it is accepted.
+        worse: for preference pairs, the worse completion of the same prompt.
     """
 
     prompt: str
     completion: str
-    origin: int
-    written: tuple[StoredCompletion, ...]
+    prompt_index: int
+    responses: tuple[StoredCompletion, ...]
     fields: dict[str, Any] = field(default_factory=dict)
-    made_up: bool = False
+    new_prompt: bool = False
     rejected_by: str = ""
     reason: str = ""
     worse: str | None = None
 
-    def rejected(self, by: str, reason: str) -> "Candidate":
+    def reject(self, by: str, reason: str) -> "Candidate":
+        """Return the candidate as rejected."""
         return replace(self, rejected_by=by, reason=reason)
 
 
 @dataclass(frozen=True)
 class Round:
-    """Which round a recipe writes for, and whom it may ask beside the teacher.
+    """The round that a recipe generates rows for, with clients of the other models.
 
     Attributes:
-        number: from 0; a run without `rounds` is its own first one.
-        before: the folder of what was synthesised in the round before; None in the first.
-        student: asks the student as it is when the round begins; None where `settings.asks_student` does not want it.
-        referee: asks `settings.referee`; the teacher's own scribe where that is the same.
+        number: from 0; a run without `rounds` is its own first round.
+        before: synthesis folder of the previous round; None in the first.
+        student: client of the student as it is when the round begins; None if the settings do not need it.
+        referee: client of `settings.referee`; the teacher's client if that is the same model.
     """
 
     number: int
@@ -63,7 +64,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number of the report: a share from 0 to 1, a count (an int) or a mean."""
+    """A number for the report: a share from 0 to 1, a count (an int) or a mean."""
 
     name: str
     value: float
@@ -71,113 +72,106 @@ class Statistic:
 
 
 class Recipe(ABC, Generic[S]):
-    """A way of making data. One file an implementation; `rayk.synthesis.RECIPES` lists them. One that writes for each
-    prompt alone is a `PerPromptRecipe`, one that makes up its prompts an `PromptGeneratingRecipe`.
+    """Implementation of a synthesis. One file each; `rayk.synthesis.RECIPES` lists the built-in ones.
+
+    A recipe overrides `generate` if the candidates of one prompt do not depend on other prompts, else `candidates`.
 
     Attributes:
-        round: set by whoever has it write, before it does.
+        summary: what the recipe does, in one line for the report.
+        paper: its source; empty if there is none.
+        round: set before `candidates` is called.
     """
 
-    summary: ClassVar[str]
-    paper: ClassVar[str]
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
 
-    def __init__(self, settings: S, prompts: Sequence[Prompt], scribe: CompletionClient):
-        self.settings, self.prompts, self.scribe = settings, prompts, scribe
-        self.round = Round(0, None, None, scribe)
+    def __init__(self, settings: S, prompts: Sequence[Prompt], client: CompletionClient):
+        self.settings, self.prompts, self.client = settings, prompts, client
+        self.round = Round(0, None, None, client)
 
     @property
     def store(self) -> CompletionStore:
-        """What was written, and where a recipe may keep more."""
-        return self.scribe.store
+        """Store of the completions; a recipe may write additional tables to it."""
+        return self.client.store
 
     @classmethod
-    def check(cls, settings: S, writer: TeacherConfig) -> None:
-        """Refuse settings that cannot work, before the teacher that is to write is brought up.
+    def check(cls, settings: S, teacher: TeacherConfig) -> None:
+        """Check the settings before the teacher is started.
 
         Raises:
-            InputError: they cannot.
+            InputError: they cannot work.
         """
 
     @property
-    @abstractmethod
-    def requests(self) -> int:
-        """The completions it asks for, at the most."""
+    def max_requests(self) -> int:
+        """Largest number of completions that the recipe requests, for the progress; by default one per prompt."""
+        return len(self.prompts)
 
-    @abstractmethod
-    def candidates(self) -> AsyncGenerator[Candidate, None]:
-        """All candidates, those that cannot be used rejected with the reason."""
-
-    def choose(self, kept: list[Candidate]) -> list[Candidate]:
-        """Look once more at what has passed the filters, all prompts together: the same candidates in order, some of
-        them rejected now."""
-        return kept
-
-    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
-        """What the recipe reports of all its candidates."""
-        return []
-
-
-class PerPromptRecipe(Recipe[S]):
-    """A recipe whose candidates for one prompt depend on no other prompt."""
-
-    @abstractmethod
-    async def generate_for_prompt(self, place: int, prompt: Prompt) -> list[Candidate]:
-        """The candidates of one prompt."""
+    async def generate(self, index: int, prompt: Prompt) -> list[Candidate]:
+        """Return the candidates of `prompts[index]`; those that cannot be used are rejected with a reason."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither 'generate' nor 'candidates'")
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
-        """Prompt by prompt."""
-        self.scribe.total = self.requests
-        work = (self.generate_for_prompt(place, prompt) for place, prompt in enumerate(self.prompts))
-        async with aclosing(run_in_order(work, self.settings.in_flight)) as written:
-            async for candidates in written:
+        """Yield the candidates of all prompts in order; those that cannot be used are rejected with a reason."""
+        self.client.total = self.max_requests
+        work = (self.generate(index, prompt) for index, prompt in enumerate(self.prompts))
+        async with aclosing(run_in_order(work, self.settings.in_flight)) as results:
+            async for candidates in results:
                 for candidate in candidates:
                     yield candidate
 
+    def select(self, accepted: list[Candidate]) -> list[Candidate]:
+        """Choose among the candidates of all prompts that passed the filters: return them in order, some rejected."""
+        return accepted
+
+    def statistics(self, candidates: Sequence[Candidate]) -> list[Statistic]:
+        """Compute the recipe's numbers for the report from all candidates."""
+        return []
+
 
 class PromptGeneratingRecipe(Recipe[S]):
-    """A recipe whose teacher makes up the prompts too (`settings.makes_prompts`)."""
+    """A recipe whose teacher generates the prompts too (`settings.makes_prompts`)."""
 
     @classmethod
-    @abstractmethod
     def seed_prompts(cls, settings: S) -> list[Prompt]:
-        """What it starts from instead.
+        """Return the prompts that generation starts from; by default one empty prompt.
 
         Raises:
-            InputError: it cannot be read.
+            InputError: they cannot be read.
         """
+        return [Prompt("", "synthesis", {})]
 
 
 def sampling_parameters(sampling: SamplingConfig) -> SamplingParameters:
-    """How the teacher is asked to write."""
+    """Convert sampling settings to the parameters of a request."""
     return SamplingParameters(
         sampling.max_new_tokens, sampling.temperature, sampling.top_p, stop=tuple(sampling.stop)
     )  # fmt: skip
 
 
-def completion_text(written: StoredCompletion, stop: Sequence[str] = ()) -> str:
-    """What was written up to the text that ended it (engines differ in whether they keep that), without the white space
-    behind."""
-    text = written.text
-    for each in stop:
-        text = text.split(each, 1)[0]
+def completion_text(response: StoredCompletion, stop: Sequence[str] = ()) -> str:
+    """Return the text before the first stop text, which some engines keep, without trailing white space."""
+    text = response.text
+    for stop_text in stop:
+        text = text.split(stop_text, 1)[0]
     return text.rstrip()
 
 
 MISSING_RESPONSE = ("unanswered", "refused")
-"""By what is rejected that was not written: it may be another time, or will not be."""
+"""Reasons for rejection without a response: the request failed this time, or was refused for good."""
 
 
-def missing_response(written: StoredCompletion) -> tuple[str, str] | None:
-    """Which of `MISSING_RESPONSE` this is, and why; None where it is an answer."""
-    if written.finish_reason != "error":
+def missing_response(response: StoredCompletion) -> tuple[str, str] | None:
+    """Return which of `MISSING_RESPONSE` applies, and the reason; None if there is a response."""
+    if response.finish_reason != "error":
         return None
-    return MISSING_RESPONSE[written.refused], written.reason
+    return MISSING_RESPONSE[response.refused], response.reason
 
 
-def completion_problem(written: StoredCompletion, text: str, by: str = "teacher") -> tuple[str, str] | None:
-    """The check that a completion does not pass by itself, and why; None where it is one."""
-    if lack := missing_response(written):
-        return lack
+def completion_problem(response: StoredCompletion, text: str, model: str = "teacher") -> tuple[str, str] | None:
+    """Return the check that a completion fails by itself, and the reason; None if it can be used."""
+    if missing := missing_response(response):
+        return missing
     if not text.strip():
-        return "empty", f"the {by} wrote nothing"
+        return "empty", f"the {model} generated no text"
     return None

@@ -1,9 +1,9 @@
-"""Rationales by which the teacher came to the right answer: Fine-tune-CoT (Ho et al. 2022, arXiv 2212.10071).
+"""Rationales that lead the teacher to the right answer: Fine-tune-CoT (Ho et al. 2022, arXiv 2212.10071).
 
-Two calls a rationale (zero-shot CoT): "Q: … A: Let's think step by step." brings the rationale; with it appended,
-"Therefore, the answer is" brings the answer, greedily. A rationale is kept if its answer is right. D of them a
-question, sampled (diverse reasoning), let the student see several ways. It learns `<question> ###` → `<rationale> -->
-<answer>` and its EOS, where the authors' code for OpenAI writes END.
+Each rationale takes two requests (zero-shot CoT): "Q: … A: Let's think step by step." returns the rationale; with the
+rationale appended, "Therefore, the answer is" returns the answer, greedily. A rationale is kept if its answer is right.
+With D sampled rationales per question (diverse reasoning) the student sees several ways. The student learns
+`<question> ###` → `<rationale> --> <answer>` and its EOS, where the authors' code for OpenAI uses END.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rayk.engines.batching import gather
 from rayk.synthesis.base import (
     MISSING_RESPONSE,
     Candidate,
-    PerPromptRecipe,
+    Recipe,
     Statistic,
     completion_problem,
     completion_text,
@@ -29,72 +29,75 @@ from rayk.text.answers import find_answer
 _RATIONALE, _ANSWER = 1, 2  # the stages of a seed
 
 
-class ChainOfThought(PerPromptRecipe[ChainOfThoughtConfig]):
-    """See the module."""
+class ChainOfThought(Recipe[ChainOfThoughtConfig]):
+    """Recipe `chain_of_thought`; see the module."""
 
-    summary = "the teacher's rationales that end in the right answer, several a question"
+    summary = "the teacher's rationales that end in the right answer, several per question"
     paper = "Ho et al. 2022, arXiv 2212.10071"
 
-    def __init__(self, settings: ChainOfThoughtConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
-        super().__init__(settings, prompts, scribe)
-        self._rationale = sampling_parameters(settings.sampling)
-        self._answer = SamplingParameters(settings.answer_tokens, 0.0, stop=tuple(settings.sampling.stop))
+    def __init__(self, settings: ChainOfThoughtConfig, prompts: Sequence[Prompt], client: CompletionClient):
+        super().__init__(settings, prompts, client)
+        self._rationale_parameters = sampling_parameters(settings.sampling)
+        self._answer_parameters = SamplingParameters(settings.answer_tokens, 0.0, stop=tuple(settings.sampling.stop))
 
     @property
-    def requests(self) -> int:
+    def max_requests(self) -> int:
         return 2 * len(self.prompts) * self.settings.rationales
 
-    async def generate_for_prompt(self, place: int, prompt: Prompt) -> list[Candidate]:
-        return await gather(self._draw(place, prompt, draw) for draw in range(self.settings.rationales))
+    async def generate(self, index: int, prompt: Prompt) -> list[Candidate]:
+        return await gather(self._sample(index, prompt, sample) for sample in range(self.settings.rationales))
 
-    async def _draw(self, place: int, prompt: Prompt, draw: int) -> Candidate:
-        asked = self.settings.rationale_template.format(question=prompt.text)
-        written = await self.scribe.ask(CompletionRequest(asked, self.scribe.seed(_RATIONALE, place, draw), self._rationale))
-        rationale = completion_text(written, self.settings.sampling.stop).strip()
-        if fault := completion_problem(written, rationale):
-            self.scribe.total -= 1  # it is not asked for its answer
-            return Candidate(self._question(prompt), rationale, place, (written,)).rejected(*fault)
-        second = self.settings.answer_template.format(asked=asked, rationale=rationale)
-        answer = await self.scribe.ask(CompletionRequest(second, self.scribe.seed(_ANSWER, place, draw), self._answer))
-        return self._candidate(place, prompt, rationale, written, answer)
+    async def _sample(self, index: int, prompt: Prompt, sample: int) -> Candidate:
+        first = self.settings.rationale_template.format(question=prompt.text)
+        seed = self.client.seed(_RATIONALE, index, sample)
+        response = await self.client.complete(CompletionRequest(first, seed, self._rationale_parameters))
+        rationale = completion_text(response, self.settings.sampling.stop).strip()
+        if problem := completion_problem(response, rationale):
+            self.client.total -= 1  # no answer is requested
+            return Candidate(self._student_prompt(prompt), rationale, index, (response,)).reject(*problem)
+        second = self.settings.answer_template.format(asked=first, rationale=rationale)
+        seed = self.client.seed(_ANSWER, index, sample)
+        answer = await self.client.complete(CompletionRequest(second, seed, self._answer_parameters))
+        return self._candidate(index, prompt, rationale, response, answer)
 
-    def _candidate(self, place: int, prompt: Prompt, rationale: str, *written: StoredCompletion) -> Candidate:
+    def _candidate(self, index: int, prompt: Prompt, rationale: str, *responses: StoredCompletion) -> Candidate:
         settings = self.settings.answer
-        said = completion_text(written[-1], self.settings.sampling.stop)
-        found = find_answer(said, settings.type, choices=settings.choices, continues=True)
+        text = completion_text(responses[-1], self.settings.sampling.stop)
+        found = find_answer(text, settings.type, choices=settings.choices, continues=True)
         right = None if prompt.truth is None else is_right(found, prompt.truth, settings)
-        # A right answer is learned as the row writes it.
+        # The student learns a right answer in the row's notation.
         answer = prompt.truth if right else found
         fields = {"rationale": rationale, "teacher_answer": found, "correct": right}
-        candidate = Candidate(self._question(prompt), self._target(rationale, answer), place, written, fields)
-        if lack := missing_response(written[-1]):
-            return candidate.rejected(*lack)
+        completion = self._student_completion(rationale, answer)
+        candidate = Candidate(self._student_prompt(prompt), completion, index, responses, fields)
+        if missing := missing_response(responses[-1]):
+            return candidate.reject(*missing)
         if found is None:
-            return candidate.rejected("no_answer", f"no {settings.type} in {said[:60]!r}")
+            return candidate.reject("no_answer", f"no {settings.type} in {text[:60]!r}")
         if right is False:
-            return candidate.rejected("wrong_answer", f"{found}, where {prompt.truth} is right")
+            return candidate.reject("wrong_answer", f"{found} instead of {prompt.truth}")
         return candidate
 
-    def _question(self, prompt: Prompt) -> str:
+    def _student_prompt(self, prompt: Prompt) -> str:
         return f"{prompt.text} ###" if self.settings.student_format == "delimiters" else prompt.text
 
-    def _target(self, rationale: str, answer: str | None) -> str:
+    def _student_completion(self, rationale: str, answer: str | None) -> str:
         if self.settings.student_format == "delimiters":
             return f" {rationale} --> {answer}"
         return f"{rationale}\nTherefore, the answer is {answer}."
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
+    def statistics(self, candidates: Sequence[Candidate]) -> list[Statistic]:
         answered = [each for each in candidates if each.rejected_by not in MISSING_RESPONSE]
         kept = [each for each in candidates if not each.rejected_by]
         if not answered:
             return []
-        figures = [Statistic("rationales kept", len(kept) / len(answered))]
+        statistics = [Statistic("rationales kept", len(kept) / len(answered))]
         if self.settings.reads_truth:
             right = sum(bool(each.fields.get("correct")) for each in answered)
-            figures.insert(0, Statistic("teacher's accuracy", right / len(answered)))
-        distinct = {(each.origin, each.fields["rationale"]) for each in kept}
-        questions = len({origin for origin, _ in distinct})
-        figures.append(Statistic("questions with a rationale", questions / len(self.prompts)))
+            statistics.insert(0, Statistic("teacher's accuracy", right / len(answered)))
+        distinct = {(each.prompt_index, each.fields["rationale"]) for each in kept}
+        questions = len({index for index, _ in distinct})
+        statistics.append(Statistic("questions with a rationale", questions / len(self.prompts)))
         if questions:
-            figures.append(Statistic("different rationales a question", len(distinct) / questions, share=False))
-        return figures
+            statistics.append(Statistic("different rationales a question", len(distinct) / questions, share=False))
+        return statistics

@@ -1,7 +1,7 @@
-"""Where the turns of a chat template begin and end: told by rendering a message that can be found again.
+"""Find where the turns of a chat template begin and end, by rendering marked messages.
 
-A model that was trained on a template and is fed what precedes the user's text goes on as a user would (Magpie). What
-that is, and what ends the turn, differs from template to template:
+A model that was trained on a template and is given the text before the user's message continues as a user would
+(Magpie). That text, and what ends the turn, differs between templates:
 
     Llama-3   <|begin_of_text|><|start_header_id|>user<|end_header_id|>⏎⏎ … <|eot_id|>
     Qwen2.5   <|im_start|>system⏎You are Qwen, … <|im_end|>⏎<|im_start|>user⏎ … <|im_end|>⏎
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from rayk.data.tokens import Encoder
 from rayk.errors import InputError
 
-# Letters alone: what templates strip, escape or look for in a message is not among them.
+# Letters only, because templates may strip, escape or search for other characters.
 _MARKS = ("Xqzwoven", "Vjkhollow")
 _BEGINNINGS = ("The", "What", "I", "1", "Über", "请")
 
 
 @dataclass(frozen=True)
 class ChatTurns:
-    """How the turns of a template begin and end, as text.
+    """Text around the messages of a chat template.
 
     Attributes:
-        user_begins: all that precedes the user's text, the system's turn included.
-        user_ends, assistant_ends: what ends their turns: a special token, or where there is none the first words that
-            the template puts behind. For the assistant it may be empty: only the model's own end-of-text token does.
+        user_begins: all text before the user's message, including the system's turn.
+        user_ends, assistant_ends: text that ends the turn: a special token or, without one, the first words after the
+            message. For the assistant it may be empty: then only the model's end-of-text token ends the turn.
     """
 
     user_begins: str
@@ -35,74 +35,73 @@ class ChatTurns:
 
 
 def find_chat_turns(encoder: Encoder, system: str | None, where: str) -> ChatTurns:
-    """The turns of the tokenizer's chat template, after a system prompt if there is one.
+    """Return the turns of the tokenizer's chat template, after a system prompt if one is given.
 
     Args:
-        where: how errors begin ("teacher 'big'").
+        where: beginning of error messages ("teacher 'big'").
 
     Raises:
-        InputError: there is no template, it takes no system prompt, or it does not say where a user's turn begins and
-            ends.
+        InputError: there is no template, it accepts no system prompt, or it does not mark where a user's turn begins
+            and ends.
     """
     if not encoder.tokenizer.chat_template:
         raise InputError(
-            f"{where} has no chat template in its tokenizer, and magpie draws instructions from one; name the "
-            "tokenizer of a chat model as synthesis.tokenizer, or use a teacher that was trained to chat."
+            f"{where} has no chat template in its tokenizer, which magpie requires; set synthesis.tokenizer to the "
+            "tokenizer of a chat model, or use a chat model as teacher."
         )
     opening = [] if system is None else [{"role": "system", "content": system}]
-    told = f"{where}{'' if system is None else ', with synthesis.system'}"
-    before, behind = _around(encoder, [*opening, {"role": "user"}], told)
-    user_ends = _ending(encoder, behind)
+    where_system = f"{where}{'' if system is None else ', with synthesis.system'}"
+    before, after = _around(encoder, [*opening, {"role": "user"}], where_system)
+    user_ends = _ending(encoder, after)
     if not user_ends:
         raise InputError(
-            f"{told}: the chat template puts nothing behind a user's message, so nothing says where an instruction "
-            "ends; name the tokenizer of another one as synthesis.tokenizer."
+            f"{where_system}: the chat template has no text after a user's message that would end an instruction; set "
+            "synthesis.tokenizer to a tokenizer with another template."
         )
     question = {"role": "user", "content": "?"}
     if system is not None and system.strip() not in before:
-        raise InputError(f"{told}: the chat template leaves a system prompt out; leave synthesis.system out.")
+        raise InputError(f"{where_system}: the chat template ignores a system prompt; remove synthesis.system.")
     if not before.strip():
         raise InputError(
-            f"{told}: the chat template puts nothing before a user's message, so there is nothing to go on from; name "
-            "the tokenizer of another one as synthesis.tokenizer."
+            f"{where_system}: the chat template has no text before a user's message to continue from; set "
+            "synthesis.tokenizer to a tokenizer with another template."
         )
-    _, behind = _around(encoder, [*opening, question, {"role": "assistant"}], told, generation=False)
-    return ChatTurns(_stable(encoder, before), user_ends, _ending(encoder, behind))
+    _, after = _around(encoder, [*opening, question, {"role": "assistant"}], where_system, generation=False)
+    return ChatTurns(_strip_unstable_spaces(encoder, before), user_ends, _ending(encoder, after))
 
 
 def _around(encoder: Encoder, messages: list[dict[str, str]], where: str, generation: bool = True) -> tuple[str, str]:
-    """What the template puts before and behind the text of the last message, whatever that is."""
+    """Return the template's text before and after the content of the last message, which must not depend on it."""
     found = []
     for mark in _MARKS:
         marked = [*messages[:-1], messages[-1] | {"content": mark}]
         parts = encoder.render(marked, where, add_generation_prompt=generation).split(mark)
         if len(parts) != 2:
             raise InputError(
-                f"{where}: the chat template has the {messages[-1]['role']}'s text {len(parts) - 1} times instead of "
-                "once, as it is, so what precedes it cannot be told; name the tokenizer of another one as "
-                "synthesis.tokenizer."
+                f"{where}: the chat template contains the {messages[-1]['role']}'s text {len(parts) - 1} times instead "
+                "of once and unchanged; set synthesis.tokenizer to a tokenizer with another template."
             )
         found.append((parts[0], parts[1]))
     if found[0] != found[1]:
         raise InputError(
-            f"{where}: what the chat template puts around the {messages[-1]['role']}'s text depends on that text; name "
-            "the tokenizer of another one as synthesis.tokenizer."
+            f"{where}: the chat template's text around the {messages[-1]['role']}'s text depends on that text; set "
+            "synthesis.tokenizer to a tokenizer with another template."
         )
     return found[0]
 
 
-def _ending(encoder: Encoder, behind: str) -> str:
-    """The first thing behind a turn that is no white space: a special token, or words."""
-    behind = behind.strip()
-    if not behind:
+def _ending(encoder: Encoder, after: str) -> str:
+    """Return what a turn ends with: the special token that follows it, or the first line that is not blank."""
+    after = after.strip()
+    if not after:
         return ""
     tokens = {str(encoder.tokenizer.convert_ids_to_tokens(number)) for number in encoder.special_ids}
-    begun = [token for token in tokens if behind.startswith(token)]
-    return max(begun, key=len) if begun else behind.splitlines()[0].strip()
+    matching = [token for token in tokens if after.startswith(token)]
+    return max(matching, key=len) if matching else after.splitlines()[0].strip()
 
 
-def _stable(encoder: Encoder, before: str) -> str:
-    """`before` without the spaces at its end that would be a part of the text's first token."""
+def _strip_unstable_spaces(encoder: Encoder, before: str) -> str:
+    """Return `before` without spaces at its end that would become part of the message's first token."""
     wholes = encoder.encode([before + beginning for beginning in _BEGINNINGS])
     for candidate in (before, before.rstrip(" ")):
         ids = encoder.encode([candidate])[0]

@@ -1,8 +1,8 @@
-"""The scribe: asks a teacher, and remembers.
+"""Request completions from a model and cache them in the store.
 
-A recipe is plain code that asks a scribe for completions. What the store holds is not asked again, so running a recipe
-again means going on where it was stopped. For that a recipe must ask the same whenever the same was answered: its
-chance comes from `CompletionClient.seed`, by the place of a row, never from the order in which answers come.
+A recipe is plain code that requests completions from a client. Completions in the store are not requested again, so an
+interrupted recipe continues when it is run again. This requires that equal responses lead to equal requests: randomness
+must come from `CompletionClient.seed`, by the position of a row, never from the order in which responses arrive.
 """
 
 import asyncio
@@ -30,52 +30,55 @@ from rayk.teachers.client import Completion
 from rayk.text.words import whole_characters
 
 _FLUSH_COMPLETIONS = 256
-_TICK_SECONDS = 2.0
+_FLUSH_SECONDS = 2.0
 _USAGE_SECONDS = 5.0
-_UNANSWERED_IN_A_ROW = 32
-_REFUSED_AT_FIRST = 256
+_MAX_UNANSWERED_IN_A_ROW = 32
+_MAX_REFUSED_AT_START = 256
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """One completion to be written.
+    """Request for one completion.
 
     Attributes:
-        prompt: what is asked.
-        sent: what the teacher reads for it, to the letter, where the recipe has laid that out itself: neither a chat
-            template nor the tokenizer's own beginning is put around it. The store finds the request by `prompt` all the
-            same, for a template may write the day's date.
+        prompt: text that the model is asked to complete or answer.
+        raw_prompt: exact text that the model reads, if the recipe has formatted the prompt itself: neither the chat
+            template nor the tokenizer's prefix is added. The store still finds the request by `prompt`, because a
+            template may insert the current date.
     """
 
     prompt: str
     seed: int
     parameters: SamplingParameters
-    sent: str | None = None
+    raw_prompt: str | None = None
 
 
 class CompletionClient:
-    """Asks a model, most often the teacher, what `store` does not hold, up to `settings.in_flight` prompts at once. An
-    async context manager: at its end, or when it is cancelled, all that was written is on disk.
+    """Requests completions and caches them in the store.
+
+    At most `settings.in_flight` requests run at a time. An async context manager: at its end, also when it is
+    cancelled, all completions received are on disk.
 
     Args:
-        tally: shared by the scribes of a store; one of its own by default.
-        role: what the model is where it is not the teacher that writes; among equal requests and in the provenance it
-            tells them apart.
-        chat: instead of `settings.chat`.
+        tracker: usage tracker shared by the clients of a store; by default a new one.
+        role: "student", "referee" or "judge"; empty for the teacher that generates the rows. It distinguishes equal
+            requests and is part of the provenance.
+        chat: overrides `settings.chat`.
 
     Attributes:
-        teacher: who is asked.
+        teacher: model that is queried.
 
     Raises:
-        InputError: it is to chat, but the model's tokenizer has no chat template, or it is an endpoint.
+        InputError: prompts are to be wrapped in a chat template, but the tokenizer has none, or the model is an
+            endpoint, which has its own.
     """
 
     def __init__(
-        self, teacher: Teacher, store: CompletionStore, settings: SynthesisSettings, seed: int = 0, tally: UsageTracker | None = None, *,
-        role: str = "", chat: bool | None = None,
+        self, teacher: Teacher, store: CompletionStore, settings: SynthesisSettings, seed: int = 0,
+        tracker: UsageTracker | None = None, *, role: str = "", chat: bool | None = None,
     ):  # fmt: skip
-        self.store, self.tally = store, tally or UsageTracker(store.usage)
+        self.store, self.tracker = store, tracker or UsageTracker(store.usage)
         self._settings, self._seed, self._role = settings, seed, role
         self._chat = settings.chat if chat is None else chat
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
@@ -83,8 +86,8 @@ class CompletionClient:
         self._encoder = None
         if self._chat and teacher.info.engine == "openai":
             raise InputError(
-                f"synthesis.chat: teacher '{teacher.name}' is an endpoint with a chat template of its own; leave it "
-                "out."
+                f"synthesis.chat: teacher '{teacher.name}' is an endpoint, which has a chat template of its own; "
+                "remove synthesis.chat."
             )
         if teacher.info.engine != "openai":
             remote = teacher.settings.trust_remote_code
@@ -92,179 +95,181 @@ class CompletionClient:
             if self._chat:
                 check_chat_template(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
-        self._ended = asyncio.Event()
-        self._ordinals: Counter[str] = Counter()
-        self._in_a_row = 0
-        self._answered = False
-        self._refusals: list[tuple[StoredCompletion, dict[str, Any]]] = []  # before anything was answered
-        self._uncounted = False  # whether something came since the endpoint told what it charges
+        self._closed = asyncio.Event()
+        self._occurrences: Counter[str] = Counter()
+        self._unanswered_in_a_row = 0
+        self._has_answered = False
+        self._early_refusals: list[tuple[StoredCompletion, dict[str, Any]]] = []  # before the first completion
         self._failure: RaykError | None = None
-        self._charged_before: dict[str, Any] = {}
-        self._charged: dict[str, Any] = {}
+        self.has_unbilled = False
+        self._charges_of_lost_replicas: dict[str, Any] = {}
+        self._charges: dict[str, Any] = {}
         self._usage_at_start: dict[str, Any] = {}
-        self._seen: dict[str, Any] = {}
+        self._last_usage: dict[str, Any] = {}
 
     async def __aenter__(self) -> "CompletionClient":
-        self._usage_at_start = self._seen = await self._usage()
-        self.tally.scribes.append(self)
-        self._ticking = asyncio.create_task(self._tick())
+        self._usage_at_start = self._last_usage = await self._endpoint_usage()
+        self.tracker.clients.append(self)
+        self._flushing = asyncio.create_task(self._flush_regularly())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._ended.set()
+        self._closed.set()
         try:
-            await self._ticking
+            await self._flushing
         finally:
             try:
                 await self._flush()
             finally:
-                self.tally.scribes.remove(self)
+                self.tracker.clients.remove(self)
 
     @property
     def total(self) -> int:
-        """How many completions the recipe will ask for, of this scribe and those beside it; the recipe says so."""
-        return self.tally.total
+        """Number of completions that the recipe needs from all clients of the store; set by the recipe."""
+        return self.tracker.total
 
     @total.setter
     def total(self, total: int) -> None:
-        self.tally.total = total
+        self.tracker.total = total
 
     @property
     def done(self) -> int:
-        """How many of them it has."""
-        return self.tally.done
+        """Number of completions available so far."""
+        return self.tracker.done
 
     @property
-    def chats(self) -> bool:
-        """Whether the teacher reads its prompts as a user's messages."""
-        return self._chat or self.teacher.info.applies_chat_template
+    def uses_chat(self) -> bool:
+        """Whether the model reads prompts as user messages of a chat."""
+        return self._chat or self.teacher.info.chats
 
-    def seed(self, *place: int) -> int:
-        """A seed for a place (stage, row, sample, …), from the run's; equal for equal places."""
-        return int(np.random.SeedSequence([self._seed, *place]).generate_state(1, np.uint64)[0])
+    def seed(self, *position: int) -> int:
+        """Derive a seed from the run's seed and a position (stage, row, sample, …)."""
+        return int(np.random.SeedSequence([self._seed, *position]).generate_state(1, np.uint64)[0])
 
-    async def write(self, requests: Iterable[CompletionRequest]) -> list[StoredCompletion]:
-        """A completion for each request, in order; see `ask`."""
-        return await gather(self.ask(request) for request in requests)
+    async def complete_all(self, requests: Iterable[CompletionRequest]) -> list[StoredCompletion]:
+        """Return a completion for each request, in order; see `complete`."""
+        return await gather(self.complete(request) for request in requests)
 
-    async def ask(self, request: CompletionRequest) -> StoredCompletion:
-        """The completion of a request, from the store or the teacher. One that could not be had has `finish_reason`
-        'error'. Where it is `refused` that is kept like a completion, else another run asks again.
+    async def complete(self, request: CompletionRequest) -> StoredCompletion:
+        """Return the completion of a request, from the store or from the model.
+
+        A failed request returns `finish_reason` 'error'. If it was `refused` for good, the refusal is stored like a
+        completion; otherwise another run requests it again.
 
         Raises:
-            RunFailed: the teacher leaves everything unanswered, or the disk is full.
+            RunFailed: the model answers no request at all, or the disk is full.
             TeacherUnavailable, InputError: as `Teacher.generate`.
         """
         key = self._key(request)
-        written = self.store.find(key)
-        if written is None:
+        completion = self.store.find(key)
+        if completion is None:
             async with self._slots:
                 if self._failure is not None:
                     raise self._failure
-                written = await self._asked(key, request)
+                completion = await self._request(key, request)
         else:
-            self._answered = True
-        if self._answered:
-            self._keep_refusals()
-        self.tally.done += 1
-        self.tally.tell()
-        return written
+            self._has_answered = True
+        if self._has_answered:
+            self._store_early_refusals()
+        self.tracker.done += 1
+        self.tracker.report()
+        return completion
 
     def _key(self, request: CompletionRequest) -> str:
-        """What tells requests apart; an equal one that comes again is another one."""
+        """Key of a request. Equal requests are numbered, so that each gets a completion of its own."""
         info = self.teacher.info
-        asked = [
+        identity = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
-            info.weights_fingerprint or info.model, self._chat if request.sent is None else "sent",
+            info.weights_fingerprint or info.model, self._chat if request.raw_prompt is None else "sent",
             *filter(None, [self._role]),
         ]  # fmt: skip
-        same = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
-        self._ordinals[same] += 1
-        return f"{same}-{self._ordinals[same]}"
+        digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self._occurrences[digest] += 1
+        return f"{digest}-{self._occurrences[digest]}"
 
-    async def _asked(self, key: str, request: CompletionRequest) -> StoredCompletion:
-        text, prompt = self._sent(request)
-        if reason := self._too_long(prompt, request.parameters):
+    async def _request(self, key: str, request: CompletionRequest) -> StoredCompletion:
+        text, prompt = self._format_prompt(request)
+        if reason := self._length_error(prompt, request.parameters):
             return StoredCompletion(key, "", None, None, "error", reason, refused=True)
         try:
-            completion = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+            received = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
             if self.teacher.info.engine != "openai":
                 raise
-            return self._left_unanswered(key, str(error))
-        self.tally.asked += 1
-        self._uncounted = True
-        if completion.finish_reason == "error" and not completion.refused:
-            return self._left_unanswered(key, completion.reason)
-        written = _written(key, completion)
+            return self._record_failure(key, str(error))
+        self.tracker.requested += 1
+        self.has_unbilled = True
+        if received.finish_reason == "error" and not received.refused:
+            return self._record_failure(key, received.reason)
+        completion = _to_stored(key, received)
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
             "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
             "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
         if completion.refused:
-            self._take_refusal(written, provenance)
+            self._record_refusal(completion, provenance)
         else:
-            self._in_a_row, self._answered = 0, True
-            self.tally.tokens += written.tokens or 0
-            self.store.add(written, provenance)
-        if self.store.unwritten >= _FLUSH_COMPLETIONS:
+            self._unanswered_in_a_row, self._has_answered = 0, True
+            self.tracker.tokens += completion.tokens or 0
+            self.store.add(completion, provenance)
+        if self.store.num_pending >= _FLUSH_COMPLETIONS:
             await self._flush()
-        return written
+        return completion
 
-    def _sent(self, request: CompletionRequest) -> tuple[str, str | np.ndarray]:
-        """What the teacher reads: as text, and as it is sent."""
-        prompt = request.prompt if request.sent is None else request.sent
+    def _format_prompt(self, request: CompletionRequest) -> tuple[str, str | np.ndarray]:
+        """Return what the model reads: as text for the provenance, and as it is sent (text or token ids [n] int32)."""
+        prompt = request.prompt if request.raw_prompt is None else request.raw_prompt
         if self._encoder is None:
             return prompt, prompt
-        if request.sent is not None:
+        if request.raw_prompt is not None:
             return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32)
         if not self._chat:
             return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
         ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
         return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
 
-    def _too_long(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
+    def _length_error(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
         limit = self.teacher.info.max_tokens
         if isinstance(prompt, str) or len(prompt) + parameters.max_new_tokens <= limit:
             return ""
         return (
-            f"the prompt of {len(prompt)} tokens leaves no room for {parameters.max_new_tokens} more: the teacher "
-            f"takes {limit}"
+            f"the prompt of {len(prompt)} tokens leaves no room for {parameters.max_new_tokens} new tokens: the model "
+            f"is limited to {limit}"
         )
 
-    def _left_unanswered(self, key: str, reason: str) -> StoredCompletion:
-        """One prompt without an answer costs the others nothing; many in a row mean that nobody is there."""
-        self.tally.unanswered += 1
-        self._in_a_row += 1
-        if self._in_a_row >= _UNANSWERED_IN_A_ROW:
-            self._fail(f"left {self._in_a_row} prompts in a row unanswered, the last since {reason}")
+    def _record_failure(self, key: str, reason: str) -> StoredCompletion:
+        """Count a failed request. The run continues without it, but stops after many failures in a row."""
+        self.tracker.unanswered += 1
+        self._unanswered_in_a_row += 1
+        if self._unanswered_in_a_row >= _MAX_UNANSWERED_IN_A_ROW:
+            self._fail(f"did not answer {self._unanswered_in_a_row} requests in a row; the last error: {reason}")
         return StoredCompletion(key, "", None, None, "error", reason)
 
-    def _take_refusal(self, written: StoredCompletion, provenance: dict[str, Any]) -> None:
-        """A refusal is an answer of a sort, and kept; but where not one prompt was ever taken, it is not the prompts'
-        fault, and they are asked again when that is mended."""
-        self.tally.refused += 1
-        self._in_a_row = 0
-        self._refusals.append((written, provenance))
-        if not self._answered and len(self._refusals) >= _REFUSED_AT_FIRST:
-            self._fail(f"refused the first {len(self._refusals)} prompts, the last since {written.reason}")
+    def _record_refusal(self, refusal: StoredCompletion, provenance: dict[str, Any]) -> None:
+        """Count a refused request. Refusals are stored once the model has answered any request: until then its settings
+        may be at fault rather than the prompts, and after their correction the prompts are requested again."""
+        self.tracker.refused += 1
+        self._unanswered_in_a_row = 0
+        self._early_refusals.append((refusal, provenance))
+        if not self._has_answered and len(self._early_refusals) >= _MAX_REFUSED_AT_START:
+            self._fail(f"refused the first {len(self._early_refusals)} requests; the last error: {refusal.reason}")
 
-    def _keep_refusals(self) -> None:
-        for refusal in self._refusals:
-            self.store.add(*refusal)
-        self._refusals.clear()
+    def _store_early_refusals(self) -> None:
+        for refusal, provenance in self._early_refusals:
+            self.store.add(refusal, provenance)
+        self._early_refusals.clear()
 
-    def _fail(self, what: str) -> NoReturn:
+    def _fail(self, problem: str) -> NoReturn:
         self._failure = RunFailed(
-            f"Teacher '{self.teacher.name}' {what}. What was written before is kept; see to the teacher and run again."
+            f"Teacher '{self.teacher.name}' {problem}. Earlier completions are kept; check the teacher and run again."
         )
         raise self._failure
 
-    async def _tick(self) -> None:
-        while not self._ended.is_set():
+    async def _flush_regularly(self) -> None:
+        while not self._closed.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), _TICK_SECONDS)
+                await asyncio.wait_for(self._closed.wait(), _FLUSH_SECONDS)
             try:
                 await self._flush()
             except RaykError as error:
@@ -272,44 +277,45 @@ class CompletionClient:
                 return
 
     async def _flush(self) -> None:
-        """Write what has come, and before it what was charged for it: a kill in between leaves no completion that is
-        not in the bill."""
-        async with self.tally.flushing:
-            keys = self.store.unwritten_keys
-            if not keys and not any(scribe._uncounted for scribe in self.tally.scribes):
+        """Write new completions to disk, after the charges for them, so that a kill in between loses no charge."""
+        async with self.tracker.flush_lock:
+            keys = self.store.pending_keys
+            if not keys and not any(client.has_unbilled for client in self.tracker.clients):
                 return
-            for scribe in self.tally.scribes:
-                await scribe._see_charges()
-            await asyncio.to_thread(self._write_down, keys)
+            for client in self.tracker.clients:
+                await client.update_charges()
+            await asyncio.to_thread(self._write, keys)
 
-    def _write_down(self, keys: set[str]) -> None:
+    def _write(self, keys: set[str]) -> None:
         try:
-            if (charged := self.tally.charged) != self.store.usage:
-                self.store.usage = charged
+            if (charges := self.tracker.charges) != self.store.usage:
+                self.store.usage = charges
         finally:
             self.store.flush(keys)
 
-    async def _see_charges(self) -> None:
-        """Ask what was charged since the last time. A replica that does not answer holds nothing up: the next time
-        will do."""
-        if not self._uncounted:
+    async def update_charges(self) -> None:
+        """Query the endpoint's charges if completions have arrived since the last query.
+
+        A replica that does not respond within 5 seconds is queried again next time.
+        """
+        if not self.has_unbilled:
             return
-        self._uncounted = False
+        self.has_unbilled = False
         try:
             async with asyncio.timeout(_USAGE_SECONDS):
-                used = await self._usage()
+                usage = await self._endpoint_usage()
         except (TimeoutError, RaykError):
-            self._uncounted = True
+            self.has_unbilled = True
             return
-        if used:
-            if used["requests"] < self._seen.get("requests", 0):  # its replica was replaced, and counts anew
-                self._charged_before, self._usage_at_start = self._charged, {}
-            self._seen = used
-            self._charged = add_usage(self._charged_before, add_usage(used, self._usage_at_start, -1))
-            self.tally.charge(self, self._charged)
+        if usage:
+            if usage["requests"] < self._last_usage.get("requests", 0):  # a new replica counts from 0
+                self._charges_of_lost_replicas, self._usage_at_start = self._charges, {}
+            self._last_usage = usage
+            self._charges = add_usage(self._charges_of_lost_replicas, add_usage(usage, self._usage_at_start, -1))
+            self.tracker.set_charges(self, self._charges)
 
-    async def _usage(self) -> dict[str, Any]:
-        """What the teacher's endpoint has charged to all since its replica started; empty where it is none."""
+    async def _endpoint_usage(self) -> dict[str, Any]:
+        """Return what the endpoint has charged all clients since its replica started; empty for other engines."""
         if self.teacher.info.engine != "openai":
             return {}
         usage = await self.teacher.ausage()
@@ -317,39 +323,39 @@ class CompletionClient:
 
 
 def check_chat_template(tokenizer: Any, teacher: str) -> None:
-    """Refuse to ask in a chat template where there is none.
+    """Check that a teacher's tokenizer has a chat template.
 
     Raises:
-        InputError: the teacher's tokenizer has none.
+        InputError: it has none.
     """
     if not tokenizer.chat_template:
         raise InputError(
-            f"teacher '{teacher}' has no chat template in its tokenizer; give it one, or leave 'chat' out (of a judge: "
-            "set chat: false)."
+            f"teacher '{teacher}' has no chat template in its tokenizer; add one, or remove 'chat' (for a judge: set "
+            "chat: false)."
         )
 
 
-async def run_in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
-    """Results of `work` in order, up to `at_once` pieces under way; leaving early cancels them."""
-    under_way: list[asyncio.Task[T]] = []
+async def run_in_order(work: Iterable[Coroutine[Any, Any, T]], limit: int) -> AsyncGenerator[T, None]:
+    """Run coroutines, at most `limit` at a time, and yield their results in order. Closing early cancels the others."""
+    running: list[asyncio.Task[T]] = []
     try:
-        for piece in work:
-            under_way.append(asyncio.create_task(piece))
-            if len(under_way) >= at_once:
-                yield await under_way.pop(0)
-        while under_way:
-            yield await under_way.pop(0)
+        for coroutine in work:
+            running.append(asyncio.create_task(coroutine))
+            if len(running) >= limit:
+                yield await running.pop(0)
+        while running:
+            yield await running.pop(0)
     finally:
-        for task in under_way:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
 
 
-def _written(key: str, completion: Completion) -> StoredCompletion:
-    known = len(completion.logprobs) > 0
+def _to_stored(key: str, completion: Completion) -> StoredCompletion:
+    # float32 as in the store, so that new and stored completions are equal.
+    logprobs = completion.logprobs
+    mean_logprob = float(np.float32(np.mean(logprobs, dtype=np.float64))) if len(logprobs) else None
     return StoredCompletion(
-        key, whole_characters(completion.text), len(completion.token_ids) or None,
-        # As the store keeps it, so that an answer reads the same whether it has just come or was found.
-        float(np.float32(np.mean(completion.logprobs, dtype=np.float64))) if known else None, completion.finish_reason,
-        whole_characters(completion.reason), completion.refused,
+        key, whole_characters(completion.text), len(completion.token_ids) or None, mean_logprob,
+        completion.finish_reason, whole_characters(completion.reason), completion.refused,
     )  # fmt: skip

@@ -1,6 +1,8 @@
-"""What Lion (`rayk.synthesis.adversarial`) keeps in a round's folder beside its rows, each a Parquet file: the pools,
-`train_pool` and `cache_pool`, and how teacher and student compared on the cache pool of the round before,
-`comparisons`."""
+"""Tables that recipe `adversarial` (Lion, `rayk.synthesis.adversarial`) writes to a round's folder, as Parquet files.
+
+They are the pools, `train_pool` and `cache_pool`, and the comparisons of teacher and student on the previous round's
+cache pool, `comparisons`.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 
 from rayk.errors import RunFailed
 from rayk.synthesis.adversarial_texts import Scores
-from rayk.synthesis.store import CompletionStore, table_of
+from rayk.synthesis.store import CompletionStore, rows_to_table
 
 TRAIN, CACHE, COMPARISONS = "train_pool", "cache_pool", "comparisons"
 GIVEN, HARD, EASY, UNSCORED = "given", "hard", "easy", "unscored"
@@ -31,14 +33,14 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class PoolEntry:
-    """An instruction of a pool.
+    """An instruction of a pool. The attributes are the columns of the file.
 
     Attributes:
-        kind: 'given', or what the one was that it is made from: 'hard' or 'easy'.
-        round: in which it came into the pools.
-        origin: the place of the given prompt that it is or goes back to.
-        made_from: the instruction that it is made from; empty where it is given.
-        answer: the teacher's; None while there is none.
+        kind: 'given', or 'hard' or 'easy' for the kind of instruction that it was generated from.
+        round: round in which it entered the pools.
+        origin: index of the given prompt that it is or descends from.
+        made_from: instruction that it was generated from; empty if given.
+        answer: the teacher's completion; None if there is none yet.
     """
 
     instruction: str
@@ -51,12 +53,12 @@ class PoolEntry:
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """A teacher's and a student's answer to an instruction of the cache pool, and what a referee thought of them.
+    """The teacher's and the student's completion of an instruction of the cache pool, and the referee's scores.
 
     Attributes:
-        scores: of teacher and student, with the teacher's answer shown first, and with the student's; None where the
-        referee gave none. Empty where it was not asked.
-        reason: why there are not both.
+        scores: scores of teacher and student, first with the teacher's completion shown first, then with the student's;
+            None if the referee gave none. Empty if the referee was not queried.
+        reason: why scores are missing.
     """
 
     entry: PoolEntry
@@ -67,61 +69,62 @@ class AnswerComparison:
 
     @property
     def leads(self) -> list[float]:
-        """By how much the teacher's answer is better, in each order in which there are scores."""
+        """Score difference teacher − student, for each order with scores."""
         return [teacher - student for teacher, student in filter(None, self.scores)]
 
     @property
     def lead(self) -> float | None:
-        """d: the mean over both orders; None unless there are both."""
+        """Mean score difference d over both orders; None if one is missing."""
         return fmean(self.leads) if len(self.leads) == 2 else None
 
     @property
     def depends_on_order(self) -> bool:
-        """Whether each order makes another answer the better one."""
+        """Whether a different completion wins in each order."""
         return len(self.leads) == 2 and self.leads[0] * self.leads[1] < 0
 
     def kind(self, threshold: float) -> str:
-        """'hard', 'easy' or 'unscored'."""
+        """Return 'hard', 'easy' or 'unscored'."""
         if self.lead is None:
             return UNSCORED
         return HARD if self.lead >= threshold else EASY
 
 
 def write_pool(store: CompletionStore, name: str, entries: Iterable[PoolEntry]) -> None:
-    """Put a pool into a round's folder, whole or not at all."""
-    store.put(name, pa.Table.from_pylist([asdict(each) for each in entries], _SCHEMA))
+    """Write a pool to a round's folder."""
+    store.write_table(name, pa.Table.from_pylist([asdict(entry) for entry in entries], _SCHEMA))
 
 
 def read_pool(folder: Path, name: str) -> list[PoolEntry]:
-    """A pool of the round whose folder this is.
+    """Read a pool from a round's folder.
 
     Raises:
-        RunFailed: it is not there, or damaged.
+        RunFailed: the file is missing or damaged.
     """
     path = folder / f"{name}.parquet"
     try:
         rows = pq.read_table(path, schema=_SCHEMA, page_checksum_verification=True).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise RunFailed(
-            f"The pool '{path}' of the round before cannot be read ({str(error).splitlines()[0]}); delete "
-            f"'{folder / 'summary.json'}' and '{folder.parent / 'summary.json'}' and go on with --resume: that round's "
-            "rows and pools are made anew from what was written."
+            f"The pool '{path}' of the previous round cannot be read ({str(error).splitlines()[0]}); delete "
+            f"'{folder / 'summary.json'}' and '{folder.parent / 'summary.json'}' and continue with --resume: that "
+            "round's rows and pools are then made again from the stored completions."
         ) from error
     return [PoolEntry(**row) for row in rows]
 
 
 def write_comparisons(store: CompletionStore, comparisons: Sequence[AnswerComparison], threshold: float) -> None:
-    """Put them into the round's folder, whole or not at all."""
+    """Write the comparisons to a round's folder."""
     rows = [
         {
-            "instruction": each.entry.instruction,
-            "kind": each.kind(threshold),
-            "lead": each.lead,
-            **dict(zip(("scores_teacher_first", "scores_student_first"), each.scores or (None, None), strict=True)),
-            "teacher_answer": each.teacher,
-            "student_answer": each.student,
-            "reason": each.reason,
+            "instruction": comparison.entry.instruction,
+            "kind": comparison.kind(threshold),
+            "lead": comparison.lead,
+            "scores_teacher_first": comparison.scores[0] if comparison.scores else None,
+            "scores_student_first": comparison.scores[1] if comparison.scores else None,
+            "teacher_answer": comparison.teacher,
+            "student_answer": comparison.student,
+            "reason": comparison.reason,
         }
-        for each in comparisons
+        for comparison in comparisons
     ]
-    store.put(COMPARISONS, table_of(rows))
+    store.write_table(COMPARISONS, rows_to_table(rows))

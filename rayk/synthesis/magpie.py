@@ -1,11 +1,12 @@
-"""Instructions that a chat model writes by itself, and its answers: Magpie (Xu et al. 2024, arXiv 2406.08464).
+"""Instructions that a chat model generates by itself, and its responses: Magpie (Xu et al. 2024, arXiv 2406.08464).
 
-Fed only the tokens that precede a user's text in its own chat template, an aligned model goes on as a user (§2.1, step
-1): n instructions, sampled at temperature 1 without truncation, each up to the token that ends the turn, or the next
-role's name written out. Each is then asked in that template and answered greedily (step 2). The paper's filters (§2.2)
-are `instruction_filters` here, before an answer is paid for, then the run's `filters`, then `keep_longest`.
+Given only the tokens that precede a user's text in its chat template, an aligned model continues as a user (§2.1, step
+1): n instructions, sampled at temperature 1 without truncation, each up to the token that ends the turn or the next
+role's name in plain text. Each instruction is then put into the template and answered greedily (step 2). The paper's
+filters (§2.2) are `instruction_filters`, applied before responses are paid for, then the run's `filters`, then
+`keep_longest`.
 
-Instructions and answers are asked for by place, so more of them later, or other filters, ask nothing again.
+Seeds depend on an instruction's position, so more instructions or other filters do not change earlier requests.
 """
 
 import re
@@ -31,168 +32,171 @@ from rayk.synthesis.chat_turns import find_chat_turns
 from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.store import StoredCompletion
-from rayk.text import Filter, build_filters, judge, words
+from rayk.text import Filter, build_filters, find_rejection, words
 
 _INSTRUCTION, _RESPONSE = 20, 21  # the stages of a seed
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """The instruction that was the `place`th to be drawn."""
+class _Instruction:
+    """An instruction with its position among all sampled ones and the model's response that contains it."""
 
-    instruction: str
-    place: int
-    written: StoredCompletion
+    text: str
+    position: int
+    response: StoredCompletion
 
 
 class Magpie(PromptGeneratingRecipe[MagpieConfig]):
-    """See the module."""
+    """Recipe `magpie`; see the module."""
 
-    summary = "instructions that a chat model writes at the beginning of a user's turn, and its answers to them"
+    summary = "instructions that a chat model generates from the beginning of a user's turn, and its responses to them"
     paper = "Xu et al. 2024, arXiv 2406.08464"
 
-    def __init__(self, settings: MagpieConfig, prompts: Sequence[Prompt], scribe: CompletionClient):
-        super().__init__(settings, prompts, scribe)
-        teacher = scribe.teacher
-        endpoint = teacher.info.engine == "openai"
-        if endpoint and (scribe.chats or settings.tokenizer is None):
+    def __init__(self, settings: MagpieConfig, prompts: Sequence[Prompt], client: CompletionClient):
+        super().__init__(settings, prompts, client)
+        teacher = client.teacher
+        is_endpoint = teacher.info.engine == "openai"
+        if is_endpoint and (client.uses_chat or settings.tokenizer is None):
             raise InputError(
-                f"synthesis 'magpie' feeds the beginning of a user's turn: teacher '{teacher.name}' is an endpoint, "
-                "which needs engine.chat: false, and synthesis.tokenizer whose chat template it is."
+                f"synthesis 'magpie' sends the beginning of a user's turn: for the endpoint '{teacher.name}' set "
+                "engine.chat: false and synthesis.tokenizer, the tokenizer with its chat template."
             )
         name = settings.tokenizer or teacher.info.model
-        self._encoder = _encoder_of(name, teacher.settings)
-        self._turns = find_chat_turns(self._encoder, settings.system, _place(settings, teacher.name))
-        # An endpoint puts the tokenizer's own beginning before what it is sent.
-        self._dropped = str(self._encoder.tokenizer.decode(self._encoder.prefix)) if endpoint else ""
-        self._filters = _filters(settings)
-        line = ("\n",) if settings.stop_at_newline else ()
-        # As text: engines look for it among special tokens too, and one set of rules does for endpoints as well.
-        self._drawing = _ended(
-            sampling_parameters(settings.sampling), self._turns.user_ends, *settings.role_words, *line
-        )
-        self._answering = _ended(sampling_parameters(settings.responses), self._turns.assistant_ends)
+        self._encoder = _load_encoder(name, teacher.settings)
+        self._turns = find_chat_turns(self._encoder, settings.system, _template_owner(settings, teacher.name))
+        # An endpoint adds the tokenizer's prefix (such as BOS) to each prompt itself.
+        self._endpoint_prefix = str(self._encoder.tokenizer.decode(self._encoder.prefix)) if is_endpoint else ""
+        self._filters = _build_instruction_filters(settings)
+        # Stop texts rather than token ids: engines also find special tokens by them, and endpoints accept nothing else.
+        self._instruction_parameters = _add_stop(
+            sampling_parameters(settings.sampling), self._turns.user_ends, *settings.role_words,
+            *(["\n"] if settings.stop_at_newline else []),
+        )  # fmt: skip
+        self._response_parameters = _add_stop(sampling_parameters(settings.responses), self._turns.assistant_ends)
 
     @classmethod
-    def check(cls, settings: MagpieConfig, writer: TeacherConfig) -> None:
-        _filters(settings)
-        model = writer.model if writer.gives_signals else None
+    def check(cls, settings: MagpieConfig, teacher: TeacherConfig) -> None:
+        _build_instruction_filters(settings)
+        model = teacher.model if teacher.gives_signals else None
         if name := settings.tokenizer or model:
-            find_chat_turns(_encoder_of(name, writer), settings.system, _place(settings, writer.name))
+            find_chat_turns(_load_encoder(name, teacher), settings.system, _template_owner(settings, teacher.name))
 
     @classmethod
     def seed_prompts(cls, settings: MagpieConfig) -> list[Prompt]:
         return [Prompt(settings.system or "", "the chat template's user turn", {})]
 
     @property
-    def requests(self) -> int:
+    def max_requests(self) -> int:
         return 2 * self.settings.instructions
 
     async def candidates(self) -> AsyncGenerator[Candidate, None]:
-        """The instructions that were left out, then the others with their answers."""
-        self.scribe.total = self.requests
-        drawn: list[_Drawn] = []
-        work = (self._draw(place) for place in range(self.settings.instructions))
+        """Yield the rejected instructions, then the others with their responses."""
+        self.client.total = self.max_requests
+        accepted: list[_Instruction] = []
+        work = (self._sample_instruction(position) for position in range(self.settings.instructions))
         async with aclosing(run_in_order(work, self.settings.in_flight)) as instructions:
-            async for each in instructions:
-                if (fault := self._fault(each)) is None:
-                    drawn.append(each)
+            async for instruction in instructions:
+                if (problem := self._instruction_problem(instruction)) is None:
+                    accepted.append(instruction)
                 else:
-                    yield Candidate(each.instruction, "", 0, (each.written,)).rejected(*fault)
-        self.scribe.total = self.scribe.done + len(drawn)
-        answers = (self._answered(each) for each in drawn)
-        async with aclosing(run_in_order(answers, self.settings.in_flight)) as answered:
-            async for candidate in answered:
+                    yield Candidate(instruction.text, "", 0, (instruction.response,)).reject(*problem)
+        self.client.total = self.client.done + len(accepted)
+        responses = (self._respond(instruction) for instruction in accepted)
+        async with aclosing(run_in_order(responses, self.settings.in_flight)) as candidates:
+            async for candidate in candidates:
                 yield candidate
 
-    async def _draw(self, place: int) -> _Drawn:
-        seed = self.scribe.seed(_INSTRUCTION, place)
-        request = CompletionRequest(self.settings.system or "", seed, self._drawing, self._sent(self._turns.user_begins))
-        written = await self.scribe.ask(request)
-        return _Drawn(completion_text(written, self._drawing.stop).strip(), place, written)
+    async def _sample_instruction(self, position: int) -> _Instruction:
+        seed = self.client.seed(_INSTRUCTION, position)
+        raw_prompt = self._raw_prompt(self._turns.user_begins)
+        request = CompletionRequest(self.settings.system or "", seed, self._instruction_parameters, raw_prompt)
+        response = await self.client.complete(request)
+        return _Instruction(completion_text(response, self._instruction_parameters.stop).strip(), position, response)
 
-    def _fault(self, drawn: _Drawn) -> tuple[str, str] | None:
-        """The check that an instruction does not pass, and why; one that passes all is remembered."""
-        if fault := completion_problem(drawn.written, drawn.instruction):
-            return fault
-        ended = any(end in drawn.written.text for end in self._drawing.stop)  # some endpoints write on
-        if drawn.written.finish_reason == "length" and not ended:
-            return "unfinished", "the instruction was cut at synthesis.sampling.max_new_tokens"
-        if word := self._cut_by(drawn.written):
-            return "role_word", f"the instruction breaks off before {word!r} amid a line"
-        text = drawn.instruction
+    def _instruction_problem(self, instruction: _Instruction) -> tuple[str, str] | None:
+        """Return the check that an instruction fails, and the reason; remember an instruction that passes all."""
+        response = instruction.response
+        if problem := completion_problem(response, instruction.text):
+            return problem
+        # Some endpoints generate beyond the stop text.
+        has_ended = any(end in response.text for end in self._instruction_parameters.stop)
+        if response.finish_reason == "length" and not has_ended:
+            return "unfinished", "the instruction was truncated at synthesis.sampling.max_new_tokens"
+        if word := self._role_word_within(response):
+            return "role_word", f"the instruction breaks off before {word!r} within a line"
         candidate = {
-            "prompt": text, "completion": text, "finish_reason": drawn.written.finish_reason,
-            "tokens": drawn.written.tokens,
+            "prompt": instruction.text, "completion": instruction.text, "finish_reason": response.finish_reason,
+            "tokens": response.tokens,
         }  # fmt: skip
-        rejection = judge(candidate, self._filters)
+        rejection = find_rejection(candidate, self._filters)
         return None if rejection is None else (f"instruction {rejection.filter}", rejection.reason)
 
-    def _cut_by(self, written: StoredCompletion) -> str | None:
-        """The role word that ended an instruction though it belonged to its text ("an ad for a virtual assistant")."""
+    def _role_word_within(self, response: StoredCompletion) -> str | None:
+        """Return the role word that ended an instruction but was part of its text ("ad for a virtual assistant")."""
         for word in self.settings.role_words:
-            head, found, _ = written.text.partition(word)
-            if found and _breaks_off(head):
+            before, found, _ = response.text.partition(word)
+            if found and _breaks_off(before):
                 return word
-        # Endpoints leave out what ended the text, but not the space before it.
-        left_out = self.scribe.teacher.info.engine == "openai" and _breaks_off(written.text)
-        return next(iter(self.settings.role_words), None) if left_out else None
+        # Endpoints drop the stop text, but not the space before it.
+        is_dropped = self.client.teacher.info.engine == "openai" and _breaks_off(response.text)
+        return next(iter(self.settings.role_words), None) if is_dropped else None
 
-    async def _answered(self, drawn: _Drawn) -> Candidate:
-        messages = [{"role": "user", "content": drawn.instruction}]
-        asked = self._encoder.render(messages, "synthesis 'magpie'", add_generation_prompt=True)
-        seed = self.scribe.seed(_RESPONSE, drawn.place)
-        written = await self.scribe.ask(CompletionRequest(drawn.instruction, seed, self._answering, self._sent(asked)))
-        text = completion_text(written, self._answering.stop)
-        candidate = Candidate(drawn.instruction, text, 0, (written, drawn.written))
-        fault = completion_problem(written, text)
-        return candidate if fault is None else candidate.rejected(*fault)
+    async def _respond(self, instruction: _Instruction) -> Candidate:
+        messages = [{"role": "user", "content": instruction.text}]
+        raw_prompt = self._raw_prompt(self._encoder.render(messages, "synthesis 'magpie'", add_generation_prompt=True))
+        seed = self.client.seed(_RESPONSE, instruction.position)
+        request = CompletionRequest(instruction.text, seed, self._response_parameters, raw_prompt)
+        response = await self.client.complete(request)
+        text = completion_text(response, self._response_parameters.stop)
+        candidate = Candidate(instruction.text, text, 0, (response, instruction.response))
+        problem = completion_problem(response, text)
+        return candidate if problem is None else candidate.reject(*problem)
 
-    def _sent(self, text: str) -> str:
-        return text.removeprefix(self._dropped)
+    def _raw_prompt(self, text: str) -> str:
+        return text.removeprefix(self._endpoint_prefix)
 
-    def choose(self, kept: list[Candidate]) -> list[Candidate]:
-        longest = self.settings.keep_longest
-        if longest is None or len(kept) <= longest:
-            return kept
-        order = sorted(range(len(kept)), key=lambda i: (-len(kept[i].completion), i))
-        least = len(kept[order[longest - 1]].completion)
-        reason = f"{longest} answers are as long or longer; the shortest of them has {least} characters"
-        chosen = set(order[:longest])
-        return [each if i in chosen else each.rejected("not_longest", reason) for i, each in enumerate(kept)]
+    def select(self, accepted: list[Candidate]) -> list[Candidate]:
+        count = self.settings.keep_longest
+        if count is None or len(accepted) <= count:
+            return accepted
+        order = sorted(range(len(accepted)), key=lambda i: (-len(accepted[i].completion), i))
+        shortest = len(accepted[order[count - 1]].completion)
+        reason = f"{count} responses are at least as long; the shortest of them has {shortest} characters"
+        selected = set(order[:count])
+        return [each if i in selected else each.reject("not_longest", reason) for i, each in enumerate(accepted)]
 
-    def figures(self, candidates: Sequence[Candidate]) -> list[Statistic]:
-        came = [each for each in candidates if len(each.written) > 1 or each.rejected_by not in MISSING_RESPONSE]
+    def statistics(self, candidates: Sequence[Candidate]) -> list[Statistic]:
+        sampled = [each for each in candidates if len(each.responses) > 1 or each.rejected_by not in MISSING_RESPONSE]
         kept = [each for each in candidates if not each.rejected_by]
-        if not came or not kept:
+        if not sampled or not kept:
             return []
-        used = sum(len(each.written) > 1 for each in came)
+        used = sum(len(each.responses) > 1 for each in sampled)
         return [
-            Statistic("instructions that could be used", used / len(came)),
+            Statistic("instructions that could be used", used / len(sampled)),
             Statistic("words an instruction", sum(len(words(each.prompt)) for each in kept) / len(kept), share=False),
             Statistic("words an answer", sum(len(words(each.completion)) for each in kept) / len(kept), share=False),
         ]
 
 
 def _breaks_off(text: str) -> bool:
-    """Whether another word was to follow: there is a space, and no sentence's end before it."""
+    """Return whether another word was to follow: the text ends with a space that no end of a sentence precedes."""
     return re.search(r"[^\s.!?…。！？:;)\"'”’»*`][ \t]+\Z", text) is not None
 
 
-def _filters(settings: MagpieConfig) -> list[Filter]:
+def _build_instruction_filters(settings: MagpieConfig) -> list[Filter]:
     return build_filters(settings.instruction_filters)
 
 
-def _encoder_of(name: str, teacher: TeacherConfig) -> Encoder:
+def _load_encoder(name: str, teacher: TeacherConfig) -> Encoder:
     return Encoder(load_tokenizer(name, trust_remote_code=teacher.trust_remote_code))
 
 
-def _place(settings: MagpieConfig, teacher: str) -> str:
-    """How errors about the template begin."""
+def _template_owner(settings: MagpieConfig, teacher: str) -> str:
+    """Return the owner of the chat template, for error messages."""
     return f"teacher '{teacher}'" if settings.tokenizer is None else f"synthesis.tokenizer '{settings.tokenizer}'"
 
 
-def _ended(parameters: SamplingParameters, *ends: str) -> SamplingParameters:
-    """With more texts that end a completion."""
-    stop = dict.fromkeys((*(end for end in ends if end), *parameters.stop))
-    return SamplingParameters(parameters.max_new_tokens, parameters.temperature, parameters.top_p, stop=tuple(stop))
+def _add_stop(parameters: SamplingParameters, *stop: str) -> SamplingParameters:
+    """Return the parameters with additional stop texts; empty ones are ignored."""
+    texts = dict.fromkeys((*filter(None, stop), *parameters.stop))
+    return SamplingParameters(parameters.max_new_tokens, parameters.temperature, parameters.top_p, stop=tuple(texts))

@@ -1,51 +1,37 @@
-"""From prompts to training rows: a recipe's candidates, checked, filtered, and told of."""
+"""From prompts to training rows: generate candidates, filter them, write rows and summary."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayk.config import SynthesisSettings
-from rayk.errors import RunFailed
+from rayk.config import CustomSynthesisConfig, SynthesisSettings
+from rayk.errors import InputError, RaykError, RunFailed
 from rayk.serving.event_loop import run_until_complete
-from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.base import Candidate, Recipe, Round
-from rayk.synthesis.chain_of_thought import ChainOfThought
 from rayk.synthesis.completions import CompletionClient
 from rayk.synthesis.judging import Judge, apply_judge, find_judges
-from rayk.synthesis.magpie import Magpie
-from rayk.synthesis.preferences import Preferences
 from rayk.synthesis.prompts import Prompt
-from rayk.synthesis.responses import Responses
-from rayk.synthesis.self_instruct import SelfInstruct
+from rayk.synthesis.recipes import find_recipe
+from rayk.synthesis.rows import filter_fields, row_texts, summarize, training_row, why_no_rows
 from rayk.synthesis.store import CompletionStore
 from rayk.synthesis.usage import Progress, UsageTracker
 from rayk.teachers import Teacher
 from rayk.text import Filter, apply_filters
-
-RECIPES: dict[str, type[Recipe]] = {
-    "responses": Responses,
-    "chain_of_thought": ChainOfThought,
-    "self_instruct": SelfInstruct,
-    "magpie": Magpie,
-    "adversarial": Adversarial,
-    "preferences": Preferences,
-}
-
-_EXAMPLES = 3
+from rayk.text.functions import describe_error
 
 
 @dataclass(frozen=True)
 class RecipeContext:
-    """Whom a recipe may ask beside the teacher, and in which round.
+    """Student, referee and judges that a recipe may query, and the round.
 
     Attributes:
         number, before: as in `Round`.
-        student: as it is when the round begins; `student_chats`: it is asked in its tokenizer's chat template.
-        referee: where it is not the teacher.
-        judges: those that filters `judge` name.
+        student: the student as it is when the round begins.
+        student_chats: whether the student is queried in its tokenizer's chat template.
+        referee: None if it is the teacher.
+        judges: teachers that `judge` filters name, by name.
     """
 
     number: int = 0
@@ -59,220 +45,166 @@ class RecipeContext:
 def synthesize_rows(
     settings: SynthesisSettings, prompts: Sequence[Prompt], teacher: Teacher, store: CompletionStore,
     filters: Sequence[Filter] = (), *, seed: int = 0, progress: Progress = lambda done, total, text: None,
-    company: RecipeContext | None = None,
+    context: RecipeContext | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Have `teacher` write training rows for `prompts` into `store`, which may hold some of it already.
+    """Generate training rows for `prompts` with `teacher`, and write them to `store`.
+
+    Completions that the store contains are not requested again.
 
     Args:
-        filters: `settings.filters`, built.
-        company: whom else the recipe may ask, and in which round.
+        filters: the filters built from `settings.filters`.
+        context: other models that the recipe may query.
 
     Returns:
-        The summary, as `summary.json` holds it.
+        The content of `summary.json`.
 
     Raises:
-        InputError: a setting does not fit the teacher.
-        RunFailed: the teacher answers nothing, the disk is full, or no row is left.
+        InputError: a setting does not fit the teacher, or a custom recipe fails.
+        RunFailed: the teacher answers nothing, the disk is full, or all rows are rejected.
         TeacherUnavailable: as `Teacher.generate`.
     """
-    company = company or RecipeContext()
-    scribes = _scribes(settings, teacher, store, seed, progress, company)
-    recipe = RECIPES[settings.kind](settings, prompts, scribes["teacher"])
+    context = context or RecipeContext()
+    clients = _open_clients(settings, teacher, store, seed, progress, context)
+    recipe = find_recipe(settings)(settings, prompts, clients["teacher"])
     recipe.round = Round(
-        company.number, company.before, scribes.get("student"), scribes.get("referee", scribes["teacher"])
+        context.number, context.before, clients.get("student"), clients.get("referee", clients["teacher"])
     )
-    tally = scribes["teacher"].tally
-    rating = _rating(settings, teacher, store, seed, tally, company)
-    candidates = run_until_complete(_written(recipe, scribes.values()))
-    alone, comparing = ([each for each in filters if each.remembers is which] for which in (False, True))
-    candidates = _unlike(_sifted(candidates, alone, prompts))
-    for judge, asking in rating:
-        rows = [_judged(each, prompts) for each in candidates]
-        candidates = run_until_complete(apply_judge(judge, candidates, rows, asking, settings.in_flight))
-    candidates = _chosen(recipe, candidates)
-    # What remembers others is to remember only what is kept, so it comes after the choice.
-    candidates = _sifted(candidates, comparing, prompts)
-    kept = [each for each in candidates if not each.rejected_by]
-    rejected = [each for each in candidates if each.rejected_by]
-    summary = _summary(recipe, candidates, _names(alone, rating, comparing))
-    store.keep([_row(each, prompts) for each in kept], [_row(each, prompts) for each in rejected])
-    if not kept:
-        raise RunFailed(_why_nothing(recipe, rejected))
-    store.finish(summary)
+    judges = _open_judges(settings, teacher, store, seed, clients["teacher"].tracker, context)
+    candidates = run_until_complete(_generate(recipe, list(clients.values())))
+    row_filters, pool_filters = ([each for each in filters if each.compares_rows is which] for which in (False, True))
+    candidates = _reject_duplicates(_filter(candidates, row_filters, prompts))
+    for judge, client in judges:
+        rows = [filter_fields(candidate, prompts) for candidate in candidates]
+        candidates = run_until_complete(apply_judge(judge, candidates, rows, client, settings.in_flight))
+    candidates = _select(recipe, candidates)
+    # Filters that compare rows must only remember rows that are kept, so they come after the selection.
+    candidates = _filter(candidates, pool_filters, prompts)
+    accepted = [candidate for candidate in candidates if not candidate.rejected_by]
+    rejected = [candidate for candidate in candidates if candidate.rejected_by]
+    names = [each.name for each in (*row_filters, *(judge for judge, _ in judges), *pool_filters)]
+    summary = summarize(recipe, candidates, names)
+    store.write_rows(
+        [training_row(candidate, prompts) for candidate in accepted],
+        [training_row(candidate, prompts) for candidate in rejected],
+    )
+    if not accepted:
+        raise RunFailed(why_no_rows(recipe, rejected))
+    store.write_summary(summary)
     return summary
 
 
-def _summary(recipe: Recipe, candidates: list[Candidate], filters: Sequence[str]) -> dict[str, Any]:
-    """What `summary.json` holds; `filters`: their names, in order."""
-    settings, prompts, teacher, tally = recipe.settings, recipe.prompts, recipe.scribe.teacher, recipe.scribe.tally
-    kept = [each for each in candidates if not each.rejected_by]
-    rejected = [each for each in candidates if each.rejected_by]
-    return {
-        "kind": settings.kind,
-        "about": recipe.summary,
-        "paper": recipe.paper,
-        "teacher": {"name": teacher.name, "model": teacher.info.model, "engine": teacher.info.engine},
-        "prompts": 0 if settings.makes_prompts else len(prompts),
-        "candidates": len(candidates),
-        "kept": len(kept),
-        "rejected": dict.fromkeys(filters, 0) | dict(Counter(each.rejected_by for each in rejected)),
-        "unanswered": tally.unanswered,
-        "refused": recipe.store.refusals,
-        "completions": len(recipe.store),
-        "figures": [asdict(figure) for figure in recipe.figures(candidates)],
-        "usage": tally.charged,
-        "examples": {
-            "kept": [_example(each, prompts) for each in _spread(kept)],
-            "rejected": [
-                _example(each, prompts)
-                for by in dict.fromkeys(each.rejected_by for each in rejected)
-                for each in _spread([one for one in rejected if one.rejected_by == by])
-            ],
-        },
-    }
+def _open_clients(
+    settings: SynthesisSettings, teacher: Teacher, store: CompletionStore, seed: int, progress: Progress,
+    context: RecipeContext,
+) -> dict[str, CompletionClient]:  # fmt: skip
+    """Return the clients by role: 'teacher', and 'student' and 'referee' if the recipe may query them."""
+    tracker = UsageTracker(store.usage, progress)
+    clients = {"teacher": CompletionClient(teacher, store, settings, seed, tracker)}
+    if context.student is not None:
+        clients["student"] = CompletionClient(
+            context.student, store, settings, seed, tracker, role="student", chat=context.student_chats
+        )
+    if context.referee is not None:
+        chat = settings.chat and context.referee.info.engine != "openai"
+        clients["referee"] = CompletionClient(
+            context.referee, store, settings, seed, tracker, role="referee", chat=chat
+        )  # fmt: skip
+    return clients
 
 
-def _scribes(
-    settings: SynthesisSettings,
-    teacher: Teacher,
-    store: CompletionStore,
-    seed: int,
-    progress: Progress,
-    company: RecipeContext,
-) -> dict[str, CompletionClient]:
-    """Who asks whom, by what the asked one is."""
-    tally = UsageTracker(store.usage, progress)
-    scribes = {"teacher": CompletionClient(teacher, store, settings, seed, tally)}
-    if company.student is not None:
-        chat = company.student_chats
-        scribes["student"] = CompletionClient(company.student, store, settings, seed, tally, role="student", chat=chat)
-    if company.referee is not None:
-        chat = settings.chat and company.referee.info.engine != "openai"
-        scribes["referee"] = CompletionClient(company.referee, store, settings, seed, tally, role="referee", chat=chat)
-    return scribes
-
-
-def _rating(
-    settings: SynthesisSettings,
-    teacher: Teacher,
-    store: CompletionStore,
-    seed: int,
-    tally: UsageTracker,
-    company: RecipeContext,
-) -> list[tuple[Judge, CompletionClient]]:
-    """The judges among the filters, and who asks each."""
-    rating = []
+def _open_judges(
+    settings: SynthesisSettings, teacher: Teacher, store: CompletionStore, seed: int, tracker: UsageTracker,
+    context: RecipeContext,
+) -> list[tuple[Judge, CompletionClient]]:  # fmt: skip
+    """Return the judges among the filters, each with its client."""
+    judges = []
     for judge in find_judges(settings.filters):
-        rater = teacher if judge.settings.teacher is None else company.judges[judge.settings.teacher]
-        chat = judge.settings.chat and rater.info.engine != "openai"
-        rating.append((judge, CompletionClient(rater, store, settings, seed, tally, role="judge", chat=chat)))
-    return rating
+        model = teacher if judge.settings.teacher is None else context.judges[judge.settings.teacher]
+        chat = judge.settings.chat and model.info.engine != "openai"
+        judges.append((judge, CompletionClient(model, store, settings, seed, tracker, role="judge", chat=chat)))
+    return judges
 
 
-def _names(
-    alone: Iterable[Filter], rating: Iterable[tuple[Judge, CompletionClient]], comparing: Iterable[Filter]
-) -> list[str]:
-    """What the filters are called, in the order in which they judge."""
-    return [*(each.name for each in alone), *(judge.name for judge, _ in rating), *(each.name for each in comparing)]
-
-
-async def _written(recipe: Recipe, scribes: Iterable[CompletionClient]) -> list[Candidate]:
+async def _generate(recipe: Recipe, clients: Sequence[CompletionClient]) -> list[Candidate]:
     async with AsyncExitStack() as stack:
-        for scribe in scribes:
-            await stack.enter_async_context(scribe)
+        for client in clients:
+            await stack.enter_async_context(client)
         async with aclosing(recipe.candidates()) as candidates:
+            if isinstance(recipe.settings, CustomSynthesisConfig):
+                return await _generate_custom(recipe, candidates, recipe.settings)
             return [candidate async for candidate in candidates]
 
 
-def _unlike(candidates: list[Candidate]) -> list[Candidate]:
-    """A row that is the same as one before it is rejected."""
+async def _generate_custom(recipe: Recipe, candidates: Any, settings: CustomSynthesisConfig) -> list[Candidate]:
+    """Collect and check the candidates of a user's recipe.
+
+    Raises:
+        InputError: the recipe fails, or a candidate cannot become a row.
+    """
+    checked: list[Candidate] = []
+    try:
+        async for candidate in candidates:
+            if problem := _candidate_problem(candidate, len(recipe.prompts), settings):
+                raise InputError(f"Recipe '{settings.path}': candidate {len(checked) + 1} {problem}.")
+            checked.append(candidate)
+    except RaykError:
+        raise
+    except Exception as error:  # a user's code can raise anything
+        raise InputError(f"Recipe '{settings.path}' failed with {describe_error(error)}.") from error
+    return checked
+
+
+def _candidate_problem(candidate: Any, num_prompts: int, settings: CustomSynthesisConfig) -> str:
+    """Return why a candidate of a user's recipe cannot become a row; empty if it can."""
+    if not isinstance(candidate, Candidate):
+        return f"is a {type(candidate).__name__}; yield rayk.synthesis.Candidate objects"
+    if candidate.prompt_index not in range(num_prompts):
+        return f"has prompt_index {candidate.prompt_index!r}; give the index of one of the {num_prompts} prompts"
+    if not candidate.responses:
+        return "has no responses; give the completions that it was made from"
+    if candidate.rejected_by:
+        return ""
+    texts = {"prompt": candidate.prompt, "completion": candidate.completion}
+    if settings.pairs:
+        texts["worse"] = candidate.worse or ""
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            return f"has no {name}; give one as text, or reject the candidate (see rayk.synthesis.completion_problem)"
+    if not settings.pairs and candidate.worse is not None:
+        return "has a worse completion; set synthesis.pairs: true"
+    return ""
+
+
+def _reject_duplicates(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Reject candidates whose prompt and completion equal those of an earlier one."""
     seen: set[tuple[str, ...]] = set()
     checked = []
-    for each in candidates:
-        row = (each.prompt.strip(), *(text.strip() for text in _answers(each).values()))
-        again = not each.rejected_by and row in seen
-        same = "pair" if each.worse is not None else "completion"
-        checked.append(each.rejected("duplicate", f"the same prompt and {same} came before") if again else each)
-        if not each.rejected_by:
+    for candidate in candidates:
+        row = (candidate.prompt.strip(), *(text.strip() for text in row_texts(candidate).values()))
+        is_duplicate = not candidate.rejected_by and row in seen
+        kind = "pair" if candidate.worse is not None else "completion"
+        checked.append(
+            candidate.reject("duplicate", f"an earlier row has the same prompt and {kind}")
+            if is_duplicate
+            else candidate
+        )
+        if not candidate.rejected_by:
             seen.add(row)
     return checked
 
 
-def _sifted(candidates: list[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
-    """With what the filters reject rejected."""
-    rows = [None if each.rejected_by else _judged(each, prompts) for each in candidates]
+def _filter(candidates: Sequence[Candidate], filters: Sequence[Filter], prompts: Sequence[Prompt]) -> list[Candidate]:
+    """Reject candidates that fail one of the filters."""
+    rows = [None if candidate.rejected_by else filter_fields(candidate, prompts) for candidate in candidates]
     rejections = {id(each.candidate): each for each in apply_filters(filter(None, rows), filters).rejected}
     found = [rejections.get(id(row)) for row in rows]
     return [
-        each if rejection is None else each.rejected(rejection.filter, rejection.reason)
-        for each, rejection in zip(candidates, found, strict=True)
+        candidate if rejection is None else candidate.reject(rejection.filter, rejection.reason)
+        for candidate, rejection in zip(candidates, found, strict=True)
     ]
 
 
-def _chosen(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
-    """With the recipe's last word on those that are kept so far."""
-    chosen = iter(recipe.choose([each for each in candidates if not each.rejected_by]))
-    return [each if each.rejected_by else next(chosen) for each in candidates]
-
-
-def _judged(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What filters look at: of a pair the chosen answer as `completion`, and both by their own names too."""
-    return _row(candidate, prompts) | {"completion": candidate.completion}
-
-
-def _row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a row of `rows.parquet` or `rejected.parquet` holds: the source row's fields, and over them what is new."""
-    written = candidate.written
-    logprobs = [each.mean_logprob for each in written if each.mean_logprob is not None]
-    return {
-        **({} if candidate.made_up else prompts[candidate.origin].fields),
-        "prompt": candidate.prompt,
-        **_answers(candidate),
-        **candidate.fields,
-        "where": prompts[candidate.origin].where,
-        "finish_reason": written[0].finish_reason,
-        **({} if written[0].tokens is None else {"tokens": written[0].tokens}),
-        # Rounded, for a model's last digits depend on which prompts shared a batch.
-        "mean_logprob": round(logprobs[0], 4) if logprobs else None,
-        "keys": [each.key for each in written],
-        **({"rejected_by": candidate.rejected_by, "reason": candidate.reason} if candidate.rejected_by else {}),
-    }
-
-
-def _answers(candidate: Candidate) -> dict[str, str]:
-    if candidate.worse is None:
-        return {"completion": candidate.completion}
-    return {"chosen": candidate.completion, "rejected": candidate.worse}
-
-
-def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    return {
-        "where": prompts[candidate.origin].where,
-        **{name: getattr(candidate, name) for name in ("prompt", "completion", "worse", "rejected_by", "reason")},
-    }
-
-
-def _spread(candidates: list[Candidate]) -> list[Candidate]:
-    """Some of them, from all over."""
-    return candidates[:: max(1, len(candidates) // _EXAMPLES)][:_EXAMPLES]
-
-
-def _why_nothing(recipe: Recipe, rejected: list[Candidate]) -> str:
-    """Why no row is left, in sentences."""
-    store = recipe.store
-    if rejected:
-        return (
-            f"None of {len(rejected)} completions can be learned from ({_reasons(rejected)}); "
-            f"'{store.folder / 'rejected.parquet'}' holds them with the reasons."
-        )
-    return (
-        f"Nothing in the {len(store):,} completions is what synthesis '{recipe.settings.kind}' asked for; look into "
-        f"'{store.folder / 'completions'}'. Is synthesis.chat (of an endpoint: engine.chat) as the teacher is, a chat "
-        "model or a base model?"
-    )
-
-
-def _reasons(rejected: list[Candidate]) -> str:
-    first: Mapping[str, str] = {each.rejected_by: each.reason for each in reversed(rejected)}
-    counts = Counter(each.rejected_by for each in rejected)
-    return "; ".join(f"{count} {by}, the first: {first[by]}" for by, count in counts.most_common())
+def _select(recipe: Recipe, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Let the recipe choose among the candidates that are accepted so far."""
+    selected = iter(recipe.select([candidate for candidate in candidates if not candidate.rejected_by]))
+    return [candidate if candidate.rejected_by else next(selected) for candidate in candidates]

@@ -1,4 +1,4 @@
-"""The rows a teacher writes for: their prompts as text."""
+"""Read the prompts that a teacher generates completions for."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from rayk.text.answers import answers_match, find_answer, find_last_match
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row to write for.
+    """The prompt of a row.
 
     Attributes:
-        text: what the student will read.
-        where: the row's place in words, for messages.
+        text: prompt as the student will read it.
+        where: location of the row in words, for error messages.
         fields: the row as it was read.
-        truth: its right answer, as the row writes it; None where it is not needed.
+        truth: right answer in the row's notation; None if it is not needed.
     """
 
     text: str
@@ -31,13 +31,14 @@ class Prompt:
 
 
 def read_prompts(source: DataSource, section: str, answer: AnswerConfig | None = None) -> list[Prompt]:
-    """The rows of a source as prompts, with their truth where `answer` says what it looks like.
+    """Read the rows of a source as prompts, with their right answers if `answer` is given.
 
     Args:
-        section: how errors name the source's settings ("data.train.").
+        section: prefix of the source's settings in error messages ("data.train.").
+        answer: type of the right answer, and the field that contains it.
 
     Raises:
-        InputError: a row cannot be read, has no prompt, or no truth.
+        InputError: a row cannot be read, or has no prompt or no right answer.
     """
     texts = RowTexts(source, section)
     prompts: list[Prompt] = []
@@ -45,22 +46,22 @@ def read_prompts(source: DataSource, section: str, answer: AnswerConfig | None =
     for row in read_rows(source):
         form = form or texts.format_of(row, prompts_only=True)
         if form == "text":
-            raise InputError(f"{row.where} is plain text, which has no prompt to write for; set {section}prompt_field.")
+            raise InputError(f"{row.where} is plain text, which has no prompt; set {section}prompt_field.")
         text = _message(texts, row) if form == "messages" else texts.prompt(row)
         if not text.strip():
-            raise InputError(f"{row.where} has an empty prompt; give it one, or remove the row.")
+            raise InputError(f"{row.where} has an empty prompt; add one, or remove the row.")
         prompts.append(Prompt(text, row.where, row.fields, None if answer is None else _truth(row, answer)))
     return prompts
 
 
 def is_right(found: str | None, truth: str, answer: AnswerConfig) -> bool:
-    """Whether an answer, as `find_answer` finds it, is the one in `truth`."""
+    """Return whether an answer found by `find_answer` equals the one in `truth`."""
     right = find_answer(truth, answer.type, choices=answer.choices)
     return found is not None and right is not None and answers_match(found, right, answer.type)
 
 
 def fingerprint(prompts: Sequence[Prompt], *, whole: bool = False) -> str:
-    """A hash of the prompts' texts in their order; `whole`: of the rows' fields and truths, too."""
+    """Return a hash of the prompts' texts in order; with `whole` also of the rows' fields and right answers."""
     digest = hashlib.sha256()
     for prompt in prompts:
         parts = [prompt.text, prompt.truth, dict(prompt.fields)] if whole else [prompt.text]
@@ -69,13 +70,13 @@ def fingerprint(prompts: Sequence[Prompt], *, whole: bool = False) -> str:
 
 
 def _message(texts: RowTexts, row: Row) -> str:
-    """The one message before the assistant's."""
+    """Return the text of the only message before the assistant's."""
     messages = texts.messages(row)
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if [message["role"] for message in before] != ["user"]:
         raise InputError(
-            f"{row.where} has more than one user's message before the last answer (or none); a teacher is asked one "
-            "prompt: give rows of a prompt each."
+            f"{row.where} must have exactly one message before the last answer, a user's; split conversations into "
+            "rows with one prompt each."
         )
     return before[0]["content"]
 
@@ -90,9 +91,9 @@ def _truth(row: Row, answer: AnswerConfig) -> str:
     text = ("no", "yes")[value] if yes_or_no else str(value)
     truth = find_last_match(text, answer.pattern)
     if truth is None or find_answer(truth, answer.type, choices=answer.choices) is None:
-        looked_for = f"pattern {answer.pattern!r}" if truth is None else f"type '{answer.type}'"
+        rule = f"pattern {answer.pattern!r}" if truth is None else f"type '{answer.type}'"
         raise InputError(
-            f"{row.where}: synthesis.answer finds no answer by its {looked_for} in the truth {text[-60:]!r}; set "
+            f"{row.where}: synthesis.answer finds no answer with its {rule} in the right answer {text[-60:]!r}; set "
             "synthesis.answer.pattern and type."
         )
     return truth

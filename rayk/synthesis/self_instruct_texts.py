@@ -1,13 +1,12 @@
-"""Self-Instruct's texts (Wang et al. 2022, arXiv 2212.10560): what a teacher is asked, and how its answers are read
-and judged.
+"""Prompts and parsers of Self-Instruct (Wang et al. 2022, arXiv 2212.10560).
 
-Pure functions of text. Every prompt comes in two forms: for a base model it breaks off where the answer begins, for a
-chat model (`chat`) it ends by saying what to write; answers to both are read by the same parsers. Rules are those of
-the paper's code, except that
+Pure functions of text. Every prompt has two forms: for a base model it ends where the response begins, for a chat model
+(`chat`) it ends with an instruction; responses to both are read by the same parsers. The rules are those of the paper's
+code, except that
 
-- instructions keep their capitals (the code's `capitalize()` destroys acronyms) and any script may begin one;
-- of a list that was cut only the last, unfinished item is dropped, not all of it;
-- exactly 0.7 of ROUGE-L is too much, as the paper says (the code keeps it).
+- instructions keep their capitals (the code's `capitalize()` destroys acronyms) and may begin in any script;
+- of a truncated list only the last, unfinished item is dropped, not the whole list;
+- ROUGE-L of exactly 0.7 is too similar, as in the paper (the code accepts it).
 """
 
 import re
@@ -29,7 +28,7 @@ LIST_STOP = (f"\n{INSTRUCTIONS_IN_CONTEXT + NEW_INSTRUCTIONS + 1}.",)
 ANSWER_STOP = ("\n",)
 EXAMPLES_STOP = (f"\nExample {INSTANCES_KEPT + 1}", "\nTask:")
 LABELLED_STOP = ("\nTask:",)
-"""Where continuations end. A base model's list also ends at a blank line; chat models put one between items."""
+"""Stop texts. A base model's list also ends at a blank line; chat models put blank lines between items."""
 
 TEMPLATES_WITH_INPUT = (
     "{instruction}\n\n{input}",
@@ -48,7 +47,7 @@ TEMPLATES_WITHOUT_INPUT = (
     "Task: {instruction}",
     "Task: {instruction}\n\nOutput:",
 )
-"""The student's prompts: a task may be put in several ways (§9.6)."""
+"""Formats of the student's prompts, one of which is sampled for each row."""
 
 _IN_CONTEXT_CLASSIFICATION, _IN_CONTEXT_OTHERS = 12, 19
 _IN_CONTEXT_EXAMPLES = 8
@@ -56,7 +55,7 @@ _IN_CONTEXT_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class Instance:
-    """One worked example of a task; `input` is empty where the task needs none."""
+    """An example of a task; `input` is empty if the task needs none."""
 
     input: str
     output: str
@@ -64,7 +63,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class SeedTask:
-    """A task written by a person. `where`: its place in words ("seeds.jsonl, line 3")."""
+    """A task written by a person. `where`: its location in words ("seeds.jsonl, line 3")."""
 
     instruction: str
     instances: tuple[Instance, ...]
@@ -73,20 +72,20 @@ class SeedTask:
 
 
 def read_seed_tasks(path: str | None = None) -> list[SeedTask]:
-    """The tasks of a JSONL file in the paper's format (`instruction`, `instances` with `input` and `output`,
-    `is_classification`); by default the project's own.
+    """Read the tasks of a JSONL file in the paper's format (`instruction`, `instances` with `input` and `output`,
+    `is_classification`), by default rayk's own.
 
     Raises:
-        InputError: the file cannot be read, a line is not such a task (the sentence names file and line), or there are
-            fewer than 8 or none of one of the two sorts.
+        InputError: the file cannot be read, a line is not such a task (the message names file and line), or there are
+            fewer than 8 tasks, no classification task, or nothing else.
     """
     name = path or str(Path(__file__).with_name("seed_tasks.jsonl"))
     tasks = [_seed_task(row) for row in read_rows(DataSource(path=name))]
-    sorts = {task.is_classification for task in tasks}
-    if len(tasks) < INSTRUCTIONS_IN_CONTEXT or len(sorts) < 2:
+    kinds = {task.is_classification for task in tasks}
+    if len(tasks) < INSTRUCTIONS_IN_CONTEXT or len(kinds) < 2:
         raise InputError(
-            f"'{name}' has {len(tasks)} seed tasks; give at least {INSTRUCTIONS_IN_CONTEXT}, among them classification "
-            "tasks (is_classification: true) and others."
+            f"'{name}' has {len(tasks)} seed tasks; give at least {INSTRUCTIONS_IN_CONTEXT}, including classification "
+            "tasks (is_classification: true) and other tasks."
         )
     return tasks
 
@@ -114,7 +113,7 @@ def _is_instance(given: Any) -> bool:
 
 
 def instructions_prompt(examples: Sequence[str], chat: bool = False) -> str:
-    """Ask for new instructions after `examples`, which are numbered from 1."""
+    """Return the prompt for new instructions after `examples`, which are numbered from 1."""
     listed = "\n".join(f"{number}. {' '.join(each.split())}" for number, each in enumerate(examples, start=1))
     first, last = len(examples) + 1, len(examples) + NEW_INSTRUCTIONS
     if not chat:
@@ -129,12 +128,12 @@ _ITEM = re.compile(r"(?:^|\n)[ \t*#]*\d+[ \t]*[.)、][ \t*]*")
 
 
 def parse_instructions(text: str, finish_reason: str, chat: bool = False) -> list[str]:
-    """The instructions of a numbered list, white space folded, in their order.
+    """Return the instructions of a numbered list in order, with white space collapsed.
 
     Args:
-        text: what followed the prompt. A base model's begins within the first item, whose number ended the prompt; what
-        a chat model says before its first number or after a blank line is none of them. finish_reason: where it is
-        'length' the last item was cut and is left out.
+        text: the response. A base model's text begins within the first item, whose number ended the prompt; a chat
+            model's text before the first number or after a blank line is not part of an item.
+        finish_reason: if it is 'length', the last item is truncated and dropped.
     """
     items = _ITEM.split(text)[1:] if chat else _ITEM.split(text)
     if finish_reason == "length":
@@ -144,82 +143,88 @@ def parse_instructions(text: str, finish_reason: str, chat: bool = False) -> lis
 
 
 def instruction_problem(instruction: str) -> str | None:
-    """What of the paper's rules for beginnings an instruction breaks, in words; None where none."""
+    """Return in words how an instruction's beginning breaks the paper's rules; None if it does not."""
     if instruction.lower().startswith("write a program"):
         return "asks for a program"
     return beginning_problem(instruction)
 
 
 def beginning_problem(instruction: str) -> str | None:
-    """Why no instruction begins as this one does, in words; None where one may."""
+    """Return in words why an instruction cannot begin like this; None if it can."""
     if unicodedata.category(instruction[0])[0] not in "LN":
         return f"begins with {instruction[0]!r}"
     return None
 
 
 def build_pool_filters(
-    pool: Iterable[str], *, words: tuple[int, int | None], fault: Callable[[str], str | None],
+    pool: Iterable[str], *, words: tuple[int, int | None], problem: Callable[[str], str | None],
     blacklist: Sequence[str], similar: float,
 ) -> list[Filter]:  # fmt: skip
-    """What judges new instructions (field `instruction`) beside those of a pool, which grows by those that pass.
+    """Build filters for new instructions (field `instruction`), which join the pool if they pass.
 
     Args:
-        words: the fewest and the most. fault: what is wrong with one that has some, in words. blacklist: words it may
-        not have. similar: the ROUGE-L F to one of the pool that is too much.
+        words: smallest and largest number of words.
+        problem: returns in words what is wrong with an instruction, or None.
+        blacklist: words that an instruction must not contain.
+        similar: ROUGE-L F to an instruction of the pool that is too high.
     """
     field = "instruction"
     keywords = [KeywordsFilterConfig(field=field, keywords=list(blacklist))] if blacklist else []
     filters = [
         *build_filters([LengthFilterConfig(field=field, minimum=words[0], maximum=words[1])]),
-        Filter("beginning", lambda candidate: fault(candidate[field])),
+        Filter("beginning", lambda candidate: problem(candidate[field])),
         *build_filters([*keywords, RougeFilterConfig(field=field, threshold=similar)]),
     ]
-    for known in pool:
+    for instruction in pool:
         for each in filters:
-            each.remember({field: known})
+            each.remember({field: instruction})
     return filters
 
 
 def classification_prompt(instruction: str, seeds: Sequence[SeedTask], chat: bool = False) -> str:
-    """Ask whether a task is a classification task, after seeds of both sorts."""
+    """Return the prompt that asks whether a task is a classification task, after seed tasks of both kinds."""
     yes = [seed for seed in seeds if seed.is_classification][:_IN_CONTEXT_CLASSIFICATION]
     no = [seed for seed in seeds if not seed.is_classification][:_IN_CONTEXT_OTHERS]
-    # Mixed evenly, so that neither the last ones nor a pattern tells the answer.
-    places = [(place / len(sort), seed) for sort in (yes, no) for place, seed in enumerate(sort)]
-    shown = [seed for _, seed in sorted(places, key=lambda each: each[0])]
-    asked = "Can the following task be regarded as a classification task with finite output labels?"
+    # Mixed evenly, so that neither the last examples nor a pattern suggests the answer.
+    positions = [(index / len(kind), seed) for kind in (yes, no) for index, seed in enumerate(kind)]
+    shown = [seed for _, seed in sorted(positions, key=lambda each: each[0])]
+    question = "Can the following task be regarded as a classification task with finite output labels?"
     answers = {True: "Yes", False: "No"}
-    blocks = [f"Task: {each.instruction}\nIs it classification? {answers[each.is_classification]}" for each in shown]
+    blocks = [f"Task: {seed.instruction}\nIs it classification? {answers[seed.is_classification]}" for seed in shown]
     if not chat:
-        return "\n\n".join([asked, *blocks, f"Task: {instruction}\nIs it classification?"])
-    return "\n\n".join([asked, *blocks, f"Task: {instruction}", "Answer for this last task with Yes or No only."])
+        return "\n\n".join([question, *blocks, f"Task: {instruction}\nIs it classification?"])
+    return "\n\n".join([question, *blocks, f"Task: {instruction}", "Answer for this last task with Yes or No only."])
 
 
 def parse_is_classification(text: str) -> bool:
-    """Whether the answer is yes; anything else is no, as in the paper's code."""
+    """Return whether the response is yes; anything else counts as no, as in the paper's code."""
     return re.match(r"\W*yes\b", text, re.IGNORECASE) is not None
 
 
 def instances_prompt(instruction: str, seeds: Sequence[SeedTask], is_classification: bool, chat: bool = False) -> str:
-    """Ask for instances of a task: of a classification task each label first and then an input for it, so that not all
-    inputs are of one class (output-first); of others the input, where it needs one, and then the output
-    (input-first)."""
+    """Return the prompt for instances of a task.
+
+    For a classification task each label comes before its input, so that not all inputs belong to one class
+    (output-first); for other tasks the input, if there is one, comes before the output (input-first).
+    """
     shown = [seed for seed in seeds if seed.is_classification == is_classification][:_IN_CONTEXT_EXAMPLES]
     if is_classification:
-        asked = (
+        question = (
             "Given a classification task, write each of its class labels and an input to which that label is the right "
             "answer. Do not use a label twice."
         )
         blocks = [_labelled_block(seed) for seed in shown]
     else:
-        asked = (
+        question = (
             "Write examples for the following tasks, up to five where a task takes an input. If a task takes no input, "
             "write only its output."
         )
         blocks = [_example_block(seed) for seed in shown]
     if chat:
-        return "\n\n".join([asked, *blocks, f"Task: {instruction}", "Write this for the last task, in the same form."])
-    return "\n\n".join([asked, *blocks, f"Task: {instruction}\n"])
+        return "\n\n".join(
+            [question, *blocks, f"Task: {instruction}", "Write this for the last task, in the same form."]
+        )
+    return "\n\n".join([question, *blocks, f"Task: {instruction}\n"])
 
 
 def _labelled_block(seed: SeedTask) -> str:
@@ -246,13 +251,13 @@ _NO_INPUT = re.compile(r"[\W_]*(?:none|no input|n/?a|empty)?[\W_]*", re.IGNORECA
 
 
 def parse_instances(text: str, is_classification: bool, finish_reason: str) -> tuple[list[Instance], str | None]:
-    """The usable instances in what followed `instances_prompt`, and what is wrong with the task where there are none.
+    """Return the usable instances in the response to `instances_prompt`, and if there are none what is wrong.
 
-    Left out are instances without an output, with an output equal to their input, ending with a colon, said before, and
-    the last one of a text that was cut; those of a task in which one input has two outputs, all. At most 5 are kept.
+    Dropped are instances without output, with an output equal to the input, ending with a colon, repeated ones, and the
+    last one of a truncated text. If one input has two outputs, all are dropped. At most 5 instances are kept.
 
     Args:
-        finish_reason: where it is 'length' the text was cut.
+        finish_reason: 'length' if the text is truncated.
     """
     text = _TASK.sub("", text, count=1)
     found = _labelled(text) if is_classification else _examples(text)
@@ -280,7 +285,7 @@ def _examples(text: str) -> list[Instance]:
     before, *blocks = _EXAMPLE.split(text)
     if blocks:
         return [each for each in map(_example, blocks) if each is not None]
-    # No examples are numbered: the text is one, and where not even the output is marked, all of it is the output.
+    # Without numbered examples the text is one example, and without a marked output all of it is the output.
     return [_example(before) or Instance("", before.strip())]
 
 
@@ -298,6 +303,6 @@ def _usable(instance: Instance) -> bool:
 
 
 def student_prompt(instruction: str, given: str, choice: int) -> str:
-    """The student's prompt: one of the templates, by any number that is 0 or more."""
+    """Return the student's prompt in one of the templates, chosen by a non-negative number."""
     templates = TEMPLATES_WITH_INPUT if given else TEMPLATES_WITHOUT_INPUT
     return templates[choice % len(templates)].format(instruction=instruction, input=given)

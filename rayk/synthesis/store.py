@@ -1,15 +1,15 @@
-"""What teachers have written, on disk: kept as it comes, so that nothing is asked, or paid for, twice.
+"""Store completions on disk as they arrive, so that none is requested, or paid for, twice.
 
-The folder `<output>/synthesis/` holds
+The folder `<output>/synthesis/` contains
 
-- `settings.yaml`: what it is made with; under other settings it is refused;
+- `settings.yaml`: the settings the completions were generated with; other settings are refused;
 - `completions/part-*.parquet`: every completion with its provenance, by request key;
-- `refused/part-*.parquet`: in the same form what an endpoint will not answer; deleted, it is asked again;
+- `refused/part-*.parquet`: requests that an endpoint refused, in the same form; delete them to request them again;
 - `usage.json`: what a paid endpoint has charged for them;
-- `rows.parquet`, `rejected.parquet`, `summary.json`: what became of them, written last.
+- `rows.parquet`, `rejected.parquet`, `summary.json`: the rows made from the completions, written last.
 
-What has its name is whole; what is damaged all the same is set aside and asked for again (`rayk.storage`). One process
-at a time has the folder (`lock`).
+Files are written whole. A damaged file is set aside and its completions are requested again (`rayk.storage`). Only one
+process at a time can open the folder (`lock`).
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from rayk.config import difference
 from rayk.errors import InputError
 from rayk.storage.atomic import disk_errors, remove_unfinished, write_whole
 from rayk.storage.parquet_store import ParquetStore, parquet_bytes, read_parquet
+from rayk.text.words import whole_characters
 
 _SCHEMA = pa.schema(
     [
@@ -46,23 +47,23 @@ _SCHEMA = pa.schema(
         ("written_at_seconds", pa.float64()),
     ]
 )
-_READ = ("key", "text", "tokens", "mean_logprob", "finish_reason")
+_COLUMNS = ("key", "text", "tokens", "mean_logprob", "finish_reason")
 _COMPLETIONS, _REFUSALS = "completions", "refused"
 _REFUSED = "refused"
-"""The `finish_reason` of a refusal on disk; its `text` is the reason."""
+"""The `finish_reason` of a refused request on disk; its `text` is the reason."""
 
 
 @dataclass(frozen=True)
 class StoredCompletion:
-    """What a teacher wrote.
+    """A completion as the store keeps it, or the reason why there is none.
 
     Attributes:
-        key: of the request, by which the store has it.
-        text: as it came.
-        tokens: how many; None where an endpoint does not tell.
-        mean_logprob: of them, nats a token, under the teacher at temperature 1; None where it is not known.
-        finish_reason: 'stop', 'length', or 'error' where there was no answer; `reason` says why.
-        refused: there will be none for this prompt, however often it is asked.
+        key: key of the request.
+        text: generated text, unchanged.
+        tokens: number of generated tokens; None if an endpoint does not return it.
+        mean_logprob: mean log-prob per token, in nats, under the generating model at temperature 1; None if unknown.
+        finish_reason: 'stop', 'length', or 'error' if there is no completion; `reason` then says why.
+        refused: the request was refused for good, so that repeating it is pointless.
     """
 
     key: str
@@ -75,10 +76,10 @@ class StoredCompletion:
 
 
 class CompletionStore:
-    """The folder, held by this process while it is open (a context manager).
+    """The folder of completions, locked for this process while the context manager is open.
 
     Raises:
-        InputError: it cannot be written, or another process has it.
+        InputError: the folder cannot be written, or another process has locked it.
     """
 
     def __init__(self, folder: Path):
@@ -99,7 +100,7 @@ class CompletionStore:
             self._lock.close()
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise InputError(
-                    f"Another process is writing into '{self.folder}'; wait for its end, or give another --output."
+                    f"Another process is writing into '{self.folder}'; wait until it ends, or give another --output."
                 ) from error
             raise InputError(f"'{self.folder}' cannot be locked ({error.strerror}); give another --output.") from error
         return self
@@ -107,93 +108,95 @@ class CompletionStore:
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def claim(self, settings: Mapping[str, Any], ignored: set[str], chosen_by: set[str]) -> None:
-        """Hold `settings` against those the folder was made with; read what it holds.
+    def claim(self, settings: Mapping[str, Any], ignored: set[str], row_settings: set[str]) -> None:
+        """Compare `settings` with those the folder was created with, and load the completions.
 
         Args:
-            ignored: places ("a.b") that change nothing.
-            chosen_by: places that change what is made of the completions, but no completion: with others the rows are
-                made anew.
+            ignored: settings ("a.b") that may differ.
+            row_settings: settings that change the rows made from completions, but no completion; if one of them
+                differs, the rows are made again.
 
         Raises:
-            InputError: another setting; the sentence names it.
+            InputError: another setting differs; the message names it.
         """
         path = self.folder / "settings.yaml"
         if path.exists():
-            before = _settings_in(path)
-            if place := difference(before, dict(settings), ignored | chosen_by):
+            before = _read_settings(path)
+            if place := difference(before, dict(settings), ignored | row_settings):
                 raise InputError(
-                    f"What is in '{self.folder}' was made with another '{place}'; go on with the same settings, or "
-                    "give another --output."
+                    f"The completions in '{self.folder}' were generated with another '{place}'; continue with the same "
+                    "settings, or give another --output."
                 )
             if difference(before, dict(settings), ignored):
-                self._forget_rows()
+                self._remove_summary()
         self._write("settings.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
         remove_unfinished(self.folder)
         self._completions.load()
         self._refused.load()
 
-    def look_into(self, folder: Path) -> None:
-        """Let `find` find what another folder, of an earlier round, holds too. It then becomes this one's."""
-        paths = (path for kept in (_COMPLETIONS, _REFUSALS) for path in (folder / kept).glob("part-*.parquet"))
+    def add_earlier_round(self, folder: Path) -> None:
+        """Let `find` also return the completions of an earlier round's folder; those found are copied into this one."""
+        paths = (path for name in (_COMPLETIONS, _REFUSALS) for path in (folder / name).glob("part-*.parquet"))
         for path in sorted(paths):
-            with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # what is damaged is asked for again
+            with contextlib.suppress(pa.ArrowException, OSError, KeyError):  # damaged ones are requested again
                 self._earlier |= {row["key"]: row for row in read_parquet(path, _SCHEMA).to_pylist()}
 
     def __len__(self) -> int:
         return len(self._completions) + len(self._pending)
 
     def find(self, key: str) -> StoredCompletion | None:
-        """What was written for a request."""
+        """Return the completion of a request; None if it is not stored."""
         if row := self._pending.get(key):
-            return _written(row)
-        found = self._completions.find(key, _READ) or self._refused.find(key, _READ)
+            return _from_row(row)
+        found = self._completions.find(key, _COLUMNS) or self._refused.find(key, _COLUMNS)
         if found is not None:
-            return _written(dict(zip(_READ, found, strict=True)))
+            return _from_row(dict(zip(_COLUMNS, found, strict=True)))
         if row := self._earlier.pop(key, None):
             self._pending[key] = row
-            return _written(row)
+            return _from_row(row)
         return None
 
-    def add(self, written: StoredCompletion, provenance: Mapping[str, Any]) -> None:
-        """Keep a completion, or that there will be none: in memory until the next `flush`."""
-        row = {name: getattr(written, name) for name in _READ}
-        if written.refused:
-            row |= {"text": written.reason, "finish_reason": _REFUSED}
-        self._pending[written.key] = {**row, **provenance}
+    def add(self, completion: StoredCompletion, provenance: Mapping[str, Any]) -> None:
+        """Add a completion or a refusal; it stays in memory until the next `flush`."""
+        row = {name: getattr(completion, name) for name in _COLUMNS}
+        if completion.refused:
+            row |= {"text": completion.reason, "finish_reason": _REFUSED}
+        self._pending[completion.key] = {**row, **provenance}
 
     @property
-    def unwritten(self) -> int:
-        """Completions and refusals that are not on disk yet."""
+    def num_pending(self) -> int:
+        """Number of completions and refusals that are not on disk yet."""
         return len(self._pending)
 
     @property
-    def unwritten_keys(self) -> set[str]:
+    def pending_keys(self) -> set[str]:
+        """Keys of the completions and refusals that are not on disk yet."""
         return set(self._pending)
 
     @property
-    def refusals(self) -> int:
-        """Requests that will have no answer, on disk."""
+    def num_refusals(self) -> int:
+        """Number of refused requests on disk."""
         return len(self._refused)
 
     def flush(self, keys: Container[str] | None = None) -> None:
-        """Write what is not on disk yet, or of that these keys. While it runs, on any thread, more may be added.
+        """Write pending completions and refusals to disk: all, or those with `keys`. Other threads may add more
+        meanwhile.
 
         Raises:
             RunFailed: the disk is full or broken.
         """
         with self._flushing:
             rows = [row for key, row in list(self._pending.items()) if keys is None or key in keys]
-            # What was asked next may depend on a refusal, so those are written first.
+            # Later requests may depend on a refusal, so refusals are written first.
             for parts, refused in ((self._refused, True), (self._completions, False)):
-                if kept := [row for row in rows if (row["finish_reason"] == _REFUSED) is refused]:
-                    parts.add(kept)
-                    for row in kept:
+                if selected := [row for row in rows if (row["finish_reason"] == _REFUSED) is refused]:
+                    parts.add(selected)
+                    for row in selected:
                         del self._pending[row["key"]]
 
     @property
     def usage(self) -> dict[str, Any]:
-        """What was charged for what the folder holds, as last told."""
+        """Charges for all stored completions, as last written; empty if there are none."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads((self.folder / "usage.json").read_text(encoding="utf-8"))
         return {}
@@ -204,32 +207,31 @@ class CompletionStore:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What the folder's rows come to; None while they are not made, or where it is damaged, so that they are made
-        anew."""
+        """Summary of the rows; None if they are not made yet, or if the file is damaged and they must be made again."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         return None
 
     @property
-    def rows(self) -> Path:
-        """What is trained on."""
+    def rows_path(self) -> Path:
+        """File with the training rows."""
         return self.folder / "rows.parquet"
 
-    def keep(self, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
-        """Write what became of the completions. Until `finish` they count as not finished."""
-        self._forget_rows()
+    def write_rows(self, rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> None:
+        """Write the training rows and the rejected rows. They count as unfinished until `write_summary`."""
+        self._remove_summary()
         for name, table in (("rows", rows), ("rejected", rejected)):
-            self._write(f"{name}.parquet", parquet_bytes(table_of(table)))
+            self._write(f"{name}.parquet", parquet_bytes(rows_to_table(table)))
 
-    def put(self, name: str, table: pa.Table) -> None:
-        """Write a table of a recipe's own, `name`.parquet."""
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write an additional table of a recipe to `name`.parquet."""
         self._write(f"{name}.parquet", parquet_bytes(table))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary of what was kept."""
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, which marks the rows as finished."""
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode())
 
-    def _forget_rows(self) -> None:
+    def _remove_summary(self) -> None:
         with disk_errors(self.folder):
             (self.folder / "summary.json").unlink(missing_ok=True)
 
@@ -237,37 +239,46 @@ class CompletionStore:
         write_whole(self.folder / name, content)
 
 
-def _settings_in(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):
         raise InputError(
-            f"'{path}' cannot be read, so nobody knows what the completions beside it were made with; if the settings "
-            "are the same, remove it and run again, or give another --output."
+            f"'{path}' cannot be read, so the settings of the completions beside it are unknown; if they are the same, "
+            "remove the file and run again, else give another --output."
         )
     return found
 
 
-def _written(row: Mapping[str, Any]) -> StoredCompletion:
+def _from_row(row: Mapping[str, Any]) -> StoredCompletion:
     if row["finish_reason"] == _REFUSED:
         return StoredCompletion(row["key"], "", None, None, "error", row["text"], refused=True)
-    return StoredCompletion(*(row[name] for name in _READ))
+    return StoredCompletion(*(row[name] for name in _COLUMNS))
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows as columns; one whose values are of several types holds them as JSON."""
+def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Convert rows to a table. A column with values of several types keeps texts and has the other values as JSON."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list[Any]) -> pa.Array:
     try:
-        column = pa.array(values)
-        if pa.types.is_nested(column.type):
-            # What Parquet has no type for, such as an empty object, is told here.
-            parquet_bytes(pa.table({"": column[:1]}))
-        return column
+        return _checked(pa.array(values))
     except (pa.ArrowException, OverflowError, UnicodeError):
-        return pa.array([json.dumps(value, default=str) for value in values])
+        return pa.array(
+            [value if _is_plain(value) else json.dumps(value, default=str) for value in values], pa.string()
+        )
+
+
+def _checked(column: pa.Array) -> pa.Array:
+    if pa.types.is_nested(column.type):
+        parquet_bytes(pa.table({"": column[:1]}))  # raises for types that Parquet lacks, such as an empty object
+    return column
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value stays as it is in a column of text: None, or text without half surrogate pairs."""
+    return value is None or (isinstance(value, str) and whole_characters(value) == value)

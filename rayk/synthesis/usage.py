@@ -1,73 +1,87 @@
-"""What the scribes of one store have asked for and been charged, all together."""
+"""Count the requests and charges of all clients that share one store, and report progress."""
 
 import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 Progress = Callable[[int, int, str], None]
-"""Told (done, total, what to say of it)."""
+"""Called with (number done, total number, text)."""
 
-_TELL_SECONDS = 0.2
+_REPORT_SECONDS = 0.2
+
+
+class MeteredClient(Protocol):
+    """A client whose endpoint may charge for completions."""
+
+    @property
+    def has_unbilled(self) -> bool:
+        """Whether completions have arrived since the charges were last updated."""
+        ...
+
+    async def update_charges(self) -> None:
+        """Pass the endpoint's current charges to `UsageTracker.set_charges`."""
 
 
 class UsageTracker:
-    """What the scribes of one store have asked for, all together, as the progress tells it.
+    """Requests and charges of all clients of one store.
 
     Args:
-        charged: for what the store held before.
+        earlier_charges: charges for the completions that the store already contains.
 
     Attributes:
-        total: how many completions the recipe will ask for; the recipe says so.
-        done: those that it has.
-        asked: those that were asked for, the others being found in the store.
-        unanswered: those of them that did not come, and may another time.
-        refused: those that will not come.
-        tokens: written in answer.
-        scribes: those that ask now.
-        flushing: held by the one that writes what has come.
+        total: number of completions that the recipe will need; set by the recipe.
+        done: number of completions available so far.
+        requested: number of completions requested from a model; the others were in the store.
+        unanswered: number of requests that failed and may succeed in another run.
+        refused: number of requests that were refused for good.
+        tokens: number of generated tokens.
+        clients: clients in use.
+        flush_lock: held while completions are written to disk.
     """
 
-    def __init__(self, charged: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None):
-        self.total = self.done = self.asked = self.unanswered = self.refused = self.tokens = 0
-        self.scribes: list[Any] = []
-        self.flushing = asyncio.Lock()
-        self._charges: dict[object, Mapping[str, Any]] = {None: charged or {}}
+    def __init__(
+        self, earlier_charges: Mapping[str, Any] | None = None, progress: Progress = lambda done, total, text: None
+    ):
+        self.total = self.done = self.requested = self.unanswered = self.refused = self.tokens = 0
+        self.clients: list[MeteredClient] = []
+        self.flush_lock = asyncio.Lock()
+        self._charges: dict[object, Mapping[str, Any]] = {None: earlier_charges or {}}
         self._progress = progress
-        self._began = self._told = time.monotonic()
+        self._start = self._last_report = time.monotonic()
 
     @property
-    def charged(self) -> dict[str, Any]:
-        """What endpoints have charged for all that the store holds, as `rayk.engines.base.Usage` names it."""
+    def charges(self) -> dict[str, Any]:
+        """Charges of all endpoints for all completions of the store, by the names of `rayk.engines.base.Usage`."""
         return functools.reduce(add_usage, self._charges.values(), {})
 
-    def charge(self, who: object, charged: Mapping[str, Any]) -> None:
-        """Take down what one endpoint has charged since its scribe began."""
-        self._charges[who] = charged
+    def set_charges(self, client: object, charges: Mapping[str, Any]) -> None:
+        """Set the charges of one client's endpoint since the client was opened."""
+        self._charges[client] = charges
 
-    def tell(self) -> None:
-        """Tell the progress, unless it was told just now."""
+    def report(self) -> None:
+        """Report progress, but no more often than every 0.2 seconds, except at the end."""
         now = time.monotonic()
-        if now - self._told < _TELL_SECONDS and self.done != self.total:
+        if now - self._last_report < _REPORT_SECONDS and self.done != self.total:
             return
-        self._told = now
-        seconds = max(now - self._began, 1e-3)
-        text = f"{self.asked / seconds:,.1f} completions/s"
+        self._last_report = now
+        seconds = max(now - self._start, 1e-3)
+        text = f"{self.requested / seconds:,.1f} completions/s"
         if self.tokens:
             text += f", {self.tokens / seconds:,.0f} tokens/s"
-        if (cost := self.charged.get("cost")) is not None:
+        if (cost := self.charges.get("cost")) is not None:
             text += f", cost {cost:,.4f}"
-        for number, what in ((self.unanswered, "unanswered"), (self.refused, "refused")):
-            if number:
-                text += f", {number:,} {what}"
-        if self.asked and self.done < self.total:
-            text += f", {_duration(seconds / self.asked * (self.total - self.done))} left"
+        for count, name in ((self.unanswered, "unanswered"), (self.refused, "refused")):
+            if count:
+                text += f", {count:,} {name}"
+        if self.requested and self.done < self.total:
+            text += f", {_duration(seconds / self.requested * (self.total - self.done))} left"
         self._progress(self.done, self.total, text)
 
 
 def add_usage(one: Mapping[str, Any], other: Mapping[str, Any], sign: int = 1) -> dict[str, Any]:
-    """Two charges together, or with `sign` -1 what the one is above the other."""
+    """Add two charges name by name, or with `sign` -1 subtract the second."""
     return {name: one.get(name, 0) + sign * other.get(name, 0) for name in {**one, **other}}
 
 

@@ -1,6 +1,6 @@
 """Text alone, without models: words of any script, ROUGE-L among many texts, and the filters of quality control."""
 
-from rayk.text.filters import Filter, FilterResult, Rejection, apply_filters, build_filters, judge
+from rayk.text.filters import Filter, FilterResult, Rejection, apply_filters, build_filters, find_rejection
 from rayk.text.rouge import RougeIndex, SimilarText, rouge_l
 from rayk.text.words import normalize, words
 
@@ -12,7 +12,7 @@ __all__ = [
     "SimilarText",
     "apply_filters",
     "build_filters",
-    "judge",
+    "find_rejection",
     "normalize",
     "rouge_l",
     "words",

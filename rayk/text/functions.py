@@ -3,8 +3,10 @@
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rayk.errors import InputError
@@ -42,6 +44,12 @@ def load_class(path: str, base: type[T], setting: str, group: str, public_name: 
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise InputError(f"{setting}: class '{path}' does not define {', '.join(map(repr, missing))}; add it.")
     return found
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an error of a user's code with file and line: "KeyError: 'x' (my_module.py, line 3)"."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
 def _load(path: str, setting: str, kind: str) -> Any:

@@ -73,10 +73,10 @@ class World:
         with opening(folder) as store:
             store.claim({}, set(), set())
             if before is not None:
-                store.look_into(before)
+                store.add_earlier_round(before)
             return synthesize_rows(
                 settings, prompts_of(*given), self.teacher, store, build_filters(settings.filters), seed=seed,
-                company=RecipeContext(number, before, self.student if number else None)
+                context=RecipeContext(number, before, self.student if number else None)
             )  # fmt: skip
 
     def rows(self, number, name="rows"):
@@ -180,7 +180,7 @@ def mumble(body) -> bytes:
 
 def test_a_referee_that_gives_no_numbers_is_found_out_before_anything_is_trained(world, endpoint):
     endpoint.answer = mumble
-    with pytest.raises(RunFailed, match=r"tried on 4 answers .* no two scores: 'Both are nice\.'.*referee_template"):
+    with pytest.raises(RunFailed, match=r"in 4 test comparisons .* no two scores: 'Both are nice\.'.*referee_template"):
         world.round(0)
     endpoint.asked.clear()
     endpoint.answer = say

@@ -6,7 +6,7 @@ from rayk.config import AdversarialConfig
 from rayk.synthesis.adversarial import new_instruction_filters
 from rayk.synthesis.adversarial_texts import new_prompt, parse_new_prompt, parse_scores, referee_prompt
 from rayk.synthesis.instruction_pools import AnswerComparison, PoolEntry
-from rayk.text import judge
+from rayk.text import find_rejection
 
 
 @pytest.mark.parametrize(
@@ -112,5 +112,5 @@ def test_the_lead_is_the_mean_of_both_orders_and_known_only_with_both(scores, le
 )
 def test_the_rules_for_new_instructions(instruction, rule):
     rules = new_instruction_filters(AdversarialConfig().blacklist, ["a b c d e f g h i j"])
-    rejection = judge({"instruction": instruction}, rules)
+    rejection = find_rejection({"instruction": instruction}, rules)
     assert (rejection and rejection.filter) == rule

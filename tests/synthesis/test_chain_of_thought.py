@@ -80,7 +80,7 @@ def test_only_right_rationales_are_kept_and_the_rest_say_what_is_wrong(parrot, e
         "truncated": 0, "wrong_answer": 2, "duplicate": 1, "no_answer": 1, "refused": 3,
     }  # fmt: skip
     assert {row["reason"] for row in rows(store, "rejected") if row["rejected_by"] != "duplicate"} == {
-        "5, where 4 is right", "no number in 'that I cannot say'", "400: no",
+        "5 instead of 4", "no number in 'that I cannot say'", "400: no",
     }  # fmt: skip
     assert [row["completion"] for row in rows(store)] == [" Right. --> 4", " Cut. --> 4"]
     figures = {each["name"]: each["value"] for each in summary["figures"]}

@@ -92,14 +92,14 @@ WITHOUT_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<u>{{ m['conte
 @pytest.mark.parametrize(
     ("template", "system", "said"),
     [
-        (None, None, "^teacher 'big' has no chat template in its tokenizer, and magpie .* synthesis.tokenizer"),
-        (TWICE, None, "has the user's text 2 times instead of once"),
+        (None, None, "^teacher 'big' has no chat template in its tokenizer, which magpie .* synthesis.tokenizer"),
+        (TWICE, None, "contains the user's text 2 times instead of once"),
         ("{% for m in messages %}<u>{{ m['content'] | upper }}<e>{% endfor %}", None, "user's text 0 times"),
         (COUNTED, None, "depends on that text"),
-        ("{% for m in messages %}{{ m['content'] }}<e>{% endfor %}", None, "puts nothing before a user's message"),
-        ("{% for m in messages %}<u>{{ m['content'] }}\n{% endfor %}", None, "puts nothing behind a user's message"),
+        ("{% for m in messages %}{{ m['content'] }}<e>{% endfor %}", None, "has no text before a user's message"),
+        ("{% for m in messages %}<u>{{ m['content'] }}\n{% endfor %}", None, "has no text after a user's message"),
         (GEMMA_2, "On chess.", "with synthesis.system: .* does not take these messages: System role not supported"),
-        (WITHOUT_SYSTEM, "On chess.", "leaves a system prompt out; leave synthesis.system out"),
+        (WITHOUT_SYSTEM, "On chess.", "ignores a system prompt; remove synthesis.system"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_used_is_told_in_a_sentence(template, system, said):

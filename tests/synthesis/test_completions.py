@@ -1,4 +1,4 @@
-"""The scribe asks once, whatever happens; what cannot be had costs the others nothing."""
+"""The client asks once, whatever happens; what cannot be had costs the others nothing."""
 
 import asyncio
 import time
@@ -25,17 +25,17 @@ REFUSED = Reply(400, b'{"error": {"message": "too rude"}}')
 
 
 def ask(teacher, store, requests, **settings):
-    """What a scribe brings for the requests, and the scribe."""
+    """What a client brings for the requests, and the client."""
     told = []
-    tally = UsageTracker(store.usage, lambda *all: told.append(all))
-    scribe = CompletionClient(teacher, store, ResponsesConfig(**settings), tally=tally)
-    scribe.total = len(requests)
+    tracker = UsageTracker(store.usage, lambda *all: told.append(all))
+    client = CompletionClient(teacher, store, ResponsesConfig(**settings), tracker=tracker)
+    client.total = len(requests)
 
     async def work():
-        async with scribe:
-            return await scribe.write(requests)
+        async with client:
+            return await client.complete_all(requests)
 
-    return run_until_complete(work()), scribe, told
+    return run_until_complete(work()), client, told
 
 
 def requests(count, parameters=SHORT, prompt="prompt {}"):
@@ -43,16 +43,16 @@ def requests(count, parameters=SHORT, prompt="prompt {}"):
 
 
 def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served, store):
-    written, scribe, told = ask(served, store, requests(12))
-    assert scribe.tally.asked == 12
+    written, client, told = ask(served, store, requests(12))
+    assert client.tracker.requested == 12
     assert told[-1][:2] == (12, 12)
     assert "completions/s" in told[-1][2] and "tokens/s" in told[-1][2]
     expected = run_until_complete(served.agenerate([each.prompt for each in requests(12)], SHORT, range(12)))
     assert [each.text for each in written] == [each.text for each in expected]
     assert [each.tokens for each in written] == [len(each.token_ids) for each in expected]
     assert written[3].mean_logprob == pytest.approx(expected[3].logprobs.mean(), abs=1e-4)
-    repeated, scribe, _ = ask(served, store, requests(12))
-    assert (repeated, scribe.tally.asked) == (written, 0)
+    repeated, client, _ = ask(served, store, requests(12))
+    assert (repeated, client.tracker.requested) == (written, 0)
 
 
 def test_rows_have_their_provenance(served, store):
@@ -67,7 +67,12 @@ def test_rows_have_their_provenance(served, store):
 
 def test_other_parameters_seeds_and_repetitions_are_other_requests(parrot, endpoint, store):
     one = CompletionRequest("prompt", 1, SHORT)
-    asked = [one, one, CompletionRequest("prompt", 2, SHORT), CompletionRequest("prompt", 1, SamplingParameters(9, 0.7))]
+    asked = [
+        one,
+        one,
+        CompletionRequest("prompt", 2, SHORT),
+        CompletionRequest("prompt", 1, SamplingParameters(9, 0.7)),
+    ]
     written, _, _ = ask(parrot, store, asked)
     assert len({each.key for each in written}) == 4
     assert len(endpoint.asked) == 4
@@ -79,8 +84,8 @@ def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
     (written,), _, _ = ask(served, store, requests(1, prompt="Hello {}"), chat=True)
     (part,) = (store.folder / "completions").glob("*.parquet")
     assert pq.read_table(part).to_pylist()[0]["prompt"] == "<|user|>\nHello 0<|end|>\n<|assistant|>\n"
-    plain, scribe, _ = ask(served, store, requests(1, prompt="Hello {}"))
-    assert scribe.tally.asked == 1
+    plain, client, _ = ask(served, store, requests(1, prompt="Hello {}"))
+    assert client.tracker.requested == 1
     assert plain[0].text != written.text
 
 
@@ -95,16 +100,16 @@ def test_what_an_endpoint_did_not_answer_is_told_and_asked_again_next_time(parro
     endpoint.replies["prompt 1"] = [Reply(503, b'{"error": {"message": "down"}}')] * 2
     endpoint.replies["prompt 2"] = [Reply(body=b'{"choices": [{"mess')] * 2
     endpoint.replies["prompt 3"] = [Reply(429, b"slow down", {"retry-after": "0.2"})]
-    written, scribe, told = ask(parrot, store, requests(5))
+    written, client, told = ask(parrot, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "error", "error", "stop", "stop"]
     assert written[1].reason == "503: down"
     assert "not JSON" in written[2].reason
     first, second = endpoint.requests_of("prompt 3")
     assert second.at_seconds - first.at_seconds >= 0.2
-    assert scribe.tally.unanswered == 2
+    assert client.tracker.unanswered == 2
     assert "2 unanswered" in told[-1][2]
     before = len(endpoint.asked)
-    repeated, scribe, _ = ask(parrot, store, requests(5))
+    repeated, client, _ = ask(parrot, store, requests(5))
     assert [each.text for each in repeated] == [f"[prompt {i}]" for i in range(5)]
     assert sorted(each.prompt for each in endpoint.asked[before:]) == ["prompt 1", "prompt 2"]
 
@@ -112,29 +117,29 @@ def test_what_an_endpoint_did_not_answer_is_told_and_asked_again_next_time(parro
 def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
     ask(parrot, store, requests(3))
     endpoint.replies |= {f"prompt {i}": [Reply(503, b'{"error": {"message": "down"}}')] * 2 for i in range(3, 200)}
-    with pytest.raises(RunFailed, match=r"left 32 prompts in a row unanswered, the last since 503: down\."):
+    with pytest.raises(RunFailed, match=r"did not answer 32 requests in a row; the last error: 503: down\."):
         ask(parrot, store, requests(200), in_flight=8)
     assert len(endpoint.asked) <= 3 + 2 * (32 + 8)
     endpoint.begin_anew()
-    _, scribe, _ = ask(parrot, store, requests(5))
-    assert scribe.tally.asked == 2
+    _, client, _ = ask(parrot, store, requests(5))
+    assert client.tracker.requested == 2
 
 
 def test_prompts_that_are_refused_do_not_stop_a_healthy_run(parrot, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(2, 42)}
-    written, scribe, told = ask(parrot, store, requests(44), in_flight=1)
+    written, client, told = ask(parrot, store, requests(44), in_flight=1)
     assert [each.finish_reason for each in written] == ["stop"] * 2 + ["error"] * 40 + ["stop"] * 2
     assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
-    assert (scribe.tally.refused, scribe.tally.unanswered) == (40, 0)
+    assert (client.tracker.refused, client.tracker.unanswered) == (40, 0)
     assert "40 refused" in told[-1][2]
     before = len(endpoint.asked)
-    repeated, scribe, _ = ask(parrot, store, requests(44))
-    assert (repeated, len(endpoint.asked), store.refusals) == (written, before, 40)
+    repeated, client, _ = ask(parrot, store, requests(44))
+    assert (repeated, len(endpoint.asked), store.num_refusals) == (written, before, 40)
 
 
 def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_ever(parrot, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(400)}
-    with pytest.raises(RunFailed, match=r"refused the first 256 prompts, the last since 400: too rude\."):
+    with pytest.raises(RunFailed, match=r"refused the first 256 requests; the last error: 400: too rude\."):
         ask(parrot, store, requests(400), in_flight=8)
     assert len(endpoint.asked) <= 256 + 8
 
@@ -144,19 +149,19 @@ def test_a_refusal_is_kept_once_the_endpoint_has_answered_anything(parrot, endpo
     endpoint.replies["prompt 0"] = [REFUSED] * 2
     (written,), _, _ = ask(parrot, store, requests(1))
     assert (written.finish_reason, written.reason, written.refused) == ("error", "400: too rude", True)
-    assert store.refusals == 0
-    again, scribe, _ = ask(parrot, store, requests(2), in_flight=1)
-    assert (again[0], scribe.tally.asked, store.refusals) == (written, 2, 1)
-    _, scribe, _ = ask(parrot, store, requests(2))
-    assert scribe.tally.asked == 0
+    assert store.num_refusals == 0
+    again, client, _ = ask(parrot, store, requests(2), in_flight=1)
+    assert (again[0], client.tracker.requested, store.num_refusals) == (written, 2, 1)
+    _, client, _ = ask(parrot, store, requests(2))
+    assert client.tracker.requested == 0
 
 
 def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
-    _, scribe, _ = ask(parrot, store, requests(4))
-    assert scribe.tally.charged["requests"] == 4
-    assert scribe.tally.charged["cost"] == pytest.approx(4 * 5e-6)
-    _, scribe, _ = ask(parrot, store, requests(6))
-    assert (scribe.tally.charged["requests"], store.usage["completion_tokens"]) == (6, 12)
+    _, client, _ = ask(parrot, store, requests(4))
+    assert client.tracker.charges["requests"] == 4
+    assert client.tracker.charges["cost"] == pytest.approx(4 * 5e-6)
+    _, client, _ = ask(parrot, store, requests(6))
+    assert (client.tracker.charges["requests"], store.usage["completion_tokens"]) == (6, 12)
 
 
 def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, monkeypatch):
@@ -184,35 +189,35 @@ def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, mon
 
 def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
     long = CompletionRequest("the cat sat " * 200, 0, SHORT)
-    (one, other), scribe, _ = ask(served, store, [long, CompletionRequest("the cat", 0, SHORT)])
+    (one, other), client, _ = ask(served, store, [long, CompletionRequest("the cat", 0, SHORT)])
     assert (one.finish_reason, other.finish_reason != "error") == ("error", True)
-    assert one.reason.endswith("leaves no room for 8 more: the teacher takes 512")
+    assert one.reason.endswith("leaves no room for 8 new tokens: the model is limited to 512")
     assert one.refused
-    assert scribe.tally.unanswered == 0  # asking again would not help
+    assert client.tracker.unanswered == 0  # asking again would not help
 
 
 def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
     endpoint.replies["prompt 9"] = [Reply(delay_seconds=5)]
 
-    scribe = CompletionClient(parrot, store, ResponsesConfig())
+    client = CompletionClient(parrot, store, ResponsesConfig())
 
     async def work():
-        async with scribe:
-            await scribe.write(requests(10))
+        async with client:
+            await client.complete_all(requests(10))
 
     async def interrupted():
         task = asyncio.create_task(work())
-        while scribe.done < 9:
+        while client.done < 9:
             await asyncio.sleep(0.01)
         task.cancel()
         await task
 
     with pytest.raises(CancelledError):
         run_until_complete(interrupted())
-    assert store.unwritten == 0
+    assert store.num_pending == 0
     endpoint.begin_anew()
-    _, scribe, _ = ask(parrot, store, requests(10))
-    assert scribe.tally.asked == 1
+    _, client, _ = ask(parrot, store, requests(10))
+    assert client.tracker.requested == 1
 
 
 def test_a_wrong_key_stops_at_once(parrot, endpoint, store):
@@ -257,7 +262,7 @@ def test_half_a_character_is_kept_as_a_sign_that_something_was_there(parrot, end
     endpoint.answer = lambda body: completion(body, "snow \ud83d")
     (written,), _, _ = ask(parrot, store, requests(1))
     assert written.text == "snow ?"
-    assert ask(parrot, store, requests(1))[1].tally.asked == 0
+    assert ask(parrot, store, requests(1))[1].tracker.requested == 0
 
 
 def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endpoint, store):
@@ -269,12 +274,12 @@ def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endp
         return completion(body, "well")
 
     endpoint.answer = slow_at_two
-    written, scribe, _ = ask(impatient, store, requests(5))
+    written, client, _ = ask(impatient, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "stop", "error", "stop", "stop"]
     assert "did not answer within 8 s" in written[2].reason
-    assert scribe.tally.unanswered == 1
+    assert client.tracker.unanswered == 1
 
 
 def test_an_endpoint_has_its_own_chat_template(parrot, store):
-    with pytest.raises(InputError, match="has a chat template|with a chat template of its own"):
+    with pytest.raises(InputError, match="is an endpoint, which has a chat template of its own; remove"):
         ask(parrot, store, requests(1), chat=True)

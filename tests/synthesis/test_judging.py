@@ -11,7 +11,7 @@ from rayk.run import distill, synthesize
 from rayk.synthesis import RecipeContext, synthesize_rows
 from rayk.synthesis.base import Candidate
 from rayk.synthesis.judging import Judge, find_judges
-from rayk.synthesis.pipeline import _judged
+from rayk.synthesis.rows import filter_fields
 from rayk.synthesis.store import StoredCompletion
 from rayk.text import build_filters
 from tests.engines.endpoint import Reply, completion, prompt_of
@@ -28,7 +28,7 @@ def judge(**changed):
 def write(teacher, store, prompts, *filters, judges=None, **changed):
     given = ResponsesConfig(filters=list(filters), **changed)
     return synthesize_rows(
-        given, prompts, teacher, store, build_filters(given.filters), company=RecipeContext(judges=judges or {})
+        given, prompts, teacher, store, build_filters(given.filters), context=RecipeContext(judges=judges or {})
     )
 
 
@@ -69,7 +69,7 @@ def test_a_row_is_put_into_the_template_whatever_is_in_it():
         {"prompt": "{x} {0}", "completion": "%s", "more": 1}
     )
     assert asked == "{{x} {0}} %s"
-    with pytest.raises(InputError, match="Filter 'judge' reads the field 'chosen', which the row has not"):
+    with pytest.raises(InputError, match="Filter 'judge' reads the field 'chosen', which the row lacks"):
         Judge("judge", JudgeFilterConfig(template="{chosen}")).prompt({"prompt": "?"})
 
 
@@ -77,7 +77,7 @@ def test_of_a_pair_both_answers_can_be_put_in():
     written = StoredCompletion("key", "A", 1, None, "stop")
     pair = Candidate("a", "better", 0, (written, written), worse="worse")
     template = "{prompt}: {chosen} or {rejected}? {completion}"
-    row = _judged(pair, prompts_of("a"))
+    row = filter_fields(pair, prompts_of("a"))
     assert Judge("judge", JudgeFilterConfig(template=template)).prompt(row) == "a: better or worse? better"
 
 
@@ -115,10 +115,10 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     kept, rejected = rows(store), rows(store, "rejected")
     assert [(row["prompt"], row["completion"], row["judge_score"]) for row in kept] == [("a", "A", 5), ("d", "D", 4)]
     assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
-        "b": ("judge", "is rated 2 of at least 4"),
+        "b": ("judge", "is rated 2, below 4"),
         "c": ("judge unparsable", "no score in 'I would not say.'"),
         "e": ("judge refused", "400: too rude"),
-        "f": ("keywords", "has 'f' in it"),
+        "f": ("keywords", "contains 'f'"),
     }
     assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge refused": 1}
     assert (summary["refused"], summary["unanswered"]) == (1, 0)
@@ -169,7 +169,7 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
     }  # fmt: skip
     config = parse_config(values)
     assert (config.synthesis_teachers, config.synthesis_only_teachers) == (["parrot", "served"], ["parrot", "served"])
-    with pytest.raises(Exception, match="None of 1 completions can be learned from .1 judge unparsable"):
+    with pytest.raises(Exception, match="All 1 candidate rows were rejected .1 judge unparsable"):
         synthesize(config)
 
 
@@ -191,6 +191,6 @@ def test_a_run_learns_from_what_its_judge_lets_pass(tmp_path, tiny_student, serv
     assert [(row["prompt"], row["judge_score"]) for row in kept] == [(letter, 5) for letter in "aceg"]
     assert result.summary["rows"]["train"] == 4
     assert sorted(each.prompt[0] for each in endpoint.asked) == list("abcdefgh")
-    assert "b ✗ judge: is rated 2 of at least 4" in " ".join(
+    assert "b ✗ judge: is rated 2, below 4" in " ".join(
         re.sub(r"<[^>]*>", " ", (result.output / "report.html").read_text()).split()
     )

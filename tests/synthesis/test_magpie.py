@@ -8,7 +8,7 @@ from rayk.config import MagpieConfig, parse_config
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, RunFailed
 from rayk.run import distill, synthesize
-from rayk.run.inputs import read_synthesis_prompts
+from rayk.run.synthesis_inputs import read_synthesis_prompts
 from rayk.serving.event_loop import run_until_complete
 from rayk.synthesis import synthesize_rows
 from rayk.synthesis.magpie import Magpie
@@ -104,8 +104,8 @@ def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, tem
         "instruction length": ("Hi", "has 1 of at least 3 words"),
         "instruction ending": ("Translate the following text:", "ends with ':'"),
         "instruction near_duplicates": (said[3], f"is a near-duplicate (1.00) of {said[0]!r}"),
-        "empty": ("", "the teacher wrote nothing"),
-        "role_word": ("Write an ad for a virtual", "the instruction breaks off before 'assistant' amid a line"),
+        "empty": ("", "the teacher generated no text"),
+        "role_word": ("Write an ad for a virtual", "the instruction breaks off before 'assistant' within a line"),
     }
     assert len(endpoint.asked) == 9 + 3
     assert summary["figures"][0] == {"name": "instructions that could be used", "value": 3 / 8, "share": True}
@@ -113,7 +113,7 @@ def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, tem
 
 def test_an_instruction_that_was_cut_is_not_asked(scribbler, endpoint, store, template):
     endpoint.answer = user_and_assistant(["What is the tide of"] * 2, finish_reason="length")
-    with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was cut at synthesis.sampling.max"):
+    with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was truncated at synthesis.sampling.max"):
         write(scribbler, store, instructions=2, tokenizer=template)
     assert len(endpoint.asked) == 2
 
@@ -156,7 +156,7 @@ def test_a_system_prompt_and_lines(scribbler, endpoint, store, template):
 
 def test_an_endpoint_that_chats_is_refused_by_name(parrot, scribbler, endpoint, store, template):
     for teacher, tokenizer in ((parrot, template), (scribbler, None)):
-        with pytest.raises(InputError, match="needs engine.chat: false, and synthesis.tokenizer"):
+        with pytest.raises(InputError, match="set engine.chat: false and synthesis.tokenizer"):
             write(teacher, store, tokenizer=tokenizer)
 
 
@@ -165,7 +165,7 @@ def test_a_template_that_is_not_there_is_told_before_anything_is_started(tmp_pat
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     teacher = {"name": "base", "model": str(tmp_path / "base")}
     values |= {"teachers": [teacher], "data": {}, "synthesis": {"kind": "magpie"}}
-    with pytest.raises(InputError, match="teacher 'base' has no chat template in its tokenizer, and magpie draws"):
+    with pytest.raises(InputError, match="teacher 'base' has no chat template in its tokenizer, which magpie requires"):
         read_synthesis_prompts(parse_config(values))
     values["synthesis"] |= {"tokenizer": tiny_student}
     assert read_synthesis_prompts(parse_config(values))

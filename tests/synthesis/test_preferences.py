@@ -25,7 +25,7 @@ def write(parrot, endpoint, store, prompts, teacher, student, filters=(), **sett
     endpoint.answer = answer
     config = PreferencesConfig(**STUDENT, in_flight=1, **settings)
     summary = synthesize_rows(
-        config, prompts, parrot, store, build_filters(filters), company=RecipeContext(student=parrot)
+        config, prompts, parrot, store, build_filters(filters), context=RecipeContext(student=parrot)
     )  # fmt: skip
     return summary, *(pq.read_table(store.folder / f"{name}.parquet").to_pylist() for name in ("rows", "rejected"))
 
@@ -42,7 +42,7 @@ def test_the_teachers_answer_is_preferred_to_the_students(parrot, endpoint, stor
     assert (rows[0]["chosen_from"], rows[0]["rejected_from"], rows[0]["completion"]) == ("teacher", "student", "gold")
     assert len(set(rows[0]["keys"])) == 2
     assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
-        "b": ("identical", "both answers are the same"), "c": ("empty", "the student wrote nothing"),
+        "b": ("identical", "both completions are the same"), "c": ("empty", "the student generated no text"),
     }  # fmt: skip
     assert summary["rejected"] == {"identical": 1, "empty": 1}
     assert figure(summary, "chosen answer, characters") == len("long answer")
@@ -75,7 +75,7 @@ def test_best_and_worst_of_all_samples_and_no_pair_of_equals(parrot, endpoint, s
         ("so it is 4", "it is 3", "student"), ("it is 4", "no 3", "teacher"),
     ]  # fmt: skip
     assert [(row["chosen_score"], row["rejected_score"]) for row in rows] == [(1, 0)] * 2
-    assert [(row["rejected_by"], row["reason"]) for row in rejected] == [("tie", "all 3 answers score 1")]
+    assert [(row["rejected_by"], row["reason"]) for row in rejected] == [("tie", "all 3 completions score 1")]
     assert figure(summary, "chosen answers by the teacher") == 0.5
     assert figure(summary, "teacher's right answers") == 1
     assert figure(summary, "student's right answers") == 0.5
@@ -89,5 +89,5 @@ def test_filters_judge_the_chosen_answer_or_by_name_the_rejected_one(parrot, end
 
 
 def test_nothing_but_equals_is_no_training_data(parrot, endpoint, store):
-    with pytest.raises(RunFailed, match="1 identical, the first: both answers are the same"):
+    with pytest.raises(RunFailed, match="1 identical, the first: both completions are the same"):
         write(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["x"]})

@@ -45,7 +45,7 @@ def test_yes_and_no_may_be_true_and_false(tmp_path):
     read_rows = read(tmp_path, *rows, answer=answer)
     assert [each.truth for each in read_rows] == ["yes", "no", "Yes."]
     assert is_right("yes", read_rows[0].truth, answer)
-    with pytest.raises(InputError, match="by its type 'number' in the truth 'True'"):
+    with pytest.raises(InputError, match="with its type 'number' in the right answer 'True'"):
         read(tmp_path, rows[0], answer=AnswerConfig(type="number"))
 
 
@@ -53,12 +53,12 @@ def test_yes_and_no_may_be_true_and_false(tmp_path):
     ("row", "settings", "said"),
     [
         ({"prompt": " "}, {}, "line 1 has an empty prompt"),
-        ({"text": "once"}, {}, "is plain text, which has no prompt to write for; set data.train.prompt_field"),
+        ({"text": "once"}, {}, "is plain text, which has no prompt; set data.train.prompt_field"),
         ({"foo": "bar"}, {}, "has neither 'prompt'"),
-        ({"messages": [{"role": "user", "content": "a"}] * 2}, {}, "more than one user's message"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, {}, "exactly one message before the last answer"),
         ({"prompt": "?"}, {"answer": AnswerConfig()}, "has no field 'answer' with the right answer; set synth"),
-        ({"prompt": "?", "answer": "4"}, {"answer": AnswerConfig(pattern="#### (.+)")}, "by its pattern '#### "),
-        ({"prompt": "?", "answer": "four"}, {"answer": AnswerConfig(type="number")}, "by its type 'number' in"),
+        ({"prompt": "?", "answer": "4"}, {"answer": AnswerConfig(pattern="#### (.+)")}, "with its pattern '#### "),
+        ({"prompt": "?", "answer": "four"}, {"answer": AnswerConfig(type="number")}, "with its type 'number' in"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_named(tmp_path, row, settings, said):

@@ -110,7 +110,7 @@ def test_filters_come_before_the_choice_and_say_why(parrot, endpoint, store):
     examples = summary["examples"]["rejected"]
     assert {(each["rejected_by"], each["reason"]) for each in examples} == {
         ("repetition", "repeats 86% of its 4-grams"),
-        ("duplicate", "the same prompt and completion came before"),
+        ("duplicate", "an earlier row has the same prompt and completion"),
     }
 
 
@@ -123,13 +123,13 @@ def test_empty_cut_and_missing_answers_are_rejected_with_the_reason(parrot, endp
     assert (summary["refused"], summary["unanswered"]) == (1, 0)
     assert [row["prompt"] for row in rows(store)] == ["good"]
     assert {row["prompt"]: row["reason"] for row in rows(store, "rejected")} == {
-        "refused": "400: too rude", "empty": "the teacher wrote nothing", "cut": "was cut at the token limit",
+        "refused": "400: too rude", "empty": "the teacher generated no text", "cut": "was truncated at the token limit",
     }  # fmt: skip
 
 
 def test_nothing_left_to_learn_from_is_told_with_the_reasons(parrot, endpoint, store):
     endpoint.answer = lambda body: completion(body, "")
-    with pytest.raises(RunFailed, match="^None of 2 completions can be learned from .2 empty, the first: the teacher"):
+    with pytest.raises(RunFailed, match="^All 2 candidate rows were rejected .2 empty, the first: the teacher"):
         write(parrot, store, prompts_of("a", "b"))
     assert store.summary is None
     assert len(rows(store, "rejected")) == 2
@@ -166,5 +166,5 @@ def test_a_cut_answer_does_not_make_the_whole_one_a_duplicate(parrot, endpoint, 
 def test_a_scorer_that_fails_is_named(parrot, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("def score(prompt, completion, row):\n    return row['weight']\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(InputError, match=r"synthesis.scorer 'broken:score' failed with KeyError \('weight'\) for rows"):
+    with pytest.raises(InputError, match=r"synthesis.scorer 'broken:score' failed with KeyError: 'weight' \(broken.py, line \d\) for rows"):
         write(parrot, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")

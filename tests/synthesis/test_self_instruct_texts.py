@@ -9,7 +9,7 @@ from rayk.errors import InputError
 from rayk.synthesis import self_instruct_texts as texts
 from rayk.synthesis.self_instruct import instruction_filters
 from rayk.synthesis.self_instruct_texts import Instance, read_seed_tasks
-from rayk.text import judge, rouge_l
+from rayk.text import find_rejection, rouge_l
 
 SEEDS = read_seed_tasks()
 BLACKLIST = ["image", "images", "draw", "go to"]
@@ -20,7 +20,7 @@ def test_the_projects_seeds_are_many_and_unlike_each_other():
     assert min(Counter(seed.is_classification for seed in SEEDS).values()) >= 12
     assert max(rouge_l(a.instruction, b.instruction) for i, a in enumerate(SEEDS) for b in SEEDS[:i]) < 0.7
     for seed in SEEDS:
-        assert judge({"instruction": seed.instruction}, instruction_filters(BLACKLIST, [])) is None, seed
+        assert find_rejection({"instruction": seed.instruction}, instruction_filters(BLACKLIST, [])) is None, seed
         inputs = [each.input for each in seed.instances]
         assert len(set(inputs)) == len(inputs) and not any(each.output == each.input for each in seed.instances)
         assert not seed.is_classification or all(inputs)
@@ -71,7 +71,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 def test_too_few_seeds_or_none_of_a_sort_are_refused(tmp_path):
     with pytest.raises(InputError, match="has 7 seed tasks; give at least 8"):
         read_seed_tasks(seed_file(tmp_path / "few.jsonl", *GOOD[:7]))
-    with pytest.raises(InputError, match="among them classification tasks"):
+    with pytest.raises(InputError, match="including classification tasks"):
         read_seed_tasks(seed_file(tmp_path / "one_sort.jsonl", *[seed(f"Do {n}.") for n in range(9)]))
     with pytest.raises(InputError, match="does not exist"):
         read_seed_tasks(str(tmp_path / "absent.jsonl"))
@@ -125,14 +125,14 @@ def test_lists_of_instructions_are_read(text, finish_reason, chat, expected):
     ],
 )
 def test_the_papers_rules_for_instructions(instruction, rejected_by):
-    rejection = judge({"instruction": instruction}, instruction_filters(BLACKLIST, SEEDS))
+    rejection = find_rejection({"instruction": instruction}, instruction_filters(BLACKLIST, SEEDS))
     assert (rejection and rejection.filter) == rejected_by
 
 
 def test_an_instruction_is_novel_once():
     filters = instruction_filters([], SEEDS)
-    assert judge({"instruction": "Name the rivers of Iceland in order."}, filters) is None
-    again = judge({"instruction": "Name the rivers of Iceland in some order."}, filters)
+    assert find_rejection({"instruction": "Name the rivers of Iceland in order."}, filters) is None
+    again = find_rejection({"instruction": "Name the rivers of Iceland in some order."}, filters)
     assert again is not None and again.filter == "rouge"
 
 

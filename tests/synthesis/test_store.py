@@ -66,10 +66,10 @@ def test_a_completion_is_found_before_and_after_it_is_on_disk(tmp_path):
     with opened(tmp_path) as store:
         assert store.find("key-1") is None
         store.add(written(1), PROVENANCE)
-        assert (store.find("key-1"), store.unwritten, len(store)) == (written(1), 1, 1)
+        assert (store.find("key-1"), store.num_pending, len(store)) == (written(1), 1, 1)
         assert not parts(tmp_path)
         store.flush()
-        assert (store.find("key-1"), store.unwritten, len(store)) == (written(1), 0, 1)
+        assert (store.find("key-1"), store.num_pending, len(store)) == (written(1), 0, 1)
     assert found(tmp_path) == {1}
     (row,) = pq.read_table(parts(tmp_path)[0]).to_pylist()
     assert row.items() >= PROVENANCE.items()
@@ -119,7 +119,7 @@ def test_a_refusal_is_kept_apart_with_its_reason(tmp_path):
         store.add(written(2), PROVENANCE)
         store.flush()
     with opened(tmp_path) as store:
-        assert (store.find("key-1"), store.refusals, len(store)) == (refusal, 1, 1)
+        assert (store.find("key-1"), store.num_refusals, len(store)) == (refusal, 1, 1)
     (part,) = (tmp_path / "refused").glob("part-*.parquet")
     (row,) = pq.read_table(part).to_pylist()
     assert (row["finish_reason"], row["text"]) == ("refused", "400: no")
@@ -130,10 +130,10 @@ def test_a_refusal_is_kept_apart_with_its_reason(tmp_path):
 def test_only_what_is_named_is_flushed(tmp_path):
     with opened(tmp_path) as store:
         store.add(written(1), PROVENANCE)
-        keys = store.unwritten_keys
+        keys = store.pending_keys
         store.add(written(2), PROVENANCE)
         store.flush(keys)
-        assert (store.unwritten_keys, len(store)) == ({"key-2"}, 2)
+        assert (store.pending_keys, len(store)) == ({"key-2"}, 2)
     assert found(tmp_path) == {1}
 
 
@@ -228,7 +228,7 @@ def test_another_setting_is_refused_by_its_name(tmp_path):
         ({"sampling": {"temperature": 0.7, "stop": []}}, "sampling.stop"),
     ]:
         store = CompletionStore(tmp_path)
-        with store, pytest.raises(InputError, match=f"was made with another '{name}'"):
+        with store, pytest.raises(InputError, match=f"were generated with another '{name}'"):
             store.claim({"seed": 1, "sampling": {"temperature": 0.7, "stop": ["a"]}} | changed, {"in_flight"}, set())
     with opened(tmp_path, seed=1, sampling={"temperature": 0.7, "stop": ["a"]}, in_flight=8):
         pass
@@ -238,8 +238,8 @@ def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
     with opened(tmp_path, filters=["a"], in_flight=1) as store:
         store.add(written(1), PROVENANCE)
         store.flush()
-        store.keep([{"prompt": "p"}], [])
-        store.finish({"kept": 1})
+        store.write_rows([{"prompt": "p"}], [])
+        store.write_summary({"kept": 1})
     with opened(tmp_path, filters=["a"], in_flight=2) as store:
         assert store.summary == {"kept": 1}
     with opened(tmp_path, filters=["b"], in_flight=2) as store:
@@ -249,8 +249,8 @@ def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
 
 def test_a_damaged_summary_has_the_rows_made_anew_and_damaged_settings_are_told(tmp_path):
     with opened(tmp_path) as store:
-        store.keep([{"prompt": "p"}], [])
-        store.finish({"kept": 1})
+        store.write_rows([{"prompt": "p"}], [])
+        store.write_summary({"kept": 1})
         (tmp_path / "summary.json").write_text('{"kept"')
         assert store.summary is None
     (tmp_path / "settings.yaml").write_text("a: [")
@@ -272,21 +272,21 @@ def test_many_small_parts_become_one(tmp_path):
 def test_rows_keep_their_types_and_mixed_ones_become_json(tmp_path):
     rows = [{"prompt": "a", "level": 1, "answer": 4}, {"prompt": "b", "level": None, "answer": "four", "more": [1, 2]}]
     with opened(tmp_path) as store:
-        store.keep(rows, [])
+        store.write_rows(rows, [])
         assert store.summary is None
-        assert pq.read_table(store.rows).to_pylist() == [
+        assert pq.read_table(store.rows_path).to_pylist() == [
             {"prompt": "a", "level": 1, "answer": "4", "more": None},
-            {"prompt": "b", "level": None, "answer": '"four"', "more": [1, 2]},
+            {"prompt": "b", "level": None, "answer": "four", "more": [1, 2]},
         ]
         assert pq.read_table(tmp_path / "rejected.parquet").num_rows == 0
-        store.finish({"kept": 2})
+        store.write_summary({"kept": 2})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"kept": 2}
 
 
 def test_what_parquet_has_no_type_for_becomes_json(tmp_path):
     with opened(tmp_path) as store:
-        store.keep([{"prompt": "a", "metadata": {}, "number": 1 << 63, "half": "\ud83d"}], [])
-        (row,) = pq.read_table(store.rows).to_pylist()
+        store.write_rows([{"prompt": "a", "metadata": {}, "number": 1 << 63, "half": "\ud83d"}], [])
+        (row,) = pq.read_table(store.rows_path).to_pylist()
     assert row == {"prompt": "a", "metadata": "{}", "number": str(1 << 63), "half": '"\\ud83d"'}
 
 

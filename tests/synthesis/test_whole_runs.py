@@ -16,7 +16,7 @@ from rayk.commands.doctor import examine
 from rayk.config import parse_config
 from rayk.errors import InputError, RunFailed
 from rayk.run import ProgressListener, distill, synthesize, with_absolute_paths
-from rayk.run.inputs import with_synthesized_rows
+from rayk.run.synthesis_inputs import with_synthesized_rows
 from tests.engines.endpoint import Reply, completion, prompt_of
 from tests.runs import curve, rayk, settings, until
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -105,7 +105,7 @@ def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_b
 def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
     synthesis = {"kind": "responses", "sampling": {"max_new_tokens": 8}, "filters": []}
     values = run_of(tmp_path, tiny_student, synthesis, {"name": "served", "attach": True}, "logit_kd", count=8)
-    with pytest.raises(InputError, match="The training rows are not written yet .*; run `rayk synthesize` first"):
+    with pytest.raises(InputError, match="The training rows are not synthesized yet .*; run `rayk synthesize` first"):
         with_synthesized_rows(with_absolute_paths(parse_config(values)))
     values["cache"] = {"path": str(tmp_path / "cache")}
     with pytest.raises(InputError, match="not written yet"):
@@ -207,14 +207,14 @@ def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_st
     assert {row["answer"] for row in rows_of(tmp_path)} == {0, 2}
     assert len(endpoint.asked) == asked
     values["synthesis"]["sampling"] = {"temperature": 0.1}
-    with pytest.raises(InputError, match=r"was made with another 'synthesis\.sampling\.temperature'"):
+    with pytest.raises(InputError, match=r"were generated with another 'synthesis\.sampling\.temperature'"):
         synthesize(parse_config(values))
 
 
 def test_an_answer_that_holds_nothing_stops_the_run_before_training(tmp_path, tiny_student, parrot, endpoint):
     endpoint.answer = lambda body: completion(body, "")
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
-    with pytest.raises(RunFailed, match="None of 3 completions can be learned from"):
+    with pytest.raises(RunFailed, match="All 3 candidate rows were rejected"):
         distill(parse_config(values))
     endpoint.answer = lambda body: completion(body, f"so {prompt_of(body)}")
     asked = len(endpoint.asked)
@@ -226,7 +226,7 @@ def test_an_answer_that_holds_nothing_stops_the_run_before_training(tmp_path, ti
 def test_an_attached_endpoint_that_nothing_asks_is_told_of(tmp_path, tiny_student, parrot, scribbler, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
     values["teachers"] += [PARROT | {"name": scribbler.name}]
-    with pytest.raises(InputError, match=f"'{scribbler.name}' is an endpoint: .* nothing of this run has it write"):
+    with pytest.raises(InputError, match=f"'{scribbler.name}' is an endpoint, .* this run generates nothing with it"):
         distill(parse_config(values))
     assert not endpoint.asked
 

@@ -24,7 +24,7 @@ def candidate(completion: str = "An answer.", prompt: str = "A question?", **mor
 def reason(settings, text, evaluation=None, **more) -> str | None:
     """Why the one filter leaves out a candidate with this completion."""
     (only,) = filters(settings, evaluation=evaluation)
-    return only.judge(candidate(text, **more))
+    return only.check(candidate(text, **more))
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "\u200b\ufeff", "\u3000"])
@@ -38,7 +38,7 @@ def test_what_shows_something_is_not_empty(text):
 
 
 def test_truncated():
-    assert reason({"kind": "truncated"}, "…", finish_reason="length") == "was cut at the token limit"
+    assert reason({"kind": "truncated"}, "…", finish_reason="length") == "was truncated at the token limit"
     assert reason({"kind": "truncated"}, "…", finish_reason="stop") is None
 
 
@@ -75,9 +75,9 @@ RUSSIAN = "Дайте три совета, как оставаться здор�
 )
 def test_language(languages, kept, rejected):
     (only,) = filters({"kind": "language", "languages": languages})
-    assert [only.judge(candidate(text)) for text in kept] == [None] * len(kept)
+    assert [only.check(candidate(text)) for text in kept] == [None] * len(kept)
     for text in rejected:
-        assert "not in " + " or ".join(languages) in (only.judge(candidate(text)) or ""), text
+        assert "not in " + " or ".join(languages) in (only.check(candidate(text)) or ""), text
 
 
 @pytest.mark.parametrize("text", ["42", "12 - 4 = 8", "Yes", "x = 3 + 4", "", "🎉", "(B)"])
@@ -87,7 +87,7 @@ def test_text_that_is_too_short_for_a_language_is_kept(text):
 
 
 def test_an_unknown_language_is_named():
-    with pytest.raises(InputError, match="knows no language 'english'; give ISO 639-1 codes such as en"):
+    with pytest.raises(InputError, match="does not know the language 'english'; give ISO 639-1 codes such as en"):
         filters({"kind": "language", "languages": ["en", "english"]})
 
 
@@ -178,7 +178,7 @@ def test_the_user_adds_refusals():
     ],
 )
 def test_keywords(text, found):
-    expected = found and f"has {found!r} in it"
+    expected = found and f"contains {found!r}"
     assert reason({"kind": "keywords", "keywords": ["graph", "Go to", "图片", "C++", "http://"]}, text) == expected
 
 
@@ -187,7 +187,7 @@ QUESTION = "A train leaves the station at nine and travels for three hours at si
 
 def test_tokens_that_nobody_counted_cannot_be():
     for given in (candidate() | {"tokens": None}, {"prompt": "?", "completion": "!"}):
-        with pytest.raises(InputError, match="Filter 'length' counts tokens, which the endpoint does not tell"):
+        with pytest.raises(InputError, match="Filter 'length' counts tokens, but the endpoint returns no count"):
             apply_filters([given], filters({"kind": "length", "unit": "tokens"}))
 
 
@@ -334,7 +334,7 @@ def test_a_function_of_the_user_judges(module):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("my_judges:truth", "returned True; let it return None to keep a candidate"),
+        ("my_judges:truth", "returned True; let it return None to accept a candidate"),
         ("my_judges:broken", "failed with KeyError: 'no_such_field'"),
         ("my_judges:absent", "module 'my_judges' has no function 'absent'"),
         ("my_judges:number", "'my_judges:number' is not a function but a int"),
@@ -364,10 +364,10 @@ def test_settings_that_cannot_be_met_are_refused(settings, message):
 
 def test_a_missing_field_is_named():
     with pytest.raises(
-        InputError, match="reads the field 'rationale', which the candidate has not \\(it has: prompt, "
+        InputError, match="reads the field 'rationale', which the candidate lacks \\(it has: prompt, "
     ):
         reason({"kind": "length", "field": "rationale"}, "x")
-    with pytest.raises(InputError, match="reads text, but the field 'tokens' holds a int"):
+    with pytest.raises(InputError, match="reads text, but the field 'tokens' is a int"):
         reason({"kind": "empty", "field": "tokens"}, "x")
 
 

@@ -1,0 +1,114 @@
+"""Training rows and the summary that are made from candidates."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rayk.synthesis.base import Candidate, Recipe
+from rayk.synthesis.prompts import Prompt
+
+_EXAMPLES = 3
+
+
+def training_row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return the row of `rows.parquet` or `rejected.parquet`.
+
+    It contains the fields of the source row, so that evaluation, routes and templates find them, and over them the
+    texts, the recipe's fields and the provenance.
+    """
+    first = candidate.responses[0]
+    logprobs = [each.mean_logprob for each in candidate.responses if each.mean_logprob is not None]
+    return {
+        **({} if candidate.new_prompt else prompts[candidate.prompt_index].fields),
+        "prompt": candidate.prompt,
+        **row_texts(candidate),
+        **candidate.fields,
+        "where": prompts[candidate.prompt_index].where,
+        "finish_reason": first.finish_reason,
+        **({} if first.tokens is None else {"tokens": first.tokens}),
+        # Rounded, because the last digits depend on which prompts shared a batch.
+        "mean_logprob": round(logprobs[0], 4) if logprobs else None,
+        "keys": [each.key for each in candidate.responses],
+        **({"rejected_by": candidate.rejected_by, "reason": candidate.reason} if candidate.rejected_by else {}),
+    }
+
+
+def filter_fields(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return the fields that filters read: those of the row; of a pair, `completion` is the chosen text."""
+    return training_row(candidate, prompts) | {"completion": candidate.completion}
+
+
+def row_texts(candidate: Candidate) -> dict[str, str]:
+    """Return the texts of a row besides the prompt: `completion`, or `chosen` and `rejected` of a pair."""
+    if candidate.worse is None:
+        return {"completion": candidate.completion}
+    return {"chosen": candidate.completion, "rejected": candidate.worse}
+
+
+def summarize(recipe: Recipe, candidates: Sequence[Candidate], filters: Sequence[str]) -> dict[str, Any]:
+    """Return the content of `summary.json`.
+
+    Args:
+        filters: names of the filters in the order in which they are applied.
+    """
+    settings, prompts, teacher, tracker = recipe.settings, recipe.prompts, recipe.client.teacher, recipe.client.tracker
+    accepted = [candidate for candidate in candidates if not candidate.rejected_by]
+    rejected = [candidate for candidate in candidates if candidate.rejected_by]
+    counts = Counter(candidate.rejected_by for candidate in rejected)
+    return {
+        "kind": settings.kind,
+        "about": recipe.summary,
+        "paper": recipe.paper,
+        "teacher": {"name": teacher.name, "model": teacher.info.model, "engine": teacher.info.engine},
+        "prompts": 0 if settings.makes_prompts else len(prompts),
+        "candidates": len(candidates),
+        "kept": len(accepted),
+        "rejected": dict.fromkeys(filters, 0) | dict(counts),
+        "unanswered": tracker.unanswered,
+        "refused": recipe.store.num_refusals,
+        "completions": len(recipe.store),
+        "figures": [asdict(statistic) for statistic in recipe.statistics(candidates)],
+        "usage": tracker.charges,
+        "examples": {
+            "kept": [_example(candidate, prompts) for candidate in _spread(accepted)],
+            "rejected": [
+                _example(candidate, prompts)
+                for reason in counts
+                for candidate in _spread([each for each in rejected if each.rejected_by == reason])
+            ],
+        },
+    }
+
+
+def why_no_rows(recipe: Recipe, rejected: Sequence[Candidate]) -> str:
+    """Explain in sentences why no row is left."""
+    store = recipe.store
+    if rejected:
+        return (
+            f"All {len(rejected)} candidate rows were rejected ({_count_reasons(rejected)}); see "
+            f"'{store.folder / 'rejected.parquet'}'."
+        )
+    return (
+        f"None of the {len(store):,} completions has the form that synthesis '{recipe.settings.kind}' requested; see "
+        f"'{store.folder / 'completions'}'. Check that synthesis.chat (for an endpoint: engine.chat) fits the teacher, "
+        "a chat model or a base model."
+    )
+
+
+def _count_reasons(rejected: Sequence[Candidate]) -> str:
+    first: Mapping[str, str] = {candidate.rejected_by: candidate.reason for candidate in reversed(rejected)}
+    counts = Counter(candidate.rejected_by for candidate in rejected)
+    return "; ".join(f"{count} {name}, the first: {first[name]}" for name, count in counts.most_common())
+
+
+def _example(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    return {
+        "where": prompts[candidate.prompt_index].where,
+        **{name: getattr(candidate, name) for name in ("prompt", "completion", "worse", "rejected_by", "reason")},
+    }
+
+
+def _spread(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return up to three candidates, evenly spread."""
+    return candidates[:: max(1, len(candidates) // _EXAMPLES)][:_EXAMPLES]
