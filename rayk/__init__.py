@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
     from rayk.data import make_batches
     from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
+    from rayk.methods import Experience, Loss, Method, OnPolicyMethod
     from rayk.run import Result, distill
     from rayk.signals.batch import SignalBatch
     from rayk.teachers import Completion, Teacher, connect_teacher, serve_teacher
@@ -25,6 +26,7 @@ _HOMES = {
     ),
     **dict.fromkeys(("Result", "distill"), "rayk.run"),
     **dict.fromkeys(("InputError", "RaykError", "RunFailed", "TeacherUnavailable"), "rayk.errors"),
+    **dict.fromkeys(("Experience", "Loss", "Method", "OnPolicyMethod"), "rayk.methods"),
     **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.config.support"),
     **dict.fromkeys(("Completion", "Teacher", "connect_teacher", "serve_teacher"), "rayk.teachers"),
     "SignalBatch": "rayk.signals.batch",
@@ -32,9 +34,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "Completion", "Hidden", "InputError", "Logprob", "RaykError", "Requested", "Result", "RunConfig", "RunFailed",
-    "Sampled", "SignalBatch", "Teacher", "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngineConfig",
-    "VLLMEngineConfig", "connect_teacher", "distill", "load_config", "losses", "make_batches", "serve_teacher",
+    "Completion", "Experience", "Hidden", "InputError", "Logprob", "Loss", "Method", "OnPolicyMethod", "RaykError",
+    "Requested", "Result", "RunConfig", "RunFailed", "Sampled", "SignalBatch", "Teacher", "TeacherConfig",
+    "TeacherUnavailable", "TopK", "TransformersEngineConfig", "VLLMEngineConfig", "connect_teacher", "distill",
+    "load_config", "losses", "make_batches", "serve_teacher",
 ]  # fmt: skip
 
 

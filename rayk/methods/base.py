@@ -126,7 +126,9 @@ class Method(ABC):
         self.settings = settings
         self.teacher = teacher
 
-    def precompute(self, student: Student, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]) -> None:
+    def precompute(  # noqa: B027
+        self, student: Student, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
+    ) -> None:  # fmt: skip
         """Compute values that need the initial student, e.g. reference log-probs; by default nothing.
 
         Runs once before the first update, on every worker, without gradients. A resumed run does not repeat it, so

@@ -1,4 +1,4 @@
-"""What the policy gradients refuse to learn from, since it would drown everything else in the step."""
+"""Limits on rewards and probability ratios, beyond which a policy gradient would dominate the whole step."""
 
 import math
 
@@ -10,13 +10,13 @@ from rayk.errors import UnusableSignal
 
 
 def check_rewards(rewards: Tensor, batch: Batch, limit: float) -> None:
-    """
+    """Check that all rewards are numbers of at most `limit` in absolute value.
+
     Args:
         rewards: nats, [counted tokens] of `batch`.
-        limit: the largest that can be learned from, either way.
 
     Raises:
-        UnusableSignal: some are larger, or no numbers; the error names their rows.
+        UnusableSignal: some are not; the error contains their rows.
     """
     broken = ~(rewards.abs() <= limit)  # so NaN is among them
     if not bool(broken.any()):
@@ -26,11 +26,11 @@ def check_rewards(rewards: Tensor, batch: Batch, limit: float) -> None:
     place = getattr(batch.sequences[rows[0]], "where", "") or f"row {rows[0]} of the batch"
     found = worst[rows[0]][worst[rows[0]] != 0][0]
     raise UnusableSignal(
-        f"What was written for {place} has a reward of {float(found):.4g} nats at one token, beyond "
+        f"The completion of {place} has a reward of {float(found):.4g} nats at one token, beyond "
         f"method.reward_limit ({limit:g}).", rows,
     )  # fmt: skip
 
 
 def ratio_exploded(student_logprobs: Tensor, rollout_logprobs: Tensor, limit: float) -> Tensor:
-    """Where a token has become more than `limit` times likelier than it was to be written, bool [tokens]."""
+    """Return where a token is now more than `limit` times as likely as when it was sampled, bool [tokens]."""
     return student_logprobs.detach() - rollout_logprobs > math.log(limit)

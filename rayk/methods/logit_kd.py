@@ -3,10 +3,10 @@ counted position of the data (Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2
 
     L = (1/N) Σ_t [ α·(−log q(y_t)) + (1−α)·T^s·D(p_T ‖ q_T)_t ],   s = 2 with `temperature_squared`, else 0
 
-p is the teacher, q the student, both softened by T in the divergence D only. On a top-k signal D is taken between the
-two distributions coarse-grained to the k tokens and one bucket for the rest (ALGORITHMS §22): a lower bound of the
-full divergence that grows to it with k. On hidden states it is the divergence over the whole vocabulary; on random
-draws an unbiased estimate of forward KL.
+p is the teacher, q the student; the temperature T is used in the divergence D only. With support `topk`, D is taken
+between the distributions over the k tokens and one tail bucket: a lower bound of the full divergence, which it reaches
+as k grows. With `hidden`, D is the exact divergence over the vocabulary; with `sampled`, an unbiased estimate of
+forward KL.
 """
 
 from rayk.data.batches import Batch
@@ -15,7 +15,7 @@ from rayk.methods.matching import soft_loss
 
 
 class LogitKD(Method):
-    """See the module's docstring; the settings are `rayk.config.LogitKDConfig`."""
+    """Logit distillation; see the module's docstring. Settings: `rayk.config.LogitKDConfig`."""
 
     kind = "logit_kd"
     summary = "the student matches the teacher's distribution at every counted token"

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: cross-entropy on the data's own tokens, L = −(1/N) Σ_t log q(y_t | y_<t, x).
+"""Supervised fine-tuning: cross-entropy on the tokens of the data, L = −(1/N) Σ_t log q(y_t | y_<t, x).
 
-On answers that a teacher wrote this is sequence-level distillation (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
+On completions that a teacher generated, this is sequence-level distillation (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
 """
 
 from rayk.data.batches import Batch
@@ -9,11 +9,11 @@ from rayk.methods.base import Experience, Loss, Method, Student
 
 
 class Supervised(Method):
-    """See the module's docstring."""
+    """Supervised fine-tuning; see the module's docstring."""
 
     kind = "supervised"
-    summary = "cross-entropy on the data's own tokens"
-    paper = "Kim & Rush 2016 (as SeqKD, on a teacher's answers)"
+    summary = "cross-entropy on the tokens of the data"
+    paper = "Kim & Rush 2016 (as SeqKD, on a teacher's completions)"
     needs = "no teacher"
 
     async def prepare(self, batch: Batch) -> Experience:

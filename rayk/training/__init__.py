@@ -1,4 +1,4 @@
-"""Students on Ray Train: the loop, its checkpoints, and the worker group it runs in."""
+"""Training of students on Ray Train: the loop, its checkpoints, and the worker group that runs it."""
 
 from rayk.training.job import Job, Outcome
 from rayk.training.optimizer import steps_of_epochs

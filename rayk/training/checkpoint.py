@@ -1,8 +1,9 @@
-"""Checkpoints: files first, manifest last. What has no manifest, or does not match it, does not exist.
+"""Checkpoints: files first, manifest last. A checkpoint without a manifest, or with files that do not match it, is
+ignored.
 
-Ray Train's own checkpoint bookkeeping is one file written in place, readable only by the same Ray version, and absent
-in its local mode; a run directory should outlive all three. So files go to `step-NNNNNNNN/` on any file system that
-pyarrow knows (local, shared, s3://, gs://).
+Ray Train's record of checkpoints is one file that is rewritten in place, can be read by the same Ray version only, and
+does not exist in local mode. Checkpoints here are folders `step-NNNNNNNN` on any file system that pyarrow knows (local,
+shared, s3://, gs://).
 """
 
 import io
@@ -24,25 +25,26 @@ _STEP_MANIFEST = re.compile(rf"/step-(\d{{8,}})/{re.escape(_MANIFEST)}$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on after `step` steps. Schedule, data order and random streams are functions of the
-    run's seed and the step, so the step restores them."""
+    """The state of a run after `step` steps. Schedule, data order and random streams depend on the seed and the step
+    only, so they need no state."""
 
     step: int
     model: dict[str, Tensor]
-    """What training changes of the student and of the method's modules; what is frozen is where it came from."""
+    """The trainable weights of the student and of the method's modules, without frozen ones."""
     optimizer: dict[str, Any]
     method: list[dict[str, Any]]
-    """The method's state, one entry a worker."""
+    """The method's state, one entry per worker."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
-    """Rows already written for later steps (`rayk.training.supply`), of all workers."""
+    """Rows already generated for later steps, of all workers (`ExperienceSource.state`)."""
     base: str = ""
-    """The fingerprint of what is frozen; "" where nothing is, or nothing tells."""
+    """The fingerprint of the frozen weights; "" without any, or if it is unknown."""
     measured: bool = True
-    """False where the evaluation after `step` failed: it is still to be made, for the method may learn from it."""
+    """False if the evaluation after `step` failed; a resumed run makes it first, because the method may depend on
+    it."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run, under one folder or URI."""
+    """The checkpoints of one run, in one folder or at a URI."""
 
     def __init__(self, place: str):
         self.place = place
@@ -51,9 +53,9 @@ class CheckpointStore:
         self._fs, self._folder = fs.FileSystem.from_uri(place) if "://" in place else (fs.LocalFileSystem(), place)
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write one, then delete all but the newest `keep`."""
+        """Write a checkpoint, then delete all but the newest `keep`."""
         folder = f"{self._folder}/step-{checkpoint.step:08d}"
-        self._delete(folder)  # a torn one of the same step
+        self._delete(folder)  # an incomplete one of the same step
         self._fs.create_dir(folder, recursive=True)
         files = {
             "model.safetensors": save_tensors({name: t.detach().contiguous() for name, t in checkpoint.model.items()}),
@@ -63,27 +65,27 @@ class CheckpointStore:
         }
         for name, data in files.items():
             self._write(f"{folder}/{name}", data)
-        sums = {name: _sums(data) for name, data in files.items()}
+        checksums = {name: _checksums(data) for name, data in files.items()}
         manifest = {
-            "step": checkpoint.step, "files": sums, "base": checkpoint.base, "measured": checkpoint.measured,
+            "step": checkpoint.step, "files": checksums, "base": checkpoint.base, "measured": checkpoint.measured,
         }  # fmt: skip
         self._write(f"{folder}/{_MANIFEST}.part", json.dumps(manifest).encode())
         self._fs.move(f"{folder}/{_MANIFEST}.part", f"{folder}/{_MANIFEST}")
         for step in self.steps()[:-keep]:
-            # The manifest goes first, so that a half-deleted checkpoint is none.
+            # The manifest is deleted first, so that a half-deleted checkpoint is ignored.
             self._fs.delete_file(f"{self._folder}/step-{step:08d}/{_MANIFEST}")
             self._delete(f"{self._folder}/step-{step:08d}")
 
     def steps(self) -> list[int]:
-        """Steps that have a manifest, ascending."""
+        """Return the steps that have a manifest, ascending."""
         selector = fs.FileSelector(self._folder, allow_not_found=True, recursive=True)
         found = (_STEP_MANIFEST.search(info.path) for info in self._fs.get_file_info(selector))
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole."""
+        """Return the newest complete checkpoint; None without any."""
         for step in reversed(self.steps()):
-            files = self._read_whole(step)
+            files = self._read_files(step)
             if files is not None:
                 manifest = self._manifest(step)
                 return Checkpoint(
@@ -98,11 +100,11 @@ class CheckpointStore:
         return None
 
     def base(self) -> str:
-        """`Checkpoint.base` of the newest; "" without any."""
+        """Return `base` of the newest checkpoint; "" without any."""
         return next((manifest["base"] for step in reversed(self.steps()) if (manifest := self._manifest(step))), "")
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        """Empty where it is damaged or gone."""
+        """Return the manifest of a step; empty if it is damaged or missing."""
         try:
             return {
                 "base": "",
@@ -112,14 +114,15 @@ class CheckpointStore:
         except (FileNotFoundError, ValueError):
             return {}
 
-    def _read_whole(self, step: int) -> dict[str, bytes] | None:
+    def _read_files(self, step: int) -> dict[str, bytes] | None:
+        """Return the files of a checkpoint; None if it is incomplete or damaged."""
         manifest = self._manifest(step)
         try:
             files = {name: self._read(f"{self._folder}/step-{step:08d}/{name}") for name in manifest["files"]}
         except (FileNotFoundError, KeyError):
             return None
-        sums = {name: _sums(data) for name, data in files.items()}
-        return files if sums == manifest["files"] else None
+        checksums = {name: _checksums(data) for name, data in files.items()}
+        return files if checksums == manifest["files"] else None
 
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(path) as stream:
@@ -134,7 +137,7 @@ class CheckpointStore:
             self._fs.delete_dir(folder)
 
 
-def _sums(data: bytes) -> dict[str, int]:
+def _checksums(data: bytes) -> dict[str, int]:
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 

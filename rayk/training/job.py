@@ -1,7 +1,10 @@
-"""What the driver and the workers of a run tell each other."""
+"""What the driver and the workers of a run exchange."""
 
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -9,15 +12,21 @@ import ray
 from rayk.config import RunConfig
 from rayk.errors import RaykError
 from rayk.evaluation.evaluate import Evaluation
-from rayk.models.student import Size
+from rayk.models.student import ParameterCount
 from rayk.rollouts import PolicyAddress
 from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 
 
+def _import_paths() -> list[str]:
+    """Return the folders of user code: the current folder, and PYTHONPATH."""
+    folders = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
+    return [str(folder.absolute()) for folder in folders]
+
+
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to every worker. Tables travel through Ray's object store, teachers by name."""
+    """What the driver sends to every worker. Tables travel through Ray's object store, teachers by name."""
 
     config: RunConfig
     tokenizer: str
@@ -25,31 +34,38 @@ class Job:
     """The Serve application of each teacher."""
     train_table: Any
     evaluation_table: Any
-    pretraining_table: Any = None
+    auxiliary_table: Any = None
+    """The rows of the method's `auxiliary_data`."""
     policy: PolicyAddress | None = None
-    """Where the policy is served; None: each worker writes by itself."""
+    """The application of the served policy; None: each worker generates."""
     views: Any = None
     """A `RowViews`: the contexts of rows, by the model that reads them; None: no row has any."""
     base: str = ""
     """The fingerprint of the frozen weights below an adapter."""
+    import_paths: list[str] = field(default_factory=_import_paths)
+    """Folders in which workers find the user's modules, as the driver does."""
 
-    def teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
-        """Each teacher by its name in the settings, asked once whether it answers."""
+    def connect_teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
+        """Connect to each training teacher; by its name in the settings."""
         return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
+
+    def extend_import_paths(self) -> None:
+        """Let this process import the user's modules."""
+        sys.path += [folder for folder in self.import_paths if folder not in sys.path]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker group returns: how far it came, the last evaluation, or why it had to stop."""
+    """What a worker group returns: its last step, and the last evaluation or the reason why it stopped."""
 
     step: int
     total_steps: int
     evaluation: Evaluation | None = None
     problem: RaykError | None = None
-    size: Size | None = None
-    """Of the student."""
+    size: ParameterCount | None = None
+    """The number of the student's parameters."""
 
 
-def fetched(shared: Any) -> Any:
-    """A table of a job, wherever it lies."""
+def fetch(shared: Any) -> Any:
+    """Return a table of a job, from Ray's object store if it is there."""
     return ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared

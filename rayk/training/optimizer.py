@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and how many steps a run has."""
+"""AdamW, its learning-rate schedule, and the number of steps of a run."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from rayk.config import TrainingConfig
 
 
 def make_optimizer(parameters: Sequence[Tensor], settings: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW on `parameters`; each step sets its learning rate anew."""
+    """Return AdamW on `parameters`; the loop sets its learning rate at every step."""
     return torch.optim.AdamW(
         _decay_groups(parameters, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas, fused=True
     )
 
 
 def steps_of_epochs(settings: TrainingConfig, rows: int) -> int:
-    """Optimiser steps in `settings.epochs` passes over `rows` rows, at least one."""
+    """Return the number of optimizer steps in `settings.epochs` passes over `rows` rows, at least one."""
     assert settings.epochs is not None
     return max(1, round(settings.epochs * rows / settings.batch_size))
 
 
 def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then the schedule down to `final_learning_rate`."""
+    """Return the rate of step `step` (from 0): linear warm-up, then the schedule down to `final_learning_rate`."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
@@ -33,7 +33,7 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> f
 
 
 def _decay_groups(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: norms and biases have no direction to shrink."""
+    """Return parameter groups with weight decay for matrices, and without it for norms and biases."""
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

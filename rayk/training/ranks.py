@@ -1,5 +1,6 @@
-"""A worker among its group: what ranks agree on, sum and gather, and where each computes."""
+"""Communication between the workers of a group: agree on errors, sum and gather values."""
 
+import traceback
 from typing import Any
 
 import ray.train
@@ -9,8 +10,8 @@ import torch.distributed as dist
 from rayk.errors import RaykError
 
 
-class StopTogether(Exception):
-    """Some rank cannot go on; every rank has been told and leaves the loop between two steps."""
+class AllRanksStop(Exception):
+    """Some rank cannot continue; raised on every rank between two steps, with the same `problem`."""
 
     def __init__(self, problem: RaykError):
         super().__init__(str(problem))
@@ -18,7 +19,7 @@ class StopTogether(Exception):
 
 
 class Ranks:
-    """This worker among its group: agreement and sums. With one worker there is nobody to ask."""
+    """This worker in its group. With one worker, nothing is communicated."""
 
     def __init__(self) -> None:
         context = ray.train.get_context()
@@ -26,20 +27,22 @@ class Ranks:
         self.local_world = context.get_local_world_size()
 
     def agree(self, problem: BaseException | None) -> None:
-        """Raise StopTogether on every rank if any has a problem. One small all-reduce, so that no rank waits in a
-        later collective for one that has left."""
+        """Raise AllRanksStop on every rank if any rank has a problem.
+
+        One small all-reduce, so that no rank waits in a later collective for a rank that has left.
+        """
         if self.world == 1:
             if problem is not None:
-                raise StopTogether(_as_rayk_error(problem)) from problem
+                raise AllRanksStop(_as_rayk_error(problem)) from problem
             return
-        troubled = torch.tensor([problem is not None], dtype=torch.int32, device=_collective_device())
-        dist.all_reduce(troubled)
-        if troubled.item():
-            said = self.gather(None if problem is None else _as_rayk_error(problem))
-            raise StopTogether(next(each for each in said if each is not None)) from problem
+        has_problem = torch.tensor([problem is not None], dtype=torch.int32, device=_collective_device())
+        dist.all_reduce(has_problem)
+        if has_problem.item():
+            problems = self.gather(None if problem is None else _as_rayk_error(problem))
+            raise AllRanksStop(next(found for found in problems if found is not None)) from problem
 
     def sums(self, values: list[float]) -> list[float]:
-        """Each value summed over the ranks."""
+        """Return each value summed over the ranks."""
         if self.world == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=_collective_device())
@@ -47,7 +50,7 @@ class Ranks:
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
+        """Return the value of every rank, on every rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -55,16 +58,23 @@ class Ranks:
         return values
 
 
-def device_of_worker() -> str:
-    """The GPU that Ray Train gave this worker, else the CPU."""
+def worker_device() -> str:
+    """Return the GPU that Ray Train assigned to this worker, else the CPU."""
     return str(ray.train.torch.get_device()) if torch.cuda.is_available() else "cpu"
 
 
 def _collective_device() -> str:
-    return device_of_worker() if dist.get_backend() == "nccl" else "cpu"
+    return worker_device() if dist.get_backend() == "nccl" else "cpu"
 
 
 def _as_rayk_error(problem: BaseException) -> RaykError:
     if isinstance(problem, RaykError):
         return problem
-    return RaykError(f"{type(problem).__name__}: {problem}")
+    return RaykError(f"{type(problem).__name__}: {problem}{_location(problem)}")
+
+
+def _location(problem: BaseException) -> str:
+    """Return file and line of the innermost frame outside installed packages, in parentheses."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

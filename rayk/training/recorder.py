@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and TensorBoard, written by rank 0 as training goes."""
+"""Record metrics in `metrics.jsonl` and TensorBoard, on rank 0."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from rayk.report.run_directory import read_lines
 
 
 class Recorder:
-    """Appends one row a step. Opened at step n it drops what lies beyond, so that each step of the surviving history
-    counts once."""
+    """Append one row per step. Opened at step n it removes the rows of later steps, so that after a resume each step of
+    the surviving history has one row."""
 
     def __init__(self, folder: Path, step: int, tracking: TrackingConfig):
         self._path = folder / "metrics.jsonl"
@@ -25,14 +25,14 @@ class Recorder:
     def record(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._draw(row, row["step"])
+        self._write_scalars(row, row["step"])
 
     def add_to_last(self, values: dict[str, Any]) -> None:
-        """Give the last row what was still to come of it."""
-        *before, last = read_lines(self._path)
+        """Add values to the last row."""
+        *earlier, last = read_lines(self._path)
         self._file.close()
-        self._rewrite([*before, last | values])
-        self._draw(values, last["step"])
+        self._rewrite([*earlier, last | values])
+        self._write_scalars(values, last["step"])
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         part = self._path.with_suffix(".jsonl.part")
@@ -40,7 +40,7 @@ class Recorder:
         os.replace(part, self._path)
         self._file = self._path.open("a", encoding="utf-8")
 
-    def _draw(self, values: dict[str, Any], step: int) -> None:
+    def _write_scalars(self, values: dict[str, Any], step: int) -> None:
         if self._writer:
             for name, value in values.items():
                 if name != "step" and not name.endswith("_at"):

@@ -1,4 +1,4 @@
-"""The model that learns: run as body + head, saved as an ordinary transformers folder."""
+"""The student in training: body and head of a causal LM, the loss inside its forward pass, and the saved model."""
 
 import contextlib
 import shutil
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rayk.data.batches import Batch
-from rayk.methods import Experience, Method
-from rayk.models import DTYPES, Head, final_hidden, head_of
-from rayk.models.lora import has_adapter, merged, save_adapter
+from rayk.methods import Experience, Loss, Method
+from rayk.models import DTYPES, Head, final_hidden, get_head
+from rayk.models.lora import has_adapter, merged_state_dict, save_adapter
+
+UNUSABLE = "unusable_share"
+"""The metric that counts `Loss.unusable`."""
 
 
 class Student(nn.Module):
@@ -26,10 +29,10 @@ class Student(nn.Module):
 
     @property
     def head(self) -> Head:
-        return head_of(self.model)
+        return get_head(self.model)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The step's compute type; parameters keep theirs."""
+        """Return the autocast context of `training.precision`; parameters keep their dtype."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
 
@@ -39,13 +42,11 @@ class Student(nn.Module):
         return batch.counted(states).to(self._compute_dtype)
 
 
-UNUSABLE = "unusable_share"
-"""The term that counts `Loss.unusable`."""
+class LossModule(nn.Module):
+    """Student, head and loss as one forward pass, to be wrapped by DDP.
 
-
-class Step(nn.Module):
-    """Hidden → head → loss as one forward, which is what DDP wraps: a head or loss outside of it would go
-    unsynchronised (PLATFORM §5)."""
+    DDP only sees gradients of what runs inside the wrapped forward pass, so head and loss must be part of it.
+    """
 
     def __init__(self, student: Student, method: Method):
         super().__init__()
@@ -54,7 +55,8 @@ class Step(nn.Module):
         self._method = method
 
     def forward(self, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self._method.loss(self.student, experience)
+        """Return the loss of each unit, [count], and the detached terms for the metrics."""
+        loss: Loss = self._method.loss(self.student, experience)
         terms = {name: term.detach() for name, term in loss.terms.items()}
         if loss.unusable is None:
             return loss.per_token, terms
@@ -62,27 +64,30 @@ class Step(nn.Module):
         return loss.per_token.masked_fill(loss.unusable, 0.0), {**terms, UNUSABLE: loss.unusable.float()}
 
 
-def wrap(step: Step) -> nn.Module:
-    """`step` for data-parallel training where there is more than one worker."""
+def wrap_for_ddp(module: LossModule) -> nn.Module:
+    """Wrap `module` for data-parallel training if there is more than one worker."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return step
-    return DistributedDataParallel(step, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def save_model(model: Any, tokenizer, folder: Path) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; an adapter is merged into it, and lies in
-    `adapter` beside it as peft's own. Each appears whole or not at all."""
+    """Save a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it.
+
+    A LoRA adapter is merged into the model, and also saved in peft's format in the sibling folder `adapter`. Each
+    folder appears complete or not at all.
+    """
     if has_adapter(model):
-        with _appearing(folder.with_name("adapter")) as unfinished:
+        with _replace_folder(folder.with_name("adapter")) as unfinished:
             save_adapter(model, unfinished)
-    with _appearing(folder) as unfinished:
-        model.save_pretrained(unfinished, state_dict=merged(model) if has_adapter(model) else None)
+    with _replace_folder(folder) as unfinished:
+        model.save_pretrained(unfinished, state_dict=merged_state_dict(model) if has_adapter(model) else None)
         tokenizer.save_pretrained(unfinished)
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Where to write what is to stand in `folder` once it is whole."""
+def _replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to; it replaces `folder` at the end of the block."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     yield unfinished
     if folder.exists():

@@ -1,45 +1,65 @@
-"""Starting the worker group: Ray Train for one or more workers, its local mode for none."""
+"""Start the worker group: Ray Train with one or more workers, its local mode without any."""
 
-import contextlib
 import logging
-import signal
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayk.errors import RunFailed
+from rayk.errors import Interrupted, RunFailed
 from rayk.evaluation.evaluate import Evaluation
 from rayk.serving.cluster import gpus_per_worker, run_on
-from rayk.training.group import GroupTrainer
+from rayk.training.interruption import StopRequest, stop_gracefully
 from rayk.training.job import Job, Outcome
-from rayk.training.loop import evaluate_worker, train_worker
+from rayk.training.torch_trainer import abort, trainer_class
+from rayk.training.worker import evaluate_worker, train_worker
 
 
 def train(job: Job) -> Outcome:
     """Train `job` from its latest checkpoint, restarting the worker group when a worker dies.
 
     Raises:
-        RaykError: what stopped the run, as the workers agreed on it.
+        RaykError: the problem that stopped the run, as the workers agreed on it.
         RunFailed: workers died more often than `training.max_failures` allows.
-        KeyboardInterrupt: Ctrl-C; the latest checkpoint stands.
+        KeyboardInterrupt: Ctrl-C or SIGTERM. The first one ends the current step and saves a checkpoint, a second one
+            stops at once.
     """
-    settings = job.config.training
-    if settings.workers == 0:
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would announce its local mode
+    request = StopRequest(job.config.output_path)
+    if job.config.training.workers == 0:
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # no message about its local mode
         trainer = TorchTrainer(lambda: train_worker(job), scaling_config=ScalingConfig(num_workers=0))
-        return _checked(trainer.fit().return_value)
+        with stop_gracefully(request):
+            return _checked(trainer.fit().return_value)
+    trainer = _make_trainer(job)
+    with stop_gracefully(request, abort=lambda: abort(trainer)):
+        try:
+            # Ray Train's own SIGINT handler, which it sets in the main thread only, would abort at once.
+            result = _run_in_thread(trainer.fit)
+        except ray.train.TrainingFailedError as error:
+            raise RunFailed(f"Training failed: {_cause(error)}") from error
+        return _checked(cloudpickle.loads(result.return_value))
+
+
+def evaluate_remotely(job: Job) -> Evaluation:
+    """Evaluate the student of `job` on its evaluation rows, with the resources of one worker."""
+    return run_on(job.config.training.resources, evaluate_worker, job)
+
+
+def _make_trainer(job: Job) -> TorchTrainer:
+    settings = job.config.training
     shared = replace(
         job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table),
-        pretraining_table=_put(job.pretraining_table), views=_put(job.views),
+        auxiliary_table=_put(job.auxiliary_table), views=_put(job.views),
     )  # fmt: skip
     gpus = gpus_per_worker(settings.resources.num_gpus)
-    trainer = GroupTrainer(
-        # Job and outcome pass the controller packed, so that it can do without all that workers import.
+    return trainer_class()(
+        # Job and outcome are pickled, so that the controller need not import what workers import.
         lambda given: cloudpickle.dumps(train_worker(ray.get(given["job"]))),
         train_loop_config={"job": ray.put(shared)},
         scaling_config=ScalingConfig(
@@ -49,52 +69,50 @@ def train(job: Job) -> Outcome:
         ),
         torch_config=TorchConfig(timeout_s=int(settings.collective_timeout_seconds)),
         run_config=RunConfig(
-            # Each attempt under a name of its own: checkpoints are ours (rayk.training.checkpoint), and Ray's record of
-            # an earlier attempt must not be taken up.
+            # A new name for each attempt: checkpoints are ours (rayk.training.checkpoint), and Ray must not restore its
+            # own record of an earlier attempt.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str(job.config.output_path / "ray_train"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
         ),
     )
-    with _interruptible():
+
+
+def _run_in_thread(work: Callable[[], Any]) -> Any:
+    """Return the result of `work`, run in a thread, while this thread handles signals."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
         try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise RunFailed(f"Training failed: {_cause(error)}") from error
-    return _checked(cloudpickle.loads(result.return_value))
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
 
-
-def evaluate_remotely(job: Job) -> Evaluation:
-    """Measure the student of `job` on its evaluation rows, on one worker's resources."""
-    return run_on(job.config.training.resources, evaluate_worker, job)
+    thread = threading.Thread(target=run, name="rayk-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _checked(outcome: Outcome) -> Outcome:
+    """Return the outcome, or raise the problem in it."""
+    if isinstance(outcome.problem, Interrupted):
+        raise KeyboardInterrupt
     if outcome.problem is not None:
         raise outcome.problem
     return outcome
 
 
-def _put(shared):
+def _put(shared: Any) -> Any:
     return None if shared is None else ray.put(shared)
 
 
 def _cause(error: ray.train.TrainingFailedError) -> str:
-    """The sentence in Ray Train's report, which is mostly tracebacks."""
+    """Return the last line of Ray Train's report, which consists mostly of tracebacks."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     lines = [line for line in str(failures[0]).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(failures[0]).__name__
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ray Train's own SIGINT handler aborts its controller and then exits the process with 0; to our caller that is
-    Ctrl-C like any other. The handler in place before comes back afterwards."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    finally:
-        with contextlib.suppress(ValueError):  # not on the main thread, where no handler was set either
-            signal.signal(signal.SIGINT, before)

@@ -114,7 +114,7 @@ def test_the_loss_is_the_one_of_whole_logits(students, make, rows, tiny_student,
     experience = experience_of(method, pool, [rows[i] for i in range(6)])
     assert isinstance(experience, LabelWords)
     with torch.no_grad():
-        loss, beside = (method.loss(Student(model), part) for part in (experience, experience.beside))
+        loss, beside = (method.loss(Student(model), part) for part in (experience, experience.auxiliary))
         torch.testing.assert_close(loss.per_token.double(), words, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(beside.per_token.double(), 0.5 * text, rtol=1e-3, atol=2e-3)
         method, pool = make(student_demonstrations=students, targets="tokens")
@@ -129,7 +129,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_after_the_same_demo
         experience = experience_of(method, pool, [rows[i] for i in range(6)])
         with torch.no_grad():
             of_words = method.loss(model, experience).terms["forward_kl"]
-            of_text = method.loss(model, experience.beside).terms["text_forward_kl"]
+            of_text = method.loss(model, experience.auxiliary).terms["text_forward_kl"]
         assert (of_text.abs().max() < 1e-4) == nothing
         if nothing:
             assert of_words.abs().max() < 1e-4

@@ -9,7 +9,7 @@ from rayk.config.support import Hidden, TopK
 from rayk.data.batches import collate
 from rayk.data.tokenizing import tokenize
 from rayk.methods.base import Experience
-from rayk.methods.matching import with_masses
+from rayk.methods.matching import divergence_with_masses
 from rayk.models import load_tokenizer
 from rayk.training.student import Student
 from tests.runs import write_rows
@@ -32,7 +32,7 @@ def dense(folder, batch):
 def of(experience, teacher, folder, support):
     said = Experience(experience.batch, teacher.score(experience.batch, support))
     student = Student(AutoModelForCausalLM.from_pretrained(folder).eval())
-    return with_masses("reverse_kl", student, student.head, said)
+    return divergence_with_masses("reverse_kl", student, student.head, said)
 
 
 def test_masses_are_those_of_the_named_tokens(experience, served, tiny_teacher, tiny_student):

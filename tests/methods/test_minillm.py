@@ -16,7 +16,7 @@ from rayk.rollouts import Rollout
 from rayk.run import distill
 from rayk.teachers import serve_teacher
 from tests.runs import assert_same_learning, curve, metrics, settings
-from tests.teachers.asking import config_of
+from tests.teachers.helpers import teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 EXACT = {"kind": "minillm", "support": {"kind": "hidden", "dtype": "float32"}}
@@ -108,7 +108,7 @@ def test_the_loss_is_the_papers_on_what_both_wrote(
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, ray_cluster):
     tokenizer, twin = tiny_tokenizer(), str(tmp_path / "twin")
     tiny_model(twin, seed=3, hidden=16, vocab_size=len(tokenizer), tokenizer=tokenizer)
-    with serve_teacher(config_of("twin", twin)):
+    with serve_teacher(teacher_config("twin", twin)):
         # Adam makes whole steps of gradients that are rounding; such steps had better be small.
         values = settings(tmp_path, twin, EXACT, learning_rate=1e-5)
         distill(parse_config(values | {"teachers": [{"name": "twin", "attach": True}]}))
@@ -157,9 +157,9 @@ def test_returns_are_whitened_over_all_workers():
     shares = [Experience(None, columns={"returns": part}) for part in (returns[:2], returns[2:])]
     moments: list[list[float]] = []
     for share in shares:
-        method.together(share, lambda values: moments.append(values) or values)
+        method.synchronize(share, lambda values: moments.append(values) or values)
     whole = [sum(each) for each in zip(*moments, strict=True)]
-    found = torch.cat([method.together(share, lambda _: whole).columns["returns"] for share in shares])
+    found = torch.cat([method.synchronize(share, lambda _: whole).columns["returns"] for share in shares])
     torch.testing.assert_close(found, (returns - returns.mean()) / returns.std(correction=0))
     torch.testing.assert_close(whiten(returns, torch.tensor(whole)), found)
 
@@ -206,7 +206,7 @@ def test_a_student_is_not_rewarded_for_mass_on_padding(tmp_path, tiny_student, s
 
 def test_what_is_not_written_yet_cannot_be_cached_ahead(tmp_path, tiny_student):
     values = settings(tmp_path, tiny_student, EXACT) | {"cache": {"path": str(tmp_path / "cache")}}
-    with pytest.raises(InputError, match="learns from rows that are not written yet"):
+    with pytest.raises(InputError, match="learns from rollouts, which are generated during the run"):
         fill_cache(parse_config(values))
 
 

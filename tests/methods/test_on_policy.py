@@ -265,10 +265,13 @@ def test_what_cannot_be_written_is_refused_beforehand(tmp_path, tiny_student, se
     vllm = {"kind": "served", "engine": {"kind": "vllm", "max_model_len": 100}}
     with pytest.raises(InputError, match=r"the policy takes 99 on vLLM; .* raise rollouts.engine.max_model_len"):
         distill(changed(tmp_path, tiny_student, rollouts=vllm | {"max_new_tokens": 90}))
-    with pytest.raises(InputError, match="not written yet"):
+    with pytest.raises(InputError, match="learns from rollouts, whose lengths are not known"):
         plan(changed(tmp_path, tiny_student))
     (tmp_path / "rows.jsonl").write_text('{"text": "What is 1?"}\n' * 8)
-    for fraction, said in ((1.0, "has no prompt to generate from"), (0.5, "line 1 has no prompt after which")):
+    for fraction, said in (
+        (1.0, "has no prompt to generate from"),
+        (0.5, "line 1 has no prompt, but method 'on_policy' generates"),
+    ):
         with pytest.raises(InputError, match=said):
             distill(changed(tmp_path, tiny_student, TOP | {"student_fraction": fraction}))
 

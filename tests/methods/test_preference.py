@@ -12,10 +12,10 @@ from rayk.data.examples import Example
 from rayk.errors import RunFailed
 from rayk.methods import Preference
 from rayk.methods.preference import Pairs
-from rayk.models.packing import enable_packing, packs
-from rayk.serving.event_loop import background, wait_for
+from rayk.models.packing import can_pack, enable_packing
+from rayk.serving.event_loop import run_in_background, wait_for
 from rayk.training.checkpoint import _pack, _unpack
-from rayk.training.student import Step, Student
+from rayk.training.student import LossModule, Student
 from tests.tiny import tiny_model
 
 VOCABULARY = 384
@@ -41,7 +41,7 @@ def student(request):
     model = tiny_model(seed=3, peaked=2.0)
     if request.param:
         enable_packing(model)
-        assert packs(model, 11)
+        assert can_pack(model, 11)
     return Student(model)
 
 
@@ -59,14 +59,18 @@ def method(reference):
 @torch.no_grad()
 def begun(method, student, rows=None):
     answers = [answer for row in rows or pairs() for answer in row.answers]
-    # Of two workers.
-    shares = [answers[:4], answers[4:]]
-    method.on_start([method.look_at_start(student, [collate(share, 0)]) for share in shares])
+    # Two workers, each with a share of the answers.
+    shares, values = [answers[:4], answers[4:]], []
+    for share in shares:
+        Preference(method.settings, None).precompute(
+            student, [collate(share, 0)], lambda value: values.append(value) or []
+        )
+    method.precompute(student, [collate(shares[0], 0)], lambda value: values)
     return method
 
 
 def prepared(method, rows=None):
-    return wait_for(background(method.prepare(collate(rows or pairs(), 0))))
+    return wait_for(run_in_background(method.prepare(collate(rows or pairs(), 0))))
 
 
 def by_hand(model, row, shift=0):
@@ -161,7 +165,7 @@ def test_the_initial_log_probs_survive_a_checkpoint_bit_for_bit_and_are_not_take
 
 
 def test_a_row_that_the_run_did_not_begin_with_is_named(method):
-    with pytest.raises(RunFailed, match="line 0 is none of the rows the run began with"):
+    with pytest.raises(RunFailed, match="line 0 is not one of the rows that the run started with"):
         prepared(method, pairs(seed=1))
 
 
@@ -171,7 +175,7 @@ def test_rows_with_the_same_answers_share_what_is_known_of_them(method, referenc
 
 
 def test_it_runs_inside_the_step(student, method):
-    loss, terms = Step(student, method)(prepared(method))
+    loss, terms = LossModule(student, method)(prepared(method))
     assert isinstance(prepared(method), Pairs)
     assert loss.requires_grad
     assert not any(term.requires_grad for term in terms.values())

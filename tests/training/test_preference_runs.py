@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayk.cli import comparison
 from rayk.commands.cache import fill_cache
+from rayk.commands.results import results_table
 from rayk.config import parse_config
 from rayk.data.batches import BatchSampler
 from rayk.data.tokenizing import tokenize
@@ -154,7 +154,7 @@ def test_another_reference_is_another_aim_and_is_asked_once_for_all_epochs(tmp_p
     by_teacher = DPO | {"reference": "served"}
     run = config(tmp_path / "served", tiny_student, by_teacher, cache=tmp_path / "cache", steps=12)
     training, *_ = fill_cache(run)
-    assert (training.what, training.rows, training.support.kind) == ("training rows", 96, "logprob")
+    assert (training.row_kind, training.rows, training.support.kind) == ("training rows", 96, "logprob")
     distill(run)
     rows = metrics(tmp_path / "served" / "run")
     assert sum(row["cached_tokens"] for row in rows) == sum(row["counted_tokens"] for row in rows)
@@ -224,7 +224,7 @@ def test_evaluation_measures_any_model_on_pairs(tmp_path, tiny_student, ray_clus
     assert [found["preference_margin"], found["preference_accuracy"]] == pytest.approx(
         _measured_by_hand(tiny_student, run), rel=1e-4
     )
-    headings = [column.header for column in comparison([summary]).columns]
+    headings = [column.header for column in results_table([summary]).columns]
     assert {"prefers right", "by nats"} < set(headings)
 
 

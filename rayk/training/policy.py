@@ -1,0 +1,25 @@
+"""The policy of a training worker: it generates in the worker itself, or on Ray Serve."""
+
+from typing import Any
+
+from rayk.config import ServedRollouts
+from rayk.models import CausalLM
+from rayk.rollouts import Policy, ServedPolicy, WorkerPolicy
+from rayk.training.job import Job
+
+
+def make_policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Policy | None:
+    """Return the policy that generates with the weights of `model`; None for a run without `rollouts`.
+
+    Args:
+        publishes: whether this worker sends the weights to a served policy.
+    """
+    rollouts, training = job.config.rollouts, job.config.training
+    if job.policy is not None:
+        assert isinstance(rollouts, ServedRollouts)
+        return ServedPolicy(model, rollouts, job.policy, publishes=publishes)
+    if rollouts is None:
+        return None
+    return WorkerPolicy(
+        model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens, precision=training.precision
+    )
