@@ -16,10 +16,11 @@ from rayk.config.support import Support, bytes_per_token
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
 from rayk.models import load_model_config
-from rayk.models.student import Size, count_planned_parameters
+from rayk.models.student import ParameterCount, count_planned_parameters
 from rayk.report.run_directory import read_lines
 from rayk.run import next_round, with_absolute_paths
-from rayk.run.inputs import read_inputs, with_synthesized_rows
+from rayk.run.inputs import read_inputs
+from rayk.run.synthesis_inputs import with_synthesized_rows
 from rayk.teachers import Teacher, serve_teacher
 from rayk.training import steps_of_epochs
 
@@ -43,7 +44,7 @@ class Plan:
     """Bytes of a counted token's signal."""
     total_tokens: float
     """Tokens of the whole run."""
-    size: Size
+    size: ParameterCount
     """The student's parameters."""
 
     @property

@@ -1,4 +1,8 @@
-"""What every engine offers: a model that scores token sequences and generates completions, without Ray."""
+"""The `Engine` protocol: a model that scores token sequences and generates completions, without Ray.
+
+An engine of your own is a class with these methods; `engine: {kind: custom, path: my_file:MyEngine}` names it. It is
+called as `MyEngine(model, settings, trust_remote_code=…)`, `settings` being the `engine` section.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,40 +23,43 @@ Prompt = str | np.ndarray
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a client must know of a model before it asks."""
+    """The model's properties that clients need before they send requests."""
 
     model: str
+    """The model's name in messages."""
     vocab_size: int
-    """Real tokens, without the padding of the embedding."""
+    """Number of real tokens, without the padding of the embedding."""
     max_tokens: int
-    """Longest sequence the model takes."""
+    """Longest sequence that the model accepts."""
     tokenizer_fingerprint: str
+    """Result of `rayk.models.tokenizer_fingerprint`; student and teacher must have the same."""
     dtype: str
     device: str
     supports: tuple[str, ...]
+    """Kinds of support that `score` returns."""
     hidden_size: int = 0
-    """Width of the final hidden states; 0 where the engine does not give them."""
+    """Width of the final hidden states; 0 if the engine does not return them."""
     engine: str = "transformers"
-    """The engine's kind: another one computes slightly other numbers from the same weights."""
+    """The engine's kind; different engines compute slightly different numbers from the same weights."""
     weights_fingerprint: str = ""
-    """Changes with the weights (`rayk.models.weights_fingerprint`); empty where they are not known, as behind an
-    endpoint."""
+    """Changes with the weights (`rayk.models.weights_fingerprint`); empty if unknown, as for an endpoint."""
     can_verify: bool = False
-    """Whether it is a `VerifyingEngine`."""
+    """Whether the engine is a `VerifyingEngine`."""
     applies_chat_template: bool = False
-    """Whether it puts every prompt into a chat template itself, as a user's message; an endpoint may."""
+    """Whether the engine puts each prompt into a chat template as a user's message; an endpoint may do so."""
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How to continue a prompt. `temperature` 0 is greedy; the same seed gives the same text whatever else is asked."""
+    """How to continue a prompt. `temperature` 0 is greedy. The same seed gives the same tokens, whatever other requests
+    are in the batch."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
-    """Texts that end a continuation; it keeps the one it ended with."""
+    """Strings that end a completion; the completion includes the string that ended it."""
 
     def __post_init__(self) -> None:
         numbers_fit = self.max_new_tokens >= 1 and self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0
@@ -65,12 +72,16 @@ class SamplingParameters:
 
 @dataclass(frozen=True)
 class GeneratedSequence:
-    """One continuation: its token ids (EOS included where it ended so), their log-probs under the model at temperature
-    1 without truncation (nats), `finish_reason` 'stop' or 'length', and its text without special tokens.
+    """The completion of one prompt.
 
-    An endpoint tells no token ids, and log-probs only where asked to, in its own way. A continuation that could not be
-    had from it has `finish_reason` 'error' and a `reason`; `refused` where that lies in the prompt and not in the
-    endpoint, so that asking again would not help.
+    Attributes:
+        token_ids: int32 [tokens], EOS included if it ended the completion; empty for an endpoint.
+        logprobs: float32 [tokens], log-probs of the tokens under the model at temperature 1 without truncation, in
+            nats; for an endpoint as the endpoint computes them, and only if requested.
+        finish_reason: 'stop' or 'length'; 'error' if an endpoint returned no completion.
+        text: the completion without special tokens.
+        reason: why an endpoint returned no completion.
+        refused: whether the endpoint refused this prompt, so that a retry would not help.
     """
 
     token_ids: np.ndarray
@@ -83,49 +94,50 @@ class GeneratedSequence:
 
 @dataclass
 class Usage:
-    """What has been asked of a paid endpoint."""
+    """Requests to a paid endpoint and their cost."""
 
     requests: int = 0
     """Retries included."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None
-    """In the currency of the prices, as the endpoint counted, so without answers that got lost; None without prices."""
+    """In the currency of the prices; None without prices. Based on the endpoint's counts, so without lost responses."""
     given_up: int = 0
-    """Prompts without a continuation."""
+    """Number of prompts without a completion."""
 
 
 class Engine(Protocol):
-    """A model in this process. Calls may come concurrently; the engine merges them into batches that suit it."""
+    """A model in this process. Calls may be concurrent; the engine merges them into batches."""
 
     info: EngineInfo
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
-        """The teacher's signals at the counted positions, a row a sequence, in order."""
+        """Return the teacher's signals at the counted tokens, one row per sequence, in order."""
         ...
 
     def head(self) -> Head:
-        """What makes logits of the hidden states that support `hidden` sends."""
+        """Return the head that maps the hidden states of support `hidden` to logits."""
         ...
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[GeneratedSequence]:
-        """One continuation a prompt, in order."""
+        """Return one completion per prompt, in order."""
         ...
 
     async def warm_up(self) -> None:
-        """Answer something small, so that the first real request does not pay for compilation and allocation."""
+        """Compute something small, so that the first real request does not wait for compilation and allocation."""
         ...
 
     async def check_health(self) -> None:
-        """Raise if the engine can no longer answer."""
+        """Raise an exception if the engine can no longer answer requests."""
         ...
 
 
 class VerifyingEngine(Engine, Protocol):
-    """An engine that also takes part in teacher-mixed sampling; its `info.can_verify` says so."""
+    """An engine that can also verify drafts, for teacher-mixed sampling; its `info.can_verify` is true."""
 
     async def verify(self, drafts: Sequence[Draft]) -> list[Verdict]:
-        """Which drafted tokens are kept, and what may replace the first that is not; a verdict each, in order."""
+        """Return one verdict per draft, in order: the number of accepted tokens, and candidates for the first rejected
+        one."""
         ...

@@ -1,5 +1,4 @@
-"""Concurrent requests: merging them into batches of near-equal length under a budget of padded tokens, and awaiting
-many."""
+"""Merge concurrent requests into batches of similar length, and run coroutines concurrently."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Sequence
@@ -20,14 +19,18 @@ class _Job:
 
 
 class MicroBatcher:
-    """Runs items in batches on one thread of its own, so that the event loop stays free.
+    """Runs items in batches on a thread of its own, so that the event loop is not blocked.
 
-    The oldest waiting item always goes next; those nearest to it in length fill the batch, so short sequences are not
-    padded to long ones and nobody starves. Items wait only while a batch is running.
+    Each batch starts with the oldest waiting item and is filled with the items nearest to it in length, so short
+    sequences are not padded to long ones and no item waits forever. Items wait only while a batch is running.
     """
 
     def __init__(self, run: Callable[[Hashable, list[Any]], list[Any]], budget_tokens: int):
-        """`run(key, items)` returns one result an item; only items of equal `key` share a batch."""
+        """
+        Args:
+            run: called as `run(key, items)`; returns one result per item. Only items of equal `key` share a batch.
+            budget_tokens: largest number of padded tokens in a batch of several items.
+        """
         self._run = run
         self._budget = budget_tokens
         self._waiting: list[_Job] = []
@@ -35,7 +38,7 @@ class MicroBatcher:
         self._worker: asyncio.Task | None = None
 
     async def submit(self, key: Hashable, items: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-        """The items' results, in order; the first error of any of their batches is raised."""
+        """Return the items' results, in order; raise the first error of any of their batches."""
         loop = asyncio.get_running_loop()
         jobs = [_Job(key, item, length, loop.create_future()) for item, length in zip(items, lengths, strict=True)]
         self._waiting.extend(jobs)
@@ -44,9 +47,9 @@ class MicroBatcher:
         try:
             return await asyncio.gather(*(job.done for job in jobs))
         finally:
-            # A caller that went away (cancelled, or another of its batches failed) must not cost compute.
-            leaving = {id(job) for job in jobs if job.done.cancelled() or not job.done.done()}
-            self._waiting = [job for job in self._waiting if id(job) not in leaving]
+            # Nothing is computed for a caller that was cancelled or got an error from another of its batches.
+            cancelled = {id(job) for job in jobs if job.done.cancelled() or not job.done.done()}
+            self._waiting = [job for job in self._waiting if id(job) not in cancelled]
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -58,7 +61,7 @@ class MicroBatcher:
                 for job in jobs:
                     if not job.done.done():
                         job.done.set_exception(error)
-                        job.done.exception()  # its asker may be gone; that is no unhandled error
+                        job.done.exception()  # marks it as retrieved: a cancelled caller never retrieves it
             else:
                 for job, result in zip(jobs, results, strict=True):
                     if not job.done.done():
@@ -66,12 +69,12 @@ class MicroBatcher:
 
     def _next_batch(self) -> list[_Job]:
         oldest = self._waiting[0]
-        alike = sorted(
+        candidates = sorted(
             (job for job in self._waiting if job.key == oldest.key), key=lambda job: abs(job.length - oldest.length)
         )
         batch: list[_Job] = []
         longest = 0
-        for job in alike:
+        for job in candidates:
             longest = max(longest, job.length)
             if batch and longest * (len(batch) + 1) > self._budget:
                 break
@@ -83,7 +86,7 @@ class MicroBatcher:
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """Tasks that end with the block: its first failure, or theirs, cancels the rest and is raised as itself."""
+    """Like `asyncio.TaskGroup`, but re-raises the first error itself, not an ExceptionGroup."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group
@@ -92,8 +95,8 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise first from first.__cause__
 
 
-async def gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order; the first failure cancels the rest and is raised as itself."""
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return all results in order; the first error cancels the remaining coroutines and is raised."""
     async with task_group() as group:
-        tasks = [group.create_task(piece) for piece in work]
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
     return [task.result() for task in tasks]

@@ -1,9 +1,10 @@
-"""What every engine refuses, in one sentence each."""
+"""Checks that all engines share: requests they refuse, and whether two computations of log-probs agree."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from rayk.config.support import Requested, Sampled, Support, TopK
 from rayk.engines.base import EngineInfo, Prompt, SamplingParameters
@@ -13,13 +14,13 @@ from rayk.signals.sequence import TokenSequence
 
 
 def check_request(info: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> None:
-    """Refuse what this model cannot answer.
+    """Check that this model can score `sequences` with `support`.
 
     Raises:
-        InputError: unknown support, k beyond the vocabulary, a sequence too long or with ids out of range.
+        InputError: an unknown support, k beyond the vocabulary, a sequence too long or with ids out of range.
     """
     if support.kind not in info.supports:
-        raise InputError(f"{info.model} cannot give support '{support.kind}'; it gives {', '.join(info.supports)}.")
+        raise InputError(f"{info.model} cannot return support '{support.kind}', only {', '.join(info.supports)}.")
     if isinstance(support, TopK) and support.k > info.vocab_size:
         raise InputError(f"support.k is {support.k}, but {info.model} has a vocabulary of {info.vocab_size}; lower k.")
     if isinstance(support, Sampled) and support.draws > info.vocab_size:
@@ -31,7 +32,7 @@ def check_request(info: EngineInfo, sequences: Sequence[TokenSequence], support:
             _check_requested(info, sequence, sequences[0])
         if len(sequence) > info.max_tokens:
             raise InputError(
-                f"A sequence of {len(sequence)} tokens is longer than {info.model} takes ({info.max_tokens}); "
+                f"A sequence of {len(sequence)} tokens is longer than the limit of {info.model} ({info.max_tokens}); "
                 "lower data.max_tokens."
             )
         _check_ids(info, sequence.input_ids)
@@ -42,42 +43,42 @@ def _check_requested(info: EngineInfo, sequence: TokenSequence, first: TokenSequ
         raise InputError("Support 'requested' needs the ids: give every sequence 'requested' [counted tokens, m].")
     if sequence.requested.shape[1] != first.requested.shape[1]:
         raise InputError(
-            f"The sequences of one request name {first.requested.shape[1]} and {sequence.requested.shape[1]} ids a "
-            "position; give all the same number, with -1 for none."
+            f"The sequences of one request have {first.requested.shape[1]} and {sequence.requested.shape[1]} requested "
+            "ids per position; give all the same number, with -1 for no id."
         )
     if sequence.requested.size and not -1 <= sequence.requested.min() <= sequence.requested.max() < info.vocab_size:
         raise InputError(
-            f"A requested id is beyond {info.model}'s vocabulary of {info.vocab_size}; give ids of real tokens, or -1 "
-            "for none."
+            f"A requested id is outside the vocabulary of {info.model}, which has {info.vocab_size} tokens; give ids "
+            "of real tokens, or -1 for no id."
         )
 
 
 def tokenize_prompts(
     info: EngineInfo, tokenizer: Any, prompts: Sequence[Prompt], parameters: SamplingParameters
 ) -> list[np.ndarray]:
-    """The prompts' token ids, after refusing what this model cannot continue.
+    """Return the prompts' token ids, after a check that this model can continue them.
 
     Raises:
         InputError: an empty prompt, ids out of range, no room for `max_new_tokens`.
     """
-    rows = [np.asarray(tokenizer(each).input_ids if isinstance(each, str) else each) for each in prompts]
+    rows = [np.asarray(tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt) for prompt in prompts]
     for prompt in rows:
         if len(prompt) == 0:
             raise InputError("An empty prompt cannot be continued; give it at least one token.")
         if len(prompt) + parameters.max_new_tokens > info.max_tokens:
             raise InputError(
-                f"A prompt of {len(prompt)} tokens and max_new_tokens ({parameters.max_new_tokens}) are together more "
-                f"than {info.model} takes ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
+                f"A prompt of {len(prompt)} tokens plus max_new_tokens ({parameters.max_new_tokens}) exceeds the limit "
+                f"of {info.model} ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
             )
         _check_ids(info, prompt)
     return rows
 
 
 def check_can_verify(info: EngineInfo) -> None:
-    """Refuse teachers that cannot take part in teacher-mixed sampling.
+    """Check that the teacher's engine can verify drafts, which teacher-mixed sampling requires.
 
     Raises:
-        InputError: the engine cannot draw at positions of a given sequence.
+        InputError: it cannot.
     """
     if not info.can_verify:
         raise InputError(
@@ -87,16 +88,16 @@ def check_can_verify(info: EngineInfo) -> None:
 
 
 def check_drafts(info: EngineInfo, drafts: Sequence[Draft]) -> None:
-    """Refuse drafts this model cannot verify.
+    """Check that this model can verify `drafts`.
 
     Raises:
-        InputError: another kind of engine, a sequence too long or with ids out of range.
+        InputError: an engine that cannot verify, a sequence too long or with ids out of range.
     """
     check_can_verify(info)
     for draft in drafts:
         if len(draft) > info.max_tokens:
             raise InputError(
-                f"A draft of {len(draft)} tokens, prompt included, is longer than {info.model} takes "
+                f"A draft of {len(draft)} tokens, prompt included, is longer than the limit of {info.model} "
                 f"({info.max_tokens}); lower max_new_tokens or shorten the prompts."
             )
         _check_ids(info, draft.input_ids)
@@ -106,6 +107,19 @@ def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:
     if len(ids) and not 0 <= ids.min() <= ids.max() < info.vocab_size:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise InputError(
-            f"Token id {wrong} is beyond {info.model}'s vocabulary of {info.vocab_size}; student and teacher must "
-            "share a tokenizer."
+            f"Token id {wrong} is outside the vocabulary of {info.model}, which has {info.vocab_size} tokens; student "
+            "and teacher must share a tokenizer."
         )
+
+
+def probe_sequence(info: EngineInfo) -> TokenSequence:
+    """Return a short sequence that every model can score."""
+    length = min(64, info.max_tokens)
+    return TokenSequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
+
+
+def logprob_mismatch(logprobs: Tensor, reference: Tensor, dtype: str) -> float:
+    """Return the largest difference in nats between two computations in `dtype` of the same log-probs; 0 if rounding
+    explains it."""
+    difference, allowed = (logprobs - reference).abs(), 1e-2 if dtype == "float32" else 0.3
+    return float(difference.max()) if bool((difference > allowed + 0.02 * reference.abs()).any()) else 0.0

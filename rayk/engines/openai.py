@@ -1,8 +1,8 @@
-"""The openai engine: an OpenAI-compatible endpoint as a black box. Text goes in, text comes out.
+"""The openai engine: an OpenAI-compatible endpoint as a black box, with text prompts and text completions.
 
-A prompt that the endpoint does not answer, however often it is asked, costs the others nothing: its continuation says
-why. What concerns every prompt (the key, the model's name, the quota) is an error. Of a text that ends a continuation
-(`SamplingParameters.stop`) endpoints leave the text itself out.
+If the endpoint returns no completion for one prompt after all retries, the other prompts are not affected: that
+prompt's `GeneratedSequence` contains the reason. Problems that concern every prompt (the key, the model's name, the
+quota) raise an error. Endpoints leave out the stop string that ended a completion.
 """
 
 import asyncio
@@ -36,30 +36,35 @@ from rayk.signals.sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
 
-_PASSING = {408, 409, 425, 429}  # and what is wrong with the server itself, from 500 on
-_ABOUT_THE_PROMPT = {400, 413, 422, 451}  # too long, against the rules, …; other refusals concern all prompts
+_RETRYABLE = {408, 409, 425, 429}  # and all server errors, from 500 on
+_PROMPT_REFUSED = {400, 413, 422, 451}  # too long, against the rules, …; other statuses concern all prompts
 _LONGEST_PAUSE_SECONDS = 120.0
 _BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
-_CHARACTERS_A_TOKEN = 4
-# Servers disagree about the width of a seed; all of them take this one.
+_CHARACTERS_PER_TOKEN = 4
+# Servers differ in the width of a seed; all accept 31 bits.
 _HIGHEST_SEED = 2**31 - 1
 
 
-class _NoAnswer(Exception):
-    """Why a request brought no continuation. `passing`: asking again may help, after `pause_seconds` at the least;
-    `refused`: it is the prompt's fault."""
+class _NoCompletion(Exception):
+    """A request without a completion.
 
-    def __init__(self, reason: str, *, passing: bool, pause_seconds: float = 0.0, refused: bool = False):
+    Attributes:
+        retryable: whether a retry may help.
+        pause_seconds: shortest time before a retry.
+        refused: whether the endpoint refused the prompt.
+    """
+
+    def __init__(self, reason: str, *, retryable: bool, pause_seconds: float = 0.0, refused: bool = False):
         super().__init__(reason)
-        self.passing, self.refused = passing, refused
+        self.retryable, self.refused = retryable, refused
         self.pause_seconds = pause_seconds
 
 
 class OpenAIEngine:
-    """See `rayk.engines.base.Engine`. To be used on one event loop.
+    """Implements `rayk.engines.base.Engine`. All calls must come from one event loop.
 
     Attributes:
-        usage: what was asked and paid for so far.
+        usage: requests and their cost so far.
 
     Raises:
         InputError: the key is missing.
@@ -67,16 +72,16 @@ class OpenAIEngine:
 
     def __init__(self, model: str, settings: OpenAIEngineConfig | None = None):
         self.settings = settings = settings or OpenAIEngineConfig()
-        self._key = _key_in(settings.api_key_variable)
+        self._key = _read_key(settings.api_key_variable)
         self._url = f"{settings.base_url.rstrip('/')}/{'chat/' if settings.chat else ''}completions"
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             limits=httpx2.Limits(max_connections=settings.concurrency),
-            timeout=None,  # of its own, for each part of an answer
+            timeout=None,  # httpx's timeouts hold for parts of a response; `_request` limits the whole
         )
         self._slots = asyncio.Semaphore(settings.concurrency)
-        self._requests = RateLimit(settings.requests_per_minute)
-        self._tokens = RateLimit(settings.tokens_per_minute)
+        self._request_limit = RateLimit(settings.requests_per_minute)
+        self._token_limit = RateLimit(settings.tokens_per_minute)
         self.usage = Usage()
         self.info = EngineInfo(
             model=settings.model_name or model,
@@ -98,63 +103,63 @@ class OpenAIEngine:
 
     def _refuse_signals(self) -> NoReturn:
         raise InputError(
-            f"engine kind 'openai' asks {self.info.model} as a black box, which writes text and gives no signals; use "
-            "engine kind 'transformers' or 'vllm'."
+            f"engine kind 'openai' uses {self.info.model} as a black box, which generates text and returns no signals; "
+            "use engine kind 'transformers' or 'vllm'."
         )
 
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[GeneratedSequence]:
         if parameters.top_k:
-            raise InputError("OpenAI-compatible endpoints take no top_k; leave it out, or use top_p.")
+            raise InputError("OpenAI-compatible endpoints do not support top_k; leave it out, or use top_p.")
         return await gather(
-            self._continued(_text(prompt), parameters, seed) for prompt, seed in zip(prompts, seeds, strict=True)
+            self._generate_one(_check_text(prompt), parameters, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         )
 
     async def warm_up(self) -> None:
-        """Nothing: a request would be paid for."""
+        """Do nothing, because each request costs money."""
 
     async def check_health(self) -> None:
-        """Nothing: a new replica would not mend a slow endpoint."""
+        """Do nothing, because a new replica would not repair an endpoint."""
 
-    async def _continued(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
+    async def _generate_one(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
         retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda error: isinstance(error, _NoAnswer) and error.passing),
-            stop=stop_after_attempt(self.settings.attempts), wait=_pause, reraise=True,
+            retry=retry_if_exception(lambda error: isinstance(error, _NoCompletion) and error.retryable),
+            stop=stop_after_attempt(self.settings.attempts), wait=_wait_seconds, reraise=True,
         )  # fmt: skip
         try:
             async with self._slots:
-                return await retrying(self._ask, prompt, parameters, seed)
-        except _NoAnswer as error:
+                return await retrying(self._request, prompt, parameters, seed)
+        except _NoCompletion as error:
             self.usage.given_up += 1
-            logger.warning("%s left a prompt unanswered: %s", self.info.model, error)
-            return GeneratedSequence(
-                np.zeros(0, np.int32), np.zeros(0, np.float32), "error", "", str(error), error.refused
-            )
+            logger.warning("%s returned no completion for a prompt: %s", self.info.model, error)
+            nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+            return GeneratedSequence(*nothing, "error", "", str(error), error.refused)
 
-    async def _ask(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
-        """One request, when the limits allow it."""
-        expected = len(prompt) / _CHARACTERS_A_TOKEN + parameters.max_new_tokens
-        await self._requests.take(1)
-        await self._tokens.take(expected)
+    async def _request(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
+        """Send one request as soon as the rate limits allow it."""
+        expected = len(prompt) / _CHARACTERS_PER_TOKEN + parameters.max_new_tokens
+        await self._request_limit.acquire(1)
+        await self._token_limit.acquire(expected)
         self.usage.requests += 1
         try:
             async with asyncio.timeout(self.settings.timeout_seconds):
                 response = await self._client.post(self._url, json=self._body(prompt, parameters, seed))
         except TimeoutError:
-            raise _NoAnswer(f"no answer within {self.settings.timeout_seconds:g} s", passing=True) from None
+            raise _NoCompletion(f"no response within {self.settings.timeout_seconds:g} s", retryable=True) from None
         except httpx2.HTTPError as error:
-            raise _NoAnswer(
-                f"the connection failed ({type(error).__name__} at {self.settings.base_url})", passing=True
+            raise _NoCompletion(
+                f"the connection failed ({type(error).__name__} at {self.settings.base_url})", retryable=True
             ) from None
         if not response.is_success:
-            raise self._refusal(response)
+            raise self._status_error(response)
         try:
-            answer = response.json()
+            content = response.json()
         except ValueError:
-            raise _NoAnswer("the answer is not JSON", passing=True) from None
-        self._count(answer, expected)
-        return self._generated(answer)
+            raise _NoCompletion("the response is not JSON", retryable=True) from None
+        self._count_usage(content, expected)
+        return self._parse(content)
 
     def _body(self, prompt: str, parameters: SamplingParameters, seed: int) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -172,32 +177,34 @@ class OpenAIEngine:
         body |= {"prompt": prompt, "max_tokens": parameters.max_new_tokens}
         return body | ({"logprobs": 1} if self.settings.logprobs else {})
 
-    def _refusal(self, response: httpx2.Response) -> Exception:
-        """What a status other than success means for the prompt."""
+    def _status_error(self, response: httpx2.Response) -> Exception:
+        """Return the error for a response whose status is not success."""
         status = response.status_code
-        said, code = self._said(response)
-        place = f"The endpoint {self.settings.base_url}"
+        message, code = self._error_message(response)
+        endpoint = f"The endpoint {self.settings.base_url}"
         if status in (401, 403):
             return InputError(
-                f"{place} refused the key ({status}: {said}); set {self.settings.api_key_variable or 'a key'}, which "
-                f"engine.api_key_variable names, to one that may use '{self.info.model}'."
+                f"{endpoint} refused the key ({status}: {message}); set {self.settings.api_key_variable or 'a key'} "
+                f"(the name in engine.api_key_variable) to a key with access to '{self.info.model}'."
             )
         if status == 404:
             return InputError(
-                f"{place} does not know '{self.info.model}' (404: {said}); see to engine.base_url, "
-                "engine.model_name and engine.chat."
+                f"{endpoint} does not know '{self.info.model}' (404: {message}); correct engine.base_url, "
+                "engine.model_name or engine.chat."
             )
         if code == "insufficient_quota":
-            return InputError(f"{place} says the quota is used up ({status}: {said}); raise it and run again.")
+            return InputError(
+                f"{endpoint} reports that the quota is used up ({status}: {message}); raise it and run again."
+            )
         pause = _retry_after_seconds(response.headers.get("retry-after", ""))
-        return _NoAnswer(
-            f"{status}: {said}" + (f" (to be asked again after {pause:g} s)" if pause else ""),
-            passing=(status in _PASSING or status >= 500) and pause <= _LONGEST_PAUSE_SECONDS, pause_seconds=pause,
-            refused=status in _ABOUT_THE_PROMPT,
+        return _NoCompletion(
+            f"{status}: {message}" + (f" (retry after {pause:g} s)" if pause else ""),
+            retryable=(status in _RETRYABLE or status >= 500) and pause <= _LONGEST_PAUSE_SECONDS, pause_seconds=pause,
+            refused=status in _PROMPT_REFUSED,
         )  # fmt: skip
 
-    def _said(self, response: httpx2.Response) -> tuple[str, str]:
-        """The endpoint's own words, in which it may repeat the key it was sent, and its code for the error."""
+    def _error_message(self, response: httpx2.Response) -> tuple[str, str]:
+        """Return the endpoint's error message and error code. The key is masked, because endpoints may repeat it."""
         try:
             error = response.json()["error"]
             text, code = str(error["message"]), str(error.get("code"))
@@ -207,9 +214,9 @@ class OpenAIEngine:
             text = text.replace(self._key, "***")
         return textwrap.shorten(text, 300, placeholder=" …"), code
 
-    def _count(self, answer: Any, expected: float) -> None:
-        """Add what an answer used, of which `expected` tokens were taken from the limit."""
-        used = answer.get("usage") if isinstance(answer, dict) else None
+    def _count_usage(self, content: Any, expected: float) -> None:
+        """Add a response's usage, and correct the token limit, from which `expected` tokens were acquired."""
+        used = content.get("usage") if isinstance(content, dict) else None
         prompt, completion = (
             (used.get("prompt_tokens"), used.get("completion_tokens", 0)) if isinstance(used, dict) else (None, None)
         )
@@ -217,76 +224,81 @@ class OpenAIEngine:
             return
         self.usage.prompt_tokens += prompt
         self.usage.completion_tokens += completion
-        each_prompt, each_completion = (
+        prompt_price, completion_price = (
             self.settings.price_per_million_prompt_tokens, self.settings.price_per_million_completion_tokens
         )  # fmt: skip
-        if each_prompt is not None and each_completion is not None:
-            paid = (prompt * each_prompt + completion * each_completion) / 1e6
-            self.usage.cost = (self.usage.cost or 0.0) + paid
-        self._tokens.give_back(expected - prompt - completion)
+        if prompt_price is not None and completion_price is not None:
+            cost = (prompt * prompt_price + completion * completion_price) / 1e6
+            self.usage.cost = (self.usage.cost or 0.0) + cost
+        self._token_limit.release(expected - prompt - completion)
 
-    def _generated(self, answer: Any) -> GeneratedSequence:
-        """What an answer says."""
+    def _parse(self, content: Any) -> GeneratedSequence:
+        """Return the completion in a response.
+
+        Raises:
+            _NoCompletion: the response has none, or not a whole one.
+        """
         try:
-            choice = answer["choices"][0]
+            choice = content["choices"][0]
             text = choice["message"]["content"] if self.settings.chat else choice["text"]
-            ended = choice["finish_reason"]
+            finish_reason = choice["finish_reason"]
         except (KeyError, IndexError, TypeError):
-            raise _NoAnswer("the answer holds no completion", passing=True) from None
-        if ended not in ("stop", "length") or not isinstance(text, str):
-            raise _NoAnswer(
-                f"the answer holds no whole completion (finish_reason: {ended})", passing=ended is None,
-                refused=ended == "content_filter" or (self.settings.chat and bool(choice["message"].get("refusal"))),
+            raise _NoCompletion("the response contains no completion", retryable=True) from None
+        if finish_reason not in ("stop", "length") or not isinstance(text, str):
+            is_refusal = self.settings.chat and bool(choice["message"].get("refusal"))
+            raise _NoCompletion(
+                f"the response contains no whole completion (finish_reason: {finish_reason})",
+                retryable=finish_reason is None, refused=finish_reason == "content_filter" or is_refusal,
             )  # fmt: skip
-        logprobs = self._logprobs_of(choice) if self.settings.logprobs and text else np.zeros(0, np.float32)
-        return GeneratedSequence(np.zeros(0, np.int32), logprobs, ended, text)
+        logprobs = self._parse_logprobs(choice) if self.settings.logprobs and text else np.zeros(0, np.float32)
+        return GeneratedSequence(np.zeros(0, np.int32), logprobs, finish_reason, text)
 
-    def _logprobs_of(self, choice: Any) -> np.ndarray:
-        """float32 [written tokens], in nats."""
+    def _parse_logprobs(self, choice: Any) -> np.ndarray:
+        """Return the generated tokens' log-probs, float32 [tokens], in nats."""
         try:
-            listed = choice["logprobs"]
-            values = [each["logprob"] for each in listed["content"]] if self.settings.chat else listed["token_logprobs"]
+            logprobs = choice["logprobs"]
+            values = [t["logprob"] for t in logprobs["content"]] if self.settings.chat else logprobs["token_logprobs"]
             return np.asarray([float(value) for value in values], np.float32)
         except (KeyError, TypeError):
             raise InputError(
-                f"The endpoint {self.settings.base_url} gives no log-probs of what '{self.info.model}' writes; leave "
+                f"The endpoint {self.settings.base_url} returns no log-probs for '{self.info.model}'; leave "
                 "'engine.logprobs' out."
             ) from None
 
 
-def _text(prompt: Prompt) -> str:
+def _check_text(prompt: Prompt) -> str:
     if not isinstance(prompt, str):
-        raise InputError("engine kind 'openai' takes prompts as text, not as token ids; decode them first.")
+        raise InputError("engine kind 'openai' requires prompts as text, not as token ids; decode them first.")
     if not prompt:
         raise InputError("An empty prompt cannot be continued; give it some text.")
     return prompt
 
 
-def _pause(state: RetryCallState) -> float:
-    """Seconds before the next attempt; random, so that prompts refused together do not come back together."""
+def _wait_seconds(state: RetryCallState) -> float:
+    """Return the seconds until the next attempt; random, so that prompts are not all retried at the same time."""
     assert state.outcome is not None
     return getattr(state.outcome.exception(), "pause_seconds", 0.0) + _BACKOFF(state)
 
 
 def _retry_after_seconds(header: str) -> float:
-    """What a Retry-After header (seconds, or an HTTP date) asks to wait; 0 where it says nothing."""
+    """Return the seconds to wait by a Retry-After header (seconds, or an HTTP date); 0 without a valid one."""
     try:
         return max(0.0, float(header))
     except ValueError:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):  # no date; or one without a zone
+    except (TypeError, ValueError):  # not a date, or one without a time zone
         return 0.0
 
 
-def _key_in(variable: str | None) -> str:
+def _read_key(variable: str | None) -> str:
     if variable is None:
         return ""
-    key = os.environ.get(variable, "").strip()  # secrets that come from files end with a newline
+    key = os.environ.get(variable, "").strip()  # secrets read from files end with a newline
     if not key:
         raise InputError(
-            f"engine.api_key_variable names {variable}, but no such environment variable is set where the replica "
+            f"engine.api_key_variable names {variable}, but this environment variable is not set where the replica "
             "runs; set it, or set engine.api_key_variable to null for an endpoint without keys."
         )
     return key

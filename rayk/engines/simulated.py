@@ -1,8 +1,8 @@
-"""The simulated engine: answers of the real size after the time a real teacher would take, for planning capacity.
+"""The simulated engine: random signals of the real size after the time that a real teacher would take.
 
-It loads a tokenizer and an architecture but no weights, and computes next to nothing, so one machine can stand for a
-cluster: how many replicas keep a student fed, what crosses the network, what autoscaling does. Its signals are
-well-formed and say nothing.
+It loads a tokenizer and a model configuration but no weights, and computes almost nothing, so one machine can simulate
+a cluster: the number of replicas that a student requires, the network traffic, autoscaling. Its signals are valid but
+carry no information.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from rayk.signals.sequence import TokenSequence
 
 
 class SimulatedEngine:
-    """See `rayk.engines.base.Engine`. One request is computed at a time, at the given tokens a second; the latency of
-    the network is waited for apart from it."""
+    """Implements `rayk.engines.base.Engine`. One request is computed at a time, at the given tokens per second; the
+    network latencies of several requests pass at the same time."""
 
     def __init__(self, model: str, settings: SimulatedEngineConfig, *, trust_remote_code: bool = False):
         self.settings = settings
@@ -43,7 +43,7 @@ class SimulatedEngine:
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         check_request(self.info, sequences, support)
-        await self._take(sum(map(len, sequences)) / self.settings.tokens_per_second)
+        await self._wait(sum(map(len, sequences)) / self.settings.tokens_per_second)
         counts = torch.tensor([sequence.counted_tokens for sequence in sequences])
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         tokens = int(offsets[-1])
@@ -51,9 +51,9 @@ class SimulatedEngine:
         if isinstance(support, Logprob):
             return SignalBatch(support, offsets, logprobs, self.info.vocab_size)
         assert isinstance(support, TopK)
-        first = torch.arange(tokens)[:, None] * 7919  # other ids at every position, as a real teacher has
+        first = torch.arange(tokens)[:, None] * 7919  # different ids at every position, as from a real teacher
         ids = (first + torch.arange(support.k)) % self.info.vocab_size
-        # A geometric distribution: half of what is left to each next token.
+        # A geometric distribution: each token gets half of the remaining probability.
         ladder = -(torch.arange(support.k) + 1.0) * float(np.log(2))
         tails = torch.full((tokens, len(support.temperatures)), float(ladder[-1]))
         return SignalBatch(support, offsets, logprobs, self.info.vocab_size, ids, ladder.expand(tokens, -1), tails)
@@ -63,20 +63,20 @@ class SimulatedEngine:
     ) -> list[GeneratedSequence]:
         rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters)
         length = parameters.max_new_tokens
-        await self._take(length * len(rows) / self.settings.generated_tokens_per_second)
+        await self._wait(length * len(rows) / self.settings.generated_tokens_per_second)
         ids = [np.random.default_rng(seed).integers(0, self.info.vocab_size, length, np.int32) for seed in seeds]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         logprobs = np.full(length, -2.0, np.float32)
         return [GeneratedSequence(row, logprobs, "length", text) for row, text in zip(ids, texts, strict=True)]
 
     def head(self) -> Head:
-        raise InputError("engine kind 'simulated' has no weights, so it cannot give hidden states; use 'topk'.")
+        raise InputError("engine kind 'simulated' has no weights, so it returns no hidden states; use 'topk'.")
 
     async def warm_up(self) -> None:
         await asyncio.sleep(self.settings.start_seconds)
 
     async def check_health(self) -> None:
-        """Nothing here can break."""
+        """Do nothing, because this engine cannot fail."""
 
     async def _take(self, seconds: float) -> None:
         await asyncio.sleep(self.settings.latency_seconds)

@@ -1,31 +1,44 @@
-"""What rayk adds to vLLM's worker processes, which load this module by its name."""
+"""New weights for vLLM's worker processes: the file they read, and the extension that loads it. vLLM imports this
+module by its name in each worker."""
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
+
+WORKER_EXTENSION = "rayk.engines.vllm_worker.WeightUpdateExtension"
+"""For vLLM's argument `worker_extension_cls`; `VLLMEngine.load_weights` requires it."""
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class WeightUpdateExtension:
-    """Mixed into vLLM's worker (its argument `worker_extension_cls`)."""
+    """Mixed into vLLM's worker class by `worker_extension_cls`."""
 
     reload_weights: Any
+    """A method of the worker."""
     get_model: Any
-    """The worker's own, as the former."""
+    """A method of the worker."""
 
     def load_weights_file(self, path: str) -> None:
-        """Compute with the weights of the safetensors file `path` from now on; each worker takes its shard of them.
+        """Compute with the weights of the safetensors file `path` from now on; each worker loads its own shard.
 
-        `reload_weights` keeps the tensors where they are, which CUDA graphs and kernels with a layout of their own
-        need, and which vLLM's `load_weights` alone does not do.
+        `reload_weights` keeps the tensors' addresses, which CUDA graphs and kernels with their own layout require;
+        vLLM's `load_weights` alone does not.
         """
         with safe_open(path, "pt") as file:
             names = file.keys()
             self.reload_weights(weights_iterator=((name, file.get_tensor(name)) for name in names))
-        self._pack_heads_again()
+        self._repack_heads()
 
-    def _pack_heads_again(self) -> None:
-        """On the CPU a head computes with a packed copy of its weight. Where that is the embedding's, `reload_weights`
-        finds nothing of the head's own to load, and leaves the copy as it was."""
+    def _repack_heads(self) -> None:
+        """Renew the packed copy of the head's weight that vLLM computes with on the CPU. Where the head shares the
+        embedding's weight, `reload_weights` finds no weight of the head and keeps the old copy."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 
@@ -33,3 +46,20 @@ class WeightUpdateExtension:
             for module in self.get_model().modules():
                 if isinstance(module, ParallelLMHead):
                     module.quant_method.process_weights_after_loading(module)
+
+
+def write_safetensors(file: BinaryIO, weights: Mapping[str, Tensor]) -> None:
+    """Write `weights` to an open file in the safetensors format. safetensors' own `save_file` creates a new file and
+    renames it, so it cannot write to a file without a name."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end],
+        }  # fmt: skip
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for tensor in weights.values():
+        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    file.flush()

@@ -1,7 +1,7 @@
-"""Causal language models as rayk uses them: loading, the body that computes hidden states, and the `Head` over them.
+"""Causal language models in two parts: the body, which computes hidden states, and the `Head`, which computes logits.
 
-Body and head are kept apart because the head is the expensive part of a small model with a large vocabulary: it is
-applied only where a token counts, and only to a chunk of positions at a time.
+Body and head are separate because the head is the expensive part of a small model with a large vocabulary: it runs only
+at counted tokens, and only on a limited number of them at a time.
 """
 
 from rayk.models.fingerprint import real_vocab_size, tokenizer_fingerprint, weights_fingerprint

@@ -13,12 +13,11 @@ _SAMPLES = 256
 
 
 def weights_fingerprint(name: str, commit: str | None = None) -> str:
-    """A hash that changes when the weights of a local folder do; of a hub id its `commit`, or "" where that is not
-    known.
+    """Return a hash that changes with the weights in a local folder; for a hub id its `commit`, or "" if unknown.
 
-    Small files are hashed whole. Of larger ones the header and some of each tensor is, so that the first replica is not
-    held up by reading tens of gigabytes twice: training any tensor changes the fingerprint, but an edit by hand of a
-    few of its elements may not.
+    Small files are hashed completely. From larger files, the header and samples of each tensor are hashed, because
+    reading tens of gigabytes would delay the first replica. Training any tensor changes the fingerprint, but a manual
+    edit of a few elements may not.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -27,14 +26,14 @@ def weights_fingerprint(name: str, commit: str | None = None) -> str:
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         whole.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            for offset, length in _sampled(file, path):
+            for offset, length in _sampled_parts(file, path):
                 file.seek(offset)
                 whole.update(file.read(length))
     return whole.hexdigest()
 
 
-def _sampled(file: BinaryIO, path: Path) -> list[tuple[int, int]]:
-    """Which (offset, length) of a file its fingerprint reads."""
+def _sampled_parts(file: BinaryIO, path: Path) -> list[tuple[int, int]]:
+    """Return the parts of a file that its fingerprint covers, as (offset, length)."""
     size = path.stat().st_size
     if size <= _HASHED_WHOLE_BYTES:
         return [(0, size)]
@@ -51,10 +50,10 @@ def _sampled(file: BinaryIO, path: Path) -> list[tuple[int, int]]:
 
 
 def real_vocab_size(tokenizer) -> int:
-    """One more than the tokenizer's highest id. Models often pad their embeddings past it."""
+    """Return the tokenizer's highest id plus 1. Models often pad their embeddings to a larger size."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """A hash of the token-to-id map: equal for tokenizers that give every token the same id."""
+    """Return a hash of the map from tokens to ids; it is equal for tokenizers with the same ids for all tokens."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The `Head` of a causal language model: the map from final hidden states to logits."""
+"""The `Head` of a causal language model, which maps final hidden states to logits."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from rayk.models.types import DTYPES, CausalLM
 
 @dataclass(frozen=True)
 class Head:
-    """The map from final hidden states to logits: cap·tanh((scale·(W h + b))/cap), each part optional.
+    """A map from final hidden states to logits, cap·tanh((scale·(W h + b))/cap); each part is optional.
 
     Attributes:
         weight: [vocab, width].
         bias: [vocab] or None.
-        scale: multiplies the logits (Granite, Cohere, Falcon-H1); 1 elsewhere.
-        softcap: Gemma's cap on logits; None elsewhere.
+        scale: factor of the logits (Granite, Cohere, Falcon-H1); 1 in other models.
+        softcap: Gemma's cap on logits; None in other models.
     """
 
     weight: Tensor
@@ -34,21 +34,20 @@ class Head:
         return self.weight.shape[0]
 
     def to(self, device: torch.device | str) -> "Head":
-        """The same head on `device`."""
+        """Return the same head on `device`."""
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
     def select(self, ids: Tensor) -> "Head":
-        """The head of the tokens `ids` alone, in their order."""
+        """Return the head of the tokens `ids` only, in their order."""
         return replace(self, weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
 
     def truncate(self, vocab_size: int) -> "Head":
-        """The head of the first `tokens` tokens alone, sharing memory."""
-        return replace(
-            self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
-        )
+        """Return the head of the first `vocab_size` tokens only, sharing memory."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in `hidden`'s dtype."""
+        """Compute float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in their dtype."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).float()
         if self.scale != 1.0:
@@ -57,7 +56,7 @@ class Head:
 
 
 def pack_head(head: Head) -> dict[str, Any]:
-    """`head` as plain values and byte arrays, which Ray shares between processes without copying."""
+    """Convert `head` to plain values and byte arrays, which Ray shares between processes without copying."""
     tensors = {"weight": head.weight, "bias": head.bias}
     packed = {
         name: None if tensor is None else tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
@@ -67,23 +66,23 @@ def pack_head(head: Head) -> dict[str, Any]:
 
 
 def unpack_head(packed: dict[str, Any]) -> Head:
-    """What `pack_head` made; the tensors share the arrays' memory and must not be written to."""
-    dtype = next(each for each in DTYPES.values() if str(each) == packed["dtype"])
+    """Restore a head from `pack_head`. Its tensors share the arrays' memory; do not write to them."""
+    dtype = next(dtype for dtype in DTYPES.values() if str(dtype) == packed["dtype"])
 
-    def tensor(array: np.ndarray | None) -> Tensor | None:
+    def to_tensor(array: np.ndarray | None) -> Tensor | None:
         if array is None:
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the array is read-only
+            warnings.simplefilter("ignore", UserWarning)  # the array is read-only
             return torch.from_numpy(array).view(dtype)
 
-    weight = tensor(packed["weight"])
+    weight = to_tensor(packed["weight"])
     assert weight is not None
-    return Head(weight, tensor(packed["bias"]), packed["scale"], packed["softcap"])
+    return Head(weight, to_tensor(packed["bias"]), packed["scale"], packed["softcap"])
 
 
 def get_head(model: CausalLM) -> Head:
-    """The head of a transformers causal LM, sharing its parameters.
+    """Return the head of a transformers causal LM, sharing its parameters.
 
     Raises:
         InputError: the model has no output embedding.
@@ -103,7 +102,7 @@ def get_head(model: CausalLM) -> Head:
 
 
 def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Hidden states after the final norm, [rows, length, width], of right-padded rows."""
+    """Compute the hidden states after the final norm, [rows, length, width], of right-padded rows."""
     body = getattr(model, model.base_model_prefix)
     if can_pack(model, input_ids.shape[1]) and not attention_mask.all():
         return packed_hidden(body, input_ids, attention_mask)
@@ -112,24 +111,25 @@ def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> 
 
 @torch.no_grad()
 def check_head(model: CausalLM) -> None:
-    """Compare body + `Head` with the model's own logits on a short probe.
+    """Check that body and `Head` reproduce the model's own logits on a short sequence.
 
     Raises:
-        InputError: they differ, so this architecture does something between body and logits that `Head` does not know;
-            or they are not numbers.
+        InputError: they do not, because the architecture has an operation between body and logits that `Head` lacks; or
+            the logits are NaN.
     """
-    vocab_size = get_head(model).vocab_size
-    probe = torch.arange(1, 9, device=model.device)[None] % vocab_size
+    head = get_head(model)
+    probe = torch.arange(1, 9, device=model.device)[None] % head.vocab_size
     mask = torch.ones_like(probe)
-    own = model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
-    ours = get_head(model).logits(final_hidden(model, probe, mask)[0])
-    if own.isnan().any():
+    expected = model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
+    logits = head.logits(final_hidden(model, probe, mask)[0])
+    if expected.isnan().any():
         raise InputError(f"{type(model).__name__} computes NaN from its weights; the checkpoint is damaged.")
-    # Against the logits' own spread: a missing scale shows on flat distributions too, and rounding looks like none.
-    own, ours = own - own.mean(1, keepdim=True), ours - ours.mean(1, keepdim=True)
+    # Relative to the logits' own spread: this detects a missing scale on flat distributions, and tolerates rounding.
+    expected, logits = expected - expected.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    if (own - ours).abs().max() > tolerance * own.abs().max():
+    if (expected - logits).abs().max() > tolerance * expected.abs().max():
         raise InputError(
-            f"{type(model).__name__} computes its logits in a way rayk's Head does not describe (they differ by up to "
-            f"{(own - ours).abs().max():.3g}); please report the architecture, since training on these would be wrong."
+            f"{type(model).__name__} computes its logits in a way that rayk's Head does not implement (they differ by "
+            f"up to {(expected - logits).abs().max():.3g}); please report the architecture, because training with "
+            "these logits would be wrong."
         )

@@ -1,8 +1,8 @@
-"""Keys and values that a causal LM has computed, kept a sequence apart from its batch: sequences of unequal length join
-and leave batches, and lose their last tokens again.
+"""A KV cache per sequence instead of per batch: sequences of different lengths can join and leave batches, and their
+last tokens can be removed again.
 
-A batch puts each sequence's past to the right of a common width, so past and new tokens are neighbours, as attention
-within a window needs; the padding before them is masked and position ids count from the sequence's own start.
+A batch aligns all sequences' caches at the right, so that cached and new tokens are neighbors, as sliding-window
+attention requires. The padding before them is masked, and position ids count from each sequence's start.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from rayk.models import CausalLM
 
 @dataclass(frozen=True)
 class KeyValues:
-    """What a model keeps of a sequence's first tokens: a pair (keys, values) a layer, each [heads, tokens, width]."""
+    """Keys and values of a sequence's first tokens: a pair (keys, values) per layer, each [heads, tokens, width]."""
 
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
@@ -28,17 +28,17 @@ class KeyValues:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
     def truncate(self, tokens: int) -> "KeyValues":
-        """Those of the first `tokens` tokens, sharing memory."""
+        """Return the keys and values of the first `tokens` tokens, sharing memory."""
         return KeyValues(tuple((keys[:, :tokens], values[:, :tokens]) for keys, values in self.layers))
 
     def clone(self) -> "KeyValues":
-        """The same in memory of their own: a part of a batch holds the whole batch's."""
+        """Return a copy in memory of its own, because a part of a batch keeps the whole batch's memory allocated."""
         return KeyValues(tuple((keys.clone(), values.clone()) for keys, values in self.layers))
 
 
 def can_continue(model: CausalLM) -> bool:
-    """Whether the model reads on from keys and values alone, wherever a sequence is cut. State-space layers and the
-    like, which keep one state of all tokens, do not."""
+    """Return whether the model can continue a sequence from the keys and values of any number of its first tokens.
+    Models with state-space layers cannot, because these keep a single state of all tokens."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     layers = DynamicCache(config=model.config).layers
@@ -46,8 +46,8 @@ def can_continue(model: CausalLM) -> bool:
     return takes_positions and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-class Batch:
-    """Sequences that a model reads on together, each from where its key-values end (none: from the start)."""
+class CachedBatch:
+    """A batch of sequences, each of which continues after its cached tokens (or from the start if none are cached)."""
 
     def __init__(self, model: CausalLM, pasts: list[KeyValues]):
         from transformers import DynamicCache
@@ -58,7 +58,7 @@ class Batch:
         longest = max(map(len, pasts))
         self._mask = torch.arange(longest, device=device) >= longest - self._lengths[:, None]
         self._starts = [longest - len(past) for past in pasts]
-        # Without a config every layer keeps all tokens; one that keeps a window could not be cut.
+        # Without a config every layer keeps all tokens; a cache limited to a window could not be truncated.
         self._cache = DynamicCache()
         for layer in range(max(len(past.layers) for past in pasts)):
             pairs = [past.layers[layer] if past.layers else None for past in pasts]
@@ -67,10 +67,12 @@ class Batch:
             )
             self._cache.update(keys, values, layer)
 
-    def read(self, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Final hidden states [rows, length, width] of the next tokens, int64 [rows, length].
+    def forward(self, input_ids: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the final hidden states [rows, length, width] of the next tokens, int64 [rows, length].
 
-        Where only the first `counts` [rows] of a row are tokens and the rest is padding, nothing can be read after it.
+        Args:
+            counts: [rows], number of real tokens in each row if the remaining ones are padding; a padded batch cannot
+                be continued.
         """
         steps = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         counts = torch.full_like(self._lengths, input_ids.shape[1]) if counts is None else counts
@@ -83,7 +85,7 @@ class Batch:
         ).last_hidden_state  # fmt: skip
 
     def key_values(self) -> list[KeyValues]:
-        """A sequence's each, sharing the batch's memory."""
+        """Return the keys and values of each sequence, sharing the batch's memory."""
         layers = [(layer.keys, layer.values) for layer in self._cache.layers]
         spans = zip(self._starts, self._lengths.tolist(), strict=True)
         return [
@@ -102,9 +104,9 @@ def _body(model: CausalLM):
 
 
 def _right_aligned(rows: list[Tensor | None], longest: int) -> Tensor:
-    """[rows, heads, longest, width] of rows [heads, tokens, width], zeros before their tokens."""
-    some = next(row for row in rows if row is not None)
-    aligned = some.new_zeros(len(rows), some.shape[0], longest, some.shape[2])
+    """Stack rows [heads, tokens, width] to [rows, heads, longest, width], with zeros before their tokens."""
+    first = next(row for row in rows if row is not None)
+    aligned = first.new_zeros(len(rows), first.shape[0], longest, first.shape[2])
     for place, row in enumerate(rows):
         if row is not None:
             aligned[place, :, longest - row.shape[1] :] = row

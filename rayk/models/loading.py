@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayk.config.paths import is_local_path
 from rayk.errors import InputError
 from rayk.models.head import Head, check_head, get_head
 from rayk.models.packing import enable_packing
 from rayk.models.types import DTYPES, CausalLM
 
 UNLIMITED = 1 << 30
+"""Length limit of a model whose configuration has none."""
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> CausalLM:
-    """A causal LM from a local folder or a hub id, on `device`, its head checked.
+    """Load a causal LM from a local folder or a hub id to `device`, and check its head.
 
     Raises:
-        InputError: the folder or id holds no causal language model that can be loaded whole.
+        InputError: the folder or id contains no causal language model, or not all of its weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -31,12 +33,12 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
         AutoModelForCausalLM, name, "model", dtype="auto" if dtype == "auto" else DTYPES[dtype],
         trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    # transformers would leave these at random values and go on.
+    # transformers would initialize these at random and continue.
     unloaded = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if unloaded:
         raise InputError(
-            f"The weights in '{name}' do not make the {type(model).__name__} its config.json describes: "
-            f"{len(unloaded)} tensors are missing or of another shape, such as {unloaded[0]}."
+            f"The weights in '{name}' do not match the {type(model).__name__} that its config.json describes: "
+            f"{len(unloaded)} tensors are missing or have another shape, such as {unloaded[0]}."
         )
     model = model.to(device)
     check_head(model.eval())
@@ -45,10 +47,10 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
 
 
 def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Head:
-    """The head of a local folder's or hub id's model, on the CPU, without loading the body.
+    """Load the head of a model in a local folder or with a hub id to the CPU, without loading the body.
 
     Raises:
-        InputError: there are no safetensors that hold an output embedding under the name its architecture gives.
+        InputError: no safetensors file contains the output embedding under the name that the architecture uses.
     """
     from transformers import AutoModelForCausalLM
 
@@ -60,8 +62,8 @@ def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False)
     named = list(model.named_parameters(remove_duplicate=False))
 
     def read(parameter: Tensor | None) -> Tensor | None:
-        # A tied head is saved under one of its names.
-        names = [key for key, each in named if each is parameter]
+        # Tied weights are saved under one of their names.
+        names = [key for key, candidate in named if candidate is parameter]
         return None if parameter is None else _read_tensor(name, names).to(dtype)
 
     weight = read(head.weight)
@@ -70,7 +72,7 @@ def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False)
 
 
 def _read_tensor(model: str, names: list[str]) -> Tensor:
-    """The tensor that `model`'s safetensors hold under one of `names`."""
+    """Read the tensor stored under one of `names` in the safetensors of `model`."""
     from safetensors import safe_open
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -81,19 +83,19 @@ def _read_tensor(model: str, names: list[str]) -> Tensor:
         if path is None:
             continue
         with safe_open(path, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (it is no dict)
+            if name in tensors.keys():  # noqa: SIM118 (not a dict)
                 return tensors.get_tensor(name)
     raise InputError(
-        f"The safetensors of '{model}' hold none of {', '.join(names)}, so its head cannot be read; leave "
+        f"The safetensors of '{model}' contain none of {', '.join(names)}, so its head cannot be read; leave "
         "'engine.hidden' out."
     )
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False):
-    """The tokenizer of a local folder or a hub id.
+    """Load the tokenizer of a local folder or a hub id.
 
     Raises:
-        InputError: there is none that can be loaded.
+        InputError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -101,14 +103,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False):
 
 
 def load_model_config(name: str, *, trust_remote_code: bool = False):
-    """The architecture settings (`config.json`) of a local folder or a hub id."""
+    """Load the model configuration (`config.json`) of a local folder or a hub id."""
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig, name, "model configuration", trust_remote_code=trust_remote_code)
 
 
 def pick_device(device: str = "auto") -> str:
-    """`auto` is the first GPU this process sees, else the CPU."""
+    """Return `device`; for `auto`, the first GPU that this process sees, or the CPU."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,27 +118,27 @@ def pick_device(device: str = "auto") -> str:
 
 def _from_pretrained(loader, name: str, what: str, **options):
     folder = Path(name).expanduser()
-    if _looks_like_path(name) and not folder.is_dir():
-        raise InputError(
-            f"The folder '{name}' does not exist, so no {what} can be loaded; give a model folder or a hub id."
-        )
+    if is_local_path(name) and not folder.is_dir():
+        problem = f"'{name}' is a file, not a folder" if folder.exists() else f"The folder '{name}' does not exist"
+        raise InputError(f"{problem}, so no {what} can be loaded; give a model folder or a hub id.")
     try:
         with quiet_loading():
             return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)
-    except Exception as error:  # of any type: transformers, safetensors, tokenizers and the hub each have their own
+    except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own types
         reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-        taken = "" if folder.is_dir() else " (there is no such folder, so it was taken for a hub id)"
-        raise InputError(f"No {what} could be loaded from '{name}'{taken}: {reason}") from error
+        hint = "" if folder.is_dir() else " (there is no such folder, so the name was used as a hub id)"
+        raise InputError(f"No {what} could be loaded from '{name}'{hint}: {reason}") from error
 
 
 def max_positions(config: Any) -> int:
-    """Number of tokens that the model of a transformers config accepts, `UNLIMITED` where the config gives none."""
+    """Return the longest sequence that the model of a transformers config accepts; `UNLIMITED` if the config has no
+    limit."""
     return int(getattr(config and config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bars and load reports; what matters of those, `load_model` says itself."""
+    """Suppress transformers' progress bars and load reports; `load_model` itself raises for missing weights."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -148,7 +150,3 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()

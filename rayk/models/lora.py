@@ -1,11 +1,11 @@
-"""A student that learns as a small adapter on frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685, §4.1).
+"""Train a small adapter on a student with frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685, §4.1).
 
     h = W x + (α/r)·B A x        A [r, in] random, B [out, r] zero, both float32; W frozen
 
-so the student starts as its base exactly. peft puts the pairs (A, B) into the model's own layers, and the model stays
-of the transformers class it was: body, head and generation are reached as ever. What learns is what requires gradients,
-and only that is optimised, kept in checkpoints and sent to a served policy's replicas. The head has no pair, for losses
-read its weight as it is (`rayk.models.Head`).
+so the student's outputs before training are exactly its base's. peft adds the pairs (A, B) to the model's own layers,
+and the model keeps its transformers class, so body, head and generation are used as before. Only parameters that
+require gradients are optimized, stored in checkpoints and sent to a served policy's replicas. The head has no pair,
+because losses use its weight directly (`rayk.models.Head`).
 """
 
 import copy
@@ -21,17 +21,17 @@ from rayk.config import LoraConfig
 from rayk.errors import InputError
 
 _NAME = "default"
-_WHOLE = f".modules_to_save.{_NAME}."
+_TRAINED_COPY = f".modules_to_save.{_NAME}."
 
 
 def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
-    """Freeze `model` (a transformers causal LM) and give it an adapter, A drawn from `seed`.
+    """Freeze `model` (a transformers causal LM) and add an adapter to it, with A sampled from `seed`.
 
     Args:
-        base: the folder or hub id the model came from; peft's files name it.
+        base: the model's folder or hub id, which peft's files refer to.
 
     Raises:
-        InputError: peft is not there, or the settings name modules that the model lacks or that cannot be adapted.
+        InputError: peft is not installed, or the settings name modules that do not exist or cannot be adapted.
     """
     peft = _peft()
     _check_names(model, "target_modules", settings.target_modules)
@@ -44,7 +44,7 @@ def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
     model.requires_grad_(False)
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.simplefilter("ignore", UserWarning)  # that GPT-2 holds its weights transposed, which peft heeds
+        warnings.simplefilter("ignore", UserWarning)  # GPT-2's weights are transposed, which peft handles
         try:
             peft.inject_adapter_in_model(config, model, _NAME)
         except (ValueError, TypeError) as error:
@@ -56,13 +56,13 @@ def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether `add_adapter` has given `model` one."""
+    """Return whether `model` has an adapter from `add_adapter`."""
     return hasattr(model, "peft_config")
 
 
 @torch.no_grad()
 def merged_state_dict(model: Any) -> dict[str, Tensor]:
-    """The state of `model` as one without an adapter: W + (α/r)·B A, in W's dtype, under the base's names."""
+    """Return the state dict with the adapter merged, W + (α/r)·B A, in W's dtype and under the base's names."""
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name or ".original_module." in name:
@@ -71,12 +71,12 @@ def merged_state_dict(model: Any) -> dict[str, Tensor]:
         if part == "weight":
             update = model.get_submodule(layer).get_delta_weight(_NAME)
             tensor = (tensor.float() + update).to(tensor.dtype).cpu()
-        state[name.replace(".base_layer.", ".").replace(_WHOLE, ".")] = tensor
+        state[name.replace(".base_layer.", ".").replace(_TRAINED_COPY, ".")] = tensor
     return state
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter of `model` as peft does, for `PeftModel.from_pretrained`."""
+    """Save the adapter of `model` in peft's format, for `PeftModel.from_pretrained`."""
     peft = _peft()
     state = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,27 +88,29 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 
 def _check_names(model: Any, field: str, names: str | list[str]) -> None:
-    """Each of `names`, all or the last part of a module's, is there and can be what `field` makes of it."""
+    """Check that each of `names` (a module's full name or its last part) exists and suits the setting `field`."""
     if isinstance(names, str):
         return
     modules = dict(model.named_modules())
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     for name in names:
-        found = [module for key, module in modules.items() if key == name or key.endswith(f".{name}")]
-        where = f"student.lora.{field} names '{name}'"
-        if not found:
-            inside = {key.rpartition(".")[2] for key, module in modules.items() if _adaptable(module)}
-            raise InputError(f"{where}, which {type(model).__name__} lacks; it has {', '.join(sorted(inside))}.")
-        if any(next(module.children(), None) for module in found):
-            raise InputError(f"{where}, which is made of other modules; name those.")
-        if tied and any(module is head or module is embeddings for module in found):
-            raise InputError(f"{where}, but the student's embeddings and head are one tensor; leave it out.")
-        if field == "target_modules" and any(module is head for module in found):
-            raise InputError(f"{where}, the student's head; name it in student.lora.modules_to_save, or leave it out.")
+        matches = [module for key, module in modules.items() if key == name or key.endswith(f".{name}")]
+        setting = f"student.lora.{field} names '{name}'"
+        if not matches:
+            known = {key.rpartition(".")[2] for key, module in modules.items() if _is_matrix(module)}
+            raise InputError(f"{setting}, which {type(model).__name__} lacks; it has {', '.join(sorted(known))}.")
+        if any(next(module.children(), None) for module in matches):
+            raise InputError(f"{setting}, which contains other modules; name those.")
+        if tied and any(module is head or module is embeddings for module in matches):
+            raise InputError(f"{setting}, but the student's embeddings and head are one tensor; leave it out.")
+        if field == "target_modules" and any(module is head for module in matches):
+            raise InputError(
+                f"{setting}, the student's head; name it in student.lora.modules_to_save, or leave it out."
+            )
 
 
-def _adaptable(module: Any) -> bool:
+def _is_matrix(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 2
 

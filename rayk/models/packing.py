@@ -1,8 +1,9 @@
-"""Rows of unlike length through a transformers body without computing their padding.
+"""Run rows of different lengths through a transformers body without computing padding.
 
-The rows' tokens stand one after the other in a single row; everything in a transformer but attention treats tokens one
-by one and does not notice. Attention is taken row by row, by the implementation registered here: the rows' lengths
-reach it as the attention mask, an integer one of four dimensions, which transformers hands through untouched.
+The rows' tokens are concatenated to a single row. All parts of a transformer except attention process each token alone,
+so this does not change their results. The attention implementation registered here runs attention row by row. It
+receives the rows' lengths as the attention mask, an integer tensor of four dimensions, which transformers passes
+through unchanged.
 """
 
 from typing import Any
@@ -15,20 +16,20 @@ _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def enable_packing(model: Any) -> None:
-    """Let `packed_hidden` run `model` (a transformers causal LM that uses `sdpa`), if it can be run so.
+    """Enable `packed_hidden` for `model` (a transformers causal LM that uses `sdpa`), if its results are correct.
 
-    A probe decides: a body that computes something else on packed rows keeps transformers' own attention.
+    A test run decides: a body that computes different values for packed rows keeps transformers' own attention.
     """
-    if model.config._attn_implementation != "sdpa" or not _row_wise(model.config.get_text_config()):
+    if model.config._attn_implementation != "sdpa" or not _mixes_by_attention_only(model.config.get_text_config()):
         return
     _register()
     model.set_attn_implementation(_NAME)
-    if not _agrees(model):
+    if not _packs_correctly(model):
         model.set_attn_implementation("sdpa")
 
 
 def can_pack(model: Any, longest: int) -> bool:
-    """Whether `packed_hidden` gives what the body would for rows of up to `longest` tokens."""
+    """Return whether `packed_hidden` equals the body's own result for rows of up to `longest` tokens."""
     if model.config._attn_implementation != _NAME:
         return False
     window = getattr(model.config.get_text_config(), "sliding_window", None)
@@ -36,7 +37,7 @@ def can_pack(model: Any, longest: int) -> bool:
 
 
 def packed_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The body's last hidden states [rows, length, width] of right-padded rows; zeros at the padding."""
+    """Compute the body's last hidden states [rows, length, width] of right-padded rows; zeros at the padding."""
     real = attention_mask.bool()
     lengths = real.sum(dim=1)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -50,8 +51,8 @@ def packed_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     return hidden.masked_scatter(real[:, :, None], states)
 
 
-def _row_wise(config: Any) -> bool:
-    """Whether attention is all that mixes tokens, as far as the configuration tells."""
+def _mixes_by_attention_only(config: Any) -> bool:
+    """Return whether, by the configuration, tokens influence each other through attention only."""
     kinds = set(getattr(config, "layer_types", None) or ())
     return kinds <= _ATTENTION_TYPES and getattr(config, "attention_chunk_size", None) is None
 
@@ -72,7 +73,7 @@ def _attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, one call a row where the mask is the rows' lengths."""
+    """Call transformers' `sdpa`, once per row if the mask contains the rows' lengths."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if attention_mask is None or attention_mask.dtype != torch.int64:
@@ -83,15 +84,16 @@ def _attention(
 
 
 @torch.no_grad()
-def _agrees(model: Any) -> bool:
-    """Compare packed with padded rows; one that leaks into the next, or a mask not handed through, shows here."""
+def _packs_correctly(model: Any) -> bool:
+    """Return whether packed and padded rows give the same states. This detects rows that influence each other and masks
+    that are not passed through."""
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 25, device=model.device).reshape(3, 8) % vocab_size
     mask = (torch.arange(8, device=model.device) < torch.tensor([[5], [8], [2]], device=model.device)).long()
     body = getattr(model, model.base_model_prefix)
     try:
         packed = packed_hidden(body, ids, mask)
-    except Exception:  # whatever a body that cannot take such a mask makes of it
+    except Exception:  # a body that does not support such a mask can raise anything
         return False
     padded = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state * mask[:, :, None]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05

@@ -1,4 +1,4 @@
-"""The model that learns, made or loaded: alike wherever a run needs a copy of it."""
+"""Build the student's model; every process that needs a copy builds the same one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ from rayk.models.packing import enable_packing
 
 
 def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu") -> nn.Module:
-    """The student's model, loaded or with random weights drawn from `seed`; an adapter's too.
+    """Load the student's model, or initialize one from `seed`; also initialize its adapter from `seed`.
 
     Raises:
-        InputError: it cannot be loaded or made, or its vocabulary is smaller than the tokenizer's.
+        InputError: the model cannot be loaded or built, or its vocabulary is smaller than the tokenizer's.
     """
-    settings = architecture(config, tokenizer)
+    settings = build_model_config(config, tokenizer)
     model: Any
     if config.model is not None:
         model = load_model(config.model, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
@@ -35,8 +35,8 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
 
 
 @dataclass(frozen=True)
-class Size:
-    """How many parameters a model has, and how many of them train; an adapter's own count in both."""
+class ParameterCount:
+    """Numbers of trained and of all parameters, an adapter's included."""
 
     trained: int
     total: int
@@ -47,23 +47,22 @@ class Size:
         return f"{self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.2%})"
 
 
-def count_parameters(model: nn.Module) -> Size:
-    """The size of a model that is there."""
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters of a loaded model."""
     parameters = list(model.parameters())
-    return Size(
-        sum(each.numel() for each in parameters if each.requires_grad), sum(each.numel() for each in parameters)
-    )
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return ParameterCount(trained, sum(parameter.numel() for parameter in parameters))
 
 
-def count_planned_parameters(config: StudentConfig, tokenizer) -> Size:
-    """The size of the model that `make_model` would make, from its architecture alone.
+def count_planned_parameters(config: StudentConfig, tokenizer) -> ParameterCount:
+    """Count the parameters of the model that `make_model` would return, without loading weights.
 
     Raises:
-        InputError: it cannot be made, as far as the architecture tells.
+        InputError: the model cannot be built.
     """
     from transformers import AutoModelForCausalLM
 
-    settings = architecture(config, tokenizer)
+    settings = build_model_config(config, tokenizer)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
         model.tie_weights()
@@ -73,44 +72,44 @@ def count_planned_parameters(config: StudentConfig, tokenizer) -> Size:
 
 
 def base_fingerprint(config: StudentConfig) -> str:
-    """A hash of the frozen weights that an adapter belongs to; "" where all weights learn, or nothing tells."""
+    """Return a hash of the frozen weights that an adapter belongs to; "" without an adapter or if unknown."""
     if config.lora is None or config.model is None:
         return ""
     settings = load_model_config(config.model, trust_remote_code=config.trust_remote_code)
     return weights_fingerprint(config.model, getattr(settings, "_commit_hash", None))
 
 
-def architecture(config: StudentConfig, tokenizer) -> Any:
-    """The student's transformers configuration, without its weights.
+def build_model_config(config: StudentConfig, tokenizer) -> Any:
+    """Return the student's transformers configuration.
 
     Raises:
-        InputError: there is none, or its vocabulary is smaller than the tokenizer's.
+        InputError: it cannot be loaded, or its vocabulary is smaller than the tokenizer's.
     """
     origin = config.model or config.config
     if isinstance(origin, str):
         settings = load_model_config(origin, trust_remote_code=config.trust_remote_code)
     else:
-        settings = _described(origin or {}, tokenizer)
-    theirs, vocab_size = settings.get_text_config().vocab_size, real_vocab_size(tokenizer)
-    if theirs < vocab_size:
+        settings = _config_from_fields(origin or {}, tokenizer)
+    model_size, tokenizer_size = settings.get_text_config().vocab_size, real_vocab_size(tokenizer)
+    if model_size < tokenizer_size:
         raise InputError(
-            f"The student's vocabulary ({theirs}) is smaller than its tokenizer's ({vocab_size}); give the tokenizer "
-            "the student was made with, or set student.config.vocab_size."
+            f"The student's vocabulary ({model_size}) is smaller than its tokenizer's ({tokenizer_size}); set "
+            "student.tokenizer to the student's own tokenizer, or set student.config.vocab_size."
         )
     return settings
 
 
-def _described(given: dict[str, Any], tokenizer) -> Any:
+def _config_from_fields(fields: dict[str, Any], tokenizer) -> Any:
     from transformers import AutoConfig
 
     values = {"vocab_size": real_vocab_size(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    values |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id} | given
+    values |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id} | fields
     if "model_type" not in values:
         raise InputError("student.config needs a 'model_type', such as 'llama' or 'qwen3'.")
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (ValueError, TypeError) as error:
-        raise InputError(f"student.config describes no model: {str(error).splitlines()[0]}") from error
+        raise InputError(f"student.config does not describe a model: {str(error).splitlines()[0]}") from error
 
 
 def _random_model(settings: Any, config: StudentConfig, seed: int) -> nn.Module:

@@ -1,12 +1,12 @@
-"""Signals as they lie on disk: `pack` and `unpack`, smaller than the wire and read row by row.
+"""The disk format of signals: `pack` and `unpack`, smaller than the wire format and readable row by row.
 
-A top-k row keeps its ids and their order, its tails and the actual tokens' log-probs exactly, and its log-probs in
-steps: each is stored as 8 − log p with 6 bits of mantissa, so a step is 1/8 nat below 8 nats and doubles at 8, 24, 56,
-… nats, where there is little mass to be wrong about. A uniform error of such a step costs a distribution step²/24 nats,
-6.5e-4 at most at temperatures from 1 on. Those numbers' bit patterns rise with 8 − log p, so neighbours differ by small
-whole numbers, and each byte plane of these and of the ids goes through zstd by itself.
+A top-k row stores its ids and their order, its tails and the actual tokens' log-probs exactly, and its log-probs
+rounded: each is stored as 8 − log p with 6 bits of mantissa, so the step is 1/8 nat below 8 nats and doubles at 8, 24,
+56, … nats, where the probabilities are small. A uniform rounding error of one step changes a distribution by step²/24
+nats, at most 6.5e-4 at temperatures of at least 1. The bit patterns increase with 8 − log p, so neighbors differ by
+small integers. Each byte plane of the differences and of the ids is compressed by zstd on its own.
 
-Every other support keeps its wire form, through zstd.
+All other supports store the wire format, compressed by zstd.
 """
 
 import struct
@@ -19,19 +19,21 @@ from rayk.config.support import Support, TopK
 from rayk.signals.batch import CorruptSignal, SignalBatch, decode, encode
 
 CODEC_VERSION = 1
-"""Part of every cache key: another version's entries are not found rather than misread."""
+"""Part of every cache key, so that entries of another version are not found instead of misread."""
 
 _HEADER = struct.Struct("<III")  # tokens, k, vocabulary
 _LENGTH = struct.Struct("<I")
 _OFFSET = np.float32(8.0)
 _DROPPED_BITS = 17  # of float32's 23 bits of mantissa; 6 are kept
 _FIRST = int(_OFFSET.view(np.uint32)) >> _DROPPED_BITS
-_LOWEST = -65504.0  # float16's, to which the wire has cut an impossible token
+_LOWEST = -65504.0  # float16's lowest number, which the wire format uses for impossible tokens
 
 
 def pack(signals: SignalBatch) -> list[bytes]:
-    """Each row of `signals` as an entry that `unpack` reads without the others. `requested` signals have no such form:
-    their ids change with every step."""
+    """Encode each row of `signals` as an entry that `unpack` can read on its own.
+
+    `requested` signals are not supported, because their ids change in every step.
+    """
     rows = [signals.select([row]) for row in range(len(signals))]
     if isinstance(signals.support, TopK):
         return [_pack_topk(row) for row in rows]
@@ -39,10 +41,11 @@ def pack(signals: SignalBatch) -> list[bytes]:
 
 
 def unpack(entry: bytes, support: Support) -> SignalBatch:
-    """The row in `entry`, which answers a request for `support`.
+    """Decode the row in `entry`, which was stored with `support`.
 
     Raises:
-        CorruptSignal: the entry holds something else. Damage is for the entry's keeper to notice, by a checksum.
+        CorruptSignal: the entry contains something else. Damaged bytes are detected by the checksum of the segment, not
+            here.
     """
     try:
         if isinstance(support, TopK):
@@ -50,9 +53,11 @@ def unpack(entry: bytes, support: Support) -> SignalBatch:
         (size,) = _LENGTH.unpack_from(entry)
         signals = decode(_decompress(entry[_LENGTH.size :], size))
     except (struct.error, pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptSignal(f"An entry holds no '{support.kind}' signal of codec version {CODEC_VERSION}.") from error
+        raise CorruptSignal(
+            f"An entry does not contain a '{support.kind}' signal of codec version {CODEC_VERSION}."
+        ) from error
     if signals.support != support:
-        raise CorruptSignal(f"An entry asked for as {support} holds {signals.support}.")
+        raise CorruptSignal(f"An entry requested as {support} contains {signals.support}.")
     return signals
 
 
@@ -62,7 +67,7 @@ def _pack_topk(row: SignalBatch) -> bytes:
     levels = _levels(row.logprobs.numpy())
     steps = np.diff(levels, axis=1, prepend=np.full((len(levels), 1), _FIRST))
     assert (steps >= 0).all(), "a top-k signal lists its ids likeliest first"
-    # Rank after rank rather than token after token: equal ranks have like steps.
+    # Ordered by rank, not by token, because steps of the same rank are similar.
     return _HEADER.pack(row.tokens, row.ids.shape[1], row.vocab_size) + b"".join(
         [
             *_pack_planes(floats.astype("<f4")),
@@ -78,8 +83,8 @@ def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
         raise ValueError(f"k is {k}")
     position = _HEADER.size
 
-    def planes(count: int, dtype: str, *shape: int) -> np.ndarray:
-        """The next `count` byte planes, the others being 0."""
+    def read_planes(count: int, dtype: str, *shape: int) -> np.ndarray:
+        """Read the next `count` byte planes; the remaining planes are 0."""
         nonlocal position
         columns = np.zeros((int(np.prod(shape)), np.dtype(dtype).itemsize), np.uint8)
         for plane in range(count):
@@ -89,9 +94,9 @@ def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
             position += size
         return columns.view(dtype).reshape(shape)
 
-    floats = planes(4, "<f4", tokens, 1 + len(support.temperatures))
-    ids = planes(_id_bytes(vocab_size), "<u4", tokens, k)
-    steps = planes(2, "<u2", k, tokens).T
+    floats = read_planes(4, "<f4", tokens, 1 + len(support.temperatures))
+    ids = read_planes(_id_bytes(vocab_size), "<u4", tokens, k)
+    steps = read_planes(2, "<u2", k, tokens).T
     levels = _FIRST + np.cumsum(steps, axis=1, dtype=np.int64)
     logprobs = _OFFSET - (levels.astype(np.uint32) << _DROPPED_BITS).view(np.float32)
     return SignalBatch(
@@ -102,7 +107,7 @@ def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
 
 
 def _levels(logprobs: np.ndarray) -> np.ndarray:
-    """The step each log-prob is nearest to, int64; 0 and what rounding has left above it are the first."""
+    """Return the nearest step of each log-prob, int64; log-probs of 0 or above (by rounding) have the first step."""
     bits = (_OFFSET - logprobs.clip(_LOWEST, 0.0)).view(np.uint32).astype(np.int64)
     return (bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS
 
@@ -112,7 +117,7 @@ def _id_bytes(vocab_size: int) -> int:
 
 
 def _pack_planes(column: np.ndarray) -> list[bytes]:
-    """Each byte of the items, all items' first, then all second ones, compressed, with its length before it."""
+    """Return one compressed plane per byte of the items (all first bytes, all second bytes, …), after its length."""
     planes = np.ascontiguousarray(column).view(np.uint8).reshape(column.size, column.itemsize)
     compressed = [_compress(planes[:, plane].tobytes()) for plane in range(column.itemsize)]
     return [_LENGTH.pack(len(plane)) + plane for plane in compressed]

@@ -1,4 +1,4 @@
-"""`TokenSequence`: token ids and which of them count. What data makes, engines score and signals describe."""
+"""`TokenSequence`: token ids and which of them count. Data provides them, engines score them."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class TokenSequence:
-    """One sequence as a model reads it.
+    """One sequence of tokens as a model reads it.
 
     Attributes:
         input_ids: int32 [length].
-        counted: bool [length], True where the token is to be predicted; never at position 0, which nothing predicts.
-        requested: int32 [counted tokens, m], ids at which a teacher is asked for log-probs (support `requested`); -1
-            stands for none.
+        counted: bool [length], True where the token enters the loss; never at position 0, which has no prediction.
+        requested: int32 [counted tokens, m], the ids whose log-probs a teacher returns (support `requested`); -1 means
+            no id.
 
     Raises:
         ValueError: the shapes differ, or position 0 is counted.
@@ -30,7 +30,7 @@ class TokenSequence:
                 f"{self.counted.shape}"
             )
         if len(self.counted) and self.counted[0]:
-            raise ValueError("position 0 of a sequence cannot be counted: nothing comes before it to predict it from")
+            raise ValueError("position 0 of a sequence cannot be counted: no token is before it to predict it from")
         if self.requested is not None and (self.requested.ndim != 2 or len(self.requested) != self.counted_tokens):
             raise ValueError(
                 f"a sequence with {self.counted_tokens} counted tokens needs requested ids of shape "
@@ -42,7 +42,7 @@ class TokenSequence:
 
     @property
     def counted_tokens(self) -> int:
-        """How many tokens count."""
+        """Number of counted tokens."""
         return int(np.count_nonzero(self.counted))
 
     @property

@@ -118,8 +118,8 @@ def test_a_prompt_that_cannot_be_had_says_why_and_the_others_come(ask, endpoint,
     assert [written[0].text, written[-1].text] == ["[before]", "[after]"]
     reasons = {name: one.reason for name, one in zip(PASSING, written[1:], strict=False)}
     for name, said in {
-        "503": "503: overloaded", "late": "no answer within 1.5 s", "cut off": "connection failed",
-        "half a JSON": "not JSON", "no choices": "holds no completion", "429": "429",
+        "503": "503: overloaded", "late": "no response within 1.5 s", "cut off": "connection failed",
+        "half a JSON": "not JSON", "no choices": "contains no completion", "429": "429",
     }.items():  # fmt: skip
         assert said in reasons[name]
         assert reasons[name] in caplog.text
@@ -147,7 +147,7 @@ def test_a_retry_after_beyond_reason_ends_the_prompt(ask, endpoint):
     endpoint.replies["hello"] = [refusal(429, "tomorrow", {"retry-after": "86400"})]
     [written], _ = ask(["hello"])
     assert len(endpoint.asked) == 1
-    assert written.reason == "429: tomorrow (to be asked again after 86400 s)"
+    assert written.reason == "429: tomorrow (retry after 86400 s)"
 
 
 def test_retry_after_may_be_seconds_or_a_date():
@@ -210,7 +210,7 @@ def test_without_its_key_it_does_not_start(monkeypatch):
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_missing_logprobs_name_the_setting(ask, chat):
-    with pytest.raises(InputError, match="gives no log-probs .*'engine.logprobs'"):
+    with pytest.raises(InputError, match="returns no log-probs .*'engine.logprobs'"):
         ask(["hello"], chat=chat, logprobs=True)
 
 
@@ -240,9 +240,9 @@ def paced(per_minute, units, returned=0.0):
     async def main():
         limit = RateLimit(per_minute, lambda: now, sleep)
         for each in units:
-            await limit.take(each)
+            await limit.acquire(each)
             went.append(now)
-            limit.give_back(returned)
+            limit.release(returned)
 
     asyncio.run(main())
     return went

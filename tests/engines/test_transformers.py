@@ -15,7 +15,8 @@ from rayk.config import TransformersEngineConfig
 from rayk.config.support import Logprob, TopK
 from rayk.engines import transformers as engine_module
 from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import TransformersEngine, generate
+from rayk.engines.generation import generate
+from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.models import tokenizer_fingerprint
 from rayk.signals.sequence import TokenSequence
@@ -113,7 +114,7 @@ def test_signals_at_a_temperature_are_the_dense_softmax_at_it(engine, reference,
 def test_chunks_of_the_head_do_not_show(engine, monkeypatch):
     sequences = [sequence(50, i, counted=True) for i in range(3)]
     whole = score(engine, sequences, TopK(8, (1.0, 2.0)))
-    monkeypatch.setattr(engine_module, "_CHUNK_BYTES", {"cpu": 1})  # chunks of 16 positions
+    monkeypatch.setattr(engine_module, "_LOGITS_BYTES", {"cpu": 1})  # chunks of 16 positions
     chunked = score(engine, sequences, TopK(8, (1.0, 2.0)))
     for name in ("offsets", "target_logprobs", "logprobs", "log_tails"):
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
@@ -154,13 +155,13 @@ def test_signals_may_stand_in_a_graph(engine):
     ("sequences", "support", "said"),
     [
         ([sequence(5)], TopK(VOCAB + 1), f"support.k is {VOCAB + 1}.*vocabulary of {VOCAB}"),
-        ([sequence(5), sequence(513)], TopK(4), "513 tokens is longer than .* takes \\(512\\)"),
+        ([sequence(5), sequence(513)], TopK(4), "513 tokens is longer than the limit of .* \\(512\\)"),
         (
             [TokenSequence(np.array([1, VOCAB], np.int32), np.array([False, True]))],
             TopK(4),
-            f"Token id {VOCAB} is beyond",
+            f"Token id {VOCAB} is outside",
         ),
-        ([TokenSequence(np.array([1, -100], np.int32), np.array([False, True]))], TopK(4), "Token id -100 is beyond"),
+        ([TokenSequence(np.array([1, -100], np.int32), np.array([False, True]))], TopK(4), "Token id -100 is outside"),
     ],
 )
 def test_what_the_model_cannot_answer_is_refused(engine, sequences, support, said):
@@ -360,10 +361,10 @@ def test_padding_ids_are_never_sampled(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "parameters", "said"),
     [
-        (np.arange(4, 14), {"max_new_tokens": 503}, "prompt of 10 tokens and max_new_tokens \\(503\\).*\\(512\\)"),
+        (np.arange(4, 14), {"max_new_tokens": 503}, "prompt of 10 tokens plus max_new_tokens \\(503\\).*\\(512\\)"),
         (np.array([], np.int32), {}, "empty prompt"),
-        (np.array([5, VOCAB]), {}, f"Token id {VOCAB} is beyond"),
-        (np.array([5, -1]), {}, "Token id -1 is beyond"),
+        (np.array([5, VOCAB]), {}, f"Token id {VOCAB} is outside"),
+        (np.array([5, -1]), {}, "Token id -1 is outside"),
         (np.array([5]), {"max_new_tokens": 0}, "max_new_tokens >= 1"),
         (np.array([5]), {"temperature": -1.0}, "temperature >= 0"),
         (np.array([5]), {"top_p": 0.0}, "0 < top_p <= 1"),

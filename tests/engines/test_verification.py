@@ -43,7 +43,7 @@ def assert_right(verdict, draft, model):
 
 
 def test_verdicts_are_the_models_own_in_any_company(engine, reference):
-    """All accepted, some accepted, none accepted, nothing drafted; sequences of unequal length in one batch, seen and unseen."""
+    """All, some or no tokens accepted, or none drafted; sequences of different lengths, cached or not, in one batch."""
     coins = {"coins": 0.499}, {"coins": 0.8, "logprobs": -15.0}, {"coins": 0.999, "logprobs": -0.01}
     drafts = [draft_of(20 + 7 * i, 1 + 3 * i, i, **coins[i % 3]) for i in range(8)] + [draft_of(15, 0, 9, candidates=3)]
     first = verify(engine, drafts)
@@ -70,9 +70,9 @@ def test_the_memory_of_sequences_is_bounded_and_may_be_lost(tiny_teacher, refere
     drafts = [draft_of(40, 4, i) for i in range(30)]
     verify(engine, drafts)
     assert 0 < cache.nbytes <= 100_000
-    assert cache.nbytes == sum(past.nbytes for _, past in cache._kept.values())
-    assert 0 < len(cache._kept) < 30
-    assert sorted(cache._kept) == list(range(30 - len(cache._kept), 30))  # the latest are there
+    assert cache.nbytes == sum(past.nbytes for _, past in cache._entries.values())
+    assert 0 < len(cache._entries) < 30
+    assert sorted(cache._entries) == list(range(30 - len(cache._entries), 30))  # the latest are there
     cache._max_bytes = 0
     for verdict, draft in zip(verify(engine, drafts), drafts, strict=True):
         assert_right(verdict, draft, reference)

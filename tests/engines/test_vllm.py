@@ -13,7 +13,8 @@ from rayk.config import VLLMEngineConfig
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines import vllm as engine_module
 from rayk.engines.base import SamplingParameters
-from rayk.engines.transformers import TransformersEngine, reduce_logits
+from rayk.engines.reduce import reduce_logits
+from rayk.engines.transformers import TransformersEngine
 from rayk.engines.vllm import VLLMEngine, top_distinct
 from rayk.errors import EngineDied, InputError
 from rayk.signals.batch import concatenate
@@ -124,15 +125,15 @@ def test_hidden_states_and_the_head_make_the_dense_log_probs(engine, on_loop, mo
 
 
 def test_an_answer_about_other_tokens_is_not_taken(engine, on_loop, monkeypatch):
-    last = engine._last
+    last = engine._last_output
 
     async def damaged(outputs):
         output = await last(outputs)
         output.prompt_logprobs[0][0][0, 0] += 1
         return output
 
-    monkeypatch.setattr(engine, "_last", damaged)
-    with pytest.raises(RuntimeError, match="prompt_logprobs are not those of the tokens it was given"):
+    monkeypatch.setattr(engine, "_last_output", damaged)
+    with pytest.raises(RuntimeError, match="prompt_logprobs do not belong to the tokens that were sent"):
         on_loop(engine.score([sequence(9, counted=True)], TopK(4)))
 
 
@@ -155,7 +156,7 @@ def test_callers_at_once_get_their_own_answers(engine, on_loop):
     [
         (TopK(VOCAB + 1), f"support.k is {VOCAB + 1}.*vocabulary of {VOCAB}"),
         (TopK(4, (1.0, 2.0)), "temperature 1 only, not 1, 2; use engine kind 'transformers', or support 'hidden'"),
-        (Sampled(), "cannot give support 'sampled'; it gives topk, logprob, hidden"),
+        (Sampled(), "cannot return support 'sampled', only topk, logprob, hidden"),
         (Requested(4), "needs vLLM's V2 model runner"),
     ],
 )
@@ -166,7 +167,7 @@ def test_what_cannot_be_scored_is_refused(engine, on_loop, support, said):
 
 @pytest.mark.parametrize("length", [512, 600])
 def test_a_sequence_that_leaves_no_room_is_refused(engine, on_loop, length):
-    with pytest.raises(InputError, match=f"sequence of {length} tokens is longer than .* takes \\(511\\)"):
+    with pytest.raises(InputError, match=f"sequence of {length} tokens is longer than the limit of .* \\(511\\)"):
         on_loop(engine.score([sequence(length)], TopK(4)))
 
 
@@ -308,7 +309,7 @@ def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(engine,
         for process in psutil.Process().children():
             if "EngineCore" in process.name():
                 process.kill()
-        with pytest.raises(EngineDied, match="process .* is gone"):
+        with pytest.raises(EngineDied, match="process .* has ended"):
             await asyncio.wait_for(asking, 30)
         with pytest.raises(EngineDied):
             await engine.check_health()

@@ -313,7 +313,7 @@ def test_wrong_input_is_refused_in_a_sentence():
         losses.forward_kl(student, teacher[:5])
     with pytest.raises(InputError, match="vocabulary has 12 tokens"):
         losses.forward_kl(student, signals_of(random_logits(N, 12), 3))
-    with pytest.raises(InputError, match="does not carry temperature 2"):
+    with pytest.raises(InputError, match="does not contain temperature 2"):
         losses.forward_kl(student, signals_of(teacher, 3), temperature=2.0)
     with pytest.raises(InputError, match="'logprob' signal has no top-k distribution"):
         losses.reverse_kl(student, SignalBatch(Logprob(), torch.tensor([0, N]), torch.zeros(N), V))

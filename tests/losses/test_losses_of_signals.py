@@ -8,7 +8,7 @@ from loss_cases import gradient, random_head, random_logits
 
 from rayk import losses
 from rayk.config.support import Hidden, Logprob, Sampled, TopK
-from rayk.engines.transformers import reduce_logits
+from rayk.engines.reduce import reduce_logits
 from rayk.errors import InputError
 from rayk.models import Head
 from rayk.signals.batch import SignalBatch

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rayk.models import final_hidden
-from rayk.models.kv_cache import Batch, KeyValues, can_continue
+from rayk.models.kv_cache import CachedBatch, KeyValues, can_continue
 from tests.tiny import tiny_model
 
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]
@@ -32,9 +32,9 @@ def test_reading_on_is_reading_from_the_start(architecture):
         model = type(model)(model.config).eval()  # the attention layers have read the window
     assert can_continue(model)
     rows = rows_of(30, 25, 13, 40)
-    first = Batch(model, [KeyValues()] * 4)
+    first = CachedBatch(model, [KeyValues()] * 4)
     counts = torch.tensor([10, 25, 3, 20])
-    hidden = first.read(padded([row[:n] for row, n in zip(rows, counts, strict=True)]), counts)
+    hidden = first.forward(padded([row[:n] for row, n in zip(rows, counts, strict=True)]), counts)
     for row, n, states in zip(rows, counts.tolist(), hidden, strict=True):
         torch.testing.assert_close(states[:n], alone(model, row[:n]), atol=1e-5, rtol=1e-5)
 
@@ -42,18 +42,18 @@ def test_reading_on_is_reading_from_the_start(architecture):
     pasts[2] = KeyValues()
     assert [len(past) for past in pasts] == [10, 4, 0, 20]
     rest = [row[len(past) :] for row, past in zip(rows, pasts, strict=True)]
-    hidden = Batch(model, pasts).read(padded(rest), torch.tensor([len(each) for each in rest]))
+    hidden = CachedBatch(model, pasts).forward(padded(rest), torch.tensor([len(each) for each in rest]))
     for row, past, states in zip(rows, pasts, hidden, strict=True):
         torch.testing.assert_close(states[: len(row) - len(past)], alone(model, row)[len(past) :], atol=1e-5, rtol=1e-5)
 
-    stepping = Batch(model, [past.clone() for past in pasts])
+    stepping = CachedBatch(model, [past.clone() for past in pasts])
     for step in range(12):
         new = torch.stack([each[step] for each in rest])[:, None]
-        states = stepping.read(new)
+        states = stepping.forward(new)
         for row, past, state in zip(rows, pasts, states, strict=True):
             torch.testing.assert_close(state[0], alone(model, row)[len(past) + step], atol=1e-5, rtol=1e-5)
     assert [len(past) for past in stepping.key_values()] == [22, 16, 12, 32]
-    last = Batch(model, stepping.key_values()).read(torch.stack([each[12] for each in rest])[:, None])
+    last = CachedBatch(model, stepping.key_values()).forward(torch.stack([each[12] for each in rest])[:, None])
     for row, past, state in zip(rows, pasts, last, strict=True):
         torch.testing.assert_close(state[0], alone(model, row)[len(past) + 12], atol=1e-5, rtol=1e-5)
 
@@ -67,9 +67,9 @@ def test_models_that_keep_a_state_cannot_be_cut():
 
 def test_clones_hold_their_own_memory_only():
     model = tiny_model()
-    batch = Batch(model, [KeyValues()] * 2)
+    batch = CachedBatch(model, [KeyValues()] * 2)
     with torch.no_grad():
-        batch.read(padded(rows_of(30, 30)))
+        batch.forward(padded(rows_of(30, 30)))
     part = batch.key_values()[0].truncate(10)
     own = part.clone()
     assert part.nbytes == own.nbytes

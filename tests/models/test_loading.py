@@ -64,7 +64,7 @@ def test_a_scale_that_head_does_not_know_is_refused(architecture, key, dtype, pe
 
     model.forward = with_own_scale
     setattr(model.config, key, 1.5 * own)
-    with pytest.raises(InputError, match="does not describe"):
+    with pytest.raises(InputError, match="does not implement"):
         check_head(model)
 
 
@@ -239,5 +239,5 @@ def test_a_head_is_read_without_its_body(tmp_path, architecture, tie, shard):
 def test_a_head_that_is_not_in_the_safetensors_is_one_sentence(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"hold none of lm_head.weight.*leave 'engine.hidden' out"):
+    with pytest.raises(InputError, match=r"contain none of lm_head.weight.*leave 'engine.hidden' out"):
         load_head(str(tmp_path), dtype=torch.float32)

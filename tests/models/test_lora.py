@@ -12,7 +12,7 @@ from rayk.config import LoraConfig, StudentConfig, parse_config
 from rayk.errors import InputError
 from rayk.models import check_head, final_hidden, get_head, load_model
 from rayk.models.lora import add_adapter, merged_state_dict
-from rayk.models.student import Size, count_parameters, count_planned_parameters, make_model
+from rayk.models.student import ParameterCount, count_parameters, count_planned_parameters, make_model
 from rayk.rollouts import trainable_state_dict
 from rayk.training.student import save_model
 from tests.tiny import moved, tiny_model, tiny_tokenizer
@@ -127,9 +127,15 @@ def test_the_size_is_known_before_any_weight_is_loaded(tmp_path):
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
     adapters = 2 * 4 * (4 * 16 + 16 + 8 + 8 + 16 + 2 * (16 + 32) + 32 + 16)
     base = count_parameters(load_model(str(tmp_path / "base"))).total
-    assert count_planned_parameters(config, TOKENIZER) == count_parameters(model) == Size(adapters, base + adapters)
+    assert (
+        count_planned_parameters(config, TOKENIZER)
+        == count_parameters(model)
+        == ParameterCount(adapters, base + adapters)
+    )
     assert str(count_parameters(model)).endswith(f"parameters ({adapters / (base + adapters):.2%})")
-    assert count_planned_parameters(StudentConfig(model=str(tmp_path / "base")), TOKENIZER) == Size(base, base)
+    assert count_planned_parameters(StudentConfig(model=str(tmp_path / "base")), TOKENIZER) == ParameterCount(
+        base, base
+    )
 
 
 def test_what_travels_and_is_kept_is_the_adapter(tmp_path):
@@ -145,7 +151,7 @@ def test_what_travels_and_is_kept_is_the_adapter(tmp_path):
         ({"target_modules": ["q_prof"]}, False, "target_modules names 'q_prof', which LlamaForCausalLM lacks; it has"),
         ({"target_modules": ["q_proj", "nothing"]}, False, "names 'nothing', which"),
         ({"modules_to_save": ["score"]}, False, "modules_to_save names 'score', which"),
-        ({"target_modules": ["mlp"]}, False, "made of other modules; name those"),
+        ({"target_modules": ["mlp"]}, False, "contains other modules; name those"),
         ({"target_modules": ["lm_head"]}, False, "the student's head; name it in student.lora.modules_to_save"),
         ({"target_modules": ["embed_tokens"]}, True, "embeddings and head are one tensor"),
         ({"modules_to_save": ["lm_head"]}, True, "embeddings and head are one tensor"),

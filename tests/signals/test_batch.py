@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
-from rayk.engines.transformers import reduce_logits
+from rayk.engines.reduce import reduce_logits
 from rayk.errors import InputError
 from rayk.models import DTYPES
 from rayk.signals.batch import _COLUMNS, CorruptSignal, SignalBatch, concatenate, decode, encode
@@ -155,7 +155,7 @@ def test_temperature_of_a_sparse_support_is_the_coarse_grained_softmax(temperatu
 
 def test_temperature_the_signal_does_not_carry_is_refused():
     signals = signals_of(logits_of(3, 10, 1.0), TopK(4, (1.0, 2.0)))
-    with pytest.raises(InputError, match=r"does not carry temperature 3 .*has 1, 2.*'temperatures'"):
+    with pytest.raises(InputError, match=r"does not contain temperature 3 .*has 1, 2.*'temperatures'"):
         signals.at_temperature(3.0)
 
 
@@ -198,7 +198,7 @@ def test_a_read_only_wire_gives_writable_signals():
         ("logprobs", float("nan"), "a log-prob of NaN"),
         ("log_tails", float("nan"), "a tail of NaN"),
         ("log_tails", float("inf"), "a tail of NaN or +inf"),
-        ("ids", 30, "a token id beyond the vocabulary of 30"),
+        ("ids", 30, "a token id outside the vocabulary of 30"),
     ],
 )
 @pytest.mark.parametrize(("entry", "row"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 4)])

@@ -36,7 +36,7 @@ from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
 from rayk.signals.sequence import TokenSequence  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
-from tests.teachers.helpers import replicas_of  # noqa: E402
+from tests.teachers.helpers import replica_processes  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
 VOCAB, K, THREADS = 32_000, 64, 1
@@ -100,7 +100,7 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 def compare(name: str, bare: Callable, service: Callable, tokens: int, rounds: int) -> None:
     bare(), service()  # warm-up
-    here, replicas = [psutil.Process()], replicas_of("benchmark")
+    here, replicas = [psutil.Process()], replica_processes("benchmark")
     spent = {"bare": 0.0, "replica": 0.0, "client": 0.0}
     times = []
     for _ in range(rounds):
