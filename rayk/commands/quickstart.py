@@ -114,7 +114,7 @@ def student_config(
     settings = generated.STUDENT_TRAINING
     data = home / f"rows-{seed}"
     if not data.is_dir():
-        part = home / f"rows-{seed}-{os.getpid()}"
+        part = home / f"rows-{seed}-{os.getpid()}"  # not `replace_folder`: processes share this folder
         part.mkdir(parents=True, exist_ok=True)
         generated.write_rows(part / "train.jsonl", settings["rows"], seed=100 + seed)
         generated.write_rows(part / "evaluation.jsonl", _EVALUATION_ROWS, seed=0, split="evaluation")

@@ -21,6 +21,7 @@ from rayk.report.figures import SMOOTHED_SHARE, draw_figures
 from rayk.report.results import COLUMNS, columns_of, describe_support, result_lines
 from rayk.report.run_directory import Run, duration, flatten, last_part, read_runs
 from rayk.report.timeline import draw_timelines
+from rayk.storage.atomic import disk_errors, write_whole
 
 _ROLLOUTS_SHOWN = 12
 
@@ -34,13 +35,9 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
     if not runs:
         raise InputError("A report needs at least one run directory.")
     page = _render(read_runs(runs))
-    try:
+    with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise InputError(f"The report '{path}' cannot be written: {error.strerror}.") from error
+    write_whole(path, page.encode())
 
 
 def _render(runs: list[Run]) -> str:

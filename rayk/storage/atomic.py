@@ -1,33 +1,35 @@
-"""Write files whole or not at all: under another name, synced, then renamed."""
+"""Write files and folders completely or not at all: under another name first, then renamed."""
 
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from rayk.errors import InputError, RunFailed
 
 _UNFINISHED = ".unfinished"
+_REPLACED = ".replaced"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file and sync it to disk; it appears complete, and an existing file stays until then.
 
     Raises:
         RunFailed: the disk is full.
         InputError: the folder cannot be written.
     """
-    part = path.with_name(path.name + _UNFINISHED)
+    unfinished = path.with_name(path.name + _UNFINISHED)
     with disk_errors(path.parent):
         try:
-            with part.open("wb") as file:
+            with unfinished.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            part.replace(path)
+            unfinished.replace(path)
         except OSError:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -36,18 +38,44 @@ def write_whole(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write to; at the end of the block it replaces `folder`.
+
+    After an error nothing is left of it, and an existing `folder` is unchanged.
+
+    Raises:
+        RunFailed: the disk is full.
+        InputError: the parent folder cannot be written.
+    """
+    unfinished, replaced = (folder.with_name(folder.name + suffix) for suffix in (_UNFINISHED, _REPLACED))
+    with disk_errors(folder.parent):
+        for left in (unfinished, replaced):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            if folder.exists():
+                folder.rename(replaced)
+            unfinished.rename(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a kill has left of `write_whole`."""
-    for left_over in folder.glob(f"*{_UNFINISHED}"):
-        left_over.unlink()
+    """Remove the files that a killed process has left in `write_whole`."""
+    for unfinished in folder.glob(f"*{_UNFINISHED}"):
+        unfinished.unlink()
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Say in a sentence what the disk does not take.
+    """Translate OSError into InputError or RunFailed.
 
     Raises:
-        RunFailed: it is full.
+        RunFailed: the disk is full.
         InputError: `folder` cannot be written.
     """
     try:
@@ -55,7 +83,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunFailed(
-                f"No room is left in '{folder}' ({error.strerror}); what was written before is kept. Make room and run "
-                "again: it goes on from there."
+                f"There is no space left in '{folder}' ({error.strerror}); earlier files are kept. Free some space and "
+                "run again: the run continues from there."
             ) from error
-        raise InputError(f"'{folder}' cannot be written: {error.strerror}.") from error
+        raise InputError(f"'{folder}' cannot be written: {error.strerror or error}.") from error

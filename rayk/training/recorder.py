@@ -1,12 +1,12 @@
 """Record metrics in `metrics.jsonl` and TensorBoard, on rank 0."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rayk.config import TrackingConfig
 from rayk.report.run_directory import read_lines
+from rayk.storage.atomic import write_whole
 
 
 class Recorder:
@@ -35,9 +35,7 @@ class Recorder:
         self._write_scalars(values, last["step"])
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        part = self._path.with_suffix(".jsonl.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, self._path)
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
     def _write_scalars(self, values: dict[str, Any], step: int) -> None:

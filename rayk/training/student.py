@@ -1,8 +1,6 @@
 """The student in training: body and head of a causal LM, the loss inside its forward pass, and the saved model."""
 
 import contextlib
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from rayk.data.batches import Batch
 from rayk.methods import Experience, Loss, Method
 from rayk.models import DTYPES, Head, final_hidden, get_head
 from rayk.models.lora import has_adapter, merged_state_dict, save_adapter
+from rayk.storage.atomic import replace_folder
 
 UNUSABLE = "unusable_share"
 """The metric that counts `Loss.unusable`."""
@@ -78,18 +77,8 @@ def save_model(model: Any, tokenizer, folder: Path) -> None:
     folder appears complete or not at all.
     """
     if has_adapter(model):
-        with _replace_folder(folder.with_name("adapter")) as unfinished:
+        with replace_folder(folder.with_name("adapter")) as unfinished:
             save_adapter(model, unfinished)
-    with _replace_folder(folder) as unfinished:
+    with replace_folder(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=merged_state_dict(model) if has_adapter(model) else None)
         tokenizer.save_pretrained(unfinished)
-
-
-@contextlib.contextmanager
-def _replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write to; it replaces `folder` at the end of the block."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    yield unfinished
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)

@@ -213,7 +213,7 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_no_half_file(tmp_path):
     told = pipe.read().splitlines()
     os.waitpid(child, 0)
     full = tmp_path / "completions"
-    assert told[0].startswith(f"No room is left in '{full}' (File too large); what was written before is kept.")
+    assert told[0].startswith(f"There is no space left in '{full}' (File too large); earlier files are kept.")
     assert told[1] == "True"  # it may still be written, once there is room
     assert found(tmp_path) == {1}
     assert not list(tmp_path.rglob("*.unfinished"))
