@@ -1,4 +1,4 @@
-"""One run from settings to result: inputs checked, teachers up, rows written, student trained and measured."""
+"""A run from settings to result: read and check inputs, deploy teachers, synthesize rows, train and measure."""
 
 from rayk.config.loading import with_absolute_paths
 from rayk.run.applications import (
@@ -8,7 +8,8 @@ from rayk.run.applications import (
     serve_teachers,
     teacher_applications,
 )
-from rayk.run.pipeline import Result, evaluate_model
+from rayk.run.evaluation import evaluate_model
+from rayk.run.pipeline import Result
 from rayk.run.progress import ProgressListener
 from rayk.run.rounds import distill, next_round, synthesize
 

@@ -18,11 +18,13 @@ from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
 from rayk.run.applications import required_cpus
 from rayk.run.directory import ROUNDS, check_directory, claim_directory, write_config
-from rayk.run.inputs import read_synthesis_prompts, synthesized_rows_path
-from rayk.run.pipeline import Result, run_once, training_speed, write_json
+from rayk.run.pipeline import Result, run_once
 from rayk.run.progress import ProgressListener
+from rayk.run.summary import training_speed, write_json
+from rayk.run.synthesis_inputs import read_synthesis_prompts, synthesized_rows_path
 from rayk.run.training_rows import FIRST_ROUND, RoundInfo, synthesize_training_rows
 from rayk.serving.cluster import start_ray
+from rayk.storage.atomic import replace_folder, write_whole
 from rayk.synthesis import CompletionStore
 
 
@@ -135,19 +137,15 @@ def _gather_steps(config: RunConfig) -> None:
     for number in range(config.rounds):
         steps = read_lines(_folder(config, number) / "metrics.jsonl")
         rows += [row | {"step": len(rows) + row["step"], "round": number + 1} for row in steps]
-    part = config.output_path / "metrics.jsonl.part"
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(config.output_path / "metrics.jsonl")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(config.output_path / "metrics.jsonl", lines.encode())
 
 
 def _finish_run(config: RunConfig) -> Result:
     """Write the model, metrics, summary and report of the whole run."""
     folders = [_folder(config, number) for number in range(config.rounds)]
-    model, unfinished = config.output_path / "model", config.output_path / "model.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(folders[-1] / "model", unfinished)
-    shutil.rmtree(model, ignore_errors=True)
-    unfinished.rename(model)
+    with replace_folder(config.output_path / "model") as model:
+        shutil.copytree(folders[-1] / "model", model, dirs_exist_ok=True)
     _gather_steps(config)
     summaries = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
     summary = {

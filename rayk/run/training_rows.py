@@ -11,8 +11,8 @@ from rayk.config import RunConfig
 from rayk.models import weights_fingerprint
 from rayk.run.applications import serve_teachers, served_student_config, teacher_applications
 from rayk.run.directory import PLACEMENT, SELECTION
-from rayk.run.inputs import build_row_filters, contamination_prompts, synthesized_rows_path
 from rayk.run.progress import ProgressListener
+from rayk.run.synthesis_inputs import build_row_filters, contamination_prompts, synthesized_rows_path
 from rayk.synthesis import CompletionStore, Prompt, RecipeContext, fingerprint, synthesize_rows
 from rayk.teachers import Teacher, serve_teacher
 from rayk.teachers.cache import SignalCache

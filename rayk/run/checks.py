@@ -1,0 +1,160 @@
+"""Checks of a run's rows against its models: vocabularies, lengths, contexts and routes."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rayk.config import RunConfig, TeacherConfig
+from rayk.config.support import Hidden
+from rayk.data.demonstrations import DemonstrationPool
+from rayk.data.examples import ExampleTable
+from rayk.data.views import RowViews
+from rayk.errors import InputError
+from rayk.models import load_model_config, load_tokenizer, max_positions, tokenizer_fingerprint
+from rayk.teachers import Teacher
+from rayk.teachers.ensemble import check_ensemble, name_for
+
+
+def check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer: Any, tokenizer_name: str) -> None:
+    """Check that a teacher has the student's vocabulary.
+
+    Args:
+        running: the teacher's requester if it is already running.
+
+    Raises:
+        InputError: it returns no signals, or its token ids differ.
+    """
+    if running is not None:
+        if running.info.engine == "openai":
+            raise InputError(
+                f"Teacher '{teacher.name}' is an endpoint, which generates text and returns no signals, and this run "
+                "generates nothing with it; remove it from 'teachers', or name it in 'synthesis'."
+            )
+        fingerprint = running.info.tokenizer_fingerprint
+    else:
+        assert teacher.model is not None
+        load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        teacher_tokenizer = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        fingerprint = tokenizer_fingerprint(teacher_tokenizer)
+    if fingerprint != tokenizer_fingerprint(tokenizer):
+        raise InputError(
+            f"Teacher '{teacher.name}' and the student's tokenizer '{tokenizer_name}' give tokens different ids; "
+            "their vocabularies must be the same for methods that compare distributions."
+        )
+
+
+def check_lengths(
+    models: Mapping[str, Any], config: RunConfig, train: ExampleTable | None, evaluation: ExampleTable | None,
+    tables: list[ExampleTable],
+) -> None:  # fmt: skip
+    """Check that rows, evaluation completions and rollouts are not longer than each model's context.
+
+    Args:
+        models: transformers configurations by the models' names in error messages.
+
+    Raises:
+        InputError: a model's context is too short.
+    """
+    longest = max((table.longest for table in tables), default=0)
+    generation, evaluated, rollout = config.evaluation.generation, 0, 0
+    if evaluation is not None and generation is not None:
+        evaluated = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
+    if train is not None and config.rollouts is not None:
+        _check_prompts(config, train)
+        rollout = int(train.prompt_tokens.max()) + config.rollouts.max_new_tokens
+    for name, settings in models.items():
+        limit = max_positions(settings)
+        if longest > limit:
+            raise InputError(
+                f"The longest row has {longest} tokens, but {name} takes {limit}; lower data.max_tokens and set "
+                "data.too_long to 'skip' or 'truncate'."
+            )
+        if evaluated > limit:
+            raise InputError(
+                f"The longest evaluation prompt with its completion may have {evaluated} tokens, but {name} takes "
+                f"{limit}; lower evaluation.generation.max_new_tokens."
+            )
+        if rollout > limit:
+            raise InputError(
+                f"The longest prompt with its rollout may have {rollout} tokens, but {name} takes {limit}; lower "
+                "rollouts.max_new_tokens."
+            )
+    _check_policy_lengths(models["the student"], config, max(longest, rollout))
+
+
+def _check_prompts(config: RunConfig, train: ExampleTable) -> None:
+    if not train.prompt_tokens.all():
+        row = train[int(np.argmin(train.prompt_tokens))]
+        raise InputError(
+            f"{row.where} has no prompt, but method '{config.method.kind}' generates completions after the prompts; "
+            "give rows with prompts."
+        )
+
+
+def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None:
+    """Check the policy's limit on vLLM, which generates at least one token and so reads one less than the model."""
+    rollouts = config.rollouts
+    if rollouts is None or not rollouts.is_served or rollouts.engine.kind != "vllm":
+        return
+    limit = min(max_positions(student), rollouts.engine.max_model_len or sys.maxsize) - 1
+    if longest > limit:
+        raise InputError(
+            f"The longest row, or prompt with its rollout, may have {longest} tokens, but the policy takes {limit} on "
+            "vLLM; lower rollouts.max_new_tokens or data.max_tokens, or raise rollouts.engine.max_model_len."
+        )
+
+
+def check_demonstrated_lengths(
+    models: Mapping[str, Any], config: RunConfig, pool: DemonstrationPool, tables: list[ExampleTable]
+) -> None:
+    """Check that rows with their demonstrations are not longer than each model's context.
+
+    Raises:
+        InputError: a model's context is too short.
+    """
+    generated = config.evaluation.generation.max_new_tokens if config.evaluation.generation else 0
+    longest = max(pool.max_length(list(table)) for table in tables) + generated
+    for name, settings in models.items():
+        if longest > (limit := max_positions(settings)):
+            raise InputError(
+                f"A row with its demonstrations and completion may have {longest} tokens, but {name} takes {limit}; "
+                "lower data.max_tokens, to which demonstrations are truncated, or method.demonstrations.k."
+            )
+
+
+def check_contexts(models: Mapping[str, Any], config: RunConfig, views: RowViews, tables: list[ExampleTable]) -> None:
+    """Check that each teacher's own prompts can be made and leave room for the completion.
+
+    Raises:
+        InputError: a row lacks a field of the template, or is too long for the teacher.
+    """
+    for teacher in config.teachers:
+        if teacher.prompt_template is None:
+            continue
+        limit = max_positions(models.get(f"teacher '{teacher.name}'"))
+        for row in (answer for table in tables for example in table for answer in example.answers):
+            if (length := len(views.apply(row).view(teacher.name))) > limit:
+                raise InputError(
+                    f"{row.where} has {length} tokens after the prompt of teacher '{teacher.name}', which takes "
+                    f"{limit}; shorten teachers.prompt_template, or lower data.max_tokens."
+                )
+
+
+def check_routes(config: RunConfig, tables: list[ExampleTable]) -> None:
+    """Check that an ensemble can combine the support, and that each row has a route to a teacher.
+
+    Raises:
+        InputError: it cannot, or a row has none.
+    """
+    support = config.signal_support
+    if config.ensemble is not None and support is not None:
+        check_ensemble(support, config.ensemble.combine)
+    if config.route is None:
+        return
+    if isinstance(support, Hidden):
+        raise InputError("Hidden states of several teachers need several heads; use support 'topk' with 'route'.")
+    for table in tables:
+        for row in table:
+            name_for(row, config.route)
