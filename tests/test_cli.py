@@ -1,17 +1,24 @@
-"""The `rayk` command: what it prints, and with which code it ends."""
+"""The `rayk` command: what it prints, and its exit codes."""
 
+import importlib.metadata
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 
 import pytest
 import yaml
+from rich.console import Console
 
 from rayk import cli
+from rayk.commands.progress import TerminalProgress
 from rayk.methods import METHODS
 from rayk.run import ProgressListener, distill
+from rayk.training.checkpoint import Checkpoint, CheckpointStore
+from tests.report.test_report import make_run
 from tests.runs import config, settings, write_rows
 from tests.runs import rayk as started
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -19,7 +26,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture
 def rayk(capsys, monkeypatch):
-    """Calls the command in this process; gives (exit code, standard output, standard error)."""
+    """Call the command in this process; returns (exit code, standard output, standard error)."""
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
     def call(*arguments):
@@ -43,9 +50,9 @@ def write_config(tmp_path, tiny_student):
 
 
 def the_sentence(outcome, code=2):
-    """The one line of error; besides it there may be only the stages before."""
-    ended, out, err = outcome
-    assert (ended, out) == (code, "")
+    """Return the one line of error; only lines of stages may precede it."""
+    exit_code, out, err = outcome
+    assert (exit_code, out) == (code, "")
     *stages, sentence = err.splitlines()
     assert all(re.match(r" *\d+ s  ", line) for line in stages), err
     assert sentence.startswith("rayk: ")
@@ -57,6 +64,7 @@ def test_help_names_every_command(rayk):
     assert code == 0
     for name in (
         "quickstart",
+        "init",
         "run",
         "synthesize",
         "serve",
@@ -71,12 +79,34 @@ def test_help_names_every_command(rayk):
         assert name in out
 
 
-@pytest.mark.parametrize("arguments", [["walk"], ["run"], ["run", "x.yaml", "--fast"]])
+@pytest.mark.parametrize("arguments", [["zzzz"], ["run"], ["run", "x.yaml", "--fast"]])
 def test_a_wrong_command_line_exits_with_2(rayk, arguments):
     the_sentence(rayk(*arguments))
 
 
-def test_synthesizing_without_a_recipe_is_told_so(rayk, write_config):
+def test_bare_command_prints_help(rayk):
+    code, out, err = rayk()
+    assert (code, err) == (0, "")
+    assert "quickstart" in out
+
+
+def test_version_is_printed(rayk):
+    assert rayk("--version")[:2] == (0, f"rayk {importlib.metadata.version('rayk')}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("rnu", "run"), ("trian", "run"), ("train", "run"), ("evalute", "evaluate")]
+)
+def test_a_misspelled_command_gets_a_suggestion(rayk, name, meant):
+    sentence = the_sentence(rayk(name, "x.yaml"))
+    assert sentence == f"rayk: There is no command '{name}'; did you mean '{meant}'?"
+
+
+def test_an_unknown_command_lists_the_commands(rayk):
+    assert the_sentence(rayk("zzzz")).startswith("rayk: There is no command 'zzzz'; the commands are quickstart, init,")
+
+
+def test_synthesizing_without_a_synthesis_is_an_error(rayk, write_config):
     assert the_sentence(rayk("synthesize", write_config())) == (
         "rayk: synthesis is missing; set synthesis.kind to the way in which rows are generated."
     )
@@ -85,12 +115,14 @@ def test_synthesizing_without_a_recipe_is_told_so(rayk, write_config):
 def test_methods_lists_each_with_its_needs(rayk):
     code, out, _ = rayk("methods")
     assert code == 0
-    lines = out.splitlines()[1:]
-    assert [next(name for name in METHODS if line.startswith(name)) for line in lines] == list(METHODS)
-    assert all(METHODS[kind].needs in line for kind, line in zip(METHODS, lines, strict=True))
+    assert max(map(len, out.splitlines())) <= 100
+    paragraphs = [" ".join(paragraph.split()) for paragraph in out.split("\n\n")]
+    assert [next(name for name in METHODS if text.startswith(name)) for text in paragraphs] == list(METHODS)
+    for kind, text in zip(METHODS, paragraphs, strict=True):
+        assert f"{METHODS[kind].summary} needs: {METHODS[kind].needs} paper: {METHODS[kind].paper}" in text
 
 
-def test_a_run_prints_its_result_and_where_it_is(rayk, write_config, tmp_path):
+def test_a_run_prints_its_result_and_its_files(rayk, write_config, tmp_path):
     code, out, err = rayk("run", write_config(), "--set", "training.steps=3", "--output", tmp_path / ("long" * 40))
     assert code == 0
     assert re.search(r"^run .* \d", out, re.MULTILINE)
@@ -98,7 +130,7 @@ def test_a_run_prints_its_result_and_where_it_is(rayk, write_config, tmp_path):
     assert re.search(r"^ +step 3/3  loss \d+\.\d+ ", err, re.MULTILINE)
 
 
-def test_what_users_wrote_is_no_markup(rayk, write_config, tmp_path):
+def test_user_texts_are_no_markup(rayk, write_config, tmp_path):
     path = tmp_path / "[red]"
     assert f"The report:  {path}/report.html\n" in rayk("run", write_config(), "--output", path)[2]
     assert f"'{path}' already contains a run" in the_sentence(rayk("run", write_config(), "--output", path))
@@ -110,7 +142,7 @@ BAD = {
     "no such model": ({"student": {"model": "./nowhere"}}, "/nowhere' does not exist"),
     "no model type": ({"student": {"config": {"hidden_size": 8}, "tokenizer": "STUDENT"}}, "needs a 'model_type'"),
     "no such model type": (
-        {"student": {"config": {"model_type": "lama"}, "tokenizer": "STUDENT"}}, "student.config describes no model"
+        {"student": {"config": {"model_type": "lama"}, "tokenizer": "STUDENT"}}, "student.config does not describe a model"
     ),
     "no tokenizer": ({"student": {"config": {"model_type": "llama"}}}, "student.tokenizer is missing"),
     "small vocabulary": (
@@ -158,31 +190,31 @@ def test_wrong_input_is_one_sentence_and_exit_2(rayk, write_config, tmp_path, ti
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_that_is_missing_or_unreadable_is_named(rayk, tmp_path):
+def test_a_missing_or_unreadable_config_is_named(rayk, tmp_path):
     assert "missing.yaml' cannot be read" in the_sentence(rayk("run", tmp_path / "missing.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [")
     assert "bad.yaml' is not YAML" in the_sentence(rayk("run", tmp_path / "bad.yaml"))
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(rayk, write_config, tmp_path):
+def test_a_teacher_with_another_vocabulary_is_refused(rayk, write_config, tmp_path):
     other = tmp_path / "other"
     tiny_model(other, tokenizer=tiny_tokenizer(sentences=("entirely different words make other merges " * 9,)))
     sentence = the_sentence(rayk("run", write_config("logit_kd", teachers=[{"name": "other", "model": str(other)}])))
     assert "Teacher 'other' and the student's tokenizer" in sentence
 
 
-def test_more_tokens_than_the_vocabulary_has_are_refused(rayk, write_config, tiny_teacher):
+def test_a_support_larger_than_the_vocabulary_is_refused(rayk, write_config, tiny_teacher):
     method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 1000}}
     sentence = the_sentence(rayk("run", write_config(method, teachers=[{"model": tiny_teacher}])))
     assert "method.support.k is 1000, but the vocabulary has" in sentence
 
 
-def test_a_teacher_that_does_not_run_is_named(rayk, write_config, ray_cluster):
+def test_a_teacher_that_is_not_running_is_named(rayk, write_config, ray_cluster):
     sentence = the_sentence(rayk("run", write_config("logit_kd", teachers=[{"name": "nobody", "attach": True}])))
     assert "No teacher 'nobody' answers on this Ray cluster" in sentence
 
 
-def test_an_output_that_is_taken_is_refused(rayk, write_config, tmp_path):
+def test_an_output_with_other_contents_is_refused(rayk, write_config, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path):
         assert "is not a run directory of rayk" in the_sentence(rayk("run", write_config(), "--output", place))
@@ -195,8 +227,8 @@ def test_an_output_that_is_taken_is_refused(rayk, write_config, tmp_path):
     assert f"The rows of data.train '{tmp_path}/rows.jsonl' are not those that the run" in sentence
 
 
-def test_an_error_nobody_foresaw_is_one_sentence_too(rayk, write_config, monkeypatch):
-    monkeypatch.setattr("rayk.run.distill", lambda *_, **__: 1 // 0)
+def test_an_unexpected_error_is_one_sentence_too(rayk, write_config, monkeypatch):
+    monkeypatch.setattr("rayk.commands.run.distill", lambda *_, **__: 1 // 0)
     assert "ZeroDivisionError: integer division or modulo by zero" in the_sentence(rayk("run", write_config()), code=1)
 
 
@@ -206,29 +238,39 @@ def test_evaluate_measures_the_trained_student(rayk, write_config, tmp_path, tin
     path = write_config(data=data)
     assert "no trained student" in the_sentence(rayk("evaluate", path))
     assert rayk("run", path)[0] == 0
-    (tmp_path / "rows.jsonl").unlink()  # what was learned from is not needed any more
+    (tmp_path / "rows.jsonl").unlink()  # the training rows are not needed
     code, out, _ = rayk("evaluate", path)
     assert code == 0
     assert re.search(r"^run +\d+\.\d{3}$", out, re.MULTILINE)
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    code, out, _ = rayk("evaluate", path, "--json")
+    assert (code, json.loads(out)) == (0, kept)
+    assert kept["name"] == "run" and kept["student"].keys() >= {"loss"} and kept["teacher"] == {}
+    other = shutil.copytree(tiny_student, tmp_path / "other")
+    assert rayk("evaluate", path, "--model", other)[0] == 0
+    assert json.loads((other / "evaluation.json").read_text())["student"]["loss"] > kept["student"]["loss"]
+    sentence = the_sentence(rayk("evaluate", path, "--set", f"student.model={tiny_student}"))
+    assert f"Give --model {tiny_student} instead" in sentence
     assert "'./nowhere' does not exist" in the_sentence(rayk("evaluate", path, "--model", "./nowhere"))
     assert "data.evaluation is missing" in the_sentence(rayk("evaluate", write_config(data={"train": data["train"]})))
 
 
-def test_doctor_finds_what_a_run_would_stumble_over(rayk, write_config, tmp_path):
-    code, _, err = rayk("doctor")
-    assert (code, "ray 2." in err) == (0, True)
-    code, _, err = rayk("doctor", write_config())
+def test_doctor_checks_machine_and_config(rayk, write_config, tmp_path):
+    code, out, err = rayk("doctor")
+    assert (code, "ray 2." in out, err) == (0, True, "")
+    code, out, _ = rayk("doctor", write_config())
     assert code == 0
-    assert "data.train: 48 rows" in err
-    assert re.search(r"The student trains all of its [\d,]+ parameters", err)
+    assert "data.train: 48 rows" in out
+    assert f"The run directory will be {tmp_path}/run." in out
+    assert re.search(r"The student trains all of its [\d,]+ parameters", out)
     assert not (tmp_path / "run").exists()
-    code, _, err = rayk("doctor", write_config(), "--set", "student.lora.r=2")
-    assert (code, bool(re.search(r"trains [\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", err))) == (0, True)
-    code, _, err = rayk("doctor", write_config(student={"model": "./nowhere"}))
-    assert (code, "✗ The " in err) == (2, True)
+    code, out, _ = rayk("doctor", write_config(), "--set", "student.lora.r=2")
+    assert (code, bool(re.search(r"trains [\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", out))) == (0, True)
+    code, out, _ = rayk("doctor", write_config(student={"model": "./nowhere"}))
+    assert (code, "✗ " in out, "does not exist" in out) == (2, True, True)
 
 
-def test_plan_says_how_many_replicas_feed_the_student(rayk, write_config, tiny_teacher):
+def test_plan_computes_the_replicas_that_keep_the_student_busy(rayk, write_config, tiny_teacher):
     simulated = {"model": tiny_teacher, "engine": {"kind": "simulated", "tokens_per_second": 250.0}}
     path = write_config({"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, teachers=[simulated])
     code, out, _ = rayk("plan", path, "--student-tokens-per-second", "1000")
@@ -238,10 +280,12 @@ def test_plan_says_how_many_replicas_feed_the_student(rayk, write_config, tiny_t
     assert re.search(r"^the student would wait +with 1: 75%, with 2: 50%, with 4: 0%", out, re.MULTILINE)
     assert re.search(r"^a counted token +about 72 bytes; \d+% of the tokens count", out, re.MULTILINE)
     assert "--student-tokens-per-second" in the_sentence(rayk("plan", path))
-    assert "needs no signals of a teacher; there is nothing to plan" in the_sentence(rayk("plan", write_config("supervised")))
+    assert "needs no signals of a teacher; there is nothing to plan" in the_sentence(
+        rayk("plan", write_config("supervised"))
+    )
 
 
-def test_plan_measures_what_is_not_given(rayk, write_config, tiny_teacher, ray_cluster):
+def test_plan_measures_rates_that_are_not_given(rayk, write_config, tiny_teacher, ray_cluster):
     teachers = [{"model": tiny_teacher, "resources": {"num_cpus": 0.25}}]
     path = write_config({"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, teachers=teachers)
     assert rayk("run", path, "--set", "training.steps=4")[0] == 0
@@ -265,17 +309,91 @@ def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "sentence"),
     [
-        (["run"], "Interrupted; what was checkpointed can be continued with --resume."),
-        (["synthesize"], "Interrupted; what was written is kept, and the same command goes on from there."),
+        (["run"], "Interrupted before the run started; nothing is lost."),
+        (["synthesize"], "Interrupted; the completions are kept, and the same command continues from there."),
         (["evaluate"], "Interrupted."),
     ],
 )
-def test_an_interruption_says_how_to_go_on(tmp_path, command, said):
+def test_an_interruption_says_what_is_kept(tmp_path, command, sentence):
     path = tmp_path / "config.yaml"
     os.mkfifo(path)
-    with started(*command, path, log=tmp_path / "log") as process, path.open("w"):  # once it reads
+    with started(*command, path, log=tmp_path / "log") as process, path.open("w"):  # blocks until the command reads
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-    assert (tmp_path / "log").read_text().strip() == f"rayk: {said}"
+    assert (tmp_path / "log").read_text().strip() == f"rayk: {sentence}"
+
+
+def interrupted(monkeypatch, rayk, path, prepare=lambda: None):
+    """Run the config, which is interrupted after `prepare`; return the error's sentence."""
+
+    def stop(*_, **__):
+        prepare()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayk.commands.run.distill", stop)
+    return the_sentence(rayk("run", path), code=130)
+
+
+def test_an_interrupted_run_says_what_is_kept(monkeypatch, rayk, write_config, tmp_path):
+    path = write_config()
+    assert "before training started; nothing is lost" in interrupted(monkeypatch, rayk, path)
+    (tmp_path / "run").mkdir()
+
+    def start_training():
+        (tmp_path / "run" / "data.fingerprint").write_text("of the rows")
+
+    sentence = interrupted(monkeypatch, rayk, path, start_training)
+    assert "before the first checkpoint; with --resume the training starts again at step 1" in sentence
+    store = CheckpointStore(str(tmp_path / "run" / "checkpoints"))
+    sentence = interrupted(monkeypatch, rayk, path, lambda: store.save(Checkpoint(40, {}, {}, []), keep=1))
+    assert "checkpointed at step 40. Continue it with --resume" in sentence
+
+
+def test_a_comparison_does_not_overwrite_a_runs_report(rayk, tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    (runs[0] / "report.html").write_text("its own")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = rayk("report", *runs)
+    assert (code, err) == (0, "The report: comparison.html\n")
+    assert "Comparison of one and two" in (tmp_path / "comparison.html").read_text()
+    assert (runs[0] / "report.html").read_text() == "its own"
+    assert rayk("report", runs[1])[2] == f"The report: {runs[1]}/report.html\n"
+
+
+def test_doctor_notes_settings_that_are_probably_wrong(rayk, write_config, tmp_path, tiny_teacher):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    tiny_model(tmp_path / "large", hidden=64, layers=3, tokenizer=tokenizer)
+    path = write_config("logit_kd", teachers=[{"model": tiny_teacher}], student={"model": str(tmp_path / "large")})
+    code, out, _ = rayk("doctor", path, "--set", "training.learning_rate=10000", "--set", "training.batch_size=64")
+    assert code == 0
+    assert "training.batch_size is 64, but data.train has only 48 rows" in out
+    assert "training.learning_rate is 10000, at which training diverges" in out
+    assert "tokenizer has a chat template, but data.chat_template is false" in out
+    assert re.search(r"Teacher 'teacher' has [\d,]+ parameters and the student [\d,]+; if they were swapped", out)
+    out = rayk("doctor", path, "--set", "data.chat_template=true")[1]
+    assert "chat template" not in out
+
+
+def test_doctor_compares_requirements_with_the_machine(rayk, write_config, tiny_teacher):
+    path = write_config("logit_kd", teachers=[{"model": tiny_teacher, "resources": {"num_gpus": 90}}])
+    code, out, _ = rayk("doctor", path)
+    assert code == 2
+    assert re.search(r"✗ The run requires 90 GPUs at the same time \(teacher 'teacher' 90\), but there are \d", out)
+    path = write_config("logit_kd", teachers=[{"model": tiny_teacher, "replicas": 900}])
+    code, out, _ = rayk("doctor", path)
+    assert code == 0
+    assert re.search(r"• The run requires 900 CPUs .* but there are \d+; .* so the run is slow", out)
+
+
+def test_progress_after_a_resume_only_counts_forward(capsys):
+    shown = io.StringIO()
+    progress = TerminalProgress(Console(file=shown, width=200))
+    row = {"loss": 1.0, "tokens_per_second": 10.0}
+    progress.stage("Training")
+    for steps in ([5, 6], [1, 2, 3, 4, 5], [6], [7, 8]):
+        progress._last_line = 0.0
+        progress.steps([row | {"step": step} for step in steps], 9)
+    assert re.findall(r"step (\d)/9", shown.getvalue()) == ["6", "8"]

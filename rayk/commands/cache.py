@@ -12,7 +12,7 @@ from rayk.config.support import Logprob, Requested, Support, TopK
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
-from rayk.evaluation.evaluate import fitting
+from rayk.evaluation.evaluate import limit_support
 from rayk.run import (
     ProgressListener,
     connect_attached_teachers,
@@ -22,7 +22,8 @@ from rayk.run import (
     teacher_applications,
     with_absolute_paths,
 )
-from rayk.run.inputs import Inputs, read_inputs, with_synthesized_rows
+from rayk.run.inputs import Inputs, read_inputs
+from rayk.run.synthesis_inputs import with_synthesized_rows
 from rayk.serving.cluster import start_ray
 from rayk.serving.event_loop import stream_in_background
 from rayk.storage.segments import CacheStatistics
@@ -114,9 +115,9 @@ def _requests(
 
     def by_teacher(table: ExampleTable) -> Iterable[tuple[Teacher, list[Example]]]:
         if config.route is None:
-            return [(teachers[config.evaluation_teacher], list(table))]
+            return [(teachers[config.evaluation_teacher], list(map(inputs.views.apply, table)))]
         rows: dict[str, list[Example]] = {}
-        for example in table:
+        for example in map(inputs.views.apply, table):
             rows.setdefault(name_for(example, config.route), []).append(example)
         return [(teachers[name], examples) for name, examples in rows.items()]
 
@@ -127,7 +128,7 @@ def _requests(
             yield "training rows", teacher, support, [answer for row in examples for answer in row.answers]
     if inputs.evaluation is not None:
         for teacher, examples in by_teacher(inputs.evaluation):
-            yield "evaluation rows", teacher, fitting(config.evaluation.support, teacher.vocab_size), examples
+            yield "evaluation rows", teacher, limit_support(config.evaluation.support, teacher.vocab_size), examples
             if config.route is None:
                 yield "evaluation rows", teacher, Logprob(), examples
 

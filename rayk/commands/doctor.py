@@ -57,7 +57,8 @@ def _check_machine() -> Iterator[Check]:
 
 def _check_run(settings: RunConfig) -> Iterator[Check]:
     from rayk.run import connect_attached_teachers, next_round, with_absolute_paths
-    from rayk.run.inputs import read_inputs, synthesized_rows_path, with_synthesized_rows
+    from rayk.run.inputs import read_inputs
+    from rayk.run.synthesis_inputs import synthesized_rows_path, with_synthesized_rows
 
     settings = with_absolute_paths(settings)
     yield _check_output(settings)
@@ -118,7 +119,7 @@ def _check_resources(settings: RunConfig) -> Iterator[Check]:
 
 
 def _check_synthesis(settings: RunConfig) -> Check:
-    from rayk.run.inputs import build_row_filters, read_synthesis_prompts
+    from rayk.run.synthesis_inputs import build_row_filters, read_synthesis_prompts
 
     assert settings.synthesis is not None
     prompts = read_synthesis_prompts(settings)

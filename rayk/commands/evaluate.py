@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig
-from rayk.errors import InputError
+from rayk.errors import InputError, RaykError
 from rayk.run import ProgressListener, evaluate_model, with_absolute_paths
-from rayk.run.pipeline import write_json
+from rayk.run.summary import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def evaluate(config: RunConfig, model: str | None, listener: ProgressListener) -
     path = folder / "evaluation.json"
     try:
         write_json(path, summary)
-    except OSError as error:
-        logger.warning("'%s' cannot be written: %s.", path, error.strerror)
+    except RaykError as error:
+        logger.warning("%s", error)
         return summary, None
     return summary, path
 

@@ -11,7 +11,7 @@ from rayk.config import RunConfig
 from rayk.report.report import figure_text
 from rayk.run import ProgressListener, next_round, with_absolute_paths
 from rayk.run import synthesize as synthesize_rows
-from rayk.run.inputs import synthesized_rows_path
+from rayk.run.synthesis_inputs import synthesized_rows_path
 
 
 def synthesize(config: RunConfig, listener: ProgressListener) -> tuple[dict[str, Any], Path]:

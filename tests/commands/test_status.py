@@ -5,12 +5,12 @@ import re
 import time
 
 import pytest
-from tests.report.test_report import make_run
 
 from rayk.commands.status import status
 from rayk.errors import InputError
 from rayk.synthesis.store import CompletionStore, StoredCompletion
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
+from tests.report.test_report import make_run
 
 
 def ended(folder, seconds_ago):

@@ -1,0 +1,470 @@
+"""`rayk init`: write a commented config for given models and data.
+
+It looks at the first rows, the tokenizers and the models' sizes, and chooses what usually works. Models whose files are
+not on this machine are looked up on the Hugging Face hub; where that fails, common values are used and a note says so.
+"""
+
+import json
+import os
+import re
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from rayk.config import DataConfig, DataSource, StudentConfig, load_config
+from rayk.config.paths import is_local_path
+from rayk.data.prompts import RowTexts
+from rayk.data.sources import Row, read_rows
+from rayk.data.tokenizing import RowTokenizer
+from rayk.errors import InputError
+from rayk.methods import METHODS
+from rayk.models import load_model_config, load_tokenizer, max_positions, real_vocab_size, tokenizer_fingerprint
+from rayk.models.student import count_planned_parameters
+from rayk.storage.atomic import disk_errors, write_whole
+
+_EXAMPLE_TEACHER, _EXAMPLE_STUDENT, _EXAMPLE_DATA = "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "./data/train.jsonl"
+_PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "query", "problem")
+_COMPLETION_FIELDS = ("completion", "response", "output", "answer", "solution", "target")
+_EVALUATION_WORDS = ("test", "validation", "valid", "val", "eval", "evaluation", "dev", "held_out")
+_COUNTED_ROWS = 100_000
+_SAMPLED_ROWS = 256
+_LONGEST = 4096
+_ENDPOINT_SECONDS = 5.0
+_TEACHER_METHODS = ("logit_kd", "on_policy", "minillm", "in_context")
+_COMMENTS = {
+    "supervised": "cross-entropy on the rows' completions",
+    "logit_kd": "match the teacher's distribution at every token of the rows",
+    "on_policy": "match the teacher's distribution on completions that the student generates",
+    "minillm": "policy gradients of reverse KL on completions that the student generates",
+    "in_context": "learn from demonstrations in the context as the teacher does",
+    "preference": "DPO: prefer the chosen completion to the rejected one",
+}
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The training rows: how to read them, and what they contain."""
+
+    path: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the source that differ from the defaults."""
+    row_format: str = "prompt_completion"
+    """`prompts` if rows have no completion."""
+    rows: list[Row] = field(default_factory=list)
+    """The first rows; empty for example data."""
+    num_rows: int | None = None
+    evaluation: str | None = None
+    """A file of held-out rows beside the training rows."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        return self.rows[0].fields if self.rows else {}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's tokenizer and size; None where it could not be loaded."""
+
+    model: str
+    tokenizer: Any = None
+    parameters: int | None = None
+    positions: float = float("inf")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+
+def init(teacher: str | None, student: str | None, data: str | None, method: str | None, path: Path) -> list[str]:
+    """Write a config to `path`.
+
+    Args:
+        teacher: a model's name or folder, or the URL of an OpenAI-compatible endpoint.
+        method: a kind of `rayk methods`; by default one that fits the rows and models.
+
+    Returns:
+        Notes on what could not be looked up and what was chosen.
+
+    Raises:
+        InputError: the file exists, a local model or the data cannot be read, or the method does not fit them.
+    """
+    if path.exists():
+        raise InputError(f"'{path}' exists already; remove it, or give another file with -o.")
+    if method is not None and method not in _COMMENTS:
+        raise InputError(f"--method '{method}' is unknown; choose one of {', '.join(_COMMENTS)}.")
+    notes: list[str] = []
+    rows = _read_data(data, notes)
+    student_facts = _read_model(student or _EXAMPLE_STUDENT, "student", student is not None, notes)
+    endpoint = teacher if teacher and teacher.startswith(("http://", "https://")) else None
+    teacher_facts = None
+    if teacher and endpoint is None:
+        teacher_facts = _read_model(teacher, "teacher", True, notes)
+    elif teacher is None and student is None and method != "supervised" and rows.row_format != "preference":
+        teacher_facts = _read_model(_EXAMPLE_TEACHER, "teacher", False, notes)
+    kind = _choose_method(method, rows, student_facts, teacher_facts, endpoint, notes)
+    text = _render(path, kind, rows, student_facts, teacher_facts, endpoint, notes)
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
+    try:
+        load_config(path)
+    except InputError:
+        path.unlink()
+        raise
+    return notes
+
+
+def _read_data(path: str | None, notes: list[str]) -> DataFacts:
+    """Read the first rows and find out how they are to be read."""
+    if path is None:
+        notes.append(f"data.train.path is an example ({_EXAMPLE_DATA}); give your rows with --data, or edit it.")
+        return DataFacts(_EXAMPLE_DATA)
+    source = DataSource(path=path)
+    reader = read_rows(source)
+    rows = list(islice(reader, _SAMPLED_ROWS))
+    num_rows = len(rows) + sum(1 for _ in islice(reader, _COUNTED_ROWS))
+    settings, row_format = _describe_fields(rows[0])
+    return DataFacts(path, settings, row_format, rows, num_rows, _find_evaluation(path))
+
+
+def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
+    """Return the source settings with which rows like this are read, and their format."""
+    fields = row.fields
+    texts = [name for name, value in fields.items() if isinstance(value, str)]
+    chats = [
+        name for name, value in fields.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
+    ]  # fmt: skip
+    prompt = next((name for name in _PROMPT_FIELDS if name in texts), None)
+    prompt_setting = {"prompt_field": prompt} if prompt and prompt != "prompt" else {}
+    if {"chosen", "rejected"} <= fields.keys():
+        return prompt_setting, "preference"
+    if "messages" in chats or (chats and prompt is None):
+        return ({} if "messages" in chats else {"messages_field": chats[0]}), "messages"
+    completion = next((name for name in _COMPLETION_FIELDS if name in texts and name != prompt), None)
+    if {"instruction", "input"} <= set(texts) and completion:  # the format of Alpaca
+        prompt_setting = {"prompt_template": "{instruction}\n\n{input}"}
+    if prompt and completion:
+        return prompt_setting | ({"completion_field": completion} if completion != "completion" else {}), (
+            "prompt_completion"
+        )
+    if prompt:
+        return prompt_setting, "prompts"
+    if "text" in texts:
+        return {}, "text"
+    raise InputError(
+        f"{row.where} has no field with a prompt, messages or text that is recognized (it has: {', '.join(fields)}); "
+        f"rename one to 'prompt', or write the config by hand with data.train.prompt_field."
+    )
+
+
+def _find_evaluation(path: str) -> str | None:
+    """Return a file of held-out rows beside the training rows, recognized by its name."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return None
+    for word in _EVALUATION_WORDS:
+        for stem in {file.stem.replace("training", word).replace("train", word), word}:
+            other = file.with_name(stem + file.suffix)
+            if other != file and other.is_file():
+                return str(other)
+    return None
+
+
+def _read_model(name: str, role: str, required: bool, notes: list[str]) -> ModelFacts:
+    """Look up a model's tokenizer and size.
+
+    Raises:
+        InputError: it is a local model that cannot be read.
+    """
+    if not required:
+        notes.append(f"{role}: {name} is an example; give your model with --{role}, or edit it.")
+        return ModelFacts(name)
+    try:
+        tokenizer, config = load_tokenizer(name), load_model_config(name)
+        parameters = count_planned_parameters(StudentConfig(model=name), tokenizer).total
+        return ModelFacts(name, tokenizer, parameters, max_positions(config))
+    except InputError as error:
+        if is_local_path(name):
+            raise
+        notes.append(f"{role}: {name} could not be looked up, so common values are used. {error}")
+        return ModelFacts(name)
+
+
+def _choose_method(
+    method: str | None, rows: DataFacts, student: ModelFacts, teacher: ModelFacts | None, endpoint: str | None,
+    notes: list[str],
+) -> str:  # fmt: skip
+    """Return the method, by default one that fits.
+
+    Raises:
+        InputError: the given method does not fit the rows or the teacher.
+    """
+    if method == "preference" and rows.row_format != "preference":
+        raise InputError("--method preference needs rows with 'chosen' and 'rejected'; the rows have none.")
+    if method in _TEACHER_METHODS:
+        if endpoint is not None:
+            raise InputError(
+                f"--method {method} needs the teacher's distributions, but an endpoint returns only text; use --method "
+                "supervised, for which the endpoint generates the completions."
+            )
+        if teacher is None:
+            raise InputError(f"--method {method} needs a teacher; give one with --teacher.")
+    differ = teacher is not None and _tokenizers_differ(student, teacher)
+    if method is None:
+        method = _default_method(rows, teacher is not None and not differ)
+        if differ and rows.row_format != "preference":
+            notes.append(
+                "Teacher and student have different tokenizers, so that distributions cannot be compared: the teacher "
+                "generates completions, and the student is trained on them."
+            )
+    elif differ and method in _TEACHER_METHODS:
+        raise InputError(
+            f"--method {method} compares distributions, but teacher and student have different tokenizers; use "
+            "--method supervised, for which the teacher generates the completions."
+        )
+    if method == "supervised" and rows.row_format == "prompts" and teacher is None and endpoint is None:
+        raise InputError("The rows have prompts but no completions; give a teacher that generates them with --teacher.")
+    if method in ("on_policy", "minillm") and rows.row_format == "text":
+        raise InputError(f"--method {method} needs rows with prompts, but these are plain text; use logit_kd.")
+    if method == "preference" and (teacher or endpoint):
+        notes.append("Preference pairs need no teacher, so --teacher is not used.")
+    return method
+
+
+def _default_method(rows: DataFacts, has_distributions: bool) -> str:
+    if rows.row_format == "preference":
+        return "preference"
+    if not has_distributions:
+        return "supervised"
+    return "on_policy" if rows.row_format == "prompts" else "logit_kd"
+
+
+def _tokenizers_differ(student: ModelFacts, teacher: ModelFacts) -> bool:
+    if student.tokenizer is None or teacher.tokenizer is None:
+        return False
+    return tokenizer_fingerprint(student.tokenizer) != tokenizer_fingerprint(teacher.tokenizer)
+
+
+def _render(
+    path: Path, kind: str, rows: DataFacts, student: ModelFacts, teacher: ModelFacts | None, endpoint: str | None,
+    notes: list[str],
+) -> str:  # fmt: skip
+    """Return the YAML text."""
+    if kind == "preference":
+        teacher = endpoint = None
+    chat, chat_comment = _chat_template(kind, rows, student)
+    gpus = _num_gpus()
+    synthesizes = kind == "supervised" and (teacher is not None or endpoint is not None)
+    if synthesizes and rows.row_format == "text":
+        notes.append("The rows are plain text without prompts, so the student is trained on them without the teacher.")
+        synthesizes, teacher, endpoint = False, None, None
+    lengths = _lengths(kind, rows, student, teacher, chat)
+    schedule = _schedule(kind, rows.num_rows, student.parameters)
+    answer_field = next(
+        (
+            name for name in ("answer", "label")
+            if rows.evaluation and isinstance(rows.fields.get(name), str | int | float)
+            and name not in rows.settings.values() and kind not in ("preference", "in_context")
+        ),
+        None,
+    )  # fmt: skip
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["yaml"] = _to_yaml
+    template = resources.files("rayk.commands").joinpath("init.yaml.j2").read_text(encoding="utf-8")
+    student_name = re.sub(r"[^A-Za-z0-9._-]+", "-", student.model.rstrip("/").rsplit("/", 1)[-1]).lstrip("._-")
+    text = environment.from_string(template).render(
+        title=_title(kind, synthesizes), file=path, name=f"{student_name or 'student'}-{kind}", method=kind,
+        teacher=_teacher_values(teacher, endpoint, path, notes),
+        student={"model": _written(student.model, path), "size": _size(student)},
+        data={
+            "path": _written(rows.path, path), "settings": rows.settings, "rows": _count(rows),
+            "evaluation": rows.evaluation and _written(rows.evaluation, path),
+        },
+        chat_template=chat, chat_comment=chat_comment,
+        synthesis={
+            "chat": teacher is not None and teacher.has_chat_template,
+            "comment": "an endpoint applies its own chat template" if endpoint else "use the teacher's chat template",
+        } if synthesizes else None,
+        method_comment=_COMMENTS[kind], method_lines=_method_lines(kind, rows, student),
+        rollouts=kind in ("on_policy", "minillm"),
+        workers=max(1, gpus - 1) if teacher else max(1, gpus), shared_gpu=gpus == 1 and teacher is not None,
+        precision="bfloat16" if gpus else "float32",
+        precision_comment="on GPUs" if gpus else "this machine has no GPU; use bfloat16 on GPUs",
+        answer_field=answer_field, **lengths, **schedule,
+    )  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _title(kind: str, synthesizes: bool) -> str:
+    if synthesizes:
+        return "Sequence-level distillation: the teacher generates completions, the student is trained on them."
+    return f"{kind}: {METHODS[kind].summary}."
+
+
+def _teacher_values(
+    teacher: ModelFacts | None, endpoint: str | None, path: Path, notes: list[str]
+) -> dict[str, Any] | None:
+    if endpoint is not None:
+        model, comment = _endpoint_model(endpoint, notes)
+        local = re.match(r"https?://(localhost|127\.|\[::1\])", endpoint) is not None
+        return {
+            "endpoint": endpoint, "model": model, "model_comment": comment,
+            "api_key_variable": None if local and "OPENAI_API_KEY" not in os.environ else "OPENAI_API_KEY",
+        }  # fmt: skip
+    if teacher is None:
+        return None
+    return {"endpoint": None, "model": _written(teacher.model, path), "size": _size(teacher)}
+
+
+def _endpoint_model(url: str, notes: list[str]) -> tuple[str, str]:
+    """Return the name of the endpoint's first model, and a comment; a placeholder where it does not list them."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/models")
+    if key := os.environ.get("OPENAI_API_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_ENDPOINT_SECONDS) as response:
+            names = [str(entry["id"]) for entry in json.load(response)["data"]]
+        others = ", ".join(names[1:6])
+        return names[0], f"also: {others}" if others else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        notes.append(f"The endpoint {url} does not list its models; set teachers.model to the name of one.")
+        return "MODEL", "the endpoint's name of the model"
+
+
+def _chat_template(kind: str, rows: DataFacts, student: ModelFacts) -> tuple[bool, str]:
+    """Return whether rows are wrapped in the student's chat template, and why."""
+    if kind == "in_context":
+        return False, "the method lays out rows with their demonstrations itself"
+    if rows.row_format == "messages":
+        return False, "rows of messages always use the template"
+    if not student.has_chat_template:
+        return False, "true for a chat model"
+    if rows.row_format == "text":
+        return False, "rows are plain text"
+    if rows.rows and rows.row_format == "preference" and isinstance(rows.fields["chosen"], list):
+        return False, "rows of messages always use the template"
+    if rows.rows:
+        prompt = RowTexts(DataSource(path=rows.path, **rows.settings)).prompt(rows.rows[0])
+        if any(mark in prompt for mark in student.tokenizer.all_special_tokens):
+            return False, "the prompts already contain the template's marks"
+    return True, "wrap prompt and completion in the student's chat template; false for a base model"
+
+
+def _lengths(kind: str, rows: DataFacts, student: ModelFacts, teacher: ModelFacts | None, chat: bool) -> dict[str, int]:
+    """Return limits on lengths in tokens that fit the first rows and both models."""
+    limit = int(min(_LONGEST, student.positions, teacher.positions if teacher else _LONGEST))
+    prompt, whole = _longest(kind, rows, student, chat)
+    generated = min(512, _power_of_two(max(whole - prompt, 64) if rows.row_format != "prompts" else 256))
+    generated = min(generated, max(limit // 4, 1))
+    prompt_limit = min(limit - generated, _power_of_two(max(prompt * 3 // 2, 64)))
+    whole_limit = min(limit, max(_power_of_two(max(whole * 3 // 2, 128)), prompt_limit + generated))
+    if kind == "in_context":  # a row with its demonstrations
+        whole_limit = min(limit, max(whole_limit * 4, 512))
+    return {
+        "max_prompt_tokens": prompt_limit, "max_tokens": whole_limit, "max_new_tokens": generated,
+    }  # fmt: skip
+
+
+def _longest(kind: str, rows: DataFacts, student: ModelFacts, chat: bool) -> tuple[int, int]:
+    """Return the tokens of the longest prompt and the longest row among the first rows."""
+    if student.tokenizer is None or not rows.rows:
+        return 512, 1024
+    source = DataSource(path=rows.path, **rows.settings)
+    data = DataConfig(train=source, max_prompt_tokens=1 << 24, max_tokens=1 << 24, chat_template=chat)
+    tokenizer = RowTokenizer(
+        source, data, student.tokenizer, prompts_only=rows.row_format == "prompts", pairs=kind == "preference"
+    )
+    examples = list(tokenizer.examples(rows.rows))
+    if not examples:
+        raise InputError(f"The first rows of '{rows.path}' are empty; give rows with a prompt and a completion.")
+    answers = [answer for example in examples for answer in example.answers]
+    return max(answer.prompt_tokens for answer in answers), max(map(len, answers))
+
+
+def _schedule(kind: str, num_rows: int | None, parameters: int | None) -> dict[str, Any]:
+    """Return numbers of rows and steps, and the learning rate."""
+    rows = num_rows or 10_000
+    batch_size = max(1, min(32, _power_of_two(rows // 4 + 1) // 2))
+    epochs = 3 if rows < 2_000 else 2 if rows < 20_000 else 1
+    if kind in ("on_policy", "minillm") and rows >= 500:
+        epochs = 1
+    steps = max(1, rows * epochs // batch_size)
+    rate = 2e-5 if parameters is None or parameters > 300e6 else 1e-4 if parameters > 30e6 else 5e-4
+    rate *= {"on_policy": 0.5, "minillm": 0.25, "preference": 0.05, "in_context": 0.5}.get(kind, 1.0)
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return {
+        "batch_size": batch_size, "epochs": epochs, "learning_rate": f"{mantissa}e{int(exponent)}",
+        "warmup_steps": min(20, steps // 10), "every_steps": max(1, steps // 5),
+        "checkpoint_every_steps": min(100, max(1, steps // 4)),
+    }  # fmt: skip
+
+
+def _method_lines(kind: str, rows: DataFacts, student: ModelFacts) -> list[str]:
+    k = min(64, real_vocab_size(student.tokenizer)) if student.tokenizer is not None else 64
+    return {
+        "supervised": [],
+        "logit_kd": [
+            "divergence: forward_kl  # or reverse_kl, {name: jensen_shannon, beta: 0.5}, …",
+            f"support: {{kind: topk, k: {k}}}  # the teacher's k most likely tokens, and the rest as one outcome",
+            "hard_label_weight: 0.0  # share of cross-entropy on the rows' own tokens",
+        ],
+        "on_policy": [
+            "divergence: reverse_kl  # or forward_kl, {name: jensen_shannon, beta: 0.5}, …",
+            f"support: {{kind: requested, k: {k // 2 or 1}}}  # the teacher's k most likely tokens, and",
+            f"requested_ids: {k // 2 or 1}  # the student's own most likely tokens",
+            "student_fraction: 1.0  # share of rows whose completion the student generates",
+        ],
+        "minillm": ["inner_epochs: 1  # passes over the completions of a step; the paper takes 4"],
+        "in_context": [
+            "demonstrations: {k: 4, choice: random, max_tokens: 256}",
+            f"targets: {'label_words' if 'options' in rows.fields else 'tokens'}  # label_words: rows with 'options'",
+        ],
+        "preference": [
+            "beta: 0.1  # strength of the tie to the reference, the student before training",
+        ],
+    }[kind]
+
+
+def _written(name: str, path: Path) -> str:
+    """Return a model or data path as the config contains it: relative to the config's folder where it is inside."""
+    if not is_local_path(name) or not os.path.exists(os.path.expanduser(name)):
+        return name
+    absolute = os.path.abspath(os.path.expanduser(name))
+    relative = os.path.relpath(absolute, path.absolute().parent)
+    return absolute if relative.startswith("..") else f"./{relative}"
+
+
+def _to_yaml(value: Any) -> str:
+    """Return a value on one line of YAML."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    return yaml.safe_dump(value, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+
+
+def _size(model: ModelFacts) -> str:
+    return "" if model.parameters is None else f"{model.parameters:,}"
+
+
+def _count(rows: DataFacts) -> str:
+    if rows.num_rows is None:
+        return ""
+    return f"more than {_COUNTED_ROWS:,}" if rows.num_rows > _COUNTED_ROWS else f"{rows.num_rows:,}"
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
