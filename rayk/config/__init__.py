@@ -167,6 +167,7 @@ __all__ = [
     "WorkerRollouts",
     "difference",
     "load_config",
+    "load_teachers",
     "parse_config",
     "with_absolute_paths",
 ]

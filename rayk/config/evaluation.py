@@ -1,11 +1,13 @@
 """Measurements on held-out rows."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rayk.config.base import AnswerPattern, FunctionPath, Positive, Settings
+from rayk.config.base import FUNCTION_PATTERN, AnswerPattern, Positive, Settings
 from rayk.config.support import TopK
+
+Metric = Annotated[str, Field(pattern=rf"^(rouge_l|{FUNCTION_PATTERN[1:-1]})$")]
 
 
 class GenerationConfig(Settings):
@@ -35,7 +37,7 @@ class EvaluationConfig(Settings):
     answer_pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer in both texts, such as '#### (.+)'; the last match
     counts. `null`: the whole texts are compared, white space normalized."""
-    metrics: list[Literal["rouge_l"] | FunctionPath] = Field(default_factory=list)
+    metrics: list[Metric] = Field(default_factory=list)
     """More metrics of the generated answers; needs `generation`. `rouge_l`: ROUGE-L F of the answer and the right one.
     Or your own function 'module:name', called as `metric(completion: str, row: Mapping[str, Any]) -> float` with the
     answer's text and the row's fields. The mean over the answered rows is reported under the function's name."""

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rayk.config.base import UNKNOWN_KEY, LocalPath, Settings, StoragePath, closest, shorten
+from rayk.config.base import FUNCTION_PATTERN, UNKNOWN_KEY, LocalPath, Settings, StoragePath, closest, shorten
 from rayk.config.hints import KIND_NAMES, key_hint
-from rayk.config.marks import fields_at, map_places, marked_fields, sections_below, support_keys
+from rayk.config.marks import all_places, fields_at, map_places, marked_fields, sections_below, support_keys
 from rayk.config.paths import absolute_path, is_local_path, is_uri, path_exists
 from rayk.config.run import RunConfig
 from rayk.config.support import SUPPORTS
@@ -21,6 +21,9 @@ from rayk.config.teachers import TeacherConfig
 from rayk.errors import InputError, SettingsError
 
 logger = logging.getLogger(__name__)
+
+_BRANCH = re.compile(r"\[|^(str|int|float|bool|constrained-str)$")
+"""pydantic's names of the branches of a union."""
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
@@ -180,6 +183,19 @@ def _kinds() -> set[str]:
     return kinds | {support.kind for support in SUPPORTS}
 
 
+def _keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys of an error's location, without the names of union branches, which pydantic adds."""
+    kinds, places = _kinds(), all_places(RunConfig)
+    keys: list[str] = []
+    for part in location:
+        place = ".".join(key for key in [*keys, str(part)] if not key.isdigit())
+        is_unknown = place.rpartition(".")[0] in places and place not in places
+        is_branch = part in kinds or (is_unknown and _BRANCH.search(str(part)) is not None and part != "[key]")
+        if not is_branch:
+            keys.append(str(part))
+    return keys
+
+
 def _sentences(error: ValidationError) -> Iterator[str]:
     for line in error.errors(include_url=False):
         yield from _explain(line)
@@ -187,9 +203,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
 
 def _explain(line: Any) -> Iterator[str]:
     """The sentences of one of pydantic's errors."""
-    # Union branches put the branch's name in the location; a user knows only the keys.
-    kinds = _kinds()
-    keys = [str(part) for part in line["loc"] if part not in kinds]
+    keys = _keys(line["loc"])
     message = line["msg"].removeprefix("Value error, ")
     kind = line["type"]
     if kind == "missing":
@@ -206,6 +220,8 @@ def _explain(line: Any) -> Iterator[str]:
         message = key_hint(key, section, allowed)
     elif keys and keys[-1] == "[key]":
         message, keys = f"the key {keys[-2]} is not text; put it in quotes", keys[:-2]
+    elif kind == "string_pattern_mismatch" and FUNCTION_PATTERN[1:-1] in line["ctx"]["pattern"]:
+        message = f"is {_REPR.repr(line['input'])}; write it as 'module:name', such as my_file:my_name"
     elif kind != "value_error":  # pydantic's own words, not ours
         message = f"{message[0].lower()}{message[1:]} (it is {_REPR.repr(line['input'])})"
     place = ".".join(keys)

@@ -33,7 +33,7 @@ def test_an_entry_point_is_a_path_too():
 
 @pytest.mark.parametrize("path", ["a b", "a:b:c", "", "a:", ":b", "a/b.py:c"])
 def test_a_path_that_is_neither_is_rejected(path):
-    with pytest.raises(InputError, match="method.path: string should match pattern"):
+    with pytest.raises(InputError, match="method.path is .*; write it as 'module:name'"):
         parse_config(BASE | {"method": {"kind": "custom", "path": path}})
 
 
@@ -69,5 +69,5 @@ def test_custom_metrics_are_functions():
     evaluation = {"generation": {}, "metrics": ["mine:score"]}
     data = {"train": {"path": "p"}, "evaluation": {"path": "p"}}
     assert parse_config(BASE | {"data": data, "evaluation": evaluation}).evaluation.metrics == ["mine:score"]
-    with pytest.raises(InputError, match=r"evaluation.metrics.0: string should match pattern"):
+    with pytest.raises(InputError, match=r"evaluation.metrics.0 is 'score'; write it as 'module:name'"):
         parse_config(BASE | {"data": data, "evaluation": evaluation | {"metrics": ["score"]}})

@@ -66,7 +66,7 @@ def test_teachers_that_only_generate_rows_do_not_run_during_training(changed, ge
         ({"method": {"kind": "logit_kd"}}, "teacher 'api': engine kind 'openai' generates text and gives no signals"),
         ({"synthesis": {"kind": "responses", "chat": True}}, "set engine.chat"),
         ({"synthesis": {"kind": "responses", "keep": "best"}}, "set engine.logprobs, or another scorer"),
-        ({"synthesis": {"kind": "responses", "scorer": "a b:c"}}, "synthesis.scorer: string should match pattern"),
+        ({"synthesis": {"kind": "responses", "scorer": "a b:c"}}, "scorer is 'a b:c'; write it as 'module:name'"),
         ({"synthesis": {"kind": "chain_of_thought", "answer": {"pattern": "#"}}}, "pattern needs exactly one group"),
         (
             {"synthesis": {"kind": "chain_of_thought", "rationale_template": "Q: {prompt}"}},
