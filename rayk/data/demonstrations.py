@@ -66,14 +66,14 @@ class DemonstrationPool:
     """Choose demonstrations from a pool of rows, and place them before other rows.
 
     Args:
-        pool: prompt/completion rows.
+        rows: the pool, prompt/completion rows.
         settings: the settings of method `in_context`.
         tokenizer: the student's; the pool was tokenized with it.
         max_tokens: limit on a row with its demonstrations.
     """
 
     def __init__(
-        self, pool: ExampleTable, settings: InContextConfig, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+        self, rows: ExampleTable, settings: InContextConfig, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
     ):
         self.settings: DemonstrationsConfig = settings.demonstrations
         student = settings.student_demonstrations
@@ -82,7 +82,7 @@ class DemonstrationPool:
         # Training on label words compares whole options; otherwise MetaICL's rule, the lowest mean loss per token.
         self.normalizes_by_length = not self.requires_options
         self.max_tokens = max_tokens
-        self.pool = pool
+        self.rows = rows
         self._method = settings
         self._encoder = Encoder(tokenizer)
         self._output_separator, self._separator = map(
@@ -90,7 +90,7 @@ class DemonstrationPool:
         )
         self._by_task: dict[str, list[int]] = defaultdict(list)
         self._by_input: dict[bytes, list[int]] = defaultdict(list)
-        for index, row in enumerate(pool):
+        for index, row in enumerate(rows):
             self._by_task[self.task(row)].append(index)
             self._by_input[self.input_key(row)].append(index)
         self._nearest: dict[bytes, list[int]] = {}
@@ -121,7 +121,7 @@ class DemonstrationPool:
         Raises:
             InputError: as `check`.
         """
-        return self._lay_out(row, [self._demonstration(self.pool[index]) for index in indices], hard_label_weight)
+        return self._lay_out(row, [self._demonstration(self.rows[index]) for index in indices], hard_label_weight)
 
     def _lay_out(
         self, row: Example, demonstrations: list[np.ndarray], hard_label_weight: float = 1.0
@@ -228,7 +228,7 @@ class DemonstrationPool:
         inputs, or by the cosine of the embedder's vectors."""
         for task, queries in self._unique_by_task(rows).items():
             indices = self._by_task[task]
-            candidates = [self.pool[index] for index in indices]
+            candidates = [self.rows[index] for index in indices]
             inputs = [self._input(row) for row in queries]
             if embedder is None:
                 scores = bm25_scores([self._input(row) for row in candidates], inputs)
@@ -247,7 +247,7 @@ class DemonstrationPool:
     @property
     def demonstration_texts(self) -> list[str]:
         """The text of each row of the pool as a demonstration, without the separator after it."""
-        return self._decode(map(self._input_and_output, self.pool))
+        return self._decode(map(self._input_and_output, self.rows))
 
     def texts(self, row: Example) -> tuple[str, str]:
         """The text of a row's input and the text of its output."""
@@ -269,7 +269,7 @@ class DemonstrationPool:
     def max_length(self, rows: Sequence[Example]) -> int:
         """An upper bound on the tokens of any of `rows` with its demonstrations."""
         demonstrations = {
-            task: sum(nlargest(self.settings.k, (len(self._demonstration(self.pool[index])) for index in indices)))
+            task: sum(nlargest(self.settings.k, (len(self._demonstration(self.rows[index])) for index in indices)))
             for task, indices in self._by_task.items()
         }
         longest = 0

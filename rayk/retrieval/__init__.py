@@ -1,6 +1,6 @@
-"""A retriever that learns which demonstrations help a teacher (LLM-R, arXiv 2307.07164)."""
+"""A retriever trained to find the demonstrations that help a teacher most (LLM-R, arXiv 2307.07164)."""
 
-from rayk.retrieval.kept import found_retriever, learned_retriever, retriever_summary
-from rayk.retrieval.learning import check_retriever
+from rayk.retrieval.retriever import find_retriever, retriever_summary, train_retriever
+from rayk.retrieval.rounds import check_retriever
 
-__all__ = ["check_retriever", "found_retriever", "learned_retriever", "retriever_summary"]
+__all__ = ["check_retriever", "find_retriever", "retriever_summary", "train_retriever"]

@@ -1,4 +1,4 @@
-"""The retriever of a run: trained once, and found again."""
+"""The retriever of a run: trained once, and found again by later commands."""
 
 import json
 from collections.abc import Callable
@@ -10,37 +10,37 @@ from rayk.config import RunConfig
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
-from rayk.retrieval.fitting import Workshop
-from rayk.retrieval.learning import Learning
+from rayk.retrieval.model_training import ComputeSettings
+from rayk.retrieval.rounds import RetrieverTraining
 from rayk.serving.cluster import run_on
 from rayk.teachers import Teacher
 
 
-def learned_retriever(
-    config: RunConfig, pool: DemonstrationPool, rows: ExampleTable, teacher: Teacher,
-    stage: Callable[[str], None], progress: Callable[..., None],
+def train_retriever(
+    config: RunConfig, pool: DemonstrationPool, rows: ExampleTable, teacher: Teacher, stage: Callable[[str], None],
+    progress: Callable[..., None],
 ) -> str:  # fmt: skip
-    """The folder of the run's retriever, trained now unless it is there: where `training` has its workers, one of them.
+    """Train the run's retriever unless that is done, and return its folder. Where the run has training workers, the
+    retriever's models are trained on the resources of one of them.
 
     Raises:
-        As `Learning.to_the_end`.
+        InputError, RunFailed, TeacherUnavailable: as `RetrieverTraining.run`.
     """
     assert config.retriever is not None
     folder, training = _folder(config), config.training
     if retriever_summary(config) is None:
         threads = training.threads or (0 if training.workers else None)
-        Learning(
-            config.retriever, pool, rows, teacher, folder, Workshop(config.seed, training.precision, threads),
-            partial(run_on, training.resources) if training.workers else None, stage, progress,
-        ).to_the_end()  # fmt: skip
+        compute = ComputeSettings(config.seed, training.precision, threads)
+        remote = partial(run_on, training.resources) if training.workers else None
+        RetrieverTraining(config.retriever, pool, rows, teacher, folder, compute, remote, stage, progress).run()
     return str(folder)
 
 
-def found_retriever(config: RunConfig) -> str | None:
-    """The folder of the retriever that the run has trained; None where it is to have none.
+def find_retriever(config: RunConfig) -> str | None:
+    """The folder of the run's trained retriever; None for a run without one.
 
     Raises:
-        InputError: it has not.
+        InputError: the retriever is not trained yet.
     """
     if config.retriever is None:
         return None
@@ -50,7 +50,7 @@ def found_retriever(config: RunConfig) -> str | None:
 
 
 def retriever_summary(config: RunConfig) -> dict[str, Any] | None:
-    """What the training of the run's retriever came to; None until it is over."""
+    """The summary of the retriever's training; None until the training is finished, and for a run without one."""
     path = _folder(config) / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if config.retriever and path.exists() else None
 

@@ -1,4 +1,4 @@
-"""A retriever learned from a served teacher: what is asked, kept, measured, and found again."""
+"""A retriever is trained on a served teacher's scores, each requested once, and later commands find it."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from rayk.config import parse_config
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, UnusableSignal
-from rayk.retrieval.fitting import Workshop
-from rayk.retrieval.learning import Learning
-from rayk.retrieval.scores import REFUSED, Scores
+from rayk.retrieval.model_training import ComputeSettings
+from rayk.retrieval.rounds import RetrieverTraining
+from rayk.retrieval.teacher_scores import REFUSED, TeacherScores
 from rayk.run import distill, evaluate_model
 from rayk.run.inputs import read_inputs
 from tests.runs import assert_same_learning, metrics, rayk, settings, until, write_tasks
@@ -34,7 +34,7 @@ def encoder(tmp_path_factory):
 
 
 def values_of(folder, student, bert, **changes):
-    """A run that learns a retriever in two short rounds, as plain values."""
+    """The settings of a run that trains a retriever in two short rounds."""
     write_tasks(folder, 40)
     common = {"steps": 4, "warmup_steps": 1, "batch_size": 4, "learning_rate": 1e-3}
     retriever = {
@@ -49,23 +49,23 @@ def values_of(folder, student, bert, **changes):
 
 @pytest.fixture
 def learning(tmp_path, tiny_student, encoder, served):
-    """make(asker=served, **settings of the retriever): a `Learning` in tmp_path/retriever, and what it told."""
+    """make(asker=served, **settings of the retriever): a `RetrieverTraining` in tmp_path/retriever, and its stages."""
 
     def make(asker=served, **changes):
         config = parse_config(values_of(tmp_path, tiny_student, encoder, **changes))
         tokenizer = AutoTokenizer.from_pretrained(tiny_student)
         rows = tokenize(config.data.train, config.data, tokenizer)
-        stages = []
-        return Learning(
-            config.retriever, DemonstrationPool(rows, config.method, tokenizer, 256), rows, asker, tmp_path / "retriever",
-            Workshop(0), None, stages.append, lambda *given, **unit: None,
+        pool, stages = DemonstrationPool(rows, config.method, tokenizer, 256), []
+        return RetrieverTraining(
+            config.retriever, pool, rows, asker, tmp_path / "retriever",
+            ComputeSettings(0), None, stages.append, lambda *given, **unit: None,
         ), stages  # fmt: skip
 
     return make
 
 
-def kept(folder):
-    """Every score on disk."""
+def stored_scores(folder):
+    """All stored scores."""
     return [row for path in sorted((folder / "scores").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
@@ -74,7 +74,7 @@ class Interrupted(Exception):
 
 
 def interrupting(teacher, after):
-    """`teacher`, until it has been asked so often."""
+    """`teacher`, which raises `Interrupted` after this number of requests."""
     asked = 0
 
     class Requester(type(teacher)):
@@ -91,14 +91,14 @@ def interrupting(teacher, after):
     return Requester()
 
 
-def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher):
+def test_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(learning, tmp_path, tiny_teacher):
     learned, _ = learning(rounds=1)
-    learned.to_the_end()
+    learned.run()
     rows = {f"{tmp_path / 'rows.jsonl'}, line {i}": json.loads(line)
             for i, line in enumerate((tmp_path / "rows.jsonl").read_text().splitlines(), start=1)}  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
-    single = [row for row in kept(tmp_path / "retriever") if len(row["demonstrations"]) == 1]
+    single = [row for row in stored_scores(tmp_path / "retriever") if len(row["demonstrations"]) == 1]
     assert len(single) > 80
     for score in single[:: len(single) // 8]:
         asked, (shown,) = rows[score["query"]], [rows[where] for where in score["demonstrations"]]
@@ -114,32 +114,32 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_after_one_demonstration(lear
         assert score["tokens"] == len(ids[-1])
 
 
-def test_another_label_is_refused_without_being_asked(learning, tmp_path):
+def test_candidate_with_another_label_is_refused_without_a_request(learning, tmp_path):
     learned, _ = learning(rounds=1)
-    summary = learned.to_the_end()
+    summary = learned.run()
     (first,) = summary["rounds"]
     held_out = summary["held_out"]["rows"]
     assert first["candidates"] == 8 * summary["queries"] and 0 < first["refused"] < first["candidates"]
-    single = [row for row in kept(tmp_path / "retriever") if len(row["demonstrations"]) == 1]
+    single = [row for row in stored_scores(tmp_path / "retriever") if len(row["demonstrations"]) == 1]
     assert len(single) == first["candidates"] - first["refused"]
     assert (summary["queries"], held_out) == (36, 4)
     shutil.rmtree(tmp_path / "retriever")
     learned, _ = learning(rounds=1, same_label=False)
-    assert learned.to_the_end()["rounds"][0]["refused"] == 0
+    assert learned.run()["rounds"][0]["refused"] == 0
 
 
-def test_what_was_scored_is_not_asked_again_and_the_end_is_the_same(learning, served, tmp_path):
+def test_interrupted_training_requests_no_score_twice_and_ends_the_same(learning, served, tmp_path):
     whole, _ = learning()
-    expected = whole.to_the_end()
-    asked = {row["key"]: row["mean_logprob"] for row in kept(tmp_path / "retriever")}
+    expected = whole.run()
+    asked = {row["key"]: row["mean_logprob"] for row in stored_scores(tmp_path / "retriever")}
     shutil.copytree(tmp_path / "retriever", tmp_path / "whole")
     shutil.rmtree(tmp_path / "retriever")
     seen: set[str] = set()
     for calls in (3, 4, 100):
         learned, _ = learning(interrupting(served, calls))
         with suppress(Interrupted):
-            summary = learned.to_the_end()
-        rows = [row["key"] for row in kept(tmp_path / "retriever")]
+            summary = learned.run()
+        rows = [row["key"] for row in stored_scores(tmp_path / "retriever")]
         assert len(rows) == len(set(rows)) and set(rows) > seen
         seen = set(rows)
     assert seen == set(asked)
@@ -154,27 +154,27 @@ def test_what_was_scored_is_not_asked_again_and_the_end_is_the_same(learning, se
     assert not (tmp_path / "retriever" / "rounds").exists()
 
 
-def test_a_round_that_is_over_is_not_trained_again(learning, served, tmp_path):
+def test_finished_round_is_not_trained_again(learning, served, tmp_path):
     learned, _ = learning()
     learned._measure = lambda what, chosen: None if what != "learned" else (_ for _ in ()).throw(Interrupted)
     with pytest.raises(Interrupted):
-        learned.to_the_end()
+        learned.run()
     learned, stages = learning()
-    learned.to_the_end()
+    learned.run()
     trained = [stage for stage in stages if "training" in stage]
     assert trained == ["Retriever, round 2: training the reward model", "Retriever, round 2: training the encoder"]
 
 
-def test_other_rows_are_refused(learning, tmp_path):
+def test_retriever_of_other_rows_is_refused(learning, tmp_path):
     learned, _ = learning(rounds=1, reward_model=None)
-    learned.to_the_end()
+    learned.run()
     (tmp_path / "retriever" / "fingerprint").write_text("others")
     learned, _ = learning(rounds=1, reward_model=None)
-    with pytest.raises(InputError, match="was begun with other training rows or another pool"):
-        learned.to_the_end()
+    with pytest.raises(InputError, match="was started with other training rows or another pool"):
+        learned.run()
 
 
-def test_what_a_teacher_cannot_say_counts_as_refused(learning, served, tmp_path):
+def test_unusable_score_counts_as_refused(learning, served, tmp_path):
     class Mute(type(served)):
         def __init__(self):
             vars(self).update(vars(served))
@@ -186,17 +186,17 @@ def test_what_a_teacher_cannot_say_counts_as_refused(learning, served, tmp_path)
             return await served.ascore(batch, support)
 
     learned, _ = learning()
-    scores = Scores(Mute(), tmp_path / "few")
-    pool, rows = learned._demonstrations, list(learned._pool)
+    scores = TeacherScores(Mute(), tmp_path / "few")
+    pool, rows = learned._pool, list(learned._pool.rows)
     shown = [(pool.demonstrate_with(row, [place - 1]), ["somewhere"]) for place, row in enumerate(rows)]
-    given = scores.of(shown, len(shown), lambda *told: None)
+    given = scores.compute(shown, len(shown), lambda *progress: None)
     odd = np.array([len(query.view(served.name)) % 2 == 1 for query, _ in shown])
     assert odd.any() and not odd.all()
     assert (given[odd] == REFUSED).all() and (given[~odd] > REFUSED).all()
     assert scores.unusable == odd.sum()
 
 
-def test_a_run_killed_in_every_fit_and_in_training_comes_to_the_same(tmp_path, tiny_student, encoder, served):
+def test_run_killed_in_every_stage_ends_the_same(tmp_path, tiny_student, encoder, served):
     def run_of(name):
         (tmp_path / name).mkdir()
         values = values_of(tmp_path / name, tiny_student, encoder, rounds=1, steps=100)
@@ -217,20 +217,20 @@ def test_a_run_killed_in_every_fit_and_in_training_comes_to_the_same(tmp_path, t
             os.killpg(process.pid, signal.SIGKILL)
 
     killed_at(lambda: "training the reward model" in log.read_text(), "the reward model's fit")
-    scored = len(kept(out / "retriever"))
+    scored = len(stored_scores(out / "retriever"))
     assert not (first / "rewards.parquet").exists()
     killed_at(lambda: "training the encoder" in log.read_text(), "the encoder's fit")
     assert (first / "rewards.parquet").exists() and not (first / "round.json").exists()
     killed_at(lambda: len(metrics(out)) > 8, "steps")
     distill(parse_config(values), resume=True)
-    rows = [row["key"] for row in kept(out / "retriever")]
-    assert len(rows) == len(set(rows)) == len(kept(whole / "retriever")) > scored > 0
+    rows = [row["key"] for row in stored_scores(out / "retriever")]
+    assert len(rows) == len(set(rows)) == len(stored_scores(whole / "retriever")) > scored > 0
     one, other = (folder / "retriever" / "model.safetensors" for folder in (whole, out))
     assert one.read_bytes() == other.read_bytes()
     assert_same_learning(out, whole)
 
 
-def test_a_run_learns_a_retriever_once_and_shows_what_it_finds(tmp_path, tiny_student, encoder, served):
+def test_run_trains_a_retriever_once_and_reports_it(tmp_path, tiny_student, encoder, served):
     values = values_of(tmp_path, tiny_student, encoder, rounds=1)
     with pytest.raises(InputError, match="no trained retriever|no trained student"):
         evaluate_model(parse_config(values), tiny_student)
@@ -268,7 +268,7 @@ def test_a_run_learns_a_retriever_once_and_shows_what_it_finds(tmp_path, tiny_st
     ],
     ids=["encoder", "reward model", "positions", "positives", "teacher", "nearest", "all good", "warm-up", "misspelt"],
 )
-def test_what_cannot_work_is_told_at_the_start(change, said, tmp_path, tiny_student, encoder):
+def test_unusable_settings_are_refused_at_the_start(change, said, tmp_path, tiny_student, encoder):
     values = values_of(tmp_path, tiny_student, encoder, **change)
     if "positives" in change:
         lines = (tmp_path / "rows.jsonl").read_text().splitlines()[:14]
@@ -278,7 +278,7 @@ def test_what_cannot_work_is_told_at_the_start(change, said, tmp_path, tiny_stud
         read_inputs(parse_config(values), {})
 
 
-def test_the_retriever_needs_a_teacher_that_tells_log_probs(tmp_path, tiny_student, encoder):
+def test_retriever_requires_a_teacher_that_returns_log_probs(tmp_path, tiny_student, encoder):
     values = values_of(tmp_path, tiny_student, encoder)
     values["method"] |= {"hard_label_weight": 1.0, "final_hard_label_weight": None}
     with pytest.raises(InputError, match="choice 'learned' needs a teacher"):
@@ -291,7 +291,7 @@ def test_the_retriever_needs_a_teacher_that_tells_log_probs(tmp_path, tiny_stude
         parse_config(values)
 
 
-def test_doctor_says_what_will_be_asked(tmp_path, tiny_student, encoder, served):
+def test_doctor_describes_the_retriever(tmp_path, tiny_student, encoder, served):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(values_of(tmp_path, tiny_student, encoder)))
     told = [check.text for check in examine(str(file)) if "Retriever" in check.text]
