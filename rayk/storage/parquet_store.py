@@ -1,4 +1,4 @@
-"""Append-only rows in numbered Parquet files of one folder, found by key."""
+"""An append-only store of rows in numbered Parquet files of one folder, looked up by key."""
 
 import io
 import logging
@@ -14,15 +14,15 @@ from rayk.storage.atomic import disk_errors, remove_unfinished, write_whole
 
 logger = logging.getLogger(__name__)
 
-_MANY_PARTS = 64
+_MERGED_FILES = 64
 
 
 class ParquetStore:
-    """Rows in numbered Parquet files of one folder, found by their column `key`.
+    """Rows in numbered Parquet files of one folder, looked up by their column `key`.
 
     Args:
-        folder: `load` makes it, and reads what it holds.
-        schema: of the rows.
+        folder: created and read by `load`.
+        schema: schema of the rows.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema):
@@ -38,17 +38,17 @@ class ParquetStore:
         return key in self._places
 
     def find(self, key: str, columns: Sequence[str]) -> tuple[Any, ...] | None:
-        """These columns of the row with this key."""
+        """Return `columns` of the row with this key; None if there is none."""
         if key not in self._places:
             return None
         table, place = self._places[key]
         return tuple(self._tables[table].column(name)[place].as_py() for name in columns)
 
     def load(self) -> None:
-        """Read what the folder holds.
+        """Read the rows of the folder.
 
         Raises:
-            InputError: it cannot be written, or read just now.
+            InputError: the folder cannot be written, or a file cannot be read at the moment.
         """
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,12 +57,12 @@ class ParquetStore:
             for path in paths:
                 table = self._read(path)
                 if table is not None:
-                    self._hold(table)
-            if len(paths) > _MANY_PARTS:
+                    self._add_table(table)
+            if len(paths) > _MERGED_FILES:
                 self._merge(paths)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows.
+        """Write rows in a new file.
 
         Raises:
             RunFailed: the disk is full.
@@ -70,7 +70,7 @@ class ParquetStore:
         """
         table = pa.Table.from_pylist(list(rows), self._schema)
         self._write(table)
-        self._hold(table)
+        self._add_table(table)
 
     def _read(self, path: Path) -> pa.Table | None:
         try:
@@ -78,24 +78,24 @@ class ParquetStore:
         except (pa.ArrowException, OSError, KeyError) as error:
             path.rename(path.with_suffix(".damaged"))
             logger.warning(
-                "'%s' is damaged (%s) and set aside; what it held is asked for again.",
+                "'%s' is damaged (%s) and was renamed to '.damaged'; its rows are requested again.",
                 path, str(error).splitlines()[0],
             )  # fmt: skip
             return None
 
     def _merge(self, paths: list[Path]) -> None:
-        """Many small parts into one. A kill in between leaves rows twice, which does no harm."""
+        """Merge all files into one. A kill before the end leaves duplicate rows, which is harmless."""
         self._write(pa.concat_tables(self._tables))
         for path in paths:
             path.unlink(missing_ok=True)
 
     def _write(self, table: pa.Table) -> None:
-        # Those set aside count too, lest the next damaged part of that number take their place.
-        there = (*self._paths(), *self.folder.glob("part-*.damaged"))
-        numbers = (int(path.stem.split("-")[1]) for path in there)
+        # Count damaged files too, or the next damaged file of the same number would overwrite one.
+        existing = (*self._paths(), *self.folder.glob("part-*.damaged"))
+        numbers = (int(path.stem.split("-")[1]) for path in existing)
         write_whole(self.folder / f"part-{max(numbers, default=0) + 1:06d}.parquet", parquet_bytes(table))
 
-    def _hold(self, table: pa.Table) -> None:
+    def _add_table(self, table: pa.Table) -> None:
         self._tables.append(table.combine_chunks())
         number = len(self._tables) - 1
         self._places |= {key: (number, place) for place, key in enumerate(table.column("key").to_pylist())}
@@ -105,23 +105,23 @@ class ParquetStore:
 
 
 def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    """What a part holds; where it is damaged, Arrow's error.
+    """Read the columns of `schema` from a Parquet file; a damaged file raises Arrow's error.
 
     Raises:
-        InputError: it cannot be read just now, which says nothing of what is in it.
+        InputError: the file cannot be read at the moment, which does not mean that it is damaged.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"'{path}' cannot be read ({error.strerror}); see to it and run again. What it holds was paid for, and "
-            "would be asked for again if it were moved away."
+            f"'{path}' cannot be read ({error.strerror}); make it readable and run again. Its rows may have cost money "
+            "and would be requested again if the file were removed."
         ) from error
     return pq.read_table(pa.BufferReader(content), page_checksum_verification=True).select(schema.names)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """`table` as a Parquet file, with checksums."""
+    """Return `table` as a Parquet file with checksums."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()

@@ -1,13 +1,13 @@
-"""Entries by key in a folder that many processes of many runs read and write at once, without locks.
+"""A key-value store in a folder that many processes of many runs read and write at the same time, without locks.
 
-A writer collects entries and writes them as a *segment*, a file that never changes and is named after its content: the
-entries back to back, then an index (key, offset, length, checksum), then the index's own length and checksum. Whoever
-finds a segment reads its end and knows what is in it; any entry is then one ranged read, alike on a disk and in an
-object store. A segment appears whole (renamed from a temporary file, or one upload), so a killed writer loses the
-entries it had not written (some seconds' worth), and nothing else. What is damaged all the same counts as absent.
+A writer collects entries and writes them as a *segment*: a file that never changes and is named after a hash of its
+content. It contains the entries back to back, then an index (key, offset, length, checksum), then the index's length
+and checksum. A reader reads the end of a segment to learn its keys; each entry is then one ranged read, on a disk as in
+an object store. A segment appears complete (renamed from a temporary file, or one upload), so a killed writer loses
+only entries it has not written yet (of some seconds). Damaged entries count as missing.
 
-Least recently used segments are deleted where a limit is set: beside each segment that is read lies an empty file
-`NAME.used`, renewed once an hour, whose time of writing is the time of use.
+With a size limit, the least recently used segments are deleted: each segment that is read has an empty file `NAME.used`
+beside it, rewritten once an hour, whose modification time is the time of use.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
+from rayk.config.paths import is_uri
 from rayk.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ _ABANDONED_SECONDS = 3600.0
 _PARALLEL_READS = 8
 
 
-class Damaged(Exception):
-    """A segment is cut off or does not match its checksums."""
+class DamagedSegment(Exception):
+    """A segment is truncated or does not match its checksums."""
 
 
 class _Place(NamedTuple):
@@ -59,7 +60,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """What `verify` has seen: whole segments with their entries and bytes, and the names of those it deleted."""
+    """Numbers of intact segments, their entries and bytes, and the names of damaged segments, which were deleted."""
 
     segments: int
     entries: int
@@ -68,11 +69,11 @@ class CacheStatistics:
 
 
 class SegmentStore:
-    """The segments under one folder or URI (s3://…, gs://…), as one process sees them.
+    """One process's access to the segments in a folder or at a URI (s3://…, gs://…).
 
     Args:
-        place: made where it does not exist.
-        max_bytes: what all segments together may take; a writer that exceeds it deletes the least recently used.
+        place: the folder or URI; created if it does not exist.
+        max_bytes: largest size of all segments; a writer that exceeds it deletes the least recently used ones.
 
     Raises:
         InputError: the place cannot be used.
@@ -83,7 +84,7 @@ class SegmentStore:
         self._fs: fs.FileSystem
         self._folder: str
         try:
-            if "://" in place:
+            if is_uri(place):
                 self._fs, self._folder = fs.FileSystem.from_uri(place)
             else:
                 self._fs, self._folder = fs.LocalFileSystem(), os.path.abspath(place)
@@ -103,23 +104,23 @@ class SegmentStore:
         self._oldest_unwritten = 0.0
 
     def read(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """The entries there are of `keys`."""
+        """Return the existing entries of `keys`."""
         wanted = set(keys)
         with self._lock:
             if any(key not in self._places and key not in self._unwritten for key in wanted):
                 self._refresh()
             found = {key: self._unwritten[key] for key in wanted & self._unwritten.keys()}
             places = sorted((self._places[key], key) for key in wanted & self._places.keys() - found.keys())
-        groups = [(name, list(group)) for name, group in groupby(places, key=lambda each: each[0].segment)]
+        groups = [(name, list(group)) for name, group in groupby(places, key=lambda item: item[0].segment)]
         for entries in self._readers.map(lambda group: self._read_segment(*group), groups):
             found |= entries
         return found
 
     def add(self, entries: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        """Keep `entries`; the first to come under a key stays.
+        """Add `entries`; an existing entry of a key stays.
 
         Returns:
-            what is kept under these keys.
+            The stored entries of these keys.
         """
         found = self.read(entries)
         with self._lock:
@@ -129,19 +130,19 @@ class SegmentStore:
                 if key not in found and key not in self._unwritten:
                     self._unwritten[key] = entry
                     self._unwritten_bytes += len(entry)
-            kept = {key: found[key] if key in found else self._unwritten[key] for key in entries}
+            stored = {key: found[key] if key in found else self._unwritten[key] for key in entries}
             overdue = time.monotonic() - self._oldest_unwritten > _FLUSH_SECONDS
             if overdue or self._unwritten_bytes >= self._segment_bytes:
                 self._write()
-        return kept
+        return stored
 
     def flush(self) -> None:
-        """Write what is not yet written."""
+        """Write the entries that are only in memory."""
         with self._lock:
             self._write()
 
     def verify(self) -> CacheStatistics:
-        """Read every segment whole; delete those that are damaged, and what killed writers have left."""
+        """Read every segment completely; delete damaged ones and the temporary files of killed writers."""
         segments = entries = size = 0
         damaged = []
         infos = {info.base_name: info for info in self._list()}
@@ -158,7 +159,7 @@ class SegmentStore:
                         _entry(file, place)
             except FileNotFoundError:
                 continue
-            except Damaged:
+            except DamagedSegment:
                 damaged.append(name)
                 self._delete(name)
                 continue
@@ -169,10 +170,10 @@ class SegmentStore:
         try:
             with self._fs.open_input_file(self._path(name)) as file:
                 entries = {key: _entry(file, place) for place, key in wanted}
-        except FileNotFoundError:  # deleted to keep the limit
+        except FileNotFoundError:  # deleted because of the size limit
             self._forget(name)
             return {}
-        except (Damaged, OSError) as error:
+        except (DamagedSegment, OSError) as error:
             self._forget(name)
             self._warn(name, error)
             return {}
@@ -180,14 +181,14 @@ class SegmentStore:
         return entries
 
     def _refresh(self) -> None:
-        """Learn of segments that others have written since the last look."""
+        """Read the indexes of segments that other processes have written since the last call."""
         if time.monotonic() - self._listed < _REFRESH_SECONDS:
             return
         self._listed = time.monotonic()
         try:
             names = {info.base_name for info in self._list() if info.base_name.endswith(_SUFFIX)}
         except OSError as error:
-            logger.warning("The cache '%s' cannot be listed, so only a part of it is used: %s", self.place, error)
+            logger.warning("The cache '%s' cannot be listed, so new segments in it are not used: %s", self.place, error)
             return
         for name in sorted(names - self._known):
             self._known.add(name)
@@ -196,7 +197,7 @@ class SegmentStore:
                     self._places.setdefault(key, place)
             except FileNotFoundError:
                 continue
-            except (Damaged, OSError) as error:
+            except (DamagedSegment, OSError) as error:
                 self._warn(name, error)
 
     def _index(self, name: str) -> dict[bytes, _Place]:
@@ -205,11 +206,11 @@ class SegmentStore:
             footer = _records(file, size - _FOOTER.itemsize, 1, _FOOTER)[0]
             start = size - _FOOTER.itemsize - int(footer["entries"]) * _INDEX.itemsize
             if footer["magic"] != _MAGIC or start < 0:
-                raise Damaged("it has no index at its end")
+                raise DamagedSegment("it has no index")
             index = _records(file, start, int(footer["entries"]), _INDEX)
         if zlib.crc32(index.tobytes()) != footer["checksum"]:
-            raise Damaged("its index does not match the checksum")
-        return _places_of(name, index)
+            raise DamagedSegment("its index does not match the checksum")
+        return _index_places(name, index)
 
     def _write(self) -> None:
         if not self._unwritten:
@@ -226,12 +227,12 @@ class SegmentStore:
         try:
             self._put(name, data)
             self._known.add(name)
-            self._places |= _places_of(name, index)
+            self._places |= _index_places(name, index)
             if self._max_bytes is not None:
                 self._evict(self._max_bytes)
         except OSError as error:
-            logger.warning("The cache '%s' cannot be written, and some of it is lost: %s", self.place, error)
-        # Even then: kept in memory it would grow without end, and a run can do without.
+            logger.warning("The cache '%s' cannot be written, so some signals are not cached: %s", self.place, error)
+        # Also after an error: in memory the entries would grow without limit, and a run does not depend on them.
         self._unwritten, self._unwritten_bytes = {}, 0
 
     def _put(self, name: str, data: bytes) -> None:
@@ -243,7 +244,7 @@ class SegmentStore:
             self._write_file(part, data)
             self._fs.move(self._path(part), self._path(name))
         except OSError:
-            with contextlib.suppress(OSError):  # a full disk should not fill up with what did not fit
+            with contextlib.suppress(OSError):  # do not leave half a segment on a full disk
                 self._fs.delete_file(self._path(part))
             raise
 
@@ -257,7 +258,7 @@ class SegmentStore:
 
         def last_used(info: fs.FileInfo) -> float:
             mark = infos.get(info.base_name + _USED)
-            return max(each.mtime.timestamp() for each in (info, mark) if each is not None)
+            return max(file.mtime.timestamp() for file in (info, mark) if file is not None)
 
         excess = sum(info.size for info in segments) - max_bytes
         for info in sorted(segments, key=last_used):
@@ -271,7 +272,7 @@ class SegmentStore:
         if now - self._marked.get(name, -_MARK_SECONDS) < _MARK_SECONDS:
             return
         self._marked[name] = now
-        with contextlib.suppress(OSError):  # of a cache that can only be read
+        with contextlib.suppress(OSError):  # the cache is read-only
             self._write_file(name + _USED, b"")
 
     def _forget(self, name: str) -> None:
@@ -280,14 +281,14 @@ class SegmentStore:
 
     def _warn(self, name: str, error: Exception) -> None:
         logger.warning(
-            "Segment %s of the cache '%s' is damaged (%s): its rows are asked for again. `rayk cache CONFIG --verify` "
-            "deletes such segments.", name, self.place, str(error).splitlines()[0],
+            "Segment %s of the cache '%s' is damaged (%s): its signals are requested again. `rayk cache CONFIG "
+            "--verify` deletes damaged segments.", name, self.place, str(error).splitlines()[0],
         )  # fmt: skip
 
     def _delete(self, name: str) -> None:
-        for each in (name, name + _USED):
-            with contextlib.suppress(FileNotFoundError):  # another writer was faster
-                self._fs.delete_file(self._path(each))
+        for file in (name, name + _USED):
+            with contextlib.suppress(FileNotFoundError):  # another process has deleted it
+                self._fs.delete_file(self._path(file))
 
     def _list(self) -> Iterator[fs.FileInfo]:
         infos = self._fs.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
@@ -297,21 +298,21 @@ class SegmentStore:
         return f"{self._folder}/{name}"
 
 
-def _places_of(name: str, index: np.ndarray) -> dict[bytes, _Place]:
+def _index_places(name: str, index: np.ndarray) -> dict[bytes, _Place]:
     return {key: _Place(name, *place) for key, *place in index.tolist()}
 
 
 def _entry(file: pa.NativeFile, place: _Place) -> bytes:
     entry = file.read_at(place.length, place.offset)
     if zlib.crc32(entry) != place.checksum:
-        raise Damaged("an entry does not match its checksum")
+        raise DamagedSegment("an entry does not match its checksum")
     return entry
 
 
 def _records(file: pa.NativeFile, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
     if offset < 0:
-        raise Damaged("it is cut off")
+        raise DamagedSegment("it is truncated")
     data = file.read_at(count * dtype.itemsize, offset)
     if len(data) < count * dtype.itemsize:
-        raise Damaged("it is cut off")
+        raise DamagedSegment("it is truncated")
     return np.frombuffer(data, dtype)

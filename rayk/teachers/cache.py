@@ -1,10 +1,10 @@
-"""The signal cache: what a teacher has once said of a sequence is kept on disk and not asked again.
+"""The signal cache: a teacher's signals are stored on disk, so each is requested only once.
 
-An entry's key is a hash of all that the signal depends on: the sequence's ids and counted positions, the teacher's
-weights and tokenizer, the engine and its dtype, the support with its parameters, and the codec's version. What the loss
-makes of a signal (divergence, a temperature the support names) is not among it. Storing rounds (`rayk.signals.codec`),
-so a stored signal is learned from in its decoded form even when it has just been asked for: a run with a warm cache
-equals the cold one bit for bit.
+An entry's key is a hash of everything that the signal depends on: the sequence's ids and counted positions, the
+teacher's weights and tokenizer, the engine and its dtype, the support with its parameters, and the codec's version. It
+does not depend on the use of the signal in a loss (divergence, a temperature of the support). Storing rounds
+(`rayk.signals.codec`), so a new signal is used in its decoded form, too: a run with a warm cache equals one with a cold
+cache bit for bit.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ from rayk.storage.segments import INDEX_BYTES, KEY_BYTES, CacheStatistics, Segme
 
 
 class SignalCache:
-    """Signals of all teachers and supports, in one folder or URI that any number of processes share.
+    """Signals of all teachers and supports, in a folder or at a URI that any number of processes share.
 
-    Used as a context it writes what is left at the end; else call `flush`.
+    As a context manager it writes all signals at the end; otherwise call `flush`.
 
     Raises:
         InputError: the place cannot be used.
@@ -39,7 +39,7 @@ class SignalCache:
         limit = settings.max_gigabytes
         self._store = SegmentStore(settings.path, None if limit is None else int(limit * 1e9))
         self.bytes = 0
-        """What the signals found and added so far take on disk."""
+        """Size on disk of the signals found and added so far."""
 
     def __enter__(self) -> "SignalCache":
         return self
@@ -48,46 +48,46 @@ class SignalCache:
         self.flush()
 
     def find(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> dict[int, SignalBatch]:
-        """The signals there are, by the place of their sequence."""
+        """Return the cached signals by the index of their sequence."""
         keys = _keys(teacher, sequences, support)
         entries = self._store.read(keys)
         self.bytes += sum(len(entry) + INDEX_BYTES for entry in entries.values())
         return {row: unpack(entries[key], support) for row, key in enumerate(keys) if key in entries}
 
     def add(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], signals: SignalBatch) -> list[SignalBatch]:
-        """Keep the `signals` of `sequences`.
+        """Store the `signals` of `sequences`.
 
         Returns:
-            what is kept of each sequence, as `find` will give it.
+            The stored signals of each sequence, as `find` returns them.
         """
         keys = _keys(teacher, sequences, signals.support)
-        kept = self._store.add(dict(zip(keys, pack(signals), strict=True)))
-        self.bytes += sum(len(entry) + INDEX_BYTES for entry in kept.values())
-        return [unpack(kept[key], signals.support) for key in keys]
+        stored = self._store.add(dict(zip(keys, pack(signals), strict=True)))
+        self.bytes += sum(len(entry) + INDEX_BYTES for entry in stored.values())
+        return [unpack(stored[key], signals.support) for key in keys]
 
     def flush(self) -> None:
-        """Write what is not yet written."""
+        """Write the signals that are only in memory."""
         self._store.flush()
 
     def verify(self) -> CacheStatistics:
-        """Read all of it, and delete segments that are damaged."""
+        """Read all signals and delete damaged segments."""
         return self._store.verify()
 
 
 def open_cache(settings: CacheConfig | None) -> AbstractContextManager[SignalCache | None]:
-    """The cache of these settings; None where there are none."""
+    """Open the cache of these settings; yield None without settings."""
     return nullcontext() if settings is None else SignalCache(settings)
 
 
 def check_cacheable(teacher: EngineInfo) -> None:
-    """See that a key can be made for what `teacher` says.
+    """Check that the teacher's signals can have a key.
 
     Raises:
         InputError: the engine does not know its weights.
     """
     if not teacher.weights_fingerprint:
         raise InputError(
-            f"The signals of '{teacher.model}' cannot be cached, since it does not say which weights it holds; remove "
+            f"The signals of '{teacher.model}' cannot be cached, because its weights are unknown; remove "
             "'cache', or give the teacher's model as a local folder."
         )
 
@@ -100,9 +100,9 @@ def _keys(teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Supp
     common = hashlib.blake2b(json.dumps(context, sort_keys=True).encode(), digest_size=KEY_BYTES)
     keys = []
     for sequence in sequences:
-        own = common.copy()
-        own.update(len(sequence).to_bytes(8, "little"))
-        own.update(sequence.input_ids.astype("<i4").tobytes())
-        own.update(np.packbits(sequence.counted).tobytes())
-        keys.append(own.digest())
+        key = common.copy()
+        key.update(len(sequence).to_bytes(8, "little"))
+        key.update(sequence.input_ids.astype("<i4").tobytes())
+        key.update(np.packbits(sequence.counted).tobytes())
+        keys.append(key.digest())
     return keys

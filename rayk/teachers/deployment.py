@@ -11,7 +11,8 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rayk.config import TeacherConfig
-from rayk.engines.base import Engine, EngineInfo, GeneratedSequence, Usage, VerifyingEngine
+from rayk.engines.base import EngineInfo, GeneratedSequence, Usage, VerifyingEngine
+from rayk.engines.build import build_engine
 from rayk.engines.checks import check_can_verify
 from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError
@@ -91,61 +92,6 @@ class TeacherReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the metric that `rayk.serving.autoscaling.WaitingTokensPolicy` reads."""
         return {METRIC: float(self._demand.waiting_tokens())}
-
-
-def build_engine(config: TeacherConfig) -> Engine:
-    """Build the engine of `config.engine.kind` in this process.
-
-    Raises:
-        InputError: the model or the engine's class cannot be loaded.
-    """
-    assert config.model is not None
-    if config.engine.kind == "vllm":
-        from rayk.engines.vllm import VLLMEngine
-
-        return VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
-
-    if config.engine.kind == "openai":
-        from rayk.engines.openai import OpenAIEngine
-
-        return OpenAIEngine(config.model, config.engine)
-
-    if config.engine.kind == "simulated":
-        from rayk.engines.simulated import SimulatedEngine
-
-        return SimulatedEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
-
-    if config.engine.kind == "custom":
-        engine_class = load_engine_class(config.engine.path)
-        return engine_class(config.model, config.engine, trust_remote_code=config.trust_remote_code)
-
-    import torch
-
-    from rayk.engines.transformers import TransformersEngine
-
-    threads = config.engine.threads or max(1, int(config.resources.num_cpus))
-    if config.engine.device == "cpu" or not torch.cuda.is_available():
-        torch.set_num_threads(threads)
-    return TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
-
-
-def load_engine_class(path: str) -> Any:
-    """Load a custom engine's class.
-
-    Args:
-        path: 'module:name', or the name of an entry point in group `rayk.engines`.
-
-    Raises:
-        InputError: the class cannot be imported, or lacks methods of `rayk.engines.base.Engine`.
-    """
-    from rayk.text.functions import load_class
-
-    setting = "teachers.engine.path"
-    engine_class: Any = load_class(path, object, setting, "rayk.engines", "object")
-    required = ("score", "head", "generate", "warm_up", "check_health")
-    if missing := [name for name in required if not callable(getattr(engine_class, name, None))]:
-        raise InputError(f"{setting}: class '{path}' does not define {', '.join(map(repr, missing))}; add it.")
-    return engine_class
 
 
 def deploy(config: TeacherConfig, application: str) -> None:
