@@ -34,9 +34,9 @@ class Divergence(Settings):
     beta: Share | None = None
     """Weight β of `jensen_shannon`; `null`: its default."""
     weight: Share | None = None
-    """Weight of the forward KL in `symmetric_kl`; `null`: its default."""
+    """Weight of the reverse KL in `symmetric_kl`; `null`: its default."""
     alpha: Share | None = None
-    """Share α of the other distribution in the skewed KLs; `null`: its default."""
+    """Share α of p in the mixture of `skew_forward_kl`, of q in that of `skew_reverse_kl`; `null`: its default."""
     mu: Share | None = None
     """Share μ of the probability mass that is the head of the distribution in `adaptive_kl`; `null`: its default."""
 
