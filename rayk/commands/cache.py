@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from rayk.config import CacheConfig, InContextConfig, RunConfig
+from rayk.config import CacheConfig, RunConfig
 from rayk.config.support import Logprob, Requested, Support, TopK
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
@@ -69,15 +69,15 @@ def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> l
             "Signals of an ensemble are not cached, because the requested ids depend on all its members; remove "
             "'ensemble'."
         )
-    if not getattr(config.method, "reads_completions", True):
+    if not config.method.reads_completions:
         raise InputError(
             f"method.kind '{config.method.kind}' learns from rollouts, which are generated during the run, so their "
             "signals cannot be cached in advance."
         )
-    if isinstance(config.method, InContextConfig):
+    if config.method.shown_demonstrations is not None:
         raise InputError(
-            "method.kind 'in_context' draws demonstrations for each row during the run, so their signals cannot be "
-            "cached in advance; the run fills the cache."
+            f"method.kind '{config.method.kind}' draws demonstrations for each row during the run, so their signals "
+            "cannot be cached in advance; the run fills the cache."
         )
     listener.stage("Reading data and models")
     with ExitStack() as stack:
@@ -121,8 +121,8 @@ def _requests(
             rows.setdefault(name_for(example, config.route), []).append(example)
         return [(teachers[name], examples) for name, examples in rows.items()]
 
-    support = getattr(config.method, "support", None)
-    if support is not None and not isinstance(support, Requested) and getattr(config.method, "reads_completions", True):
+    support = config.signal_support
+    if support is not None and not isinstance(support, Requested) and config.method.reads_completions:
         assert inputs.train is not None
         for teacher, examples in by_teacher(inputs.train):
             yield "training rows", teacher, support, [answer for row in examples for answer in row.answers]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from rayk.commands.console import two_columns
-from rayk.config import InContextConfig, RunConfig
+from rayk.config import RunConfig
 from rayk.config.support import Support, bytes_per_token
 from rayk.data.examples import ExampleTable
 from rayk.errors import InputError
@@ -77,7 +77,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     support: Support | None = config.signal_support
     if support is None:
         raise InputError(f"method.kind '{config.method.kind}' needs no signals of a teacher; there is nothing to plan.")
-    if config.rollouts is not None or isinstance(config.method, InContextConfig):
+    if config.rollouts is not None or config.method.shown_demonstrations is not None:
         rows = "rows with demonstrations" if config.rollouts is None else "rollouts"
         raise InputError(
             f"method.kind '{config.method.kind}' learns from {rows}, whose lengths are not known in advance; plan a "
@@ -90,8 +90,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     table = inputs.train
     assert table is not None
     student_rate = student_rate or _student_rate(config)
-    if teacher_rate is None and teacher.engine.kind == "simulated":
-        teacher_rate = teacher.engine.tokens_per_second
+    teacher_rate = teacher_rate or teacher.engine.simulated_rate
     if teacher_rate is None:
         one = teacher.model_copy(update={"name": f"{teacher.name}-plan", "replicas": type(teacher.replicas)()})
         with serve_teacher(one) as served:

@@ -36,7 +36,7 @@ from rayk.config.filters import (
     TextFilterConfig,
     TruncatedFilterConfig,
 )
-from rayk.config.loading import load_config, load_teachers, parse_config, with_absolute_paths
+from rayk.config.loading import check_inputs_exist, load_config, load_teachers, parse_config, with_absolute_paths
 from rayk.config.marks import difference
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
@@ -165,6 +165,7 @@ __all__ = [
     "VLLMEngineConfig",
     "VLLMPolicyEngineConfig",
     "WorkerRollouts",
+    "check_inputs_exist",
     "difference",
     "load_config",
     "load_teachers",

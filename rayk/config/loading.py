@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from rayk.config.base import FUNCTION_PATTERN, UNKNOWN_KEY, LocalPath, Settings, StoragePath, closest, shorten
 from rayk.config.hints import KIND_NAMES, key_hint
 from rayk.config.marks import all_places, fields_at, map_places, marked_fields, sections_below, support_keys
-from rayk.config.paths import absolute_path, is_local_path, is_uri, path_exists
+from rayk.config.paths import absolute_path, is_explicit_path, is_local_path, is_uri, path_exists, resolve_path
 from rayk.config.run import RunConfig
 from rayk.config.support import SUPPORTS
 from rayk.config.teachers import TeacherConfig
@@ -86,9 +86,33 @@ def with_absolute_paths(config: RunConfig, output: str | None = None) -> RunConf
     values = config.model_dump(mode="json")
     values["output"] = absolute_path(output or str(config.output_path))
     inputs, storage = marked_fields(RunConfig, LocalPath), marked_fields(RunConfig, StoragePath)
-    values = map_places(values, inputs.keys(), lambda _, name: absolute_path(name) if is_local_path(name) else name)
+    values = map_places(values, inputs.keys(), lambda _, name: resolve_path(name))
     values = map_places(values, storage.keys(), lambda _, name: name if is_uri(name) else absolute_path(name))
     return parse_config(values)
+
+
+def check_inputs_exist(config: RunConfig, *, training: bool = True) -> None:
+    """Check that the local files and folders that a run reads exist.
+
+    Args:
+        training: also check what only training reads.
+
+    Raises:
+        InputError: one does not; the sentence names the setting and the place looked in.
+    """
+    values = config.model_dump(mode="json")
+    # Running teachers have loaded their model; the others' name for it need not be a path.
+    loaded = [teacher.model for teacher in config.teachers if teacher.gives_signals and not teacher.attach]
+    values["teachers"] = [{"model": model} for model in loaded]
+    if not training:
+        values["data"]["train"] = values["synthesis"] = values["method"] = None
+
+    def check(place: str, name: str) -> str:
+        if is_local_path(name) and not path_exists(name):
+            raise InputError(f"{place}: '{absolute_path(name)}' does not exist; check the path.")
+        return name
+
+    map_places(values, marked_fields(RunConfig, LocalPath).keys(), check)
 
 
 def _read_values(path: str | os.PathLike, overrides: list[str] | None) -> dict[str, Any]:
@@ -128,7 +152,7 @@ def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
                 file, place, name, folder, os.path.relpath(name, folder),
             )  # fmt: skip
             return absolute_path(name)
-        return in_folder if is_local_path(name) else name
+        return in_folder if is_explicit_path(name) else name
 
     return map_places(values, marked_fields(RunConfig, LocalPath).keys(), resolve)
 

@@ -12,21 +12,17 @@ def is_uri(place: str) -> bool:
     return "://" in place
 
 
-def is_local_path(name: str) -> bool:
-    """Return whether `name` means a local path and not a name on the Hugging Face hub.
+def is_explicit_path(name: str) -> bool:
+    """Return whether `name` can only be a path: it begins with '/', '.' or '~', ends like a data file, or is a glob
+    pattern."""
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(DATA_SUFFIXES) or glob.has_magic(name)
+    return is_path and not is_uri(name)
 
-    A local path begins with '/', '.' or '~', has more than one '/', ends like a data file, is a glob pattern, or
-    exists in the current folder.
-    """
-    if is_uri(name):
-        return False
-    return (
-        name.startswith(("/", ".", "~"))
-        or name.count("/") > 1
-        or name.endswith(DATA_SUFFIXES)
-        or glob.has_magic(name)
-        or os.path.exists(name)
-    )
+
+def is_local_path(name: str) -> bool:
+    """Return whether `name` means a local path and not a name on the Hugging Face hub: it is explicitly a path, exists,
+    or has more than one '/', which no name on the hub has."""
+    return is_explicit_path(name) or (not is_uri(name) and (name.count("/") > 1 or path_exists(name)))
 
 
 def absolute_path(name: str, folder: str | os.PathLike | None = None) -> str:
@@ -34,6 +30,13 @@ def absolute_path(name: str, folder: str | os.PathLike | None = None) -> str:
     return os.path.abspath(Path(folder or os.getcwd(), os.path.expanduser(name)))
 
 
+def resolve_path(name: str) -> str:
+    """Return an absolute path for a name that is explicitly a path or exists in the current folder; any other name,
+    which a hub or an endpoint may know, as it is."""
+    return absolute_path(name) if is_explicit_path(name) or path_exists(name) else name
+
+
 def path_exists(name: str) -> bool:
     """Return whether a file or folder of this name exists, or a file matches where it is a glob pattern."""
+    name = os.path.expanduser(name)
     return os.path.exists(name) or (glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None)

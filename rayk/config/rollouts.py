@@ -1,5 +1,6 @@
 """Completions that the student generates during training: where, and how old the weights may be."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -22,6 +23,11 @@ class WorkerRollouts(RolloutSettings):
     kind: Annotated[Literal["worker"], Placement()] = "worker"
     """Where completions are generated."""
 
+    @property
+    def served(self) -> None:
+        """The settings of the replicas; there are none."""
+        return None
+
 
 class PolicyEngineConfig(LocalEngineConfig):
     """The student in the replica's own process, computed as in training: with the student's `dtype`, under
@@ -29,6 +35,10 @@ class PolicyEngineConfig(LocalEngineConfig):
 
     kind: Literal["transformers"] = "transformers"
     """The engine's kind."""
+
+    def max_tokens(self, model_limit: float) -> float:
+        """Return the longest row in tokens that the engine takes, for a model that takes `model_limit`."""
+        return model_limit
 
     def check_rollouts(self, rollouts: RolloutSettings, run: Run) -> None:
         """Check that the engine can generate these rollouts: it can generate all."""
@@ -52,6 +62,10 @@ class VLLMPolicyEngineConfig(VLLMSettings):
         if taken := _RESERVED_ARGUMENTS & value.keys():
             raise ValueError(f"'{min(taken)}' is set by the policy's replica; leave it out")
         return value
+
+    def max_tokens(self, model_limit: float) -> float:
+        """As in `PolicyEngineConfig`; vLLM generates at least one token after what it reads."""
+        return min(model_limit, self.max_model_len or math.inf) - 1
 
     def check_rollouts(self, rollouts: RolloutSettings, run: Run) -> None:
         """Check that vLLM can generate these rollouts; errors as `RolloutSettings.check`."""
@@ -89,6 +103,11 @@ class ServedRollouts(RolloutSettings):
     """Number of calls that one worker may have open per running replica."""
     deadline_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
     """Longest time of one call in seconds, retries and replica restarts included; then the run stops."""
+
+    @property
+    def served(self) -> "ServedRollouts":
+        """The settings of the replicas."""
+        return self
 
     @property
     def is_served(self) -> bool:

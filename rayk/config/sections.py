@@ -88,6 +88,16 @@ class MethodSettings(Settings):
         return None
 
     @property
+    def num_student_demonstrations(self) -> int:
+        """Number of the shown demonstrations that the student reads, the last ones."""
+        return 0
+
+    @property
+    def requires_options(self) -> bool:
+        """Whether each row must list its possible outputs."""
+        return False
+
+    @property
     def auxiliary_data(self) -> PretrainingConfig | None:
         """Text that is trained on in the same updates; None without any."""
         return None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayk.config import DemonstrationsConfig, InContextConfig
+from rayk.config import DemonstrationsConfig, MethodSettings
 from rayk.data.examples import EVERY_TEACHER, Example, ExampleTable
 from rayk.data.nearest import Embedder, bm25_scores, top_indices
 from rayk.data.tokens import Encoder
@@ -73,12 +73,12 @@ class DemonstrationPool:
     """
 
     def __init__(
-        self, rows: ExampleTable, settings: InContextConfig, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
+        self, rows: ExampleTable, settings: MethodSettings, tokenizer: "PreTrainedTokenizerBase", max_tokens: int
     ):
-        self.settings: DemonstrationsConfig = settings.demonstrations
-        student = settings.student_demonstrations
-        self.num_student_demonstrations = self.settings.k if student is None else student
-        self.requires_options = settings.targets == "label_words"
+        assert settings.shown_demonstrations is not None
+        self.settings: DemonstrationsConfig = settings.shown_demonstrations
+        self.num_student_demonstrations = settings.num_student_demonstrations
+        self.requires_options = settings.requires_options
         # Training on label words compares whole options; otherwise MetaICL's rule, the lowest mean loss per token.
         self.normalizes_by_length = not self.requires_options
         self.max_tokens = max_tokens

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import DataSource
+from rayk.config.paths import DATA_SUFFIXES, is_local_path
 from rayk.errors import InputError
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 _PARQUET_ROWS = 1000
@@ -51,7 +51,7 @@ def _open(source: DataSource) -> Iterator[Row]:
         if not matches:
             raise InputError(f"No file matches '{source.path}'; check the pattern in the data section.")
         return _read_files(matches)
-    if _looks_like_path(source.path):
+    if is_local_path(source.path):
         raise InputError(f"The data file or folder '{source.path}' does not exist; check the path.")
     return _read_hub(source)
 
@@ -64,10 +64,6 @@ def _at_least_one(rows: Iterator[Row], source: DataSource) -> Iterator[Row]:
     yield from rows
 
 
-def _looks_like_path(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or path.endswith(_SUFFIXES) or path.count("/") > 1
-
-
 def _read_files(paths: list[Path]) -> Iterator[Row]:
     for path in paths:
         yield from _read_file(path)
@@ -76,7 +72,7 @@ def _read_files(paths: list[Path]) -> Iterator[Row]:
 def _read_file(path: Path) -> Iterator[Row]:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise InputError(f"'{path}' is not a kind of file rayk reads; give one of {', '.join(_SUFFIXES)}.")
+        raise InputError(f"'{path}' is not a kind of file rayk reads; give one of {', '.join(DATA_SUFFIXES)}.")
     return _readable(readers[path.suffix](path), path)
 
 
@@ -146,10 +142,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _files_of_folder(folder: Path, source: DataSource) -> list[Path]:
     """The folder's files that belong to the split: those named for it, or all where no file is named for any split."""
     inside = folder / source.name if source.name and (folder / source.name).is_dir() else folder
-    files = sorted(path for path in inside.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
+    files = sorted(path for path in inside.rglob("*") if path.suffix in DATA_SUFFIXES and path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(inside).parts)]
     if not files:
-        raise InputError(f"The folder '{folder}' holds no {', '.join(_SUFFIXES)} file; check the path.")
+        raise InputError(f"The folder '{folder}' holds no {', '.join(DATA_SUFFIXES)} file; check the path.")
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(inside)).lower())) for path in files}
     named = [path for path in files if source.split.lower() in words[path]]
     if not named and any(words[path] & _SPLIT_WORDS for path in files):

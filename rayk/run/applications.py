@@ -49,7 +49,7 @@ def resource_needs(config: RunConfig) -> list[list[Need]]:
         replicas = served.replicas
         synthesis.append(Need("the student", max(1, replicas.min), replicas.max, served.resources, served.engine.gpus))
     training = [need for name, need in teachers.items() if name not in config.synthesis_only_teachers]
-    if (policy := config.rollouts) is not None and policy.is_served:
+    if config.rollouts is not None and (policy := config.rollouts.served) is not None:
         training.append(
             Need("the policy", max(1, policy.replicas.min), policy.replicas.max, policy.resources, policy.engine.gpus)
         )

@@ -1,6 +1,5 @@
 """Checks of a run's rows against its models: vocabularies, lengths, contexts and routes."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,12 +93,9 @@ def _check_prompts(config: RunConfig, train: ExampleTable) -> None:
 
 
 def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None:
-    """Check the policy's limit on vLLM, which generates at least one token and so reads one less than the model."""
-    rollouts = config.rollouts
-    if rollouts is None or not rollouts.is_served or rollouts.engine.kind != "vllm":
-        return
-    limit = min(max_positions(student), rollouts.engine.max_model_len or sys.maxsize) - 1
-    if longest > limit:
+    """Check the limit of the served policy's engine."""
+    served = config.rollouts.served if config.rollouts else None
+    if served is not None and longest > (limit := served.engine.max_tokens(max_positions(student))):
         raise InputError(
             f"The longest row, or prompt with its rollout, may have {longest} tokens, but the policy takes {limit} on "
             "vLLM; lower rollouts.max_new_tokens or data.max_tokens, or raise rollouts.engine.max_model_len."

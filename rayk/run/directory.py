@@ -10,9 +10,9 @@ from rayk.models.student import base_fingerprint
 from rayk.storage.atomic import write_whole
 from rayk.training.checkpoint import CheckpointStore
 
-PLACEMENT = marked_fields(RunConfig, Placement).keys()
+PLACEMENT = set(marked_fields(RunConfig, Placement))
 """Settings that decide where and how fast a run computes, not what is trained; they may change when it is resumed."""
-SELECTION = marked_fields(RunConfig, Selection).keys() | {"rows", "compared", "judges"}
+SELECTION = set(marked_fields(RunConfig, Selection)) | {"rows", "compared", "judges"}
 """Settings, and other facts about a synthesis, that decide which completions become rows but change no completion."""
 ROUNDS = "rounds"
 """The folder with the rounds' own run directories."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayk.config import RunConfig
+from rayk.config import RunConfig, check_inputs_exist
 from rayk.config.support import TopK
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
@@ -49,6 +49,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     Raises:
         InputError: rows, models and settings do not fit together.
     """
+    check_inputs_exist(config, training=training)
     resolve_method(config.method)  # raises where the user's code cannot be loaded
     name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)

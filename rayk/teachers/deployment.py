@@ -1,7 +1,6 @@
 """The Serve deployment of a teacher: replicas with an engine, and starting them."""
 
 import asyncio
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rayk.config import TeacherConfig
+from rayk.config.paths import resolve_path
 from rayk.engines.base import EngineInfo, GeneratedSequence, Usage, VerifyingEngine
 from rayk.engines.build import build_engine
 from rayk.engines.checks import check_can_verify
@@ -150,7 +150,5 @@ def _replica_settings(config: TeacherConfig, application: str) -> dict:
     """Return the replicas' settings; a folder's path is made absolute, because replicas have their own working
     directory."""
     assert config.model is not None
-    folder = os.path.abspath(os.path.expanduser(config.model))
-    is_path = config.model.startswith((".", "~")) or os.path.isdir(folder)
-    changes = {"name": application, **({"model": folder} if is_path else {})}
+    changes = {"name": application, "model": resolve_path(config.model)}
     return config.model_copy(update=changes).model_dump(mode="json")

@@ -19,6 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from rayk.config.paths import is_uri
+
 _MANIFEST = "manifest.json"
 _STEP_MANIFEST = re.compile(rf"/step-(\d{{8,}})/{re.escape(_MANIFEST)}$")
 
@@ -50,7 +52,7 @@ class CheckpointStore:
         self.place = place
         self._fs: fs.FileSystem
         self._folder: str
-        self._fs, self._folder = fs.FileSystem.from_uri(place) if "://" in place else (fs.LocalFileSystem(), place)
+        self._fs, self._folder = fs.FileSystem.from_uri(place) if is_uri(place) else (fs.LocalFileSystem(), place)
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint, then delete all but the newest `keep`."""

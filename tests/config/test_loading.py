@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from rayk.config import load_config, parse_config, with_absolute_paths
+from rayk.config import check_inputs_exist, load_config, parse_config, with_absolute_paths
 from rayk.errors import InputError, SettingsError
 
 MINIMAL = {
@@ -190,3 +190,32 @@ def test_workers_get_absolute_paths(tmp_path, monkeypatch):
     assert config.synthesis.prompts.path == str(tmp_path.parent / "prompts.jsonl")
     assert config.teachers[0].model == "m"
     assert with_absolute_paths(config) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "name"),
+    [
+        ({"student": {"model": "./nowhere"}}, "student.model", "nowhere"),
+        ({"teachers": [{"model": "models/big/last"}]}, "teachers.model", "models/big/last"),
+        ({"data": {"train": {"path": "rows.jsonl"}}}, "data.train.path", "rows.jsonl"),
+        ({"data": {"train": {"path": "org/rows"}, "evaluation": {"path": "*.parquet"}}}, "data.evaluation.path",
+         "*.parquet"),
+    ],
+)  # fmt: skip
+def test_a_missing_input_is_named_with_its_setting_and_folder(tmp_path, monkeypatch, changes, place, name):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(MINIMAL | {"data": {"train": {"path": "org/rows"}}} | changes)
+    with pytest.raises(InputError) as caught:
+        check_inputs_exist(config)
+    assert str(caught.value) == f"{place}: '{tmp_path}/{name}' does not exist; check the path."
+    found = parse_config(MINIMAL | {"data": {"train": {"path": "missing.jsonl"}}})
+    check_inputs_exist(found, training=False)
+
+
+def test_the_model_of_an_endpoint_is_not_looked_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    endpoint = {"model": "accounts/provider/models/small", "engine": {"kind": "openai"}}
+    values = MINIMAL | {"teachers": [endpoint], "method": {"kind": "supervised"}, "data": {"train": {"path": "org/a"}}}
+    config = with_absolute_paths(parse_config(values))
+    assert config.teachers[0].model == endpoint["model"]
+    check_inputs_exist(config)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayk.config.paths import absolute_path, is_local_path, is_uri, path_exists
+from rayk.config.paths import absolute_path, is_explicit_path, is_local_path, is_uri, path_exists, resolve_path
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,13 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     assert path_exists("*.jsonl")
     assert not path_exists("*.parquet")
     assert is_uri("gs://a")
+
+
+def test_only_explicit_or_existing_paths_are_resolved(tmp_path, monkeypatch):
+    """An endpoint's name for a model may have any number of slashes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert resolve_path("accounts/provider/models/small") == "accounts/provider/models/small"
+    assert not is_explicit_path("accounts/provider/models/small")
+    assert resolve_path("here") == str(tmp_path / "here")
+    assert resolve_path("rows.jsonl") == str(tmp_path / "rows.jsonl")

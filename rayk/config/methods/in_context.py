@@ -52,6 +52,14 @@ class InContextConfig(TeacherMethodConfig):
     def shown_demonstrations(self) -> DemonstrationsConfig | None:
         return self.demonstrations
 
+    @property
+    def num_student_demonstrations(self) -> int:
+        return self.demonstrations.k if self.student_demonstrations is None else self.student_demonstrations
+
+    @property
+    def requires_options(self) -> bool:
+        return self.targets == "label_words"
+
     @model_validator(mode="after")
     def _check_parts(self) -> "InContextConfig":
         if self.student_demonstrations is not None and self.student_demonstrations > self.demonstrations.k:
