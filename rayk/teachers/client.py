@@ -243,7 +243,7 @@ class Teacher(ServedModel):
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
         if not np.array_equal(signals.offsets.diff().numpy(), expected):
             raise RaykError(f"Teacher '{self.name}' returned signals for other positions than requested.")
-        if unusable := {chosen[row]: reason for row, reason in signals.unusable().items()}:
+        if unusable := {chosen[row]: reason for row, reason in signals.invalid_rows().items()}:
             row, reason = next(iter(unusable.items()))
             place = getattr(batch[row], "where", "") or f"row {row} of the batch"
             raise UnusableSignal(

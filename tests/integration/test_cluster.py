@@ -70,7 +70,7 @@ def write(path, values):
     return path
 
 
-def test_a_submitted_job_runs_to_the_end(head, tmp_path, tiny_student, tiny_teacher):
+def test_submitted_job_completes(head, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd", workers=1, steps=4)
     values["teachers"] = [{"name": "own", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     job = tmp_path / "job"
@@ -92,30 +92,31 @@ def test_a_submitted_job_runs_to_the_end(head, tmp_path, tiny_student, tiny_teac
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
-def test_a_served_teacher_is_there_for_others_until_it_is_interrupted(head, tmp_path, tiny_student, tiny_teacher):
+def test_served_teacher_runs_until_it_is_interrupted(head, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd")
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     asker = write(tmp_path / "asker.yaml", values | {"teachers": [{"name": "shared", "attach": True}]})
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
-        until(lambda: "Ctrl-C takes them down." in (tmp_path / "log").read_text(), "the teacher", process)
+        until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
         attached = rayk_to_the_end("run", asker, RAY_ADDRESS=head[0])
         assert attached.returncode == 0, attached.stderr
         process.send_signal(signal.SIGINT)
         until(lambda: process.poll() is not None, "the end of `rayk serve`")
     lines = (tmp_path / "log").read_text().splitlines()
     assert process.returncode == 0, lines
-    assert lines[1].startswith("Teacher shared is up: vocabulary ")
-    assert len(lines) == 3, lines
+    assert lines[1].startswith("Teacher shared is ready: vocabulary ")
+    assert f"  export RAY_ADDRESS={head[0]}" in lines
+    assert len(lines) == 10, lines
     gone = rayk_to_the_end("doctor", asker, RAY_ADDRESS=head[0])
     assert gone.returncode == 2
     assert "No teacher 'shared' answers on this Ray cluster" in gone.stderr
 
 
-def test_a_served_teacher_comes_down_at_sigterm(head, tmp_path, tiny_student, tiny_teacher):
+def test_served_teacher_is_removed_at_sigterm(head, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd")
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
-        until(lambda: "Ctrl-C takes them down." in (tmp_path / "log").read_text(), "the teacher", process)
+        until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
         assert actors("ServeReplica:shared:")
         process.terminate()
         until(lambda: process.poll() is not None, "the end of `rayk serve`")

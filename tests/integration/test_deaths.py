@@ -66,7 +66,7 @@ def mark():
         process.kill()
 
 
-def test_a_killed_driver_costs_nothing_but_time(tmp_path, tiny_student, whole, mark):
+def test_killed_driver_changes_no_result(tmp_path, tiny_student, whole, mark):
     killed = prepared(tmp_path, "killed", tiny_student, workers=1)
     path = write(tmp_path / "run.yaml", killed)
     with rayk("run", path, log=tmp_path / "first.log", **mark) as process:
@@ -80,7 +80,7 @@ def test_a_killed_driver_costs_nothing_but_time(tmp_path, tiny_student, whole, m
     assert_same_learning(whole, killed["output"], 1e-3)
 
 
-def test_ctrl_c_takes_everything_down_and_says_so_in_one_sentence(tmp_path, tiny_student, tiny_teacher, mark):
+def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path, tiny_student, tiny_teacher, mark):
     values = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=1, steps=100_000)
     values["teachers"] = [{"name": "own", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     with rayk("run", write(tmp_path / "run.yaml", values), log=tmp_path / "log", **mark) as process:
@@ -95,7 +95,7 @@ def test_ctrl_c_takes_everything_down_and_says_so_in_one_sentence(tmp_path, tiny
     assert CheckpointStore(f"{values['output']}/checkpoints").latest() is not None
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path, tiny_student, whole, ray_cluster):
+def test_killed_worker_changes_no_result(tmp_path, tiny_student, whole, ray_cluster):
     hurt = prepared(tmp_path, "hurt", tiny_student, workers=2)
     there = {}
 
@@ -120,7 +120,7 @@ def of(values, teacher, **changes):
     return parse_config(values | {"teachers": [{"name": teacher, "attach": True, **changes}]})
 
 
-def test_a_killed_replica_costs_nothing_but_time(tmp_path, tiny_student, whole_taught, mortal):
+def test_killed_replica_changes_no_result(tmp_path, tiny_student, whole_taught, mortal):
     hurt = prepared(tmp_path, "hurt", tiny_student, "logit_kd")
     listener = Striking(20, lambda: actors("ServeReplica:mortal:")[0].kill())
     with serve_teacher(mortal.model_copy(update={"replicas": Replicas(min=2, max=2)})):
@@ -129,9 +129,7 @@ def test_a_killed_replica_costs_nothing_but_time(tmp_path, tiny_student, whole_t
     assert_same_learning(whole_taught, hurt["output"])
 
 
-def test_without_its_teacher_a_run_stops_at_a_checkpoint_and_goes_on_later(
-    tmp_path, tiny_student, whole_taught, mortal
-):
+def test_run_without_its_teacher_stops_at_a_checkpoint(tmp_path, tiny_student, whole_taught, mortal):
     from ray import serve
 
     stopped = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=2)

@@ -13,7 +13,7 @@ from rayk.serving.weight_store import NAMESPACE
 from rayk.training.checkpoint import CheckpointStore
 from tests.integration.test_deaths import Striking
 from tests.runs import actors, assert_same_learning, curve, settings, until
-from tests.teachers.helpers import replicas_of
+from tests.teachers.helpers import replica_processes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -45,7 +45,7 @@ def named_actors():
 @pytest.mark.parametrize(
     ("max_staleness", "replicas", "lora"), [(0, 2, None), (1, 1, {"r": 4, "dropout": 0.2})], ids=["whole", "adapter"]
 )
-def test_a_served_policy_teaches_what_the_workers_own_does(
+def test_served_policy_trains_like_the_worker_policy(
     max_staleness, replicas, lora, tmp_path, tiny_student, served, nothing_left
 ):
     rollouts = {"max_staleness": max_staleness}
@@ -56,7 +56,7 @@ def test_a_served_policy_teaches_what_the_workers_own_does(
     assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages
 
 
-def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, tiny_student, served, nothing_left):
+def test_killed_replica_and_worker_change_no_result(tmp_path, tiny_student, served, nothing_left):
     training = {"steps": 40, "checkpoint_every_steps": 5}
     distill(prepared(tmp_path / "whole", tiny_student, {"max_staleness": 1}, **training))
     hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=1, **training)
@@ -72,9 +72,7 @@ def test_a_killed_replica_and_a_killed_worker_cost_nothing_but_time(tmp_path, ti
     assert curve(hurt.output_path, "rollout_staleness") == [0, *[1] * 39]
 
 
-def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_killed(
-    tmp_path, served, nothing_left, monkeypatch
-):
+def test_vllm_policy_trains_like_the_worker_policy_despite_a_kill(tmp_path, served, nothing_left, monkeypatch):
     """Greedy, so that both write the same as long as they have the same weights: those of an adapter, merged."""
     monkeypatch.setattr(application, "_HEALTH_CHECK_SECONDS", 1.0)
     student = str(tmp_path / "student")
@@ -86,7 +84,7 @@ def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_kill
     run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, lora, **training)
 
     def strike():
-        [replica] = replicas_of(policy_application(run))
+        [replica] = replica_processes(policy_application(run))
         [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
         core.kill()
 
@@ -97,9 +95,7 @@ def test_vllm_writes_what_the_workers_policy_does_even_where_its_process_is_kill
     assert len(set(curve(run.output_path, "rollout_repetition"))) > 6, "what is written hardly changes"
 
 
-def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worker(
-    tmp_path, tiny_student, served, nothing_left
-):
+def test_run_without_its_policy_stops_and_continues_in_the_worker(tmp_path, tiny_student, served, nothing_left):
     training = {"steps": 40}
     distill(prepared(tmp_path / "whole", tiny_student, {}, **training))
     stopped = prepared(
@@ -115,7 +111,7 @@ def test_without_its_policy_a_run_stops_at_a_checkpoint_and_goes_on_in_the_worke
     assert_same_learning(tmp_path / "whole" / "run", stopped.output_path, 1e-3)
 
 
-def test_completions_that_take_too_long_end_the_run_in_one_sentence(tmp_path, tiny_student, served):
+def test_rollout_timeout_is_one_sentence(tmp_path, tiny_student, served):
     rollouts = {"timeout_seconds": 0.05, "max_new_tokens": 400}
     with pytest.raises(RunFailed, match=r"completions of step 1 took longer than rollouts.timeout_seconds \(0.05 s\)"):
         distill(prepared(tmp_path, tiny_student, rollouts))

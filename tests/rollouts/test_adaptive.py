@@ -11,7 +11,7 @@ from rayk.rollouts import Rollout
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 
 
-def test_the_share_grows_when_the_loss_has_risen_since_it_last_grew():
+def test_share_grows_when_the_loss_has_risen():
     schedule = AdaptiveSchedule(AdaptiveConfig(tolerance=0.1, increment=0.3), limit=0.7)
     losses = [2.0, 2.05, 1.5, 2.05, 2.2, 2.25, 2.4, 9.0, 99.0]
     shares = []
@@ -32,7 +32,7 @@ def rollout(number):
     )
 
 
-def test_the_buffer_keeps_the_newest_and_survives_a_checkpoint():
+def test_buffer_keeps_the_newest_and_survives_a_checkpoint():
     buffer = ReplayBuffer(3)
     buffer.add([rollout(1), rollout(2)])
     assert not buffer.is_full

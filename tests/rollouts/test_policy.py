@@ -52,7 +52,7 @@ def written(policy, rows=None, seed=0):
     return asyncio.run(policy.generate(rows, PARAMETERS, range(seed, seed + len(rows))))
 
 
-def test_the_completion_counts_through_its_end_and_the_prompt_never(learner):
+def test_completion_and_its_end_token_are_counted_and_the_prompt_is_not(learner):
     rows, rollouts = prompts(), written(policy_of(learner))
     for row, rollout in zip(rows, rollouts, strict=True):
         assert rollout.input_ids[: row.prompt_tokens].tolist() == row.prompt_ids.tolist()
@@ -65,7 +65,7 @@ def test_the_completion_counts_through_its_end_and_the_prompt_never(learner):
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
-def test_each_counted_token_has_the_log_prob_with_which_the_model_predicts_it(learner):
+def test_logprobs_are_those_of_the_model(learner):
     for rollout in written(policy_of(learner, temperature=0.7, top_p=0.9)):
         logits = learner.eval()(input_ids=torch.from_numpy(rollout.input_ids).long()[None]).logits[0]
         logprobs = logits[:-1].log_softmax(-1)[rollout.counted[1:]]
@@ -73,7 +73,7 @@ def test_each_counted_token_has_the_log_prob_with_which_the_model_predicts_it(le
         np.testing.assert_allclose(rollout.logprobs, expected.detach().numpy(), atol=1e-4)
 
 
-def test_what_a_row_gets_depends_on_its_seed_and_on_nobody_else(learner):
+def test_completion_depends_on_its_seed_and_not_on_its_batch(learner):
     together = written(policy_of(learner))
     apart = written(policy_of(learner, batch_tokens=30))
     assert [each.input_ids.tolist() for each in together] == [each.input_ids.tolist() for each in apart]
@@ -82,7 +82,7 @@ def test_what_a_row_gets_depends_on_its_seed_and_on_nobody_else(learner):
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_the_learner_goes_on_learning_as_if_nothing_had_been_written(learner, max_staleness):
+def test_generation_does_not_change_the_learner(learner, max_staleness):
     policy = policy_of(learner, max_staleness=max_staleness)
     before, stream = copy.deepcopy(learner.state_dict()), torch.random.get_rng_state()
     config = learner.generation_config
@@ -95,7 +95,7 @@ def test_the_learner_goes_on_learning_as_if_nothing_had_been_written(learner, ma
     assert all(parameter.grad is not None for parameter in learner.parameters())
 
 
-def test_a_stale_policy_writes_with_the_weights_it_last_took_over(learner):
+def test_stale_policy_generates_with_its_last_weights(learner):
     stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
     first = [each.input_ids.tolist() for each in written(stale)]
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_stale_policy_writes_with_the_weights_it_last_took_over(learner):
     assert {each.version for each in taken} == {1}
 
 
-def test_a_stale_policy_of_an_adapter_shares_what_is_frozen(learner):
+def test_stale_policy_of_an_adapter_shares_frozen_weights(learner):
     add_adapter(learner, LoraConfig(r=4, dropout=0.5), 0, "base")
     stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
     first = [each.input_ids.tolist() for each in written(stale)]
@@ -126,7 +126,7 @@ def test_a_stale_policy_of_an_adapter_shares_what_is_frozen(learner):
         assert (copies[name] is parameter) == (not parameter.requires_grad), name
 
 
-def test_the_ids_named_for_the_teacher_are_the_policys_likeliest_real_ones(learner):
+def test_top_ids_are_the_most_likely_real_tokens(learner):
     policy, rows = policy_of(learner, batch_tokens=30), prompts()
     padding = learner.get_output_embeddings().weight[VOCABULARY:]
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_ids_named_for_the_teacher_are_the_policys_likeliest_real_ones(learn
         assert ids.tolist() == logits[row.counted[1:]].topk(5).indices.tolist()
 
 
-def test_a_packed_row_comes_back_as_it_was(learner):
+def test_packing_a_row_is_lossless(learner):
     [rollout] = written(policy_of(learner), prompts(1))
     for row in (rollout, prompts(1)[0]):
         back = unpack_row(pack_row(row), prompts(1)[0])
@@ -146,7 +146,7 @@ def test_a_packed_row_comes_back_as_it_was(learner):
             assert getattr(getattr(back, name), "dtype", None) == getattr(value, "dtype", None)
 
 
-def test_metrics_tell_length_end_repetition_and_age():
+def test_rollout_metrics():
     def rollout(completion, finish_reason, version):
         ids = np.array([9, *completion], np.int32)
         return Rollout(
@@ -161,7 +161,7 @@ def test_metrics_tell_length_end_repetition_and_age():
     assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3, 5, 5 / 6])
 
 
-def test_who_leaves_ends_what_was_being_written_for_him(learner):
+def test_cancellation_ends_generation(learner):
     learner.generation_config.eos_token_id = None
     policy, forwards = policy_of(learner), []
     learner.register_forward_hook(lambda *_: forwards.append(1))

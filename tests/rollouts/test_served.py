@@ -20,7 +20,7 @@ from rayk.serving.weight_store import NAMESPACE, PublishedWeights, WeightVersion
 from rayk.serving.weights import checksum, pack_weights
 from tests.rollouts.test_policy import prompts
 from tests.runs import settings
-from tests.teachers.helpers import eventually, replicas_of
+from tests.teachers.helpers import eventually, replica_processes
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -92,7 +92,7 @@ def assert_same(rollouts, expected, version):
         assert (one.prompt_tokens, one.version) == (other.prompt_tokens, version)
 
 
-def test_it_writes_and_reads_what_the_workers_policy_does_under_each_version(begun):
+def test_served_policy_equals_the_worker_policy_at_each_version(begun):
     learner, policy, _ = begun
     seen = []
     for version in range(3):
@@ -110,7 +110,7 @@ def test_it_writes_and_reads_what_the_workers_policy_does_under_each_version(beg
     assert seen[0] != seen[1] != seen[2]
 
 
-def test_a_worker_that_lags_behind_gets_the_version_it_asks_for(begun):
+def test_slow_worker_gets_the_version_it_requests(begun):
     learner, first, another = begun
     second = another()
     second.update(0)
@@ -127,7 +127,7 @@ def test_a_worker_that_lags_behind_gets_the_version_it_asks_for(begun):
         assert_same(rollouts, old if number % 2 else new, 1 - number % 2)
 
 
-def test_a_worker_that_is_ahead_waits_for_the_publication(begun):
+def test_fast_worker_waits_for_the_publication(begun):
     learner, first, another = begun
     second = another()
     second.update(1)
@@ -143,7 +143,7 @@ def test_a_worker_that_is_ahead_waits_for_the_publication(begun):
     assert_same(asyncio.run(ahead()), written(worker(learner)), 1)
 
 
-def test_torn_weights_write_nothing_and_others_go_on(begun):
+def test_damaged_weights_are_not_used(begun):
     learner, policy, _ = begun
     weights = pack_weights(learner)
     sound = checksum(weights)
@@ -160,7 +160,7 @@ def test_torn_weights_write_nothing_and_others_go_on(begun):
     assert_same(written(policy), written(worker(learner)), 0)
 
 
-def test_what_is_gone_is_an_error_at_once(begun):
+def test_dropped_version_is_an_error(begun):
     learner, policy, another = begun
     late = another()
     late.update(0)
@@ -177,7 +177,7 @@ def test_what_is_gone_is_an_error_at_once(begun):
     assert_same(written(policy), written(worker(learner)), 2)
 
 
-def test_replicas_that_are_killed_cost_time_and_nothing_else(begun):
+def test_replica_death_changes_no_rollout(begun):
     learner, policy, _ = begun
     rows, parameters = prompts(64), SamplingParameters(max_new_tokens=200, temperature=1.0)
     expected = written(worker(learner), rows, parameters)
@@ -188,18 +188,18 @@ def test_replicas_that_are_killed_cost_time_and_nothing_else(begun):
         while policy.statistics.calls <= calls:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
-        replicas_of(APPLICATION)[0].kill()
+        replica_processes(APPLICATION)[0].kill()
         return await asked
 
     for _ in range(6):  # until a kill has hit a replica that was answering
-        eventually(lambda: len(replicas_of(APPLICATION)) == 2, seconds=120)
+        eventually(lambda: len(replica_processes(APPLICATION)) == 2, seconds=120)
         assert_same(asyncio.run(disturbed()), expected, 0)
         if policy.statistics.retries:
             return
     pytest.fail("no kill hit a replica that was answering")
 
 
-def test_replicas_report_the_tokens_that_are_waited_for(begun):
+def test_replicas_report_waiting_tokens(begun):
     _, policy, _ = begun
 
     async def reported():
@@ -213,7 +213,7 @@ def test_replicas_report_the_tokens_that_are_waited_for(begun):
     assert asyncio.run(reported()) >= 64 * 200 / 2
 
 
-def test_it_does_not_write_together_with_a_teacher(begun):
+def test_served_policy_rejects_teacher_mixed_sampling(begun):
     _, policy, _ = begun
     with pytest.raises(InputError, match="use rollouts.kind 'worker'"):
         asyncio.run(policy.generate_mixed(prompts(), None, None, range(24)))
@@ -236,9 +236,7 @@ def named_actors():
     return [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
 
 
-def test_a_version_nobody_has_and_a_policy_that_is_gone_are_errors_after_the_deadline(
-    ray_cluster, tiny_student, tmp_path
-):
+def test_missing_version_and_removed_policy_are_errors_at_the_deadline(ray_cluster, tiny_student, tmp_path):
     config = run_config(tmp_path, tiny_student, replicas=1, deadline_seconds=2)
     learner = load_model(tiny_student)
     with leaving(config, tiny_student) as address:

@@ -17,7 +17,7 @@ from tests.engines.reference import VOCAB, prompts_of
 pytestmark = pytest.mark.cluster
 
 
-def test_a_served_teacher_gives_the_rollouts_of_its_engine(served, tiny_teacher, tiny_student):
+def test_served_teacher_gives_the_rollouts_of_its_engine(served, tiny_teacher, tiny_student):
     """Two replicas, several calls a round: each sequence meets replicas that have read it and ones that have not."""
     student = AutoModelForCausalLM.from_pretrained(tiny_student).eval()
     teacher = connect_teacher("served", served.settings.model_copy(update={"call_tokens": 64}))
@@ -34,7 +34,7 @@ def test_a_served_teacher_gives_the_rollouts_of_its_engine(served, tiny_teacher,
         assert one.finish_reason == other.finish_reason
 
 
-def test_what_a_teacher_cannot_verify_is_refused(served):
+def test_drafts_that_a_teacher_cannot_verify_are_rejected(served):
     draft = Draft(np.array([5, VOCAB], np.int32), np.array([-1.0]), np.array([0.5]), 0.2, 0, 8)
     with pytest.raises(InputError, match="share a tokenizer"):
         asyncio.run(served.averify([draft]))

@@ -64,7 +64,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_logprobs_and_weights_are_those_of_a_forward_from_the_start(student, teacher, alpha):
+def test_logprobs_and_weights_equal_those_of_one_forward(student, teacher, alpha):
     for prompt, one in zip(PROMPTS, rollouts := sampled(student, teacher.verify, alpha=alpha), strict=True):
         log_q, log_p = (logprobs(model, prompt, one.token_ids) for model in (student, teacher.model))
         np.testing.assert_allclose(one.student_logprobs, log_q, atol=1e-4)
@@ -78,7 +78,7 @@ def test_logprobs_and_weights_are_those_of_a_forward_from_the_start(student, tea
 
 
 @torch.no_grad()
-def test_two_tokens_are_drawn_from_the_mixture(student, teacher):
+def test_two_tokens_are_sampled_from_the_mixture(student, teacher):
     """End to end: the chi-square of the first token and of the second, whose law is summed over all first ones."""
     alpha, prompt, count = 0.5, PROMPTS[4], 4000
     sampling = MixedSampling(alpha, 2)
@@ -102,7 +102,7 @@ def test_two_tokens_are_drawn_from_the_mixture(student, teacher):
         assert chisquare(*cells).pvalue > 1e-4
 
 
-def test_company_draft_length_and_the_teachers_memory_change_nothing(student, tiny_teacher, teacher):
+def test_batch_draft_length_and_teacher_cache_change_nothing(student, tiny_teacher, teacher):
     """Nor do replicas: every second question goes to an engine that has not seen the sequence, or too little of it."""
     together = sampled(student, teacher.verify)
     other, turns = TransformersEngine(tiny_teacher), itertools.count()
@@ -122,7 +122,7 @@ def test_company_draft_length_and_the_teachers_memory_change_nothing(student, ti
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "granite"])
-def test_other_architectures_are_rolled_back_alike(architecture, teacher):
+def test_rollback_on_other_architectures(architecture, teacher):
     """To the last position there is; a sequence that is there must not read on with those that are not."""
     student = tiny_model(architecture=architecture, seed=5, positions=64)
     prompts = prompts_of(30, 7, 30, 30, 30, 30)
@@ -130,7 +130,7 @@ def test_other_architectures_are_rolled_back_alike(architecture, teacher):
         np.testing.assert_allclose(one.student_logprobs, logprobs(student, prompt, one.token_ids), atol=1e-4)
 
 
-def test_an_end_inside_a_draft_ends_the_sequence(student, teacher):
+def test_end_token_inside_a_draft_ends_the_sequence(student, teacher):
     """Whichever side draws it: half of all tokens are taken for ends."""
     ends = set(range(0, VOCAB, 8))
     for one in sampled(student, teacher.verify, drafted=16, eos_token_ids=ends, max_new_tokens=40):
@@ -139,20 +139,20 @@ def test_an_end_inside_a_draft_ends_the_sequence(student, teacher):
         assert places.tolist() == [len(one.token_ids) - 1]
 
 
-def test_a_student_equal_to_the_teacher_is_always_kept(teacher):
+def test_student_equal_to_the_teacher_is_always_accepted(teacher):
     for one in sampled(teacher.model, teacher.verify, drafted=8, max_new_tokens=24, eos_token_ids=()):
         assert (one.acceptance, one.calls, one.finish_reason) == (1.0, 3, "length")
         np.testing.assert_allclose(one.weights, 1.0, atol=1e-4)
 
 
-def test_sequences_that_meet_the_models_longest(teacher, student):
+def test_sequences_of_the_largest_length(teacher, student):
     rollouts = sampled(
         student, teacher.verify, [np.full(500, 9, np.int32), PROMPTS[0]], max_new_tokens=12, eos_token_ids=()
     )
     assert [len(one.token_ids) for one in rollouts] == [12, 12]
 
 
-def test_calls_a_token_follow_the_formula(student, teacher):
+def test_calls_per_token_follow_the_formula(student, teacher):
     """With the acceptance measured; only the remainder of a sequence and calls for more candidates come on top."""
     rollouts = sampled(student, teacher.verify, PROMPTS * 4, alpha=0.2, max_new_tokens=64, drafted=8, eos_token_ids=())
     kept, rejected = (sum(getattr(one, name) for one in rollouts) for name in ("accepted", "rejected"))
@@ -161,7 +161,7 @@ def test_calls_a_token_follow_the_formula(student, teacher):
     assert expected == pytest.approx(measured, rel=0.15)
 
 
-def test_what_cannot_work_is_refused_in_a_sentence(student, teacher):
+def test_wrong_arguments_are_one_sentence(student, teacher):
     from transformers import MambaConfig, MambaForCausalLM
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()

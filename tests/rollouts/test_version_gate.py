@@ -38,17 +38,17 @@ async def trained(steps: int, max_staleness: int, seed: int, first: int = 0, sam
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 5])
-def test_every_step_samples_under_its_own_version(max_staleness, seed):
+def test_every_step_samples_with_its_version(max_staleness, seed):
     versions = asyncio.run(trained(8, max_staleness, seed))
     assert versions == {step: max(0, step - max_staleness) for step in range(8)}
 
 
-def test_a_run_that_goes_on_with_steps_already_sampled_keeps_to_the_rule():
+def test_resumed_run_keeps_the_versions():
     versions = asyncio.run(trained(9, 2, seed=0, first=4, sampled=2))
     assert versions == {step: step - 2 for step in range(6, 9)}
 
 
-def test_a_step_that_fails_ends_its_turn():
+def test_failed_step_ends_its_turn():
     async def main() -> int:
         gate = VersionGate(0, 0, 1, 1)
         with pytest.raises(RuntimeError):

@@ -101,7 +101,7 @@ def sequences_of(written):
     ]
 
 
-def test_each_version_writes_with_its_own_weights_and_says_their_log_probs(vllm, versions, on_loop):
+def test_each_version_generates_and_scores_with_its_weights(vllm, versions, on_loop):
     seen = []
     for number in (1, 2, 1, 0):
         written, again = (on_loop(write(vllm, versions, number)) for _ in range(2))
@@ -130,7 +130,7 @@ def test_each_version_writes_with_its_own_weights_and_says_their_log_probs(vllm,
     assert wide[0].shape[1] == VOCABULARY
 
 
-def test_versions_that_are_asked_for_together_do_not_mix(vllm, versions, on_loop):
+def test_concurrent_versions_do_not_mix(vllm, versions, on_loop):
     alone = {number: on_loop(write(vllm, versions, number)) for number in (1, 2)}
 
     async def together():
@@ -142,7 +142,7 @@ def test_versions_that_are_asked_for_together_do_not_mix(vllm, versions, on_loop
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-def test_torn_weights_write_nothing_and_others_go_on(vllm, versions, on_loop):
+def test_damaged_weights_are_not_used(vllm, versions, on_loop):
     version, published = versions.published(3)
     torn = PublishedWeights(published.checksum ^ 1, published.weights)
     with pytest.raises(UnusableWeights, match="weights of version 3 were damaged"):
@@ -151,7 +151,7 @@ def test_torn_weights_write_nothing_and_others_go_on(vllm, versions, on_loop):
     assert texts(on_loop(write(vllm, versions, 3))) != texts(on_loop(write(vllm, versions, 2)))
 
 
-def test_a_caller_that_leaves_while_weights_are_taken_over_does_no_harm(vllm, versions, on_loop):
+def test_cancellation_during_a_weight_update_is_harmless(vllm, versions, on_loop):
     expected = [texts(on_loop(write(vllm, versions, number))) for number in (1, 2)]
 
     async def leave():
@@ -166,7 +166,7 @@ def test_a_caller_that_leaves_while_weights_are_taken_over_does_no_harm(vllm, ve
     assert on_loop(leave()) == expected
 
 
-def test_requests_of_another_version_wait_for_those_that_run_and_hold_back_later_ones():
+def test_version_lock_keeps_the_order_of_requests():
     """VersionLock by themselves: what runs, and when, is seen better without an engine."""
     events = []
 
@@ -201,7 +201,7 @@ def test_requests_of_another_version_wait_for_those_that_run_and_hold_back_later
     asyncio.run(main())
 
 
-def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(vllm, versions, on_loop):
+def test_killed_engine_process_fails_requests_and_the_health_check(vllm, versions, on_loop):
     async def main():
         await vllm.check_health()
         asking = asyncio.create_task(write(vllm, versions, 1, parameters=replace(PARAMETERS, max_new_tokens=400)))
@@ -220,7 +220,7 @@ def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(vllm, v
     on_loop(main())
 
 
-def test_an_adapter_is_merged_into_what_vllm_takes_over(tmp_path):
+def test_adapter_is_merged_for_vllm(tmp_path):
     tiny_model(tmp_path / "base", seed=3, tokenizer=tiny_tokenizer())
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
     adapted = moved(make_model(config, tiny_tokenizer(), 0)).eval()

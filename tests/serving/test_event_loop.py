@@ -9,7 +9,7 @@ import pytest
 from rayk.serving.event_loop import run_until_complete
 
 
-def test_an_interrupted_wait_lets_the_work_put_away_what_it_has():
+def test_interrupted_wait_lets_the_work_clean_up():
     put_away = []
 
     async def work():
@@ -26,7 +26,7 @@ def test_an_interrupted_wait_lets_the_work_put_away_what_it_has():
     assert put_away == [True]
 
 
-def test_results_and_failures_come_as_they_are():
+def test_results_and_errors_are_passed_on():
     async def work(value):
         await asyncio.sleep(0)
         return 1 / value

@@ -22,18 +22,18 @@ def engine_of(**engine):
     ("engine", "gpus"),
     [({}, 1), ({"kind": "vllm"}, 1), ({"kind": "vllm", "tensor_parallel_size": 4, "across_nodes": True}, 4)],
 )
-def test_a_replica_has_as_many_gpus_as_its_engine_has_processes(engine, gpus):
+def test_replica_has_a_gpu_per_engine_process(engine, gpus):
     assert engine_of(**engine).gpus == gpus
 
 
-def test_a_copy_on_one_node_holds_its_gpus_itself():
+def test_replica_on_one_node_reserves_its_gpus():
     options = placement_options(Resources(num_cpus=2, custom={"a": 0.5}), 4.0, across_nodes=False)
     assert list(options) == ["ray_actor_options"]
     actor = options["ray_actor_options"]
     assert (actor["num_cpus"], actor["num_gpus"], actor["resources"]) == (2, 4.0, {"a": 0.5})
 
 
-def test_a_copy_across_nodes_leaves_the_gpus_of_its_group_to_the_engine():
+def test_replica_across_nodes_leaves_the_gpus_to_the_engine():
     options = placement_options(Resources(num_cpus=2, custom={"a": 0.5}), 3.0, across_nodes=True)
     assert options["ray_actor_options"]["num_gpus"] == 0
     assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 1, "a": 0.5}, {"GPU": 1}, {"GPU": 1}]
@@ -43,7 +43,7 @@ def test_a_copy_across_nodes_leaves_the_gpus_of_its_group_to_the_engine():
 
 
 @pytest.mark.cluster
-def test_ray_spreads_a_copy_over_the_nodes_that_it_takes():
+def test_ray_places_a_replica_on_several_nodes():
     """A cluster of its own, in a process of its own, of three nodes that are said to have GPUs."""
     code = """
         import ray

@@ -19,11 +19,11 @@ from rayk.serving.application import count_replicas
 from rayk.serving.autoscaling import METRIC, Demand, Requester, WaitingTokensPolicy
 from rayk.signals.batch import decode, encode
 from rayk.teachers import serve_teacher
-from tests.teachers.helpers import config_of, eventually, sequences_of
+from tests.teachers.helpers import eventually, sequences_of, teacher_config
 
 
 @pytest.mark.parametrize("support", [TopK(16), TopK(64, (1.0, 2.0)), Logprob()], ids=str)
-def test_simulated_signals_are_well_formed_and_of_real_size(tiny_teacher, support):
+def test_simulated_signals_are_valid_and_of_real_size(tiny_teacher, support):
     engine, sequences = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(tokens_per_second=1e6)), sequences_of(20)
     signals = decode(encode(asyncio.run(engine.score(sequences, support))))
     assert not signals.invalid_rows()
@@ -34,7 +34,7 @@ def test_simulated_signals_are_well_formed_and_of_real_size(tiny_teacher, suppor
         np.testing.assert_allclose(total, 1.0, atol=1e-3)
 
 
-def test_simulated_text_has_its_length_and_follows_from_its_seed(tiny_teacher):
+def test_simulated_text_has_its_length_and_depends_on_its_seed(tiny_teacher):
     engine = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(generated_tokens_per_second=1e6))
     prompts = [one.input_ids for one in sequences_of(3)]
     first, again = (asyncio.run(engine.generate(prompts, SamplingParameters(9), [1, 2, 3])) for _ in range(2))
@@ -44,7 +44,7 @@ def test_simulated_text_has_its_length_and_follows_from_its_seed(tiny_teacher):
         asyncio.run(engine.score(sequences_of(1), Hidden()))
 
 
-def test_a_replica_knows_what_its_askers_wait_for():
+def test_replica_counts_the_tokens_that_requesters_wait_for():
     demand = Demand()
     with demand.answering(Requester("a", 500), 100), demand.answering(Requester("b", 40), 40):
         assert demand.waiting_tokens() == 540
@@ -64,7 +64,7 @@ def context(current, waiting, requests=1.0, running=True):
     )  # fmt: skip
 
 
-def test_replicas_for_what_is_waited_for():
+def test_number_of_replicas_follows_waiting_tokens():
     def wanted(current, *waiting, **others):
         return WaitingTokensPolicy(100)(context(current, waiting, **others))[0]
 
@@ -81,16 +81,16 @@ def test_replicas_for_what_is_waited_for():
 
 
 @given(st.integers(0, 50), st.floats(0, 1e7), st.integers(1, 10**6))
-def test_more_waiting_never_wants_fewer(current, waiting, tokens):
+def test_more_waiting_tokens_never_need_fewer_replicas(current, waiting, tokens):
     few, many = (WaitingTokensPolicy(tokens)(context(current, [w]))[0] for w in (waiting, waiting * 2 + 1))
     assert few <= many
 
 
 @pytest.mark.cluster
-def test_replicas_come_while_tokens_wait_and_go_to_none_afterwards(ray_cluster, tiny_teacher, monkeypatch):
+def test_replicas_scale_up_with_demand_and_down_to_zero(ray_cluster, tiny_teacher, monkeypatch):
     monkeypatch.setattr(application, "_REPORT_SECONDS", 1.0)
     monkeypatch.setattr(application, "_LOOK_BACK_SECONDS", 1.5)
-    config = config_of(
+    config = teacher_config(
         "elastic", tiny_teacher, engine={"kind": "simulated", "tokens_per_second": 150.0}, call_tokens=64,
         replicas={"min": 0, "max": 3, "waiting_tokens": 400, "up_seconds": 0.5, "down_seconds": 2}, in_flight=2,
         resources={"num_cpus": 0.1},

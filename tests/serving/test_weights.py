@@ -28,7 +28,7 @@ def copied(weights):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tie", [False, True])
-def test_a_model_takes_over_what_another_has_learned(dtype, tie):
+def test_weights_are_copied_to_another_model(dtype, tie):
     learner, model = (tiny_model(seed=seed, tie=tie).to(dtype) for seed in (1, 2))
     weights = copied(pack_weights(learner))
     assert ("lm_head.weight" in weights) == (not tie)
@@ -36,7 +36,7 @@ def test_a_model_takes_over_what_another_has_learned(dtype, tie):
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_what_is_frozen_does_not_travel():
+def test_frozen_weights_are_not_transferred():
     learner, model = tiny_model(seed=1), tiny_model(seed=2)
     for each in (learner, model):
         each.requires_grad_(False)
@@ -49,7 +49,7 @@ def test_what_is_frozen_does_not_travel():
     assert all(torch.equal(value, body[name]) for name, value in model.model.state_dict().items())
 
 
-def test_of_an_adapter_only_its_own_bytes_travel():
+def test_only_the_adapter_is_transferred():
     learner, replica = (tiny_model(seed=1, hidden=64, vocab_size=2048) for _ in range(2))
     whole = pack_weights(learner)
     for seed, each in enumerate((learner, replica)):
@@ -69,7 +69,7 @@ def count_parameters(packed):
     return packed.data.nbytes
 
 
-def test_kept_buffers_travel_too():
+def test_persistent_buffers_are_transferred():
     learner, model = tiny_model(seed=1), tiny_model(seed=1)
     for each, value in ((learner, 3.0), (model, 5.0)):
         each.register_buffer("scale", torch.tensor(value))
@@ -102,7 +102,7 @@ def reshaped(weights):
 
 
 @pytest.mark.parametrize("damage", [broken_byte, missing, swapped, reshaped])
-def test_torn_weights_are_refused_and_leave_the_model_as_it_was(damage):
+def test_damaged_weights_leave_the_model_unchanged(damage):
     learner, model = tiny_model(seed=1), tiny_model(seed=2)
     before = copy.deepcopy(model.state_dict())
     weights = copied(pack_weights(learner))
@@ -111,7 +111,7 @@ def test_torn_weights_are_refused_and_leave_the_model_as_it_was(damage):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_weights_of_another_model_are_refused():
+def test_weights_of_another_model_are_rejected():
     weights = copied(pack_weights(tiny_model(hidden=16)))
     with pytest.raises(UnusableWeights, match="belong to another model"):
         load_weights(tiny_model(hidden=32), weights, checksum(weights), FIRST)
@@ -148,21 +148,21 @@ def beginning(attempt):
     return lambda store: store.begin(attempt)
 
 
-def test_the_newest_two_versions_are_there():
+def test_the_newest_two_versions_are_kept():
     assert stored(publishing(3, 4, 5), finding(5)).checksum == 5
     assert stored(publishing(3, 4, 5), finding(4)).checksum == 4
     with pytest.raises(UnusableWeights, match="weights of version 3 are stale"):
         stored(publishing(3, 4, 5), finding(3))
 
 
-def test_a_version_that_nobody_publishes_is_an_error():
+def test_a_version_that_is_not_published_is_an_error():
     with pytest.raises(UnusableWeights, match=r"weights of version 6 were not published within 0.05 s"):
         stored(publishing(5), finding(6))
     with pytest.raises(UnusableWeights, match="not published"):
         stored(publishing(5), finding(5, attempt="unheard of"))
 
 
-def test_a_version_that_is_about_to_come_is_waited_for():
+def test_find_waits_for_a_version():
     async def main():
         store = WeightStore(wait_seconds=30)
         waiting = asyncio.create_task(store.find(WeightVersion("next", 1)))
@@ -175,7 +175,7 @@ def test_a_version_that_is_about_to_come_is_waited_for():
     assert asyncio.run(main()).checksum == 1
 
 
-def test_versions_of_an_earlier_attempt_are_gone():
+def test_versions_of_an_earlier_attempt_are_dropped():
     with pytest.raises(UnusableWeights, match="version 5 are stale"):
         stored(publishing(5), beginning("next"), publishing(5, attempt="next"), finding(5))
     assert stored(publishing(5), beginning("next"), publishing(4, attempt="next"), finding(4, "next")).checksum == 4
@@ -189,6 +189,6 @@ def test_versions_of_an_earlier_attempt_are_gone():
         [publishing(5), beginning("next"), publishing(6)],
     ],
 )
-def test_a_stale_update_is_refused(work):
+def test_a_stale_update_is_rejected(work):
     with pytest.raises(UnusableWeights, match="stale and were not published"):
         stored(*work)

@@ -47,7 +47,7 @@ def filled(folder):
     return folder
 
 
-def test_what_was_added_is_there_before_and_after_it_is_written(folder):
+def test_added_entries_are_found_before_and_after_they_are_written(folder):
     store, entries = SegmentStore(str(folder)), entries_of(1, 2, 3)
     assert store.read(entries) == {}
     assert store.add(entries) == entries
@@ -59,7 +59,7 @@ def test_what_was_added_is_there_before_and_after_it_is_written(folder):
     assert store.read(entries) == SegmentStore(str(folder)).read(entries) == entries
 
 
-def test_an_open_store_learns_of_what_others_write(filled):
+def test_open_store_finds_segments_of_other_writers(filled):
     store = SegmentStore(str(filled))
     assert len(store.read(entries_of(*range(20)))) == 20
     other = SegmentStore(str(filled))
@@ -68,7 +68,7 @@ def test_an_open_store_learns_of_what_others_write(filled):
     until(lambda: store.read([key_of(50)]) == entries_of(50), "the other's segment")
 
 
-def test_the_first_to_come_under_a_key_stays(folder):
+def test_first_entry_of_a_key_stays(folder):
     store = SegmentStore(str(folder))
     [key] = entries_of(1)
     store.add({key: b"first"})
@@ -78,14 +78,14 @@ def test_the_first_to_come_under_a_key_stays(folder):
     assert SegmentStore(str(folder)).add({key: b"fourth"}) == {key: b"first"}
 
 
-def test_many_bytes_are_written_without_being_told(folder):
+def test_large_entries_are_written_without_a_flush(folder):
     store = SegmentStore(str(folder), max_bytes=40_000)
     for number in range(0, 200, 10):
         store.add(entries_of(*range(number, number + 10)))
     assert len(segments(folder)) >= 2
 
 
-def test_any_place_that_pyarrow_knows_will_do(folder):
+def test_every_file_system_of_pyarrow_is_supported(folder):
     store = SegmentStore(f"file://{folder}")
     store.add(entries_of(1))
     store.flush()
@@ -100,7 +100,7 @@ def test_any_place_that_pyarrow_knows_will_do(folder):
             SegmentStore(place)
 
 
-def test_flipped_bits_and_cuts_give_misses_and_a_refill_mends_them(filled):
+def test_flipped_bits_and_truncation_are_misses(filled):
     [path] = segments(filled)
     whole, entries = path.read_bytes(), entries_of(*range(20))
     random = np.random.default_rng(0)
@@ -120,7 +120,7 @@ def test_flipped_bits_and_cuts_give_misses_and_a_refill_mends_them(filled):
     assert store.read(entries) == SegmentStore(str(filled)).read(entries) == entries
 
 
-def test_damage_is_said_once_and_other_segments_are_still_read(filled, caplog):
+def test_damage_is_logged_once_and_other_segments_are_read(filled, caplog):
     store = SegmentStore(str(filled))
     store.add(entries_of(30, 31))
     store.flush()
@@ -133,7 +133,7 @@ def test_damage_is_said_once_and_other_segments_are_still_read(filled, caplog):
     assert harmed.name in said and "is damaged" in said
 
 
-def test_verify_counts_what_is_whole_and_deletes_what_is_not(filled):
+def test_verify_counts_intact_segments_and_deletes_damaged_ones(filled):
     store = SegmentStore(str(filled))
     store.add(entries_of(30, 31))
     store.flush()
@@ -152,7 +152,7 @@ def test_verify_counts_what_is_whole_and_deletes_what_is_not(filled):
     assert SegmentStore(str(filled)).verify().damaged == []
 
 
-def test_the_least_recently_used_is_deleted_and_its_reader_misses_it(folder):
+def test_least_recently_used_segment_is_deleted(folder):
     writer = SegmentStore(str(folder))
     for number in range(3):
         writer.add({key_of(number): bytes(3_000)})
@@ -172,7 +172,7 @@ def test_the_least_recently_used_is_deleted_and_its_reader_misses_it(folder):
     assert len(SegmentStore(str(folder)).read(key_of(n) for n in range(4))) == 3
 
 
-def test_a_disk_that_cannot_be_written_costs_the_cache_and_not_the_run(filled, caplog):
+def test_unwritable_disk_is_a_warning(filled, caplog):
     store = SegmentStore(str(filled))
     filled.rename(filled.with_name("away"))
     filled.write_text("a file in its place")
@@ -205,7 +205,7 @@ def writer(folder: Path, first: int, last: int, a_segment: int) -> subprocess.Po
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
 
 
-def test_two_processes_write_and_read_at_once(folder):
+def test_two_processes_write_and_read_concurrently(folder):
     both = [writer(folder, 0, 1_500, 50), writer(folder, 1_000, 2_500, 35)]
     reader, entries = SegmentStore(str(folder)), entries_of(*range(2_500))
     while any(process.poll() is None for process in both):
@@ -216,7 +216,7 @@ def test_two_processes_write_and_read_at_once(folder):
     assert SegmentStore(str(folder)).verify().damaged == []
 
 
-def test_a_killed_writer_loses_at_most_what_it_had_not_written(folder):
+def test_killed_writer_loses_only_unwritten_entries(folder):
     process = writer(folder, 0, 10_000_000, 25)
     assert process.stdout is not None
     for line in process.stdout:

@@ -20,11 +20,11 @@ def sequences_of(count, seed=0, shortest=4, longest=40):
     return sequences
 
 
-def config_of(name, model, **settings):
+def teacher_config(name, model, **settings):
     return TeacherConfig(**({"name": name, "model": model, "resources": {"num_cpus": 0.25}} | settings))
 
 
-def assert_alike(signals, expected):
+def assert_signals_close(signals, expected):
     """Equal but for float16 on the wire and other companions in a batch (near-equal tokens may swap places)."""
     assert signals.support == expected.support
     assert torch.equal(signals.offsets, expected.offsets)
@@ -35,7 +35,7 @@ def assert_alike(signals, expected):
         assert (signals.ids == expected.ids).float().mean() > 0.99
 
 
-def replicas_of(name):
+def replica_processes(name):
     """The processes of an application's replicas, among those this test session started, oldest first."""
     return sorted(actors(f"ServeReplica:{name}:"), key=lambda process: process.create_time())
 

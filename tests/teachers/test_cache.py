@@ -21,7 +21,7 @@ from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 from tests.runs import curve, metrics, settings, weights, write_rows
 from tests.signals.test_codec import assert_equal
-from tests.teachers.helpers import assert_alike, sequences_of
+from tests.teachers.helpers import assert_signals_close, sequences_of
 
 pytestmark = pytest.mark.cluster
 KD = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}, "temperature": 2.0}
@@ -44,7 +44,7 @@ def ask(served, place):
 
 
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_cold_is_warm_bit_for_bit_and_near_the_teachers_own(served, ask, support):
+def test_cold_and_warm_cache_agree_bit_for_bit(served, ask, support):
     sequences = sequences_of(20)
     cold, warm = ask(), ask()
     first = cold.score(sequences, support)
@@ -58,22 +58,22 @@ def test_cold_is_warm_bit_for_bit_and_near_the_teachers_own(served, ask, support
     if isinstance(support, TopK):
         assert (own.logprobs - first.logprobs).abs().max() < 0.3
         own = replace(own, logprobs=first.logprobs)
-    assert_alike(first, own)
+    assert_signals_close(first, own)
     if isinstance(support, Hidden):
         torch.testing.assert_close(first.logits(), own.logits(), atol=0.05, rtol=0.01)
 
 
-def test_rows_come_from_both_sides_in_their_order(served, ask):
+def test_cached_and_requested_rows_are_in_order(served, ask):
     sequences = sequences_of(30)
     teacher = ask()
     known = teacher.score(sequences[::3], TopK(8))
     both = teacher.score(sequences, TopK(8))
     assert teacher.statistics.cached_tokens == known.tokens
     assert_equal(both.select(range(0, 30, 3)), known)
-    assert_alike(replace(both, logprobs=None), replace(served.score(sequences, TopK(8)), logprobs=None))
+    assert_signals_close(replace(both, logprobs=None), replace(served.score(sequences, TopK(8)), logprobs=None))
 
 
-def test_a_row_that_comes_twice_is_the_same_twice(ask):
+def test_a_repeated_row_has_the_same_signal(ask):
     [one, other] = sequences_of(2)
     signals = ask().score([one, other, one], TopK(8))
     assert_equal(signals.select([0]), signals.select([2]))
@@ -95,7 +95,7 @@ def test_threads_on_one_cache_agree(ask):
     assert_equal(ask().score(sequences, TopK(8)), answers[0])
 
 
-def test_what_a_signal_depends_on_is_in_its_key(served, place):
+def test_key_contains_everything_that_a_signal_depends_on(served, place):
     sequence = sequences_of(1, shortest=10)[0]
     cache, info = SignalCache(place), served.info
     cache.add(info, [sequence], served.score([sequence], TopK(8, (1.0, 2.0))))
@@ -122,7 +122,7 @@ def test_what_a_signal_depends_on_is_in_its_key(served, place):
         assert not cache.find(info, [sequence], other)
 
 
-def test_requested_ids_are_asked_for_every_time(ask):
+def test_requested_signals_are_never_cached(ask):
     teacher = ask()
     sequences = [replace(s, requested=np.full((s.counted_tokens, 2), 5, np.int32)) for s in sequences_of(3)]
     for _ in range(2):
@@ -130,9 +130,9 @@ def test_requested_ids_are_asked_for_every_time(ask):
     assert (teacher.statistics.calls, teacher.statistics.cached_tokens) == (2, 0)
 
 
-def test_a_teacher_of_unknown_weights_is_refused_at_once(served, place):
+def test_teacher_with_unknown_weights_cannot_be_cached(served, place):
     info = replace(served.info, weights_fingerprint="")
-    with pytest.raises(InputError, match="does not say which weights it holds; remove 'cache'"):
+    with pytest.raises(InputError, match="its weights are unknown; remove 'cache'"):
         Teacher("served", info, served.settings, SignalCache(place))
 
 
@@ -146,7 +146,7 @@ def steps(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in metrics(run)]
 
 
-def test_a_second_run_asks_nothing_and_learns_the_same(tmp_path, tiny_student, served):
+def test_second_run_sends_no_requests_and_trains_the_same(tmp_path, tiny_student, served):
     for name in ("cold", "warm"):
         distill(parse_config(cached_config(tmp_path, tiny_student, name, steps=9)))  # 48 rows: 1.5 epochs
     cold, warm = metrics(tmp_path / "cold"), metrics(tmp_path / "warm")
@@ -157,7 +157,7 @@ def test_a_second_run_asks_nothing_and_learns_the_same(tmp_path, tiny_student, s
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def test_another_divergence_or_temperature_the_support_names_asks_nothing(tmp_path, tiny_student, served):
+def test_other_divergence_or_temperature_sends_no_requests(tmp_path, tiny_student, served):
     support = {"kind": "topk", "k": 8, "temperatures": [1.0, 2.0]}
     for name, method in {
         "one": {"divergence": "forward_kl"},
@@ -172,7 +172,7 @@ def test_another_divergence_or_temperature_the_support_names_asks_nothing(tmp_pa
     assert curve(tmp_path / "one") != curve(tmp_path / "two")
 
 
-def test_a_worker_reads_what_was_filled_ahead(tmp_path, tiny_student, served):
+def test_worker_reads_the_filled_cache(tmp_path, tiny_student, served):
     seen = []
 
     class Watching(ProgressListener):
@@ -200,7 +200,7 @@ def test_a_worker_reads_what_was_filled_ahead(tmp_path, tiny_student, served):
     np.testing.assert_allclose(curve(tmp_path / "worker"), curve(tmp_path / "alone"), rtol=1e-4)
 
 
-def test_a_resumed_run_may_find_its_cache_elsewhere_but_not_gone(tmp_path, tiny_student, served):
+def test_resumed_run_may_move_its_cache_but_not_drop_it(tmp_path, tiny_student, served):
     values = cached_config(tmp_path, tiny_student, "run")
     distill(parse_config(values))
     with pytest.raises(InputError, match="was started with another 'cache'"):
@@ -210,14 +210,14 @@ def test_a_resumed_run_may_find_its_cache_elsewhere_but_not_gone(tmp_path, tiny_
         distill(parse_config(values | {"cache": {"path": str(tmp_path / "rows.jsonl" / "no")}}), resume=True)
 
 
-def test_a_relative_place_is_the_same_for_all_workers(tmp_path, tiny_student, monkeypatch):
+def test_relative_cache_path_is_the_same_for_all_workers(tmp_path, tiny_student, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, meant in [("kept", str(tmp_path / "kept")), ("s3://bucket/kept", "s3://bucket/kept")]:
         values = cached_config(tmp_path, tiny_student, "run") | {"cache": {"path": given}}
         assert with_absolute_paths(parse_config(values)).cache.path == meant
 
 
-def test_damage_is_never_learned_from(tmp_path, tiny_student, served):
+def test_damaged_signals_are_requested_again(tmp_path, tiny_student, served):
     distill(parse_config(cached_config(tmp_path, tiny_student, "cold")))
     for path in (tmp_path / "cache").glob("*.rks"):
         data = bytearray(path.read_bytes())
@@ -229,7 +229,7 @@ def test_damage_is_never_learned_from(tmp_path, tiny_student, served):
     assert steps(tmp_path / "mended") == steps(tmp_path / "warm")
 
 
-def test_the_command_fills_and_verifies(tmp_path, tiny_student, served, capsys, monkeypatch):
+def test_cache_command_fills_and_verifies(tmp_path, tiny_student, served, capsys, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(cached_config(tmp_path, tiny_student, "run")))

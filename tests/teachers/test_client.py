@@ -20,7 +20,7 @@ from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.serving import application, event_loop
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import connect_teacher, serve_teacher
-from tests.teachers.helpers import assert_alike, config_of, eventually, sequences_of
+from tests.teachers.helpers import assert_signals_close, eventually, sequences_of, teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -67,7 +67,7 @@ def spare(spares, ray_cluster, tmp_path_factory):
             model.model.embed_tokens.weight[300] = float("nan")  # one token, so that loading finds nothing wrong
         model.save_pretrained(folder)
         tiny_tokenizer(folder)
-    config = config_of(
+    config = teacher_config(
         "spare",
         str(folder),
         replicas={"min": 1, "max": 2},
@@ -88,26 +88,26 @@ def batches_of(count, seed=0):
 
 
 @pytest.mark.parametrize("support", [TopK(64), TopK(5, (1.0, 2.0)), Logprob()])
-def test_score_is_the_engines(served, engine, support):
+def test_score_equals_the_engine(served, engine, support):
     sequences = sequences_of(20)
-    assert_alike(served.score(sequences, support), asyncio.run(engine.score(sequences, support)))
+    assert_signals_close(served.score(sequences, support), asyncio.run(engine.score(sequences, support)))
 
 
-def test_score_takes_batches_and_many_calls(watched, engine):
+def test_score_accepts_batches_and_splits_calls(watched, engine):
     sequences = sequences_of(30)
     signals = watched.score(Batch(sequences), TopK(8))
     assert watched.statistics.calls > 5
     assert watched.statistics.tokens == signals.tokens == sum(s.counted_tokens for s in sequences)
-    assert_alike(signals, asyncio.run(engine.score(sequences, TopK(8))))
+    assert_signals_close(signals, asyncio.run(engine.score(sequences, TopK(8))))
 
 
-def test_in_flight_is_never_exceeded_and_is_used(watched):
+def test_in_flight_is_reached_and_never_exceeded(watched):
     watched.score(sequences_of(60), TopK(8))
     assert 3 <= watched.most_open <= 6  # three for each replica that the client knows of
     assert watched.open == 0
 
 
-def test_two_hundred_requests_at_once_are_all_answered(served, engine):
+def test_two_hundred_concurrent_requests_are_answered(served, engine):
     sequences = sequences_of(200)
     teacher = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
 
@@ -116,20 +116,20 @@ def test_two_hundred_requests_at_once_are_all_answered(served, engine):
 
     expected = asyncio.run(engine.score(sequences, TopK(8)))
     for row, signals in enumerate(asyncio.run(main())):
-        assert_alike(signals, expected.select([row]))
+        assert_signals_close(signals, expected.select([row]))
     assert teacher.statistics.calls == 200
     assert teacher.statistics.retries == 0
 
 
-def test_stream_gives_every_batch_in_order(served, engine):
+def test_stream_yields_every_batch_in_order(served, engine):
     batches = batches_of(12)
     answered = list(served.stream(iter(batches), TopK(8), prefetch=5))
     assert [id(batch) for batch, _ in answered] == [id(batch) for batch in batches]
     for batch, signals in answered:
-        assert_alike(signals, asyncio.run(engine.score(batch.sequences, TopK(8))))
+        assert_signals_close(signals, asyncio.run(engine.score(batch.sequences, TopK(8))))
 
 
-def test_stream_asks_no_further_ahead_than_prefetch(served):
+def test_stream_requests_at_most_prefetch_batches_ahead(served):
     taken = []
 
     def source():
@@ -141,18 +141,18 @@ def test_stream_asks_no_further_ahead_than_prefetch(served):
         assert len(taken) <= received + 2
 
 
-def test_stream_of_nothing_and_without_prefetch(served):
+def test_stream_without_batches_or_prefetch(served):
     assert list(served.stream([], TopK(8))) == []
     assert len(list(served.stream(batches_of(3), TopK(8), prefetch=0))) == 3
 
 
-def test_waiting_is_counted(served):
+def test_wait_seconds_are_counted(served):
     before = served.statistics.wait_seconds
     list(served.stream(batches_of(2), TopK(8)))
     assert served.statistics.wait_seconds > before
 
 
-def test_an_error_in_a_stream_comes_in_its_place(served):
+def test_stream_raises_an_error_at_its_batch(served):
     batches = [*batches_of(2), Batch(sequences_of(1, longest=600, shortest=600)), *batches_of(2)]
     stream = served.stream(batches, TopK(8))
     assert [next(stream)[0], next(stream)[0]] == batches[:2]
@@ -160,7 +160,7 @@ def test_an_error_in_a_stream_comes_in_its_place(served):
         next(stream)
 
 
-def test_asking_from_inside_a_running_event_loop(served, engine):
+def test_score_in_a_running_event_loop(served, engine):
     """As in a notebook: `ascore` awaits, and even the blocking `score` does not touch the running loop."""
     sequences = sequences_of(4)
 
@@ -180,10 +180,10 @@ def test_asking_from_inside_a_running_event_loop(served, engine):
 
     ticks, awaited, blocking = asyncio.run(main())
     assert ticks > 10, "the caller's loop was held"
-    assert_alike(awaited, blocking)
+    assert_signals_close(awaited, blocking)
 
 
-def test_asking_from_threads(served, engine):
+def test_score_from_threads(served, engine):
     results = {}
 
     def ask(row):
@@ -195,10 +195,10 @@ def test_asking_from_threads(served, engine):
     for thread in threads:
         thread.join()
     for row in range(6):
-        assert_alike(results[row], asyncio.run(engine.score(sequences_of(4, seed=row), TopK(8))))
+        assert_signals_close(results[row], asyncio.run(engine.score(sequences_of(4, seed=row), TopK(8))))
 
 
-def test_generate_is_the_engines(served):
+def test_generate_equals_the_engine(served):
     prompts = [sequence.input_ids[:8] for sequence in sequences_of(40)]
     completions = served.generate(prompts, max_new_tokens=6, seed=3)
     assert len(completions) == 40
@@ -215,7 +215,7 @@ def test_generate_is_the_engines(served):
         assert completion.finish_reason == "stop" or len(completion.token_ids) == 6
 
 
-def test_generate_reads_text_and_has_nothing_to_say_to_nothing(served):
+def test_generate_accepts_text_ids_and_no_prompts(served):
     [of_text] = served.generate(["the cat sat"], max_new_tokens=5, temperature=0.0)
     [of_ids] = served.generate([np.array(tiny_tokenizer()("the cat sat").input_ids)], max_new_tokens=5, temperature=0.0)
     assert of_text.text == of_ids.text
@@ -233,7 +233,7 @@ def test_generate_reads_text_and_has_nothing_to_say_to_nothing(served):
         (lambda t: t.generate(["the cat"], top_p=2.0), "top_p"),
     ],
 )
-def test_what_a_replica_refuses_comes_as_its_own_sentence(served, ask, said):
+def test_errors_of_a_replica_are_passed_on_as_one_sentence(served, ask, said):
     with pytest.raises(InputError, match=said) as caught:
         ask(served)
     assert "\n" not in str(caught.value)
@@ -243,7 +243,7 @@ def background_tasks():
     return [task for task in asyncio.all_tasks(event_loop._shared_loop.loop) if not task.done()]
 
 
-def test_leaving_a_stream_early_leaves_nothing_running(watched):
+def test_closing_a_stream_early_cancels_its_requests(watched):
     batches = batches_of(200)
     for _ in watched.stream(batches, TopK(8), prefetch=150):
         break
@@ -252,7 +252,7 @@ def test_leaving_a_stream_early_leaves_nothing_running(watched):
     assert watched.score(sequences_of(1), TopK(8)).tokens > 0
 
 
-def test_a_cancelled_ascore_leaves_nothing_running(watched):
+def test_cancelling_ascore_cancels_its_requests(watched):
     async def main():
         asking = asyncio.create_task(watched.ascore(sequences_of(1_000), TopK(8)))
         while not watched.open:
@@ -266,7 +266,7 @@ def test_a_cancelled_ascore_leaves_nothing_running(watched):
     assert watched.statistics.calls < 150, "what had been begun was asked for after all"
 
 
-def test_a_replica_drops_what_waited_for_who_has_left(served):
+def test_replica_drops_cancelled_requests(served):
     """Many minutes of generation, asked of both replicas and given up. They answer the oldest first, so the next asker
     would have to wait for all of it."""
     leaving = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
@@ -285,7 +285,7 @@ def test_a_replica_drops_what_waited_for_who_has_left(served):
     assert len(next_asker.generate(["the cat"], max_new_tokens=2)) == 1
 
 
-def test_a_missing_teacher_is_one_sentence(ray_cluster):
+def test_missing_teacher_is_one_sentence(ray_cluster):
     with pytest.raises(InputError, match="No teacher 'nobody' answers on this Ray cluster; start it with `rayk serve`"):
         connect_teacher("nobody")
     attach = TeacherConfig(name="nobody", attach=True)
@@ -293,7 +293,7 @@ def test_a_missing_teacher_is_one_sentence(ray_cluster):
         pass
 
 
-def test_attaching_leaves_the_teacher_running(served):
+def test_attached_teacher_keeps_running(served):
     with serve_teacher(TeacherConfig(name="served", attach=True, deadline_seconds=60, in_flight=2)) as teacher:
         assert teacher.info == served.info
         assert teacher.settings.deadline_seconds == 60
@@ -302,18 +302,18 @@ def test_attaching_leaves_the_teacher_running(served):
     assert connect_teacher("served").settings.model == served.settings.model
 
 
-def test_another_teacher_under_a_name_that_runs_is_refused_and_harms_none(served, tiny_student):
+def test_other_settings_under_a_used_name_are_rejected(served, tiny_student):
     with (
         pytest.raises(InputError, match="'served' with other settings runs"),
-        serve_teacher(config_of("served", tiny_student)),
+        serve_teacher(teacher_config("served", tiny_student)),
     ):
         pass
     assert served.score(sequences_of(2), TopK(4)).tokens
 
 
-def test_a_teacher_that_cannot_load_is_one_sentence_and_leaves_nothing(ray_cluster, tmp_path, monkeypatch):
+def test_teacher_that_cannot_load_is_one_sentence_and_is_removed(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(application, "_START_ATTEMPTS", 1)
-    with pytest.raises(InputError) as caught, serve_teacher(config_of("broken", str(tmp_path / "none"))):
+    with pytest.raises(InputError) as caught, serve_teacher(teacher_config("broken", str(tmp_path / "none"))):
         pass
     assert str(caught.value) == (
         f"Teacher 'broken' did not start: The folder '{tmp_path / 'none'}' does not exist, so no tokenizer can be "
@@ -331,7 +331,7 @@ def asking(sequences, m=3):
 
 
 @pytest.mark.parametrize("support", [Requested(4, (1.0, 2.0)), Sampled(12), Sampled(12, 0.9, 5), Hidden()], ids=str)
-def test_every_support_comes_through_the_service(served, engine, support):
+def test_every_support_passes_through_serve(served, engine, support):
     sequences = asking(sequences_of(20))
     signals, expected = served.score(sequences, support), asyncio.run(engine.score(sequences, support))
     assert signals.support == expected.support
@@ -345,7 +345,7 @@ def test_every_support_comes_through_the_service(served, engine, support):
         torch.testing.assert_close(log_p.gather(1, exact.ids), exact.logprobs, atol=0.02, rtol=0.01)
 
 
-def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
+def test_wrong_head_is_detected(served, engine):
     teacher = connect_teacher("served")
     head = engine.head()
     for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
@@ -356,7 +356,7 @@ def test_hidden_states_that_do_not_fit_the_head_are_noticed(served, engine):
     assert teacher.score(sequences_of(8), Hidden()).logits().shape[1] == 384
 
 
-def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):
+def test_nan_from_a_teacher_is_an_error_that_names_it(spare):
     [well] = sequences_of(1)
     assert spare.score([well], TopK(4)).tokens
     ids = well.input_ids.copy()
@@ -366,14 +366,14 @@ def test_nan_from_a_teacher_names_it_and_is_not_learned_from(spare):
     assert spare.statistics.retries == 0
 
 
-def test_a_number_of_replicas_that_may_change_deploys(spare):
+def test_autoscaled_teacher_deploys(spare):
     assert spare.score(sequences_of(2), TopK(4)).tokens
     application = serve.status().applications["spare"]
     assert application.status == "RUNNING"
     assert 1 <= application.deployments["teacher"].replica_states["RUNNING"] <= 2
 
 
-def test_a_teacher_taken_away_is_unavailable_at_the_deadline(spare):
+def test_removed_teacher_is_unavailable_at_the_deadline(spare):
     teacher = connect_teacher("spare", spare.settings.model_copy(update={"deadline_seconds": 2}))
     assert teacher.score(sequences_of(2), TopK(4)).tokens
     serve.delete("spare")
@@ -400,7 +400,7 @@ print("done")
 """
 
 
-def test_serving_writes_nothing_to_the_terminal(tiny_teacher):
+def test_serving_prints_nothing(tiny_teacher):
     """No INFO lines of Ray Serve, no progress bars of transformers, no tracebacks of replicas."""
     ended = subprocess.run([sys.executable, "-c", SCRIPT, tiny_teacher], capture_output=True, text=True, timeout=300)
     assert (ended.stdout, ended.stderr) == ("done\n", "")

@@ -21,7 +21,7 @@ from rayk.run import distill
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Route, serve_teacher
 from tests.runs import curve, metrics, settings
-from tests.teachers.helpers import config_of, sequences_of
+from tests.teachers.helpers import sequences_of, teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WEIGHTS = [1.0, 3.0]
@@ -102,7 +102,7 @@ def test_the_mean_of_logits_is_exact_on_the_union_and_bounds_the_tail(teachers, 
         assert bool((log_tail >= rest - 1e-4).all())
 
 
-def test_hidden_states_side_by_side_are_the_mean_of_logits(teachers, logits):
+def test_concatenated_hidden_states_are_the_mean_of_logits(teachers, logits):
     mean = (0.25 * logits[0] + 0.75 * logits[1]).float()
     signals = asked(teachers, "logits", Hidden("float32"))
     assert losses.forward_kl(mean, signals).abs().max() < 1e-5
@@ -110,7 +110,7 @@ def test_hidden_states_side_by_side_are_the_mean_of_logits(teachers, logits):
     torch.testing.assert_close(signals.target_logprobs, expected, atol=1e-4, rtol=0)
 
 
-def test_an_ensemble_of_equals_is_its_member(teachers):
+def test_ensemble_of_equal_teachers_equals_one_of_them(teachers):
     alone = asyncio.run(teachers[0].ascore(SEQUENCES, TopK(200)))
     for combine in ("probabilities", "logits"):
         signals = asyncio.run(Ensemble([teachers[0]] * 2, [1, 1], combine).ascore(SEQUENCES, TopK(200)))
@@ -124,8 +124,8 @@ def test_an_ensemble_of_equals_is_its_member(teachers):
     [("probabilities", Hidden()), ("logits", Logprob()), ("probabilities", TopK(4, (1.0, 2.0)))],
     ids=str,
 )
-def test_means_that_cannot_be_made_are_refused(teachers, combine, support):
-    with pytest.raises(InputError, match="ensemble|mean of probabilities"):
+def test_unsupported_means_are_rejected(teachers, combine, support):
+    with pytest.raises(InputError, match="ensemble|mean of probabilities|average the"):
         asked(teachers, combine, support)
 
 
@@ -133,7 +133,7 @@ def row(sequence, **fields):
     return Example(sequence.input_ids, sequence.counted, None, 0, "rows.jsonl, line 7", fields)
 
 
-def test_a_rows_field_chooses_its_teacher(teachers):
+def test_field_of_a_row_chooses_its_teacher(teachers):
     rows = [row(one, domain=["math", "code", None][i % 3]) for i, one in enumerate(SEQUENCES)]
     route = RouteConfig(field="domain", teachers={"math": "one", "code": "two"}, default="one")
     signals = asyncio.run(Route(route, {"one": teachers[0], "two": teachers[1]}).ascore(rows, TopK(5)))
@@ -141,17 +141,17 @@ def test_a_rows_field_chooses_its_teacher(teachers):
         alone = asyncio.run(teachers[1 if i % 3 == 1 else 0].ascore([one], TopK(5)))
         torch.testing.assert_close(signals.select([i]).logprobs, alone.logprobs, atol=1e-4, rtol=0)
     route = route.model_copy(update={"default": None})
-    with pytest.raises(InputError, match="rows.jsonl, line 7 has 'None' in its field 'domain', which leads to no"):
+    with pytest.raises(InputError, match="rows.jsonl, line 7 has 'None' in its field 'domain', which chooses no"):
         asyncio.run(Route(route, {}).ascore(rows[2:3], TopK(5)))
 
 
 @pytest.fixture(scope="module")
 def another(ray_cluster, second):
-    with serve_teacher(config_of("another", second)) as teacher:
+    with serve_teacher(teacher_config("another", second)) as teacher:
         yield teacher
 
 
-def test_runs_learn_from_several_teachers(tmp_path, tiny_student, served, another):
+def test_runs_with_several_teachers(tmp_path, tiny_student, served, another):
     method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}}
     values = settings(tmp_path, tiny_student, method) | {
         "teachers": [{"name": "served", "attach": True}, {"name": "another", "attach": True}]
@@ -174,17 +174,17 @@ def test_runs_learn_from_several_teachers(tmp_path, tiny_student, served, anothe
     np.testing.assert_allclose(curve(tmp_path / "equal"), curve(tmp_path / "one"), rtol=1e-5)
     assert curve(tmp_path / "route") != curve(tmp_path / "one") != curve(tmp_path / "ensemble")
     wrong = {"route": {"field": "domain", "teachers": {"a": "served"}}, "output": str(tmp_path / "wrong")}
-    with pytest.raises(InputError, match="line 2 has 'b' in its field 'domain', which leads to no teacher"):
+    with pytest.raises(InputError, match="line 2 has 'b' in its field 'domain', which chooses no teacher"):
         distill(parse_config(values | wrong))
 
 
-def test_a_member_that_cannot_answer_for_the_others_tokens_is_refused_at_start(tmp_path, tiny_student, served):
+def test_ensemble_member_without_requested_support_is_rejected(tmp_path, tiny_student, served):
     engine = {"kind": "simulated", "tokens_per_second": 1e5}
     method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}}
     values = settings(tmp_path, tiny_student, method) | {"ensemble": {}}
-    with serve_teacher(config_of("pretender", tiny_student, engine=engine)):
+    with serve_teacher(teacher_config("pretender", tiny_student, engine=engine)):
         values["teachers"] = [{"name": "served", "attach": True}, {"name": "pretender", "attach": True}]
-        with pytest.raises(InputError, match=r"Teacher 'pretender' \(engine kind 'simulated'\) cannot give"):
+        with pytest.raises(InputError, match=r"Teacher 'pretender' \(engine kind 'simulated'\) cannot return"):
             distill(parse_config(values))
 
 
@@ -200,7 +200,7 @@ def test_a_member_that_cannot_answer_for_the_others_tokens_is_refused_at_start(t
         ({"ensemble": {}, "method": {"kind": "logit_kd", "teacher": "one"}}, "method.teacher names one teacher, but"),
     ],
 )
-def test_settings_that_lead_to_no_teacher_are_named(many, said):
+def test_settings_without_a_known_teacher_are_named(many, said):
     values = {
         "teachers": [{"name": "one", "model": "m"}, {"name": "two", "model": "m"}],
         "student": {"model": "m"}, "data": {"train": {"path": "p"}}, "method": {"kind": "logit_kd"},
@@ -210,7 +210,7 @@ def test_settings_that_lead_to_no_teacher_are_named(many, said):
     assert said in str(caught.value)
 
 
-def test_a_teacher_may_read_another_prompt(tmp_path, tiny_student, served):
+def test_teacher_reads_its_own_prompt(tmp_path, tiny_student, served):
     """What it says is what it says after that prompt, at the same tokens of the completion."""
     values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}})
     tokenizer = AutoTokenizer.from_pretrained(tiny_student)

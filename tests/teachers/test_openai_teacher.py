@@ -10,18 +10,18 @@ from rayk.run import with_absolute_paths
 from rayk.run.inputs import read_inputs
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply
-from tests.teachers.helpers import config_of, sequences_of
+from tests.teachers.helpers import sequences_of, teacher_config
 
 
 @pytest.mark.cluster
-def test_an_endpoint_teaches_through_serve_and_says_what_it_could_not_get(ray_cluster):
+def test_endpoint_teacher_returns_completions_errors_and_usage(ray_cluster):
     endpoint = Endpoint()
     endpoint.replies["prompt 7"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     engine = {"kind": "openai", "base_url": endpoint.url, "api_key_variable": None}
     engine |= {"price_per_million_prompt_tokens": 1.0, "price_per_million_completion_tokens": 1.0}
     prompts = [f"prompt {i}" for i in range(40)]
     try:
-        with serve_teacher(config_of("endpoint", "parrot", engine=engine)) as teacher:
+        with serve_teacher(teacher_config("endpoint", "parrot", engine=engine)) as teacher:
             assert teacher.usage() == Usage()  # bringing it up costs nothing
             written = teacher.generate(prompts, max_new_tokens=8)
             assert [one.text for one in written if not one.reason] == [f"[{p}]" for p in prompts if p != "prompt 7"]
@@ -35,11 +35,11 @@ def test_an_endpoint_teaches_through_serve_and_says_what_it_could_not_get(ray_cl
 
 
 @pytest.mark.cluster
-def test_other_teachers_have_no_bill(served):
+def test_other_teachers_have_no_usage(served):
     assert served.usage() is None
 
 
-def test_a_run_looks_for_no_model_or_tokenizer_of_an_endpoint(tiny_student, tmp_path):
+def test_no_model_or_tokenizer_of_an_endpoint_is_loaded(tiny_student, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "the cat", "completion": " sat"}\n' * 3, encoding="utf-8")
     config = parse_config(

@@ -9,7 +9,7 @@ from ray import serve
 from rayk.config.support import TopK
 from rayk.engines.transformers import TransformersEngine
 from rayk.teachers import connect_teacher
-from tests.teachers.helpers import assert_alike, eventually, replicas_of, sequences_of
+from tests.teachers.helpers import assert_signals_close, eventually, replica_processes, sequences_of
 
 pytestmark = pytest.mark.cluster
 
@@ -21,7 +21,7 @@ def running_replicas():
 
 
 def whole():
-    return running_replicas() == 2 and len(replicas_of("served")) == 2
+    return running_replicas() == 2 and len(replica_processes("served")) == 2
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def teacher(served):
     eventually(whole, seconds=120)
 
 
-def test_a_stream_over_two_kills_is_whole_right_and_in_order(teacher, tiny_teacher):
+def test_replica_death_loses_no_batch(teacher, tiny_teacher):
     asked, received = [], []
     struck, before, next_kill = 0, None, 5
 
@@ -45,18 +45,18 @@ def test_a_stream_over_two_kills_is_whole_right_and_in_order(teacher, tiny_teach
         received.append(answer)
         if before is not None and teacher.statistics.retries > before:
             struck, before = struck + 1, None
-        if struck < 2 and len(received) >= next_kill and (victims := replicas_of("served")):
+        if struck < 2 and len(received) >= next_kill and (victims := replica_processes("served")):
             before, next_kill = teacher.statistics.retries, len(received) + 12
             victims[0].kill()
     assert struck == 2
     assert [id(batch) for batch, _ in received] == [id(batch) for batch in asked]
     engine = TransformersEngine(tiny_teacher)
     for batch, signals in received:
-        assert_alike(signals, asyncio.run(engine.score(batch, TopK(16))))
+        assert_signals_close(signals, asyncio.run(engine.score(batch, TopK(16))))
     assert teacher.statistics.tokens == sum(s.counted_tokens for batch in asked for s in batch), "none counts twice"
 
 
-def test_generation_over_a_kill_is_the_undisturbed_one(teacher):
+def test_replica_death_changes_no_completion(teacher):
     prompts = [np.full(4, 4 + i) for i in range(256)]
     parameters = {"max_new_tokens": 100, "temperature": 1.0, "seed": 5}
     undisturbed = teacher.generate(prompts, **parameters)
@@ -65,7 +65,7 @@ def test_generation_over_a_kill_is_the_undisturbed_one(teacher):
         asking = asyncio.create_task(asyncio.to_thread(asker.generate, prompts, **parameters))
         while asker.statistics.calls < 8:
             await asyncio.sleep(0.01)
-        replicas_of("served")[0].kill()
+        replica_processes("served")[0].kill()
         return await asking
 
     for _ in range(6):  # until a kill has hit a replica that was answering

@@ -16,7 +16,7 @@ from rayk.run import distill
 from rayk.serving import application
 from rayk.teachers import serve_teacher
 from tests.runs import curve, settings
-from tests.teachers.helpers import assert_alike, config_of, eventually, replicas_of, sequences_of
+from tests.teachers.helpers import assert_signals_close, eventually, replica_processes, sequences_of, teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -48,19 +48,19 @@ def teacher(ray_cluster, folder):
     engine = {"kind": "vllm", "dtype": "float32", "arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(application, "_HEALTH_CHECK_SECONDS", 1.0)
-        with serve_teacher(config_of("vllm", folder, engine=engine)) as teacher:
+        with serve_teacher(teacher_config("vllm", folder, engine=engine)) as teacher:
             yield teacher
 
 
-def test_a_vllm_teacher_answers(teacher, twin, expected):
+def test_vllm_teacher_equals_transformers(teacher, twin, expected):
     written = asyncio.run(twin.generate(PROMPTS, SamplingParameters(12, 0.0), [0, 0]))
     assert teacher.info.supports == ("topk", "logprob")
-    assert_alike(teacher.score(SEQUENCES, TopK(16)), expected)
+    assert_signals_close(teacher.score(SEQUENCES, TopK(16)), expected)
     completions = teacher.generate(PROMPTS, max_new_tokens=12, temperature=0.0)
     assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in written]
 
 
-def test_what_a_vllm_teacher_writes_is_learned_from_and_measured_in_one_run(teacher, twin, tmp_path, tiny_student):
+def test_vllm_teacher_generates_scores_and_is_evaluated_in_one_run(teacher, twin, tmp_path, tiny_student):
     """It writes the rows, gives the signals they are learned by, and is what the student is measured against."""
     values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, steps=12)
     questions = tmp_path / "questions.jsonl"
@@ -85,7 +85,7 @@ def test_what_a_vllm_teacher_writes_is_learned_from_and_measured_in_one_run(teac
     assert "What the teacher wrote" in (result.output / "report.html").read_text()
 
 
-def test_it_makes_up_what_it_answers_and_a_student_on_vllm_writes_beside_it(teacher, folder, tmp_path):
+def test_vllm_teacher_and_student_synthesize_rows_and_pairs(teacher, folder, tmp_path):
     values = settings(tmp_path, folder, steps=2)
     values |= {
         "teachers": [{"name": "vllm", "attach": True}], "data": {}, "output": str(tmp_path / "magpie"),
@@ -115,14 +115,14 @@ def test_it_makes_up_what_it_answers_and_a_student_on_vllm_writes_beside_it(teac
     assert all(row["chosen"] != row["rejected"] and row["rejected_tokens"] for row in pairs)
 
 
-def test_it_is_replaced_when_its_engine_is_killed(teacher, expected):
-    [replica] = replicas_of("vllm")
+def test_replica_with_a_killed_engine_is_replaced(teacher, expected):
+    [replica] = replica_processes("vllm")
     [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
     core.kill()
     retries = teacher.statistics.retries
-    assert_alike(teacher.score(SEQUENCES, TopK(16)), expected)
+    assert_signals_close(teacher.score(SEQUENCES, TopK(16)), expected)
     assert teacher.statistics.retries > retries
-    [successor] = replicas_of("vllm")
+    [successor] = replica_processes("vllm")
     assert successor.pid != replica.pid
 
     processes = psutil.Process(successor.pid).children(recursive=True)
