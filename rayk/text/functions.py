@@ -38,12 +38,21 @@ def load_class(path: str, base: type[T], setting: str, group: str, public_name: 
     Raises:
         InputError: the class cannot be imported, is not a subclass of `base`, or lacks abstract methods of it.
     """
-    found = _load(path, setting, "class") if ":" in path else _load_entry_point(path, setting, group)
+    found = load_object(path, setting, group)
     if not inspect.isclass(found) or not issubclass(found, base):
         raise InputError(f"{setting}: '{path}' is not a subclass of {public_name}; derive the class from it.")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise InputError(f"{setting}: class '{path}' does not define {', '.join(map(repr, missing))}; add it.")
     return found
+
+
+def load_object(path: str, setting: str, group: str) -> Any:
+    """Load the class `path` ('module:name', or the name of an entry point in `group`), of any type.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    return _load(path, setting, "class") if ":" in path else _load_entry_point(path, setting, group)
 
 
 def describe_error(error: Exception) -> str:

@@ -62,7 +62,10 @@ def test_requested_ids_need_to_be_given_alike_and_real(engine):
     for sequences, said in [
         (SEQUENCES, "needs the ids"),
         ([asking(SEQUENCES, 3)[0], asking(SEQUENCES, 4)[1]], "3 and 4 requested ids per position"),
-        ([TokenSequence(np.array([5, 6], np.int32), np.array([False, True]), np.array([[VOCAB]], np.int32))], "outside"),
+        (
+            [TokenSequence(np.array([5, 6], np.int32), np.array([False, True]), np.array([[VOCAB]], np.int32))],
+            "outside",
+        ),
     ]:
         with pytest.raises(InputError, match=said):
             score(engine, sequences, Requested(4))
