@@ -1,4 +1,4 @@
-"""One thread: these tensors are too small for more."""
+"""Use one thread: the tensors are too small for more."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ def random_logits(tokens: int, vocab: int, seed: int = 0, scale: float = 2.0, dt
 def signals_of(
     logits: Tensor, k: int, targets: Tensor | None = None, temperatures: tuple[float, ...] = (1.0,), ids=None
 ) -> SignalBatch:
-    """What a teacher with these logits would send, without the wire's rounding, in the logits' own dtype."""
+    """The signals of a teacher with these logits, without rounding, in the dtype of the logits."""
     log_p = logits.log_softmax(1)
     ids = log_p.topk(k).indices if ids is None else ids
     tails = [

@@ -1,4 +1,4 @@
-"""The chunked form says what the dense one says, values and gradients, whatever the head, the chunk and the dtype."""
+"""The chunked functions equal the dense ones in values and gradients, for any head, chunk size and dtype."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def inputs_of(hidden, head):
 
 @pytest.fixture(params=["kept", "recomputed", "partly kept"])
 def memory(request, monkeypatch):
-    """How much of the forward pass stays for the backward pass."""
+    """The amount of the forward pass that is kept for the backward pass."""
     kept = {"kept": 1 << 20, "recomputed": 0, "partly kept": 4 * V * 8}[request.param]
     monkeypatch.setitem(linear._KEPT_BYTES, "cpu", kept)
 
@@ -164,7 +164,7 @@ def test_ids_that_are_the_whole_vocabulary_leave_a_floored_tail(memory):
         torch.testing.assert_close(own, other)
 
 
-def test_only_what_wants_a_gradient_gets_one():
+def test_only_inputs_that_require_gradients_receive_them():
     ids, teacher = some_ids(), signals_of(random_logits(N, V, 3), K)
     hidden, head = random_logits(N, D), random_head(V, D)
     losses.linear_divergence(hidden, head, teacher).sum().backward()
@@ -291,8 +291,8 @@ def test_the_logits_are_the_heads_own():
         torch.testing.assert_close(chunked._logits(hidden.double(), head).float(), head.logits(hidden))
 
 
-def test_logits_are_never_whole(monkeypatch):
-    """No tensor as large as [tokens, vocab] is made on the way, by any operation, with either kind of teacher."""
+def test_full_logits_are_never_stored(monkeypatch):
+    """No operation creates a tensor as large as [tokens, vocab], with either kind of teacher."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0

@@ -8,7 +8,7 @@ from rayk import losses
 from rayk.errors import InputError
 
 
-def test_it_is_the_l1_distance_of_sorted_probabilities():
+def test_distance_is_l1_of_sorted_probabilities():
     student = torch.tensor([[0.2, 0.5, 0.3]]).log()
     teacher = torch.tensor([[0.6, 0.4]]).log()
     assert losses.universal_logit_distance(student, teacher).item() == pytest.approx(0.1 + 0.1 + 0.2, abs=1e-6)

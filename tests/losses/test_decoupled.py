@@ -1,4 +1,4 @@
-"""The identity that makes decoupled KD, its sparse form, and the two groups of ATKD."""
+"""The identity of decoupled KD, its form on signals, and the two groups of ATKD."""
 
 import pytest
 import torch
@@ -113,14 +113,14 @@ def test_extreme_logits_give_finite_values_and_gradients():
                 assert leaf.grad.isfinite().all()
 
 
-def test_a_teacher_sure_of_gold_says_nothing_of_the_others():
+def test_teacher_with_all_mass_on_gold_gives_zero_nckd():
     student, _ = student_and_teacher(torch.float32)
     one_hot = torch.full((N, V), -torch.inf)
     one_hot[torch.arange(N), TARGETS] = 0.0
     assert (parts(student, one_hot)[1] == 0).all()
 
 
-def test_easy_tokens_teach_nckd_and_hard_ones_both():
+def test_easy_tokens_have_nckd_and_hard_tokens_both_terms():
     student, teacher = student_and_teacher()
     gold, others = parts(student, teacher)
     uncertainty = losses.gold_uncertainty(teacher, TARGETS)
@@ -171,7 +171,7 @@ def test_confident_tokens_keep_their_order():
         assert (uncertainty.diff() < 0).all()
 
 
-def test_the_teacher_learns_nothing():
+def test_teacher_receives_no_gradient():
     student, teacher = student_and_teacher()
     teacher.requires_grad_()
     gradient(lambda s: losses.decoupled_kl(s, teacher, TARGETS), student)

@@ -32,7 +32,7 @@ def student_and_teacher(dtype=torch.float64, scale=2.0):
 
 
 def by_definition(name, p, q):
-    """Straight from the papers, on probabilities."""
+    """The papers' formulas, on probabilities."""
 
     def kl(a, b):
         return (a * (a / b).log()).sum(1)
@@ -239,7 +239,7 @@ def test_adaptive_kl_of_the_whole_vocabulary_equals_dense_logits():
     temperature=st.sampled_from([1.0, 2.0]),
     data=st.data(),
 )
-def test_a_smaller_support_never_says_more(seed, vocab, scale, temperature, data):
+def test_smaller_support_never_gives_a_larger_divergence(seed, vocab, scale, temperature, data):
     """Sparse ≤ dense, monotone in nested supports, equal at S = V, for any ids, not only the top."""
     student, teacher = random_logits(4, vocab, seed, scale), random_logits(4, vocab, seed + 1, scale)
     large = data.draw(st.integers(2, vocab - 1))
@@ -293,7 +293,7 @@ def test_a_student_with_a_padded_vocabulary_reads_the_teacher_as_zero_there(name
     assert whole.isfinite().all()
 
 
-def test_the_teacher_learns_nothing():
+def test_teacher_receives_no_gradient():
     student, teacher = student_and_teacher()
     teacher.requires_grad_()
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""The loss over label words is the one of a model that could say nothing else."""
+"""The loss over label words equals that of a model restricted to them."""
 
 import math
 from itertools import pairwise
@@ -38,7 +38,7 @@ def test_both_parts_equal_enumeration():
         torch.testing.assert_close(part, expected)
 
 
-def test_only_what_the_words_have_among_themselves_counts():
+def test_only_relative_probabilities_of_the_words_count():
     student, teacher = log_words(0), log_words(1)
     shift = torch.tensor([-3.0, 5.0, 0.5], dtype=torch.float64).repeat_interleave(QUESTIONS.diff())
     for part, shifted in zip(
@@ -69,7 +69,7 @@ def test_the_gradient_is_the_difference_of_probabilities(part):
         torch.testing.assert_close(slope[first:end], mine - wanted)
 
 
-def test_a_word_that_is_all_but_impossible_leaves_the_loss_finite():
+def test_nearly_impossible_word_gives_a_finite_loss():
     student = torch.tensor([-1e5, -1.0])
     hard, soft = label_word_loss(student, torch.tensor([-1.0, -1e5]), torch.tensor([0]), torch.tensor([0, 2]))
     assert hard.isfinite().all() and soft.isfinite().all()

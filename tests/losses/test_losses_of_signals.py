@@ -1,4 +1,4 @@
-"""Losses on `hidden` signals are the dense ones; on `sampled` signals they are right on average."""
+"""Losses on `hidden` signals equal the dense ones; on `sampled` signals they are unbiased."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def test_hidden_signals_give_the_dense_divergence_and_its_gradient(name, parts, 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
-def test_the_chunked_form_is_the_same(name, chunk):
+def test_chunked_form_is_equal(name, chunk):
     teacher = hidden_signals(random_head(V, WIDTH, seed=4, dtype=torch.float32, softcap=4.0))
     head = random_head(V, WIDTH, seed=6, dtype=torch.float32)
     hidden = random_logits(N, WIDTH, seed=7, dtype=torch.float32)
@@ -63,7 +63,7 @@ def test_the_chunked_form_is_the_same(name, chunk):
 
 
 @pytest.mark.parametrize("columns", [V - 3, V, V + 4])
-def test_either_side_may_be_padded_further(columns):
+def test_either_side_may_have_more_padding(columns):
     """The teacher's head has V columns of which V - 3 are tokens; the student has as many as it has."""
     teacher = hidden_signals(random_head(V, WIDTH, seed=4, dtype=torch.float32), vocab_size=V - 3)
     student = random_logits(N, columns, seed=5, dtype=torch.float32)
@@ -118,7 +118,7 @@ def test_sampled_forward_kl_and_its_gradient_are_right_on_average(tau):
     assert bool(((slopes.mean(0) - slope).abs() < 5 * error).all())
 
 
-def test_the_chunked_form_reads_draws_too():
+def test_chunked_form_accepts_sampled_signals():
     support = Sampled(6)
     coins = torch.rand(N, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     signals = sampled_signals(random_logits(N, V, 2, dtype=torch.float32), support, coins)
@@ -139,7 +139,7 @@ def test_the_chunked_form_reads_draws_too():
             losses.divergence(name, head.logits(hidden), signals, temperature=temperature)
 
 
-def test_a_signal_that_lacks_what_a_loss_needs_is_refused():
+def test_signal_without_the_required_parts_is_refused():
     signals = hidden_signals(random_head(V, WIDTH, dtype=torch.float32))
     student = random_logits(N, V, dtype=torch.float32)
     with pytest.raises(InputError, match="with its teacher's head"):

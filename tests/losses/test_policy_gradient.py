@@ -1,4 +1,4 @@
-"""The parts of the policy gradients one by one: against loops and numpy, with any padding, in any cut, at extremes."""
+"""Each part of the policy gradients equals loops and numpy, with any padding, in any micro-batches, at extremes."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_the_papers_return_is_the_mean_of_later_rewards_and_zero_at_the_end():
     torch.testing.assert_close(returns, torch.tensor([[3.0, 4.0, 6.0, 0.0]]))
 
 
-def test_the_return_lmops_runs_divides_by_what_is_left_with_the_token_itself():
+def test_lmops_return_divides_by_the_remaining_tokens_including_the_current_one():
     returns = losses.returns_to_go(
         torch.tensor([[4.0, 2.0, 0.0, 7.0]]),
         torch.tensor([[True, True, True, False]]),
@@ -101,7 +101,7 @@ def test_products_of_weights_run_over_counted_tokens_up_to_and_before_each():
         assert up_to[row, place] == pytest.approx(np.prod(weights[row, [*earlier, place]]))
 
 
-def test_a_token_the_student_would_never_say_keeps_its_exact_weight():
+def test_token_with_zero_student_probability_keeps_its_exact_weight():
     student, teacher = torch.tensor([-200.0, -300.0]), torch.tensor([-1.0, -2.0])  # e^-200 is 0 in float32
     log_weights = losses.importance_log_weights(student, teacher, 0.2)
     expected = student - (torch.tensor(0.2).log() + teacher)
@@ -197,7 +197,7 @@ def test_the_weight_sits_inside_the_clip():
     assert loss.item() == pytest.approx(-2 * 1.2)
 
 
-def test_the_log_ratio_loss_is_judged_by_the_student_that_sampled():
+def test_log_ratio_advantage_uses_the_student_that_sampled():
     student, rollout, teacher = (random_logprobs((6,), seed) for seed in (1, 2, 3))
     expected = 0.7 * (rollout - teacher) * (student - rollout).exp()
     torch.testing.assert_close(losses.log_ratio_policy_loss(student, rollout, teacher, coefficient=0.7), expected)
@@ -206,7 +206,7 @@ def test_the_log_ratio_loss_is_judged_by_the_student_that_sampled():
     assert not torch.equal(clipped, losses.log_ratio_policy_loss(student, rollout, teacher))
 
 
-def test_only_the_student_learns():
+def test_only_the_student_receives_gradients():
     student, rollout, teacher, advantages, log_weights = (
         random_logprobs((4,), seed).requires_grad_() for seed in range(5)
     )
@@ -223,7 +223,7 @@ def test_only_the_student_learns():
 
 
 def full_loss(student, teacher, reverse_kl, counted):
-    """Everything MiniLLM has at once, one value a counted token."""
+    """MiniLLM's loss with all of its parts, one value per counted token."""
     rollout = student.detach() - 0.05
     log_weights = losses.importance_log_weights(rollout, teacher, 0.2)
     rewards = losses.token_rewards(rollout, teacher)
@@ -253,8 +253,8 @@ def spread(values, places, length, fill):
 
 @given(st.lists(st.booleans(), max_size=8), st.integers(0, 100), st.sampled_from([torch.nan, torch.inf, -torch.inf]))
 @settings(max_examples=60, deadline=None)
-def test_padding_anywhere_with_anything_in_it_changes_nothing(extra, seed, garbage):
-    """Columns of garbage before, between and after those that are there."""
+def test_padding_with_any_content_anywhere_changes_nothing(extra, seed, garbage):
+    """Garbage columns are added before, between and after the real ones."""
     length = COUNTED.shape[1] + len(extra)
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(length, generator=generator)[: COUNTED.shape[1]].sort().values
@@ -275,7 +275,7 @@ def test_padding_anywhere_with_anything_in_it_changes_nothing(extra, seed, garba
 
 @given(st.permutations(range(len(COUNTED))), st.integers(1, len(COUNTED)), st.integers(0, 100))
 @settings(max_examples=30, deadline=None)
-def test_rows_in_any_order_and_any_cut_add_up_to_the_whole(order, size, seed):
+def test_rows_in_any_order_and_any_micro_batches_add_up_to_the_whole(order, size, seed):
     inputs, count = row_inputs(seed), int(COUNTED.sum())
     whole = losses.token_mean(unbiased_loss(*inputs, COUNTED), count)
     parts = [

@@ -1,4 +1,4 @@
-"""What MiniLLM's gradient is on average: every sequence of a tiny language model, weighed by how likely it is drawn.
+"""The expected gradient of MiniLLM, by enumeration of every sequence of a tiny language model.
 
 Three tokens, one of which ends the sequence, at most four of them: 31 sequences over 15 prefixes. Student and teacher
 are tables of logits, one row a prefix, so the gradient of the sequence-level KL(q‖p) is known exactly.
@@ -70,7 +70,7 @@ def unbiased(log_q, log_p, reverse_kl, log_weights):
     return losses.unbiased_sequence_kl_loss(log_q, log_p, reverse_kl, COUNTED, log_weights=log_weights)
 
 
-def test_the_sequences_are_all_there_are():
+def test_all_sequences_are_enumerated():
     assert len(SEQUENCES) == 31
     for alpha in (0.0, 0.3, 1.0):
         torch.testing.assert_close(sequence_probabilities(*tables(), alpha).sum().item(), 1.0)
@@ -126,13 +126,13 @@ def no_weights(log_q, log_p, reverse_kl, log_w):
 
 
 def length_norm(log_q, log_p, reverse_kl, log_w):
-    """Exact but for the length norm."""
+    """Exact except for the length norm."""
     prefix, product = (f(log_w, COUNTED) for f in (losses.prefix_log_weights, losses.cumulative_log_weights))
     return prefix.exp() * reverse_kl + long_part(log_q, log_p, rewards_weight=product.exp())
 
 
 def discounted(log_q, log_p, reverse_kl, log_w):
-    """Exact but for γ."""
+    """Exact except for γ."""
     prefix, product = (f(log_w, COUNTED) for f in (losses.prefix_log_weights, losses.cumulative_log_weights))
     options = {"length_norm": False, "discount": 0.95}
     return prefix.exp() * reverse_kl + long_part(log_q, log_p, rewards_weight=product.exp(), **options)
@@ -245,4 +245,4 @@ def test_log_ratio_distillation_averages_to_each_tokens_own_reverse_kl():
     own = expected_gradient(per_token, student, teacher, 0.0)
     torch.testing.assert_close(own, gradient(half_the_reverse_kl, student))
     exact = gradient(lambda leaf: sequence_kl(leaf, teacher), student)
-    assert (2 * own - exact).norm() > 0.1 * exact.norm()  # what a token does to later ones is missing
+    assert (2 * own - exact).norm() > 0.1 * exact.norm()  # effects of a token on later tokens are missing

@@ -64,7 +64,7 @@ def test_where_student_and_reference_are_equal_the_loss_is_log_2_and_the_gradien
     torch.testing.assert_close(rejected.grad, -chosen.grad)
 
 
-def test_what_both_answers_share_does_not_matter():
+def test_common_log_probs_of_both_answers_cancel():
     chosen, rejected, reference_chosen, reference_rejected = answers(dtype=torch.float64)
     loss = dpo_loss(chosen, rejected, reference_chosen, reference_rejected)
     shift = torch.linspace(-30, 30, 6, dtype=torch.float64)
@@ -124,7 +124,7 @@ def packed(logits, ids, spans, shift=0):
     return sequence_sum(torch.stack(per_token), offsets)
 
 
-def test_from_dense_logits_it_is_what_a_hand_would_compute_and_no_token_may_be_off_by_one():
+def test_loss_equals_dense_logits_and_no_token_is_off_by_one():
     student, ids, spans = dense_answers(1)
     reference, *_ = dense_answers(2)
 

@@ -1,4 +1,4 @@
-"""The retriever's losses against loops over the papers' sums, and what is no negative."""
+"""The retriever's losses equal loops over the papers' sums; excluded pairs are no negatives."""
 
 import math
 
@@ -88,7 +88,7 @@ def test_own_rows_positives_and_equal_labels_are_no_negatives():
     assert {i: set(row.nonzero().flatten().tolist()) for i, row in enumerate(excluded)} == expected
 
 
-def test_what_is_excluded_is_not_pushed_away(batch):
+def test_excluded_pairs_are_not_pushed_away(batch):
     queries, passages, _ = batch
     excluded = torch.zeros(5, 20, dtype=torch.bool)
     excluded[:, 7] = True  # the second passage of query 2
@@ -98,7 +98,7 @@ def test_what_is_excluded_is_not_pushed_away(batch):
     assert (passages.grad[2, 2].abs().max() > 0) and (passages.grad[:, 0].abs().amax(1) > 0).all()
 
 
-def test_a_single_query_is_told_from_its_own_passages_alone(batch):
+def test_single_query_is_compared_with_its_own_passages_only(batch):
     queries, passages, _ = batch
     loss = full_contrastive_loss(queries[:1], passages[:1], TEMPERATURE)
     torch.testing.assert_close(loss, -(passages[0] @ queries[0] / TEMPERATURE).log_softmax(0)[:1])

@@ -242,7 +242,7 @@ def test_rayk_run_finds_the_users_modules_in_its_workers(tmp_path, tiny_student,
     values = runs.settings(tmp_path, tiny_student, method, workers=2, steps=2)
     values["teachers"] = [{"model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = runs.rayk_to_the_end("run", "run.yaml")
+    done = runs.run_rayk("run", "run.yaml")
     assert done.returncode == 0, done.stderr
     assert runs.curve(tmp_path / "run", "step") == [1, 2]
     assert ("weight" if method["kind"] == "custom" else "hellinger") in runs.metrics(tmp_path / "run")[0]

@@ -1,4 +1,5 @@
-"""in_context: label words and tokens against whole logits, teacher and student after demonstrations of their own."""
+"""The loss of in_context equals that of dense logits, for label words and tokens, with separate demonstrations for
+teacher and student."""
 
 import asyncio
 import shutil
@@ -41,7 +42,7 @@ def rows(tmp_path_factory, tiny_teacher):
 
 @pytest.fixture(scope="module")
 def make(rows, tiny_teacher, served):
-    """make(**settings): the method, asking the suite's teacher, and the pool it shows demonstrations from."""
+    """make(**settings): the method with the suite's teacher, and its pool of demonstrations."""
 
     def made(**values):
         given = InContextConfig.model_validate(method_of(**values))
@@ -61,7 +62,7 @@ def experience_of(method, pool, rows, progress=0.0):
 
 
 def text_ids(tokenizer, rows, places, row):
-    """A row after the given demonstrations, from its texts."""
+    """The token ids of a row after the given demonstrations, from its texts."""
     parts = []
     for place in places:
         fields = rows[place].fields
@@ -71,14 +72,14 @@ def text_ids(tokenizer, rows, places, row):
 
 @torch.no_grad()
 def log_probs(model, ids, vocabulary):
-    """log p of the next token at each position, [length - 1, vocabulary], and that of the actual one."""
+    """log p of the next token at each position, [length - 1, vocabulary], and of the actual token."""
     ids = torch.tensor(ids)
     distributions = model(input_ids=ids[None]).logits[0, :-1, :vocabulary].double().log_softmax(-1)
     return distributions, distributions.gather(1, ids[1:, None])[:, 0]
 
 
 def dense(model, teacher, pool, rows, students, tokenizer, vocabulary):
-    """What the loss should be: of each query over label words, and of all text tokens, from texts and whole logits."""
+    """The expected loss of each query over label words, and of all text tokens, from texts and dense logits."""
     of_words, of_text, of_output = [], [], []
     for seed, row in enumerate(rows[i] for i in range(6)):
         chosen = pool.select(row, seed)
@@ -95,7 +96,7 @@ def dense(model, teacher, pool, rows, students, tokenizer, vocabulary):
         gold = row.fields["options"].index(row.fields["completion"])
         of_words.append(ALPHA * -q[gold] + (1 - ALPHA) * (p.exp() * (p - q)).sum())
         output = tokenizer(row.fields["completion"]).input_ids
-        # Hidden states stand for all columns of the teacher's embedding, of which the student's has as many.
+        # Hidden states give all columns of the teacher's embedding; the student's has the same number.
         theirs, _ = log_probs(teacher, contexts["teacher"] + output, None)
         ours, actual = log_probs(model, contexts["student"] + output, None)
         theirs = theirs[-len(ours) :]
@@ -107,22 +108,22 @@ def dense(model, teacher, pool, rows, students, tokenizer, vocabulary):
 
 
 @pytest.mark.parametrize("students", [3, 1, 0])
-def test_the_loss_is_the_one_of_whole_logits(students, make, rows, tiny_student, tiny_teacher, served):
+def test_loss_equals_dense_logits(students, make, rows, tiny_student, tiny_teacher, served):
     tokenizer, model, teacher = AutoTokenizer.from_pretrained(tiny_student), loaded(tiny_student), loaded(tiny_teacher)
     method, pool = make(student_demonstrations=students)
     words, text, output = dense(model, teacher, pool, rows, students, tokenizer, served.info.vocab_size)
     experience = experience_of(method, pool, [rows[i] for i in range(6)])
     assert isinstance(experience, LabelWords)
     with torch.no_grad():
-        loss, beside = (method.loss(Student(model), part) for part in (experience, experience.auxiliary))
+        loss, text_loss = (method.loss(Student(model), part) for part in (experience, experience.auxiliary))
         torch.testing.assert_close(loss.per_token.double(), words, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(beside.per_token.double(), 0.5 * text, rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(text_loss.per_token.double(), 0.5 * text, rtol=1e-3, atol=2e-3)
         method, pool = make(student_demonstrations=students, targets="tokens")
         loss = method.loss(Student(model), experience_of(method, pool, [rows[i] for i in range(6)]))
         torch.testing.assert_close(loss.per_token.double(), output, rtol=1e-3, atol=2e-3)
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_after_the_same_demonstrations(make, rows, tiny_teacher):
+def test_student_equal_to_its_teacher_has_zero_loss_after_the_same_demonstrations(make, rows, tiny_teacher):
     model = Student(loaded(tiny_teacher))
     for students, nothing in ((None, True), (1, False)):
         method, pool = make(student_demonstrations=students)
@@ -135,7 +136,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_after_the_same_demo
             assert of_words.abs().max() < 1e-4
 
 
-def test_parts_of_an_experience_lose_what_the_whole_does(make, rows, tiny_student):
+def test_losses_of_parts_add_up_to_the_whole(make, rows, tiny_student):
     (method, pool), student = make(), Student(loaded(tiny_student))
     experience = experience_of(method, pool, [rows[i] for i in range(7)])
     assert experience.count == 7
@@ -155,7 +156,7 @@ def test_parts_of_an_experience_lose_what_the_whole_does(make, rows, tiny_studen
 
 
 @pytest.mark.parametrize("students", [3, 1])
-def test_counting_one_token_further_would_be_noticed(students, make, rows, tiny_student, tiny_teacher, served):
+def test_counted_tokens_shifted_by_one_change_the_loss(students, make, rows, tiny_student, tiny_teacher, served):
     tokenizer, model, teacher = AutoTokenizer.from_pretrained(tiny_student), loaded(tiny_student), loaded(tiny_teacher)
     method, pool = make(student_demonstrations=students)
     words, _, _ = dense(model, teacher, pool, rows, students, tokenizer, served.info.vocab_size)
@@ -166,7 +167,7 @@ def test_counting_one_token_further_would_be_noticed(students, make, rows, tiny_
         assert (method.loss(Student(model), moved).per_token - words).abs().min() > 1e-3
 
 
-def test_hard_label_weight_moves_in_a_straight_line():
+def test_hard_label_weight_changes_linearly():
     linear = InContextConfig(hard_label_weight=0.8, final_hard_label_weight=0.2)
     assert [linear.hard_label_weight_at(share) for share in (0, 0.5, 1)] == pytest.approx([0.8, 0.5, 0.2])
     constant = InContextConfig(hard_label_weight=0.3, final_hard_label_weight=None)
@@ -180,7 +181,7 @@ def small(folder, student, method=None, **training):
     return parse_config(values)
 
 
-def test_a_run_weighs_by_its_progress_and_repeats_whatever_the_micro_batches(tmp_path, tiny_student, served):
+def test_run_follows_the_weight_schedule_with_any_micro_batches(tmp_path, tiny_student, served):
     method = method_of(support={"kind": "topk", "k": 8}, hard_label_weight=1.0, final_hard_label_weight=0.0)
     for name, tokens in (("one", 100_000), ("cut", 300)):
         distill(small(tmp_path / name, tiny_student, method, micro_batch_tokens=tokens))
@@ -195,7 +196,7 @@ def test_a_run_weighs_by_its_progress_and_repeats_whatever_the_micro_batches(tmp
     assert_same_learning(tmp_path / "one" / "run", tmp_path / "cut" / "run")
 
 
-def test_two_workers_and_a_resumption_learn_what_one_run_does(tmp_path, tiny_student, served):
+def test_two_workers_and_a_resumed_run_equal_one_run(tmp_path, tiny_student, served):
     distill(small(tmp_path / "alone", tiny_student))
     distill(small(tmp_path / "group", tiny_student, workers=2, micro_batch_tokens=300))
     assert_same_learning(tmp_path / "alone" / "run", tmp_path / "group" / "run")
@@ -211,7 +212,9 @@ def test_two_workers_and_a_resumption_learn_what_one_run_does(tmp_path, tiny_stu
 
 
 @pytest.mark.parametrize("choice", ["bm25", "embedding"])
-def test_the_nearest_are_shown_in_training_and_in_evaluation(choice, tmp_path, tiny_student, tiny_teacher, served):
+def test_nearest_demonstrations_are_shown_in_training_and_evaluation(
+    choice, tmp_path, tiny_student, tiny_teacher, served
+):
     write_tasks(tmp_path)
     demonstrations = {"choice": choice, "encoder": tiny_teacher if choice == "embedding" else None}
     method = method_of(demonstrations, student_demonstrations=1, targets="tokens", support={"kind": "topk", "k": 8})
@@ -236,7 +239,7 @@ def test_hard_labels_alone_need_no_teacher(tmp_path, tiny_student):
         parse_config(settings(tmp_path, tiny_student, method_of()) | {"teachers": []})
 
 
-def test_demonstrations_that_a_model_cannot_read_are_told_before_the_run(tmp_path, tiny_student):
+def test_too_long_demonstrations_are_refused_before_the_run(tmp_path, tiny_student):
     write_tasks(tmp_path)
     method = method_of({"k": 16}, hard_label_weight=1.0, text_weight=0.0)
     values = settings(tmp_path, tiny_student, method) | {"teachers": []}
@@ -247,7 +250,7 @@ def test_demonstrations_that_a_model_cannot_read_are_told_before_the_run(tmp_pat
         read_inputs(parse_config(values), {})
 
 
-def test_what_cannot_be_asked_ahead_is_refused(tmp_path, tiny_student, served):
+def test_signals_that_cannot_be_requested_in_advance_are_refused(tmp_path, tiny_student, served):
     run = small(tmp_path, tiny_student)
     with pytest.raises(InputError, match="the run fills the cache"):
         fill_cache(parse_config(run.model_dump(mode="json") | {"cache": {"path": str(tmp_path / "cache")}}))

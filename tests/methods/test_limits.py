@@ -1,4 +1,4 @@
-"""Rewards and ratios that explode are named, and stop the run or are left out, as the settings say."""
+"""Exploding rewards and ratios are named, and stop the run or are left out, as `training.unusable_rows` says."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def batch_of(*lengths: int):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -11.0, 11.0])
 @pytest.mark.parametrize(("place", "row"), [(0, 0), (1, 0), (2, 1), (4, 1), (5, 2)])
-def test_the_row_of_a_reward_that_explodes_is_named(value, place, row):
+def test_row_with_an_exploding_reward_is_named(value, place, row):
     rewards = torch.full((6,), -10.0)
     check_rewards(rewards, batch_of(2, 3, 1), limit=10.0)
     rewards[place] = value
@@ -34,19 +34,19 @@ def test_the_row_of_a_reward_that_explodes_is_named(value, place, row):
     assert raised.value.rows == [row]
 
 
-def test_only_what_became_likelier_explodes():
+def test_only_more_likely_tokens_explode():
     written = torch.tensor([-3.0, -3.0, -3.0])
     now = written + torch.tensor([2.01, 1.99, -50.0]) * math.log(10)
     assert ratio_exploded(now, written, limit=100.0).tolist() == [True, False, False]
 
 
-def test_rewards_that_explode_stop_the_run(tmp_path, tiny_student, served):
+def test_exploding_rewards_stop_the_run(tmp_path, tiny_student, served):
     with pytest.raises(RunFailed, match=r"line \d+ has a reward of .* beyond method\.reward_limit \(0\.01\)"):
         distill(config(tmp_path, tiny_student, POLICY | {"reward_limit": 0.01}))
 
 
 @pytest.mark.parametrize("method", [POLICY, {"kind": "minillm", "inner_epochs": 3, "teacher_share": 0}])
-def test_ratios_that_explode_stop_the_run_or_are_left_out(method, tmp_path, tiny_student, served):
+def test_exploding_ratios_stop_the_run_or_are_left_out(method, tmp_path, tiny_student, served):
     values = settings(tmp_path, tiny_student, method | {"ratio_limit": 1.02}, learning_rate=0.05, steps=3)
     values["rollouts"]["max_staleness"] = 1
     with pytest.raises(RunFailed, match="tokens have become more than method.ratio_limit times likelier"):
@@ -60,7 +60,7 @@ def test_ratios_that_explode_stop_the_run_or_are_left_out(method, tmp_path, tiny
 
 
 @pytest.mark.parametrize(("call", "kept"), [(5, False), (4, True)], ids=["midway", "between steps"])
-def test_no_checkpoint_holds_half_a_step(call, kept, monkeypatch, tmp_path, tiny_student, served):
+def test_no_checkpoint_contains_half_a_step(call, kept, monkeypatch, tmp_path, tiny_student, served):
     calls = itertools.count(1)
 
     def explodes(student_logprobs, rollout_logprobs, limit):

@@ -48,7 +48,7 @@ def signals_of(logits, batch, temperature, k=VOCABULARY):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_the_loss_mixes_hard_labels_with_the_softened_divergence(batch, student, alpha, squared, divergence):
+def test_loss_mixes_hard_labels_with_the_divergence_at_temperature(batch, student, alpha, squared, divergence):
     temperature = 2.0
     teacher = dense_logits(tiny_model(seed=4, peaked=3.0), batch)
     settings = LogitKDConfig(
@@ -68,14 +68,14 @@ def test_the_loss_mixes_hard_labels_with_the_softened_divergence(batch, student,
     torch.testing.assert_close(loss.terms[divergence], soft, rtol=1e-4, atol=1e-5)
 
 
-def test_settings_put_the_temperature_into_the_support():
+def test_temperature_is_added_to_the_support():
     assert LogitKDConfig(temperature=4.0).support.temperatures == (1.0, 4.0)
     assert LogitKDConfig().support.temperatures == (1.0,)
 
 
 @pytest.mark.parametrize("k", [4, VOCABULARY])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_nothing_is_left_to_learn_from_an_equal_teacher(batch, student, k, temperature):
+def test_loss_with_an_equal_teacher_is_zero(batch, student, k, temperature):
     signals = signals_of(dense_logits(student.model, batch), batch, temperature, k)
     method = LogitKD(LogitKDConfig(temperature=temperature, temperature_squared=True), None)
     loss = method.loss(student, Experience(batch, signals)).per_token
@@ -85,13 +85,13 @@ def test_nothing_is_left_to_learn_from_an_equal_teacher(batch, student, k, tempe
     student.zero_grad()
 
 
-def test_supervised_is_the_cross_entropy_of_the_counted_tokens(batch, student):
+def test_supervised_loss_is_the_cross_entropy_of_counted_tokens(batch, student):
     loss = Supervised(None, None).loss(student, Experience(batch)).per_token
     expected = torch.nn.functional.cross_entropy(dense_logits(student.model, batch), batch.targets, reduction="none")
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_experience_cut_by_rows_holds_each_rows_own_signals(batch, student):
+def test_selected_rows_keep_their_signals(batch, student):
     signals = signals_of(dense_logits(tiny_model(seed=4), batch), batch, 2.0)
     whole = Experience(batch, signals)
     method = LogitKD(LogitKDConfig(temperature=2.0), None)

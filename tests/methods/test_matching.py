@@ -1,4 +1,4 @@
-"""The masses that a divergence compares are those of both models' dense distributions."""
+"""The reported masses on a signal's ids are those of both models' dense distributions."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def of(experience, teacher, folder, support):
     return divergence_with_masses("reverse_kl", student, student.head, said)
 
 
-def test_masses_are_those_of_the_named_tokens(experience, served, tiny_teacher, tiny_student):
+def test_masses_are_those_of_the_signal_ids(experience, served, tiny_teacher, tiny_student):
     _, _, masses = of(experience, served, tiny_student, TopK(8))
     p, q = dense(tiny_teacher, experience.batch), dense(tiny_student, experience.batch)
     named = p[:, : served.vocab_size].topk(8, dim=1)
@@ -43,5 +43,5 @@ def test_masses_are_those_of_the_named_tokens(experience, served, tiny_teacher, 
     torch.testing.assert_close(masses["student_mass"].detach(), q.gather(1, named.indices).sum(1), atol=2e-3, rtol=0)
 
 
-def test_where_all_is_compared_there_is_no_mass_to_tell(experience, served, tiny_student):
+def test_hidden_signals_report_no_masses(experience, served, tiny_student):
     assert of(experience, served, tiny_student, Hidden())[2] == {}

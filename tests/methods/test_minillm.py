@@ -1,4 +1,4 @@
-"""minillm's loss on real models is what its paper says, term by term; its runs repeat."""
+"""The loss of minillm equals the paper's formula, term by term, on small models; runs are reproducible."""
 
 from itertools import pairwise
 
@@ -88,7 +88,7 @@ def by_hand(experience, student, teacher, vocabulary, alpha, form, single_step=T
         ("lmops", False, 0.0),
     ],
 )
-def test_the_loss_is_the_papers_on_what_both_wrote(
+def test_loss_on_teacher_mixed_rollouts_equals_the_paper(
     form, single_step, alpha, watched, tmp_path, tiny_student, tiny_teacher, served
 ):
     method = EXACT | {"form": form, "single_step": single_step, "teacher_share": alpha}
@@ -105,11 +105,11 @@ def test_the_loss_is_the_papers_on_what_both_wrote(
         assert 0 < row["rollout_acceptance"] <= 1 and (row["rollout_teacher_calls"] > 0) == (alpha > 0)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, ray_cluster):
+def test_student_equal_to_its_teacher_learns_nothing(tmp_path, ray_cluster):
     tokenizer, twin = tiny_tokenizer(), str(tmp_path / "twin")
     tiny_model(twin, seed=3, hidden=16, vocab_size=len(tokenizer), tokenizer=tokenizer)
     with serve_teacher(teacher_config("twin", twin)):
-        # Adam makes whole steps of gradients that are rounding; such steps had better be small.
+        # Adam makes full-size steps even from gradients that are rounding errors, so the steps must be small.
         values = settings(tmp_path, twin, EXACT, learning_rate=1e-5)
         distill(parse_config(values | {"teachers": [{"name": "twin", "attach": True}]}))
     assert max(map(abs, curve(tmp_path / "run"))) < 1e-3
@@ -117,14 +117,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, ray_cluste
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_run_can_be_repeated(max_staleness, tmp_path, tiny_student, served):
+def test_run_is_reproducible(max_staleness, tmp_path, tiny_student, served):
     method = EXACT | {"inner_epochs": 2, "minibatches": 2}
     for name in ("one", "other"):
         distill(changed(tmp_path / name, tiny_student, method, rollouts={"max_staleness": max_staleness}))
     assert_same_learning(tmp_path / "one" / "run", tmp_path / "other" / "run")
 
 
-def test_inner_epochs_learn_from_every_row_each_time(watched, tmp_path, tiny_student, served):
+def test_each_inner_epoch_uses_every_row(watched, tmp_path, tiny_student, served):
     method = EXACT | {"inner_epochs": 3, "minibatches": 2}
     run = changed(tmp_path, tiny_student, method, steps=2, batch_size=5, micro_batch_tokens=100_000)
     distill(run)
@@ -138,13 +138,13 @@ def test_inner_epochs_learn_from_every_row_each_time(watched, tmp_path, tiny_stu
             assert any((before[name] != after[name]).any() for name in before)
 
 
-def test_micro_batches_change_nothing(tmp_path, tiny_student, served):
+def test_micro_batches_do_not_change_the_run(tmp_path, tiny_student, served):
     for name, tokens in (("small", 60), ("whole", 100_000)):
         distill(changed(tmp_path / name, tiny_student, EXACT | {"form": "lmops"}, micro_batch_tokens=tokens))
     assert_same_learning(tmp_path / "small" / "run", tmp_path / "whole" / "run")
 
 
-def test_two_workers_learn_as_one_does(tmp_path, tiny_student, served):
+def test_two_workers_equal_one(tmp_path, tiny_student, served):
     for name, workers in (("one", 0), ("two", 2)):
         distill(changed(tmp_path / name, tiny_student, EXACT | {"form": "lmops"}, workers=workers, steps=3))
     assert_same_learning(tmp_path / "one" / "run", tmp_path / "two" / "run")
@@ -165,11 +165,11 @@ def test_returns_are_whitened_over_all_workers():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_text_beside_is_averaged_over_its_own_tokens(share, watched, tmp_path, tiny_student, tiny_teacher, served):
+def test_pretraining_loss_is_averaged_over_its_own_tokens(share, watched, tmp_path, tiny_student, tiny_teacher, served):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(f'{{"text": "{"plain words " * (i % 3 + 1)}{i}"}}\n' for i in range(9)))
-    beside = {"data": {"path": str(text)}, "weight": 2.0, "batch_size": 3, "teacher_share": share}
-    run = changed(tmp_path, tiny_student, EXACT | {"pretraining": beside}, steps=1, micro_batch_tokens=100_000)
+    pretraining = {"data": {"path": str(text)}, "weight": 2.0, "batch_size": 3, "teacher_share": share}
+    run = changed(tmp_path, tiny_student, EXACT | {"pretraining": pretraining}, steps=1, micro_batch_tokens=100_000)
     distill(run)
     (completions, state), (plain, _) = watched
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_student, tiny_teacher))
@@ -188,15 +188,15 @@ def test_text_beside_is_averaged_over_its_own_tokens(share, watched, tmp_path, t
     assert row["loss"] == pytest.approx(expected, rel=5e-3, abs=2e-3)
 
 
-def test_the_student_comes_closer_to_its_teacher(tmp_path, tiny_student, served):
+def test_student_approaches_its_teacher(tmp_path, tiny_student, served):
     method = {"kind": "minillm", "support": {"kind": "requested", "k": 16}, "requested_ids": 16}
     distill(changed(tmp_path, tiny_student, method, steps=40, batch_size=16))
     found = curve(tmp_path / "run", "reverse_kl")
     assert np.mean(found[-10:]) < np.mean(found[:10]) - 0.05
 
 
-def test_a_student_is_not_rewarded_for_mass_on_padding(tmp_path, tiny_student, served):
-    """What is drawn and what is rewarded are one distribution: the mean reward is what reverse KL says it is. (With the
+def test_mass_on_padding_is_not_rewarded(tmp_path, tiny_student, served):
+    """The distribution that is sampled is the one that is rewarded: the mean reward is minus the reverse KL. (With the
     embedding's padding in q, rewards rose while reverse KL rose too.)"""
     method = EXACT | {"teacher_share": 0.0}
     distill(changed(tmp_path, tiny_student, method, steps=40, batch_size=16))
@@ -204,7 +204,7 @@ def test_a_student_is_not_rewarded_for_mass_on_padding(tmp_path, tiny_student, s
     assert abs(reverse_kl + reward) < 0.5
 
 
-def test_what_is_not_written_yet_cannot_be_cached_ahead(tmp_path, tiny_student):
+def test_rollouts_cannot_be_cached_in_advance(tmp_path, tiny_student):
     values = settings(tmp_path, tiny_student, EXACT) | {"cache": {"path": str(tmp_path / "cache")}}
     with pytest.raises(InputError, match="learns from rollouts, which are generated during the run"):
         fill_cache(parse_config(values))
@@ -227,7 +227,7 @@ def test_what_is_not_written_yet_cannot_be_cached_ahead(tmp_path, tiny_student):
         ({"teachers": []}, "method.kind 'minillm' needs a teacher"),
     ],
 )
-def test_settings_that_cannot_be_are_named(given, said):
+def test_invalid_settings_are_named(given, said):
     values = {
         "teachers": [{"name": "one", "model": "m"}], "student": {"model": "m"}, "data": {"train": {"path": "p"}},
         "method": {"kind": "minillm"}, "training": {"workers": 1, "batch_size": 8},

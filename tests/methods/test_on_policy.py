@@ -1,4 +1,4 @@
-"""on_policy learns from what the student wrote, and from nothing else, reproducibly at any staleness."""
+"""on_policy trains on the student's own completions, reproducibly at any staleness."""
 
 import asyncio
 import itertools
@@ -44,7 +44,7 @@ def assert_equal_runs(one, other):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """What a run learned from: the rows of each step, and the student's weights before it."""
+    """The rows of each step of a run, and the student's weights before it."""
     rows: dict[int, list] = {}
     states: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -65,7 +65,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_a_step_learns_from_what_exactly_the_promised_weights_wrote(
+def test_rollouts_of_a_step_come_from_exactly_its_weight_version(
     max_staleness, watched, tmp_path, tiny_student, served
 ):
     rows, states = watched
@@ -91,7 +91,7 @@ def log_probs(model, row, vocabulary=None):
     return logprobs.gather(1, ids[1:, None])[row.counted[1:], 0].numpy()
 
 
-def test_the_loss_is_the_divergence_at_the_written_tokens_alone(watched, tmp_path, tiny_student, tiny_teacher, served):
+def test_loss_is_the_divergence_at_generated_tokens_only(watched, tmp_path, tiny_student, tiny_teacher, served):
     rows, states = watched
     vocabulary = served.info.vocab_size
     method = TOP | {"support": {"kind": "topk", "k": vocabulary}, "temperature": 2.0, "temperature_squared": True}
@@ -106,7 +106,7 @@ def test_the_loss_is_the_divergence_at_the_written_tokens_alone(watched, tmp_pat
             ids = torch.from_numpy(sequence.input_ids).long()[None]
             with torch.no_grad():
                 log_q, log_p = ((model(input_ids=ids).logits[0] / 2).log_softmax(-1) for model in (student, teacher))
-            # The embeddings' padding is one outcome to a signal.
+            # For a signal, the padding of the embedding is part of the tail.
             log_q, log_p = (
                 torch.cat([each[:, :vocabulary], each[:, vocabulary:].logsumexp(1, keepdim=True)], 1)
                 for each in (log_q, log_p)
@@ -119,13 +119,13 @@ def test_the_loss_is_the_divergence_at_the_written_tokens_alone(watched, tmp_pat
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_a_run_can_be_repeated_bit_for_bit(max_staleness, tmp_path, tiny_student, served):
+def test_run_is_reproducible_bit_for_bit(max_staleness, tmp_path, tiny_student, served):
     for name in ("one", "other"):
         distill(changed(tmp_path / name, tiny_student, rollouts={"max_staleness": max_staleness}))
     assert_equal_runs(tmp_path / "one" / "run", tmp_path / "other" / "run")
 
 
-def test_where_the_student_writes_nothing_it_is_logit_kd(tmp_path, tiny_student, served):
+def test_without_rollouts_it_equals_logit_kd(tmp_path, tiny_student, served):
     shared = {"support": {"kind": "topk", "k": 16}, "divergence": "reverse_kl", "temperature": 2.0}
     distill(changed(tmp_path / "on", tiny_student, {"kind": "on_policy", "student_fraction": 0.0} | shared))
     (tmp_path / "off").mkdir()
@@ -133,7 +133,9 @@ def test_where_the_student_writes_nothing_it_is_logit_kd(tmp_path, tiny_student,
     assert_equal_runs(tmp_path / "on" / "run", tmp_path / "off" / "run")
 
 
-def test_lots_are_drawn_row_by_row_and_repeat(watched, tmp_path, tiny_student, tiny_teacher, served):
+def test_sources_of_completions_are_drawn_per_row_and_reproducible(
+    watched, tmp_path, tiny_student, tiny_teacher, served
+):
     rows, _ = watched
     method = TOP | {"student_fraction": 0.4, "teacher_written": 0.5}
     run = changed(tmp_path, tiny_student, method, batch_size=48)
@@ -153,14 +155,14 @@ def test_lots_are_drawn_row_by_row_and_repeat(watched, tmp_path, tiny_student, t
     assert curve(run.output_path, "rollouts") == [round(48 * share) for share, _ in shares]
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, tiny_teacher, served):
+def test_student_equal_to_its_teacher_has_zero_loss(tmp_path, tiny_teacher, served):
     run = changed(tmp_path, tiny_teacher, learning_rate=1e-5)
     distill(run)
     assert max(map(abs, curve(run.output_path))) < 1e-4
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_a_resumed_run_goes_on_as_if_undisturbed(max_staleness, tmp_path, tiny_student, served):
+def test_resumed_run_equals_an_undisturbed_one(max_staleness, tmp_path, tiny_student, served):
     rollouts = {"max_staleness": max_staleness}
     method = TOP | {"student_fraction": 0.7, "support": {"kind": "requested", "k": 8}, "requested_ids": 4}
     distill(changed(tmp_path / "whole", tiny_student, method, rollouts))
@@ -174,7 +176,7 @@ def test_a_resumed_run_goes_on_as_if_undisturbed(max_staleness, tmp_path, tiny_s
 
 
 def adaptive(folder, student, max_staleness=0, **training):
-    """A run whose evaluation loss rises more often than not."""
+    """Settings of a run whose evaluation loss mostly rises."""
     folder.mkdir(exist_ok=True)
     method = TOP | {"adaptive": {"tolerance": 0.0, "increment": 0.4, "replay_capacity": 6}}
     values = settings(folder, student, method, learning_rate=0.05, steps=10, **training)
@@ -184,9 +186,7 @@ def adaptive(folder, student, max_staleness=0, **training):
     return parse_config(values)
 
 
-def test_as_the_evaluation_loss_rises_the_student_writes_and_learns_from_it_again(
-    watched, tmp_path, tiny_student, served
-):
+def test_rising_evaluation_loss_increases_rollouts_and_replay(watched, tmp_path, tiny_student, served):
     rows, _ = watched
     run = adaptive(tmp_path, tiny_student)
     distill(run)
@@ -210,7 +210,7 @@ def test_as_the_evaluation_loss_rises_the_student_writes_and_learns_from_it_agai
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_resumed_adaptive_run_remembers_what_it_kept(max_staleness, tmp_path, tiny_student, served):
+def test_resumed_adaptive_run_restores_its_replay_buffer(max_staleness, tmp_path, tiny_student, served):
     distill(adaptive(tmp_path / "whole", tiny_student, max_staleness))
     parts = adaptive(tmp_path / "parts", tiny_student, max_staleness, checkpoint_every_steps=6, keep_checkpoints=5)
     distill(parts)
@@ -221,7 +221,7 @@ def test_a_resumed_adaptive_run_remembers_what_it_kept(max_staleness, tmp_path, 
     assert max(curve(parts.output_path, "rollout_staleness")) > max_staleness
 
 
-def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path, tiny_student, served, monkeypatch):
+def test_failed_evaluation_is_repeated_after_resume(tmp_path, tiny_student, served, monkeypatch):
     distill(adaptive(tmp_path / "whole", tiny_student))
     evaluations, run = itertools.count(1), Evaluator.run
 
@@ -240,8 +240,8 @@ def test_an_evaluation_that_failed_is_made_when_the_run_goes_on(tmp_path, tiny_s
     assert curve(tmp_path / "whole" / "run", "evaluation_loss") == curve(stopped.output_path, "evaluation_loss")
 
 
-def test_workers_do_not_change_what_is_written_and_learned(tmp_path, tiny_student, served):
-    rollouts = {"max_staleness": 1}  # the first step learns from the present weights, as all do with 0
+def test_number_of_workers_does_not_change_rollouts_or_learning(tmp_path, tiny_student, served):
+    rollouts = {"max_staleness": 1}  # the first step uses rollouts of the current weights, as all steps do with 0
     distill(changed(tmp_path / "alone", tiny_student, rollouts=rollouts, steps=3))
     distill(changed(tmp_path / "group", tiny_student, rollouts=rollouts, steps=3, workers=2))
     alone, group = (metrics(tmp_path / name / "run") for name in ("alone", "group"))
@@ -259,7 +259,7 @@ def test_prompts_alone_suffice(tmp_path, tiny_student, served):
         distill(changed(tmp_path, tiny_student, TOP | {"student_fraction": 0.5}), output=str(tmp_path / "other"))
 
 
-def test_what_cannot_be_written_is_refused_beforehand(tmp_path, tiny_student, served):
+def test_rows_that_allow_no_generation_are_refused_before_the_run(tmp_path, tiny_student, served):
     with pytest.raises(InputError, match=r"takes 512; lower rollouts.max_new_tokens"):
         distill(changed(tmp_path, tiny_student, rollouts={"max_new_tokens": 500}))
     vllm = {"kind": "served", "engine": {"kind": "vllm", "max_model_len": 100}}
@@ -278,7 +278,7 @@ def test_what_cannot_be_written_is_refused_beforehand(tmp_path, tiny_student, se
 
 @pytest.fixture(scope="module")
 def wide(ray_cluster, tmp_path_factory):
-    """A teacher and a student without padding that disagree: each one's likeliest ids are not the other's."""
+    """A teacher and a student without padding whose most likely ids differ."""
     folder, tokenizer = tmp_path_factory.mktemp("wide"), tiny_tokenizer()
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     tiny_model(folder, seed=1, peaked=4.0, vocab_size=vocabulary, tokenizer=tokenizer)
@@ -287,7 +287,7 @@ def wide(ray_cluster, tmp_path_factory):
         yield teacher, student
 
 
-def test_the_students_own_ids_bring_reverse_kl_closer_to_the_dense_one(wide):
+def test_requested_student_ids_bring_reverse_kl_closer_to_the_dense_value(wide):
     teacher, student = wide
     policy = WorkerPolicy(student, tiny_tokenizer(), WorkerRollouts(max_new_tokens=12), batch_tokens=100_000)
     random = np.random.default_rng(0)
@@ -305,7 +305,7 @@ def test_the_students_own_ids_bring_reverse_kl_closer_to_the_dense_one(wide):
     assert topk.mean() < 0.5 * dense.mean() < requested.mean()
 
 
-def test_the_policy_form_rewards_each_token_by_itself(watched, tmp_path, tiny_student, tiny_teacher, served):
+def test_policy_form_rewards_each_token_alone(watched, tmp_path, tiny_student, tiny_teacher, served):
     rows, states = watched
     run = changed(tmp_path, tiny_student, {"kind": "on_policy", "form": "policy"}, steps=2, micro_batch_tokens=60)
     assert run.method.support.kind == "logprob"
@@ -313,10 +313,10 @@ def test_the_policy_form_rewards_each_token_by_itself(watched, tmp_path, tiny_st
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_student, tiny_teacher))
     for step, row in enumerate(metrics(run.output_path)):
         student.load_state_dict(states[step])
-        # The embedding's padding is never drawn, and no part of q.
+        # Padding of the embedding is never sampled and not part of q.
         own = [log_probs(student, each, served.info.vocab_size) for each in rows[step]]
         ratios = np.concatenate([mine - log_probs(teacher, each) for mine, each in zip(own, rows[step], strict=True)])
-        assert row["loss"] == pytest.approx(ratios.mean(), rel=1e-3)  # before the student has moved, the ratio is 1
+        assert row["loss"] == pytest.approx(ratios.mean(), rel=1e-3)  # the ratio of an unchanged student is 1
         assert row["log_ratio"] == pytest.approx(ratios.mean(), rel=1e-3)
 
 
@@ -328,13 +328,13 @@ def test_the_policy_form_rewards_each_token_by_itself(watched, tmp_path, tiny_st
         ({"form": "divergence", "support": {"kind": "logprob"}}, {}, "cannot learn from support 'logprob'"),
     ],
 )
-def test_what_the_policy_form_cannot_do_is_named(tmp_path, method, rollouts, said):
+def test_invalid_settings_of_the_policy_form_are_named(tmp_path, method, rollouts, said):
     with pytest.raises(InputError) as caught:
         changed(tmp_path, "m", {"kind": "on_policy", "form": "policy"} | method, rollouts=rollouts)
     assert said in str(caught.value)
 
 
-def test_teachers_read_one_group_while_the_next_is_written(monkeypatch, tmp_path, tiny_student, served):
+def test_teachers_score_one_group_while_the_next_is_generated(monkeypatch, tmp_path, tiny_student, served):
     happened: list[tuple[str, int]] = []
     learned: list[list[int]] = []
 
@@ -367,7 +367,7 @@ def test_teachers_read_one_group_while_the_next_is_written(monkeypatch, tmp_path
     assert_same_learning(one.output, several.output)
 
 
-def test_rows_that_cannot_be_used_are_left_out_of_their_group(monkeypatch, tmp_path, tiny_student, served):
+def test_rows_with_unusable_signals_are_left_out_of_their_group(monkeypatch, tmp_path, tiny_student, served):
     learned: list[list[int]] = []
 
     class Refusing(OnPolicy):

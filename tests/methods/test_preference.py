@@ -1,4 +1,4 @@
-"""preference's loss is DPO's on whole answers: against dense logits, in any cut, against the initial student alone."""
+"""The loss of preference equals DPO on dense logits, in any micro-batches, with the initial student as reference."""
 
 import math
 
@@ -23,7 +23,7 @@ SETTINGS = PreferenceConfig(beta=0.5, label_smoothing=0.1)
 
 
 def pairs(count=5, seed=0):
-    """Rows of a prompt of 3 tokens and two answers of 1 to 8."""
+    """Rows with a prompt of 3 tokens and two answers of 1 to 8 tokens."""
     random = np.random.default_rng(seed)
     rows = []
     for number in range(count):
@@ -52,12 +52,12 @@ def reference():
 
 @pytest.fixture
 def method(reference):
-    """The method of a run that began with `reference`."""
-    return begun(Preference(SETTINGS, None), reference)
+    """The method of a run whose initial student is `reference`."""
+    return with_reference(Preference(SETTINGS, None), reference)
 
 
 @torch.no_grad()
-def begun(method, student, rows=None):
+def with_reference(method, student, rows=None):
     answers = [answer for row in rows or pairs() for answer in row.answers]
     # Two workers, each with a share of the answers.
     shares, values = [answers[:4], answers[4:]], []
@@ -74,7 +74,7 @@ def prepared(method, rows=None):
 
 
 def by_hand(model, row, shift=0):
-    """log q of a row's answer, from whole logits, token by token; with a shift other tokens count than should."""
+    """log q of a row's answer from dense logits, token by token; with a shift, of the wrong tokens."""
     logits = model(input_ids=torch.tensor(row.input_ids[None], dtype=torch.long)).logits[0]
     places = range(row.prompt_tokens + shift, min(len(row) + shift, len(row)))
     logprobs = [logits[t - 1].log_softmax(0)[row.input_ids[t]] for t in places]
@@ -90,7 +90,7 @@ def expected_losses(student, reference, rows, shift=0):
     return torch.stack(losses)
 
 
-def test_the_loss_is_what_a_hand_computes_from_dense_logits_and_no_token_is_off_by_one(student, reference, method):
+def test_loss_equals_dense_logits_and_no_token_is_off_by_one(student, reference, method):
     loss = method.loss(student, prepared(method)).per_token
     torch.testing.assert_close(loss, expected_losses(student, reference, pairs()), rtol=1e-4, atol=1e-5)
     for shift in (-1, 1):
@@ -104,22 +104,22 @@ def gradients(student, loss):
     return {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
 
 
-def test_the_gradient_reaches_both_answers_as_that_of_dense_logits_does(student, reference, method):
+def test_gradients_of_both_answers_equal_dense_logits(student, reference, method):
     ours = gradients(student, method.loss(student, prepared(method)).per_token.sum())
     dense = gradients(student, expected_losses(student, reference, pairs()).sum())
     for name in dense:
         torch.testing.assert_close(ours[name], dense[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_supervision_on_the_chosen_answer_counts_by_its_tokens(student, reference, method):
+def test_supervised_loss_of_the_chosen_answer_is_per_token(student, reference, method):
     rows = pairs()
-    beside = begun(Preference(SETTINGS.model_copy(update={"chosen_weight": 0.5}), None), reference)
+    beside = with_reference(Preference(SETTINGS.model_copy(update={"chosen_weight": 0.5}), None), reference)
     alone, both = (each.loss(student, prepared(each)).per_token for each in (method, beside))
     supervised = [-by_hand(student.model, row.answers[0]) / (len(row) - row.prompt_tokens) for row in rows]
     torch.testing.assert_close(both, alone + 0.5 * torch.stack(supervised), rtol=1e-4, atol=1e-5)
 
 
-def test_pairs_stay_together_in_every_cut(student, method):
+def test_pairs_stay_together_in_micro_batches(student, method):
     whole = prepared(method)
     assert whole.count == 5
     assert len(whole.batch.sequences) == 10
@@ -132,19 +132,19 @@ def test_pairs_stay_together_in_every_cut(student, method):
                 torch.testing.assert_close(term, together.terms[name][part], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_a_pairs_length_is_that_of_both_answers_padded_to_the_longer(method):
+def test_length_of_a_pair_is_that_of_both_answers_padded(method):
     whole = prepared(method)
     for pair, length in enumerate(whole.lengths):
         assert length == whole.select([pair]).batch.input_ids.numel()
 
 
-def test_a_student_that_has_not_moved_has_log_2_to_lose_and_neither_wins(reference, method):
+def test_unchanged_student_has_loss_log_2_and_prefers_neither(reference, method):
     loss = method.loss(reference, prepared(method))
     torch.testing.assert_close(loss.per_token, torch.full((5,), math.log(2)), rtol=0, atol=1e-5)
     assert loss.terms["reward_margin"].abs().max() < 1e-4
 
 
-def test_the_metrics_say_what_became_of_both_answers(student, reference, method):
+def test_metrics_describe_both_answers(student, reference, method):
     terms = method.loss(student, prepared(method)).terms
     for number, row in enumerate(pairs()):
         ours, theirs = ([by_hand(each.model, a).item() for a in row.answers] for each in (student, reference))
@@ -158,23 +158,23 @@ def test_the_metrics_say_what_became_of_both_answers(student, reference, method)
         assert {name: term[number].item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_initial_log_probs_survive_a_checkpoint_bit_for_bit_and_are_not_taken_again(student, method):
+def test_initial_log_probs_survive_a_checkpoint_bit_for_bit(student, method):
     resumed = Preference(SETTINGS, None)
     resumed.load_state_dict(_unpack(_pack(method.state_dict())))
     assert torch.equal(prepared(resumed).reference, prepared(method).reference)
 
 
-def test_a_row_that_the_run_did_not_begin_with_is_named(method):
+def test_row_that_the_run_did_not_start_with_is_named(method):
     with pytest.raises(RunFailed, match="line 0 is not one of the rows that the run started with"):
         prepared(method, pairs(seed=1))
 
 
-def test_rows_with_the_same_answers_share_what_is_known_of_them(method, reference):
+def test_rows_with_the_same_answers_share_their_log_probs(method, reference):
     twice = prepared(method, [pairs()[1], pairs()[1]])
     assert torch.equal(twice.reference[:2], twice.reference[2:])
 
 
-def test_it_runs_inside_the_step(student, method):
+def test_loss_runs_inside_the_loss_module(student, method):
     loss, terms = LossModule(student, method)(prepared(method))
     assert isinstance(prepared(method), Pairs)
     assert loss.requires_grad

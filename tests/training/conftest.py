@@ -8,7 +8,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture
 def broken(ray_cluster, tmp_path):
-    """A teacher that computes NaN for every row with an '8' in it, and how `teachers` names it."""
+    """Settings of a served teacher that computes NaN for every row with an '8' in it."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(seed=1, peaked=4.0)
     with torch.no_grad():

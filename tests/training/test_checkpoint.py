@@ -1,4 +1,4 @@
-"""What a run needs to go on survives cuts, deaths and other places to run."""
+"""A run's state survives interrupted writes, resumed runs and other workers."""
 
 import shutil
 
@@ -35,17 +35,17 @@ def store(tmp_path):
     return store
 
 
-def test_the_newest_checkpoint_comes_back_as_it_was(store):
+def test_newest_checkpoint_is_restored_unchanged(store):
     assert_equal(store.latest(), 20)
 
 
-def test_where_nothing_was_saved_there_is_no_checkpoint(tmp_path):
+def test_empty_store_has_no_checkpoint(tmp_path):
     assert CheckpointStore(str(tmp_path / "nowhere")).latest() is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "method.pt", "manifest.json"])
 @pytest.mark.parametrize("harm", ["missing", "truncated", "changed"])
-def test_a_torn_checkpoint_is_passed_over_for_the_older_one(store, tmp_path, name, harm):
+def test_damaged_checkpoint_is_skipped_for_an_older_one(store, tmp_path, name, harm):
     file = tmp_path / "checkpoints" / "step-00000020" / name
     data = file.read_bytes()
     if harm == "missing":
@@ -59,25 +59,25 @@ def test_a_torn_checkpoint_is_passed_over_for_the_older_one(store, tmp_path, nam
     assert_equal(store.latest(), 20)
 
 
-def test_only_the_newest_are_kept(store, tmp_path):
+def test_only_the_newest_checkpoints_are_kept(store, tmp_path):
     store.save(checkpoint(30), keep=2)
     assert store.steps() == [20, 30]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000020", "step-00000030"]
 
 
-def test_other_files_beside_the_checkpoints_are_left_alone(store, tmp_path):
+def test_other_files_next_to_checkpoints_are_kept(store, tmp_path):
     (tmp_path / "checkpoints" / "notes").mkdir()
     (tmp_path / "checkpoints" / "notes" / "manifest.json").write_text("{}")
     assert store.steps() == [10, 20]
 
 
-def test_checkpoints_live_at_any_uri(tmp_path):
+def test_checkpoints_may_be_at_any_uri(tmp_path):
     store = CheckpointStore(f"file://{tmp_path}/far")
     store.save(checkpoint(7), keep=1)
     assert_equal(store.latest(), 7)
 
 
-def test_tied_weights_are_held_once_and_come_back_tied(tmp_path):
+def test_tied_weights_are_stored_once_and_restored_tied(tmp_path):
     tiny_model(tmp_path / "student", hidden=16, layers=1, tie=True, tokenizer=tiny_tokenizer())
     state = trainable_state_dict(tiny_model(hidden=16, layers=1, tie=True))
     assert "model.embed_tokens.weight" in state
@@ -86,7 +86,7 @@ def test_tied_weights_are_held_once_and_come_back_tied(tmp_path):
 
 
 def run_in_two_parts(folder, student, **changes):
-    """Six steps at once, and six steps of which the first four were another process's."""
+    """Run six steps at once, and six steps as a run of four that is resumed; both must be equal."""
     for name in ("whole", "parts"):
         (folder / name).mkdir()
     distill(config(folder / "whole", student, **changes))
@@ -99,8 +99,8 @@ def run_in_two_parts(folder, student, **changes):
     assert_same_learning(folder / "whole" / "run", folder / "parts" / "run", 1e-6)
 
 
-class Remembering(Supervised):
-    """Counts its steps, and weighs the loss by the count: without its state the curve would be another."""
+class StatefulMethod(Supervised):
+    """Weighs the loss by the number of its steps: without its state the loss curve would differ."""
 
     def __init__(self, *arguments, **parts):
         super().__init__(*arguments, **parts)
@@ -122,12 +122,12 @@ class Remembering(Supervised):
         self.steps, self.average = state["steps"], state["average"]
 
 
-def test_a_method_gets_its_state_back(tmp_path, tiny_student, monkeypatch):
-    monkeypatch.setitem(METHODS, "supervised", Remembering)
+def test_method_state_is_restored(tmp_path, tiny_student, monkeypatch):
+    monkeypatch.setitem(METHODS, "supervised", StatefulMethod)
     run_in_two_parts(tmp_path, tiny_student)
 
 
-def test_resuming_a_finished_run_changes_nothing_learned(tmp_path, tiny_student):
+def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_student):
     (tmp_path / "again").mkdir()
     settings = config(tmp_path, tiny_student)
     distill(settings)
@@ -138,7 +138,7 @@ def test_resuming_a_finished_run_changes_nothing_learned(tmp_path, tiny_student)
     assert result.summary["steps"] == 6
 
 
-def test_a_resumed_run_may_be_placed_otherwise_but_not_learn_otherwise(tmp_path, tiny_student):
+def test_resumed_run_may_change_its_placement_but_no_learning_setting(tmp_path, tiny_student):
     first = settings(tmp_path, tiny_student)
     distill(parse_config(first))
     distill(parse_config(first | {"name": "other", "tracking": {"tensorboard": True}}), resume=True)
@@ -153,7 +153,7 @@ def test_a_resumed_run_may_be_placed_otherwise_but_not_learn_otherwise(tmp_path,
             distill(parse_config(first | changes), resume=True)
 
 
-def test_a_directory_with_another_run_is_refused(tmp_path, tiny_student):
+def test_directory_of_another_run_is_refused(tmp_path, tiny_student):
     distill(config(tmp_path, tiny_student, checkpoints=str(tmp_path / "kept")))
     with pytest.raises(InputError, match="already contains a run; continue it with --resume"):
         distill(config(tmp_path, tiny_student))
@@ -167,7 +167,7 @@ def test_a_directory_with_another_run_is_refused(tmp_path, tiny_student):
             distill(config(tmp_path, tiny_student), output=str(tmp_path / taken))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_at_its_last_good_step(tmp_path, tiny_student, monkeypatch):
+def test_infinite_gradient_stops_the_run_at_its_last_good_step(tmp_path, tiny_student, monkeypatch):
     class Exploding(Supervised):
         exploding = True
 

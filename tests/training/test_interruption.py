@@ -9,21 +9,21 @@ import yaml
 from rayk.config import parse_config
 from rayk.run import distill
 from rayk.training.checkpoint import CheckpointStore
-from tests.runs import assert_same_learning, metrics, rayk, settings, until
+from tests.runs import assert_same_learning, metrics, rayk, settings, wait_until
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGINT, 2)])
-def test_the_step_at_an_interruption_is_saved(tmp_path, tiny_student, number, workers):
+def test_interrupted_run_saves_its_last_step(tmp_path, tiny_student, number, workers):
     """No checkpoint is due before the last step, so without the interruption's own nothing would be there."""
     values = settings(tmp_path, tiny_student, workers=workers, steps=100_000, threads=1, schedule="constant")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     log = tmp_path / "log"
     with rayk("run", tmp_path / "run.yaml", log=log) as process:
-        until(lambda: len(metrics(tmp_path / "run")) >= 5, "step 5", process)
+        wait_until(lambda: len(metrics(tmp_path / "run")) >= 5, "step 5", process)
         process.send_signal(number)
-        until(lambda: process.poll() is not None, "the end of the run")
+        wait_until(lambda: process.poll() is not None, "the end of the run")
     lines = log.read_text().splitlines()
     assert process.returncode == 130, lines
     [step] = CheckpointStore(str(tmp_path / "run" / "checkpoints")).steps()

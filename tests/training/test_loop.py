@@ -1,4 +1,4 @@
-"""The learning result is a function of the settings that say what is learned, and of nothing else."""
+"""Training depends on the learning settings only, not on workers or micro-batches, and equals plain PyTorch."""
 
 import math
 
@@ -33,18 +33,18 @@ def student(request, tmp_path):
     return str(tmp_path / "student")
 
 
-def test_workers_and_micro_batches_do_not_change_what_is_learned(tmp_path, tiny_student, served):
+def test_workers_and_micro_batches_do_not_change_learning(tmp_path, tiny_student, served):
     alone, group = tmp_path / "alone", tmp_path / "group"
     for folder in (alone, group):
         folder.mkdir()
     distill(config(alone, tiny_student, KD, micro_batch_tokens=100_000))
-    # Rows are of such unequal length that two workers have different numbers of micro-batches.
+    # The lengths of rows differ so much that two workers have different numbers of micro-batches.
     distill(config(group, tiny_student, KD, micro_batch_tokens=120, workers=2))
     assert_same_learning(alone / "run", group / "run")
 
 
 @METHOD_SETTINGS
-def test_micro_batches_do_not_change_what_is_learned(method, tmp_path, tiny_student, served):
+def test_micro_batches_do_not_change_learning(method, tmp_path, tiny_student, served):
     for folder, tokens in (("whole", 100_000), ("cut", 150), ("rows", 1)):
         (tmp_path / folder).mkdir()
         distill(config(tmp_path / folder, tiny_student, method, micro_batch_tokens=tokens))
@@ -52,7 +52,7 @@ def test_micro_batches_do_not_change_what_is_learned(method, tmp_path, tiny_stud
 
 
 @METHOD_SETTINGS
-def test_steps_equal_a_dense_reference_in_plain_torch(method, tmp_path, student, served):
+def test_steps_equal_a_dense_reference_in_plain_pytorch(method, tmp_path, student, served):
     training = {"weight_decay": 0.1, "warmup_steps": 2, "schedule": "linear", "max_grad_norm": 0.5}
     settings = config(tmp_path, student, method, micro_batch_tokens=200, **training)
     distill(settings)
@@ -83,7 +83,7 @@ def test_steps_equal_a_dense_reference_in_plain_torch(method, tmp_path, student,
 
 
 def _dense_loss(model, row: TokenSequence, method, teacher) -> torch.Tensor:
-    """The sum over one row's counted tokens, from whole logits, unpadded, without a chunk or a gather too many."""
+    """The sum of the loss over one row's counted tokens, from dense logits without padding."""
     logits = model(input_ids=torch.tensor(row.input_ids[None], dtype=torch.long)).logits[0]
     predicts = torch.tensor(row.counted[1:])
     logits, targets = logits[:-1][predicts], torch.tensor(row.targets, dtype=torch.long)
@@ -101,14 +101,14 @@ def _dense_loss(model, row: TokenSequence, method, teacher) -> torch.Tensor:
     return alpha * hard + (1 - alpha) * soft.float()
 
 
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path, tiny_teacher, served):
+def test_student_equal_to_its_teacher_has_zero_loss(tmp_path, tiny_teacher, served):
     method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}
     distill(config(tmp_path, tiny_teacher, method, learning_rate=1e-5))
     assert max(map(abs, curve(tmp_path / "run"))) < 1e-4
 
 
-def test_hidden_signals_teach_what_the_whole_vocabulary_would(tmp_path, served):
-    student = str(tmp_path / "student")  # without padding, which would be one outcome to `topk` but many to `hidden`
+def test_hidden_signals_equal_the_whole_vocabulary(tmp_path, served):
+    student = str(tmp_path / "student")  # without padding, which would be one outcome for `topk` but many for `hidden`
     tiny_model(student, vocab_size=served.info.vocab_size, hidden=16, layers=1, tokenizer=tiny_tokenizer())
     curves = {}
     for name, support in {
@@ -124,7 +124,7 @@ def test_hidden_signals_teach_what_the_whole_vocabulary_would(tmp_path, served):
     np.testing.assert_allclose(curves["sampled"], curves["topk"], rtol=0.1)
 
 
-def test_rows_without_a_usable_signal_stop_the_run_or_are_left_out(tmp_path, tiny_student, served, broken):
+def test_rows_with_unusable_signals_stop_the_run_or_are_left_out(tmp_path, tiny_student, served, broken):
     values = settings(tmp_path, tiny_student, KD, batch_size=16, steps=3) | {"teachers": broken}
     data, tokenizer = parse_config(values).data, AutoTokenizer.from_pretrained(tiny_student)
     table = tokenize(data.train, data, tokenizer)
@@ -153,7 +153,7 @@ def test_bfloat16_is_close_to_float32(tmp_path, tiny_student):
     assert {value.dtype.name for value in weights(tmp_path / "bfloat16" / "run").values()} == {"float32"}
 
 
-def test_the_learning_rate_warms_up_and_follows_its_schedule():
+def test_learning_rate_warms_up_and_follows_its_schedule():
     def rates(**settings):
         training = TrainingConfig(learning_rate=2.0, **settings)
         return [learning_rate_at(step, 8, training) for step in range(8)]
@@ -166,7 +166,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule():
     assert cosine[3:] == pytest.approx([0.2 + 0.9 * (1 + math.cos(math.pi * i / 6)) for i in range(1, 6)])
 
 
-def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path, tiny_student):
+def test_gradient_clipping_bounds_the_step_and_reports_the_norm_before_it(tmp_path, tiny_student):
     for name, bound in (("free", None), ("clipped", 1e-3)):
         (tmp_path / name).mkdir()
         distill(config(tmp_path / name, tiny_student, max_grad_norm=bound, steps=1, betas=[0.0, 0.0]))
@@ -174,7 +174,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(tmp_path, tiny_stu
     assert free["gradient_norm"] == clipped["gradient_norm"] > 1e-3
 
 
-def test_dropout_is_on_in_steps_and_off_in_measurements(tmp_path, tiny_student, monkeypatch):
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path, tiny_student, monkeypatch):
     seen = []
 
     class Watching(Supervised):
@@ -192,7 +192,7 @@ def test_dropout_is_on_in_steps_and_off_in_measurements(tmp_path, tiny_student, 
     assert seen == [True] * len(seen)
 
 
-def test_metrics_say_what_each_step_took(tmp_path, tiny_student):
+def test_metrics_describe_each_step(tmp_path, tiny_student):
     settings = config(tmp_path, tiny_student, steps=12)
     distill(settings)
     rows = metrics(tmp_path / "run")

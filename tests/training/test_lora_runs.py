@@ -1,4 +1,4 @@
-"""Runs that learn an adapter: every method, from the base itself, kept, resumed and saved as what it is."""
+"""Runs that train a LoRA adapter: with every method, resumed, merged and saved."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ METHODS_OF = [
 
 
 def prepared(folder, student, method=KD, lora=LORA, rollouts=None, evaluation=False, **training):
-    """Settings of a run with an adapter, or without one, in `folder`/run."""
+    """Settings of a run in `folder`/run, with or without an adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     values = settings(folder, student, method, **training)
     values["student"] |= {"lora": lora} if lora else {}
@@ -45,7 +45,7 @@ def prepared(folder, student, method=KD, lora=LORA, rollouts=None, evaluation=Fa
 
 
 @pytest.mark.parametrize("method", METHODS_OF, ids=lambda method: method["kind"])
-def test_every_method_starts_from_the_base_and_moves_the_adapter_alone(method, tmp_path, tiny_student, served):
+def test_every_method_starts_from_the_base_and_trains_the_adapter_only(method, tmp_path, tiny_student, served):
     training = {"steps": 4, "batch_size": 16, "learning_rate": 2e-2, "schedule": "constant"}
     whole = prepared(tmp_path / "whole", tiny_student, method, lora=None, **training | {"steps": 1})
     adapter = prepared(tmp_path / "adapter", tiny_student, method, **training)
@@ -62,7 +62,7 @@ def test_every_method_starts_from_the_base_and_moves_the_adapter_alone(method, t
     assert changed == {name for name in base if "proj" in name}
 
 
-def test_the_reference_of_preferences_is_the_student_without_its_adapter(tmp_path, tiny_student):
+def test_reference_of_preferences_is_the_student_without_its_adapter(tmp_path, tiny_student):
     method = {"kind": "preference", "beta": 0.5}
     whole = prepared(tmp_path / "whole", tiny_student, method, lora=None, steps=6, learning_rate=1e-9)
     adapter = prepared(tmp_path / "adapter", tiny_student, method, LORA | {"dropout": 0.5}, learning_rate=5e-2)
@@ -75,12 +75,12 @@ def test_the_reference_of_preferences_is_the_student_without_its_adapter(tmp_pat
     assert curve(adapter.output_path, "reward_margin")[-1] > 0.01
 
 
-def test_the_student_comes_nearer_to_its_teacher(tmp_path, tiny_student, served):
+def test_student_approaches_its_teacher(tmp_path, tiny_student, served):
     run = prepared(tmp_path, tiny_student, steps=40, batch_size=16, learning_rate=2e-2, evaluation=True)
     summary = distill(run).summary
     losses = curve(run.output_path)
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
-    # The merged model in a folder of its own measures as the adapter did on its base.
+    # The merged model in another folder has the metrics of the adapter on its base.
     measured = evaluate_model(run)["student"]
     assert measured.keys() == summary["student"].keys()
     assert {name: measured[name] for name in measured} == pytest.approx(summary["student"], rel=1e-4, abs=1e-5)
@@ -97,7 +97,7 @@ def test_the_student_comes_nearer_to_its_teacher(tmp_path, tiny_student, served)
 
 
 @pytest.mark.parametrize("method", [{"kind": "supervised"}, KD], ids=["supervised", "logit_kd"])
-def test_a_resumed_run_equals_the_undisturbed_one_from_the_adapter_alone(method, tmp_path, tiny_student, served):
+def test_resumed_run_equals_the_undisturbed_one_from_the_adapter_alone(method, tmp_path, tiny_student, served):
     lora = LORA | {"dropout": 0.2}
     whole = prepared(tmp_path / "whole", tiny_student, method, lora)
     distill(whole)
@@ -113,7 +113,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_from_the_adapter_alone(method,
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_base_that_has_changed_is_refused(tmp_path):
+def test_changed_base_weights_are_refused(tmp_path):
     def base(seed):
         tiny_model(tmp_path / "base", seed=seed, hidden=16, layers=1, tokenizer=tiny_tokenizer())
 
@@ -127,18 +127,18 @@ def test_a_base_that_has_changed_is_refused(tmp_path):
     distill(run, resume=True)
 
 
-def test_the_seed_and_the_settings_decide_what_is_learned(tmp_path, tiny_student, ray_cluster):
+def test_seed_and_settings_alone_decide_what_is_learned(tmp_path, tiny_student, ray_cluster):
     runs = {}
     for name, seed, workers in (("first", 3, 0), ("again", 3, 2), ("other", 4, 0)):
         values = prepared(tmp_path / name, tiny_student, "supervised", micro_batch_tokens=150, workers=workers)
         runs[name] = values.model_copy(update={"seed": seed})
         distill(runs[name])
-    # Two workers over gloo: gradients of what is frozen exist on neither.
+    # With two workers over gloo, frozen weights have no gradients on either.
     assert_same_learning(runs["first"].output_path, runs["again"].output_path)
     assert curve(runs["first"].output_path) != curve(runs["other"].output_path)
 
 
-def test_it_learns_on_a_bfloat16_base_with_gradient_checkpointing(tmp_path, tiny_student):
+def test_adapter_trains_on_a_bfloat16_base_with_gradient_checkpointing(tmp_path, tiny_student):
     curves = {}
     for name, changes in {
         "float32": {}, "bfloat16": {"dtype": "bfloat16"}, "saving": {"gradient_checkpointing": True},

@@ -1,4 +1,4 @@
-"""Whole runs on preference pairs: against plain torch, however they are cut, killed, resumed or referred."""
+"""Whole runs on preference pairs: they equal plain PyTorch with any micro-batches and workers, resumed or killed."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def config(folder, student, method=DPO, evaluation=None, cache=None, **training)
     return parse_config(values | {"cache": cache and {"path": str(cache)}})
 
 
-def test_steps_equal_a_dense_reference_in_plain_torch(tmp_path, tiny_student):
+def test_steps_equal_a_dense_reference_in_plain_pytorch(tmp_path, tiny_student):
     run = config(tmp_path, tiny_student, micro_batch_tokens=200, steps=8, learning_rate=2e-3)
     distill(run)
     tokenizer = AutoTokenizer.from_pretrained(tiny_student)
@@ -75,7 +75,7 @@ def test_steps_equal_a_dense_reference_in_plain_torch(tmp_path, tiny_student):
         optimizer.step()
         losses.append(loss.item())
         margins.append(margin.mean().item())
-    assert np.ptp(losses) > 0.02  # so that equal curves say something
+    assert np.ptp(losses) > 0.02  # otherwise equal curves would prove nothing
     np.testing.assert_allclose(curve(tmp_path / "run"), losses, rtol=1e-4)
     np.testing.assert_allclose(curve(tmp_path / "run", "reward_margin"), margins, rtol=1e-3, atol=1e-4)
     for name, value in policy.named_parameters():
@@ -89,7 +89,7 @@ def _logprob(model, row):
     return own[row.prompt_tokens - 1 :].sum()
 
 
-def test_micro_batches_do_not_change_what_is_learned(tmp_path, tiny_student):
+def test_micro_batches_do_not_change_learning(tmp_path, tiny_student):
     for name, tokens in (("whole", 100_000), ("cut", 150), ("pairs", 1)):
         distill(config(tmp_path / name, tiny_student, micro_batch_tokens=tokens))
         assert_same_learning(tmp_path / "whole" / "run", tmp_path / name / "run")
@@ -97,29 +97,29 @@ def test_micro_batches_do_not_change_what_is_learned(tmp_path, tiny_student):
     assert step["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_two_workers_learn_as_one_does(tmp_path, tiny_student, ray_cluster):
-    # With batches of 7 the workers have 4 and 3 pairs, in unlike numbers of micro-batches.
+def test_two_workers_equal_one(tmp_path, tiny_student, ray_cluster):
+    # With batches of 7 the workers have 4 and 3 pairs, in different numbers of micro-batches.
     distill(config(tmp_path / "alone", tiny_student, batch_size=7))
     distill(config(tmp_path / "group", tiny_student, batch_size=7, micro_batch_tokens=120, workers=2))
     assert_same_learning(tmp_path / "alone" / "run", tmp_path / "group" / "run")
 
 
-class Dying(Preference):
-    """Fails once at a given step, as a worker that is killed does."""
+class FailsOnce(Preference):
+    """Fails once at a given step, as if the worker were killed."""
 
     at = 0
 
     def on_step(self, step):
-        if step == Dying.at:
-            Dying.at = 0
+        if step == FailsOnce.at:
+            FailsOnce.at = 0
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("step", [1, 5], ids=["before the first checkpoint", "after it"])
-def test_after_a_death_the_reference_is_still_the_initial_student(tmp_path, tiny_student, monkeypatch, step):
+def test_reference_is_the_initial_student_after_a_worker_death(tmp_path, tiny_student, monkeypatch, step):
     distill(config(tmp_path / "whole", tiny_student))
-    monkeypatch.setitem(METHODS, "preference", Dying)
-    Dying.at = step
+    monkeypatch.setitem(METHODS, "preference", FailsOnce)
+    FailsOnce.at = step
     hurt = config(tmp_path / "hurt", tiny_student, checkpoint_every_steps=2)
     with pytest.raises(KeyboardInterrupt):
         distill(hurt)
@@ -128,12 +128,12 @@ def test_after_a_death_the_reference_is_still_the_initial_student(tmp_path, tiny
     assert_same_learning(tmp_path / "whole" / "run", tmp_path / "hurt" / "run", 1e-6)
 
 
-def test_the_reference_outlives_the_folder_it_was_loaded_from(tmp_path, tiny_student, monkeypatch):
+def test_reference_survives_a_change_of_its_folder(tmp_path, tiny_student, monkeypatch):
     student = tmp_path / "student"
     shutil.copytree(tiny_student, student)
     distill(config(tmp_path / "whole", str(student)))
-    monkeypatch.setitem(METHODS, "preference", Dying)
-    Dying.at = 5
+    monkeypatch.setitem(METHODS, "preference", FailsOnce)
+    FailsOnce.at = 5
     hurt = config(tmp_path / "hurt", str(student), checkpoint_every_steps=2)
     with pytest.raises(KeyboardInterrupt):
         distill(hurt)
@@ -142,7 +142,7 @@ def test_the_reference_outlives_the_folder_it_was_loaded_from(tmp_path, tiny_stu
     assert_same_learning(tmp_path / "whole" / "run", tmp_path / "hurt" / "run", 1e-6)
 
 
-def test_a_served_reference_that_is_the_student_is_the_initial_student(tmp_path, tiny_teacher, served):
+def test_served_reference_equal_to_the_student_equals_the_initial_student(tmp_path, tiny_teacher, served):
     by_teacher = DPO | {"reference": "served"}
     distill(config(tmp_path / "own", tiny_teacher, learning_rate=1e-3))
     distill(config(tmp_path / "served", tiny_teacher, by_teacher, learning_rate=1e-3))
@@ -150,7 +150,7 @@ def test_a_served_reference_that_is_the_student_is_the_initial_student(tmp_path,
     assert_same_learning(tmp_path / "own" / "run", tmp_path / "served" / "run", 1e-3)
 
 
-def test_another_reference_is_another_aim_and_is_asked_once_for_all_epochs(tmp_path, tiny_student, served):
+def test_another_reference_changes_the_loss_and_is_queried_once_for_all_epochs(tmp_path, tiny_student, served):
     by_teacher = DPO | {"reference": "served"}
     run = config(tmp_path / "served", tiny_student, by_teacher, cache=tmp_path / "cache", steps=12)
     training, *_ = fill_cache(run)
@@ -162,7 +162,7 @@ def test_another_reference_is_another_aim_and_is_asked_once_for_all_epochs(tmp_p
     assert abs(rows[0]["loss"] - math.log(2)) > 0.1
 
 
-def test_a_pair_of_which_one_answer_has_no_usable_signal_is_left_out_whole(tmp_path, tiny_student, broken):
+def test_pair_with_one_unusable_answer_is_left_out_as_a_whole(tmp_path, tiny_student, broken):
     values = config(tmp_path, tiny_student, DPO | {"reference": "broken"}, steps=3, batch_size=16).model_dump(
         mode="json"
     )
@@ -185,7 +185,7 @@ def test_a_pair_of_which_one_answer_has_no_usable_signal_is_left_out_whole(tmp_p
     assert all(math.isfinite(step["loss"]) for step in steps)
 
 
-def test_held_out_pairs_come_to_be_told_apart(tmp_path, tiny_student):
+def test_preference_accuracy_on_held_out_pairs_rises(tmp_path, tiny_student):
     held_out = write_pairs(tmp_path / "held_out.jsonl", count=60, seed=7, alike=True)
     run = config(tmp_path, tiny_student, DPO | {"label_smoothing": 0.0}, held_out, steps=60, batch_size=16)
     write_pairs(tmp_path / "pairs.jsonl", count=200, alike=True)
@@ -207,7 +207,7 @@ def test_held_out_pairs_come_to_be_told_apart(tmp_path, tiny_student):
 
 
 def _measured_by_hand(model, run):
-    """Mean margin and accuracy on the evaluation pairs."""
+    """Mean margin and accuracy on the evaluation pairs, from dense logits."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     table = tokenize(run.data.evaluation, run.data, tokenizer, pairs=True)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -216,7 +216,7 @@ def _measured_by_hand(model, run):
     return [float(margins.mean()), float((margins > 0).mean())]
 
 
-def test_evaluation_measures_any_model_on_pairs(tmp_path, tiny_student, ray_cluster):
+def test_any_model_is_evaluated_on_pairs(tmp_path, tiny_student, ray_cluster):
     held_out = write_pairs(tmp_path / "held_out.jsonl", count=9, seed=7)
     run = config(tmp_path, tiny_student, evaluation=held_out)
     summary = evaluate_model(run, tiny_student)
@@ -228,7 +228,7 @@ def test_evaluation_measures_any_model_on_pairs(tmp_path, tiny_student, ray_clus
     assert {"prefers right", "by nats"} < set(headings)
 
 
-def test_rows_that_are_no_pairs_are_refused(tmp_path, tiny_student):
+def test_rows_without_pairs_are_refused(tmp_path, tiny_student):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     values = config(tmp_path, tiny_student).model_dump(mode="json")
     values["data"]["train"]["path"] = str(tmp_path / "rows.jsonl")

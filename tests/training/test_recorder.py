@@ -1,4 +1,4 @@
-"""`metrics.jsonl` holds each step of the surviving history once, and can be followed cheaply."""
+"""`metrics.jsonl` contains each step of the surviving history once, and can be followed while it grows."""
 
 import json
 
@@ -13,7 +13,7 @@ def steps(rows):
     return [row["step"] for row in rows]
 
 
-def test_a_recorder_opened_at_a_checkpoint_cuts_back_what_came_after(tmp_path):
+def test_recorder_opened_at_a_checkpoint_removes_later_steps(tmp_path):
     first = Recorder(tmp_path, 0, QUIET)
     for step in range(1, 6):
         first.record({"step": step, "loss": 1.0})
@@ -27,7 +27,7 @@ def test_a_recorder_opened_at_a_checkpoint_cuts_back_what_came_after(tmp_path):
     assert [row["loss"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 1.0, 2.0]
 
 
-def test_a_follower_sees_each_row_once_and_begins_again_after_a_cut(tmp_path):
+def test_follower_returns_each_row_once_and_starts_again_after_a_cut(tmp_path):
     follower = MetricsFollower(tmp_path / "metrics.jsonl")
     assert follower.new_rows() == []
     recorder = Recorder(tmp_path, 0, QUIET)

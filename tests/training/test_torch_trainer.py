@@ -1,4 +1,4 @@
-"""The trainer that starts fewer actors learns what Ray's own does, and gives way to it where Ray has other parts."""
+"""The trainer with fewer actors gives the same run as Ray's own, which replaces it if Ray lacks a private part."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_both_trainers_give_the_same_run(tmp_path, tiny_student, ray_cluster, mo
     "from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy; "
     "del FixedScalingPolicy.__mro__[1]._maybe_send_resource_request",
 ])  # fmt: skip
-def test_a_ray_without_a_private_part_gets_its_own_trainer(lost):
+def test_missing_private_parts_select_the_plain_trainer(lost):
     """The part is removed before rayk is imported; TorchTrainer itself imports some of the modules first."""
     program = (
         f"import sys\nfrom ray.train.torch import TorchTrainer\n{lost}\n"

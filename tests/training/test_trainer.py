@@ -17,14 +17,14 @@ RuntimeError: out of memory
 """
 
 
-def test_a_failure_is_described_by_its_last_line():
+def test_failure_is_described_by_the_last_line_of_its_report():
     report = WorkerGroupError(f"[Rank 0 Error Snippet]:\n{TRACEBACK}\n[Rank 1]: …", {0: RuntimeError(TRACEBACK)})
     assert _cause(report) == "RuntimeError: out of memory"
     assert _cause(WorkerGroupError("No worker came up.", {})) == "No worker came up."
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_interruption_is_a_request_and_the_second_ends_at_once(tmp_path, number):
+def test_first_interruption_requests_a_stop_and_the_second_stops_at_once(tmp_path, number):
     def previous(*_):
         raise SystemExit(number)
 
@@ -51,7 +51,7 @@ def _interrupt(number, times, request, seen, aborted):
             seen.append((request.exists(), list(aborted)))
 
 
-def test_work_in_a_thread_returns_or_raises_as_it_does_itself():
+def test_work_in_a_thread_returns_its_result_or_raises_its_error():
     assert _run_in_thread(lambda: time.sleep(0.01) or 3) == 3
     with pytest.raises(ZeroDivisionError):
         _run_in_thread(lambda: 1 / 0)
