@@ -1,4 +1,4 @@
-"""Tiny tokenizers and models for the tests: made on the spot from a seed, never fetched."""
+"""Tiny tokenizers and models for the tests, generated from a seed and never downloaded."""
 
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ def tiny_tokenizer(
     eos: bool = True,
     chat_template: str | None = CHAT_TEMPLATE,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that reads any text, saved to `folder` if given.
+    """Train a byte-level BPE tokenizer that encodes any text, and save it to `folder` if given.
 
-    `vocab_size` below 262 (256 bytes and the special tokens) cannot be had; other sentences give other merges, so two
-    tokenizers with different `sentences` disagree about token boundaries.
+    The smallest `vocab_size` is 262 (256 bytes and the special tokens). Tokenizers with different `sentences` have
+    different merges and token boundaries.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +77,7 @@ def tiny_model(
     tokenizer: PreTrainedTokenizerFast | None = None,
     positions: int = 512,
 ) -> torch.nn.Module:
-    """A causal LM with random weights in eval mode, saved to `folder` (with `tokenizer`) if given.
+    """Return a causal LM with random weights in eval mode, and save it to `folder` (with `tokenizer`) if given.
 
     `architecture`: llama, gpt2, qwen2, gemma2 (soft-cap), granite and cohere (logit scales). `peaked` multiplies the
     head's weights (with `tie` also the embeddings'), so that distributions are less flat.
@@ -98,7 +98,7 @@ def tiny_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings)).eval()
         with torch.no_grad():
-            # transformers starts heads at a standard deviation of 0.02, which makes every distribution uniform.
+            # transformers initializes heads with a standard deviation of 0.02, so distributions would be uniform.
             head = model.get_output_embeddings().weight
             head.normal_(std=peaked * hidden**-0.5)
     if folder is not None:
@@ -112,8 +112,7 @@ def tiny_encoder(
     folder: Path | str, *, tokenizer: PreTrainedTokenizerFast | None = None, hidden: int = 32, layers: int = 2,
     seed: int = 0, positions: int = 512,
 ) -> str:  # fmt: skip
-    """The folder of a BERT with random weights and a tokenizer that marks where texts and pairs of them end, as
-    cross-encoders want it."""
+    """Save a BERT with random weights and a tokenizer that marks ends of texts and pairs, for cross-encoders."""
     tokenizer = tokenizer or tiny_tokenizer(bos=True)
     marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (BOS, EOS)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -130,10 +129,10 @@ def tiny_encoder(
     return str(folder)
 
 
-def moved(model: torch.nn.Module) -> torch.nn.Module:
-    """`model`, what learns of it changed as if it had."""
+def perturb(model: torch.nn.Module) -> torch.nn.Module:
+    """Change the trainable parameters of `model`, as training would, and return it."""
     with torch.no_grad():
-        for number, parameter in enumerate(each for each in model.parameters() if each.requires_grad):
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
             waves = torch.arange(parameter.numel(), dtype=torch.float32).add(number).sin()
             parameter.add_(0.1 * waves.reshape(parameter.shape))
     return model

@@ -1,4 +1,4 @@
-"""One engine of the tiny teacher, and the model itself to hold it against."""
+"""An engine with the tiny teacher, and the same model in plain transformers."""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -13,5 +13,5 @@ def engine(tiny_teacher):
 
 @pytest.fixture(scope="module")
 def reference(tiny_teacher):
-    """The same model by itself."""
+    """The same model in plain transformers."""
     return AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()

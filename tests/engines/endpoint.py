@@ -1,4 +1,4 @@
-"""A local OpenAI-compatible endpoint that misbehaves as told."""
+"""A local OpenAI-compatible endpoint with configurable failures."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from typing import Any
 class Reply:
     status: int = 200
     body: bytes | None = None
-    """By default what the endpoint's `answer` makes of the request."""
+    """By default the result of the endpoint's `answer` for the request."""
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     cut_off: bool = False
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReceivedRequest:
     prompt: str
     path: str
     key: str
@@ -32,23 +32,23 @@ class Asked:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # at the default of 5 some of many connections wait a second
+    request_queue_size = 128  # with the default of 5, some connections wait for a second
 
 
 class Endpoint:
-    """Gives each prompt the replies written for it, one a request, and proper ones after them.
+    """Answers each prompt with the replies in `replies`, one per request, and with normal replies after them.
 
     Attributes:
-        asked: the requests, where it `remembers` them.
-        answer: makes the proper ones; by default completions that repeat the prompt in brackets.
+        requests: the received requests, if `records` is true.
+        answer: returns the normal replies; by default completions that repeat the prompt in brackets.
     """
 
-    def __init__(self, *, remembers: bool = True) -> None:
+    def __init__(self, *, records: bool = True) -> None:
         self.replies: dict[str, list[Reply]] = defaultdict(list)
         self.answer: Callable[[dict[str, Any]], bytes] = completion
-        self.asked: list[Asked] = []
-        self._remembers = remembers
-        self.most_at_once = 0
+        self.requests: list[ReceivedRequest] = []
+        self._records = records
+        self.max_concurrent = 0
         self._open = 0
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), self._handler())
@@ -59,14 +59,14 @@ class Endpoint:
         self._server.shutdown()
         self._server.server_close()
 
-    def begin_anew(self) -> None:
-        """Forget what was asked and told."""
+    def reset(self) -> None:
+        """Remove all replies and recorded requests."""
         self.replies.clear()
-        self.asked.clear()
+        self.requests.clear()
         self.answer = completion
 
-    def requests_of(self, prompt: str) -> list[Asked]:
-        return [each for each in self.asked if each.prompt == prompt]
+    def requests_for(self, prompt: str) -> list[ReceivedRequest]:
+        return [request for request in self.requests if request.prompt == prompt]
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         endpoint = self
@@ -86,12 +86,12 @@ class Endpoint:
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it waits no longer
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client closed the connection
                     self.wfile.write(content[: len(content) // 2] if reply.cut_off else content)
                 self.close_connection = reply.cut_off
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Nothing."""
+                """Log nothing."""
 
         return Handler
 
@@ -99,9 +99,9 @@ class Endpoint:
         prompt = prompt_of(body)
         with self._lock:
             self._open += 1
-            self.most_at_once = max(self.most_at_once, self._open)
-            if self._remembers:
-                self.asked.append(Asked(prompt, path, key, body, time.monotonic()))
+            self.max_concurrent = max(self.max_concurrent, self._open)
+            if self._records:
+                self.requests.append(ReceivedRequest(prompt, path, key, body, time.monotonic()))
             return self.replies[prompt].pop(0) if self.replies.get(prompt) else Reply()
 
 
@@ -109,9 +109,9 @@ def prompt_of(body: dict[str, Any]) -> str:
     return body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
 
-def completion(body: dict[str, Any], written: str | None = None, **changed: Any) -> bytes:
-    """A proper answer to `body`, three tokens for the prompt and two written; `changed`: parts of its choice."""
-    text = f"[{prompt_of(body)}]" if written is None else written
+def completion(body: dict[str, Any], generated: str | None = None, **changed: Any) -> bytes:
+    """Return a normal reply to `body`: three prompt tokens, two generated; `changed` are fields of its choice."""
+    text = f"[{prompt_of(body)}]" if generated is None else generated
     content = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
     choice = {"index": 0, "finish_reason": "stop", "logprobs": None} | content | changed
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}

@@ -1,4 +1,4 @@
-"""What engines are asked in tests, and a model's own answers to hold theirs against."""
+"""Requests to engines, and reference results from the model's own forward pass."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ def sequence(length, seed=0, counted=None):
 
 @torch.no_grad()
 def dense(model, sequences):
-    """Dense log-probs [counted tokens, padded vocab] of a model's own forward, a sequence at a time."""
+    """Return dense log-probs [counted tokens, padded vocab] by the model's own forward pass, sequence by sequence."""
     rows = []
     for one in sequences:
         logits = model(input_ids=torch.from_numpy(one.input_ids.astype(np.int64))[None]).logits[0].float()
@@ -27,7 +27,7 @@ def dense(model, sequences):
     return torch.cat(rows)
 
 
-def assert_right(signals, model, sequences, atol=1e-4):
+def assert_correct(signals, model, sequences, atol=1e-4):
     exact = dense(model, sequences)
     counts = [one.counted_tokens for one in sequences]
     assert signals.offsets.diff().tolist() == counts
@@ -48,11 +48,11 @@ def prompts_of(*lengths):
 
 
 @torch.no_grad()
-def assert_logprobs_right(model, prompt, written):
-    ids = torch.from_numpy(np.concatenate([prompt, written.token_ids]).astype(np.int64))
+def assert_logprobs_correct(model, prompt, completion):
+    ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids]).astype(np.int64))
     exact = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(1)
     exact = exact.gather(1, ids[len(prompt) :, None])[:, 0]
-    np.testing.assert_allclose(written.logprobs, exact.numpy(), atol=1e-3)
+    np.testing.assert_allclose(completion.logprobs, exact.numpy(), atol=1e-3)
 
 
 @torch.no_grad()

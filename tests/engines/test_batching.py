@@ -7,7 +7,7 @@ from rayk.engines.batching import MicroBatcher
 
 
 class Recorder:
-    """A run function that doubles its items and keeps the batches it was given; `gate` holds it up."""
+    """A run function that doubles its items and records its batches; it waits while `gate` is closed."""
 
     def __init__(self, refuse=()):
         self.batches = []
@@ -25,11 +25,11 @@ class Recorder:
         return [2 * item for item in items]
 
 
-async def begun(recorder):
+async def wait_for_batch(recorder):
     await asyncio.to_thread(recorder.started.wait, 30)
 
 
-def test_results_come_in_the_order_asked():
+def test_results_keep_the_order_of_the_items():
     async def main():
         batcher = MicroBatcher(Recorder(), budget_tokens=10)
         lengths = [7, 1, 5, 3, 9, 2, 2, 8]
@@ -51,14 +51,14 @@ def test_concurrent_callers_share_a_batch():
     assert run.batches == [("a", [0, 1, 2, 3, 4, 5])]
 
 
-def test_those_who_come_during_a_batch_share_the_next():
+def test_items_submitted_during_a_batch_share_the_next_one():
     run = Recorder()
 
     async def main():
         batcher = MicroBatcher(run, budget_tokens=100)
         run.gate.clear()
         first = asyncio.create_task(batcher.submit("a", [0], [1]))
-        await begun(run)
+        await wait_for_batch(run)
         rest = [asyncio.create_task(batcher.submit("a", [i], [1])) for i in range(1, 5)]
         await asyncio.sleep(0)
         run.gate.set()
@@ -89,11 +89,11 @@ def test_padded_tokens_stay_within_the_budget():
     asyncio.run(main())
     for _, items in run.batches:
         padded = max(lengths[i] for i in items) * len(items)
-        assert padded <= 18 or items == [5], "only what is too long by itself goes over, and alone"
+        assert padded <= 18 or items == [5], "only a single item may exceed the budget"
     assert sorted(i for _, items in run.batches for i in items) == list(range(12))
 
 
-def test_a_batch_holds_what_is_near_in_length():
+def test_a_batch_contains_items_of_similar_length():
     run = Recorder()
 
     async def main():
@@ -103,15 +103,15 @@ def test_a_batch_holds_what_is_near_in_length():
     assert [sorted(items) for _, items in run.batches] == [[0, 2, 4], [1, 3, 5]]
 
 
-def test_the_oldest_never_starves():
-    """A long item waits at most one batch, however many short ones keep coming."""
+def test_the_oldest_item_is_in_the_next_batch():
+    """A long item waits for at most one batch, whatever number of short ones is submitted after it."""
     run = Recorder()
 
     async def main():
         batcher = MicroBatcher(run, budget_tokens=20)
         run.gate.clear()
         shorts = [asyncio.create_task(batcher.submit("a", [0], [2]))]
-        await begun(run)
+        await wait_for_batch(run)
         long = asyncio.create_task(batcher.submit("a", [-1], [20]))
         await asyncio.sleep(0)
         shorts += [asyncio.create_task(batcher.submit("a", [i], [2])) for i in range(1, 40)]
@@ -123,7 +123,7 @@ def test_the_oldest_never_starves():
     assert run.batches[1] == ("a", [-1])
 
 
-def test_an_error_reaches_only_those_in_its_batch():
+def test_an_error_is_raised_only_for_the_items_of_its_batch():
     run = Recorder(refuse=[3])
 
     async def main():
@@ -136,7 +136,7 @@ def test_an_error_reaches_only_those_in_its_batch():
     assert isinstance(results[3], ValueError)
 
 
-def test_after_an_error_the_askers_other_items_are_not_run():
+def test_after_an_error_the_callers_other_items_are_not_run():
     run = Recorder(refuse=[0])
 
     async def main():
@@ -149,50 +149,50 @@ def test_after_an_error_the_askers_other_items_are_not_run():
     ran = [items for _, items in run.batches]
     assert ran[0] == [0]
     assert ran[-1] == [5]
-    assert len(ran) <= 3, "at most one more batch, that which began while the asker was being told"
+    assert len(ran) <= 3, "at most one more batch, started before the caller received the error"
 
 
-def test_a_caller_that_leaves_costs_nothing():
+def test_nothing_is_computed_for_a_cancelled_caller():
     run = Recorder()
 
     async def main():
         batcher = MicroBatcher(run, budget_tokens=1)
         run.gate.clear()
-        stays = asyncio.create_task(batcher.submit("a", [0], [1]))
-        await begun(run)
-        leaves = asyncio.create_task(batcher.submit("a", [1, 2, 3], [1, 1, 1]))
-        also_stays = asyncio.create_task(batcher.submit("a", [4], [1]))
+        waits = asyncio.create_task(batcher.submit("a", [0], [1]))
+        await wait_for_batch(run)
+        cancelled = asyncio.create_task(batcher.submit("a", [1, 2, 3], [1, 1, 1]))
+        also_waits = asyncio.create_task(batcher.submit("a", [4], [1]))
         await asyncio.sleep(0)
-        leaves.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await leaves
+            await cancelled
         run.gate.set()
-        assert await asyncio.gather(stays, also_stays) == [[0], [8]]
+        assert await asyncio.gather(waits, also_waits) == [[0], [8]]
         assert batcher._waiting == []
 
     asyncio.run(main())
     assert [items for _, items in run.batches] == [[0], [4]]
 
 
-def test_leaving_during_ones_own_batch_harms_no_companion():
+def test_cancellation_during_a_batch_affects_no_other_caller():
     run = Recorder()
 
     async def main():
         batcher = MicroBatcher(run, budget_tokens=10)
         run.gate.clear()
-        leaves = asyncio.create_task(batcher.submit("a", [1], [1]))
-        stays = asyncio.create_task(batcher.submit("a", [2], [1]))
-        await begun(run)
-        leaves.cancel()
+        cancelled = asyncio.create_task(batcher.submit("a", [1], [1]))
+        waits = asyncio.create_task(batcher.submit("a", [2], [1]))
+        await wait_for_batch(run)
+        cancelled.cancel()
         await asyncio.sleep(0)
         run.gate.set()
-        assert await stays == [4]
+        assert await waits == [4]
         assert await batcher.submit("a", [3], [1]) == [6]
 
     asyncio.run(main())
 
 
-def test_an_idle_batcher_works_again_on_another_event_loop():
+def test_an_idle_batcher_works_on_another_event_loop():
     batcher = MicroBatcher(Recorder(), budget_tokens=10)
     for _ in range(2):
         assert asyncio.run(batcher.submit("a", [1, 2], [1, 1])) == [2, 4]

@@ -1,4 +1,4 @@
-"""Every support the transformers engine gives, against the model's own dense logits."""
+"""Every support of the transformers engine, compared with the model's own dense logits."""
 
 import asyncio
 from dataclasses import replace
@@ -27,21 +27,21 @@ def score(engine, sequences, support):
 SEQUENCES = [sequence(length, seed) for seed, length in enumerate((9, 40, 3, 17))]
 
 
-def asking(sequences, m, seed=0):
-    """The sequences with `m` ids a position: some named twice, some places left empty, one position with none."""
-    random, named = np.random.default_rng(seed), []
+def with_requested_ids(sequences, m, seed=0):
+    """Return the sequences with `m` requested ids per position: some duplicate, some -1, one position with only -1."""
+    random, result = np.random.default_rng(seed), []
     for one in sequences:
         ids = random.integers(0, VOCAB, (one.counted_tokens, m)).astype(np.int32)
         ids[:, -1] = ids[:, 0]
         ids[random.random(ids.shape) < 0.2] = -1
         ids[0] = -1
-        named.append(TokenSequence(one.input_ids, one.counted, ids))
-    return named
+        result.append(TokenSequence(one.input_ids, one.counted, ids))
+    return result
 
 
 @pytest.mark.parametrize("k", [0, 5, VOCAB])
-def test_requested_ids_are_united_with_the_likeliest(engine, reference, k):
-    sequences = asking(SEQUENCES, 6)
+def test_requested_ids_are_combined_with_the_likeliest(engine, reference, k):
+    sequences = with_requested_ids(SEQUENCES, 6)
     signals = score(engine, sequences, Requested(k, (1.0, 2.0)))
     exact = dense(reference, sequences)
     width = min(k + 6, VOCAB)
@@ -58,10 +58,13 @@ def test_requested_ids_are_united_with_the_likeliest(engine, reference, k):
     torch.testing.assert_close(signals.offsets.diff(), torch.tensor([one.counted_tokens for one in sequences]))
 
 
-def test_requested_ids_need_to_be_given_alike_and_real(engine):
+def test_missing_unequal_or_invalid_requested_ids_are_refused(engine):
     for sequences, said in [
         (SEQUENCES, "needs the ids"),
-        ([asking(SEQUENCES, 3)[0], asking(SEQUENCES, 4)[1]], "3 and 4 requested ids per position"),
+        (
+            [with_requested_ids(SEQUENCES, 3)[0], with_requested_ids(SEQUENCES, 4)[1]],
+            "3 and 4 requested ids per position",
+        ),
         (
             [TokenSequence(np.array([5, 6], np.int32), np.array([False, True]), np.array([[VOCAB]], np.int32))],
             "outside",
@@ -75,7 +78,7 @@ def test_requested_ids_need_to_be_given_alike_and_real(engine):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("tie", [False, True])
-def test_hidden_states_and_the_head_make_the_dense_logits(tmp_path, architecture, tie):
+def test_hidden_states_and_the_head_reproduce_the_dense_logits(tmp_path, architecture, tie):
     """Tied heads, heads with a scale (granite, cohere) and with a soft-cap (gemma2)."""
     model = tiny_model(tmp_path, architecture=architecture, tie=tie, peaked=4.0, tokenizer=tiny_tokenizer())
     engine = TransformersEngine(str(tmp_path))
@@ -125,9 +128,9 @@ def test_sampled_weights_are_unbiased(engine, reference, tau):
             torch.testing.assert_close(drawn.sum(1), torch.ones(len(exact)).double())
             counts += drawn * 50
     proposal = (tau * exact.log()).softmax(1)
-    # Standard error of a mean of `rounds * 50` draws of the weight p / proposal.
+    # Standard error of the mean of `rounds * 50` samples of the weight p / proposal.
     error = ((exact**2 / proposal - exact**2).clamp(min=1e-12) / (rounds * 50)).sqrt()
-    often = proposal * rounds * 50 >= 20  # else a mean is far from normal
+    often = proposal * rounds * 50 >= 20  # else the mean is not approximately normal
     assert bool(((total / rounds - exact).abs() < 5 * error)[often].all())
     rare = (total / rounds * ~often).sum(1), (exact * ~often).sum(1)
     torch.testing.assert_close(*rare, atol=5 * float((error**2 * ~often).sum(1).max().sqrt()), rtol=0)
@@ -139,18 +142,18 @@ def test_sampled_weights_are_unbiased(engine, reference, tau):
             assert chisquare(observed, [*expected[often], expected[~often].sum()]).pvalue > 1e-4
 
 
-def test_draws_follow_from_the_seed_and_the_sequence_alone(engine):
+def test_samples_depend_only_on_the_seed_and_the_sequence(engine):
     support = Sampled(20, seed=3)
-    together, alone = score(engine, SEQUENCES, support), score(engine, SEQUENCES[1:2], support)
-    mine = together.select([1])
-    # Other companions in a batch move probabilities by rounding, and a coin on the edge with them.
-    assert (mine.ids == alone.ids).float().mean() > 0.98
+    batch, alone = score(engine, SEQUENCES, support), score(engine, SEQUENCES[1:2], support)
+    row = batch.select([1])
+    # Other rows in a batch change probabilities by rounding, and therefore a sample at a boundary.
+    assert (row.ids == alone.ids).float().mean() > 0.98
     others = score(engine, SEQUENCES, Sampled(20, seed=4))
-    assert not torch.equal(others.weights, together.weights)
-    assert len({tuple(row.tolist()) for row in together.ids}) > len(together.ids) // 2
+    assert not torch.equal(others.weights, batch.weights)
+    assert len({tuple(row.tolist()) for row in batch.ids}) > len(batch.ids) // 2
 
 
-def test_sampled_signals_carry_the_teachers_entropy(engine, reference):
+def test_sampled_signals_contain_the_teachers_entropy(engine, reference):
     exact = dense(reference, SEQUENCES)
     signals = score(engine, SEQUENCES, Sampled(10))
     torch.testing.assert_close(signals.entropies, -(exact.exp() * exact).sum(1), atol=1e-4, rtol=0)

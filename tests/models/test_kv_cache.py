@@ -23,8 +23,8 @@ def alone(model, row):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_reading_on_is_reading_from_the_start(architecture):
-    """Unequal pasts (one of them none) and unequal continuations; then token by token, after cutting some off."""
+def test_continuing_from_the_cache_equals_computing_from_the_start(architecture):
+    """Caches and continuations of different lengths (one cache empty); then token by token, after a truncation."""
     model = tiny_model(architecture=architecture)
     if architecture == "gemma2":
         model.config.sliding_window = 8
@@ -58,14 +58,14 @@ def test_reading_on_is_reading_from_the_start(architecture):
         torch.testing.assert_close(state[0], alone(model, row)[len(past) + 12], atol=1e-5, rtol=1e-5)
 
 
-def test_models_that_keep_a_state_cannot_be_cut():
+def test_models_with_a_recurrent_state_cannot_continue():
     from transformers import MambaConfig, MambaForCausalLM
 
     config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1)
     assert not can_continue(MambaForCausalLM(config))
 
 
-def test_clones_hold_their_own_memory_only():
+def test_clones_share_no_memory():
     model = tiny_model()
     batch = CachedBatch(model, [KeyValues()] * 2)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def test_body_and_head_equal_the_models_own_logits(architecture, tie):
 @pytest.mark.parametrize(("architecture", "key"), [("granite", "logits_scaling"), ("cohere", "logit_scale")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peaked", [0.02, 4.0], ids=["flat", "peaked"])
-def test_a_scale_that_head_does_not_know_is_refused(architecture, key, dtype, peaked):
+def test_a_scale_unknown_to_head_is_refused(architecture, key, dtype, peaked):
     model = tiny_model(architecture=architecture, peaked=peaked).to(dtype)
     own = getattr(model.config, key)
     model.logit_scale = own  # what Cohere's forward reads
@@ -68,7 +68,7 @@ def test_a_scale_that_head_does_not_know_is_refused(architecture, key, dtype, pe
         check_head(model)
 
 
-def test_a_softcap_that_head_does_not_know_is_refused():
+def test_a_softcap_unknown_to_head_is_refused():
     model = tiny_model(architecture="llama", peaked=4.0)
     forward = model.forward
 
@@ -83,7 +83,7 @@ def test_a_softcap_that_head_does_not_know_is_refused():
         check_head(model)
 
 
-def test_the_tokenizers_highest_id_ends_the_vocabulary():
+def test_the_vocabulary_ends_with_the_tokenizers_highest_id():
     assert real_vocab_size(tiny_tokenizer(vocab_size=300)) == 300
 
 
@@ -115,7 +115,7 @@ def refusal(load, name):
     return sentence
 
 
-def test_a_folder_loads_in_the_dtype_asked_for(folder):
+def test_a_folder_loads_in_the_requested_dtype(folder):
     assert load_model(str(folder), dtype="bfloat16").dtype == torch.bfloat16
     assert load_model(str(folder)).dtype == torch.float32
     assert not load_model(str(folder)).training
@@ -127,12 +127,12 @@ def test_a_missing_folder_is_one_sentence(load, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_model_config])
-def test_a_missing_relative_folder_is_told_from_a_hub_id(load):
+def test_a_missing_relative_folder_is_mentioned_with_a_hub_id(load):
     assert "no such folder" in refusal(load, "models/nonesuch")
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_model_config])
-def test_a_folder_that_holds_no_model_is_one_sentence(load, tmp_path):
+def test_a_folder_without_a_model_is_one_sentence(load, tmp_path):
     refusal(load, tmp_path)
 
 
@@ -180,7 +180,7 @@ def test_loading_prints_nothing(folder, capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
 
 
-def test_tied_weights_are_not_taken_for_missing(tmp_path):
+def test_tied_weights_are_not_reported_as_missing(tmp_path):
     tiny_model(tmp_path, tie=True)
     assert isinstance(load_model(str(tmp_path)), type(AutoModelForCausalLM.from_pretrained(tmp_path)))
 
@@ -197,7 +197,7 @@ def fingerprint_after(folder, change):
 
 
 @pytest.mark.parametrize("whole_bytes", [64 << 20, 4096], ids=["read-whole", "sampled"])
-def test_the_fingerprint_changes_with_any_tensor_and_not_with_the_place(tmp_path, monkeypatch, whole_bytes):
+def test_the_fingerprint_depends_on_every_tensor_and_not_on_the_folder(tmp_path, monkeypatch, whole_bytes):
     monkeypatch.setattr("rayk.models.fingerprint._HASHED_WHOLE_BYTES", whole_bytes)
     tiny_model(tmp_path / "model", seed=1)
     own = weights_fingerprint(str(tmp_path / "model"))
@@ -226,7 +226,7 @@ def test_the_fingerprint_of_a_hub_model_is_its_commit():
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["whole", "sharded"])
-def test_a_head_is_read_without_its_body(tmp_path, architecture, tie, shard):
+def test_a_head_is_loaded_without_its_body(tmp_path, architecture, tie, shard):
     model = tiny_model(architecture=architecture, tie=tie, peaked=4.0)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
@@ -236,7 +236,7 @@ def test_a_head_is_read_without_its_body(tmp_path, architecture, tie, shard):
     assert load_head(str(tmp_path), dtype=torch.bfloat16).weight.dtype == torch.bfloat16
 
 
-def test_a_head_that_is_not_in_the_safetensors_is_one_sentence(tmp_path):
+def test_a_head_missing_in_the_safetensors_is_one_sentence(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"contain none of lm_head.weight.*leave 'engine.hidden' out"):

@@ -1,4 +1,4 @@
-"""An adapter starts as its base, is all that learns, and merges into what it was."""
+"""An untrained adapter changes nothing, only the adapter is trained, and it merges into the base."""
 
 import copy
 import sys
@@ -15,7 +15,7 @@ from rayk.models.lora import add_adapter, merged_state_dict
 from rayk.models.student import ParameterCount, count_parameters, count_planned_parameters, make_model
 from rayk.rollouts import trainable_state_dict
 from rayk.training.student import save_model
-from tests.tiny import moved, tiny_model, tiny_tokenizer
+from tests.tiny import perturb, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 IDS = torch.arange(3, 27).reshape(3, 8)
@@ -44,7 +44,7 @@ def logits(model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_student_starts_as_its_base_exactly(kind, dtype, tmp_path):
+def test_the_untrained_student_equals_its_base(kind, dtype, tmp_path):
     model = student_of(tmp_path / "base", dtype=dtype, **kind).eval()
     assert torch.equal(logits(model), logits(load_model(str(tmp_path / "base"), dtype=dtype)))
     learning = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
@@ -54,7 +54,7 @@ def test_the_student_starts_as_its_base_exactly(kind, dtype, tmp_path):
 
 
 def test_only_the_adapter_gets_gradients(tmp_path):
-    model = moved(student_of(tmp_path / "base")).train()
+    model = perturb(student_of(tmp_path / "base")).train()
     logits(model).logsumexp(1).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".lora_" in name), name
@@ -62,8 +62,8 @@ def test_only_the_adapter_gets_gradients(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "lora"), [*((kind, {}) for kind in KINDS), ({}, WHOLE)], ids=str)
-def test_merged_it_computes_the_same_in_plain_transformers_and_peft(kind, lora, tmp_path):
-    model = moved(student_of(tmp_path / "base", lora=lora, **kind)).eval()
+def test_merged_and_adapted_models_compute_the_same(kind, lora, tmp_path):
+    model = perturb(student_of(tmp_path / "base", lora=lora, **kind)).eval()
     before = copy.deepcopy(model.state_dict())
     save_model(model, TOKENIZER, tmp_path / "model")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -77,20 +77,20 @@ def test_merged_it_computes_the_same_in_plain_transformers_and_peft(kind, lora, 
             got = each(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
-        assert (expected - untrained).abs().max() > 0.05  # so that equality says something
+        assert (expected - untrained).abs().max() > 0.05  # so that the comparison is meaningful
         check_head(model)
     assert merged_state_dict(model).keys() == load_model(str(tmp_path / "base")).state_dict().keys()
 
 
-def test_a_bfloat16_base_is_merged_in_its_own_type(tmp_path):
-    model = moved(student_of(tmp_path / "base", dtype="bfloat16")).eval()
+def test_a_bfloat16_base_is_merged_in_bfloat16(tmp_path):
+    model = perturb(student_of(tmp_path / "base", dtype="bfloat16")).eval()
     save_model(model, TOKENIZER, tmp_path / "model")
     plain = load_model(str(tmp_path / "model"))
     assert plain.dtype == torch.bfloat16
     torch.testing.assert_close(logits(plain), logits(model), atol=0.1, rtol=0.05)
 
 
-def test_the_adapter_is_drawn_from_the_seed_alone(tmp_path):
+def test_the_adapter_depends_only_on_the_seed(tmp_path):
     first = student_of(tmp_path / "base", seed=7)
     torch.rand(3)
     state = torch.get_rng_state()
@@ -101,11 +101,11 @@ def test_the_adapter_is_drawn_from_the_seed_alone(tmp_path):
     assert not torch.equal(first.get_parameter(A_NAME), other.get_parameter(A_NAME))
 
 
-def test_rows_go_through_packed_and_checkpointed_as_padded(tmp_path):
-    plain = moved(student_of(tmp_path / "base"))
+def test_packed_and_checkpointed_gradients_equal_padded_ones(tmp_path):
+    plain = perturb(student_of(tmp_path / "base"))
     assert plain.config._attn_implementation == "rayk_packed"
-    saving = moved(student_of(tmp_path / "base", gradient_checkpointing=True))
-    padded = moved(student_of(tmp_path / "base"))
+    saving = perturb(student_of(tmp_path / "base", gradient_checkpointing=True))
+    padded = perturb(student_of(tmp_path / "base"))
     padded.set_attn_implementation("sdpa")
     gradients = []
     for model in (plain, saving, padded):
@@ -116,13 +116,13 @@ def test_rows_go_through_packed_and_checkpointed_as_padded(tmp_path):
             torch.testing.assert_close(other[name], expected, atol=1e-4, rtol=1e-3)
 
 
-def test_dropout_is_of_training_alone(tmp_path):
-    model, dry = (moved(student_of(tmp_path / "base", lora={"dropout": rate})) for rate in (0.5, 0.0))
+def test_dropout_applies_only_in_training(tmp_path):
+    model, dry = (perturb(student_of(tmp_path / "base", lora={"dropout": rate})) for rate in (0.5, 0.0))
     assert torch.equal(logits(model.eval()), logits(dry.eval()))
     assert not torch.equal(logits(model.train()), logits(dry.train()))
 
 
-def test_the_size_is_known_before_any_weight_is_loaded(tmp_path):
+def test_parameters_are_counted_without_loading_weights(tmp_path):
     model = student_of(tmp_path / "base", tie=True)
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
     adapters = 2 * 4 * (4 * 16 + 16 + 8 + 8 + 16 + 2 * (16 + 32) + 32 + 16)
@@ -138,7 +138,7 @@ def test_the_size_is_known_before_any_weight_is_loaded(tmp_path):
     )
 
 
-def test_what_travels_and_is_kept_is_the_adapter(tmp_path):
+def test_only_the_adapter_is_trainable_state(tmp_path):
     model = student_of(tmp_path / "base", lora=WHOLE)
     names = {name for name, each in model.named_parameters() if each.requires_grad}
     assert trainable_state_dict(model).keys() == names
@@ -158,7 +158,7 @@ def test_what_travels_and_is_kept_is_the_adapter(tmp_path):
         ({"target_modules": ["input_layernorm"]}, False, "student.lora cannot be added to LlamaForCausalLM: Target"),
     ],
 )
-def test_modules_that_cannot_learn_so_are_named(lora, tie, said):
+def test_modules_that_cannot_be_adapted_are_named(lora, tie, said):
     with pytest.raises(InputError, match=said):
         add_adapter(tiny_model(tie=tie), LoraConfig(**lora), 0, "base")
 
@@ -184,7 +184,7 @@ def test_settings_that_do_not_fit_are_refused(student, said):
         parse_config({"student": student, "data": {"train": {"path": "rows"}}, "method": {"kind": "supervised"}})
 
 
-def test_without_peft_it_says_how_to_get_it(monkeypatch):
+def test_a_missing_peft_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"pip install 'rayk\[lora\]'"):
         add_adapter(tiny_model(), LoraConfig(), 0, "base")

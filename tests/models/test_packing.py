@@ -1,4 +1,4 @@
-"""Packed rows give what padded rows give, or the body keeps its own attention."""
+"""Packed rows equal padded rows, or the body keeps its own attention."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ PACKED = {
 }
 UNPACKED = {
     "bloom": {"n_layer": 2, "n_head": 4},  # positions come from the mask
-    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2},  # a recurrent state crosses from row to row
+    "qwen3_next": {"num_experts": 4, "num_experts_per_tok": 2},  # a recurrent state continues from row to row
 }
 
 
@@ -68,7 +68,7 @@ def test_packed_rows_equal_padded_rows(kind, checkpointing):
 
 
 @pytest.mark.parametrize("kind", UNPACKED)
-def test_a_body_that_mixes_tokens_otherwise_stays_padded(kind):
+def test_a_body_that_mixes_tokens_outside_attention_stays_padded(kind):
     model = model_of(kind, **UNPACKED[kind])
     before = model.config._attn_implementation
     hidden, _ = hidden_and_gradients(model)
@@ -79,7 +79,7 @@ def test_a_body_that_mixes_tokens_otherwise_stays_padded(kind):
     torch.testing.assert_close(hidden_and_gradients(model)[0], hidden)
 
 
-def test_a_body_whose_rows_leak_is_found_by_the_probe(monkeypatch):
+def test_rows_that_influence_each_other_are_detected(monkeypatch):
     monkeypatch.setattr("rayk.models.packing._row_wise", lambda config: True)
     model = model_of("qwen3_next", **UNPACKED["qwen3_next"])
 
@@ -98,7 +98,7 @@ def test_rows_beyond_the_sliding_window_are_padded():
     torch.testing.assert_close(hidden_and_gradients(model), (hidden, gradients))
 
 
-def test_generation_is_as_it_was():
+def test_packing_does_not_change_generation():
     model = model_of("llama")
     ids, mask = rows()
     asked = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1), "max_new_tokens": 8, "do_sample": False}
@@ -110,7 +110,7 @@ def test_generation_is_as_it_was():
     assert torch.equal(model.generate(**asked), before)
 
 
-def test_a_saved_model_knows_nothing_of_packing(tmp_path):
+def test_a_saved_model_does_not_mention_packing(tmp_path):
     model = model_of("llama")
     enable_packing(model)
 

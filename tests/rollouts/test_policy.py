@@ -15,7 +15,7 @@ from rayk.models.lora import add_adapter
 from rayk.rollouts import Rollout, WorkerPolicy, summarize_rollouts
 from rayk.rollouts.packed_rows import pack_row, unpack_row
 from rayk.rollouts.policy import repetition
-from tests.tiny import moved, tiny_model, tiny_tokenizer
+from tests.tiny import perturb, tiny_model, tiny_tokenizer
 
 ENDS = list(range(100, 160))
 """So many end tokens that a random model often writes one."""
@@ -115,7 +115,7 @@ def test_stale_policy_of_an_adapter_shares_frozen_weights(learner):
     stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
     first = [each.input_ids.tolist() for each in written(stale)]
     assert [each.input_ids.tolist() for each in written(fresh)] == first  # dropout is off in both
-    moved(learner)
+    perturb(learner)
     assert [each.input_ids.tolist() for each in written(stale)] == first
     now = [each.input_ids.tolist() for each in written(fresh)]
     assert now != first

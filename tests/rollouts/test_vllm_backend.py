@@ -21,7 +21,7 @@ from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightV
 from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
 from tests.rollouts.test_policy import VOCABULARY
-from tests.tiny import moved, tiny_model, tiny_tokenizer
+from tests.tiny import perturb, tiny_model, tiny_tokenizer
 
 PARAMETERS = SamplingParameters(max_new_tokens=16)
 PROMPTS = [np.arange(4, 4 + length, dtype=np.int32) for length in (3, 20, 9)]
@@ -223,7 +223,7 @@ def test_killed_engine_process_fails_requests_and_the_health_check(vllm, version
 def test_adapter_is_merged_for_vllm(tmp_path):
     tiny_model(tmp_path / "base", seed=3, tokenizer=tiny_tokenizer())
     config = StudentConfig(model=str(tmp_path / "base"), lora={"r": 4})
-    adapted = moved(make_model(config, tiny_tokenizer(), 0)).eval()
+    adapted = perturb(make_model(config, tiny_tokenizer(), 0)).eval()
     plain = load_model(str(tmp_path / "base"))
     weights = full_state_dict(PolicyModel(adapted, tiny_tokenizer()))
     width = weights["lm_head.weight"].shape[0]

@@ -1,4 +1,4 @@
-"""Weights arrive whole, are those that were asked for, and are to be had only while somebody may still ask."""
+"""Weights are transferred completely, in the requested version, while a worker may still request them."""
 
 import asyncio
 import copy
@@ -12,25 +12,25 @@ from rayk.config import LoraConfig
 from rayk.models.lora import add_adapter
 from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightStore, WeightVersion
 from rayk.serving.weights import checksum, load_weights, pack_weights, trainable_state_dict
-from tests.tiny import moved, tiny_model
+from tests.tiny import perturb, tiny_model
 
 FIRST = WeightVersion("attempt", 0)
 
 
-def copied(weights):
-    """As after a way through Ray: of memory of its own, read-only."""
-    found = {}
+def copy_weights(weights):
+    """Return a read-only copy, as Ray delivers it."""
+    copies = {}
     for name, packed in weights.items():
-        found[name] = replace(packed, data=packed.data.copy())
-        found[name].data.flags.writeable = False
-    return found
+        copies[name] = replace(packed, data=packed.data.copy())
+        copies[name].data.flags.writeable = False
+    return copies
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tie", [False, True])
 def test_weights_are_copied_to_another_model(dtype, tie):
     learner, model = (tiny_model(seed=seed, tie=tie).to(dtype) for seed in (1, 2))
-    weights = copied(pack_weights(learner))
+    weights = copy_weights(pack_weights(learner))
     assert ("lm_head.weight" in weights) == (not tie)
     load_weights(model, weights, checksum(weights), FIRST)
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in model.state_dict().items())
@@ -42,7 +42,7 @@ def test_frozen_weights_are_not_transferred():
         each.requires_grad_(False)
         each.lm_head.weight.requires_grad_(True)
     body = copy.deepcopy(model.model.state_dict())
-    weights = copied(pack_weights(learner))
+    weights = copy_weights(pack_weights(learner))
     assert list(weights) == ["lm_head.weight"]
     load_weights(model, weights, checksum(weights), FIRST)
     assert torch.equal(model.lm_head.weight, learner.lm_head.weight)
@@ -54,11 +54,11 @@ def test_only_the_adapter_is_transferred():
     whole = pack_weights(learner)
     for seed, each in enumerate((learner, replica)):
         add_adapter(each, LoraConfig(r=2), seed, "base")
-    weights = copied(pack_weights(moved(learner)))
+    weights = copy_weights(pack_weights(perturb(learner)))
     assert all(".lora_" in name for name in weights)
     assert sum(map(count_parameters, weights.values())) < sum(map(count_parameters, whole.values())) / 20
     with pytest.raises(UnusableWeights, match="damaged"):
-        load_weights(replica, broken_byte(weights), checksum(weights), FIRST)
+        load_weights(replica, flip_byte(weights), checksum(weights), FIRST)
     with pytest.raises(UnusableWeights, match="belong to another model"):
         load_weights(replica, whole, checksum(whole), FIRST)
     load_weights(replica, weights, checksum(weights), FIRST)
@@ -73,56 +73,56 @@ def test_persistent_buffers_are_transferred():
     learner, model = tiny_model(seed=1), tiny_model(seed=1)
     for each, value in ((learner, 3.0), (model, 5.0)):
         each.register_buffer("scale", torch.tensor(value))
-    weights = copied(pack_weights(learner))
+    weights = copy_weights(pack_weights(learner))
     load_weights(model, weights, checksum(weights), FIRST)
     assert float(model.scale) == 3.0
     assert trainable_state_dict(model)["scale"] is model.scale
 
 
-def broken_byte(weights):
+def flip_byte(weights):
     name = list(weights)[3]
     data = weights[name].data.copy()
     data[len(data) // 2] ^= 1
     return weights | {name: replace(weights[name], data=data)}
 
 
-def missing(weights):
+def drop_tensor(weights):
     return dict(list(weights.items())[1:])
 
 
-def swapped(weights):
-    """Two tensors of one shape under each other's names."""
+def swap_tensors(weights):
+    """Exchange two tensors of the same shape."""
     one, other = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
     return weights | {one: weights[other], other: weights[one]}
 
 
-def reshaped(weights):
+def transpose_shape(weights):
     name = "lm_head.weight"
     return weights | {name: replace(weights[name], shape=weights[name].shape[::-1])}
 
 
-@pytest.mark.parametrize("damage", [broken_byte, missing, swapped, reshaped])
+@pytest.mark.parametrize("damage", [flip_byte, drop_tensor, swap_tensors, transpose_shape])
 def test_damaged_weights_leave_the_model_unchanged(damage):
     learner, model = tiny_model(seed=1), tiny_model(seed=2)
     before = copy.deepcopy(model.state_dict())
-    weights = copied(pack_weights(learner))
+    weights = copy_weights(pack_weights(learner))
     with pytest.raises(UnusableWeights, match="weights of version 0 were damaged"):
         load_weights(model, damage(weights), checksum(weights), FIRST)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_of_another_model_are_rejected():
-    weights = copied(pack_weights(tiny_model(hidden=16)))
+    weights = copy_weights(pack_weights(tiny_model(hidden=16)))
     with pytest.raises(UnusableWeights, match="belong to another model"):
         load_weights(tiny_model(hidden=32), weights, checksum(weights), FIRST)
 
 
 def published(number):
-    return PublishedWeights(number, np.zeros(0))  # where they are is nothing to the store
+    return PublishedWeights(number, np.zeros(0))  # the store does not look at the location
 
 
-def stored(*work):
-    """What `work`, one after the other, does to a store of little patience."""
+def run_store(*work):
+    """Return the last result of `work`, applied in order to a store that hardly waits."""
 
     async def main():
         store = WeightStore(wait_seconds=0.05)
@@ -132,7 +132,7 @@ def stored(*work):
     return asyncio.run(main())
 
 
-def publishing(*numbers, attempt="attempt"):
+def publish(*numbers, attempt="attempt"):
     async def work(store):
         for number in numbers:
             await store.publish(WeightVersion(attempt, number), published(number))
@@ -140,33 +140,33 @@ def publishing(*numbers, attempt="attempt"):
     return work
 
 
-def finding(number, attempt="attempt"):
+def find(number, attempt="attempt"):
     return lambda store: store.find(WeightVersion(attempt, number))
 
 
-def beginning(attempt):
+def begin(attempt):
     return lambda store: store.begin(attempt)
 
 
 def test_the_newest_two_versions_are_kept():
-    assert stored(publishing(3, 4, 5), finding(5)).checksum == 5
-    assert stored(publishing(3, 4, 5), finding(4)).checksum == 4
+    assert run_store(publish(3, 4, 5), find(5)).checksum == 5
+    assert run_store(publish(3, 4, 5), find(4)).checksum == 4
     with pytest.raises(UnusableWeights, match="weights of version 3 are stale"):
-        stored(publishing(3, 4, 5), finding(3))
+        run_store(publish(3, 4, 5), find(3))
 
 
 def test_a_version_that_is_not_published_is_an_error():
     with pytest.raises(UnusableWeights, match=r"weights of version 6 were not published within 0.05 s"):
-        stored(publishing(5), finding(6))
+        run_store(publish(5), find(6))
     with pytest.raises(UnusableWeights, match="not published"):
-        stored(publishing(5), finding(5, attempt="unheard of"))
+        run_store(publish(5), find(5, attempt="unknown"))
 
 
 def test_find_waits_for_a_version():
     async def main():
         store = WeightStore(wait_seconds=30)
         waiting = asyncio.create_task(store.find(WeightVersion("next", 1)))
-        for work in (beginning("next"), publishing(0, attempt="next"), publishing(1, attempt="next")):
+        for work in (begin("next"), publish(0, attempt="next"), publish(1, attempt="next")):
             await asyncio.sleep(0)
             assert not waiting.done()
             await work(store)
@@ -177,18 +177,18 @@ def test_find_waits_for_a_version():
 
 def test_versions_of_an_earlier_attempt_are_dropped():
     with pytest.raises(UnusableWeights, match="version 5 are stale"):
-        stored(publishing(5), beginning("next"), publishing(5, attempt="next"), finding(5))
-    assert stored(publishing(5), beginning("next"), publishing(4, attempt="next"), finding(4, "next")).checksum == 4
+        run_store(publish(5), begin("next"), publish(5, attempt="next"), find(5))
+    assert run_store(publish(5), begin("next"), publish(4, attempt="next"), find(4, "next")).checksum == 4
 
 
 @pytest.mark.parametrize(
     "work",
     [
-        [publishing(5, 5)],
-        [publishing(5, 4)],
-        [publishing(5), beginning("next"), publishing(6)],
+        [publish(5, 5)],
+        [publish(5, 4)],
+        [publish(5), begin("next"), publish(6)],
     ],
 )
 def test_a_stale_update_is_rejected(work):
     with pytest.raises(UnusableWeights, match="stale and were not published"):
-        stored(*work)
+        run_store(*work)

@@ -20,7 +20,7 @@ def logits_of(tokens, vocab_size, spread, seed=0):
 
 
 def signals_of(logits, support, lengths=None):
-    """The signals an engine would make of dense logits [tokens, vocab]; the target of entry i is token i mod vocab."""
+    """Return an engine's signals for dense logits [tokens, vocab]; the target at position i is token i mod vocab."""
     tokens, vocab_size = logits.shape
     targets = torch.arange(tokens) % vocab_size
     offsets = torch.tensor([0, *np.cumsum(lengths if lengths is not None else [tokens])])
@@ -43,7 +43,7 @@ def equal(a, b):
 
 
 def coarse(dense, ids):
-    """log-probs of `ids` and of all the rest together, [tokens, k + 1], of dense log-probs, in float64."""
+    """Return the log-probs of `ids` and of all other tokens together, [tokens, k + 1], from dense log-probs."""
     inside = dense.gather(1, ids)
     rest = dense.scatter(1, ids, float("-inf")).logsumexp(1, keepdim=True)
     return torch.cat([inside, rest], dim=1)
@@ -68,7 +68,7 @@ def batches(draw):
 
 @given(batches())
 @settings(max_examples=150, deadline=None)
-def test_round_trip_keeps_everything_but_rounding(signals):
+def test_a_round_trip_changes_only_rounding(signals):
     back = decode(encode(signals))
     assert not back.invalid_rows()
     assert equal(replace(back, logprobs=None), replace(signals, logprobs=None))
@@ -96,7 +96,7 @@ def test_select_and_concatenate_move_whole_rows(signals, data):
 
 @pytest.mark.parametrize(("vocab_size", "a_probability"), [(32_000, 4), (65_536, 4), (65_537, 6), (128_000, 6)])
 @pytest.mark.parametrize("k", [1, 16, 64])
-def test_bytes_a_token(vocab_size, a_probability, k):
+def test_bytes_per_token(vocab_size, a_probability, k):
     tokens = 16
     offsets = torch.tensor([0, tokens])
     ids = torch.arange(vocab_size - k, vocab_size).expand(tokens, k)
@@ -106,7 +106,7 @@ def test_bytes_a_token(vocab_size, a_probability, k):
     assert torch.equal(decode(encode(signals)).ids, ids)
 
 
-def test_bytes_a_token_of_logprobs_alone():
+def test_bytes_per_token_of_logprob_support():
     signals = signals_of(logits_of(200, 100, 1.0), Logprob())
     assert len(encode(signals)) <= 200 * 5
 
@@ -124,18 +124,18 @@ def test_error_of_the_round_trip(vocab_size, spread):
     assert -1e-6 < reverse.mean() < 1e-3
 
 
-def test_tail_of_peaked_rows_is_not_made_of_rounded_numbers():
+def test_the_tail_of_peaked_rows_is_not_derived_from_rounded_log_probs():
     logits = torch.full((4, 100), -12.0)
     logits[:, 0] = torch.tensor([8.0, 4.0, 20.0, 60.0])
     exact = coarse(logits.double().log_softmax(1), torch.zeros(4, 1, dtype=torch.long))[:, 1]
     back = decode(encode(signals_of(logits, TopK(1))))
     torch.testing.assert_close(back.log_tails[:, 0].double(), exact, rtol=1e-5, atol=1e-5)
     derived = torch.log1p(-back.logprobs.exp().sum(1))
-    assert not torch.allclose(derived.double(), exact, atol=0.1), "an easy case: the derived tail would have done"
+    assert not torch.allclose(derived.double(), exact, atol=0.1), "the case is too easy: the derived tail is accurate"
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
-def test_temperature_of_a_full_support_is_the_dense_softmax(temperature):
+def test_temperature_of_a_full_support_equals_the_dense_softmax(temperature):
     logits = logits_of(30, 40, 3.0)
     log_p, log_tail = signals_of(logits, TopK(40, (0.5, 1.0, 2.0, 4.0))).at_temperature(temperature)
     ids = signals_of(logits, TopK(40)).ids
@@ -145,7 +145,7 @@ def test_temperature_of_a_full_support_is_the_dense_softmax(temperature):
 
 @pytest.mark.parametrize("spread", SPREADS.values(), ids=SPREADS.keys())
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
-def test_temperature_of_a_sparse_support_is_the_coarse_grained_softmax(temperature, spread):
+def test_temperature_of_a_sparse_support_equals_the_coarse_grained_softmax(temperature, spread):
     logits = logits_of(30, 200, spread)
     signals = signals_of(logits, TopK(8, (0.5, 1.0, 2.0, 4.0)))
     log_p, log_tail = signals.at_temperature(temperature)
@@ -153,20 +153,20 @@ def test_temperature_of_a_sparse_support_is_the_coarse_grained_softmax(temperatu
     torch.testing.assert_close(torch.cat([log_p, log_tail[:, None]], dim=1).double(), exact, atol=1e-4, rtol=1e-5)
 
 
-def test_temperature_the_signal_does_not_carry_is_refused():
+def test_a_temperature_that_the_signal_lacks_is_refused():
     signals = signals_of(logits_of(3, 10, 1.0), TopK(4, (1.0, 2.0)))
     with pytest.raises(InputError, match=r"does not contain temperature 3 .*has 1, 2.*'temperatures'"):
         signals.at_temperature(3.0)
 
 
-def test_logprobs_alone_are_no_distribution():
+def test_logprob_support_has_no_distribution():
     with pytest.raises(InputError, match="'topk'"):
         signals_of(logits_of(3, 10, 1.0), Logprob()).at_temperature()
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
 @settings(max_examples=200, deadline=None)
-def test_one_damaged_byte_anywhere_is_noticed(position, change):
+def test_one_damaged_byte_is_detected(position, change):
     wire = encode(signals_of(logits_of(5, 30, 2.0), TopK(6), [2, 3])).copy()
     wire[position % len(wire)] ^= change
     with pytest.raises(CorruptSignal):
@@ -175,13 +175,13 @@ def test_one_damaged_byte_anywhere_is_noticed(position, change):
 
 @given(st.integers(1, 10_000))
 @settings(max_examples=50, deadline=None)
-def test_a_signal_cut_off_is_noticed(missing):
+def test_a_truncated_signal_is_detected(missing):
     wire = encode(signals_of(logits_of(5, 30, 2.0), TopK(6), [2, 3]))
     with pytest.raises(CorruptSignal):
         decode(wire[: max(0, len(wire) - missing)])
 
 
-def test_a_read_only_wire_gives_writable_signals():
+def test_read_only_bytes_decode_to_writable_signals():
     wire = encode(signals_of(logits_of(5, 30, 2.0), TopK(6)))
     wire.setflags(write=False)
     back = decode(wire)
@@ -202,7 +202,7 @@ def test_a_read_only_wire_gives_writable_signals():
     ],
 )
 @pytest.mark.parametrize(("entry", "row"), [(0, 0), (1, 0), (2, 2), (4, 2), (5, 4)])
-def test_numbers_nothing_can_be_learned_from_are_found_in_their_row(column, value, said, entry, row):
+def test_invalid_numbers_are_found_with_their_row(column, value, said, entry, row):
     signals = signals_of(logits_of(6, 30, 2.0), TopK(6), [2, 0, 3, 0, 1])
     assert not signals.invalid_rows()
     damaged = getattr(signals, column).clone()
@@ -212,7 +212,7 @@ def test_numbers_nothing_can_be_learned_from_are_found_in_their_row(column, valu
     assert said in reason
 
 
-def test_impossible_tokens_stay_finite_on_the_wire():
+def test_impossible_tokens_stay_finite_in_the_wire_format():
     logits = logits_of(4, 10, 1.0)
     logits[:, 5:] = float("-inf")
     back = decode(encode(signals_of(logits, TopK(8))))

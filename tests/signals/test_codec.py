@@ -1,4 +1,4 @@
-"""What lies on disk is small, and what comes back is what was stored, to the stated error."""
+"""Stored signals are small, and differ from the originals only by the documented error."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def topk_signals(draw):
 
 @given(topk_signals())
 @settings(max_examples=60, deadline=None)
-def test_a_top_k_row_comes_back_with_only_its_log_probs_rounded(signals):
+def test_a_top_k_row_changes_only_by_rounded_log_probs(signals):
     back = stored(signals)
     assert not back.invalid_rows()
     assert_equal(replace(back, logprobs=None), replace(signals, logprobs=None))
@@ -47,7 +47,7 @@ def test_a_top_k_row_comes_back_with_only_its_log_probs_rounded(signals):
 
 @pytest.mark.parametrize("support", [Logprob(), Sampled(7), Sampled(5, tau=0.8, seed=3), Hidden(), Hidden("float32")])
 @pytest.mark.parametrize("lengths", [[6], [2, 0, 4], [0]])
-def test_other_supports_come_back_as_the_wire_gave_them(support, lengths):
+def test_other_supports_are_stored_as_in_the_wire_format(support, lengths):
     tokens = sum(lengths)
     random = np.random.default_rng(0)
     target, columns = -torch.rand(tokens), {}
@@ -65,7 +65,7 @@ def test_other_supports_come_back_as_the_wire_gave_them(support, lengths):
 
 @pytest.mark.parametrize("spread", SPREADS.values(), ids=SPREADS.keys())
 @pytest.mark.parametrize("vocab_size", [1_000, 32_000, 65_536])
-def test_bytes_an_entry_and_their_error(vocab_size, spread):
+def test_bytes_and_error_of_an_entry(vocab_size, spread):
     logits = logits_of(128, vocab_size, spread)
     signals = decode(encode(signals_of(logits, TopK(64))))
     entries = pack(signals)
@@ -79,8 +79,8 @@ def test_bytes_an_entry_and_their_error(vocab_size, spread):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("alike", [1, 2, 8, 64, 200])
-def test_the_error_stays_within_bounds_where_the_teacher_wavers_between_few(alike, temperature):
-    """All mass on `alike` tokens, so that rounding falls on what weighs most."""
+def test_the_error_is_bounded_with_all_mass_on_few_tokens(alike, temperature):
+    """All probability is on `alike` tokens, so that rounding affects the largest probabilities."""
     logits = logits_of(200, 400, 1.0)
     logits[:, :alike] += 20
     signals = signals_of(logits, TopK(64, (1.0, temperature)))
@@ -90,7 +90,7 @@ def test_the_error_stays_within_bounds_where_the_teacher_wavers_between_few(alik
     assert (q.exp() * (q - p)).sum(1).mean() < 1e-3
 
 
-def test_impossible_tokens_are_stored_as_the_wire_gives_them():
+def test_impossible_tokens_are_stored_as_in_the_wire_format():
     logits = logits_of(4, 10, 1.0)
     logits[:, 5:] = float("-inf")
     back = stored(decode(encode(signals_of(logits, TopK(8)))))

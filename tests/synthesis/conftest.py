@@ -38,7 +38,7 @@ def scribbler(ray_cluster, _endpoint):
 
 @pytest.fixture
 def endpoint(_endpoint):
-    _endpoint.begin_anew()
+    _endpoint.reset()
     return _endpoint
 
 

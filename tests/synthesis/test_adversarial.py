@@ -92,7 +92,7 @@ def figures(summary):
 
 def test_the_first_round_answers_the_given_prompts_each_once(world, endpoint):
     summary = world.round(0, given=[*GIVEN, GIVEN[3], f" {GIVEN[0]}\n"])
-    asked = [each.prompt for each in endpoint.asked if "[Answer A]" not in each.prompt]
+    asked = [each.prompt for each in endpoint.requests if "[Answer A]" not in each.prompt]
     assert sorted(asked) == sorted(GIVEN)
     assert [row["prompt"] for row in world.rows(0)] == GIVEN
     train, cache = world.pool(0, TRAIN), world.pool(0, CACHE)
@@ -103,7 +103,7 @@ def test_the_first_round_answers_the_given_prompts_each_once(world, endpoint):
 
 def test_what_the_student_does_badly_is_made_up_anew_beside_as_many_rarer_ones(world, endpoint):
     world.round(0)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     summary = world.round(1)
     compared = world.rows(1, "comparisons")
     assert [each["instruction"] for each in compared] == GIVEN
@@ -121,7 +121,7 @@ def test_what_the_student_does_badly_is_made_up_anew_beside_as_many_rarer_ones(w
     assert [each.instruction for each in world.pool(1, TRAIN)] == [row["prompt"] for row in rows]
     assert [each.instruction for each in world.pool(1, CACHE)] == pool
     # The teacher's answers to the cache pool are those it has given.
-    assert {each.body["model"] for each in endpoint.asked if each.prompt in GIVEN} == {"pupil"}
+    assert {each.body["model"] for each in endpoint.requests if each.prompt in GIVEN} == {"pupil"}
     told = figures(summary)
     assert told["teacher's lead over the student, of 9 points"] == 3.0
     assert told["hard instructions"] == told["the order of the answers decides"] == 0.5
@@ -147,21 +147,21 @@ class Stopping(CompletionStore):
 @pytest.mark.parametrize("room", [6, 14, 28, 37], ids=["student", "referee", "new", "answers"])
 def test_an_interrupted_round_goes_on_without_asking_again(world, endpoint, room, monkeypatch):
     world.round(0)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     monkeypatch.setattr(Stopping, "room", room)
     with pytest.raises(RunFailed, match="No room is left"):
         world.round(1, opening=Stopping, in_flight=1)
-    assert len(endpoint.asked) == room + 1  # the last answer found no room
+    assert len(endpoint.requests) == room + 1  # the last answer found no room
     world.round(1)
-    asked = [(each.prompt, each.body["seed"], each.body["model"]) for each in endpoint.asked]
+    asked = [(each.prompt, each.body["seed"], each.body["model"]) for each in endpoint.requests]
     assert len(set(asked)) == len(asked) - 1
     interrupted = (world.rows(1), world.rows(1, "rejected"), world.pool(1, CACHE))
     world.folder = world.folder / "whole"
     world.round(0, in_flight=2)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     world.round(1, in_flight=3)
     assert (world.rows(1), world.rows(1, "rejected"), world.pool(1, CACHE)) == interrupted
-    assert len(endpoint.asked) == len(set(asked))
+    assert len(endpoint.requests) == len(set(asked))
 
 
 def test_another_seed_makes_other_instructions(world):
@@ -182,19 +182,19 @@ def test_a_referee_that_gives_no_numbers_is_found_out_before_anything_is_trained
     endpoint.answer = mumble
     with pytest.raises(RunFailed, match=r"in 4 test comparisons .* no two scores: 'Both are nice\.'.*referee_template"):
         world.round(0)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     endpoint.answer = say
     world.round(0, referee_template="{instruction}? [Answer A]\n{first}\n\n[Answer B]\n{second}\n\n[End")
-    assert len(endpoint.asked) == 4 and {each.prompt[-4:] for each in endpoint.asked} == {"[End"}
+    assert len(endpoint.requests) == 4 and {each.prompt[-4:] for each in endpoint.requests} == {"[End"}
 
 
 def test_a_referee_that_gives_no_numbers_later_is_asked_twice_and_told_of(world, endpoint):
     world.round(0)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     endpoint.answer = mumble
     with pytest.raises(RunFailed, match=r"None of the cache pool's 8 instructions could be compared .*nice"):
         world.round(1)
-    judged = [(each.prompt, each.body["seed"]) for each in endpoint.asked if "[Answer A]" in each.prompt]
+    judged = [(each.prompt, each.body["seed"]) for each in endpoint.requests if "[Answer A]" in each.prompt]
     assert len(judged) == len(set(judged)) == 8 * 2 * 2
     assert {each["kind"] for each in world.rows(1, "comparisons")} == {"unscored"}
 
@@ -253,11 +253,11 @@ def test_a_pool_of_one_instruction_is_enough(world, given, kinds):
 @pytest.mark.parametrize(("easy", "kinds"), [(0, ["hard"] * 4), (2, ["hard", "easy"] * 2 + ["hard"] * 2)])
 def test_from_easy_instructions_come_as_many_as_are_asked_for(world, endpoint, easy, kinds):
     world.round(0)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     told = figures(world.round(1, easy_instructions=easy))
     assert [row["kind"] for row in world.rows(1)] == kinds
     assert (told["new from hard ones"], told["new from easy ones"]) == (4, easy)
-    rarer = [each for each in endpoint.asked if "rarer" in each.prompt]
+    rarer = [each for each in endpoint.requests if "rarer" in each.prompt]
     assert bool(rarer) == bool(easy)
 
 
@@ -295,9 +295,9 @@ def test_what_the_teacher_left_unanswered_is_asked_before_it_is_compared(world, 
     endpoint.replies[GIVEN[0]] = [Reply(body=b"{")] * 2
     assert world.round(0)["unanswered"] == 1
     assert world.pool(0, CACHE)[0].answer is None
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     world.round(1)
-    assert [each.body["model"] for each in endpoint.requests_of(GIVEN[0])].count("parrot-1") == 1
+    assert [each.body["model"] for each in endpoint.requests_for(GIVEN[0])].count("parrot-1") == 1
     assert world.rows(1, "comparisons")[0]["kind"] == "hard"
 
 
@@ -308,7 +308,7 @@ def test_what_the_teacher_refuses_is_not_asked_in_every_round(world, endpoint):
     for number in (1, 2):
         world.round(number, in_flight=1)
         assert world.rows(number, "comparisons")[0]["reason"] == "refused by the teacher: 400: too rude"
-    assert [each.body["model"] for each in endpoint.requests_of(GIVEN[0])].count("parrot-1") == 2
+    assert [each.body["model"] for each in endpoint.requests_for(GIVEN[0])].count("parrot-1") == 2
 
 
 def test_what_was_left_unanswered_and_is_had_later_moves_no_other(world, endpoint):
@@ -326,9 +326,9 @@ def test_what_was_left_unanswered_and_is_had_later_moves_no_other(world, endpoin
     endpoint.answer = fail_once
     assert world.round(1, in_flight=1)["unanswered"] == 1
     before = {row["prompt"]: row["completion"] for row in world.rows(1)}
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     assert world.round(1)["unanswered"] == 0
-    assert len(endpoint.asked) == 2  # that one, and its answer
+    assert len(endpoint.requests) == 2  # that one, and its answer
     after = {row["prompt"]: row["completion"] for row in world.rows(1)}
     assert len(after) == len(before) == 8 and len(after.items() & before.items()) == 7
 
@@ -386,17 +386,17 @@ def test_two_rounds_in_one_run_each_with_the_student_of_the_one_before(
     with pytest.raises(RunFailed, match="unanswered"):
         distill(parse_config(values))
     second = tmp_path / "run" / "rounds" / "02"
-    by_referee = [each.body["model"] == "scribbler-1" for each in endpoint.asked]
-    assert by_referee == ["[Answer A]" in each.prompt for each in endpoint.asked]
+    by_referee = [each.body["model"] == "scribbler-1" for each in endpoint.requests]
+    assert by_referee == ["[Answer A]" in each.prompt for each in endpoint.requests]
     assert sum(by_referee) == 4 + 2 * len(GIVEN)
     before = {row["key"]: row for row in completions(second)}
     assert {row["model"] for row in before.values() if row["teacher"] == "referee"} == {"scribbler-1"}
     assert sorted(row["prompt"] for row in before.values() if row["teacher"] == "student") == sorted(GIVEN)
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     endpoint.answer = say
     result = distill(parse_config(values), resume=True)
     assert [each["rows"]["train"] for each in result.summary["rounds"]] == [len(GIVEN), 3]
-    assert all("Write only" in each.prompt or each.prompt.startswith("Tell much of") for each in endpoint.asked)
+    assert all("Write only" in each.prompt or each.prompt.startswith("Tell much of") for each in endpoint.requests)
     after = {row["key"]: row for row in completions(second)}
     assert {key: after[key] for key in before} == before
     compared = pq.read_table(second / "synthesis" / "comparisons.parquet").to_pylist()
@@ -405,6 +405,6 @@ def test_two_rounds_in_one_run_each_with_the_student_of_the_one_before(
     assert {each["instruction"]: each["student_answer"] for each in compared} == said
     assert len(read_pool(second / "synthesis", CACHE)) == len(GIVEN) + 3
     assert "hard instructions" in (second / "report.html").read_text()
-    endpoint.asked.clear()
+    endpoint.requests.clear()
     distill(parse_config(values), resume=True)
-    assert not endpoint.asked
+    assert not endpoint.requests

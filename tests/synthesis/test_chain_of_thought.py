@@ -46,7 +46,7 @@ def thinking(rationales, answers):
 def test_two_calls_bring_a_rationale_and_its_answer(parrot, endpoint, store):
     endpoint.answer = thinking({"What is 1?": " Two and two. \n"}, {"Two": " 1,004 apples. 7"})
     summary = write(parrot, store, questions("1004"))
-    first, second = endpoint.asked
+    first, second = endpoint.requests
     assert first.prompt == "Q: What is 1?\nA: Let's think step by step."
     assert second.prompt == f"{first.prompt} Two and two.\nTherefore, the answer is"
     assert (first.body["temperature"], first.body["max_tokens"]) == (0.7, 128)
@@ -102,13 +102,13 @@ def test_an_empty_rationale_is_not_asked_for_its_answer(parrot, endpoint, store)
     endpoint.answer = thinking({"What is 1?": " ", "What is 2?": "So."}, {"So": "4"})
     summary = write(parrot, store, questions("4", "4"))
     assert summary["rejected"]["empty"] == 1
-    assert len(endpoint.asked) == 3
+    assert len(endpoint.requests) == 3
 
 
 def test_a_second_time_nobody_is_asked(parrot, endpoint, store):
     rationales = {f"What is {i}?": f"Way {i}." for i in range(1, 9)}
     endpoint.answer = thinking(rationales, {"Way": "4"})
     write(parrot, store, questions(*"4" * 8), rationales=2)
-    before, asked = rows(store), len(endpoint.asked)
+    before, asked = rows(store), len(endpoint.requests)
     write(parrot, store, questions(*"4" * 8), rationales=2)
-    assert (rows(store), len(endpoint.asked)) == (before, asked)
+    assert (rows(store), len(endpoint.requests)) == (before, asked)

@@ -75,9 +75,9 @@ def test_other_parameters_seeds_and_repetitions_are_other_requests(parrot, endpo
     ]
     written, _, _ = ask(parrot, store, asked)
     assert len({each.key for each in written}) == 4
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.requests) == 4
     ask(parrot, store, asked)
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.requests) == 4
 
 
 def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
@@ -90,10 +90,10 @@ def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
 
 
 def test_no_more_than_in_flight_are_asked_at_once(parrot, endpoint, store):
-    endpoint.most_at_once = 0
+    endpoint.max_concurrent = 0
     endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.05)] for i in range(12)}
     ask(parrot, store, requests(12), in_flight=3)
-    assert endpoint.most_at_once == 3
+    assert endpoint.max_concurrent == 3
 
 
 def test_what_an_endpoint_did_not_answer_is_told_and_asked_again_next_time(parrot, endpoint, store):
@@ -104,14 +104,14 @@ def test_what_an_endpoint_did_not_answer_is_told_and_asked_again_next_time(parro
     assert [each.finish_reason for each in written] == ["stop", "error", "error", "stop", "stop"]
     assert written[1].reason == "503: down"
     assert "not JSON" in written[2].reason
-    first, second = endpoint.requests_of("prompt 3")
+    first, second = endpoint.requests_for("prompt 3")
     assert second.at_seconds - first.at_seconds >= 0.2
     assert client.tracker.unanswered == 2
     assert "2 unanswered" in told[-1][2]
-    before = len(endpoint.asked)
+    before = len(endpoint.requests)
     repeated, client, _ = ask(parrot, store, requests(5))
     assert [each.text for each in repeated] == [f"[prompt {i}]" for i in range(5)]
-    assert sorted(each.prompt for each in endpoint.asked[before:]) == ["prompt 1", "prompt 2"]
+    assert sorted(each.prompt for each in endpoint.requests[before:]) == ["prompt 1", "prompt 2"]
 
 
 def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
@@ -119,8 +119,8 @@ def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, en
     endpoint.replies |= {f"prompt {i}": [Reply(503, b'{"error": {"message": "down"}}')] * 2 for i in range(3, 200)}
     with pytest.raises(RunFailed, match=r"did not answer 32 requests in a row; the last error: 503: down\."):
         ask(parrot, store, requests(200), in_flight=8)
-    assert len(endpoint.asked) <= 3 + 2 * (32 + 8)
-    endpoint.begin_anew()
+    assert len(endpoint.requests) <= 3 + 2 * (32 + 8)
+    endpoint.reset()
     _, client, _ = ask(parrot, store, requests(5))
     assert client.tracker.requested == 2
 
@@ -132,16 +132,16 @@ def test_prompts_that_are_refused_do_not_stop_a_healthy_run(parrot, endpoint, st
     assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
     assert (client.tracker.refused, client.tracker.unanswered) == (40, 0)
     assert "40 refused" in told[-1][2]
-    before = len(endpoint.asked)
+    before = len(endpoint.requests)
     repeated, client, _ = ask(parrot, store, requests(44))
-    assert (repeated, len(endpoint.asked), store.num_refusals) == (written, before, 40)
+    assert (repeated, len(endpoint.requests), store.num_refusals) == (written, before, 40)
 
 
 def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_ever(parrot, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(400)}
     with pytest.raises(RunFailed, match=r"refused the first 256 requests; the last error: 400: too rude\."):
         ask(parrot, store, requests(400), in_flight=8)
-    assert len(endpoint.asked) <= 256 + 8
+    assert len(endpoint.requests) <= 256 + 8
 
 
 def test_a_refusal_is_kept_once_the_endpoint_has_answered_anything(parrot, endpoint, store):
@@ -215,7 +215,7 @@ def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
     with pytest.raises(CancelledError):
         run_until_complete(interrupted())
     assert store.num_pending == 0
-    endpoint.begin_anew()
+    endpoint.reset()
     _, client, _ = ask(parrot, store, requests(10))
     assert client.tracker.requested == 1
 

@@ -123,14 +123,14 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     assert summary["rejected"] == {"keywords": 1, "judge": 1, "judge unparsable": 1, "judge refused": 1}
     assert (summary["refused"], summary["unanswered"]) == (1, 0)
     assert [store.find(key).text for key in kept[0]["keys"]] == ["A", "Score: 5"]
-    asked = [each for each in endpoint.asked if each.prompt == "a -> A?"]
+    asked = [each for each in endpoint.requests if each.prompt == "a -> A?"]
     assert (asked[0].body["temperature"], asked[0].body["max_tokens"]) == (0.0, 512)
-    before = len(endpoint.asked)
+    before = len(endpoint.requests)
     assert before == 6 + 5
     endpoint.answer = rating(replies | {"e": "Score: 4"})
     write(parrot, store, prompts, judge(at_least=2), short)
     assert [row["prompt"] for row in rows(store)] == ["a", "b", "d"]
-    assert len(endpoint.asked) == before
+    assert len(endpoint.requests) == before
 
 
 @pytest.mark.cluster
@@ -141,16 +141,16 @@ def test_equal_questions_are_asked_once_and_rejected_rows_are_no_duplicates(parr
     assert [row["prompt"] for row in rows(store)] == ["the same  words"]
     assert summary["rejected"] == {"judge": 1, "near_duplicates": 0}
     endpoint.answer = rating({"x": "Score: 5"})
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     write(parrot, store, prompts_of("x", "x", "x"), judge(template="{prompt} ->?"))
-    assert len(endpoint.asked) == asked + 3 + 1
+    assert len(endpoint.requests) == asked + 3 + 1
 
 
 @pytest.mark.cluster
 def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpoint, store, tmp_path, tiny_student):
     endpoint.answer = rating({"a": "Score: 5"})
     write(parrot, store, prompts_of("a"), judge(teacher="scribbler"), judges={"scribbler": scribbler})
-    assert [(each.path, each.prompt) for each in endpoint.asked] == [
+    assert [(each.path, each.prompt) for each in endpoint.requests] == [
         ("/v1/chat/completions", "a"), ("/v1/completions", "a -> A?"),
     ]  # fmt: skip
     parts = (store.folder / "completions").glob("*.parquet")
@@ -190,7 +190,7 @@ def test_a_run_learns_from_what_its_judge_lets_pass(tmp_path, tiny_student, serv
     kept = pq.read_table(result.output / "synthesis" / "rows.parquet").to_pylist()
     assert [(row["prompt"], row["judge_score"]) for row in kept] == [(letter, 5) for letter in "aceg"]
     assert result.summary["rows"]["train"] == 4
-    assert sorted(each.prompt[0] for each in endpoint.asked) == list("abcdefgh")
+    assert sorted(each.prompt[0] for each in endpoint.requests) == list("abcdefgh")
     assert "b ✗ judge: is rated 2, below 4" in " ".join(
         re.sub(r"<[^>]*>", " ", (result.output / "report.html").read_text()).split()
     )

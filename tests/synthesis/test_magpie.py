@@ -81,7 +81,7 @@ def test_a_model_is_fed_the_tokens_before_the_users_text_and_then_asked_what_it_
 def test_an_endpoint_is_sent_the_template_without_the_beginning_it_adds_itself(scribbler, endpoint, store, template):
     endpoint.answer = user_and_assistant([" What is the tide? ", "Who was Ada Lovelace?"])
     write(scribbler, store, instructions=2, in_flight=1, tokenizer=template)
-    first, *_, last = endpoint.asked
+    first, *_, last = endpoint.requests
     assert (first.path, first.prompt) == ("/v1/completions", BEGUN)
     assert (first.body["temperature"], first.body["top_p"], first.body["max_tokens"]) == (1.0, 1.0, 2048)
     assert first.body["stop"] == ["<|end|>", "assistant"]
@@ -107,7 +107,7 @@ def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, tem
         "empty": ("", "the teacher generated no text"),
         "role_word": ("Write an ad for a virtual", "the instruction breaks off before 'assistant' within a line"),
     }
-    assert len(endpoint.asked) == 9 + 3
+    assert len(endpoint.requests) == 9 + 3
     assert summary["figures"][0] == {"name": "instructions that could be used", "value": 3 / 8, "share": True}
 
 
@@ -115,7 +115,7 @@ def test_an_instruction_that_was_cut_is_not_asked(scribbler, endpoint, store, te
     endpoint.answer = user_and_assistant(["What is the tide of"] * 2, finish_reason="length")
     with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was truncated at synthesis.sampling.max"):
         write(scribbler, store, instructions=2, tokenizer=template)
-    assert len(endpoint.asked) == 2
+    assert len(endpoint.requests) == 2
 
 
 def test_an_instruction_whose_end_the_endpoint_wrote_over_is_whole(scribbler, endpoint, store, template):
@@ -132,23 +132,23 @@ def test_the_longest_answers_are_kept_and_more_instructions_or_other_filters_ask
     given = {"tokenizer": template, "in_flight": 1}
     write(scribbler, store, instructions=4, **given)
     few = rows(store)
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     write(scribbler, store, instructions=6, **given)
-    assert len(endpoint.asked) == asked + 4
+    assert len(endpoint.requests) == asked + 4
     assert rows(store)[:4] == few
     summary = write(scribbler, store, instructions=6, keep_longest=2, **given)
     assert [row["prompt"] for row in rows(store)] == ["Tell me about volcanoes.", "Tell me about glaciers."]
     assert summary["rejected"]["not_longest"] == 4
     write(scribbler, store, instructions=6, instruction_filters=[{"kind": "keywords", "keywords": ["bees"]}], **given)
     assert len(rows(store)) == 5
-    assert len(endpoint.asked) == asked + 4
+    assert len(endpoint.requests) == asked + 4
 
 
 def test_a_system_prompt_and_lines(scribbler, endpoint, store, template):
     answer = user_and_assistant(["What is an opening?"])
     endpoint.answer = answer
     write(scribbler, store, instructions=1, tokenizer=template, system="On chess.", stop_at_newline=True, role_words=[])
-    first, last = endpoint.asked
+    first, last = endpoint.requests
     assert first.prompt == f"<|system|>\nOn chess.<|end|>\n{BEGUN}"
     assert first.body["stop"] == ["<|end|>", "\n"]
     assert last.prompt.startswith(BEGUN)
@@ -180,6 +180,6 @@ def test_from_a_template_to_a_student_in_one_run(tmp_path, tiny_student, scribbl
     assert result.summary["rows"]["train"] == 8
     page = (result.output / "report.html").read_text()
     assert "instructions that could be used" in page
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     assert synthesize(parse_config(values))["kept"] == 8
-    assert len(endpoint.asked) == asked
+    assert len(endpoint.requests) == asked

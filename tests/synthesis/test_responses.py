@@ -139,7 +139,7 @@ def test_what_ends_a_completion_is_no_part_of_it(parrot, endpoint, store):
     endpoint.answer = lambda body: completion(body, "four \nQ: and")  # some endpoints keep it
     write(parrot, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
     assert [row["completion"] for row in rows(store)] == ["four"]
-    assert endpoint.asked[0].body["stop"] == ["\nQ:"]
+    assert endpoint.requests[0].body["stop"] == ["\nQ:"]
 
 
 def test_what_was_not_chosen_makes_no_duplicates(parrot, endpoint, store, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from rayk.models import weights_fingerprint
 from rayk.report.report import write_report
 from rayk.run import ProgressListener, distill, synthesize
 from tests.engines.endpoint import Reply
-from tests.runs import assert_same_learning, environment, metrics, rayk, settings, until
+from tests.runs import assert_same_learning, environment, metrics, rayk, settings, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -85,10 +85,10 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
     watching = Stages()
     whole = distill(parse_config(run_of(tmp_path / "whole", tiny_student, **training)), listener=watching)
     assert watching.up == [1, 0, 1, 0]
-    assert [each.prompt for each in endpoint.asked].count(PROMPTS[0]) == 1  # by the first round for both
+    assert [each.prompt for each in endpoint.requests].count(PROMPTS[0]) == 1  # by the first round for both
     _check_rounds(whole, tiny_student)
 
-    endpoint.begin_anew()
+    endpoint.reset()
     values = run_of(tmp_path / "cut", tiny_student, **training)
     path, out, log = tmp_path / "run.yaml", tmp_path / "cut" / "run", tmp_path / "log"
     path.write_text(yaml.safe_dump(values))
@@ -99,7 +99,7 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
 
     def killed_when(condition, what):
         with rayk("run", path, "--resume", log=log, RAY_ADDRESS=address) as process:
-            until(condition, what, process)
+            wait_until(condition, what, process)
             os.killpg(process.pid, signal.SIGKILL)
 
     def killed_at(stage):
@@ -111,14 +111,14 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
 
     killed_when(lambda: len(completions(first)) > 8, "some completions")
     kept = {row["prompt"] for row in completions(first) if row["teacher"] != "student"}
-    before = len(endpoint.asked)
+    before = len(endpoint.requests)
     assert 0 < len(kept) < 24
     killed_at("Round 2 of 2")
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     assert (first / "summary.json").exists() and not second.exists()
     killed_when(lambda: len(metrics(second)) > 8, "steps of the second round")
-    assert len(endpoint.asked) == asked
-    assert not kept & {each.prompt for each in endpoint.asked[before:]}
+    assert len(endpoint.requests) == asked
+    assert not kept & {each.prompt for each in endpoint.requests[before:]}
     with pytest.raises(InputError, match="already contains a run; continue it with --resume"):
         distill(parse_config(values))
     write_report([out], tmp_path / "report.html")
@@ -126,7 +126,7 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
     killed_at("after the last round")
     assert (second / "summary.json").exists() and not (out / "summary.json").exists()
     cut = distill(parse_config(values), resume=True)
-    assert len(endpoint.asked) == asked
+    assert len(endpoint.requests) == asked
     for number in ("01", "02"):
         assert rows_of(out / "rounds" / number) == rows_of(whole.output / "rounds" / number)
         assert_same_learning(out / "rounds" / number, whole.output / "rounds" / number)
@@ -163,7 +163,7 @@ def test_what_goes_on_must_be_what_was_begun(tmp_path, tiny_student, parrot, end
     path.write_text(yaml.safe_dump(values))
     assert f"rounds: round 1 of 2 is next, in {out}/rounds/01." in [each.text for each in examine(str(path))]
     distill(parse_config(values | {"rounds": 2}))
-    assert len(endpoint.asked) == 24
+    assert len(endpoint.requests) == 24
     with pytest.raises(InputError, match="was started with 'rounds'; resume it the same way"):
         distill(parse_config(values | {"rounds": 1}), resume=True)
     with pytest.raises(InputError, match=r"/rounds/01' was started with another 'method\.beta'"):

@@ -95,7 +95,7 @@ def test_new_instructions_are_unlike_the_pool_and_two_of_them_are_shown(parrot, 
             if row.get("rejected_by") in (None, "instances")}  # fmt: skip
     pool = [*made, *(seed.instruction for seed in read_seed_tasks())]
     assert all(rouge_l(one, other) < 0.7 for one in made for other in pool if one != other)
-    lists = [each.prompt for each in endpoint.asked if "Continue the list" in each.prompt]
+    lists = [each.prompt for each in endpoint.requests if "Continue the list" in each.prompt]
     shown = [[line.split(". ", 1)[1] for line in prompt.split("\n")[1:9]] for prompt in lists]
     by_machine = [len(made & set(each)) for each in shown]
     assert by_machine[:3] == [0, 0, 0] and set(by_machine[3:]) == {2}
@@ -119,7 +119,7 @@ def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp
     endpoint.answer = imagine
     with opened(tmp_path / "whole") as store:
         write(parrot, store)
-        whole, asked = rows(store), len(endpoint.asked)
+        whole, asked = rows(store), len(endpoint.requests)
     count = 0
 
     def breaking(body):
@@ -127,18 +127,18 @@ def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp
         count += 1
         return imagine(body) if count <= broken_at else b"{"
 
-    endpoint.begin_anew()
+    endpoint.reset()
     endpoint.answer = breaking
     with opened(tmp_path / "broken") as store:
         with pytest.raises(RunFailed, match="unanswered") if in_lists else nullcontext():
             write(parrot, store, in_flight=1)
         done = len(store)
-        endpoint.begin_anew()
+        endpoint.reset()
         endpoint.answer = imagine
         write(parrot, store)
         assert rows(store) == whole
     assert done == broken_at
-    assert len(endpoint.asked) == asked - done
+    assert len(endpoint.requests) == asked - done
 
 
 def test_more_instructions_later_keep_those_before(parrot, endpoint, store):
@@ -150,7 +150,7 @@ def test_more_instructions_later_keep_those_before(parrot, endpoint, store):
 
 
 def lists_of(endpoint):
-    return [(each.prompt, each.body["seed"]) for each in endpoint.asked if "Continue the list" in each.prompt]
+    return [(each.prompt, each.body["seed"]) for each in endpoint.requests if "Continue the list" in each.prompt]
 
 
 def test_all_that_few_instructions_took_is_used_for_more(parrot, endpoint, tmp_path):
@@ -160,7 +160,7 @@ def test_all_that_few_instructions_took_is_used_for_more(parrot, endpoint, tmp_p
             write(parrot, store, instructions=instructions)
             grown = rows(store)
     asked = lists_of(endpoint)
-    endpoint.begin_anew()
+    endpoint.reset()
     endpoint.answer = imagine
     with opened(tmp_path / "at once") as store:
         write(parrot, store, instructions=40)
@@ -173,16 +173,16 @@ def test_a_list_that_is_refused_is_left_out_for_good(parrot, endpoint, tmp_path)
     with opened(tmp_path / "whole") as store:
         write(parrot, store)
     (_, (second, _), *_) = lists_of(endpoint)
-    endpoint.begin_anew()
+    endpoint.reset()
     endpoint.answer = imagine
     endpoint.replies[second] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     with opened(tmp_path / "refused") as store:
         write(parrot, store)
-        kept, asked = rows(store), len(endpoint.asked)
+        kept, asked = rows(store), len(endpoint.requests)
         (refusal,) = [row for row in rows(store, "rejected") if row["rejected_by"] == "refused"]
         assert refusal["reason"] == "a list of instructions: 400: too rude"
         summary = write(parrot, store)
-        assert (rows(store), len(endpoint.asked), summary["unanswered"]) == (kept, asked, 0)
+        assert (rows(store), len(endpoint.requests), summary["unanswered"]) == (kept, asked, 0)
 
 
 def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
@@ -221,9 +221,9 @@ def test_from_seeds_to_a_student_in_one_run(tmp_path, tiny_student, parrot, endp
     result = distill(parse_config(values))
     written = pq.read_table(tmp_path / "run" / "synthesis" / "rows.parquet").num_rows
     assert result.summary["rows"]["train"] == written > 0
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     assert synthesize(parse_config(values))["kept"] == written
-    assert len(endpoint.asked) == asked
+    assert len(endpoint.requests) == asked
     seeds = tmp_path / "broken.jsonl"
     seeds.write_text('{"instruction": "x"\n')
     values["synthesis"]["seed_tasks"] = str(seeds)

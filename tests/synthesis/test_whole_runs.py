@@ -18,7 +18,7 @@ from rayk.errors import InputError, RunFailed
 from rayk.run import ProgressListener, distill, synthesize, with_absolute_paths
 from rayk.run.synthesis_inputs import with_synthesized_rows
 from tests.engines.endpoint import Reply, completion, prompt_of
-from tests.runs import curve, rayk, settings, until
+from tests.runs import curve, rayk, settings, wait_until
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -61,7 +61,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     result = distill(parse_config(values), listener=watching)
     assert len(rows_of(tmp_path)) == 48 == result.summary["rows"]["train"]
     assert watching.seen[-1][:2] == (48, 48)
-    assert len(endpoint.asked) == 48
+    assert len(endpoint.requests) == 48
     page = (result.output / "report.html").read_text()
     assert "What the teacher wrote" in page
     assert "48 (100.0%)" in page
@@ -71,10 +71,10 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     plain["data"] = {"train": {"path": str(result.output / "synthesis" / "rows.parquet")}}
     assert curve(distill(parse_config(plain)).output) == curve(result.output)
 
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     watching = Stages()
     distill(parse_config(values), resume=True, listener=watching)
-    assert len(endpoint.asked) == asked
+    assert len(endpoint.requests) == asked
     assert not any("Synthesizing" in stage for stage in watching.stages)
     with pytest.raises(InputError, match=r"was started with another 'synthesis\.samples'"):
         distill(parse_config(values | {"synthesis": values["synthesis"] | {"samples": 3}}), resume=True)
@@ -141,13 +141,13 @@ def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_stud
         return [key for part in parts for key in pq.read_table(part).column("prompt").to_pylist()]
 
     with rayk("synthesize", path, log=tmp_path / "first.log", RAY_ADDRESS=address) as process:
-        until(lambda: len(on_disk()) > 20, "some completions", process)
+        wait_until(lambda: len(on_disk()) > 20, "some completions", process)
         os.killpg(process.pid, signal.SIGKILL)
-    kept, before = on_disk(), len(endpoint.asked)
+    kept, before = on_disk(), len(endpoint.requests)
     assert 20 < len(kept) < 150
     with rayk("synthesize", path, log=tmp_path / "second.log", RAY_ADDRESS=address) as process:
         assert process.wait() == 0, (tmp_path / "second.log").read_text()
-    again = [asked.prompt for asked in endpoint.asked[before:]]
+    again = [asked.prompt for asked in endpoint.requests[before:]]
     assert not set(again) & set(kept)
     assert sorted(set(again) | set(kept)) == sorted(f"{n} + {n} =" for n in range(150))
     log = (tmp_path / "second.log").read_text()
@@ -156,7 +156,7 @@ def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_stud
     interrupted = rows_of(tmp_path)
 
     (tmp_path / "whole").mkdir()
-    endpoint.begin_anew()
+    endpoint.reset()
     whole = run_of(tmp_path / "whole", tiny_student, values["synthesis"], count=150)
     synthesize(parse_config(whole))
     path_of = {"where": None}
@@ -168,12 +168,12 @@ def test_what_was_left_unanswered_is_asked_again_until_it_is_learned_from(tmp_pa
     busy = [Reply(503, b'{"error": {"message": "busy"}}')] * 2
     endpoint.replies["3 + 3 ="], endpoint.replies["4 + 4 ="] = [*busy], [*busy, *busy]
     assert synthesize(parse_config(values))["unanswered"] == 2
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     result = distill(parse_config(values))  # the folder holds nothing but synthesis/, so it may be a run's
-    assert sorted(each.prompt for each in endpoint.asked[asked:]) == ["3 + 3 =", "4 + 4 =", "4 + 4 ="]
+    assert sorted(each.prompt for each in endpoint.requests[asked:]) == ["3 + 3 =", "4 + 4 =", "4 + 4 ="]
     assert result.summary["rows"]["train"] == 7
     distill(parse_config(values), resume=True)
-    assert len(endpoint.asked) == asked + 3
+    assert len(endpoint.requests) == asked + 3
     assert synthesize(parse_config(values))["kept"] == 8
     with pytest.raises(InputError, match="are not those that the run in .* was started with"):
         distill(parse_config(values), resume=True)
@@ -186,18 +186,18 @@ def test_what_was_refused_is_settled_until_its_record_is_deleted(tmp_path, tiny_
     assert (summary["unanswered"], summary["refused"], summary["rejected"]["refused"]) == (0, 1, 1)
     watching = Stages()
     synthesize(parse_config(values), listener=watching)
-    assert len(endpoint.asked) == 8
+    assert len(endpoint.requests) == 8
     assert not any("Synthesizing" in stage for stage in watching.stages)
     for kept, asked in ((7, 9), (8, 10)):
         shutil.rmtree(tmp_path / "run" / "synthesis" / "refused")
         assert synthesize(parse_config(values))["kept"] == kept
-        assert len(endpoint.asked) == asked
+        assert len(endpoint.requests) == asked
 
 
 def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
     assert synthesize(parse_config(values))["kept"] == 8
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     values["synthesis"]["filters"] = [{"kind": "keywords", "keywords": ["3"]}]
     assert synthesize(parse_config(values))["rejected"] == {"keywords": 1}
     rows = tmp_path / "questions.jsonl"
@@ -205,7 +205,7 @@ def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_st
     rows.write_text(rows.read_text().replace('"answer": 4', '"answer": 2'))  # which the endpoint's "[2 + 2 =]" ends in
     assert synthesize(parse_config(values))["rejected"]["wrong_answer"] == 6
     assert {row["answer"] for row in rows_of(tmp_path)} == {0, 2}
-    assert len(endpoint.asked) == asked
+    assert len(endpoint.requests) == asked
     values["synthesis"]["sampling"] = {"temperature": 0.1}
     with pytest.raises(InputError, match=r"were generated with another 'synthesis\.sampling\.temperature'"):
         synthesize(parse_config(values))
@@ -217,10 +217,10 @@ def test_an_answer_that_holds_nothing_stops_the_run_before_training(tmp_path, ti
     with pytest.raises(RunFailed, match="All 3 candidate rows were rejected"):
         distill(parse_config(values))
     endpoint.answer = lambda body: completion(body, f"so {prompt_of(body)}")
-    asked = len(endpoint.asked)
+    asked = len(endpoint.requests)
     with pytest.raises(RunFailed, match="None of 3"):  # they are answers, and are paid for
         distill(parse_config(values), resume=True)
-    assert len(endpoint.asked) == asked
+    assert len(endpoint.requests) == asked
 
 
 def test_an_attached_endpoint_that_nothing_asks_is_told_of(tmp_path, tiny_student, parrot, scribbler, endpoint):
@@ -228,7 +228,7 @@ def test_an_attached_endpoint_that_nothing_asks_is_told_of(tmp_path, tiny_studen
     values["teachers"] += [PARROT | {"name": scribbler.name}]
     with pytest.raises(InputError, match=f"'{scribbler.name}' is an endpoint, .* this run generates nothing with it"):
         distill(parse_config(values))
-    assert not endpoint.asked
+    assert not endpoint.requests
 
 
 def test_doctor_looks_at_what_will_be_written(tmp_path, tiny_student, parrot):

@@ -10,7 +10,7 @@ from rayk.run import with_absolute_paths
 from rayk.run.inputs import read_inputs
 from rayk.teachers import serve_teacher
 from tests.engines.endpoint import Endpoint, Reply
-from tests.teachers.helpers import sequences_of, teacher_config
+from tests.teachers.helpers import random_sequences, teacher_config
 
 
 @pytest.mark.cluster
@@ -28,7 +28,7 @@ def test_endpoint_teacher_returns_completions_errors_and_usage(ray_cluster):
             assert (written[7].text, written[7].finish_reason, written[7].reason) == ("", "error", "400: too rude")
             assert teacher.usage() == Usage(40, 39 * 3, 39 * 2, pytest.approx(39 * 5 / 1e6), 1)
             with pytest.raises(InputError, match="black box"):
-                teacher.score(sequences_of(2), TopK(4))
+                teacher.score(random_sequences(2), TopK(4))
             assert teacher.info.supports == ()
     finally:
         endpoint.close()

@@ -132,7 +132,7 @@ def _measure(result: Result) -> dict[str, Any]:
 def _serve_programs(program: Path) -> Iterator[None]:
     """Serve the teacher and the random referee: an OpenAI-compatible endpoint behind Ray Serve."""
     with ExitStack() as stack:
-        endpoint = stack.enter_context(closing(Endpoint(remembers=False)))
+        endpoint = stack.enter_context(closing(Endpoint(records=False)))
         endpoint.answer = currencies.respond
         engine = {"kind": "openai", "base_url": endpoint.url, "api_key_variable": None, "concurrency": 32}
         for name, model in ((TEACHER, program.stem), (DICE, currencies.DICE)):
