@@ -63,7 +63,7 @@ class PolicyModel:
         """Return log q of the counted tokens, float32 [counted tokens]; see `rayk.rollouts.Policy`."""
 
         def target_logprobs(hidden: Tensor, batch: Batch) -> Tensor:
-            return -linear_cross_entropy(hidden, get_head(self.model).first(self.vocab_size), batch.targets)
+            return -linear_cross_entropy(hidden, get_head(self.model).truncate(self.vocab_size), batch.targets)
 
         return self._per_sequence(sequences, target_logprobs)
 
