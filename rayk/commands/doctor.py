@@ -155,7 +155,7 @@ def _check_rows(settings: RunConfig, inputs: Any) -> Iterator[Check]:
 
 def _lacks_chat_template(settings: RunConfig, tokenizer: Any) -> bool:
     """Return whether rows with a plain prompt are trained on without the tokenizer's chat template."""
-    from rayk.data.prompts import RowTexts
+    from rayk.data.row_texts import RowTexts
     from rayk.data.sources import read_rows
 
     source = settings.data.train

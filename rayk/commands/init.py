@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 
 from rayk.config import DataConfig, DataSource, StudentConfig, load_config
 from rayk.config.paths import is_local_path
-from rayk.data.prompts import RowTexts
+from rayk.data.row_texts import RowTexts
 from rayk.data.sources import Row, read_rows
 from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError

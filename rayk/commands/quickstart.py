@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_config
-from rayk.data import generated
+from rayk.data import quickstart_task
 from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.run import ProgressListener, distill
@@ -66,7 +66,7 @@ def run_quickstart(
 def cache_folder() -> Path:
     """Return the folder of the cached teacher; each version of the task has its own."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = hashlib.sha256(inspect.getsource(generated).encode()).hexdigest()[:12]
+    version = hashlib.sha256(inspect.getsource(quickstart_task).encode()).hexdigest()[:12]
     return base / "rayk" / f"quickstart-{version}"
 
 
@@ -80,14 +80,14 @@ def teacher_model(home: Path, listener: ProgressListener) -> Path:
     work = home / f"training-{os.getpid()}"
     try:
         work.mkdir(parents=True)
-        generated.task_tokenizer().save_pretrained(work / "tokenizer")
-        settings = generated.TEACHER_TRAINING
-        generated.write_rows(work / "train.jsonl", settings["rows"], seed=1)
+        quickstart_task.task_tokenizer().save_pretrained(work / "tokenizer")
+        settings = quickstart_task.TEACHER_TRAINING
+        quickstart_task.write_rows(work / "train.jsonl", settings["rows"], seed=1)
         config = parse_config(
             {
                 "name": "teacher",
                 "output": str(work / "run"),
-                "student": {"config": _architecture(generated.TEACHER_MODEL), "tokenizer": str(work / "tokenizer")},
+                "student": {"config": _architecture(quickstart_task.TEACHER_MODEL), "tokenizer": str(work / "tokenizer")},
                 "data": {"train": {"path": str(work / "train.jsonl")}},
                 "method": {"kind": "supervised"},
                 "training": {"workers": 0, **_training(settings)},
@@ -111,13 +111,13 @@ def student_config(
     home: Path, output: Path, method: str, seed: int = 0, steps: int | None = None, workers: int = 2
 ) -> RunConfig:
     """Return the config of one student's run; the two runs differ only in `method`."""
-    settings = generated.STUDENT_TRAINING
+    settings = quickstart_task.STUDENT_TRAINING
     data = home / f"rows-{seed}"
     if not data.is_dir():
         part = home / f"rows-{seed}-{os.getpid()}"  # not `replace_folder`: processes share this folder
         part.mkdir(parents=True, exist_ok=True)
-        generated.write_rows(part / "train.jsonl", settings["rows"], seed=100 + seed)
-        generated.write_rows(part / "evaluation.jsonl", _EVALUATION_ROWS, seed=0, split="evaluation")
+        quickstart_task.write_rows(part / "train.jsonl", settings["rows"], seed=100 + seed)
+        quickstart_task.write_rows(part / "evaluation.jsonl", _EVALUATION_ROWS, seed=0, split="evaluation")
         part.replace(data)
     training = _training(settings) | ({"steps": steps} if steps else {})
     return parse_config(
@@ -126,7 +126,7 @@ def student_config(
             "output": str(output / method),
             "seed": seed,
             "teachers": [{"name": _TEACHER, "attach": True}],
-            "student": {"config": _architecture(generated.STUDENT_MODEL)},
+            "student": {"config": _architecture(quickstart_task.STUDENT_MODEL)},
             "data": {
                 "train": {"path": str(data / "train.jsonl")},
                 "evaluation": {"path": str(data / "evaluation.jsonl")},

@@ -4,9 +4,9 @@ from rayk.data.batches import (
     Batch,
     BatchSampler,
     collate,
+    get_pad_id,
     make_batches,
     micro_batches,
-    pad_id_of,
 )
 from rayk.data.examples import Example, ExampleTable
 from rayk.data.sources import Row, read_rows
@@ -20,9 +20,9 @@ __all__ = [
     "Row",
     "RowTokenizer",
     "collate",
+    "get_pad_id",
     "make_batches",
     "micro_batches",
-    "pad_id_of",
     "read_rows",
     "tokenize",
 ]

@@ -136,9 +136,9 @@ class BatchSampler:
         Raises:
             InputError: there are more ranks than rows in a batch.
         """
-        return self.rows(step)[self.places(step, rank, world)]
+        return self.rows(step)[self.share_positions(step, rank, world)]
 
-    def places(self, step: int, rank: int, world: int) -> np.ndarray:
+    def share_positions(self, step: int, rank: int, world: int) -> np.ndarray:
         """Where in `rows(step)` those of `share` stand: a row that comes twice in a batch has two places.
 
         Rows are dealt out by length, there and back, so that ranks carry near-equal numbers of tokens.
@@ -183,7 +183,7 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[
     return groups
 
 
-def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:
+def get_pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The tokenizer's padding id, or EOS where it has none: masks come from lengths, so either will do."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -236,7 +236,7 @@ def make_batches(
     if shuffle_seed is not None:
         order = BatchSampler(table.lengths, len(table), shuffle_seed, 1).rows(0)
     cuts = range(0, len(order), batch_size)
-    return [collate([table[i] for i in order[cut : cut + batch_size]], pad_id_of(tokenizer)) for cut in cuts]
+    return [collate([table[i] for i in order[cut : cut + batch_size]], get_pad_id(tokenizer)) for cut in cuts]
 
 
 def _rows_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:

@@ -24,7 +24,7 @@ import numpy as np
 from rayk.config import DemonstrationsConfig, MethodSettings
 from rayk.data.examples import EVERY_TEACHER, Example, ExampleTable
 from rayk.data.nearest import Embedder, bm25_scores, top_indices
-from rayk.data.tokens import Encoder
+from rayk.data.text_encoder import TextEncoder
 from rayk.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class DemonstrationPool:
         self.max_tokens = max_tokens
         self.rows = rows
         self._method = settings
-        self._encoder = Encoder(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
         self._output_separator, self._separator = map(
             _array, self._encoder.encode([self.settings.output_separator, self.settings.separator])
         )

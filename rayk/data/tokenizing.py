@@ -11,9 +11,9 @@ import numpy as np
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.examples import Example, ExampleTable
-from rayk.data.prompts import Format, RowTexts
+from rayk.data.row_texts import Format, RowTexts
 from rayk.data.sources import Row, read_rows
-from rayk.data.tokens import Encoder, Tokens
+from rayk.data.text_encoder import TextEncoder, Tokens
 from rayk.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class RowTokenizer:
             section = "data.evaluation." if source is data.evaluation else "data.train."
         self.source, self.data, self.prompts_only, self.pairs = source, data, prompts_only, pairs
         self.texts = RowTexts(source, section)
-        self.encoder = Encoder(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
         self.format: Format | None = None
         self.skipped: Counter[str] = Counter()
         self.first_skipped: dict[str, str] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayk.config import EvaluationConfig
 from rayk.config.support import Logprob, TopK
-from rayk.data.batches import Batch, collate, micro_batches, pad_id_of
+from rayk.data.batches import Batch, collate, micro_batches, get_pad_id
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import Example
 from rayk.data.views import RowViews
@@ -159,7 +159,7 @@ class Evaluator:
         def log_probs(rows: list[Example]) -> list[float]:
             found: dict[int, float] = {}
             for group in micro_batches([len(row) for row in rows], self._budget):
-                batch = collate([rows[row] for row in group], pad_id_of(self._tokenizer)).to(student.model.device)
+                batch = collate([rows[row] for row in group], get_pad_id(self._tokenizer)).to(student.model.device)
                 per_token = -linear_cross_entropy(student.hidden(batch), student.head, batch.targets)
                 found |= zip(group, sequence_sum(per_token.double(), batch.offsets).tolist(), strict=True)
             return [found[row] for row in range(len(rows))]
@@ -172,11 +172,11 @@ class Evaluator:
     def _pairs(self) -> Iterator[Batch]:
         pairs = [example.answers for example in self._examples if example.rejected is not None]
         for group in micro_batches([2 * max(map(len, pair)) for pair in pairs], self._budget):
-            yield collate([answer for pair in group for answer in pairs[pair]], pad_id_of(self._tokenizer))
+            yield collate([answer for pair in group for answer in pairs[pair]], get_pad_id(self._tokenizer))
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         for rows in micro_batches([len(example) for example in examples], self._budget):
-            yield collate([examples[row] for row in rows], pad_id_of(self._tokenizer))
+            yield collate([examples[row] for row in rows], get_pad_id(self._tokenizer))
 
 
 def measure_batch(student: Any, batch: Batch, signals: SignalBatch | None) -> Evaluation:
@@ -235,7 +235,7 @@ def evaluate_teacher(
     views = views or RowViews()
     option_rows, examples = select_option_rows(examples, views), [views.apply_draw(row) for row in examples]
     groups = micro_batches([len(example) for example in examples], batch_tokens)
-    batches = [collate([examples[row] for row in group], pad_id_of(tokenizer)) for group in groups]
+    batches = [collate([examples[row] for row in group], get_pad_id(tokenizer)) for group in groups]
     evaluation = Evaluation()
     # A single teacher that reads rows as the student does.
     single = teacher if isinstance(teacher, Teacher) and not views.has_view(teacher.settings.name) else None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayk.data.batches import Batch, collate, pad_id_of
+from rayk.data.batches import Batch, collate, get_pad_id
 from rayk.engines.base import GeneratedSequence, SamplingParameters
 from rayk.engines.generation import generate, get_eos_token_ids
 from rayk.losses import linear_cross_entropy
@@ -92,7 +92,7 @@ class PolicyModel:
         self, sequences: Sequence[TokenSequence], read: Callable[[Tensor, Batch], Tensor]
     ) -> list[np.ndarray]:
         """Apply `read` to the hidden states at the counted tokens; return [counted tokens, ...] per sequence."""
-        batch = collate(sequences, pad_id_of(self._tokenizer)).to(self.model.device)
+        batch = collate(sequences, get_pad_id(self._tokenizer)).to(self.model.device)
         hidden = batch.counted(final_hidden(self.model, batch.input_ids, batch.attention_mask))
         values = read(hidden.to(self._compute_dtype), batch).cpu().numpy()
         return np.split(values, batch.offsets[1:-1].tolist())

@@ -13,6 +13,7 @@ from rayk.synthesis.pipeline import RecipeContext, synthesize_rows
 from rayk.synthesis.prompts import Prompt, fingerprint, read_prompts
 from rayk.synthesis.recipes import RECIPES, find_recipe
 from rayk.synthesis.store import CompletionStore, StoredCompletion
+from rayk.synthesis.trial import try_functions
 
 __all__ = [
     "RECIPES",
@@ -32,4 +33,5 @@ __all__ = [
     "read_prompts",
     "sampling_parameters",
     "synthesize_rows",
+    "try_functions",
 ]

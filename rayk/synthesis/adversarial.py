@@ -32,6 +32,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import count, islice, zip_longest
 from statistics import fmean
+from types import MappingProxyType
 
 from rayk.config import AdversarialConfig
 from rayk.engines.base import SamplingParameters
@@ -105,6 +106,7 @@ class Adversarial(Recipe[AdversarialConfig]):
 
     summary = "new instructions on which the student is behind its teacher, round by round"
     paper = "Jiang et al. 2023, arXiv 2305.12870"
+    example_fields = MappingProxyType({"kind": GIVEN, "made_from": ""})
 
     def __init__(self, settings: AdversarialConfig, prompts: Sequence[Prompt], client: CompletionClient):
         super().__init__(settings, prompts, client)

@@ -1,10 +1,11 @@
 """Interface of recipes: prompts in, candidates for training rows out, in an order that only depends on them."""
 
 from abc import ABC
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rayk.config import SamplingConfig, SynthesisSettings, TeacherConfig
@@ -79,11 +80,13 @@ class Recipe(ABC, Generic[S]):
     Attributes:
         summary: what the recipe does, in one line for the report.
         paper: its source; empty if there is none.
+        example_fields: fields that the recipe adds to rows, with example values for `rayk doctor`.
         round: set before `candidates` is called.
     """
 
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    example_fields: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, settings: S, prompts: Sequence[Prompt], client: CompletionClient):
         self.settings, self.prompts, self.client = settings, prompts, client

@@ -7,6 +7,7 @@ With D sampled rationales per question (diverse reasoning) the student sees seve
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from rayk.config import ChainOfThoughtConfig
 from rayk.engines.base import SamplingParameters
@@ -34,6 +35,7 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
 
     summary = "the teacher's rationales that end in the right answer, several per question"
     paper = "Ho et al. 2022, arXiv 2212.10071"
+    example_fields = MappingProxyType({"rationale": "This is a rationale.", "teacher_answer": "4", "correct": True})
 
     def __init__(self, settings: ChainOfThoughtConfig, prompts: Sequence[Prompt], client: CompletionClient):
         super().__init__(settings, prompts, client)

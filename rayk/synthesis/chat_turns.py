@@ -11,7 +11,7 @@ A model that was trained on a template and is given the text before the user's m
 
 from dataclasses import dataclass
 
-from rayk.data.tokens import Encoder
+from rayk.data.text_encoder import TextEncoder
 from rayk.errors import InputError
 
 # Letters only, because templates may strip, escape or search for other characters.
@@ -34,7 +34,7 @@ class ChatTurns:
     assistant_ends: str
 
 
-def find_chat_turns(encoder: Encoder, system: str | None, where: str) -> ChatTurns:
+def find_chat_turns(encoder: TextEncoder, system: str | None, where: str) -> ChatTurns:
     """Return the turns of the tokenizer's chat template, after a system prompt if one is given.
 
     Args:
@@ -70,7 +70,9 @@ def find_chat_turns(encoder: Encoder, system: str | None, where: str) -> ChatTur
     return ChatTurns(_strip_unstable_spaces(encoder, before), user_ends, _ending(encoder, after))
 
 
-def _around(encoder: Encoder, messages: list[dict[str, str]], where: str, generation: bool = True) -> tuple[str, str]:
+def _around(
+    encoder: TextEncoder, messages: list[dict[str, str]], where: str, generation: bool = True
+) -> tuple[str, str]:
     """Return the template's text before and after the content of the last message, which must not depend on it."""
     found = []
     for mark in _MARKS:
@@ -90,7 +92,7 @@ def _around(encoder: Encoder, messages: list[dict[str, str]], where: str, genera
     return found[0]
 
 
-def _ending(encoder: Encoder, after: str) -> str:
+def _ending(encoder: TextEncoder, after: str) -> str:
     """Return what a turn ends with: the special token that follows it, or the first line that is not blank."""
     after = after.strip()
     if not after:
@@ -100,7 +102,7 @@ def _ending(encoder: Encoder, after: str) -> str:
     return max(matching, key=len) if matching else after.splitlines()[0].strip()
 
 
-def _strip_unstable_spaces(encoder: Encoder, before: str) -> str:
+def _strip_unstable_spaces(encoder: TextEncoder, before: str) -> str:
     """Return `before` without spaces at its end that would become part of the message's first token."""
     wholes = encoder.encode([before + beginning for beginning in _BEGINNINGS])
     for candidate in (before, before.rstrip(" ")):

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from rayk.config import SynthesisSettings
-from rayk.data.tokens import Encoder
+from rayk.data.text_encoder import TextEncoder
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
 from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
@@ -91,7 +91,7 @@ class CompletionClient:
             )
         if teacher.info.engine != "openai":
             remote = teacher.settings.trust_remote_code
-            self._encoder = Encoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
+            self._encoder = TextEncoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
             if self._chat:
                 check_chat_template(self._encoder.tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
@@ -140,7 +140,7 @@ class CompletionClient:
     @property
     def uses_chat(self) -> bool:
         """Whether the model reads prompts as user messages of a chat."""
-        return self._chat or self.teacher.info.chats
+        return self._chat or self.teacher.info.applies_chat_template
 
     def seed(self, *position: int) -> int:
         """Derive a seed from the run's seed and a position (stage, row, sample, …)."""

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from rayk.config import MagpieConfig, TeacherConfig
-from rayk.data.tokens import Encoder
+from rayk.data.text_encoder import TextEncoder
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
 from rayk.models import load_tokenizer
@@ -187,8 +187,8 @@ def _build_instruction_filters(settings: MagpieConfig) -> list[Filter]:
     return build_filters(settings.instruction_filters)
 
 
-def _load_encoder(name: str, teacher: TeacherConfig) -> Encoder:
-    return Encoder(load_tokenizer(name, trust_remote_code=teacher.trust_remote_code))
+def _load_encoder(name: str, teacher: TeacherConfig) -> TextEncoder:
+    return TextEncoder(load_tokenizer(name, trust_remote_code=teacher.trust_remote_code))
 
 
 def _template_owner(settings: MagpieConfig, teacher: str) -> str:

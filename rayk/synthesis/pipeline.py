@@ -166,7 +166,7 @@ def _candidate_problem(candidate: Any, num_prompts: int, settings: CustomSynthes
         return ""
     texts = {"prompt": candidate.prompt, "completion": candidate.completion}
     if settings.pairs:
-        texts["worse"] = candidate.worse or ""
+        texts["worse completion"] = candidate.worse or ""
     for name, text in texts.items():
         if not isinstance(text, str) or not text.strip():
             return f"has no {name}; give one as text, or reject the candidate (see rayk.synthesis.completion_problem)"

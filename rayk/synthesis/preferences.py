@@ -19,6 +19,7 @@ round.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from rayk.config import PreferencesConfig, TeacherConfig
@@ -59,6 +60,10 @@ class Preferences(Recipe[PreferencesConfig]):
 
     summary = "a better and a worse completion of each prompt: the teacher's and the student's, or chosen by a score"
     paper = "Rafailov et al. 2023, arXiv 2305.18290"
+    example_fields = MappingProxyType({
+        "chosen_from": "teacher", "rejected_from": "student", "rejected_tokens": 2, "rejected_finish_reason": "stop",
+        "chosen_score": 1.0, "rejected_score": 0.0,
+    })  # fmt: skip
 
     def __init__(self, settings: PreferencesConfig, prompts: Sequence[Prompt], client: CompletionClient):
         super().__init__(settings, prompts, client)

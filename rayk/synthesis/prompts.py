@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayk.config import AnswerConfig, DataSource
-from rayk.data.prompts import RowTexts
+from rayk.data.row_texts import RowTexts
 from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
 from rayk.text.answers import answers_match, find_answer, find_last_match

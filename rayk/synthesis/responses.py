@@ -6,6 +6,7 @@ best by the teacher's own mean log-prob, by the right answer, or by a function o
 
 from collections.abc import Sequence
 from itertools import groupby
+from types import MappingProxyType
 
 from rayk.config import ResponsesConfig, TeacherConfig
 from rayk.synthesis.base import Candidate, Recipe, completion_problem, completion_text, sampling_parameters
@@ -22,6 +23,7 @@ class Responses(Recipe[ResponsesConfig]):
 
     summary = "the teacher's completions of the rows' prompts, all of them or the best of several"
     paper = "Kim & Rush 2016, arXiv 1606.07947"
+    example_fields = MappingProxyType({"score": 1.0})
 
     def __init__(self, settings: ResponsesConfig, prompts: Sequence[Prompt], client: CompletionClient):
         super().__init__(settings, prompts, client)

@@ -56,7 +56,7 @@ def call_scorer(function: Callable[..., Any], name: str, prompt: Prompt, text: s
         value = function(prompt.text, text, dict(prompt.fields))
     except Exception as error:  # a user's function can raise anything
         raise InputError(
-            f"synthesis.scorer '{name}' failed with {describe_error(error)}, for {prompt.where}."
+            f"synthesis.scorer '{name}' failed with {describe_error(error)} for {prompt.where}."
         ) from error
     try:
         score = float(value)

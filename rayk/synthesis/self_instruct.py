@@ -16,6 +16,7 @@ import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -64,6 +65,7 @@ class SelfInstruct(PromptGeneratingRecipe[SelfInstructConfig]):
 
     summary = "tasks, inputs and outputs that the teacher generates from tasks written by people"
     paper = "Wang et al. 2022, arXiv 2212.10560"
+    example_fields = MappingProxyType({"instruction": "Name a river.", "input": "", "is_classification": False})
 
     def __init__(self, settings: SelfInstructConfig, prompts: Sequence[Prompt], client: CompletionClient):
         super().__init__(settings, prompts, client)

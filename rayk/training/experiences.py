@@ -126,7 +126,7 @@ class ExperienceSource:
             return []
         rows = []
         while (batch := self._sampled.get(step)) is not None:
-            places = self._sampler.places(step, self._rank, self._world)
+            places = self._sampler.share_positions(step, self._rank, self._world)
             rows += [
                 {"step": step, "place": int(place), "row": pack_row(row)}
                 for place, row in zip(places, batch.sequences, strict=True)
@@ -139,7 +139,7 @@ class ExperienceSource:
         stored = {(entry["step"], entry["place"]): entry["row"] for entry in rows}
         # If a step's rows were not complete on all workers, all of them are generated anew.
         while stored and all((step, place) in stored for place in range(self._sampler.batch_size)):
-            places = self._sampler.places(step, self._rank, self._world)
+            places = self._sampler.share_positions(step, self._rank, self._world)
             origins = self._sampler.rows(step)
             self._sampled[step] = collate(
                 [unpack_row(stored[step, int(place)], self._table[int(origins[place])]) for place in places],
@@ -232,7 +232,7 @@ class ExperienceSource:
 
     def _seeds(self, step: int, sampler: BatchSampler) -> list[int]:
         """Return a seed per row, from the run's seed, the step and the row's place in it: independent of the rank."""
-        places = sampler.places(step, self._rank, self._world)
+        places = sampler.share_positions(step, self._rank, self._world)
         keys = ([self._config.seed, step, int(place)] for place in places)
         return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
 

@@ -14,7 +14,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, pad_id_of
+from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, get_pad_id
 from rayk.data.examples import ExampleTable
 from rayk.errors import Interrupted, RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
@@ -35,6 +35,7 @@ from rayk.training.optimizer import learning_rate_at, steps_of_epochs
 from rayk.training.policy import make_policy
 from rayk.training.ranks import AllRanksStop, Ranks, worker_device
 from rayk.training.recorder import Recorder
+from rayk.training.rollout_samples import RolloutSamples
 from rayk.training.student import LossModule, Student, save_model
 
 _CHUNK_ROWS = 1000  # sorted by length within a chunk
@@ -48,7 +49,7 @@ class Trainer:
         self.config, self.settings, self.ranks = config, config.training, ranks
         self.device = worker_device()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
-        self._pad_id = pad_id_of(self.tokenizer)
+        self._pad_id = get_pad_id(self.tokenizer)
         self.table = ExampleTable(fetch(job.train_table))
         self._resources = ExitStack()
         self.teachers = job.connect_teachers(self._resources.enter_context(open_cache(config.cache)))
@@ -77,6 +78,11 @@ class Trainer:
         self._saved_step = self.step
         self.evaluator = self._make_evaluator(job, teacher, views)
         self.recorder = Recorder(config.output_path, self.step, config.tracking) if ranks.rank == 0 else None
+        self._rollout_samples = (
+            RolloutSamples(config.output_path, self.step, self.total_steps, self.tokenizer)
+            if ranks.rank == 0 and config.rollouts is not None
+            else None
+        )
 
     def run(self) -> Outcome:
         """Train to the last step.
@@ -210,6 +216,8 @@ class Trainer:
         means = self.learner.train_step(updates, step, learning_rate)
         self.method.on_step(step + 1)
         seconds = time.perf_counter() - started
+        if self._rollout_samples is not None:
+            self._rollout_samples.record(step + 1, prepared.experience.batch.sequences)
         return {
             "step": step + 1,
             "epoch": (step + 1) * self.settings.batch_size / len(self.table),

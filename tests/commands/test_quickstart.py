@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rayk.commands import quickstart
-from rayk.data import generated
+from rayk.data import quickstart_task
 from rayk.run import ProgressListener
 
 pytestmark = pytest.mark.cluster
@@ -22,8 +22,8 @@ class Recording(ProgressListener):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = generated.TEACHER_TRAINING | {"rows": 256, "steps": 4, "batch_size": 64}
-    monkeypatch.setattr(generated, "TEACHER_TRAINING", settings)
+    settings = quickstart_task.TEACHER_TRAINING | {"rows": 256, "steps": 4, "batch_size": 64}
+    monkeypatch.setattr(quickstart_task, "TEACHER_TRAINING", settings)
     monkeypatch.setattr(quickstart, "_EVALUATION_ROWS", 16)
 
 

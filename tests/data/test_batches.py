@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayk.config import DataSource
-from rayk.data.batches import BatchSampler, collate, make_batches, micro_batches, pad_id_of
+from rayk.data.batches import BatchSampler, collate, make_batches, micro_batches, get_pad_id
 from rayk.errors import InputError
 from rayk.signals.sequence import TokenSequence
 from tests.tiny import EOS, tiny_tokenizer
@@ -188,7 +188,7 @@ def test_make_batches_says_what_is_wrong_with_its_arguments(tokenizer):
 
 
 def test_pad_falls_back_to_eos(tokenizer):
-    assert pad_id_of(tokenizer) == tokenizer.pad_token_id
+    assert get_pad_id(tokenizer) == tokenizer.pad_token_id
     without = tiny_tokenizer()
     without.pad_token = None
-    assert pad_id_of(without) == without.eos_token_id
+    assert get_pad_id(without) == without.eos_token_id

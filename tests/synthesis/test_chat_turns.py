@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayk.data.tokens import Encoder
+from rayk.data.text_encoder import TextEncoder
 from rayk.errors import InputError
 from rayk.synthesis.chat_turns import find_chat_turns
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -43,7 +43,7 @@ SPECIAL = [
 def encoder_of(template):
     tokenizer = tiny_tokenizer(chat_template=template, bos=True)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    return Encoder(tokenizer)
+    return TextEncoder(tokenizer)
 
 
 def turns(template, system=None):

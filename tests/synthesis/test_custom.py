@@ -132,9 +132,9 @@ def test_a_candidate_that_cannot_become_a_row_is_named(parrot, endpoint, store, 
 @pytest.mark.cluster
 def test_pairs_need_a_worse_completion_and_errors_name_the_line(parrot, endpoint, store):
     value = "Candidate('p', 'c', 0, (RESPONSE,))"
-    with pytest.raises(InputError, match="candidate 1 has no worse; give one as text"):
+    with pytest.raises(InputError, match="candidate 1 has no worse completion; give one as text"):
         write(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value}, pairs=True)
-    with pytest.raises(InputError, match=r"^Recipe 'broken:Fails' failed with KeyError: 'samples' \(broken.py, line 21"):
+    with pytest.raises(InputError, match=r"'broken:Fails' failed with KeyError: 'samples' \(broken.py, line \d+\)"):
         write(parrot, store, "broken:Fails", prompts_of("a"))
 
 

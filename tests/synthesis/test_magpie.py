@@ -113,7 +113,7 @@ def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, tem
 
 def test_an_instruction_that_was_cut_is_not_asked(scribbler, endpoint, store, template):
     endpoint.answer = user_and_assistant(["What is the tide of"] * 2, finish_reason="length")
-    with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was truncated at synthesis.sampling.max"):
+    with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was truncated at synthesis.samp"):
         write(scribbler, store, instructions=2, tokenizer=template)
     assert len(endpoint.requests) == 2
 

@@ -166,5 +166,8 @@ def test_a_cut_answer_does_not_make_the_whole_one_a_duplicate(parrot, endpoint, 
 def test_a_scorer_that_fails_is_named(parrot, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("def score(prompt, completion, row):\n    return row['weight']\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(InputError, match=r"synthesis.scorer 'broken:score' failed with KeyError: 'weight' \(broken.py, line \d\) for rows"):
+    with pytest.raises(
+        InputError,
+        match=r"synthesis.scorer 'broken:score' failed with KeyError: 'weight' \(broken.py, line \d\) for rows",
+    ):
         write(parrot, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")

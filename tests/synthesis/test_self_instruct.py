@@ -199,7 +199,9 @@ def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
 
 def test_a_teacher_that_makes_no_list_is_told_of(parrot, endpoint, store):
     endpoint.answer = lambda body: completion(body, "I would rather not.")
-    with pytest.raises(RunFailed, match=r"None of the \d+ completions has the form that synthesis 'self_instruct' requested"):
+    with pytest.raises(
+        RunFailed, match=r"None of the \d+ completions has the form that synthesis 'self_instruct' requested"
+    ):
         write(parrot, store)
 
 

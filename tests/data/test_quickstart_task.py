@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 import pytest
 from transformers import AutoTokenizer, LlamaConfig
 
-from rayk.data import generated
-from rayk.data.generated import (
+from rayk.data import quickstart_task
+from rayk.data.quickstart_task import (
     ENDING_PROBABILITIES,
     EVALUATION_PROMPTS,
     LANGUAGE,
@@ -134,7 +134,7 @@ def test_tokenizer_survives_a_save(tmp_path):
     assert loaded.encode("old fox sees red king -> ") == tokenizer.encode("old fox sees red king ->")
 
 
-@pytest.mark.parametrize("kwargs", [generated.TEACHER_MODEL, generated.STUDENT_MODEL])
+@pytest.mark.parametrize("kwargs", [quickstart_task.TEACHER_MODEL, quickstart_task.STUDENT_MODEL])
 def test_model_settings_fit_the_tokenizer(kwargs):
     tokenizer = task_tokenizer()
     config = LlamaConfig(**kwargs)

@@ -34,7 +34,7 @@ class Tokens:
         return counted
 
 
-class Encoder:
+class TextEncoder:
     """A tokenizer with what the token rules need of it.
 
     Raises:
