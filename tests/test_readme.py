@@ -103,7 +103,8 @@ def on_tiny_models(settings: dict, folder: Path) -> dict:
     settings["data"]["chat_template"] = False
     for teacher in settings.get("teachers", []):
         teacher |= {"model": str(folder / "teacher"), "engine": {"kind": "transformers"}}
-    settings["training"] |= {"epochs": 1, "batch_size": 8, "precision": "float32", "resources": {"num_cpus": 0.5}}
+    training = {"epochs": 1, "batch_size": 8, "precision": "float32", "resources": {"num_cpus": 0.5}}
+    settings["training"] = settings.get("training", {}) | training
     return settings
 
 
@@ -120,6 +121,24 @@ def test_python_in_readme_runs_as_it_stands(newcomer):
     assert "serve_teacher(" in program
     run_command(sys.executable, "-c", program, folder=newcomer)
     assert (newcomer / "runs" / "from-python" / "model" / "config.json").exists()
+
+
+@pytest.mark.cluster
+def test_new_loss_in_readme_trains(newcomer):
+    assert len(named_blocks(README)["my_loss.py"].splitlines()) < 15
+    [command] = re.findall(r"`rayk (run distill.yaml --set method.divergence=\S+)`", README)
+    run_command(sys.executable, "-m", "rayk.cli", *command.split(), folder=newcomer)
+    steps = [json.loads(line) for line in (newcomer / "runs/first/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < step["my_loss:hellinger"] < 1 for step in steps)
+
+
+@pytest.mark.cluster
+def test_new_method_in_contributing_trains(newcomer):
+    assert len(named_blocks(CONTRIBUTING)["my_method.py"].splitlines()) < 60
+    assert "`rayk run my_method.yaml`" in CONTRIBUTING
+    run_command(sys.executable, "-m", "rayk.cli", "run", "my_method.yaml", folder=newcomer)
+    steps = [json.loads(line) for line in (newcomer / "runs/my_method/metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["weight"] == 1.0 > steps[-1]["weight"]
 
 
 def test_job_without_a_teacher_runs_as_it_is(newcomer, monkeypatch):

@@ -150,7 +150,7 @@ IN_CONTEXT_PART = Part(
                 ("distilled_softly", "distilled"),
             )
         ],
-        told=("accuracy",), known={"start": 0.0},
+        printed=("accuracy",), known={"start": 0.0},
     ),
     TEACHER, make_teacher, measure_teacher, _run,
 )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayk.data.batches import collate, pad_id_of
+from rayk.data.batches import collate, get_pad_id
 from rayk.engines.base import SamplingParameters
 from rayk.engines.generation import generate
 from rayk.losses import forward_kl, reverse_kl
@@ -101,7 +101,7 @@ class Measurer:
         return statistics.mean(walks.is_walk(prompt, words) for prompt, words in texts)
 
     def _divergences(self, student: Any, rows: list[TokenSequence]) -> Divergences:
-        batch = collate(rows, pad_id_of(self._tokenizer))
+        batch = collate(rows, get_pad_id(self._tokenizer))
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         log_p, log_q = (batch.counted(model(**inputs).logits).log_softmax(-1) for model in (self._teacher, student))
         counts = batch.offsets.diff().tolist()
