@@ -31,6 +31,7 @@ from rayk.engines.batching import gather
 from rayk.engines.limits import RateLimit
 from rayk.errors import InputError
 from rayk.models import Head
+from rayk.models.loading import UNLIMITED
 from rayk.signals.batch import SignalBatch
 from rayk.signals.sequence import TokenSequence
 
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 _RETRYABLE = {408, 409, 425, 429}  # and all server errors, from 500 on
 _PROMPT_REFUSED = {400, 413, 422, 451}  # too long, against the rules, …; other statuses concern all prompts
 _LONGEST_PAUSE_SECONDS = 120.0
-_BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
+BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
+"""Seconds between attempts, in addition to a Retry-After header."""
 _CHARACTERS_PER_TOKEN = 4
 # Servers differ in the width of a seed; all accept 31 bits.
 _HIGHEST_SEED = 2**31 - 1
@@ -86,7 +88,7 @@ class OpenAIEngine:
         self.info = EngineInfo(
             model=settings.model_name or model,
             vocab_size=0,
-            max_tokens=1 << 30,
+            max_tokens=UNLIMITED,
             tokenizer_fingerprint="",
             dtype="unknown",
             device="endpoint",
@@ -196,7 +198,7 @@ class OpenAIEngine:
             return InputError(
                 f"{endpoint} reports that the quota is used up ({status}: {message}); raise it and run again."
             )
-        pause = _retry_after_seconds(response.headers.get("retry-after", ""))
+        pause = parse_retry_after(response.headers.get("retry-after", ""))
         return _NoCompletion(
             f"{status}: {message}" + (f" (retry after {pause:g} s)" if pause else ""),
             retryable=(status in _RETRYABLE or status >= 500) and pause <= _LONGEST_PAUSE_SECONDS, pause_seconds=pause,
@@ -277,10 +279,10 @@ def _check_text(prompt: Prompt) -> str:
 def _wait_seconds(state: RetryCallState) -> float:
     """Return the seconds until the next attempt; random, so that prompts are not all retried at the same time."""
     assert state.outcome is not None
-    return getattr(state.outcome.exception(), "pause_seconds", 0.0) + _BACKOFF(state)
+    return getattr(state.outcome.exception(), "pause_seconds", 0.0) + BACKOFF(state)
 
 
-def _retry_after_seconds(header: str) -> float:
+def parse_retry_after(header: str) -> float:
     """Return the seconds to wait by a Retry-After header (seconds, or an HTTP date); 0 without a valid one."""
     try:
         return max(0.0, float(header))

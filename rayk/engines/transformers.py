@@ -35,7 +35,8 @@ from rayk.models import (
 from rayk.signals.batch import SignalBatch, concatenate
 from rayk.signals.sequence import TokenSequence
 
-_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Memory for logits that are computed at the same time."""
 _PREFIX_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
@@ -118,7 +119,7 @@ class TransformersEngine:
     @property
     def _chunk(self) -> int:
         """Number of positions whose logits are in memory at the same time."""
-        return max(16, _LOGITS_BYTES["cpu" if self.device == "cpu" else "cuda"] // (4 * self._head.vocab_size))
+        return max(16, LOGITS_BYTES["cpu" if self.device == "cpu" else "cuda"] // (4 * self._head.vocab_size))
 
     def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         longest = max(map(len, sequences))

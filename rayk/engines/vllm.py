@@ -37,7 +37,7 @@ from rayk.signals.batch import SignalBatch, concatenate
 from rayk.signals.sequence import TokenSequence
 
 # float32's spacing at 1. vLLM's log-probs are float32, so a smaller difference between their sum and 1 is rounding.
-_LEAST_TAIL = 2.0**-23
+LEAST_TAIL = 2.0**-23
 # Tokens requested beyond k if the embedding is padded, because padding may be among the likeliest; rarely more.
 _SPARE = 8
 _HEAD_ROWS = 512
@@ -227,8 +227,8 @@ class VLLMEngine:
         if logprobs.shape[1] == self._columns:
             return np.full(len(logprobs), -np.inf, np.float32)
         tails = -np.expm1(np.logaddexp.reduce(logprobs.astype(np.float64), axis=1))
-        self.floored_tails += int((tails < _LEAST_TAIL).sum())
-        return np.log(np.maximum(tails, _LEAST_TAIL)).astype(np.float32)
+        self.floored_tails += int((tails < LEAST_TAIL).sum())
+        return np.log(np.maximum(tails, LEAST_TAIL)).astype(np.float32)
 
     async def _score_hidden(self, sequence: TokenSequence, support: Support) -> SignalBatch:
         """Return one sequence's final hidden states, and the actual tokens' log-probs computed from them."""

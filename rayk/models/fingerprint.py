@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
-_HASHED_WHOLE_BYTES = 64 << 20
-
+HASHED_WHOLE_BYTES = 64 << 20
+"""Files up to this size are hashed completely."""
 _SAMPLE_BYTES = 64 << 10
-
 _SAMPLES = 256
 
 
@@ -35,7 +34,7 @@ def weights_fingerprint(name: str, commit: str | None = None) -> str:
 def _sampled_parts(file: BinaryIO, path: Path) -> list[tuple[int, int]]:
     """Return the parts of a file that its fingerprint covers, as (offset, length)."""
     size = path.stat().st_size
-    if size <= _HASHED_WHOLE_BYTES:
+    if size <= HASHED_WHOLE_BYTES:
         return [(0, size)]
     if path.suffix != ".safetensors":
         return [(i * (size - _SAMPLE_BYTES) // _SAMPLES, _SAMPLE_BYTES) for i in range(_SAMPLES + 1)]

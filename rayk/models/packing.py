@@ -20,7 +20,7 @@ def enable_packing(model: Any) -> None:
 
     A test run decides: a body that computes different values for packed rows keeps transformers' own attention.
     """
-    if model.config._attn_implementation != "sdpa" or not _mixes_by_attention_only(model.config.get_text_config()):
+    if model.config._attn_implementation != "sdpa" or not mixes_by_attention_only(model.config.get_text_config()):
         return
     _register()
     model.set_attn_implementation(_NAME)
@@ -51,7 +51,7 @@ def packed_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     return hidden.masked_scatter(real[:, :, None], states)
 
 
-def _mixes_by_attention_only(config: Any) -> bool:
+def mixes_by_attention_only(config: Any) -> bool:
     """Return whether, by the configuration, tokens influence each other through attention only."""
     kinds = set(getattr(config, "layer_types", None) or ())
     return kinds <= _ATTENTION_TYPES and getattr(config, "attention_chunk_size", None) is None

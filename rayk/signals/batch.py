@@ -30,7 +30,7 @@ _HEADER = struct.Struct("<IIIIIIdQ")  # support code, rows, tokens, width, vocab
 _SUPPORTS: tuple[type, ...] = (TopK, Logprob, Requested, Sampled, Hidden)  # a support's code is its index here
 _HIDDEN_DTYPES: tuple[Literal["float16", "bfloat16", "float32"], ...] = ("float16", "bfloat16", "float32")
 _SHORT_ID_VOCAB = 1 << 16
-_COLUMNS = ("target_logprobs", "ids", "logprobs", "log_tails", "weights", "entropies", "hidden")
+COLUMNS = ("target_logprobs", "ids", "logprobs", "log_tails", "weights", "entropies", "hidden")
 
 
 class CorruptSignal(ValueError):
@@ -161,7 +161,7 @@ class SignalBatch:
 
     def _map(self, change: Callable[[Tensor], Tensor], offsets: Tensor) -> "SignalBatch":
         columns: dict[str, Any] = {
-            name: change(column) for name in _COLUMNS if (column := getattr(self, name)) is not None
+            name: change(column) for name in COLUMNS if (column := getattr(self, name)) is not None
         }
         return replace(self, offsets=offsets.to(columns["target_logprobs"].device), **columns)
 
@@ -171,7 +171,7 @@ def concatenate(batches: Sequence[SignalBatch]) -> SignalBatch:
     first = batches[0]
     columns: dict[str, Any] = {
         name: torch.cat([getattr(batch, name) for batch in batches])
-        for name in _COLUMNS
+        for name in COLUMNS
         if getattr(first, name) is not None
     }
     return replace(first, offsets=_to_offsets(torch.cat([batch.offsets.diff() for batch in batches])), **columns)

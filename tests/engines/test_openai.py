@@ -21,7 +21,7 @@ from rayk.config.support import TopK
 from rayk.engines import openai as engine_module
 from rayk.engines.base import SamplingParameters, Usage
 from rayk.engines.limits import RateLimit
-from rayk.engines.openai import OpenAIEngine, _retry_after_seconds
+from rayk.engines.openai import OpenAIEngine, parse_retry_after
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from tests.engines.endpoint import Endpoint, Reply, completion
@@ -43,7 +43,7 @@ def endpoint():
 def ask(endpoint, monkeypatch):
     """Generate completions of `prompts` with a new engine; return them and the engine."""
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
-    monkeypatch.setattr(engine_module, "_BACKOFF", lambda state: 0.01)
+    monkeypatch.setattr(engine_module, "BACKOFF", lambda state: 0.01)
 
     def ask(prompts, parameters=GREEDY, **settings):
         engine = OpenAIEngine("parrot", OpenAIEngineConfig(base_url=endpoint.url, **settings))
@@ -151,10 +151,10 @@ def test_a_retry_after_above_the_limit_ends_the_retries(ask, endpoint):
 
 
 def test_retry_after_may_be_seconds_or_a_date():
-    assert _retry_after_seconds("2.5") == 2.5
+    assert parse_retry_after("2.5") == 2.5
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    assert 50 < _retry_after_seconds(later) <= 60
-    assert [_retry_after_seconds(text) for text in ("", "soon", "-3", "Wed, 21 Oct 2015 07:28:00 GMT")] == [0] * 4
+    assert 50 < parse_retry_after(later) <= 60
+    assert [parse_retry_after(text) for text in ("", "soon", "-3", "Wed, 21 Oct 2015 07:28:00 GMT")] == [0] * 4
 
 
 def test_a_refused_prompt_is_not_retried_and_affects_no_other(ask, endpoint):

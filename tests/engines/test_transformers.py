@@ -116,7 +116,7 @@ def test_signals_at_a_temperature_equal_the_dense_softmax(engine, reference, tem
 def test_chunks_of_the_head_do_not_change_the_signals(engine, monkeypatch):
     sequences = [sequence(50, i, counted=True) for i in range(3)]
     whole = score(engine, sequences, TopK(8, (1.0, 2.0)))
-    monkeypatch.setattr(engine_module, "_LOGITS_BYTES", {"cpu": 1})  # chunks of 16 positions
+    monkeypatch.setattr(engine_module, "LOGITS_BYTES", {"cpu": 1})  # chunks of 16 positions
     chunked = score(engine, sequences, TopK(8, (1.0, 2.0)))
     for name in ("offsets", "target_logprobs", "logprobs", "log_tails"):
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), atol=1e-5, rtol=1e-5)

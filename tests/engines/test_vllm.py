@@ -109,7 +109,7 @@ def test_rows_without_a_counted_token_are_empty_rows(engine, on_loop, support):
 
 
 def test_a_tail_below_float32_resolution_is_floored_and_counted(engine, on_loop, model, monkeypatch):
-    monkeypatch.setattr(engine_module, "_LEAST_TAIL", 0.25)
+    monkeypatch.setattr(engine_module, "LEAST_TAIL", 0.25)
     before, sequences = engine.floored_tails, [sequence(100, counted=True)]
     signals = on_loop(engine.score(sequences, TopK(64)))
     exact = dense(model, sequences).exp().scatter(1, signals.ids, 0).sum(1)

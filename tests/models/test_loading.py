@@ -198,7 +198,7 @@ def fingerprint_after(folder, change):
 
 @pytest.mark.parametrize("whole_bytes", [64 << 20, 4096], ids=["read-whole", "sampled"])
 def test_the_fingerprint_depends_on_every_tensor_and_not_on_the_folder(tmp_path, monkeypatch, whole_bytes):
-    monkeypatch.setattr("rayk.models.fingerprint._HASHED_WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr("rayk.models.fingerprint.HASHED_WHOLE_BYTES", whole_bytes)
     tiny_model(tmp_path / "model", seed=1)
     own = weights_fingerprint(str(tmp_path / "model"))
 

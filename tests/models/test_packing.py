@@ -80,7 +80,7 @@ def test_a_body_that_mixes_tokens_outside_attention_stays_padded(kind):
 
 
 def test_rows_that_influence_each_other_are_detected(monkeypatch):
-    monkeypatch.setattr("rayk.models.packing._row_wise", lambda config: True)
+    monkeypatch.setattr("rayk.models.packing.mixes_by_attention_only", lambda config: True)
     model = model_of("qwen3_next", **UNPACKED["qwen3_next"])
 
     enable_packing(model)

@@ -10,7 +10,7 @@ from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines.reduce import reduce_logits
 from rayk.errors import InputError
 from rayk.models import DTYPES
-from rayk.signals.batch import _COLUMNS, CorruptSignal, SignalBatch, concatenate, decode, encode
+from rayk.signals.batch import COLUMNS, CorruptSignal, SignalBatch, concatenate, decode, encode
 
 SPREADS = {"flat": 0.02, "moderate": 2.0, "peaked": 8.0, "one-hot": 60.0}
 
@@ -37,7 +37,7 @@ def signals_of(logits, support, lengths=None):
 
 
 def equal(a, b):
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("offsets", *_COLUMNS)]
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("offsets", *COLUMNS)]
     same = all(x is y or torch.equal(x, y) for x, y in pairs)
     return same and a.support == b.support and a.vocab_size == b.vocab_size
 
@@ -86,7 +86,7 @@ def test_select_and_concatenate_move_whole_rows(signals, data):
     for position, row in enumerate(rows):
         entries = slice(signals.offsets[row], signals.offsets[row + 1])
         mine = slice(chosen.offsets[position], chosen.offsets[position + 1])
-        for name in _COLUMNS:
+        for name in COLUMNS:
             if getattr(signals, name) is not None:
                 assert torch.equal(getattr(chosen, name)[mine], getattr(signals, name)[entries])
     apart = [signals.select([row]) for row in range(len(signals))]

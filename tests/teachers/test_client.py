@@ -20,7 +20,8 @@ from rayk.errors import InputError, RaykError, TeacherUnavailable
 from rayk.serving import application, event_loop
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import connect_teacher, serve_teacher
-from tests.teachers.helpers import assert_signals_close, eventually, sequences_of, teacher_config
+from tests.runs import wait_until
+from tests.teachers.helpers import assert_signals_close, random_sequences, teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -84,17 +85,17 @@ class Batch:
 
 
 def batches_of(count, seed=0):
-    return [Batch(sequences_of(3, seed=seed + i)) for i in range(count)]
+    return [Batch(random_sequences(3, seed=seed + i)) for i in range(count)]
 
 
 @pytest.mark.parametrize("support", [TopK(64), TopK(5, (1.0, 2.0)), Logprob()])
 def test_score_equals_the_engine(served, engine, support):
-    sequences = sequences_of(20)
+    sequences = random_sequences(20)
     assert_signals_close(served.score(sequences, support), asyncio.run(engine.score(sequences, support)))
 
 
 def test_score_accepts_batches_and_splits_calls(watched, engine):
-    sequences = sequences_of(30)
+    sequences = random_sequences(30)
     signals = watched.score(Batch(sequences), TopK(8))
     assert watched.statistics.calls > 5
     assert watched.statistics.tokens == signals.tokens == sum(s.counted_tokens for s in sequences)
@@ -102,13 +103,13 @@ def test_score_accepts_batches_and_splits_calls(watched, engine):
 
 
 def test_in_flight_is_reached_and_never_exceeded(watched):
-    watched.score(sequences_of(60), TopK(8))
+    watched.score(random_sequences(60), TopK(8))
     assert 3 <= watched.most_open <= 6  # three for each replica that the client knows of
     assert watched.open == 0
 
 
 def test_two_hundred_concurrent_requests_are_answered(served, engine):
-    sequences = sequences_of(200)
+    sequences = random_sequences(200)
     teacher = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
 
     async def main():
@@ -153,7 +154,7 @@ def test_wait_seconds_are_counted(served):
 
 
 def test_stream_raises_an_error_at_its_batch(served):
-    batches = [*batches_of(2), Batch(sequences_of(1, longest=600, shortest=600)), *batches_of(2)]
+    batches = [*batches_of(2), Batch(random_sequences(1, longest=600, shortest=600)), *batches_of(2)]
     stream = served.stream(batches, TopK(8))
     assert [next(stream)[0], next(stream)[0]] == batches[:2]
     with pytest.raises(InputError, match="600 tokens is longer"):
@@ -162,7 +163,7 @@ def test_stream_raises_an_error_at_its_batch(served):
 
 def test_score_in_a_running_event_loop(served, engine):
     """As in a notebook: `ascore` awaits, and even the blocking `score` does not touch the running loop."""
-    sequences = sequences_of(4)
+    sequences = random_sequences(4)
 
     async def main():
         ticks = 0
@@ -187,7 +188,7 @@ def test_score_from_threads(served, engine):
     results = {}
 
     def ask(row):
-        results[row] = served.score(sequences_of(4, seed=row), TopK(8))
+        results[row] = served.score(random_sequences(4, seed=row), TopK(8))
 
     threads = [threading.Thread(target=ask, args=(row,)) for row in range(6)]
     for thread in threads:
@@ -195,11 +196,11 @@ def test_score_from_threads(served, engine):
     for thread in threads:
         thread.join()
     for row in range(6):
-        assert_signals_close(results[row], asyncio.run(engine.score(sequences_of(4, seed=row), TopK(8))))
+        assert_signals_close(results[row], asyncio.run(engine.score(random_sequences(4, seed=row), TopK(8))))
 
 
 def test_generate_equals_the_engine(served):
-    prompts = [sequence.input_ids[:8] for sequence in sequences_of(40)]
+    prompts = [sequence.input_ids[:8] for sequence in random_sequences(40)]
     completions = served.generate(prompts, max_new_tokens=6, seed=3)
     assert len(completions) == 40
     assert [c.token_ids.tolist() for c in served.generate(prompts, max_new_tokens=6, seed=3)] == [
@@ -225,8 +226,8 @@ def test_generate_accepts_text_ids_and_no_prompts(served):
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (lambda t: t.score(sequences_of(2), TopK(1_000)), "support.k is 1000, but .* vocabulary of"),
-        (lambda t: t.score(sequences_of(1, longest=600, shortest=600)), "600 tokens is longer than .* takes"),
+        (lambda t: t.score(random_sequences(2), TopK(1_000)), "support.k is 1000, but .* vocabulary of"),
+        (lambda t: t.score(random_sequences(1, longest=600, shortest=600)), "600 tokens is longer than the limit of"),
         (lambda t: t.score([]), "nothing to score"),
         (lambda t: t.generate(["the cat"], max_new_tokens=600), "max_new_tokens"),
         (lambda t: t.generate([""]), "empty prompt"),
@@ -247,14 +248,14 @@ def test_closing_a_stream_early_cancels_its_requests(watched):
     batches = batches_of(200)
     for _ in watched.stream(batches, TopK(8), prefetch=150):
         break
-    eventually(lambda: not background_tasks() and watched.open == 0)
+    wait_until(lambda: not background_tasks() and watched.open == 0, seconds=60)
     assert watched.statistics.calls < 150, "what had been begun was asked for after all"
-    assert watched.score(sequences_of(1), TopK(8)).tokens > 0
+    assert watched.score(random_sequences(1), TopK(8)).tokens > 0
 
 
 def test_cancelling_ascore_cancels_its_requests(watched):
     async def main():
-        asking = asyncio.create_task(watched.ascore(sequences_of(1_000), TopK(8)))
+        asking = asyncio.create_task(watched.ascore(random_sequences(1_000), TopK(8)))
         while not watched.open:
             await asyncio.sleep(0.001)
         asking.cancel()
@@ -262,7 +263,7 @@ def test_cancelling_ascore_cancels_its_requests(watched):
             await asking
 
     asyncio.run(main())
-    eventually(lambda: not background_tasks() and watched.open == 0)
+    wait_until(lambda: not background_tasks() and watched.open == 0, seconds=60)
     assert watched.statistics.calls < 150, "what had been begun was asked for after all"
 
 
@@ -297,8 +298,8 @@ def test_attached_teacher_keeps_running(served):
     with serve_teacher(TeacherConfig(name="served", attach=True, deadline_seconds=60, in_flight=2)) as teacher:
         assert teacher.info == served.info
         assert teacher.settings.deadline_seconds == 60
-        assert teacher.score(sequences_of(2), TopK(4)).tokens
-    assert served.score(sequences_of(2), TopK(4)).tokens
+        assert teacher.score(random_sequences(2), TopK(4)).tokens
+    assert served.score(random_sequences(2), TopK(4)).tokens
     assert connect_teacher("served").settings.model == served.settings.model
 
 
@@ -308,7 +309,7 @@ def test_other_settings_under_a_used_name_are_rejected(served, tiny_student):
         serve_teacher(teacher_config("served", tiny_student)),
     ):
         pass
-    assert served.score(sequences_of(2), TopK(4)).tokens
+    assert served.score(random_sequences(2), TopK(4)).tokens
 
 
 def test_teacher_that_cannot_load_is_one_sentence_and_is_removed(ray_cluster, tmp_path, monkeypatch):
@@ -332,7 +333,7 @@ def asking(sequences, m=3):
 
 @pytest.mark.parametrize("support", [Requested(4, (1.0, 2.0)), Sampled(12), Sampled(12, 0.9, 5), Hidden()], ids=str)
 def test_every_support_passes_through_serve(served, engine, support):
-    sequences = asking(sequences_of(20))
+    sequences = asking(random_sequences(20))
     signals, expected = served.score(sequences, support), asyncio.run(engine.score(sequences, support))
     assert signals.support == expected.support
     assert torch.equal(signals.offsets, expected.offsets)
@@ -351,13 +352,13 @@ def test_wrong_head_is_detected(served, engine):
     for wrong in (replace(head, scale=0.5), replace(head, softcap=5.0), replace(head, bias=torch.randn(384) * 4)):
         teacher._head = event_loop.run_in_background(asyncio.sleep(0, wrong))
         with pytest.raises(RaykError, match="hidden states of teacher 'served' and its head do not reproduce its own"):
-            teacher.score(sequences_of(8), Hidden())
+            teacher.score(random_sequences(8), Hidden())
     teacher._head = None
-    assert teacher.score(sequences_of(8), Hidden()).logits().shape[1] == 384
+    assert teacher.score(random_sequences(8), Hidden()).logits().shape[1] == 384
 
 
 def test_nan_from_a_teacher_is_an_error_that_names_it(spare):
-    [well] = sequences_of(1)
+    [well] = random_sequences(1)
     assert spare.score([well], TopK(4)).tokens
     ids = well.input_ids.copy()
     ids[0] = 300
@@ -367,7 +368,7 @@ def test_nan_from_a_teacher_is_an_error_that_names_it(spare):
 
 
 def test_autoscaled_teacher_deploys(spare):
-    assert spare.score(sequences_of(2), TopK(4)).tokens
+    assert spare.score(random_sequences(2), TopK(4)).tokens
     application = serve.status().applications["spare"]
     assert application.status == "RUNNING"
     assert 1 <= application.deployments["teacher"].replica_states["RUNNING"] <= 2
@@ -375,12 +376,12 @@ def test_autoscaled_teacher_deploys(spare):
 
 def test_removed_teacher_is_unavailable_at_the_deadline(spare):
     teacher = connect_teacher("spare", spare.settings.model_copy(update={"deadline_seconds": 2}))
-    assert teacher.score(sequences_of(2), TopK(4)).tokens
+    assert teacher.score(random_sequences(2), TopK(4)).tokens
     serve.delete("spare")
     for _ in range(2):
         with pytest.raises(TeacherUnavailable, match="Teacher 'spare' did not answer within 2 s"):
-            teacher.score(sequences_of(2), TopK(4))
-    eventually(lambda: not background_tasks())
+            teacher.score(random_sequences(2), TopK(4))
+    wait_until(lambda: not background_tasks(), seconds=60)
 
 
 SCRIPT = """
