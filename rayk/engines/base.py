@@ -51,8 +51,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How to continue a prompt. `temperature` 0 is greedy. The same seed gives the same tokens, whatever other requests
-    are in the batch."""
+    """Parameters of a completion. `temperature` 0 is greedy. The same seed gives the same tokens in any batch."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0

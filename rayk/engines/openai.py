@@ -79,7 +79,7 @@ class OpenAIEngine:
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             limits=httpx2.Limits(max_connections=settings.concurrency),
-            timeout=None,  # httpx's timeouts hold for parts of a response; `_request` limits the whole
+            timeout=None,  # httpx would limit each part of a response; `_request` limits all of it
         )
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._request_limit = RateLimit(settings.requests_per_minute)

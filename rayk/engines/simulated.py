@@ -1,4 +1,4 @@
-"""The simulated engine: random signals of the real size after the time that a real teacher would take.
+"""The simulated engine: signals of the real size after the time that a real teacher would take.
 
 It loads a tokenizer and a model configuration but no weights, and computes almost nothing, so one machine can simulate
 a cluster: the number of replicas that a student requires, the network traffic, autoscaling. Its signals are valid but

@@ -76,8 +76,8 @@ def sample_ids(logprobs: Tensor, numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MixedSampling:
-    """How to sample from αp + (1−α)q, at temperature 1 and without truncation, because otherwise the bound w ≤ 1/(1−α)
-    on MiniLLM's weights would not hold.
+    """Parameters of sampling from αp + (1−α)q. The temperature is 1 and nothing is truncated, because the bound
+    w ≤ 1/(1−α) on MiniLLM's weights requires it.
 
     Attributes:
         alpha: the teacher's share α; 0.2 in MiniLLM.
@@ -282,13 +282,13 @@ class Continuation:
 
     def _accept(self, draft: Draft, verdict: Verdict) -> None:
         tokens = draft.input_ids[draft.start :].tolist()
-        answers = list(zip(tokens, draft.logprobs.tolist(), verdict.logprobs.tolist(), strict=False))
-        for answer in answers[: verdict.accepted]:
-            self._append(*answer)
+        decided = list(zip(tokens, draft.logprobs.tolist(), verdict.logprobs.tolist(), strict=False))
+        for token in decided[: verdict.accepted]:
+            self._append(*token)
         self.accepted += verdict.accepted
         if verdict.accepted < draft.drafted:
             self.rejected += 1
-            self._rejected = answers[verdict.accepted]
+            self._rejected = decided[verdict.accepted]
 
     def _replace(self, verdict: Verdict, student_logprobs_at: Callable[[int, np.ndarray], np.ndarray]) -> None:
         assert self._rejected is not None

@@ -66,8 +66,8 @@ class Verifier:
         for is_cached in (True, False):  # two batches, so that drafts are not padded to whole sequences
             rows = [row for row, past in enumerate(pasts) if (len(past) > 0) == is_cached]
             if rows:
-                answers = self._verify([drafts[row] for row in rows], [pasts[row] for row in rows])
-                verdicts |= zip(rows, answers, strict=True)
+                batch_verdicts = self._verify([drafts[row] for row in rows], [pasts[row] for row in rows])
+                verdicts |= zip(rows, batch_verdicts, strict=True)
         return [verdicts[row] for row in range(len(drafts))]
 
     def _verify(self, drafts: list[Draft], pasts: list[KeyValues]) -> list[Verdict]:

@@ -396,6 +396,7 @@ def test_vllms_server_generates_the_same_as_the_transformers_engine(server, fold
     assert engine.usage.cost == pytest.approx(read / 1e6)
 
 
+@pytest.mark.cluster
 def test_vllms_server_returns_equal_text_for_equal_seeds(server, folder):
     settings = OpenAIEngineConfig(base_url=server, model_name="tiny", api_key_variable=None, chat=False)
 
@@ -409,6 +410,7 @@ def test_vllms_server_returns_equal_text_for_equal_seeds(server, folder):
     assert len(set(first)) == 3
 
 
+@pytest.mark.cluster
 def test_vllms_server_reports_a_wrong_model_name(server, folder):
     engine = OpenAIEngine(folder, OpenAIEngineConfig(base_url=server, model_name="other", api_key_variable=None))
     with pytest.raises(InputError, match="does not know 'other' .*engine.model_name"):
