@@ -82,6 +82,8 @@ class Run:
     """The summary of the synthesis of its training rows."""
     retriever: dict[str, Any] | None = None
     """The summary of the training of its retriever."""
+    metrics_before: Mapping[str, float] = field(default_factory=dict)
+    """The student's evaluation before training; empty where it was not measured."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Sampled rollouts: `step`, `where`, `prompt`, `completion`, `tokens`, `finish_reason`."""
 
@@ -112,11 +114,6 @@ class Run:
             if found:
                 return {**found, "step": row["step"]}
         return {}
-
-    @property
-    def metrics_before(self) -> Mapping[str, float]:
-        """The student's evaluation before training; empty where it was not measured."""
-        return (self.summary or {}).get("student_before") or {}
 
     @property
     def tokens(self) -> int:
@@ -183,6 +180,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             Run(
                 path, label, index, config, read_lines(path / "metrics.jsonl"), _read_summary(path),
                 synthesis=_read_summary(path / "synthesis"), retriever=_read_summary(path / "retriever"),
+                metrics_before=_read_json(path / "student_before.json") or {},
                 rollouts=read_lines(path / "rollouts.jsonl"),
             )
         )  # fmt: skip
@@ -209,7 +207,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
-    file = path / "summary.json"
+    return _read_json(path / "summary.json")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:

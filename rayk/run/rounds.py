@@ -151,6 +151,7 @@ def _finish_run(config: RunConfig) -> Result:
     summary = {
         **summaries[-1],
         "name": config.name,
+        "student_before": summaries[0].get("student_before", {}),
         "seconds": sum(summary["seconds"] for summary in summaries),
         **training_speed(read_lines(config.output_path / "metrics.jsonl")),
         "rounds": summaries,
