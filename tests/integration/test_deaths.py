@@ -13,7 +13,7 @@ from rayk.errors import TeacherUnavailable
 from rayk.run import ProgressListener, distill
 from rayk.teachers import serve_teacher
 from rayk.training.checkpoint import CheckpointStore
-from tests.runs import actors, assert_same_learning, curve, metrics, processes, rayk, settings, until
+from tests.runs import actor_processes, assert_same_learning, curve, metrics, processes, rayk, settings, wait_until
 
 SPARED = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_AutoscalingCoordinatorActor")
 """Processes of Ray Train that a run of ours on a cluster of its own has no use for, and need not wait for."""
@@ -70,11 +70,11 @@ def test_killed_driver_changes_no_result(tmp_path, tiny_student, whole, mark):
     killed = prepared(tmp_path, "killed", tiny_student, workers=1)
     path = write(tmp_path / "run.yaml", killed)
     with rayk("run", path, log=tmp_path / "first.log", **mark) as process:
-        until(lambda: len(metrics(killed["output"])) >= 35, "step 35", process)
+        wait_until(lambda: len(metrics(killed["output"])) >= 35, "step 35", process)
         os.killpg(process.pid, signal.SIGKILL)
     reached = metrics(killed["output"])[-1]["step"]
     assert 35 <= reached < 80
-    until(lambda: not processes(**mark), "the end of its workers")
+    wait_until(lambda: not processes(**mark), "the end of its workers")
     killed["training"]["workers"] = 0
     distill(parse_config(killed), resume=True)
     assert_same_learning(whole, killed["output"], 1e-3)
@@ -84,14 +84,17 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path, tiny_student, tin
     values = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=1, steps=100_000)
     values["teachers"] = [{"name": "own", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     with rayk("run", write(tmp_path / "run.yaml", values), log=tmp_path / "log", **mark) as process:
-        until(lambda: len(metrics(values["output"])) >= 15, "step 15", process)
+        wait_until(lambda: len(metrics(values["output"])) >= 15, "step 15", process)
         os.killpg(process.pid, signal.SIGINT)
-        until(lambda: process.poll() is not None, "the end of the run")
+        wait_until(lambda: process.poll() is not None, "the end of the run")
     lines = (tmp_path / "log").read_text().splitlines()
     assert process.returncode == 130, lines
-    assert lines[-1] == "rayk: Interrupted; what was checkpointed can be continued with --resume."
-    assert not [line for line in lines[:-1] if not line.startswith("  ")], lines
-    until(lambda: not processes(**mark), "the end of its processes")
+    saved = CheckpointStore(f"{values['output']}/checkpoints").steps()[-1]
+    assert saved == metrics(values["output"])[-1]["step"]  # the last finished step, not the last that was due
+    assert lines[-1] == f"rayk: Interrupted; the run is checkpointed at step {saved:,}. Continue it with --resume."
+    stopping = "Stopping after the current step with a checkpoint; interrupt again to stop at once."
+    assert [line for line in lines[:-1] if not line.startswith("  ")] == [stopping], lines
+    wait_until(lambda: not processes(**mark), "the end of its processes")
     assert CheckpointStore(f"{values['output']}/checkpoints").latest() is not None
 
 
@@ -100,7 +103,7 @@ def test_killed_worker_changes_no_result(tmp_path, tiny_student, whole, ray_clus
     there = {}
 
     def strike():
-        there.update({title: actors(title) for title in ("TrainController", "RayTrainWorker", *SPARED)})
+        there.update({title: actor_processes(title) for title in ("TrainController", "RayTrainWorker", *SPARED)})
         there["RayTrainWorker"][-1].kill()
 
     listener = Striking(35, strike)
@@ -122,7 +125,7 @@ def of(values, teacher, **changes):
 
 def test_killed_replica_changes_no_result(tmp_path, tiny_student, whole_taught, mortal):
     hurt = prepared(tmp_path, "hurt", tiny_student, "logit_kd")
-    listener = Striking(20, lambda: actors("ServeReplica:mortal:")[0].kill())
+    listener = Striking(20, lambda: actor_processes("ServeReplica:mortal:")[0].kill())
     with serve_teacher(mortal.model_copy(update={"replicas": Replicas(min=2, max=2)})):
         distill(of(hurt, "mortal"), listener=listener)
     assert listener.struck.is_set()
