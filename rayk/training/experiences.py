@@ -1,5 +1,4 @@
-"""The experiences of a run's steps, prepared ahead: rows are sampled in turn, teachers are queried, results come in
-order."""
+"""Prepare the experiences of later steps while the student trains: sample rows, query teachers, keep the order."""
 
 import asyncio
 import logging

@@ -43,10 +43,10 @@ def stop_gracefully(request: StopRequest, abort: Callable[[], None] = lambda: No
     Raises:
         KeyboardInterrupt: SIGINT or SIGTERM arrived.
     """
+    request.withdraw()  # that of a driver that was killed
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    request.withdraw()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A process that ignores a signal, or dies of SIGTERM, keeps doing so.
     handled = {number: handler for number, handler in previous.items() if callable(handler)}
