@@ -107,9 +107,12 @@ def assert_same_learning(run: Path | str, other: Path | str, tolerance: float = 
         np.testing.assert_allclose(mine[name], theirs[name], atol=10 * tolerance, err_msg=name)
 
 
-def until(condition: Callable[[], Any], what: str, alive: subprocess.Popen | None = None) -> Any:
-    """What `condition` gives once it is true."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def wait_until(
+    condition: Callable[[], Any], what: str = "a condition", alive: subprocess.Popen | None = None,
+    seconds: float = PATIENCE_SECONDS,
+) -> Any:  # fmt: skip
+    """Wait until `condition()` is true and return its value; fail after `seconds`, or when the process `alive` ends."""
+    deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert alive is None or alive.poll() is None, f"the process ended with {alive.returncode} before {what}"
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -146,7 +149,7 @@ def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess
         print(log.read_text(errors="replace"))  # seen where the test fails
 
 
-def rayk_to_the_end(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+def run_rayk(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rayk.cli", *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, env=environment(**variables), timeout=PATIENCE_SECONDS, check=False
@@ -163,7 +166,7 @@ def processes(**having: str) -> list[psutil.Process]:
     return found
 
 
-def actors(title: str) -> list[psutil.Process]:
+def actor_processes(title: str) -> list[psutil.Process]:
     """Processes of the Ray actors of this process's own cluster whose class begins so."""
     found = []
     for process in psutil.Process().children(recursive=True):

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.runs import (
     PATIENCE_SECONDS,
-    actors,
+    actor_processes,
     environment,
     metrics,
     processes,
     rayk,
-    rayk_to_the_end,
+    run_rayk,
     settings,
-    until,
+    wait_until,
 )
 
 pytestmark = pytest.mark.cluster
@@ -51,7 +51,7 @@ def head():
         with open(f"{folder}/head.log", "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(**mark), start_new_session=True)
         try:
-            until(lambda: _answers(dashboard), "the dashboard", process)
+            wait_until(lambda: _answers(dashboard), "the dashboard", process)
             yield f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         finally:
             process.terminate()
@@ -97,17 +97,17 @@ def test_served_teacher_runs_until_it_is_interrupted(head, tmp_path, tiny_studen
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     asker = write(tmp_path / "asker.yaml", values | {"teachers": [{"name": "shared", "attach": True}]})
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
-        until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
-        attached = rayk_to_the_end("run", asker, RAY_ADDRESS=head[0])
+        wait_until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
+        attached = run_rayk("run", asker, RAY_ADDRESS=head[0])
         assert attached.returncode == 0, attached.stderr
         process.send_signal(signal.SIGINT)
-        until(lambda: process.poll() is not None, "the end of `rayk serve`")
+        wait_until(lambda: process.poll() is not None, "the end of `rayk serve`")
     lines = (tmp_path / "log").read_text().splitlines()
     assert process.returncode == 0, lines
     assert lines[1].startswith("Teacher shared is ready: vocabulary ")
     assert f"  export RAY_ADDRESS={head[0]}" in lines
     assert len(lines) == 10, lines
-    gone = rayk_to_the_end("doctor", asker, RAY_ADDRESS=head[0])
+    gone = run_rayk("doctor", asker, RAY_ADDRESS=head[0])
     assert gone.returncode == 2
     assert "No teacher 'shared' answers on this Ray cluster" in gone.stderr
 
@@ -116,9 +116,9 @@ def test_served_teacher_is_removed_at_sigterm(head, tmp_path, tiny_student, tiny
     values = settings(tmp_path, tiny_student, "logit_kd")
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
-        until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
-        assert actors("ServeReplica:shared:")
+        wait_until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
+        assert actor_processes("ServeReplica:shared:")
         process.terminate()
-        until(lambda: process.poll() is not None, "the end of `rayk serve`")
+        wait_until(lambda: process.poll() is not None, "the end of `rayk serve`")
     assert process.returncode == 0, (tmp_path / "log").read_text()
-    until(lambda: not actors("ServeReplica:shared:"), "the end of the teacher's replica")
+    wait_until(lambda: not actor_processes("ServeReplica:shared:"), "the end of the teacher's replica")

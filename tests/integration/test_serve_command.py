@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.integration.test_cluster import free_ports
-from tests.runs import PATIENCE_SECONDS, environment, rayk, until
+from tests.runs import PATIENCE_SECONDS, environment, rayk, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -40,14 +40,14 @@ def test_printed_lines_connect_another_process(auth, tmp_path, tiny_teacher):
     own = {"RAY_AUTH_MODE": auth, "HOME": str(tmp_path)}
     log = tmp_path / "log"
     with rayk("serve", config, log=log, **own) as process:
-        until(lambda: "Ctrl-C removes the teachers." in log.read_text(), "the teacher", process)
+        wait_until(lambda: "Ctrl-C removes the teachers." in log.read_text(), "the teacher", process)
         exports = dict(re.findall(r"^  export (\w+)=(\S+)$", log.read_text(), re.MULTILINE))
         assert exports.keys() == {"RAY_ADDRESS", "RAY_AUTH_MODE"}
         assert "rayk.connect_teacher('shared')" in log.read_text()
         connected = connect("shared", HOME=str(tmp_path), **exports)
         assert connected.stdout == "generated 1\n", connected.stderr
         process.send_signal(signal.SIGINT)
-        until(lambda: process.poll() is not None, "the end of `rayk serve`")
+        wait_until(lambda: process.poll() is not None, "the end of `rayk serve`")
     assert process.returncode == 0
 
 

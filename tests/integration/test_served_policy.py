@@ -12,7 +12,7 @@ from rayk.serving import application
 from rayk.serving.weight_store import NAMESPACE
 from rayk.training.checkpoint import CheckpointStore
 from tests.integration.test_deaths import Striking
-from tests.runs import actors, assert_same_learning, curve, settings, until
+from tests.runs import actor_processes, assert_same_learning, curve, settings, wait_until
 from tests.teachers.helpers import replica_processes
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -34,7 +34,7 @@ def prepared(folder, student, rollouts, lora=None, **training):
 def nothing_left(ray_cluster):
     yield
     assert not [name for name in serve.status().applications if name.startswith("_policy-")]
-    until(lambda: not named_actors(), "the end of the actor that knows the weights")
+    wait_until(lambda: not named_actors(), "the end of the actor that knows the weights")
 
 
 def named_actors():
@@ -62,8 +62,8 @@ def test_killed_replica_and_worker_change_no_result(tmp_path, tiny_student, serv
     hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=1, **training)
 
     def strike():
-        actors(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
-        actors("RayTrainWorker")[-1].kill()
+        actor_processes(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
+        actor_processes("RayTrainWorker")[-1].kill()
 
     listener = Striking(12, strike)
     distill(hurt, listener=listener)

@@ -19,8 +19,8 @@ from rayk.rollouts import ServedPolicy, WorkerPolicy, serve_policy
 from rayk.serving.weight_store import NAMESPACE, PublishedWeights, WeightVersion
 from rayk.serving.weights import checksum, pack_weights
 from tests.rollouts.test_policy import prompts
-from tests.runs import settings
-from tests.teachers.helpers import eventually, replica_processes
+from tests.runs import settings, wait_until
+from tests.teachers.helpers import replica_processes
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -192,7 +192,7 @@ def test_replica_death_changes_no_rollout(begun):
         return await asked
 
     for _ in range(6):  # until a kill has hit a replica that was answering
-        eventually(lambda: len(replica_processes(APPLICATION)) == 2, seconds=120)
+        wait_until(lambda: len(replica_processes(APPLICATION)) == 2, seconds=120)
         assert_same(asyncio.run(disturbed()), expected, 0)
         if policy.statistics.retries:
             return
@@ -229,7 +229,7 @@ def leaving(config, student):
             yield address
     finally:
         assert application not in serve.status().applications
-        eventually(lambda: not [each for each in named_actors() if each.startswith(application)])
+        wait_until(lambda: not [each for each in named_actors() if each.startswith(application)], seconds=60)
 
 
 def named_actors():

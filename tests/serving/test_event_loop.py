@@ -1,4 +1,4 @@
-"""Work on the background loop is put away before whoever waits for it goes on."""
+"""An interrupted wait for background work ends after the work has cleaned up."""
 
 import asyncio
 import signal
@@ -10,20 +10,20 @@ from rayk.serving.event_loop import run_until_complete
 
 
 def test_interrupted_wait_lets_the_work_clean_up():
-    put_away = []
+    cleaned_up = []
 
     async def work():
         try:
             await asyncio.sleep(60)
         finally:
             await asyncio.sleep(0.2)
-            put_away.append(True)
+            cleaned_up.append(True)
 
-    waiting = threading.main_thread().ident
-    threading.Timer(0.2, lambda: signal.pthread_kill(waiting, signal.SIGINT)).start()
+    main_thread = threading.main_thread().ident
+    threading.Timer(0.2, lambda: signal.pthread_kill(main_thread, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         run_until_complete(work())
-    assert put_away == [True]
+    assert cleaned_up == [True]
 
 
 def test_results_and_errors_are_passed_on():

@@ -1,4 +1,4 @@
-"""Where Serve is told to put a replica, and where Ray then puts it; GPUs that are only said to be there will do."""
+"""Placement options of a replica, and the nodes on which Ray places it; the GPUs are declared, not real."""
 
 import subprocess
 import sys
@@ -38,13 +38,13 @@ def test_replica_across_nodes_leaves_the_gpus_to_the_engine():
     assert options["ray_actor_options"]["num_gpus"] == 0
     assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 1, "a": 0.5}, {"GPU": 1}, {"GPU": 1}]
     assert options["placement_group_strategy"] == "PACK"
-    alone = placement_options(Resources(), 0.0, across_nodes=True)
-    assert "placement_group_bundles" not in alone, "a cluster without GPUs has none to group"
+    without_gpus = placement_options(Resources(), 0.0, across_nodes=True)
+    assert "placement_group_bundles" not in without_gpus
 
 
 @pytest.mark.cluster
 def test_ray_places_a_replica_on_several_nodes():
-    """A cluster of its own, in a process of its own, of three nodes that are said to have GPUs."""
+    """A separate cluster in a separate process, with three nodes that declare GPUs."""
     code = """
         import ray
         from ray.cluster_utils import Cluster

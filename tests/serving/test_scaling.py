@@ -1,4 +1,4 @@
-"""The number of replicas follows what askers wait for; the simulated engine, whose teachers cost nothing, shows it."""
+"""The number of replicas follows the tokens that requesters wait for; teachers run on the simulated engine."""
 
 import asyncio
 from types import SimpleNamespace
@@ -19,12 +19,14 @@ from rayk.serving.application import count_replicas
 from rayk.serving.autoscaling import METRIC, Demand, Requester, WaitingTokensPolicy
 from rayk.signals.batch import decode, encode
 from rayk.teachers import serve_teacher
-from tests.teachers.helpers import eventually, sequences_of, teacher_config
+from tests.runs import wait_until
+from tests.teachers.helpers import random_sequences, teacher_config
 
 
 @pytest.mark.parametrize("support", [TopK(16), TopK(64, (1.0, 2.0)), Logprob()], ids=str)
 def test_simulated_signals_are_valid_and_of_real_size(tiny_teacher, support):
-    engine, sequences = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(tokens_per_second=1e6)), sequences_of(20)
+    engine = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(tokens_per_second=1e6))
+    sequences = random_sequences(20)
     signals = decode(encode(asyncio.run(engine.score(sequences, support))))
     assert not signals.invalid_rows()
     assert signals.offsets.diff().tolist() == [one.counted_tokens for one in sequences]
@@ -36,12 +38,12 @@ def test_simulated_signals_are_valid_and_of_real_size(tiny_teacher, support):
 
 def test_simulated_text_has_its_length_and_depends_on_its_seed(tiny_teacher):
     engine = SimulatedEngine(tiny_teacher, SimulatedEngineConfig(generated_tokens_per_second=1e6))
-    prompts = [one.input_ids for one in sequences_of(3)]
+    prompts = [one.input_ids for one in random_sequences(3)]
     first, again = (asyncio.run(engine.generate(prompts, SamplingParameters(9), [1, 2, 3])) for _ in range(2))
     assert [len(one.token_ids) for one in first] == [9] * 3
     assert [one.token_ids.tolist() for one in first] == [one.token_ids.tolist() for one in again]
     with pytest.raises(InputError, match="'hidden'"):
-        asyncio.run(engine.score(sequences_of(1), Hidden()))
+        asyncio.run(engine.score(random_sequences(1), Hidden()))
 
 
 def test_replica_counts_the_tokens_that_requesters_wait_for():
@@ -65,19 +67,19 @@ def context(current, waiting, requests=1.0, running=True):
 
 
 def test_number_of_replicas_follows_waiting_tokens():
-    def wanted(current, *waiting, **others):
+    def replicas(current, *waiting, **others):
         return WaitingTokensPolicy(100)(context(current, waiting, **others))[0]
 
-    assert wanted(1, 350) == 4
-    assert wanted(2, 350, 0) == 4  # a new replica has heard nobody yet
-    assert wanted(4, 350) == 4
-    assert wanted(4, 150) == 4  # it keeps up; fewer might not
-    assert wanted(4, 90) == 3
-    assert wanted(1, 10) == 1
-    assert wanted(1, 0, requests=0.0) == 0
-    assert wanted(1, requests=0.0, running=False) == 1  # it is still loading
-    assert wanted(0, requests=0.0) == 0
-    assert wanted(0, requests=2.0) == 1
+    assert replicas(1, 350) == 4
+    assert replicas(2, 350, 0) == 4  # a new replica has seen no requester yet
+    assert replicas(4, 350) == 4
+    assert replicas(4, 150) == 4  # they keep up; fewer might not
+    assert replicas(4, 90) == 3
+    assert replicas(1, 10) == 1
+    assert replicas(1, 0, requests=0.0) == 0
+    assert replicas(1, requests=0.0, running=False) == 1  # it is still loading
+    assert replicas(0, requests=0.0) == 0
+    assert replicas(0, requests=2.0) == 1
 
 
 @given(st.integers(0, 50), st.floats(0, 1e7), st.integers(1, 10**6))
@@ -98,11 +100,11 @@ def test_replicas_scale_up_with_demand_and_down_to_zero(ray_cluster, tiny_teache
     with serve_teacher(config) as teacher:
 
         def batches():
-            """As many as it takes until the asker counts on all replicas."""
+            """Yield batches until the client counts three replicas."""
             for seed in range(200):
                 if teacher._credit._replicas == 3:
                     return
-                yield sequences_of(5, seed, shortest=20)
+                yield random_sequences(5, seed, shortest=20)
 
         most = 0
         for batch, signals in teacher.stream(batches(), TopK(8), 12):
@@ -110,6 +112,6 @@ def test_replicas_scale_up_with_demand_and_down_to_zero(ray_cluster, tiny_teache
             most = max(most, count_replicas("elastic"))
         assert most == 3
         assert teacher._credit._replicas == 3
-        eventually(lambda: count_replicas("elastic") == 0)
+        wait_until(lambda: count_replicas("elastic") == 0, seconds=60)
         assert serve.status().applications["elastic"].status == "RUNNING"
-        assert teacher.score(sequences_of(2), TopK(8)).tokens  # one is brought up for it
+        assert teacher.score(random_sequences(2), TopK(8)).tokens  # a replica starts for the request

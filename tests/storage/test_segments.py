@@ -14,7 +14,7 @@ import pytest
 
 from rayk.errors import InputError
 from rayk.storage.segments import KEY_BYTES, SegmentStore
-from tests.runs import environment, until
+from tests.runs import environment, wait_until
 
 
 def key_of(number: int) -> bytes:
@@ -65,7 +65,7 @@ def test_open_store_finds_segments_of_other_writers(filled):
     other = SegmentStore(str(filled))
     other.add(entries_of(50))
     other.flush()
-    until(lambda: store.read([key_of(50)]) == entries_of(50), "the other's segment")
+    wait_until(lambda: store.read([key_of(50)]) == entries_of(50), "the other's segment")
 
 
 def test_first_entry_of_a_key_stays(folder):

@@ -1,16 +1,14 @@
-"""What the tests of the service ask, and how they look at replicas."""
-
-import time
+"""Requests for tests of served models, and access to their replicas."""
 
 import numpy as np
 import torch
 
 from rayk.config import TeacherConfig
 from rayk.signals.sequence import TokenSequence
-from tests.runs import actors
+from tests.runs import actor_processes
 
 
-def sequences_of(count, seed=0, shortest=4, longest=40):
+def random_sequences(count, seed=0, shortest=4, longest=40):
     random = np.random.default_rng(seed)
     sequences = []
     for length in random.integers(shortest, longest + 1, count):
@@ -25,7 +23,7 @@ def teacher_config(name, model, **settings):
 
 
 def assert_signals_close(signals, expected):
-    """Equal but for float16 on the wire and other companions in a batch (near-equal tokens may swap places)."""
+    """Compare up to float16 in the wire format and another batch (almost equal tokens may swap places)."""
     assert signals.support == expected.support
     assert torch.equal(signals.offsets, expected.offsets)
     torch.testing.assert_close(signals.target_logprobs, expected.target_logprobs, atol=1e-4, rtol=0)
@@ -36,13 +34,5 @@ def assert_signals_close(signals, expected):
 
 
 def replica_processes(name):
-    """The processes of an application's replicas, among those this test session started, oldest first."""
-    return sorted(actors(f"ServeReplica:{name}:"), key=lambda process: process.create_time())
-
-
-def eventually(true, seconds=60.0):
-    """Wait until `true()`; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
+    """Return the processes of an application's replicas that this test session started, oldest first."""
+    return sorted(actor_processes(f"ServeReplica:{name}:"), key=lambda process: process.create_time())

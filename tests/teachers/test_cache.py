@@ -21,7 +21,7 @@ from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
 from tests.runs import curve, metrics, settings, weights, write_rows
 from tests.signals.test_codec import assert_equal
-from tests.teachers.helpers import assert_signals_close, sequences_of
+from tests.teachers.helpers import assert_signals_close, random_sequences
 
 pytestmark = pytest.mark.cluster
 KD = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}, "temperature": 2.0}
@@ -45,7 +45,7 @@ def ask(served, place):
 
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 def test_cold_and_warm_cache_agree_bit_for_bit(served, ask, support):
-    sequences = sequences_of(20)
+    sequences = random_sequences(20)
     cold, warm = ask(), ask()
     first = cold.score(sequences, support)
     assert cold.statistics.calls and not cold.statistics.cached_tokens
@@ -64,7 +64,7 @@ def test_cold_and_warm_cache_agree_bit_for_bit(served, ask, support):
 
 
 def test_cached_and_requested_rows_are_in_order(served, ask):
-    sequences = sequences_of(30)
+    sequences = random_sequences(30)
     teacher = ask()
     known = teacher.score(sequences[::3], TopK(8))
     both = teacher.score(sequences, TopK(8))
@@ -74,13 +74,13 @@ def test_cached_and_requested_rows_are_in_order(served, ask):
 
 
 def test_a_repeated_row_has_the_same_signal(ask):
-    [one, other] = sequences_of(2)
+    [one, other] = random_sequences(2)
     signals = ask().score([one, other, one], TopK(8))
     assert_equal(signals.select([0]), signals.select([2]))
 
 
 def test_threads_on_one_cache_agree(ask):
-    teacher, sequences = ask(), sequences_of(40)
+    teacher, sequences = ask(), random_sequences(40)
     answers: dict[int, SignalBatch] = {}
     threads = [
         threading.Thread(target=lambda n=n: answers.update({n: teacher.score(sequences, TopK(8))})) for n in range(4)
@@ -96,7 +96,7 @@ def test_threads_on_one_cache_agree(ask):
 
 
 def test_key_contains_everything_that_a_signal_depends_on(served, place):
-    sequence = sequences_of(1, shortest=10)[0]
+    sequence = random_sequences(1, shortest=10)[0]
     cache, info = SignalCache(place), served.info
     cache.add(info, [sequence], served.score([sequence], TopK(8, (1.0, 2.0))))
     assert cache.find(info, [sequence], TopK(8, (1.0, 2.0)))
@@ -124,7 +124,7 @@ def test_key_contains_everything_that_a_signal_depends_on(served, place):
 
 def test_requested_signals_are_never_cached(ask):
     teacher = ask()
-    sequences = [replace(s, requested=np.full((s.counted_tokens, 2), 5, np.int32)) for s in sequences_of(3)]
+    sequences = [replace(s, requested=np.full((s.counted_tokens, 2), 5, np.int32)) for s in random_sequences(3)]
     for _ in range(2):
         teacher.score(sequences, Requested(4))
     assert (teacher.statistics.calls, teacher.statistics.cached_tokens) == (2, 0)

@@ -21,11 +21,11 @@ from rayk.run import distill
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Route, serve_teacher
 from tests.runs import curve, metrics, settings
-from tests.teachers.helpers import sequences_of, teacher_config
+from tests.teachers.helpers import random_sequences, teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WEIGHTS = [1.0, 3.0]
-SEQUENCES = sequences_of(6)
+SEQUENCES = random_sequences(6)
 
 
 class Alone:

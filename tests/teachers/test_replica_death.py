@@ -9,7 +9,8 @@ from ray import serve
 from rayk.config.support import TopK
 from rayk.engines.transformers import TransformersEngine
 from rayk.teachers import connect_teacher
-from tests.teachers.helpers import assert_signals_close, eventually, replica_processes, sequences_of
+from tests.runs import wait_until
+from tests.teachers.helpers import assert_signals_close, random_sequences, replica_processes
 
 pytestmark = pytest.mark.cluster
 
@@ -28,7 +29,7 @@ def whole():
 def teacher(served):
     """A fresh asker of the served teacher; at the end the teacher is whole again."""
     yield connect_teacher("served")
-    eventually(whole, seconds=120)
+    wait_until(whole, seconds=120)
 
 
 def test_replica_death_loses_no_batch(teacher, tiny_teacher):
@@ -38,7 +39,7 @@ def test_replica_death_loses_no_batch(teacher, tiny_teacher):
     def batches():
         """As many as it takes for two kills to have hit a replica that was answering: an idle one is no loss."""
         while len(asked) < 20 or (struck < 2 and len(asked) < 300):
-            asked.append(sequences_of(16, seed=len(asked), shortest=200, longest=500))
+            asked.append(random_sequences(16, seed=len(asked), shortest=200, longest=500))
             yield asked[-1]
 
     for answer in teacher.stream(batches(), TopK(16), prefetch=8):
@@ -69,7 +70,7 @@ def test_replica_death_changes_no_completion(teacher):
         return await asking
 
     for _ in range(6):  # until a kill has hit a replica that was answering
-        eventually(whole, seconds=120)
+        wait_until(whole, seconds=120)
         asker = connect_teacher("served")
         completions = asyncio.run(disturbed(asker))
         for one, other in zip(completions, undisturbed, strict=True):

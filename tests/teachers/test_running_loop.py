@@ -11,7 +11,7 @@ from rayk.config.support import TopK
 from rayk.run import distill
 from rayk.teachers import connect_teacher, serve_teacher
 from tests.runs import PATIENCE_SECONDS, environment, metrics, settings
-from tests.teachers.helpers import sequences_of, teacher_config
+from tests.teachers.helpers import random_sequences, teacher_config
 
 
 def run_in_loop(function, *arguments):
@@ -27,7 +27,7 @@ def run_in_loop(function, *arguments):
 def use_teacher(config):
     with serve_teacher(config) as teacher:
         connected = connect_teacher(config.name)
-        batches = [sequences_of(2, seed=seed) for seed in range(3)]
+        batches = [random_sequences(2, seed=seed) for seed in range(3)]
         signals = connected.score(batches[0], TopK(8))
         streamed = [batch_signals.tokens for _, batch_signals in teacher.stream(batches, TopK(8))]
         completions = teacher.generate(["the cat"], max_new_tokens=3)

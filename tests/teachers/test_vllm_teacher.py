@@ -15,13 +15,13 @@ from rayk.engines.transformers import TransformersEngine
 from rayk.run import distill
 from rayk.serving import application
 from rayk.teachers import serve_teacher
-from tests.runs import curve, settings
-from tests.teachers.helpers import assert_signals_close, eventually, replica_processes, sequences_of, teacher_config
+from tests.runs import curve, settings, wait_until
+from tests.teachers.helpers import assert_signals_close, random_sequences, replica_processes, teacher_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
-SEQUENCES, PROMPTS = sequences_of(20), [np.arange(4, 12), np.arange(20, 25)]
+SEQUENCES, PROMPTS = random_sequences(20), [np.arange(4, 12), np.arange(20, 25)]
 
 
 @pytest.fixture(scope="module")
@@ -128,4 +128,4 @@ def test_replica_with_a_killed_engine_is_replaced(teacher, expected):
     processes = psutil.Process(successor.pid).children(recursive=True)
     assert {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in processes}
     successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
-    eventually(lambda: not any(each.is_running() for each in processes))
+    wait_until(lambda: not any(each.is_running() for each in processes), seconds=60)
