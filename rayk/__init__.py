@@ -4,6 +4,7 @@ Names are loaded when first used: settings and the command line need neither tor
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rayk.methods import Experience, Loss, Method, OnPolicyMethod
     from rayk.run import Result, distill
     from rayk.signals.batch import SignalBatch
+    from rayk.synthesis import Recipe
     from rayk.teachers import Completion, Teacher, connect_teacher, serve_teacher
 
 __version__ = "0.1.0"
@@ -29,19 +31,27 @@ _HOMES = {
     **dict.fromkeys(("Experience", "Loss", "Method", "OnPolicyMethod"), "rayk.methods"),
     **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.config.support"),
     **dict.fromkeys(("Completion", "Teacher", "connect_teacher", "serve_teacher"), "rayk.teachers"),
+    "Recipe": "rayk.synthesis",
     "SignalBatch": "rayk.signals.batch",
     "make_batches": "rayk.data",
 }
 
+_RENAMED = {"TransformersEngine": "TransformersEngineConfig", "VLLMEngine": "VLLMEngineConfig"}
+"""Names of the previous release, which this one still knows."""
+
 __all__ = [
     "Completion", "Experience", "Hidden", "InputError", "Logprob", "Loss", "Method", "OnPolicyMethod", "RaykError",
-    "Requested", "Result", "RunConfig", "RunFailed", "Sampled", "SignalBatch", "Teacher", "TeacherConfig",
+    "Recipe", "Requested", "Result", "RunConfig", "RunFailed", "Sampled", "SignalBatch", "Teacher", "TeacherConfig",
     "TeacherUnavailable", "TopK", "TransformersEngineConfig", "VLLMEngineConfig", "connect_teacher", "distill",
     "load_config", "losses", "make_batches", "serve_teacher",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        message = f"rayk.{name} is now rayk.{_RENAMED[name]}; the next release does not know the old name."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'rayk' has no attribute '{name}'")
     home = importlib.import_module(_HOMES[name])

@@ -49,8 +49,9 @@ def _check_machine() -> Iterator[Check]:
     if not address:
         yield Check("note", "Ray: RAY_ADDRESS is not set, so a run starts its own local cluster.")
         return
-    from rayk.serving.cluster import start_ray
+    from rayk.serving.cluster import check_address, start_ray
 
+    check_address(address)
     start_ray()
     yield Check("ok", f"Ray: connected to the cluster at {address}.")
 
@@ -71,7 +72,7 @@ def _check_run(settings: RunConfig) -> Iterator[Check]:
     for teacher in attached.values():
         yield Check("ok", f"Teacher '{teacher.name}' responds: {teacher.info.model}, {teacher.info.dtype}.")
     if settings.synthesis is not None:
-        yield _check_synthesis(settings)
+        yield from _check_synthesis(settings)
     has_rows = settings.synthesis is None or synthesized_rows_path(settings).with_name("summary.json").exists()
     if not has_rows:
         yield Check("note", "The training rows are not synthesized yet; the run does this first.")
@@ -118,14 +119,17 @@ def _check_resources(settings: RunConfig) -> Iterator[Check]:
     yield Check("ok", f"The run requires {required_cpus(settings):g} CPUs, with all replicas.")
 
 
-def _check_synthesis(settings: RunConfig) -> Check:
+def _check_synthesis(settings: RunConfig) -> Iterator[Check]:
     from rayk.run.synthesis_inputs import build_row_filters, read_synthesis_prompts
+    from rayk.synthesis import try_functions
 
     assert settings.synthesis is not None
     prompts = read_synthesis_prompts(settings)
     build_row_filters(settings)
     rows = "" if settings.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
-    return Check("ok", f"synthesis: teacher '{settings.synthesis_teacher}' generates {settings.synthesis.kind}{rows}.")
+    yield Check("ok", f"synthesis: teacher '{settings.synthesis_teacher}' generates {settings.synthesis.kind}{rows}.")
+    for result in try_functions(settings.synthesis, prompts):
+        yield Check("ok", f"{result}.")
 
 
 def _check_rows(settings: RunConfig, inputs: Any) -> Iterator[Check]:

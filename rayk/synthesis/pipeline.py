@@ -81,7 +81,8 @@ def synthesize_rows(
     candidates = _filter(candidates, pool_filters, prompts)
     accepted = [candidate for candidate in candidates if not candidate.rejected_by]
     rejected = [candidate for candidate in candidates if candidate.rejected_by]
-    names = [each.name for each in (*row_filters, *(judge for judge, _ in judges), *pool_filters)]
+    names = [each.name for each in row_filters] + [judge.name for judge, _ in judges]
+    names += [each.name for each in pool_filters]
     summary = summarize(recipe, candidates, names)
     store.write_rows(
         [training_row(candidate, prompts) for candidate in accepted],

@@ -1,4 +1,4 @@
-"""Text alone, without models: words of any script, ROUGE-L among many texts, and the filters of quality control."""
+"""Text processing without models: words of any script, ROUGE-L, filters, answers, and users' functions."""
 
 from rayk.text.filters import Filter, FilterResult, Rejection, apply_filters, build_filters, find_rejection
 from rayk.text.rouge import RougeIndex, SimilarText, rouge_l

@@ -1,8 +1,8 @@
-"""Finding the answer in what a model wrote, and comparing it with the truth (Fine-tune-CoT, arXiv 2212.10071, whose
-evaluator's rules these are, but for the faults ALGORITHMS §10 and §25.13 list).
+"""Find the answer in a completion and compare it with the right answer, by the rules of Fine-tune-CoT's evaluator
+(arXiv 2212.10071) with its errors corrected.
 
-Where a delimiter such as `-->` or "the answer is" stands in the text, the first candidate after its first occurrence is
-the answer; where it is missing, the last candidate is.
+If the text contains a delimiter such as `-->` or "the answer is", the answer is the first candidate after its first
+occurrence, else the last candidate.
 """
 
 import re
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from decimal import Decimal
 
-# With or without the comma: a parser that insists on it finds nothing in texts that were made without (§25.13).
+# The comma is optional, because some training texts lack it.
 DELIMITER = re.compile(r"-->|(?:therefore,?\s+)?\bthe\s+(?:final\s+)?answer\s+is\b:?", re.IGNORECASE)
 
 TOLERANCE = Decimal("1e-6")
 
-# A sign counts where it is no operator ("5-3" holds 5 and 3); commas only where they part thousands ("1, 2" is two).
+# A sign counts unless it is an operator ("5-3" contains 5 and 3), a comma between thousands ("1, 2": two numbers).
 _NUMBER = re.compile(
     r"(?:(?<![\w.)\]])(?P<sign>[-+−]))?[$€£¥]?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
     r"(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?"
@@ -36,8 +36,10 @@ _DATE = re.compile(
 
 
 def find_last_match(text: str, pattern: str | None) -> str | None:
-    """What the one group of `pattern` finds last in `text`, white space folded; None where it finds nothing. Without a
-    pattern the whole text."""
+    """Return the last match of the one group of `pattern`, with white space collapsed; None if there is no match.
+
+    Without a pattern the whole text is returned.
+    """
     if pattern is not None:
         found = re.findall(pattern, text)
         if not found:
@@ -47,14 +49,14 @@ def find_last_match(text: str, pattern: str | None) -> str | None:
 
 
 def find_answer(text: str, kind: str, *, choices: str = "ABCDE", continues: bool = False) -> str | None:
-    """The answer of type `kind` ('number', 'choice', 'yes_no', 'date', 'free') in `text`, in one form of writing.
+    """Return the answer of type `kind` ('number', 'choice', 'yes_no', 'date', 'free') in `text`, normalized.
 
     Args:
-        choices: the letters of type 'choice'.
-        continues: the text was written after a delimiter, so that its first candidate is the answer.
+        choices: letters of type 'choice'.
+        continues: the text follows a delimiter, so that its first candidate is the answer.
 
     Returns:
-        A plain decimal ('-1250.5'), a letter, 'yes' or 'no', a date as '2021-05-23', or text; None where there is none.
+        A plain decimal ('-1250.5'), a letter, 'yes' or 'no', a date as '2021-05-23', or text; None if there is none.
     """
     delimiter = DELIMITER.search(text)
     after = text[delimiter.end() :] if delimiter else text
@@ -65,7 +67,7 @@ def find_answer(text: str, kind: str, *, choices: str = "ABCDE", continues: bool
 
 
 def answers_match(one: str, other: str, kind: str) -> bool:
-    """Whether two answers, as `find_answer` gives them, are the same: numbers to 1e-6, text whatever its case."""
+    """Return whether two answers of `find_answer` are equal: numbers to 1e-6, texts ignoring case."""
     if kind == "number":
         return abs(Decimal(one) - Decimal(other)) <= TOLERANCE
     return one.casefold() == other.casefold()
@@ -79,7 +81,7 @@ def _numbers(text: str, _: str) -> Iterator[str]:
 
 
 def _letters(text: str, choices: str) -> Iterator[str]:
-    """Letters in brackets and such as stand alone; "A" before a small letter is the article."""
+    """Yield letters in brackets and single letters, except "A" before a lower-case letter, which is the article."""
     others = choices.replace("A", "") or "-"
     pattern = rf"\(([{choices}{choices.lower()}])\)|(?<![\w'’])(A(?!['’]|\s+[a-z])|[{others}](?!['’]))(?!\w)"
     for bracketed, alone in re.findall(pattern, text):
@@ -93,13 +95,13 @@ def _yes_or_no(text: str, _: str) -> Iterator[str]:
 
 def _dates(text: str, _: str) -> Iterator[str]:
     for found in _DATE.finditer(text):
-        day = _date_of(str(found.lastgroup), found.group())
+        day = _parse_date(str(found.lastgroup), found.group())
         if day is not None:
             yield day.isoformat()
 
 
-def _date_of(form: str, text: str) -> date | None:
-    """None for one that no calendar has."""
+def _parse_date(form: str, text: str) -> date | None:
+    """Return the date; None if it does not exist."""
     try:
         if form == "iso":
             return date(*map(int, text.split("-")))
@@ -115,7 +117,7 @@ def _date_of(form: str, text: str) -> date | None:
 
 
 def _free(text: str) -> Iterator[str]:
-    """The first line that says something, without the full stop and quotation marks around it."""
+    """Yield the first line with content, without full stop and quotation marks around it."""
     for line in text.splitlines():
         stripped = " ".join(line.split()).strip(" .\"'“”’`*:")
         if stripped:

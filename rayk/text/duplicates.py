@@ -1,4 +1,4 @@
-"""What is nearly the same as something kept before, at scale; and what is in the evaluation set."""
+"""Find near-duplicates among many texts, and texts that overlap with the evaluation set."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 from rayk.text.rouge import SimilarText
 from rayk.text.words import ngrams, words
 
-_HIGHEST_PROPOSED = 0.95  # nearer to 1 there is no choice of bands
+_MAX_LSH_THRESHOLD = 0.95  # closer to 1 there is no choice of bands
 
 
 class NearDuplicates:
-    """A growing pool of texts asked for one with Jaccard similarity ≥ `threshold` of their sets of word n-grams.
+    """A growing pool of texts that finds one with Jaccard similarity ≥ `threshold` of the sets of word n-grams.
 
-    MinHash LSH (datasketch) proposes texts; the similarity of those is then computed from the texts themselves, so that
-    nothing is called a duplicate that is not. A pair may be missed: with 128 permutations and threshold 0.8 the hashes
-    propose a pair of similarity 0.8 with probability 0.87, of 0.85 with 0.98, of 0.9 with 0.999, and an equal one
-    always. The same texts in the same order give the same decisions.
+    MinHash LSH (datasketch) proposes texts, whose similarity is then computed exactly, so that there are no false
+    duplicates. A pair may be missed: with 128 permutations and threshold 0.8 the hashes propose a pair of similarity
+    0.8 with probability 0.87, of 0.85 with 0.98, of 0.9 with 0.999, and equal texts always. The same texts in the same
+    order give the same decisions.
     """
 
     def __init__(self, threshold: float, n: int, permutations: int):
@@ -23,17 +23,17 @@ class NearDuplicates:
         Args:
             threshold: in (0, 1].
             n: words in an n-gram; a text of fewer words is one n-gram.
-            permutations: hashes a text.
+            permutations: hashes per text.
         """
         from datasketch import MinHash, MinHashLSH
 
         self._threshold, self._n = threshold, n
         self._empty_hash = MinHash(num_perm=permutations, seed=1)
-        self._lsh = MinHashLSH(threshold=min(threshold, _HIGHEST_PROPOSED), num_perm=permutations, weights=(0.1, 0.9))
+        self._lsh = MinHashLSH(threshold=min(threshold, _MAX_LSH_THRESHOLD), num_perm=permutations, weights=(0.1, 0.9))
         self._texts: list[str] = []
 
     def find(self, text: str) -> SimilarText | None:
-        """The earliest text of the pool that the hashes propose and that is as similar, with the similarity."""
+        """Return the earliest similar text that the hashes propose, with its similarity; None if there is none."""
         shingles = self._shingles(text)
         for place in sorted(self._lsh.query(self._hash(shingles))) if shingles else ():
             others = self._shingles(self._texts[place])
@@ -43,7 +43,7 @@ class NearDuplicates:
         return None
 
     def add(self, text: str) -> None:
-        """Put `text` into the pool."""
+        """Add `text` to the pool."""
         self._texts.append(text)
         shingles = self._shingles(text)
         if shingles:
@@ -60,7 +60,7 @@ class NearDuplicates:
 
 
 class Contamination:
-    """The n-grams of the evaluation set's prompts."""
+    """Word n-grams of the evaluation set's prompts."""
 
     def __init__(self, texts: Iterable[str], n: int):
         self._n = n
@@ -74,7 +74,7 @@ class Contamination:
                 self._short.add(tuple(found))
 
     def find(self, text: str) -> str | None:
-        """The first run of words that `text` shares with the evaluation set; None where there is none."""
+        """Return the first n-gram that `text` shares with the evaluation set; None if there is none."""
         found = words(text)
         if tuple(found) in self._short:
             return " ".join(found)

@@ -1,9 +1,9 @@
-"""How answers begin that refuse. The list is meant to be read and added to.
+"""Patterns of refusals at the beginning of a response. Additions are welcome.
 
-Each pattern is sought in the first `BEGINNING` characters of the answer, in NFKC and lower case, with ' for every
-apostrophe. Later in an answer the same words are mostly quoted or part of a story. A pattern names the speaker and what
-it will not do, not merely an apology or a negation: "I'm sorry to hear that", "You cannot divide by zero" and "I can't
-wait" are answers.
+Each pattern is searched in the first `BEGINNING` characters of the response, in NFKC and lower case, with ' for every
+apostrophe; later in a response the same words are mostly quoted or part of a story. A pattern names the speaker and
+what the speaker will not do, not merely an apology or a negation: "I'm sorry to hear that", "You cannot divide by zero"
+and "I can't wait" are no refusals.
 """
 
 import re
@@ -15,6 +15,12 @@ _DOING = (
     r"|produce|do that|support|participate|discuss|offer|complete|perform|share (?:that|this|any|such)|give you"
     r"|(?:access|open|view|see|browse) (?:the |any |your )?(?:internet|web|external|image|file|link|url|video)s?)"
 )
+_DOING_ING = (
+    r"(?:assisting|helping|fulfil?ling|complying|providing|answering|responding|engaging|generating|creating|writing"
+    r"|producing|doing that|supporting|participating|discussing|offering|completing|performing|accessing|browsing)"
+)
+_MADE = r"(?:allowed|permitted|programmed|designed|equipped|authori[sz]ed|qualified|trained|built|intended|set up)"
+_MEANS = r"(?:the (?:ability|capability|capacity|tools|means)|access|enough information|real-?time)"
 _UNABLE = r"(?:cannot|can't|can not|am not able to|'m not able to|am unable to|'m unable to)"
 _MODEL = r"(?:ai|artificial intelligence|large language model|language model)"
 
@@ -24,10 +30,15 @@ REFUSALS: tuple[str, ...] = (
     rf"\b(?:sorry|apologi[sz]e|apologies|unfortunately),? (?:but )?(?:as an? [^.,]{{0,40}}, ?)?(?:i|we) ?{_UNABLE}\b",
     rf"\bas an? {_MODEL}\b[^.]{{0,40}}\bi\b[^.]{{0,40}}\b(?:not|cannot|can't|unable|don't|lack)\b",
     rf"\bi(?:'m| am) (?:just |only )?an? {_MODEL}\b[^.]{{0,60}}\b(?:not|cannot|can't|unable|don't|lack)\b",
-    r"\bi (?:do not|don't) have (?:the ability|access|personal|enough information|the capability|real-?time)\b",
+    rf"\bi (?:do not|don't) have (?:{_MEANS}|personal)\b",
     r"\bi (?:must|have to) (?:decline|refuse)\b",
-    rf"\bi(?:'m| am) not (?:allowed|permitted|programmed|designed) to {_DOING}\b",
-    r"\bi(?:'m| am) not comfortable (?:with )?(?:answering|providing|discussing|writing|creating|generating)\b",
+    rf"\bi(?:'m| am)(?: just| simply| currently)? (?:not |un)(?:\w+ly )?{_MADE} to {_DOING}\b",
+    rf"\bi (?:was not|wasn't|have not been|haven't been) {_MADE} to {_DOING}\b",
+    rf"\bi(?:'m| am) (?:not comfortable (?:with )?|not capable of |incapable of ){_DOING_ING}\b",
+    rf"\bi(?:'m| am) not in (?:a|any) position to {_DOING}\b",
+    rf"\bi (?:will not|won't|would not|wouldn't) be able to {_DOING}\b",
+    rf"\bi lack {_MEANS}\b",
+    r"\b(?:beyond|outside) (?:of )?(?:the scope of )?my (?:capabilit|abilit|programming|training|expertise)",
     r"\b(?:against|violates?) (?:my|our|openai's) (?:programming|guidelines|policy|policies|principles)\b",
     r"^\W*(?:i'm |i am )?sorry,? (?:but )?(?:that|this|the) (?:request|question|task|prompt)\b",
     # Chinese
@@ -53,5 +64,5 @@ REFUSALS: tuple[str, ...] = (
 
 
 def compile_refusals(more: list[str]) -> re.Pattern[str]:
-    """One pattern of the built-in list and `more`."""
+    """Compile the built-in patterns and `more` into one."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in (*REFUSALS, *more)), re.IGNORECASE)

@@ -119,7 +119,7 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
     killed_when(lambda: len(metrics(second)) > 8, "steps of the second round")
     assert len(endpoint.requests) == asked
     assert not kept & {each.prompt for each in endpoint.requests[before:]}
-    with pytest.raises(InputError, match="already contains a run; continue it with --resume"):
+    with pytest.raises(InputError, match="already contains a run, which was started before; continue it with"):
         distill(parse_config(values))
     write_report([out], tmp_path / "report.html")
     assert "unfinished" in (tmp_path / "report.html").read_text()

@@ -108,7 +108,7 @@ def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
     with pytest.raises(InputError, match="The training rows are not synthesized yet .*; run `rayk synthesize` first"):
         with_synthesized_rows(with_absolute_paths(parse_config(values)))
     values["cache"] = {"path": str(tmp_path / "cache")}
-    with pytest.raises(InputError, match="not written yet"):
+    with pytest.raises(InputError, match="not synthesized yet"):
         fill_cache(parse_config(values))
     summary = synthesize(parse_config(values))
     assert summary["kept"] == 8

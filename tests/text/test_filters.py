@@ -119,6 +119,22 @@ REFUSED = [
     "I must decline.",
     "I am not able to help you with this.",
     "It is against my programming to say so.",
+    "I'm not equipped to provide legal advice.",
+    "I am simply not equipped to answer that.",
+    "I'm not really qualified to help with that.",
+    "I'm not authorized to share that.",
+    "I'm not set up to browse the internet.",
+    "I wasn't designed to generate images.",
+    "I have not been trained to answer such questions.",
+    "I am not capable of providing that.",
+    "I'm incapable of accessing files.",
+    "I'm not comfortable writing that.",
+    "I'm not in a position to give you medical advice.",
+    "I won't be able to help you with that.",
+    "I lack the tools to open your file.",
+    "I don't have the capacity to see pictures.",
+    "Sorry, that is beyond the scope of my abilities.",
+    "This falls outside my programming.",
     "抱歉,我无法提供相关信息。",
     "很抱歉，我不能回答这个问题。",
     "作为一个人工智能语言模型,我没有个人观点。",
@@ -133,6 +149,13 @@ ANSWERED = [
     "You cannot divide by zero, because no number times zero is one.",
     "I can't help falling in love with this city, wrote the poet.",
     "I can't wait to see you at the party on Friday!",
+    "I'm not equipped with wings, said the ostrich, but I run fast.",
+    "We were not designed for the cold, the penguins joked.",
+    "The lamp is not designed to provide light outdoors.",
+    "I was not built in a day, says Rome.",
+    "A soldier is trained to help others, not to lack courage.",
+    "It is beyond my window that the garden begins.",
+    "I won't be able to forget you, he sang.",
     "An AI model cannot feel pain, but it can describe it.",
     "Als KI bezeichnet man Systeme, die nicht von Hand programmiert sind.",
     "The refund was refused because the policy does not cover it.",
@@ -363,9 +386,7 @@ def test_settings_that_cannot_be_met_are_refused(settings, message):
 
 
 def test_a_missing_field_is_named():
-    with pytest.raises(
-        InputError, match="reads the field 'rationale', which the candidate lacks \\(it has: prompt, "
-    ):
+    with pytest.raises(InputError, match="reads the field 'rationale', which the candidate lacks \\(it has: prompt, "):
         reason({"kind": "length", "field": "rationale"}, "x")
     with pytest.raises(InputError, match="reads text, but the field 'tokens' is a int"):
         reason({"kind": "empty", "field": "tokens"}, "x")
