@@ -1,7 +1,7 @@
 """Build the engine that a teacher's settings name, one of rayk's or a user's own."""
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from rayk.config import TeacherConfig
 from rayk.config.engines import CustomEngineConfig
@@ -57,11 +57,11 @@ def load_engine_class(path: str) -> type[Engine]:
     Raises:
         InputError: it cannot be imported, or does not define the methods of `Engine`.
     """
-    engine_class = load_object(path, _SETTING, ENTRY_POINTS)
+    engine_class: Any = load_object(path, _SETTING, ENTRY_POINTS)
     if not inspect.isclass(engine_class):
         raise InputError(f"{_SETTING}: '{path}' is a {type(engine_class).__name__}, not a class; correct the name.")
     _check_methods(engine_class, _METHODS, path)
-    return engine_class
+    return cast(type[Engine], engine_class)
 
 
 def _build_custom_engine(model: str, settings: CustomEngineConfig, trust_remote_code: bool) -> Engine:

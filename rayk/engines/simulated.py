@@ -78,7 +78,7 @@ class SimulatedEngine:
     async def check_health(self) -> None:
         """Do nothing, because this engine cannot fail."""
 
-    async def _take(self, seconds: float) -> None:
+    async def _wait(self, seconds: float) -> None:
         await asyncio.sleep(self.settings.latency_seconds)
         async with self._computing:
             await asyncio.sleep(seconds)
