@@ -1,4 +1,4 @@
-"""Small runs for the tests: rows, settings, and `rayk` as a process of its own that can be killed."""
+"""Small runs for tests: rows, settings, and `rayk` in a separate process that can be killed."""
 
 import contextlib
 import json
@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 from rayk.config import RunConfig, parse_config
 
 PATIENCE_SECONDS = 240
-"""How long a test waits for what must happen; a slow machine is no failure."""
+"""Longest wait of a test; long enough for a slow machine."""
 
 
 def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
-    """Additions of unequal length as `prompt` and `completion`, with the sum in `answer`."""
+    """Write additions of different lengths as `prompt` and `completion`, with the sum in `answer`."""
     random = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -36,7 +36,7 @@ def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
 
 
 def write_tasks(folder: Path, count: int = 24) -> Path:
-    """Two tasks with options of unequal number and length, in `folder`/rows.jsonl."""
+    """Write two tasks with options of different number and length to `folder`/rows.jsonl."""
     words = ["cat", "dog", "mat", "log", "sat"]
     options = [["the log", "no"], ["yes", "no", "the mat and the dog"]]
     random = np.random.default_rng(0)
@@ -54,8 +54,11 @@ def write_tasks(folder: Path, count: int = 24) -> Path:
 def settings(
     folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any
 ) -> dict[str, Any]:
-    """A run in `folder`/run, on rows it writes there, in this process unless `workers` says otherwise; all
-    methods but `supervised` learn from the suite's served teacher."""
+    """Return the settings of a run in `folder`/run, and write its rows to `folder`.
+
+    It trains in this process unless `workers` is given. Every method but `supervised` uses the served teacher of the
+    suite.
+    """
     data = folder / "rows.jsonl"
     if not data.exists():
         write_rows(data)
@@ -97,14 +100,14 @@ def weights(run: Path | str) -> dict[str, np.ndarray]:
 
 
 def assert_same_learning(run: Path | str, other: Path | str, tolerance: float = 1e-4) -> None:
-    """Each step once, the same loss at every step, the same weights at the end."""
+    """Compare the losses of all steps and the final weights of two runs; each step must occur once."""
     steps = curve(run, "step")
     assert steps == list(range(1, len(steps) + 1)) == curve(other, "step")
     np.testing.assert_allclose(curve(run), curve(other), rtol=tolerance)
-    mine, theirs = weights(run), weights(other)
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        np.testing.assert_allclose(mine[name], theirs[name], atol=10 * tolerance, err_msg=name)
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], atol=10 * tolerance, err_msg=name)
 
 
 def wait_until(
@@ -130,7 +133,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 @contextmanager
 def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess.Popen]:
-    """`rayk …` in a process group of its own; its standard error goes to `log`. Killed at the end if it still runs."""
+    """Start `rayk …` in a separate process group with its output in `log`; kill it at the end if it still runs."""
     command = [sys.executable, "-m", "rayk.cli", *map(str, arguments)]
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -140,13 +143,13 @@ def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess
         yield process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGABRT)  # has faulthandler say where it hangs
+            process.send_signal(signal.SIGABRT)  # makes faulthandler print where it hangs
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        print(log.read_text(errors="replace"))  # seen where the test fails
+        print(log.read_text(errors="replace"))  # shown if the test fails
 
 
 def run_rayk(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
@@ -157,7 +160,7 @@ def run_rayk(*arguments: object, **variables: str) -> subprocess.CompletedProces
 
 
 def processes(**having: str) -> list[psutil.Process]:
-    """Those that were started with these environment variables."""
+    """Return the processes that were started with these environment variables."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -167,7 +170,7 @@ def processes(**having: str) -> list[psutil.Process]:
 
 
 def actor_processes(title: str) -> list[psutil.Process]:
-    """Processes of the Ray actors of this process's own cluster whose class begins so."""
+    """Return the processes of Ray actors in this process's cluster whose class name starts with `title`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

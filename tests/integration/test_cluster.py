@@ -1,4 +1,4 @@
-"""A cluster that others have started: submitted jobs, and teachers that stay up for whoever attaches."""
+"""A cluster that another process has started: submitted jobs, and served teachers that other processes use."""
 
 import signal
 import socket
@@ -37,10 +37,10 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def head():
-    """(Ray address, dashboard address) of `ray start --head`, a cluster beside any other."""
+    """(Ray address, dashboard address) of `ray start --head`, a separate cluster."""
     mark = {"RAYK_TEST_MARK": uuid4().hex}
     port, dashboard, agent, client = free_ports(4)
-    # Ray's sockets lie in its temporary folder, and their paths may have about 100 characters.
+    # Ray's sockets are in its temporary folder, and their paths are limited to about 100 characters.
     with tempfile.TemporaryDirectory(prefix="rayk", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
@@ -95,10 +95,10 @@ def test_submitted_job_completes(head, tmp_path, tiny_student, tiny_teacher):
 def test_served_teacher_runs_until_it_is_interrupted(head, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd")
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
-    asker = write(tmp_path / "asker.yaml", values | {"teachers": [{"name": "shared", "attach": True}]})
+    client = write(tmp_path / "asker.yaml", values | {"teachers": [{"name": "shared", "attach": True}]})
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
         wait_until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
-        attached = run_rayk("run", asker, RAY_ADDRESS=head[0])
+        attached = run_rayk("run", client, RAY_ADDRESS=head[0])
         assert attached.returncode == 0, attached.stderr
         process.send_signal(signal.SIGINT)
         wait_until(lambda: process.poll() is not None, "the end of `rayk serve`")
@@ -107,7 +107,7 @@ def test_served_teacher_runs_until_it_is_interrupted(head, tmp_path, tiny_studen
     assert lines[1].startswith("Teacher shared is ready: vocabulary ")
     assert f"  export RAY_ADDRESS={head[0]}" in lines
     assert len(lines) == 10, lines
-    gone = run_rayk("doctor", asker, RAY_ADDRESS=head[0])
+    gone = run_rayk("doctor", client, RAY_ADDRESS=head[0])
     assert gone.returncode == 2
     assert "No teacher 'shared' answers on this Ray cluster" in gone.stderr
 

@@ -1,4 +1,4 @@
-"""Whatever dies, the curve is the undisturbed one."""
+"""Killed processes do not change the results of a run."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ from rayk.training.checkpoint import CheckpointStore
 from tests.runs import actor_processes, assert_same_learning, curve, metrics, processes, rayk, settings, wait_until
 
 SPARED = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher", "_AutoscalingCoordinatorActor")
-"""Processes of Ray Train that a run of ours on a cluster of its own has no use for, and need not wait for."""
+"""Processes of Ray Train that a run on its own cluster does not start."""
 LONG = {"steps": 80, "batch_size": 16, "checkpoint_every_steps": 10, "learning_rate": 1e-3}
 
 
 class Striking(ProgressListener):
-    """Strikes once, after the given step, from the thread that watches."""
+    """Call `strike` once, after the given step, on the thread that follows the progress."""
 
     def __init__(self, step, strike):
         self.step, self.strike, self.struck = step, strike, threading.Event()
@@ -39,15 +39,15 @@ def prepared(tmp_path, name, student, method="supervised", **training):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_student):
-    """The run that nothing has disturbed, in this process."""
+def undisturbed(tmp_path_factory, tiny_student):
+    """The undisturbed run, in this process."""
     values = prepared(tmp_path_factory.mktemp("undisturbed"), "whole", tiny_student)
     return distill(parse_config(values)).output
 
 
 @pytest.fixture(scope="module")
-def whole_taught(tmp_path_factory, tiny_student, served):
-    """The like with a teacher."""
+def undisturbed_with_teacher(tmp_path_factory, tiny_student, served):
+    """The undisturbed run with a teacher."""
     values = prepared(tmp_path_factory.mktemp("undisturbed"), "whole", tiny_student, "logit_kd")
     return distill(of(values, "served")).output
 
@@ -59,14 +59,14 @@ def write(path, values):
 
 @pytest.fixture
 def mark():
-    """An environment variable that everything a test starts inherits; at the end nothing of it may be left."""
+    """An environment variable that all processes of a test inherit; the remaining ones are killed at the end."""
     variable = {"RAYK_TEST_MARK": uuid4().hex}
     yield variable
     for process in processes(**variable):
         process.kill()
 
 
-def test_killed_driver_changes_no_result(tmp_path, tiny_student, whole, mark):
+def test_killed_driver_changes_no_result(tmp_path, tiny_student, undisturbed, mark):
     killed = prepared(tmp_path, "killed", tiny_student, workers=1)
     path = write(tmp_path / "run.yaml", killed)
     with rayk("run", path, log=tmp_path / "first.log", **mark) as process:
@@ -77,7 +77,7 @@ def test_killed_driver_changes_no_result(tmp_path, tiny_student, whole, mark):
     wait_until(lambda: not processes(**mark), "the end of its workers")
     killed["training"]["workers"] = 0
     distill(parse_config(killed), resume=True)
-    assert_same_learning(whole, killed["output"], 1e-3)
+    assert_same_learning(undisturbed, killed["output"], 1e-3)
 
 
 def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path, tiny_student, tiny_teacher, mark):
@@ -98,24 +98,27 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path, tiny_student, tin
     assert CheckpointStore(f"{values['output']}/checkpoints").latest() is not None
 
 
-def test_killed_worker_changes_no_result(tmp_path, tiny_student, whole, ray_cluster):
-    hurt = prepared(tmp_path, "hurt", tiny_student, workers=2)
-    there = {}
+def test_killed_worker_changes_no_result(tmp_path, tiny_student, undisturbed, ray_cluster):
+    disturbed = prepared(tmp_path, "hurt", tiny_student, workers=2)
+    running = {}
 
     def strike():
-        there.update({title: actor_processes(title) for title in ("TrainController", "RayTrainWorker", *SPARED)})
-        there["RayTrainWorker"][-1].kill()
+        running.update({title: actor_processes(title) for title in ("TrainController", "RayTrainWorker", *SPARED)})
+        running["RayTrainWorker"][-1].kill()
 
     listener = Striking(35, strike)
-    distill(parse_config(hurt), listener=listener)
+    distill(parse_config(disturbed), listener=listener)
     assert listener.struck.is_set()
-    assert {title: len(found) for title, found in there.items() if found} == {"TrainController": 1, "RayTrainWorker": 2}
-    assert_same_learning(whole, hurt["output"], 1e-3)
+    assert {title: len(found) for title, found in running.items() if found} == {
+        "TrainController": 1,
+        "RayTrainWorker": 2,
+    }
+    assert_same_learning(undisturbed, disturbed["output"], 1e-3)
 
 
 @pytest.fixture(scope="module")
 def mortal(ray_cluster, tiny_teacher):
-    """A teacher of its own for tests that kill: its settings."""
+    """Settings of a separate teacher for tests that kill replicas."""
     return TeacherConfig(name="mortal", model=tiny_teacher, resources={"num_cpus": 0.25})
 
 
@@ -123,16 +126,16 @@ def of(values, teacher, **changes):
     return parse_config(values | {"teachers": [{"name": teacher, "attach": True, **changes}]})
 
 
-def test_killed_replica_changes_no_result(tmp_path, tiny_student, whole_taught, mortal):
-    hurt = prepared(tmp_path, "hurt", tiny_student, "logit_kd")
+def test_killed_replica_changes_no_result(tmp_path, tiny_student, undisturbed_with_teacher, mortal):
+    disturbed = prepared(tmp_path, "hurt", tiny_student, "logit_kd")
     listener = Striking(20, lambda: actor_processes("ServeReplica:mortal:")[0].kill())
     with serve_teacher(mortal.model_copy(update={"replicas": Replicas(min=2, max=2)})):
-        distill(of(hurt, "mortal"), listener=listener)
+        distill(of(disturbed, "mortal"), listener=listener)
     assert listener.struck.is_set()
-    assert_same_learning(whole_taught, hurt["output"])
+    assert_same_learning(undisturbed_with_teacher, disturbed["output"])
 
 
-def test_run_without_its_teacher_stops_at_a_checkpoint(tmp_path, tiny_student, whole_taught, mortal):
+def test_run_without_its_teacher_stops_at_a_checkpoint(tmp_path, tiny_student, undisturbed_with_teacher, mortal):
     from ray import serve
 
     stopped = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=2)
@@ -146,4 +149,4 @@ def test_run_without_its_teacher_stops_at_a_checkpoint(tmp_path, tiny_student, w
     stopped["training"]["workers"] = 0
     with serve_teacher(mortal):
         distill(of(stopped, "mortal"), resume=True)
-    assert_same_learning(whole_taught, stopped["output"])
+    assert_same_learning(undisturbed_with_teacher, stopped["output"])

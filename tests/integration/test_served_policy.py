@@ -1,4 +1,4 @@
-"""Who writes, and what dies while it is written, do not change what is learned."""
+"""The kind of policy, and killed processes, do not change the results of a run."""
 
 import psutil
 import pytest
@@ -34,12 +34,12 @@ def prepared(folder, student, rollouts, lora=None, **training):
 def nothing_left(ray_cluster):
     yield
     assert not [name for name in serve.status().applications if name.startswith("_policy-")]
-    wait_until(lambda: not named_actors(), "the end of the actor that knows the weights")
+    wait_until(lambda: not named_actors(), "the end of the weight store")
 
 
 def named_actors():
     found = ray.util.list_named_actors(all_namespaces=True)
-    return [each["name"] for each in found if each["namespace"] == NAMESPACE]
+    return [actor["name"] for actor in found if actor["namespace"] == NAMESPACE]
 
 
 @pytest.mark.parametrize(
@@ -59,21 +59,21 @@ def test_served_policy_trains_like_the_worker_policy(
 def test_killed_replica_and_worker_change_no_result(tmp_path, tiny_student, served, nothing_left):
     training = {"steps": 40, "checkpoint_every_steps": 5}
     distill(prepared(tmp_path / "whole", tiny_student, {"max_staleness": 1}, **training))
-    hurt = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=1, **training)
+    disturbed = prepared(tmp_path / "hurt", tiny_student, SERVED | {"max_staleness": 1}, workers=1, **training)
 
     def strike():
-        actor_processes(f"ServeReplica:{policy_application(hurt)}:")[0].kill()
+        actor_processes(f"ServeReplica:{policy_application(disturbed)}:")[0].kill()
         actor_processes("RayTrainWorker")[-1].kill()
 
     listener = Striking(12, strike)
-    distill(hurt, listener=listener)
+    distill(disturbed, listener=listener)
     assert listener.struck.is_set()
-    assert_same_learning(tmp_path / "whole" / "run", hurt.output_path, 1e-3)
-    assert curve(hurt.output_path, "rollout_staleness") == [0, *[1] * 39]
+    assert_same_learning(tmp_path / "whole" / "run", disturbed.output_path, 1e-3)
+    assert curve(disturbed.output_path, "rollout_staleness") == [0, *[1] * 39]
 
 
 def test_vllm_policy_trains_like_the_worker_policy_despite_a_kill(tmp_path, served, nothing_left, monkeypatch):
-    """Greedy, so that both write the same as long as they have the same weights: those of an adapter, merged."""
+    """Sampling is greedy, so both policies generate the same with the same weights: those of a merged adapter."""
     monkeypatch.setattr(application, "_HEALTH_CHECK_SECONDS", 1.0)
     student = str(tmp_path / "student")
     tiny_model(student, seed=2, hidden=128, layers=1, peaked=4.0, tokenizer=tiny_tokenizer())
@@ -85,14 +85,14 @@ def test_vllm_policy_trains_like_the_worker_policy_despite_a_kill(tmp_path, serv
 
     def strike():
         [replica] = replica_processes(policy_application(run))
-        [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
+        [core] = [child for child in psutil.Process(replica.pid).children() if "EngineCore" in child.name()]
         core.kill()
 
     listener = Striking(6, strike)
     distill(run, listener=listener)
     assert listener.struck.is_set()
     assert_same_learning(tmp_path / "worker" / "run", run.output_path, 1e-3)
-    assert len(set(curve(run.output_path, "rollout_repetition"))) > 6, "what is written hardly changes"
+    assert len(set(curve(run.output_path, "rollout_repetition"))) > 6, "the rollouts hardly change"
 
 
 def test_run_without_its_policy_stops_and_continues_in_the_worker(tmp_path, tiny_student, served, nothing_left):

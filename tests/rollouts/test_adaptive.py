@@ -1,4 +1,4 @@
-"""How much the student writes follows the evaluation loss; what it wrote is kept for a while."""
+"""The share of rollouts follows the evaluation loss; a buffer keeps earlier rollouts."""
 
 import io
 

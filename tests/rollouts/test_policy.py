@@ -1,4 +1,4 @@
-"""What a policy writes is counted token for token, under the weights it says, and leaves the learner as it was."""
+"""Rollouts: which tokens are counted, log-probs, weight versions, and an unchanged learner."""
 
 import asyncio
 import copy
@@ -17,8 +17,8 @@ from rayk.rollouts.packed_rows import pack_row, unpack_row
 from rayk.rollouts.policy import repetition
 from tests.tiny import perturb, tiny_model, tiny_tokenizer
 
-ENDS = list(range(100, 160))
-"""So many end tokens that a random model often writes one."""
+EOS_TOKEN_IDS = list(range(100, 160))
+"""Many end tokens, so that a random model often generates one."""
 PARAMETERS = SamplingParameters(max_new_tokens=8)
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = real_vocab_size(TOKENIZER)
@@ -27,11 +27,11 @@ VOCABULARY = real_vocab_size(TOKENIZER)
 @pytest.fixture
 def learner():
     model = tiny_model(seed=3, hidden=16, layers=1, peaked=2.0)
-    model.generation_config.eos_token_id = ENDS
+    model.generation_config.eos_token_id = EOS_TOKEN_IDS
     return model.train()
 
 
-def policy_of(learner, batch_tokens=10_000, **settings):
+def make_policy(learner, batch_tokens=10_000, **settings):
     return WorkerPolicy(learner, TOKENIZER, WorkerRollouts(max_new_tokens=8, **settings), batch_tokens=batch_tokens)
 
 
@@ -47,26 +47,26 @@ def prompts(count=24):
     ]
 
 
-def written(policy, rows=None, seed=0):
+def generate(policy, rows=None, seed=0):
     rows = prompts() if rows is None else rows
     return asyncio.run(policy.generate(rows, PARAMETERS, range(seed, seed + len(rows))))
 
 
 def test_completion_and_its_end_token_are_counted_and_the_prompt_is_not(learner):
-    rows, rollouts = prompts(), written(policy_of(learner))
+    rows, rollouts = prompts(), generate(make_policy(learner))
     for row, rollout in zip(rows, rollouts, strict=True):
         assert rollout.input_ids[: row.prompt_tokens].tolist() == row.prompt_ids.tolist()
         assert np.flatnonzero(rollout.counted).tolist() == list(range(row.prompt_tokens, len(rollout)))
         assert (rollout.where, rollout.fields, rollout.prompt_tokens) == (row.where, row.fields, row.prompt_tokens)
         *inside, last = rollout.completion_ids.tolist()
-        assert not set(inside) & set(ENDS)
-        assert (last in ENDS) == (rollout.finish_reason == "stop")
-        assert last in ENDS or len(inside) == 7
+        assert not set(inside) & set(EOS_TOKEN_IDS)
+        assert (last in EOS_TOKEN_IDS) == (rollout.finish_reason == "stop")
+        assert last in EOS_TOKEN_IDS or len(inside) == 7
     assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
 
 
 def test_logprobs_are_those_of_the_model(learner):
-    for rollout in written(policy_of(learner, temperature=0.7, top_p=0.9)):
+    for rollout in generate(make_policy(learner, temperature=0.7, top_p=0.9)):
         logits = learner.eval()(input_ids=torch.from_numpy(rollout.input_ids).long()[None]).logits[0]
         logprobs = logits[:-1].log_softmax(-1)[rollout.counted[1:]]
         expected = logprobs.gather(1, torch.from_numpy(rollout.targets).long()[:, None])[:, 0]
@@ -74,19 +74,19 @@ def test_logprobs_are_those_of_the_model(learner):
 
 
 def test_completion_depends_on_its_seed_and_not_on_its_batch(learner):
-    together = written(policy_of(learner))
-    apart = written(policy_of(learner, batch_tokens=30))
-    assert [each.input_ids.tolist() for each in together] == [each.input_ids.tolist() for each in apart]
-    others = written(policy_of(learner), seed=1000)
+    together = generate(make_policy(learner))
+    separate = generate(make_policy(learner, batch_tokens=30))
+    assert [each.input_ids.tolist() for each in together] == [each.input_ids.tolist() for each in separate]
+    others = generate(make_policy(learner), seed=1000)
     assert [each.input_ids.tolist() for each in together] != [each.input_ids.tolist() for each in others]
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_generation_does_not_change_the_learner(learner, max_staleness):
-    policy = policy_of(learner, max_staleness=max_staleness)
+    policy = make_policy(learner, max_staleness=max_staleness)
     before, stream = copy.deepcopy(learner.state_dict()), torch.random.get_rng_state()
     config = learner.generation_config
-    asyncio.run(policy.top_ids(written(policy), 3))
+    asyncio.run(policy.top_ids(generate(policy), 3))
     assert learner.training
     assert learner.generation_config is config
     assert torch.equal(torch.random.get_rng_state(), stream)
@@ -96,48 +96,48 @@ def test_generation_does_not_change_the_learner(learner, max_staleness):
 
 
 def test_stale_policy_generates_with_its_last_weights(learner):
-    stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
-    first = [each.input_ids.tolist() for each in written(stale)]
+    stale, fresh = make_policy(learner, max_staleness=1), make_policy(learner)
+    first = [each.input_ids.tolist() for each in generate(stale)]
     with torch.no_grad():
         for parameter in learner.parameters():
             parameter.add_(0.2 * torch.ones_like(parameter).cumsum(0).sin())
-    assert [each.input_ids.tolist() for each in written(stale)] == first
-    now = [each.input_ids.tolist() for each in written(fresh)]
+    assert [each.input_ids.tolist() for each in generate(stale)] == first
+    now = [each.input_ids.tolist() for each in generate(fresh)]
     assert now != first
     stale.update(1)
-    taken = written(stale)
+    taken = generate(stale)
     assert [each.input_ids.tolist() for each in taken] == now
     assert {each.version for each in taken} == {1}
 
 
 def test_stale_policy_of_an_adapter_shares_frozen_weights(learner):
     add_adapter(learner, LoraConfig(r=4, dropout=0.5), 0, "base")
-    stale, fresh = policy_of(learner, max_staleness=1), policy_of(learner)
-    first = [each.input_ids.tolist() for each in written(stale)]
-    assert [each.input_ids.tolist() for each in written(fresh)] == first  # dropout is off in both
+    stale, fresh = make_policy(learner, max_staleness=1), make_policy(learner)
+    first = [each.input_ids.tolist() for each in generate(stale)]
+    assert [each.input_ids.tolist() for each in generate(fresh)] == first  # dropout is off in both
     perturb(learner)
-    assert [each.input_ids.tolist() for each in written(stale)] == first
-    now = [each.input_ids.tolist() for each in written(fresh)]
+    assert [each.input_ids.tolist() for each in generate(stale)] == first
+    now = [each.input_ids.tolist() for each in generate(fresh)]
     assert now != first
     stale.update(1)
-    assert [each.input_ids.tolist() for each in written(stale)] == now
+    assert [each.input_ids.tolist() for each in generate(stale)] == now
     copies = dict(stale._model.model.named_parameters())
     for name, parameter in learner.named_parameters():
         assert (copies[name] is parameter) == (not parameter.requires_grad), name
 
 
 def test_top_ids_are_the_most_likely_real_tokens(learner):
-    policy, rows = policy_of(learner, batch_tokens=30), prompts()
+    policy, rows = make_policy(learner, batch_tokens=30), prompts()
     padding = learner.get_output_embeddings().weight[VOCABULARY:]
     with torch.no_grad():
-        padding.mul_(50)  # would be the likeliest, but is no token
+        padding.mul_(50)  # would be the most likely id, but is no token
     for row, ids in zip(rows, asyncio.run(policy.top_ids(rows, 5)), strict=True):
         logits = learner.eval()(input_ids=torch.from_numpy(row.input_ids).long()[None]).logits[0, :-1, :VOCABULARY]
         assert ids.tolist() == logits[row.counted[1:]].topk(5).indices.tolist()
 
 
 def test_packing_a_row_is_lossless(learner):
-    [rollout] = written(policy_of(learner), prompts(1))
+    [rollout] = generate(make_policy(learner), prompts(1))
     for row in (rollout, prompts(1)[0]):
         back = unpack_row(pack_row(row), prompts(1)[0])
         assert type(back) is type(row)
@@ -163,15 +163,15 @@ def test_rollout_metrics():
 
 def test_cancellation_ends_generation(learner):
     learner.generation_config.eos_token_id = None
-    policy, forwards = policy_of(learner), []
+    policy, forwards = make_policy(learner), []
     learner.register_forward_hook(lambda *_: forwards.append(1))
     endless = SamplingParameters(max_new_tokens=400)
 
-    async def left():
+    async def cancelled_then_next():
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(policy.generate(prompts(), endless, range(24)), 0.1)
-        return await policy.generate(prompts(1), PARAMETERS, [0])  # on the same thread, after it
+        return await policy.generate(prompts(1), PARAMETERS, [0])  # on the same thread, afterwards
 
-    [rollout] = asyncio.run(left())
+    [rollout] = asyncio.run(cancelled_then_next())
     assert len(rollout.completion_ids) == 8
     assert len(forwards) < 300

@@ -1,4 +1,4 @@
-"""A served policy writes what the policy in the worker would, under the weights it is asked for and no others."""
+"""A served policy generates the same rollouts as the policy in the worker, with exactly the requested weights."""
 
 import asyncio
 import copy
@@ -43,8 +43,8 @@ def address(ray_cluster, tiny_student, tmp_path_factory):
 
 
 @pytest.fixture
-def begun(address, tiny_student, request):
-    """A learner, and its policy of an attempt of its own; what makes other workers of it."""
+def started(address, tiny_student, request):
+    """A learner, its policy in a new attempt, and a function that makes policies of other workers."""
     learner = load_model(tiny_student).train()
     config = run_config_of(tiny_student)
 
@@ -68,7 +68,7 @@ def run_config_of(student):
     )  # fmt: skip
 
 
-def worker(learner):
+def worker_policy(learner):
     config = run_config_of("student").rollouts
     return WorkerPolicy(copy.deepcopy(learner), tiny_tokenizer(), config, batch_tokens=10_000)
 
@@ -79,7 +79,7 @@ def moved(learner):
             parameter.add_(0.2 * torch.ones_like(parameter).cumsum(0).sin())
 
 
-def written(policy, rows=None, parameters=PARAMETERS):
+def generate(policy, rows=None, parameters=PARAMETERS):
     rows = prompts() if rows is None else rows
     return asyncio.run(policy.generate(rows, parameters, range(len(rows))))
 
@@ -92,12 +92,12 @@ def assert_same(rollouts, expected, version):
         assert (one.prompt_tokens, one.version) == (other.prompt_tokens, version)
 
 
-def test_served_policy_equals_the_worker_policy_at_each_version(begun):
-    learner, policy, _ = begun
+def test_served_policy_equals_the_worker_policy_at_each_version(started):
+    learner, policy, _ = started
     seen = []
     for version in range(3):
-        there = worker(learner)
-        rollouts, expected = written(policy), written(there)
+        there = worker_policy(learner)
+        rollouts, expected = generate(policy), generate(there)
         assert_same(rollouts, expected, version)
         seen.append([each.input_ids.tolist() for each in rollouts])
         mine, theirs = (asyncio.run(each.logprobs(rollouts)) for each in (policy, there))
@@ -110,14 +110,14 @@ def test_served_policy_equals_the_worker_policy_at_each_version(begun):
     assert seen[0] != seen[1] != seen[2]
 
 
-def test_slow_worker_gets_the_version_it_requests(begun):
-    learner, first, another = begun
-    second = another()
+def test_slow_worker_gets_the_version_it_requests(started):
+    learner, first, make_policy = started
+    second = make_policy()
     second.update(0)
-    old = written(worker(learner))
+    old = generate(worker_policy(learner))
     moved(learner)
     first.update(1)
-    new = written(worker(learner))
+    new = generate(worker_policy(learner))
 
     async def together():
         parts = [policy.generate(prompts(), PARAMETERS, range(24)) for policy in (first, second) * 3]
@@ -127,24 +127,24 @@ def test_slow_worker_gets_the_version_it_requests(begun):
         assert_same(rollouts, old if number % 2 else new, 1 - number % 2)
 
 
-def test_fast_worker_waits_for_the_publication(begun):
-    learner, first, another = begun
-    second = another()
+def test_fast_worker_waits_for_the_publication(started):
+    learner, first, make_policy = started
+    second = make_policy()
     second.update(1)
 
     async def ahead():
-        asked = asyncio.create_task(second.generate(prompts(), PARAMETERS, range(24)))
+        task = asyncio.create_task(second.generate(prompts(), PARAMETERS, range(24)))
         await asyncio.sleep(0.2)
-        assert not asked.done()
+        assert not task.done()
         moved(learner)
         first.update(1)
-        return await asked
+        return await task
 
-    assert_same(asyncio.run(ahead()), written(worker(learner)), 1)
+    assert_same(asyncio.run(ahead()), generate(worker_policy(learner)), 1)
 
 
-def test_damaged_weights_are_not_used(begun):
-    learner, policy, _ = begun
+def test_damaged_weights_are_not_used(started):
+    learner, policy, _ = started
     weights = pack_weights(learner)
     sound = checksum(weights)
     data = weights["lm_head.weight"].data.copy()
@@ -155,41 +155,41 @@ def test_damaged_weights_are_not_used(begun):
     before = policy._version
     policy._version = version
     with pytest.raises(RaykError, match="served policy failed at generate: .* weights of version 1 were damaged"):
-        written(policy)
+        generate(policy)
     policy._version = before
-    assert_same(written(policy), written(worker(learner)), 0)
+    assert_same(generate(policy), generate(worker_policy(learner)), 0)
 
 
-def test_dropped_version_is_an_error(begun):
-    learner, policy, another = begun
-    late = another()
+def test_dropped_version_is_an_error(started):
+    learner, policy, make_policy = started
+    late = make_policy()
     late.update(0)
     for version in (1, 2):
         policy.update(version)
     with pytest.raises(RaykError, match="weights of version 0 are stale"):
-        written(late)
+        generate(late)
     with pytest.raises(RaykError, match="stale and were not published"):
         policy.update(2)
     policy.begin("a new group of workers")
     with pytest.raises(RaykError, match="stale"):
-        written(late)
+        generate(late)
     policy.update(2)
-    assert_same(written(policy), written(worker(learner)), 2)
+    assert_same(generate(policy), generate(worker_policy(learner)), 2)
 
 
-def test_replica_death_changes_no_rollout(begun):
-    learner, policy, _ = begun
+def test_replica_death_changes_no_rollout(started):
+    learner, policy, _ = started
     rows, parameters = prompts(64), SamplingParameters(max_new_tokens=200, temperature=1.0)
-    expected = written(worker(learner), rows, parameters)
+    expected = generate(worker_policy(learner), rows, parameters)
 
     async def disturbed():
-        asked = asyncio.create_task(policy.generate(rows, parameters, range(64)))
+        task = asyncio.create_task(policy.generate(rows, parameters, range(64)))
         calls = policy.statistics.calls
         while policy.statistics.calls <= calls:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         replica_processes(APPLICATION)[0].kill()
-        return await asked
+        return await task
 
     for _ in range(6):  # until a kill has hit a replica that was answering
         wait_until(lambda: len(replica_processes(APPLICATION)) == 2, seconds=120)
@@ -199,30 +199,30 @@ def test_replica_death_changes_no_rollout(begun):
     pytest.fail("no kill hit a replica that was answering")
 
 
-def test_replicas_report_waiting_tokens(begun):
-    _, policy, _ = begun
+def test_replicas_report_waiting_tokens(started):
+    _, policy, _ = started
 
     async def reported():
-        asked = asyncio.create_task(policy.generate(prompts(64), SamplingParameters(max_new_tokens=200), range(64)))
-        heard = []
-        while not asked.done():
-            heard += (await policy._handle.record_autoscaling_stats.remote()).values()
-        return max(heard)
+        task = asyncio.create_task(policy.generate(prompts(64), SamplingParameters(max_new_tokens=200), range(64)))
+        reported_tokens = []
+        while not task.done():
+            reported_tokens += (await policy._handle.record_autoscaling_stats.remote()).values()
+        return max(reported_tokens)
 
-    # Of all calls, or of the first of two; askers before this one are remembered for a while.
+    # Of all calls, or of the first of two; earlier requesters are remembered for some seconds.
     assert asyncio.run(reported()) >= 64 * 200 / 2
 
 
-def test_served_policy_rejects_teacher_mixed_sampling(begun):
-    _, policy, _ = begun
+def test_served_policy_rejects_teacher_mixed_sampling(started):
+    _, policy, _ = started
     with pytest.raises(InputError, match="use rollouts.kind 'worker'"):
         asyncio.run(policy.generate_mixed(prompts(), None, None, range(24)))
 
 
 @contextmanager
-def leaving(config, student):
-    """A policy of its own; afterwards nothing of it may be left."""
-    application = "_policy-leaving"
+def temporary_policy(config, student):
+    """Serve a separate policy; afterwards its application and its store must have ended."""
+    application = "_policy-temporary"
     try:
         with serve_policy(config, application, student) as address:
             assert ray.get_actor(address.store, NAMESPACE)
@@ -239,15 +239,15 @@ def named_actors():
 def test_missing_version_and_removed_policy_are_errors_at_the_deadline(ray_cluster, tiny_student, tmp_path):
     config = run_config(tmp_path, tiny_student, replicas=1, deadline_seconds=2)
     learner = load_model(tiny_student)
-    with leaving(config, tiny_student) as address:
+    with temporary_policy(config, tiny_student) as address:
         policy = ServedPolicy(learner, config.rollouts, address, publishes=False)
         policy.begin("attempt")
         policy.update(3)
         with pytest.raises(RaykError, match="weights of version 3 were not published within 1 s"):
-            written(policy)
+            generate(policy)
         ray.kill(ray.get_actor(address.store, NAMESPACE))
         with pytest.raises(RaykError, match="store of the student's weights has died"):
-            written(policy)
-        serve.delete("_policy-leaving")
+            generate(policy)
+        serve.delete("_policy-temporary")
         with pytest.raises(PolicyUnavailable, match=r"did not answer within 2 s.* raise rollouts.deadline_seconds"):
-            written(policy)
+            generate(policy)

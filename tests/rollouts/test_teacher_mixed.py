@@ -31,7 +31,7 @@ def student(tiny_student):
 
 
 class FixedLength(DraftLength):
-    """Drafts of one length."""
+    """Drafts of a constant length."""
 
     def __init__(self, tokens):
         super().__init__(longest=tokens, call_cost=1e9)
@@ -103,7 +103,7 @@ def test_two_tokens_are_sampled_from_the_mixture(student, teacher):
 
 
 def test_batch_draft_length_and_teacher_cache_change_nothing(student, tiny_teacher, teacher):
-    """Nor do replicas: every second question goes to an engine that has not seen the sequence, or too little of it."""
+    """Nor do replicas: every second draft goes to an engine that has no or not enough of the sequence in its cache."""
     together = sampled(student, teacher.verify)
     other, turns = TransformersEngine(tiny_teacher), itertools.count()
     other._verifier._cache._max_bytes = 40_000
@@ -123,7 +123,7 @@ def test_batch_draft_length_and_teacher_cache_change_nothing(student, tiny_teach
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "granite"])
 def test_rollback_on_other_architectures(architecture, teacher):
-    """To the last position there is; a sequence that is there must not read on with those that are not."""
+    """Up to the last position; a sequence that has reached it must not read on with the others."""
     student = tiny_model(architecture=architecture, seed=5, positions=64)
     prompts = prompts_of(30, 7, 30, 30, 30, 30)
     for prompt, one in zip(prompts, sampled(student, teacher.verify, prompts, max_new_tokens=34), strict=True):
@@ -131,7 +131,7 @@ def test_rollback_on_other_architectures(architecture, teacher):
 
 
 def test_end_token_inside_a_draft_ends_the_sequence(student, teacher):
-    """Whichever side draws it: half of all tokens are taken for ends."""
+    """Whichever model samples it; an eighth of all tokens are end tokens."""
     ends = set(range(0, VOCAB, 8))
     for one in sampled(student, teacher.verify, drafted=16, eos_token_ids=ends, max_new_tokens=40):
         places = np.flatnonzero(np.isin(one.token_ids, list(ends)))
@@ -153,7 +153,7 @@ def test_sequences_of_the_largest_length(teacher, student):
 
 
 def test_calls_per_token_follow_the_formula(student, teacher):
-    """With the acceptance measured; only the remainder of a sequence and calls for more candidates come on top."""
+    """With the measured acceptance; the rest of a sequence and calls for more candidates add to it."""
     rollouts = sampled(student, teacher.verify, PROMPTS * 4, alpha=0.2, max_new_tokens=64, drafted=8, eos_token_ids=())
     kept, rejected = (sum(getattr(one, name) for one in rollouts) for name in ("accepted", "rejected"))
     expected = 1 / expected_tokens_per_call(rejected / (kept + rejected), 8)

@@ -1,4 +1,4 @@
-"""Each step samples under exactly the version it was promised, whoever is quick or slow."""
+"""Each step samples with exactly the version it requires, at any speed of learner and samplers."""
 
 import asyncio
 import random
@@ -8,21 +8,21 @@ import pytest
 from rayk.rollouts import VersionGate
 
 
-async def trained(steps: int, max_staleness: int, seed: int, first: int = 0, sampled: int = 0) -> dict[int, int]:
-    """Under which version each step sampled, with a learner and samplers of random speed."""
-    chance = random.Random(seed)
+async def run_steps(steps: int, max_staleness: int, seed: int, first: int = 0, sampled: int = 0) -> dict[int, int]:
+    """Return the version with which each step sampled; the learner and the samplers have random speeds."""
+    generator = random.Random(seed)
     gate = VersionGate(first, first + sampled, steps - 1, max_staleness)
     versions: dict[int, int] = {}
     busy = 0
 
     async def sample(step: int) -> None:
         nonlocal busy
-        await asyncio.sleep(chance.random() / 1000)
+        await asyncio.sleep(generator.random() / 1000)
         async with gate.turn(step):
             busy += 1
             assert busy == 1
             versions[step] = gate.version
-            await asyncio.sleep(chance.random() / 1000)
+            await asyncio.sleep(generator.random() / 1000)
             assert versions[step] == gate.version
             busy -= 1
 
@@ -30,7 +30,7 @@ async def trained(steps: int, max_staleness: int, seed: int, first: int = 0, sam
     for step in range(first, steps):
         if step in tasks:
             await tasks[step]
-        await asyncio.sleep(chance.random() / 1000)
+        await asyncio.sleep(generator.random() / 1000)
         await gate.finished()
         await gate.advance()
     return versions
@@ -39,12 +39,12 @@ async def trained(steps: int, max_staleness: int, seed: int, first: int = 0, sam
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 5])
 def test_every_step_samples_with_its_version(max_staleness, seed):
-    versions = asyncio.run(trained(8, max_staleness, seed))
+    versions = asyncio.run(run_steps(8, max_staleness, seed))
     assert versions == {step: max(0, step - max_staleness) for step in range(8)}
 
 
 def test_resumed_run_keeps_the_versions():
-    versions = asyncio.run(trained(9, 2, seed=0, first=4, sampled=2))
+    versions = asyncio.run(run_steps(9, 2, seed=0, first=4, sampled=2))
     assert versions == {step: step - 2 for step in range(6, 9)}
 
 

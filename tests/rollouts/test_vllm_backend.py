@@ -1,5 +1,5 @@
-"""A policy's replica that writes with vLLM, for real, on the CPU; one engine for all, with the model cut into two
-parts (tensor parallel). The last test kills it."""
+"""A policy's replica with vLLM on the CPU; all tests share one engine with two tensor-parallel parts. The last engine
+test kills it."""
 
 import asyncio
 from dataclasses import replace
@@ -27,8 +27,8 @@ PARAMETERS = SamplingParameters(max_new_tokens=16)
 PROMPTS = [np.arange(4, 4 + length, dtype=np.int32) for length in (3, 20, 9)]
 
 
-class There:
-    """Weights that are at hand, where Ray's object store would have them."""
+class LocalWeights:
+    """Weights in this process instead of Ray's object store."""
 
     def __init__(self, weights):
         self._weights = weights
@@ -39,7 +39,7 @@ class There:
 
 
 class Versions:
-    """The student as it learns: its model after so many steps, and what is published of it."""
+    """The student during training: its model after a number of steps, and the published weights."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -53,15 +53,15 @@ class Versions:
 
     def published(self, number):
         weights = pack_weights(self.model(number))
-        return WeightVersion("attempt", number), PublishedWeights(checksum(weights), There(weights))
+        return WeightVersion("attempt", number), PublishedWeights(checksum(weights), LocalWeights(weights))
 
-    def writer(self, number):
+    def policy_model(self, number):
         return PolicyModel(self.model(number), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory):
-    """Of a student whose embedding is its head, and padded by rows that would be likely tokens."""
+    """Versions of a student with a tied head, padded with rows that would be likely tokens."""
     folder = str(tmp_path_factory.mktemp("student"))
     model = tiny_model(seed=1, hidden=128, peaked=2.0, tie=True)
     with torch.no_grad():
@@ -74,56 +74,57 @@ def versions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(versions, on_loop):
-    # From an architecture: vLLM has no folder of the student's to read. The integration test starts from one.
+    # From an architecture, without a folder of the student; the integration test starts from a folder.
     architecture = load_model(versions._folder).config.to_dict() | {"architectures": None}
     student = StudentConfig(config=architecture, tokenizer=versions._folder)
     engine = VLLMPolicyEngineConfig(tensor_parallel_size=2, arguments={"enforce_eager": True})
-    started = on_loop(start_vllm(versions.writer(0), student, engine, tokenizer=versions._folder, precision="float32"))
+    model, folder = versions.policy_model(0), versions._folder
+    started = on_loop(start_vllm(model, student, engine, tokenizer=folder, precision="float32"))
     yield started
     started._engine.close()
 
 
-async def write(vllm, versions, number, seed=0, parameters=PARAMETERS):
+async def generate(vllm, versions, number, seed=0, parameters=PARAMETERS):
     items = [(prompt, seed + i) for i, prompt in enumerate(PROMPTS)]
     return await vllm.answer(*versions.published(number), parameters, items, [0] * len(items))
 
 
-def texts(written):
-    return [each.token_ids.tolist() for each in written]
+def token_ids(generated):
+    return [each.token_ids.tolist() for each in generated]
 
 
-def sequences_of(written):
+def sequences_of(generated):
     return [
         TokenSequence(
             np.concatenate([prompt, each.token_ids]), np.arange(len(prompt) + len(each.token_ids)) >= len(prompt)
         )
-        for prompt, each in zip(PROMPTS, written, strict=True)
+        for prompt, each in zip(PROMPTS, generated, strict=True)
     ]
 
 
 def test_each_version_generates_and_scores_with_its_weights(vllm, versions, on_loop):
     seen = []
     for number in (1, 2, 1, 0):
-        written, again = (on_loop(write(vllm, versions, number)) for _ in range(2))
-        assert texts(written) == texts(again)
-        sequences = sequences_of(written)
-        there = versions.writer(number)
-        with there.computing():
-            expected = there.logprobs(sequences)
-            likeliest = there.top_ids(sequences, 5)
-            greedy = there.generate(PROMPTS, replace(PARAMETERS, temperature=0.0), [0, 0, 0])
+        generated, again = (on_loop(generate(vllm, versions, number)) for _ in range(2))
+        assert token_ids(generated) == token_ids(again)
+        sequences = sequences_of(generated)
+        reference = versions.policy_model(number)
+        with reference.computing():
+            expected = reference.logprobs(sequences)
+            likeliest = reference.top_ids(sequences, 5)
+            greedy = reference.generate(PROMPTS, replace(PARAMETERS, temperature=0.0), [0, 0, 0])
         version = versions.published(number)
         own = on_loop(vllm.answer(*version, Logprob(), sequences, [0, 0, 0]))
         ids = on_loop(vllm.answer(*version, TopK(5), sequences, [0, 0, 0]))
-        for each, read, exact in zip(written, own, expected, strict=True):
+        for each, read, exact in zip(generated, own, expected, strict=True):
             np.testing.assert_allclose(each.logprobs, exact, atol=1e-3)
             np.testing.assert_allclose(read, exact, atol=1e-3)
-        assert np.mean(np.concatenate(ids) == np.concatenate(likeliest)) > 0.99  # near-equal ones may swap places
+        assert np.mean(np.concatenate(ids) == np.concatenate(likeliest)) > 0.99  # almost equal ones may swap places
         assert all(each.dtype == np.int32 and each.max() < VOCABULARY for each in ids)
-        assert texts(on_loop(write(vllm, versions, number, parameters=replace(PARAMETERS, temperature=0.0)))) == texts(
-            greedy
-        )
-        seen.append(texts(written))
+        assert token_ids(
+            on_loop(generate(vllm, versions, number, parameters=replace(PARAMETERS, temperature=0.0)))
+        ) == token_ids(greedy)
+        seen.append(token_ids(generated))
     assert seen[0] == seen[2]
     assert seen[0] != seen[1] != seen[3] != seen[0]
     wide = on_loop(vllm.answer(*versions.published(0), TopK(1000), sequences, [0, 0, 0]))
@@ -131,14 +132,14 @@ def test_each_version_generates_and_scores_with_its_weights(vllm, versions, on_l
 
 
 def test_concurrent_versions_do_not_mix(vllm, versions, on_loop):
-    alone = {number: on_loop(write(vllm, versions, number)) for number in (1, 2)}
+    separate = {number: on_loop(generate(vllm, versions, number)) for number in (1, 2)}
 
     async def together():
-        return await asyncio.gather(*(write(vllm, versions, 1 + turn % 2) for turn in range(6)))
+        return await asyncio.gather(*(generate(vllm, versions, 1 + turn % 2) for turn in range(6)))
 
-    for turn, written in enumerate(on_loop(together())):
-        assert texts(written) == texts(alone[1 + turn % 2])
-        for one, other in zip(written, alone[1 + turn % 2], strict=True):
+    for turn, generated in enumerate(on_loop(together())):
+        assert token_ids(generated) == token_ids(separate[1 + turn % 2])
+        for one, other in zip(generated, separate[1 + turn % 2], strict=True):
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
@@ -148,26 +149,26 @@ def test_damaged_weights_are_not_used(vllm, versions, on_loop):
     with pytest.raises(UnusableWeights, match="weights of version 3 were damaged"):
         on_loop(vllm.answer(version, torn, PARAMETERS, [(PROMPTS[0], 0)], [0]))
     on_loop(vllm.check_health())
-    assert texts(on_loop(write(vllm, versions, 3))) != texts(on_loop(write(vllm, versions, 2)))
+    assert token_ids(on_loop(generate(vllm, versions, 3))) != token_ids(on_loop(generate(vllm, versions, 2)))
 
 
 def test_cancellation_during_a_weight_update_is_harmless(vllm, versions, on_loop):
-    expected = [texts(on_loop(write(vllm, versions, number))) for number in (1, 2)]
+    expected = [token_ids(on_loop(generate(vllm, versions, number))) for number in (1, 2)]
 
-    async def leave():
-        leaving = asyncio.create_task(write(vllm, versions, 1))
+    async def cancel():
+        task = asyncio.create_task(generate(vllm, versions, 1))
         while vllm._lock._version is not None:
             await asyncio.sleep(0)
-        leaving.cancel()
+        task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await leaving
-        return [texts(await write(vllm, versions, number)) for number in (1, 2)]
+            await task
+        return [token_ids(await generate(vllm, versions, number)) for number in (1, 2)]
 
-    assert on_loop(leave()) == expected
+    assert on_loop(cancel()) == expected
 
 
 def test_version_lock_keeps_the_order_of_requests():
-    """VersionLock by themselves: what runs, and when, is seen better without an engine."""
+    """The lock without an engine, to observe the order of events."""
     events = []
 
     async def change(version, _):
@@ -204,18 +205,18 @@ def test_version_lock_keeps_the_order_of_requests():
 def test_killed_engine_process_fails_requests_and_the_health_check(vllm, versions, on_loop):
     async def main():
         await vllm.check_health()
-        asking = asyncio.create_task(write(vllm, versions, 1, parameters=replace(PARAMETERS, max_new_tokens=400)))
+        task = asyncio.create_task(generate(vllm, versions, 1, parameters=replace(PARAMETERS, max_new_tokens=400)))
         while not vllm._engine._engine.get_num_unfinished_requests():
             await asyncio.sleep(0.001)
         for process in psutil.Process().children():
             if "EngineCore" in process.name():
                 process.kill()
         with pytest.raises(EngineDied):
-            await asyncio.wait_for(asking, 30)
+            await asyncio.wait_for(task, 30)
         with pytest.raises(EngineDied):
             await vllm.check_health()
         with pytest.raises(EngineDied):
-            await write(vllm, versions, 2)
+            await generate(vllm, versions, 2)
 
     on_loop(main())
 
@@ -227,7 +228,7 @@ def test_adapter_is_merged_for_vllm(tmp_path):
     plain = load_model(str(tmp_path / "base"))
     weights = full_state_dict(PolicyModel(adapted, tiny_tokenizer()))
     width = weights["lm_head.weight"].shape[0]
-    assert width < plain.lm_head.weight.shape[0]  # rows that are no tokens do not travel
+    assert width < plain.lm_head.weight.shape[0]  # rows without a token are not transferred
     state = plain.state_dict()
     assert weights.keys() == state.keys()
     for name in ("lm_head.weight", "model.embed_tokens.weight"):

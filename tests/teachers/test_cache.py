@@ -1,4 +1,4 @@
-"""The signal cache between a run and its teacher: asked once, equal bit for bit, another teacher's never taken."""
+"""The signal cache between a run and its teacher: one request per signal, equal bit for bit, one key per teacher."""
 
 import threading
 from dataclasses import replace
@@ -34,8 +34,8 @@ def place(tmp_path):
 
 
 @pytest.fixture
-def ask(served, place):
-    """A fresh asker of the served teacher on the cache's folder, as another process would be."""
+def new_client(served, place):
+    """Function that returns a new client of the served teacher with the cache, as in another process."""
 
     def make() -> object:
         return connect_teacher("served", served.settings, SignalCache(place))
@@ -44,16 +44,16 @@ def ask(served, place):
 
 
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
-def test_cold_and_warm_cache_agree_bit_for_bit(served, ask, support):
+def test_cold_and_warm_cache_agree_bit_for_bit(served, new_client, support):
     sequences = random_sequences(20)
-    cold, warm = ask(), ask()
+    cold, warm = new_client(), new_client()
     first = cold.score(sequences, support)
     assert cold.statistics.calls and not cold.statistics.cached_tokens
     assert_equal(cold.score(sequences, support), first)
     cold.cache.flush()
     assert_equal(warm.score(sequences, support), first)
     assert warm.statistics.cached_tokens == warm.statistics.tokens == first.tokens
-    assert warm.statistics.calls == isinstance(support, Hidden), "only the head is asked for"
+    assert warm.statistics.calls == isinstance(support, Hidden), "only the head is requested"
     own = served.score(sequences, support)
     if isinstance(support, TopK):
         assert (own.logprobs - first.logprobs).abs().max() < 0.3
@@ -63,9 +63,9 @@ def test_cold_and_warm_cache_agree_bit_for_bit(served, ask, support):
         torch.testing.assert_close(first.logits(), own.logits(), atol=0.05, rtol=0.01)
 
 
-def test_cached_and_requested_rows_are_in_order(served, ask):
+def test_cached_and_requested_rows_are_in_order(served, new_client):
     sequences = random_sequences(30)
-    teacher = ask()
+    teacher = new_client()
     known = teacher.score(sequences[::3], TopK(8))
     both = teacher.score(sequences, TopK(8))
     assert teacher.statistics.cached_tokens == known.tokens
@@ -73,14 +73,14 @@ def test_cached_and_requested_rows_are_in_order(served, ask):
     assert_signals_close(replace(both, logprobs=None), replace(served.score(sequences, TopK(8)), logprobs=None))
 
 
-def test_a_repeated_row_has_the_same_signal(ask):
+def test_a_repeated_row_has_the_same_signal(new_client):
     [one, other] = random_sequences(2)
-    signals = ask().score([one, other, one], TopK(8))
+    signals = new_client().score([one, other, one], TopK(8))
     assert_equal(signals.select([0]), signals.select([2]))
 
 
-def test_threads_on_one_cache_agree(ask):
-    teacher, sequences = ask(), random_sequences(40)
+def test_threads_on_one_cache_agree(new_client):
+    teacher, sequences = new_client(), random_sequences(40)
     answers: dict[int, SignalBatch] = {}
     threads = [
         threading.Thread(target=lambda n=n: answers.update({n: teacher.score(sequences, TopK(8))})) for n in range(4)
@@ -92,7 +92,7 @@ def test_threads_on_one_cache_agree(ask):
     for signals in answers.values():
         assert_equal(signals, answers[0])
     teacher.cache.flush()
-    assert_equal(ask().score(sequences, TopK(8)), answers[0])
+    assert_equal(new_client().score(sequences, TopK(8)), answers[0])
 
 
 def test_key_contains_everything_that_a_signal_depends_on(served, place):
@@ -122,8 +122,8 @@ def test_key_contains_everything_that_a_signal_depends_on(served, place):
         assert not cache.find(info, [sequence], other)
 
 
-def test_requested_signals_are_never_cached(ask):
-    teacher = ask()
+def test_requested_signals_are_never_cached(new_client):
+    teacher = new_client()
     sequences = [replace(s, requested=np.full((s.counted_tokens, 2), 5, np.int32)) for s in random_sequences(3)]
     for _ in range(2):
         teacher.score(sequences, Requested(4))

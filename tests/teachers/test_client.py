@@ -1,4 +1,4 @@
-"""The asker's side on real Ray Serve, with replicas that stay up."""
+"""The client of a teacher on Ray Serve, with replicas that keep running."""
 
 import asyncio
 import subprocess
@@ -34,7 +34,7 @@ def engine(tiny_teacher):
 
 @pytest.fixture
 def watched(served, monkeypatch):
-    """The served teacher, with few credits and a count of the calls it has open."""
+    """A client of the served teacher with little credit, which counts its open calls."""
     teacher = connect_teacher("served", served.settings.model_copy(update={"in_flight": 3, "call_tokens": 64}))
     teacher.open = teacher.most_open = 0
     attempt = teacher._attempt
@@ -59,13 +59,13 @@ def spares():
 
 @pytest.fixture
 def spare(spares, ray_cluster, tmp_path_factory):
-    """A teacher to be hard on: one replica that may become two, NaN where token 300 is read. It is
-    brought up again for the test after the one that took it down."""
+    """A teacher for destructive tests: one or two replicas, NaN after token 300. It is started again for the test after
+    the one that removed it."""
     folder = tmp_path_factory.getbasetemp() / "damaged"
     if not folder.exists():
         model = tiny_model(tokenizer=tiny_tokenizer())
         with torch.no_grad():
-            model.model.embed_tokens.weight[300] = float("nan")  # one token, so that loading finds nothing wrong
+            model.model.embed_tokens.weight[300] = float("nan")  # one token only, so that loading finds no error
         model.save_pretrained(folder)
         tiny_tokenizer(folder)
     config = teacher_config(
@@ -162,7 +162,7 @@ def test_stream_raises_an_error_at_its_batch(served):
 
 
 def test_score_in_a_running_event_loop(served, engine):
-    """As in a notebook: `ascore` awaits, and even the blocking `score` does not touch the running loop."""
+    """As in a notebook: `ascore` does not block the loop, and the blocking `score` works, too."""
     sequences = random_sequences(4)
 
     async def main():
@@ -180,17 +180,17 @@ def test_score_in_a_running_event_loop(served, engine):
         return ticks, signals, served.score(sequences, TopK(8))
 
     ticks, awaited, blocking = asyncio.run(main())
-    assert ticks > 10, "the caller's loop was held"
+    assert ticks > 10, "the caller's loop was blocked"
     assert_signals_close(awaited, blocking)
 
 
 def test_score_from_threads(served, engine):
     results = {}
 
-    def ask(row):
+    def call(row):
         results[row] = served.score(random_sequences(4, seed=row), TopK(8))
 
-    threads = [threading.Thread(target=ask, args=(row,)) for row in range(6)]
+    threads = [threading.Thread(target=call, args=(row,)) for row in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -224,7 +224,7 @@ def test_generate_accepts_text_ids_and_no_prompts(served):
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("call", "message"),
     [
         (lambda t: t.score(random_sequences(2), TopK(1_000)), "support.k is 1000, but .* vocabulary of"),
         (lambda t: t.score(random_sequences(1, longest=600, shortest=600)), "600 tokens is longer than the limit of"),
@@ -234,9 +234,9 @@ def test_generate_accepts_text_ids_and_no_prompts(served):
         (lambda t: t.generate(["the cat"], top_p=2.0), "top_p"),
     ],
 )
-def test_errors_of_a_replica_are_passed_on_as_one_sentence(served, ask, said):
-    with pytest.raises(InputError, match=said) as caught:
-        ask(served)
+def test_errors_of_a_replica_are_passed_on_as_one_sentence(served, call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call(served)
     assert "\n" not in str(caught.value)
 
 
@@ -249,41 +249,41 @@ def test_closing_a_stream_early_cancels_its_requests(watched):
     for _ in watched.stream(batches, TopK(8), prefetch=150):
         break
     wait_until(lambda: not background_tasks() and watched.open == 0, seconds=60)
-    assert watched.statistics.calls < 150, "what had been begun was asked for after all"
+    assert watched.statistics.calls < 150, "cancelled requests were sent"
     assert watched.score(random_sequences(1), TopK(8)).tokens > 0
 
 
 def test_cancelling_ascore_cancels_its_requests(watched):
     async def main():
-        asking = asyncio.create_task(watched.ascore(random_sequences(1_000), TopK(8)))
+        task = asyncio.create_task(watched.ascore(random_sequences(1_000), TopK(8)))
         while not watched.open:
             await asyncio.sleep(0.001)
-        asking.cancel()
+        task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asking
+            await task
 
     asyncio.run(main())
     wait_until(lambda: not background_tasks() and watched.open == 0, seconds=60)
-    assert watched.statistics.calls < 150, "what had been begun was asked for after all"
+    assert watched.statistics.calls < 150, "cancelled requests were sent"
 
 
 def test_replica_drops_cancelled_requests(served):
-    """Many minutes of generation, asked of both replicas and given up. They answer the oldest first, so the next asker
-    would have to wait for all of it."""
-    leaving = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
+    """Many minutes of generation are requested from both replicas and cancelled. Replicas answer the oldest request
+    first, so the next client would have to wait for all of them."""
+    first_client = connect_teacher("served", served.settings.model_copy(update={"in_flight": 200}))
     prompts = [np.full(4, 4 + i % 300) for i in range(6_000)]
     parameters = SamplingParameters(max_new_tokens=500, temperature=1.0)
 
     async def main():
-        asking = asyncio.create_task(leaving.agenerate(prompts, parameters))
-        while leaving.statistics.calls < 188:
+        task = asyncio.create_task(first_client.agenerate(prompts, parameters))
+        while first_client.statistics.calls < 188:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(2)  # let them arrive
-        asking.cancel()
+        await asyncio.sleep(2)  # until the requests have arrived
+        task.cancel()
 
     asyncio.run(main())
-    next_asker = connect_teacher("served", served.settings.model_copy(update={"deadline_seconds": 60}))
-    assert len(next_asker.generate(["the cat"], max_new_tokens=2)) == 1
+    next_client = connect_teacher("served", served.settings.model_copy(update={"deadline_seconds": 60}))
+    assert len(next_client.generate(["the cat"], max_new_tokens=2)) == 1
 
 
 def test_missing_teacher_is_one_sentence(ray_cluster):
@@ -323,7 +323,7 @@ def test_teacher_that_cannot_load_is_one_sentence_and_is_removed(ray_cluster, tm
     assert "broken" not in serve.status().applications
 
 
-def asking(sequences, m=3):
+def with_requested_ids(sequences, m=3):
     random = np.random.default_rng(0)
     return [
         TokenSequence(s.input_ids, s.counted, random.integers(-1, 300, (s.counted_tokens, m)).astype(np.int32))
@@ -333,7 +333,7 @@ def asking(sequences, m=3):
 
 @pytest.mark.parametrize("support", [Requested(4, (1.0, 2.0)), Sampled(12), Sampled(12, 0.9, 5), Hidden()], ids=str)
 def test_every_support_passes_through_serve(served, engine, support):
-    sequences = asking(random_sequences(20))
+    sequences = with_requested_ids(random_sequences(20))
     signals, expected = served.score(sequences, support), asyncio.run(engine.score(sequences, support))
     assert signals.support == expected.support
     assert torch.equal(signals.offsets, expected.offsets)

@@ -1,4 +1,4 @@
-"""Several teachers as one, against the dense mean of their models; and a teacher for each row."""
+"""Ensembles, compared with the dense mean of their models; and the choice of a teacher per row."""
 
 import asyncio
 import json
@@ -28,8 +28,8 @@ WEIGHTS = [1.0, 3.0]
 SEQUENCES = random_sequences(6)
 
 
-class Alone:
-    """An engine asked without a service."""
+class EngineScorer:
+    """An engine as a scorer, without Ray Serve."""
 
     def __init__(self, model):
         self.engine = TransformersEngine(model)
@@ -49,7 +49,7 @@ def second(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(tiny_teacher, second):
-    return [Alone(tiny_teacher), Alone(second)]
+    return [EngineScorer(tiny_teacher), EngineScorer(second)]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def logits(tiny_teacher, second):
     return torch.stack(found)
 
 
-def asked(teachers, combine, support):
+def ensemble_signals(teachers, combine, support):
     return asyncio.run(Ensemble(teachers, WEIGHTS, combine).ascore(SEQUENCES, support))
 
 
@@ -76,7 +76,7 @@ def targets():
 
 @pytest.mark.parametrize("k", [3, 16, 300])
 def test_the_mean_of_probabilities_is_exact_at_the_union_and_in_the_tail(teachers, logits, k):
-    signals = asked(teachers, "probabilities", TopK(k))
+    signals = ensemble_signals(teachers, "probabilities", TopK(k))
     mean = (0.25 * logits[0].softmax(1) + 0.75 * logits[1].softmax(1)).log()
     likeliest = logits[:, :, : teachers[0].vocab_size].topk(k).indices
     for ids, *named in zip(signals.ids, *likeliest, strict=True):
@@ -94,7 +94,7 @@ def test_the_mean_of_logits_is_exact_on_the_union_and_bounds_the_tail(teachers, 
     mean = 0.25 * logits[0].log_softmax(1) + 0.75 * logits[1].log_softmax(1)
     exact = (mean / temperature).log_softmax(1)
     for k in (4, 64, 150):
-        signals = asked(teachers, "logits", TopK(k, (1.0, temperature)))
+        signals = ensemble_signals(teachers, "logits", TopK(k, (1.0, temperature)))
         log_p, log_tail = (part.double() for part in signals.at_temperature(temperature))
         inside = exact.gather(1, signals.ids)
         torch.testing.assert_close(log_p - log_p[:, :1], inside - inside[:, :1], atol=1e-4, rtol=0)
@@ -104,19 +104,19 @@ def test_the_mean_of_logits_is_exact_on_the_union_and_bounds_the_tail(teachers, 
 
 def test_concatenated_hidden_states_are_the_mean_of_logits(teachers, logits):
     mean = (0.25 * logits[0] + 0.75 * logits[1]).float()
-    signals = asked(teachers, "logits", Hidden("float32"))
+    signals = ensemble_signals(teachers, "logits", Hidden("float32"))
     assert losses.forward_kl(mean, signals).abs().max() < 1e-5
     expected = mean.log_softmax(1).gather(1, targets())[:, 0]
     torch.testing.assert_close(signals.target_logprobs, expected, atol=1e-4, rtol=0)
 
 
 def test_ensemble_of_equal_teachers_equals_one_of_them(teachers):
-    alone = asyncio.run(teachers[0].ascore(SEQUENCES, TopK(200)))
+    single = asyncio.run(teachers[0].ascore(SEQUENCES, TopK(200)))
     for combine in ("probabilities", "logits"):
         signals = asyncio.run(Ensemble([teachers[0]] * 2, [1, 1], combine).ascore(SEQUENCES, TopK(200)))
-        dense = torch.full((alone.tokens, 384), -30.0)
+        dense = torch.full((single.tokens, 384), -30.0)
         dense.scatter_(1, signals.ids, signals.logprobs)
-        torch.testing.assert_close(dense.gather(1, alone.ids), alone.logprobs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(dense.gather(1, single.ids), single.logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_ensemble_of_equal_teachers_equals_one_of_them(teachers):
 )
 def test_unsupported_means_are_rejected(teachers, combine, support):
     with pytest.raises(InputError, match="ensemble|mean of probabilities|average the"):
-        asked(teachers, combine, support)
+        ensemble_signals(teachers, combine, support)
 
 
 def row(sequence, **fields):
@@ -138,20 +138,20 @@ def test_field_of_a_row_chooses_its_teacher(teachers):
     route = RouteConfig(field="domain", teachers={"math": "one", "code": "two"}, default="one")
     signals = asyncio.run(Route(route, {"one": teachers[0], "two": teachers[1]}).ascore(rows, TopK(5)))
     for i, one in enumerate(rows):
-        alone = asyncio.run(teachers[1 if i % 3 == 1 else 0].ascore([one], TopK(5)))
-        torch.testing.assert_close(signals.select([i]).logprobs, alone.logprobs, atol=1e-4, rtol=0)
+        single = asyncio.run(teachers[1 if i % 3 == 1 else 0].ascore([one], TopK(5)))
+        torch.testing.assert_close(signals.select([i]).logprobs, single.logprobs, atol=1e-4, rtol=0)
     route = route.model_copy(update={"default": None})
     with pytest.raises(InputError, match="rows.jsonl, line 7 has 'None' in its field 'domain', which chooses no"):
         asyncio.run(Route(route, {}).ascore(rows[2:3], TopK(5)))
 
 
 @pytest.fixture(scope="module")
-def another(ray_cluster, second):
+def second_served(ray_cluster, second):
     with serve_teacher(teacher_config("another", second)) as teacher:
         yield teacher
 
 
-def test_runs_with_several_teachers(tmp_path, tiny_student, served, another):
+def test_runs_with_several_teachers(tmp_path, tiny_student, served, second_served):
     method = {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}}
     values = settings(tmp_path, tiny_student, method) | {
         "teachers": [{"name": "served", "attach": True}, {"name": "another", "attach": True}]
@@ -189,7 +189,7 @@ def test_ensemble_member_without_requested_support_is_rejected(tmp_path, tiny_st
 
 
 @pytest.mark.parametrize(
-    ("many", "said"),
+    ("changes", "message"),
     [
         ({"ensemble": {"teachers": ["one", "three"]}}, "'three' is none of the teachers (one, two)"),
         ({"ensemble": {"teachers": ["one"]}}, "ensemble needs at least two teachers"),
@@ -200,18 +200,18 @@ def test_ensemble_member_without_requested_support_is_rejected(tmp_path, tiny_st
         ({"ensemble": {}, "method": {"kind": "logit_kd", "teacher": "one"}}, "method.teacher names one teacher, but"),
     ],
 )
-def test_settings_without_a_known_teacher_are_named(many, said):
+def test_settings_without_a_known_teacher_are_named(changes, message):
     values = {
         "teachers": [{"name": "one", "model": "m"}, {"name": "two", "model": "m"}],
         "student": {"model": "m"}, "data": {"train": {"path": "p"}}, "method": {"kind": "logit_kd"},
     }  # fmt: skip
     with pytest.raises(InputError) as caught:
-        parse_config(values | many)
-    assert said in str(caught.value)
+        parse_config(values | changes)
+    assert message in str(caught.value)
 
 
 def test_teacher_reads_its_own_prompt(tmp_path, tiny_student, served):
-    """What it says is what it says after that prompt, at the same tokens of the completion."""
+    """Its signals are those after that prompt, at the same tokens of the completion."""
     values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}})
     tokenizer = AutoTokenizer.from_pretrained(tiny_student)
     template = "The answer is {answer}.\n{prompt} ="
@@ -223,18 +223,21 @@ def test_teacher_reads_its_own_prompt(tmp_path, tiny_student, served):
     for i, one in enumerate(rows):
         prompt = tokenizer(template.format(**one.fields), add_special_tokens=False).input_ids
         completion = one.input_ids[one.prompt_tokens :]
-        alone = TokenSequence(
+        single = TokenSequence(
             np.array([*prompt, *completion], np.int32), np.arange(len(prompt) + len(completion)) >= len(prompt)
         )
         torch.testing.assert_close(
-            signals.select([i]).logprobs, served.score([alone], TopK(8)).logprobs, atol=1e-3, rtol=0
+            signals.select([i]).logprobs, served.score([single], TopK(8)).logprobs, atol=1e-3, rtol=0
         )
     for name, prompt in {"own": None, "same": "{prompt}", "hint": template}.items():
         values["teachers"] = [{"name": "served", "attach": True, "prompt_template": prompt}]
         distill(parse_config(values | {"output": str(tmp_path / name)}))
     np.testing.assert_allclose(curve(tmp_path / "own"), curve(tmp_path / "same"), rtol=1e-4)
     assert abs(curve(tmp_path / "hint")[0] / curve(tmp_path / "own")[0] - 1) > 1e-3
-    for prompt, said in (("{hint}", "set teachers.prompt_template"), ("{answer}" * 400, "after the prompt of teacher")):
+    for prompt, message in (
+        ("{hint}", "set teachers.prompt_template"),
+        ("{answer}" * 400, "after the prompt of teacher"),
+    ):
         values["teachers"] = [{"name": "served", "attach": True, "model": tiny_student, "prompt_template": prompt}]
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             distill(parse_config(values | {"output": str(tmp_path / "wrong")}))

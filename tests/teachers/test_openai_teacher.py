@@ -1,4 +1,4 @@
-"""A teacher whose replica asks an endpoint, on real Ray Serve."""
+"""A teacher whose replica queries an endpoint, on Ray Serve."""
 
 import pytest
 
@@ -22,10 +22,14 @@ def test_endpoint_teacher_returns_completions_errors_and_usage(ray_cluster):
     prompts = [f"prompt {i}" for i in range(40)]
     try:
         with serve_teacher(teacher_config("endpoint", "parrot", engine=engine)) as teacher:
-            assert teacher.usage() == Usage()  # bringing it up costs nothing
-            written = teacher.generate(prompts, max_new_tokens=8)
-            assert [one.text for one in written if not one.reason] == [f"[{p}]" for p in prompts if p != "prompt 7"]
-            assert (written[7].text, written[7].finish_reason, written[7].reason) == ("", "error", "400: too rude")
+            assert teacher.usage() == Usage()  # starting it costs nothing
+            completions = teacher.generate(prompts, max_new_tokens=8)
+            assert [one.text for one in completions if not one.reason] == [f"[{p}]" for p in prompts if p != "prompt 7"]
+            assert (completions[7].text, completions[7].finish_reason, completions[7].reason) == (
+                "",
+                "error",
+                "400: too rude",
+            )
             assert teacher.usage() == Usage(40, 39 * 3, 39 * 2, pytest.approx(39 * 5 / 1e6), 1)
             with pytest.raises(InputError, match="black box"):
                 teacher.score(random_sequences(2), TopK(4))

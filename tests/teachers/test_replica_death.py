@@ -1,4 +1,4 @@
-"""Replicas that are killed, as by SIGKILL, the memory killer or a lost node, cost time and nothing else."""
+"""Killed replicas (SIGKILL, out of memory, a lost node) cost time but change no result."""
 
 import asyncio
 
@@ -21,40 +21,42 @@ def running_replicas():
     return running if application.status == "RUNNING" else 0
 
 
-def whole():
+def is_complete():
     return running_replicas() == 2 and len(replica_processes("served")) == 2
 
 
 @pytest.fixture
 def teacher(served):
-    """A fresh asker of the served teacher; at the end the teacher is whole again."""
+    """A new client of the served teacher; at the end both replicas run again."""
     yield connect_teacher("served")
-    wait_until(whole, seconds=120)
+    wait_until(is_complete, seconds=120)
 
 
 def test_replica_death_loses_no_batch(teacher, tiny_teacher):
-    asked, received = [], []
-    struck, before, next_kill = 0, None, 5
+    requested, received = [], []
+    kills, before, next_kill = 0, None, 5
 
     def batches():
-        """As many as it takes for two kills to have hit a replica that was answering: an idle one is no loss."""
-        while len(asked) < 20 or (struck < 2 and len(asked) < 300):
-            asked.append(random_sequences(16, seed=len(asked), shortest=200, longest=500))
-            yield asked[-1]
+        """Yield batches until two kills have hit a replica that was answering a request."""
+        while len(requested) < 20 or (kills < 2 and len(requested) < 300):
+            requested.append(random_sequences(16, seed=len(requested), shortest=200, longest=500))
+            yield requested[-1]
 
     for answer in teacher.stream(batches(), TopK(16), prefetch=8):
         received.append(answer)
         if before is not None and teacher.statistics.retries > before:
-            struck, before = struck + 1, None
-        if struck < 2 and len(received) >= next_kill and (victims := replica_processes("served")):
+            kills, before = kills + 1, None
+        if kills < 2 and len(received) >= next_kill and (victims := replica_processes("served")):
             before, next_kill = teacher.statistics.retries, len(received) + 12
             victims[0].kill()
-    assert struck == 2
-    assert [id(batch) for batch, _ in received] == [id(batch) for batch in asked]
+    assert kills == 2
+    assert [id(batch) for batch, _ in received] == [id(batch) for batch in requested]
     engine = TransformersEngine(tiny_teacher)
     for batch, signals in received:
         assert_signals_close(signals, asyncio.run(engine.score(batch, TopK(16))))
-    assert teacher.statistics.tokens == sum(s.counted_tokens for batch in asked for s in batch), "none counts twice"
+    assert teacher.statistics.tokens == sum(s.counted_tokens for batch in requested for s in batch), (
+        "no signal is counted twice"
+    )
 
 
 def test_replica_death_changes_no_completion(teacher):
@@ -62,21 +64,21 @@ def test_replica_death_changes_no_completion(teacher):
     parameters = {"max_new_tokens": 100, "temperature": 1.0, "seed": 5}
     undisturbed = teacher.generate(prompts, **parameters)
 
-    async def disturbed(asker):
-        asking = asyncio.create_task(asyncio.to_thread(asker.generate, prompts, **parameters))
-        while asker.statistics.calls < 8:
+    async def disturbed(client):
+        task = asyncio.create_task(asyncio.to_thread(client.generate, prompts, **parameters))
+        while client.statistics.calls < 8:
             await asyncio.sleep(0.01)
         replica_processes("served")[0].kill()
-        return await asking
+        return await task
 
     for _ in range(6):  # until a kill has hit a replica that was answering
-        wait_until(whole, seconds=120)
-        asker = connect_teacher("served")
-        completions = asyncio.run(disturbed(asker))
+        wait_until(is_complete, seconds=120)
+        client = connect_teacher("served")
+        completions = asyncio.run(disturbed(client))
         for one, other in zip(completions, undisturbed, strict=True):
             assert one.token_ids.tolist() == other.token_ids.tolist()
             assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
-        if asker.statistics.retries:
+        if client.statistics.retries:
             return
     pytest.fail("no kill hit a replica that was answering")

@@ -1,4 +1,4 @@
-"""A teacher whose replica holds vLLM, on real Ray Serve. The last test kills it."""
+"""A teacher on vLLM and Ray Serve. The last test kills its engine."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def expected(twin):
 
 @pytest.fixture(scope="module")
 def teacher(ray_cluster, folder):
-    # With a worker in a process of its own (see conftest), so that there is more to leave behind.
+    # With a worker in a separate process (see conftest), which must not outlive the replica either.
     arguments = {"enforce_eager": True, "distributed_executor_backend": "mp"}
     engine = {"kind": "vllm", "dtype": "float32", "arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:
@@ -53,15 +53,15 @@ def teacher(ray_cluster, folder):
 
 
 def test_vllm_teacher_equals_transformers(teacher, twin, expected):
-    written = asyncio.run(twin.generate(PROMPTS, SamplingParameters(12, 0.0), [0, 0]))
+    generated = asyncio.run(twin.generate(PROMPTS, SamplingParameters(12, 0.0), [0, 0]))
     assert teacher.info.supports == ("topk", "logprob")
     assert_signals_close(teacher.score(SEQUENCES, TopK(16)), expected)
     completions = teacher.generate(PROMPTS, max_new_tokens=12, temperature=0.0)
-    assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in written]
+    assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in generated]
 
 
 def test_vllm_teacher_generates_scores_and_is_evaluated_in_one_run(teacher, twin, tmp_path, tiny_student):
-    """It writes the rows, gives the signals they are learned by, and is what the student is measured against."""
+    """The teacher generates the rows, scores them, and is evaluated beside the student."""
     values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, steps=12)
     questions = tmp_path / "questions.jsonl"
     rows = [{"prompt": f"{n} + {n} =", "answer": str(2 * n)} for n in range(24)]
@@ -74,9 +74,9 @@ def test_vllm_teacher_generates_scores_and_is_evaluated_in_one_run(teacher, twin
         "evaluation": {"generation": {"max_new_tokens": 6}, "every_steps": 6},
     }
     result = distill(parse_config(values))
-    written = pq.read_table(result.output / "synthesis" / "rows.parquet").to_pylist()
-    assert len(written) == 48 == result.summary["rows"]["train"]
-    assert len({row["completion"] for row in written}) > 24
+    generated = pq.read_table(result.output / "synthesis" / "rows.parquet").to_pylist()
+    assert len(generated) == 48 == result.summary["rows"]["train"]
+    assert len({row["completion"] for row in generated}) > 24
     losses = curve(result.output)
     assert losses[-1] < losses[0]
     student = result.summary["student"]
@@ -127,5 +127,5 @@ def test_replica_with_a_killed_engine_is_replaced(teacher, expected):
 
     processes = psutil.Process(successor.pid).children(recursive=True)
     assert {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in processes}
-    successor.kill()  # which must not leave vLLM's processes behind, with the memory they hold
+    successor.kill()  # vLLM's processes must end with it, because they occupy memory
     wait_until(lambda: not any(each.is_running() for each in processes), seconds=60)
