@@ -97,6 +97,10 @@ class MethodSettings(Settings):
         """Whether each row must list its possible outputs."""
         return False
 
+    def hard_label_weight_at(self, progress: float) -> float:
+        """Return the weight of the rows' own labels, against the teacher's, after this share of the run."""
+        return 1.0
+
     @property
     def auxiliary_data(self) -> PretrainingConfig | None:
         """Text that is trained on in the same updates; None without any."""

@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+import rayk
 from rayk.config import (
     PolicyEngineConfig,
     RunConfig,
@@ -303,6 +304,12 @@ def test_a_config_has_these_sections():
         "rollouts", "training", "evaluation", "cache", "tracking",
     ]  # fmt: skip
     assert list(RunConfig.model_fields) == sections
+
+
+@pytest.mark.parametrize("old", ["TransformersEngine", "VLLMEngine"])
+def test_the_old_names_of_engine_settings_work_with_a_warning(old):
+    with pytest.warns(DeprecationWarning, match=rf"rayk\.{old} is now rayk\.{old}Config"):
+        assert getattr(rayk, old) is getattr(rayk.config, f"{old}Config")
 
 
 @pytest.mark.parametrize(
