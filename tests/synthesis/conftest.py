@@ -1,4 +1,4 @@
-"""A teacher whose answers the test decides: an endpoint behind real Ray Serve."""
+"""Teachers whose completions a test decides: an endpoint behind real Ray Serve."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def _endpoint():
 
 @pytest.fixture(scope="session")
 def parrot(ray_cluster, _endpoint):
-    """The teacher: what its endpoint says, word for word."""
+    """A teacher that returns its endpoint's completions, queried in chat."""
     config = TeacherConfig(
         name="parrot", model="parrot-1", engine=engine_of(_endpoint), resources={"num_cpus": 0.25}
     )  # fmt: skip
@@ -28,7 +28,7 @@ def parrot(ray_cluster, _endpoint):
 
 @pytest.fixture(scope="session")
 def scribbler(ray_cluster, _endpoint):
-    """The same endpoint, asked for plain completions."""
+    """A teacher on the same endpoint, queried for plain completions."""
     config = TeacherConfig(
         name="scribbler", model="scribbler-1", engine=engine_of(_endpoint, chat=False), resources={"num_cpus": 0.25}
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the tests of synthesis ask for."""
+"""Settings and prompts for the tests of synthesis."""
 
 from rayk.synthesis import Prompt
 

@@ -1,4 +1,4 @@
-"""Lion: where a referee finds the student behind, the teacher makes up more; whatever is interrupted, the same."""
+"""Lion generates instructions on which the student is behind, the same after any interruption."""
 
 import json
 import random
@@ -26,7 +26,7 @@ GIVEN = [f"Tell me {what} about {word}s in general" for word in WORDS[:4] for wh
 
 
 def say(body) -> bytes:
-    """Teacher, student and referee in one, told apart by model and prompt: the same for the same prompt and seed.
+    """Respond as teacher, student or referee, depending on model and prompt; equal for equal prompts and seeds.
 
     The student is as good as its teacher on whatever has "little" in it, and far behind elsewhere; the referee favours
     what stands first by a point.
@@ -47,7 +47,7 @@ def say(body) -> bytes:
 
 @pytest.fixture(scope="module")
 def pupil(ray_cluster, _endpoint):
-    """The student, as far as synthesis sees it: a model that answers."""
+    """The student, here a served endpoint."""
     engine = engine_of(_endpoint, chat=False)
     config = TeacherConfig(name="pupil", model="pupil", engine=engine, resources={"num_cpus": 0.25})
     with serve_teacher(config) as served:
@@ -61,7 +61,7 @@ def world(tmp_path, parrot, pupil, endpoint):
 
 
 class World:
-    """Rounds of the recipe, each in a folder of its own."""
+    """Run rounds of the recipe, each in its own folder."""
 
     def __init__(self, folder, teacher, student):
         self.folder, self.teacher, self.student = folder, teacher, student
@@ -101,7 +101,7 @@ def test_the_first_round_answers_the_given_prompts_each_once(world, endpoint):
     assert figures(summary) == {"train pool": 8, "cache pool": 8}
 
 
-def test_what_the_student_does_badly_is_made_up_anew_beside_as_many_rarer_ones(world, endpoint):
+def test_new_instructions_come_from_hard_ones_and_as_many_from_easy_ones(world, endpoint):
     world.round(0)
     endpoint.requests.clear()
     summary = world.round(1)
@@ -109,7 +109,7 @@ def test_what_the_student_does_badly_is_made_up_anew_beside_as_many_rarer_ones(w
     assert [each["instruction"] for each in compared] == GIVEN
     assert {each["kind"] for each in compared if "much" in each["instruction"]} == {"hard"}
     assert {each["kind"] for each in compared if "little" in each["instruction"]} == {"easy"}
-    assert {each["lead"] for each in compared} == {6.0, 0.0}  # the point for the place cancels out
+    assert {each["lead"] for each in compared} == {6.0, 0.0}  # the bonus of the first place cancels out
     rows = world.rows(1)
     assert [row["kind"] for row in rows] == ["hard", "easy"] * 4
     for row in rows:
@@ -120,21 +120,21 @@ def test_what_the_student_does_badly_is_made_up_anew_beside_as_many_rarer_ones(w
     assert all(rouge_l(row["prompt"], other) <= 0.7 for row in rows for other in pool if other != row["prompt"])
     assert [each.instruction for each in world.pool(1, TRAIN)] == [row["prompt"] for row in rows]
     assert [each.instruction for each in world.pool(1, CACHE)] == pool
-    # The teacher's answers to the cache pool are those it has given.
+    # The teacher's completions of the cache pool are not requested again.
     assert {each.body["model"] for each in endpoint.requests if each.prompt in GIVEN} == {"pupil"}
-    told = figures(summary)
-    assert told["teacher's lead over the student, of 9 points"] == 3.0
-    assert told["hard instructions"] == told["the order of the answers decides"] == 0.5
-    assert told["judgements without scores"] == 0
-    assert (told["new from hard ones"], told["new from easy ones"]) == (4, 4)
-    assert (told["train pool"], told["cache pool"]) == (8, 16)
+    statistics = figures(summary)
+    assert statistics["teacher's lead over the student, of 9 points"] == 3.0
+    assert statistics["hard instructions"] == statistics["the order of the answers decides"] == 0.5
+    assert statistics["judgements without scores"] == 0
+    assert (statistics["new from hard ones"], statistics["new from easy ones"]) == (4, 4)
+    assert (statistics["train pool"], statistics["cache pool"]) == (8, 16)
     world.round(2)
     assert len(world.pool(2, CACHE)) == 24 and len(world.rows(2, "comparisons")) == 16
     assert {row["origin"] for row in map(vars, world.pool(2, TRAIN))} <= set(range(8))
 
 
 class Stopping(CompletionStore):
-    """A store that takes only so many completions."""
+    """A store that fails after `room` completions."""
 
     room = 0
 
@@ -145,13 +145,13 @@ class Stopping(CompletionStore):
 
 
 @pytest.mark.parametrize("room", [6, 14, 28, 37], ids=["student", "referee", "new", "answers"])
-def test_an_interrupted_round_goes_on_without_asking_again(world, endpoint, room, monkeypatch):
+def test_an_interrupted_round_continues_without_repeating_requests(world, endpoint, room, monkeypatch):
     world.round(0)
     endpoint.requests.clear()
     monkeypatch.setattr(Stopping, "room", room)
     with pytest.raises(RunFailed, match="No room is left"):
         world.round(1, opening=Stopping, in_flight=1)
-    assert len(endpoint.requests) == room + 1  # the last answer found no room
+    assert len(endpoint.requests) == room + 1  # the last completion was not stored
     world.round(1)
     asked = [(each.prompt, each.body["seed"], each.body["model"]) for each in endpoint.requests]
     assert len(set(asked)) == len(asked) - 1
@@ -164,7 +164,7 @@ def test_an_interrupted_round_goes_on_without_asking_again(world, endpoint, room
     assert len(endpoint.requests) == len(set(asked))
 
 
-def test_another_seed_makes_other_instructions(world):
+def test_another_seed_gives_other_instructions(world):
     world.round(0)
     world.round(1)
     once = {row["prompt"] for row in world.rows(1)}
@@ -178,7 +178,7 @@ def mumble(body) -> bytes:
     return completion(body, "Both are nice.") if "[Answer A]" in prompt_of(body) else say(body)
 
 
-def test_a_referee_that_gives_no_numbers_is_found_out_before_anything_is_trained(world, endpoint):
+def test_a_referee_without_scores_is_detected_before_training(world, endpoint):
     endpoint.answer = mumble
     with pytest.raises(RunFailed, match=r"in 4 test comparisons .* no two scores: 'Both are nice\.'.*referee_template"):
         world.round(0)
@@ -188,7 +188,7 @@ def test_a_referee_that_gives_no_numbers_is_found_out_before_anything_is_trained
     assert len(endpoint.requests) == 4 and {each.prompt[-4:] for each in endpoint.requests} == {"[End"}
 
 
-def test_a_referee_that_gives_no_numbers_later_is_asked_twice_and_told_of(world, endpoint):
+def test_a_referee_without_scores_in_a_later_round_is_queried_twice_and_reported(world, endpoint):
     world.round(0)
     endpoint.requests.clear()
     endpoint.answer = mumble
@@ -214,16 +214,16 @@ def test_an_instruction_without_scores_is_neither_hard_nor_easy_and_stays_in_the
     once = set()
     world.round(0)
     endpoint.answer = sometimes
-    told = figures(world.round(1, in_flight=1))
+    statistics = figures(world.round(1, in_flight=1))
     (unscored,) = [each for each in world.rows(1, "comparisons") if each["kind"] == "unscored"]
     assert unscored["instruction"] == silent and unscored["scores_student_first"] is not None
     assert "no two scores: 'They differ.'" in unscored["reason"]
-    assert told["judgements without scores"] == 1 / 16
+    assert statistics["judgements without scores"] == 1 / 16
     assert silent not in {row["made_from"] for row in world.rows(1)}
     assert silent in {each.instruction for each in world.pool(1, CACHE)}
 
 
-def test_a_teacher_that_repeats_itself_ends(world, endpoint):
+def test_a_teacher_that_repeats_itself_ends_the_generation(world, endpoint):
     def repeat(body):
         if "Write only the new prompt" in prompt_of(body):
             return completion(body, "Describe the weather of the northern coast.")
@@ -232,12 +232,12 @@ def test_a_teacher_that_repeats_itself_ends(world, endpoint):
     world.round(0)
     endpoint.answer = repeat
     summary = world.round(1)
-    told = figures(summary)
-    assert summary["kept"] == 1 and told["new from hard ones"] == 1 and told["new from easy ones"] == 0
-    assert told["left out: rouge"] == 6 * 4 + 5 * 4 - 1 == summary["rejected"]["rouge"]
+    statistics = figures(summary)
+    assert summary["kept"] == 1 and statistics["new from hard ones"] == 1 and statistics["new from easy ones"] == 0
+    assert statistics["left out: rouge"] == 6 * 4 + 5 * 4 - 1 == summary["rejected"]["rouge"]
     assert len(world.pool(1, CACHE)) == 9
     endpoint.answer = repeat
-    with pytest.raises(RunFailed, match="rouge"):  # not even one is new in the round after
+    with pytest.raises(RunFailed, match="rouge"):  # none is new in the next round
         world.round(2)
 
 
@@ -245,30 +245,30 @@ def test_a_teacher_that_repeats_itself_ends(world, endpoint):
 def test_a_pool_of_one_instruction_is_enough(world, given, kinds):
     given = [f"Tell {given} of everything"]
     world.round(0, given)
-    told = figures(world.round(1, given, instructions=3))
+    statistics = figures(world.round(1, given, instructions=3))
     assert {row["kind"] for row in world.rows(1)} == kinds
-    assert (told["train pool"], told["cache pool"]) == (3, 4)
+    assert (statistics["train pool"], statistics["cache pool"]) == (3, 4)
 
 
 @pytest.mark.parametrize(("easy", "kinds"), [(0, ["hard"] * 4), (2, ["hard", "easy"] * 2 + ["hard"] * 2)])
-def test_from_easy_instructions_come_as_many_as_are_asked_for(world, endpoint, easy, kinds):
+def test_easy_instructions_sets_the_number_generated_from_easy_ones(world, endpoint, easy, kinds):
     world.round(0)
     endpoint.requests.clear()
-    told = figures(world.round(1, easy_instructions=easy))
+    statistics = figures(world.round(1, easy_instructions=easy))
     assert [row["kind"] for row in world.rows(1)] == kinds
-    assert (told["new from hard ones"], told["new from easy ones"]) == (4, easy)
+    assert (statistics["new from hard ones"], statistics["new from easy ones"]) == (4, easy)
     rarer = [each for each in endpoint.requests if "rarer" in each.prompt]
     assert bool(rarer) == bool(easy)
 
 
-def test_where_nothing_is_hard_and_nothing_easy_is_wanted_the_round_says_so(world):
+def test_a_round_without_hard_instructions_and_with_easy_instructions_0_fails(world):
     given = ["Tell little of everything"]
     world.round(0, given)
     with pytest.raises(RunFailed, match=r"No .* cache pool's 1 is hard .* in round 2.*easy_instructions"):
         world.round(1, given, easy_instructions=0)
 
 
-def test_each_rule_leaves_out_what_it_is_for(world, endpoint):
+def test_each_rule_rejects_its_instructions(world, endpoint):
     bad = {
         "keywords": "Write an instruction about rivers", "length": "Only three words", "cut": "Tell me all that",
         "beginning": "-- of rivers and lakes and seas", "rouge": GIVEN[0], "unanswered": "",
@@ -291,7 +291,7 @@ def test_each_rule_leaves_out_what_it_is_for(world, endpoint):
     assert summary["kept"] == 8
 
 
-def test_what_the_teacher_left_unanswered_is_asked_before_it_is_compared(world, endpoint):
+def test_an_unanswered_instruction_is_requested_again_before_the_comparison(world, endpoint):
     endpoint.replies[GIVEN[0]] = [Reply(body=b"{")] * 2
     assert world.round(0)["unanswered"] == 1
     assert world.pool(0, CACHE)[0].answer is None
@@ -301,7 +301,7 @@ def test_what_the_teacher_left_unanswered_is_asked_before_it_is_compared(world, 
     assert world.rows(1, "comparisons")[0]["kind"] == "hard"
 
 
-def test_what_the_teacher_refuses_is_not_asked_in_every_round(world, endpoint):
+def test_a_refused_instruction_is_not_requested_in_every_round(world, endpoint):
     endpoint.replies[GIVEN[0]] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 9
     summary = world.round(0, in_flight=1)
     assert (summary["unanswered"], summary["refused"], summary["rejected"]["refused"]) == (0, 1, 1)
@@ -311,8 +311,8 @@ def test_what_the_teacher_refuses_is_not_asked_in_every_round(world, endpoint):
     assert [each.body["model"] for each in endpoint.requests_for(GIVEN[0])].count("parrot-1") == 2
 
 
-def test_what_was_left_unanswered_and_is_had_later_moves_no_other(world, endpoint):
-    """Of four calls for new instructions one fails, and with it falls one that was asked for in its stead."""
+def test_a_request_that_succeeds_later_changes_no_other(world, endpoint):
+    """One of four requests for new instructions fails; the instruction requested instead is then not needed."""
     world.round(0)
     failed = []
 
@@ -328,12 +328,12 @@ def test_what_was_left_unanswered_and_is_had_later_moves_no_other(world, endpoin
     before = {row["prompt"]: row["completion"] for row in world.rows(1)}
     endpoint.requests.clear()
     assert world.round(1)["unanswered"] == 0
-    assert len(endpoint.requests) == 2  # that one, and its answer
+    assert len(endpoint.requests) == 2  # the instruction and its completion
     after = {row["prompt"]: row["completion"] for row in world.rows(1)}
     assert len(after) == len(before) == 8 and len(after.items() & before.items()) == 7
 
 
-def test_base_models_go_on_where_the_prompt_breaks_off(world, endpoint):
+def test_base_models_continue_the_prompt(world, endpoint):
     def go_on(body):
         prompt = prompt_of(body)
         if prompt.endswith("Score of A:"):
@@ -346,13 +346,13 @@ def test_base_models_go_on_where_the_prompt_breaks_off(world, endpoint):
     world.teacher, world.student = world.student, world.teacher
     endpoint.answer = go_on
     world.round(0)
-    told = figures(world.round(1))
-    assert told["judgements without scores"] == 0 and told["the order of the answers decides"] == 1.0
+    statistics = figures(world.round(1))
+    assert statistics["judgements without scores"] == 0 and statistics["the order of the answers decides"] == 1.0
     assert all(re.fullmatch(r"Say all of \w+ and \w+ and \w+ and \w+", row["prompt"]) for row in world.rows(1))
-    assert {row["kind"] for row in world.rows(1)} == {"easy"}  # whatever stands first has 9
+    assert {row["kind"] for row in world.rows(1)} == {"easy"}  # the first answer always scores 9
 
 
-def test_a_damaged_pool_is_told_of(world):
+def test_a_damaged_pool_is_reported(world):
     world.round(0)
     (world.folder / "round-0" / "cache_pool.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunFailed, match=r"cache_pool\.parquet' of the round before cannot be read"):
@@ -364,10 +364,8 @@ def completions(folder):
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-def test_two_rounds_in_one_run_each_with_the_student_of_the_one_before(
-    tmp_path, tiny_student, parrot, scribbler, endpoint
-):
-    """With a referee of its own, which is asked for scores and nothing else."""
+def test_two_rounds_in_one_run_each_use_the_previous_student(tmp_path, tiny_student, parrot, scribbler, endpoint):
+    """A separate referee is queried for scores only."""
 
     def without_ideas(body):
         return b"{" if "Write only the new prompt" in prompt_of(body) else say(body)

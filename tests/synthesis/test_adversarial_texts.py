@@ -1,4 +1,4 @@
-"""What a referee and a teacher write is read as they mean it, or not at all."""
+"""Replies of referees and teachers are parsed correctly or not at all."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from rayk.text import find_rejection
         ("Answer A scores: 6, Answer B scores: 6", (6, 6)),
         ("Score (A) = 4; Score (B) = 5", (4, 5)),
         ("Score of B: 5\nScore of A: 4", (4, 5)),
-        (" 8\nScore of B: 7", (8, 7)),  # of a base model, whose prompt ended in "Score of A:"
+        (" 8\nScore of B: 7", (8, 7)),  # a base model, whose prompt ended in "Score of A:"
         ("8 7\nThe first one is longer.", (8, 7)),
         ("The first one is better.\n8, 7", (8, 7)),
         ("7 and 8.5", (7, 8.5)),
@@ -39,7 +39,7 @@ from rayk.text import find_rejection
         ("USA: 9\nARAB: 3", None),
     ],
 )
-def test_scores_are_read_or_not_there(text, scores):
+def test_scores_are_parsed(text, scores):
     assert parse_scores(text) == scores
 
 
@@ -52,7 +52,7 @@ def test_the_referee_sees_both_answers_in_the_order_given(chat):
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_hard_and_easy_instructions_are_asked_for_differently(chat):
+def test_prompts_differ_for_hard_and_easy_instructions(chat):
     hard, easy = (new_prompt("Name a\nriver in {Peru}.", kind, chat) for kind in (True, False))
     assert "same type of task" in hard and "rarer" not in hard
     assert "rarer" in easy and "same type" not in easy
@@ -74,7 +74,7 @@ def test_hard_and_easy_instructions_are_asked_for_differently(chat):
         ('"', '"'),
     ],
 )
-def test_a_new_instruction_is_read_without_its_wrapping(text, instruction):
+def test_a_new_instruction_is_parsed_without_heading_and_quotes(text, instruction):
     assert parse_new_prompt(text) == instruction
 
 
@@ -89,7 +89,7 @@ def test_a_new_instruction_is_read_without_its_wrapping(text, instruction):
         ((None, None), None, "unscored", False),
     ],
 )
-def test_the_lead_is_the_mean_of_both_orders_and_known_only_with_both(scores, lead, kind, depends_on_order):
+def test_the_lead_is_the_mean_of_both_orders_and_needs_both(scores, lead, kind, depends_on_order):
     compared = AnswerComparison(PoolEntry("x", "given", 0, 0), "teacher's", "student's", scores)
     assert (compared.lead, compared.kind(1.0), compared.depends_on_order) == (lead, kind, depends_on_order)
 

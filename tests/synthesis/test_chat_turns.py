@@ -1,4 +1,4 @@
-"""What precedes and ends a user's text is found in templates of every kind, and what cannot be found is told."""
+"""The text around a user's message is found in templates of all kinds, or an error says why not."""
 
 import pytest
 
@@ -66,11 +66,11 @@ def turns(template, system=None):
     ],
     ids=["llama-3", "qwen2.5", "gemma-2", "mistral", "vicuna", "tiny"],
 )  # fmt: skip
-def test_the_turns_of_known_templates(template, expected):
+def test_turns_of_known_templates(template, expected):
     assert turns(template) == expected
 
 
-def test_what_is_fed_are_the_tokens_that_precede_any_text():
+def test_the_beginning_has_the_tokens_that_precede_any_text():
     for template in (LLAMA_3, QWEN_2_5, GEMMA_2, MISTRAL, VICUNA, CHAT_TEMPLATE):
         encoder = encoder_of(template)
         fed = encoder.encode([find_chat_turns(encoder, None, "it").user_begins])[0]
@@ -102,6 +102,6 @@ WITHOUT_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<u>{{ m['conte
         (WITHOUT_SYSTEM, "On chess.", "ignores a system prompt; remove synthesis.system"),
     ],
 )  # fmt: skip
-def test_a_template_that_cannot_be_used_is_told_in_a_sentence(template, system, said):
+def test_one_sentence_says_why_a_template_cannot_be_used(template, system, said):
     with pytest.raises(InputError, match=said):
         turns(template, system)

@@ -1,4 +1,4 @@
-"""The client asks once, whatever happens; what cannot be had costs the others nothing."""
+"""Every completion is requested once, whatever happens, and failed requests do not affect the others."""
 
 import asyncio
 import time
@@ -24,10 +24,10 @@ SHORT = SamplingParameters(8, 0.7)
 REFUSED = Reply(400, b'{"error": {"message": "too rude"}}')
 
 
-def ask(teacher, store, requests, **settings):
-    """What a client brings for the requests, and the client."""
-    told = []
-    tracker = UsageTracker(store.usage, lambda *all: told.append(all))
+def request(teacher, store, requests, **settings):
+    """Return the completions of the requests, the client and the progress reports."""
+    reports = []
+    tracker = UsageTracker(store.usage, lambda *report: reports.append(report))
     client = CompletionClient(teacher, store, ResponsesConfig(**settings), tracker=tracker)
     client.total = len(requests)
 
@@ -35,28 +35,28 @@ def ask(teacher, store, requests, **settings):
         async with client:
             return await client.complete_all(requests)
 
-    return run_until_complete(work()), client, told
+    return run_until_complete(work()), client, reports
 
 
 def requests(count, parameters=SHORT, prompt="prompt {}"):
     return [CompletionRequest(prompt.format(i), i, parameters) for i in range(count)]
 
 
-def test_a_served_teacher_is_asked_once_and_answers_as_it_does_elsewhere(served, store):
-    written, client, told = ask(served, store, requests(12))
+def test_completions_of_a_served_teacher_are_requested_once_and_equal_direct_ones(served, store):
+    written, client, reports = request(served, store, requests(12))
     assert client.tracker.requested == 12
-    assert told[-1][:2] == (12, 12)
-    assert "completions/s" in told[-1][2] and "tokens/s" in told[-1][2]
+    assert reports[-1][:2] == (12, 12)
+    assert "completions/s" in reports[-1][2] and "tokens/s" in reports[-1][2]
     expected = run_until_complete(served.agenerate([each.prompt for each in requests(12)], SHORT, range(12)))
     assert [each.text for each in written] == [each.text for each in expected]
     assert [each.tokens for each in written] == [len(each.token_ids) for each in expected]
     assert written[3].mean_logprob == pytest.approx(expected[3].logprobs.mean(), abs=1e-4)
-    repeated, client, _ = ask(served, store, requests(12))
+    repeated, client, _ = request(served, store, requests(12))
     assert (repeated, client.tracker.requested) == (written, 0)
 
 
 def test_rows_have_their_provenance(served, store):
-    written, _, _ = ask(served, store, requests(1))
+    written, _, _ = request(served, store, requests(1))
     (part,) = (store.folder / "completions").glob("*.parquet")
     (row,) = pq.read_table(part).to_pylist()
     assert (row["prompt"], row["seed"], row["teacher"], row["text"]) == ("prompt 0", 0, "served", written[0].text)
@@ -65,7 +65,7 @@ def test_rows_have_their_provenance(served, store):
     assert abs(row["written_at_seconds"] - time.time()) < 600
 
 
-def test_other_parameters_seeds_and_repetitions_are_other_requests(parrot, endpoint, store):
+def test_parameters_seeds_and_repetitions_distinguish_requests(parrot, endpoint, store):
     one = CompletionRequest("prompt", 1, SHORT)
     asked = [
         one,
@@ -73,99 +73,99 @@ def test_other_parameters_seeds_and_repetitions_are_other_requests(parrot, endpo
         CompletionRequest("prompt", 2, SHORT),
         CompletionRequest("prompt", 1, SamplingParameters(9, 0.7)),
     ]
-    written, _, _ = ask(parrot, store, asked)
+    written, _, _ = request(parrot, store, asked)
     assert len({each.key for each in written}) == 4
     assert len(endpoint.requests) == 4
-    ask(parrot, store, asked)
+    request(parrot, store, asked)
     assert len(endpoint.requests) == 4
 
 
 def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
-    (written,), _, _ = ask(served, store, requests(1, prompt="Hello {}"), chat=True)
+    (written,), _, _ = request(served, store, requests(1, prompt="Hello {}"), chat=True)
     (part,) = (store.folder / "completions").glob("*.parquet")
     assert pq.read_table(part).to_pylist()[0]["prompt"] == "<|user|>\nHello 0<|end|>\n<|assistant|>\n"
-    plain, client, _ = ask(served, store, requests(1, prompt="Hello {}"))
+    plain, client, _ = request(served, store, requests(1, prompt="Hello {}"))
     assert client.tracker.requested == 1
     assert plain[0].text != written.text
 
 
-def test_no_more_than_in_flight_are_asked_at_once(parrot, endpoint, store):
+def test_at_most_in_flight_requests_run_at_a_time(parrot, endpoint, store):
     endpoint.max_concurrent = 0
     endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.05)] for i in range(12)}
-    ask(parrot, store, requests(12), in_flight=3)
+    request(parrot, store, requests(12), in_flight=3)
     assert endpoint.max_concurrent == 3
 
 
-def test_what_an_endpoint_did_not_answer_is_told_and_asked_again_next_time(parrot, endpoint, store):
+def test_failed_requests_are_reported_and_repeated_in_the_next_run(parrot, endpoint, store):
     endpoint.replies["prompt 1"] = [Reply(503, b'{"error": {"message": "down"}}')] * 2
     endpoint.replies["prompt 2"] = [Reply(body=b'{"choices": [{"mess')] * 2
     endpoint.replies["prompt 3"] = [Reply(429, b"slow down", {"retry-after": "0.2"})]
-    written, client, told = ask(parrot, store, requests(5))
+    written, client, reports = request(parrot, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "error", "error", "stop", "stop"]
     assert written[1].reason == "503: down"
     assert "not JSON" in written[2].reason
     first, second = endpoint.requests_for("prompt 3")
     assert second.at_seconds - first.at_seconds >= 0.2
     assert client.tracker.unanswered == 2
-    assert "2 unanswered" in told[-1][2]
+    assert "2 unanswered" in reports[-1][2]
     before = len(endpoint.requests)
-    repeated, client, _ = ask(parrot, store, requests(5))
+    repeated, client, _ = request(parrot, store, requests(5))
     assert [each.text for each in repeated] == [f"[prompt {i}]" for i in range(5)]
     assert sorted(each.prompt for each in endpoint.requests[before:]) == ["prompt 1", "prompt 2"]
 
 
-def test_an_endpoint_that_is_down_stops_the_writing_and_costs_nothing(parrot, endpoint, store):
-    ask(parrot, store, requests(3))
+def test_an_endpoint_that_is_down_stops_the_run_and_loses_no_completion(parrot, endpoint, store):
+    request(parrot, store, requests(3))
     endpoint.replies |= {f"prompt {i}": [Reply(503, b'{"error": {"message": "down"}}')] * 2 for i in range(3, 200)}
     with pytest.raises(RunFailed, match=r"did not answer 32 requests in a row; the last error: 503: down\."):
-        ask(parrot, store, requests(200), in_flight=8)
+        request(parrot, store, requests(200), in_flight=8)
     assert len(endpoint.requests) <= 3 + 2 * (32 + 8)
     endpoint.reset()
-    _, client, _ = ask(parrot, store, requests(5))
+    _, client, _ = request(parrot, store, requests(5))
     assert client.tracker.requested == 2
 
 
-def test_prompts_that_are_refused_do_not_stop_a_healthy_run(parrot, endpoint, store):
+def test_refused_prompts_do_not_stop_a_run(parrot, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(2, 42)}
-    written, client, told = ask(parrot, store, requests(44), in_flight=1)
+    written, client, reports = request(parrot, store, requests(44), in_flight=1)
     assert [each.finish_reason for each in written] == ["stop"] * 2 + ["error"] * 40 + ["stop"] * 2
     assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
     assert (client.tracker.refused, client.tracker.unanswered) == (40, 0)
-    assert "40 refused" in told[-1][2]
+    assert "40 refused" in reports[-1][2]
     before = len(endpoint.requests)
-    repeated, client, _ = ask(parrot, store, requests(44))
+    repeated, client, _ = request(parrot, store, requests(44))
     assert (repeated, len(endpoint.requests), store.num_refusals) == (written, before, 40)
 
 
-def test_an_endpoint_that_refuses_everything_from_the_first_is_not_asked_for_ever(parrot, endpoint, store):
+def test_an_endpoint_that_refuses_everything_stops_the_run(parrot, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(400)}
     with pytest.raises(RunFailed, match=r"refused the first 256 requests; the last error: 400: too rude\."):
-        ask(parrot, store, requests(400), in_flight=8)
+        request(parrot, store, requests(400), in_flight=8)
     assert len(endpoint.requests) <= 256 + 8
 
 
-def test_a_refusal_is_kept_once_the_endpoint_has_answered_anything(parrot, endpoint, store):
-    """Until then it may be the endpoint's settings that are refused, and not this prompt."""
+def test_a_refusal_is_stored_once_the_endpoint_has_answered_a_request(parrot, endpoint, store):
+    """Until then the endpoint's settings may be at fault, not the prompt."""
     endpoint.replies["prompt 0"] = [REFUSED] * 2
-    (written,), _, _ = ask(parrot, store, requests(1))
+    (written,), _, _ = request(parrot, store, requests(1))
     assert (written.finish_reason, written.reason, written.refused) == ("error", "400: too rude", True)
     assert store.num_refusals == 0
-    again, client, _ = ask(parrot, store, requests(2), in_flight=1)
+    again, client, _ = request(parrot, store, requests(2), in_flight=1)
     assert (again[0], client.tracker.requested, store.num_refusals) == (written, 2, 1)
-    _, client, _ = ask(parrot, store, requests(2))
+    _, client, _ = request(parrot, store, requests(2))
     assert client.tracker.requested == 0
 
 
-def test_the_bill_is_added_up_over_sessions(parrot, endpoint, store):
-    _, client, _ = ask(parrot, store, requests(4))
+def test_charges_add_up_over_sessions(parrot, endpoint, store):
+    _, client, _ = request(parrot, store, requests(4))
     assert client.tracker.charges["requests"] == 4
     assert client.tracker.charges["cost"] == pytest.approx(4 * 5e-6)
-    _, client, _ = ask(parrot, store, requests(6))
+    _, client, _ = request(parrot, store, requests(6))
     assert (client.tracker.charges["requests"], store.usage["completion_tokens"]) == (6, 12)
 
 
-def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, monkeypatch):
-    """Wherever a kill falls: the bill is written before what it is for, also for answers that come meanwhile."""
+def test_charges_are_on_disk_before_their_completions(parrot, endpoint, store, monkeypatch):
+    """Charges are written before their completions, also for completions that arrive meanwhile."""
     bills, write, usage = [], CompletionStore.flush, Teacher.ausage
 
     async def slowly(teacher):
@@ -182,21 +182,21 @@ def test_nothing_is_on_disk_that_is_not_in_the_bill(parrot, endpoint, store, mon
     monkeypatch.setattr(CompletionStore, "flush", noted)
     monkeypatch.setattr(completion_client, "_FLUSH_COMPLETIONS", 4)
     endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.1)] for i in range(40)}
-    ask(parrot, store, requests(40), in_flight=3)
+    request(parrot, store, requests(40), in_flight=3)
     assert len(bills) > 3 and bills[-1] == (40, 40)
     assert all(charged >= kept for kept, charged in bills)
 
 
-def test_a_prompt_too_long_for_the_teacher_is_told_and_not_asked(served, store):
+def test_a_prompt_that_is_too_long_is_reported_and_not_sent(served, store):
     long = CompletionRequest("the cat sat " * 200, 0, SHORT)
-    (one, other), client, _ = ask(served, store, [long, CompletionRequest("the cat", 0, SHORT)])
+    (one, other), client, _ = request(served, store, [long, CompletionRequest("the cat", 0, SHORT)])
     assert (one.finish_reason, other.finish_reason != "error") == ("error", True)
     assert one.reason.endswith("leaves no room for 8 new tokens: the model is limited to 512")
     assert one.refused
-    assert client.tracker.unanswered == 0  # asking again would not help
+    assert client.tracker.unanswered == 0  # a repetition would not help
 
 
-def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
+def test_an_interruption_keeps_received_completions(parrot, endpoint, store):
     endpoint.replies["prompt 9"] = [Reply(delay_seconds=5)]
 
     client = CompletionClient(parrot, store, ResponsesConfig())
@@ -216,17 +216,17 @@ def test_an_interruption_keeps_what_had_come(parrot, endpoint, store):
         run_until_complete(interrupted())
     assert store.num_pending == 0
     endpoint.reset()
-    _, client, _ = ask(parrot, store, requests(10))
+    _, client, _ = request(parrot, store, requests(10))
     assert client.tracker.requested == 1
 
 
 def test_a_wrong_key_stops_at_once(parrot, endpoint, store):
     endpoint.replies["prompt 0"] = [Reply(401, b'{"error": {"message": "who are you?"}}')]
     with pytest.raises(InputError, match="refused the key"):
-        ask(parrot, store, requests(1))
+        request(parrot, store, requests(1))
 
 
-def test_results_come_in_order_however_they_come_and_leaving_early_cancels():
+def test_results_are_in_order_and_closing_early_cancels_the_others():
     begun, ended = [], []
 
     async def piece(number):
@@ -252,20 +252,20 @@ def test_results_come_in_order_however_they_come_and_leaving_early_cancels():
     assert len(begun) <= 6
 
 
-def test_seeds_follow_from_the_place(parrot, store):
+def test_seeds_depend_on_the_position(parrot, store):
     one, other = (CompletionClient(parrot, store, ResponsesConfig(), seed) for seed in (0, 1))
     assert one.seed(0, 1, 2) == CompletionClient(parrot, store, ResponsesConfig(), 0).seed(0, 1, 2)
     assert len({one.seed(0, 1, 2), one.seed(0, 2, 1), one.seed(1, 1, 2), other.seed(0, 1, 2)}) == 4
 
 
-def test_half_a_character_is_kept_as_a_sign_that_something_was_there(parrot, endpoint, store):
+def test_half_a_surrogate_pair_is_stored_as_a_question_mark(parrot, endpoint, store):
     endpoint.answer = lambda body: completion(body, "snow \ud83d")
-    (written,), _, _ = ask(parrot, store, requests(1))
+    (written,), _, _ = request(parrot, store, requests(1))
     assert written.text == "snow ?"
-    assert ask(parrot, store, requests(1))[1].tracker.requested == 0
+    assert request(parrot, store, requests(1))[1].tracker.requested == 0
 
 
-def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endpoint, store):
+def test_a_prompt_that_times_out_does_not_affect_the_others(parrot, endpoint, store):
     impatient = Teacher(parrot.name, parrot.info, parrot.settings.model_copy(update={"deadline_seconds": 8.0}))
 
     def slow_at_two(body):
@@ -274,7 +274,7 @@ def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endp
         return completion(body, "well")
 
     endpoint.answer = slow_at_two
-    written, client, _ = ask(impatient, store, requests(5))
+    written, client, _ = request(impatient, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "stop", "error", "stop", "stop"]
     assert "did not answer within 8 s" in written[2].reason
     assert client.tracker.unanswered == 1
@@ -282,4 +282,4 @@ def test_a_prompt_that_only_ever_times_out_costs_the_others_nothing(parrot, endp
 
 def test_an_endpoint_has_its_own_chat_template(parrot, store):
     with pytest.raises(InputError, match="is an endpoint, which has a chat template of its own; remove"):
-        ask(parrot, store, requests(1), chat=True)
+        request(parrot, store, requests(1), chat=True)

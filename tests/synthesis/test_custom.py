@@ -77,7 +77,7 @@ def test_a_recipe_that_cannot_be_loaded_is_named(path, changed, message):
         find_recipe(config_of(path, **changed))
 
 
-def write(teacher, store, path, prompts, **changed):
+def run_recipe(teacher, store, path, prompts, **changed):
     config = config_of(path, **changed)
     return synthesize_rows(config, prompts, teacher, store, build_filters(config.filters))
 
@@ -96,7 +96,7 @@ def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_sourc
     endpoint.answer = counting
     endpoint.replies["b"] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 3
     prompts = prompts_of("a", "b", "c", hint="look", domain="math")
-    summary = write(parrot, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
+    summary = run_recipe(parrot, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
     rows, rejected = rows_of(store.folder), rows_of(store.folder, "rejected")
     assert [(row["prompt"], row["hint"], row["domain"]) for row in rows] == [(p, "look", "math") for p in "ac"]
     assert all(row["characters"] == len(row["completion"]) for row in rows)
@@ -106,7 +106,7 @@ def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_sourc
     assert summary["rejected"] == {"truncated": 0, "not_shortest": 4, "refused": 3}
     assert (summary["kind"], summary["about"]) == ("custom", "the shortest of several completions of each prompt")
     num_requests = len(endpoint.requests)
-    write(parrot, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
+    run_recipe(parrot, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
     assert (len(endpoint.requests), rows_of(store.folder)) == (num_requests, rows)
 
 
@@ -125,7 +125,7 @@ def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_sourc
 )
 def test_a_candidate_that_cannot_become_a_row_is_named(parrot, endpoint, store, value, message):
     with pytest.raises(InputError, match="^Recipe 'broken:Yields': candidate 1 ") as caught:
-        write(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value})
+        run_recipe(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value})
     assert message in str(caught.value)
 
 
@@ -133,16 +133,16 @@ def test_a_candidate_that_cannot_become_a_row_is_named(parrot, endpoint, store, 
 def test_pairs_need_a_worse_completion_and_errors_name_the_line(parrot, endpoint, store):
     value = "Candidate('p', 'c', 0, (RESPONSE,))"
     with pytest.raises(InputError, match="candidate 1 has no worse completion; give one as text"):
-        write(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value}, pairs=True)
+        run_recipe(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value}, pairs=True)
     with pytest.raises(InputError, match=r"'broken:Fails' failed with KeyError: 'samples' \(broken.py, line \d+\)"):
-        write(parrot, store, "broken:Fails", prompts_of("a"))
+        run_recipe(parrot, store, "broken:Fails", prompts_of("a"))
 
 
 @pytest.mark.cluster
 def test_a_recipe_may_generate_its_own_prompts(parrot, endpoint, store):
     recipe = find_recipe(config_of("broken:Own", own_prompts=True))
     prompts = recipe.seed_prompts(config_of("broken:Own", own_prompts=True))
-    assert write(parrot, store, "broken:Own", prompts, own_prompts=True)["prompts"] == 0
+    assert run_recipe(parrot, store, "broken:Own", prompts, own_prompts=True)["prompts"] == 0
     assert [row["prompt"] for row in rows_of(store.folder)] == ["made up"]
 
 

@@ -1,4 +1,4 @@
-"""A model rates rows, and what it rates low is left out; what is not rated is so for a reason of its own."""
+"""A model rates rows; low ratings and missing ones are rejected, each with its own reason."""
 
 import re
 
@@ -25,7 +25,7 @@ def judge(**changed):
     return {"kind": "judge", "template": SHORT, **changed}
 
 
-def write(teacher, store, prompts, *filters, judges=None, **changed):
+def run_recipe(teacher, store, prompts, *filters, judges=None, **changed):
     given = ResponsesConfig(filters=list(filters), **changed)
     return synthesize_rows(
         given, prompts, teacher, store, build_filters(given.filters), context=RecipeContext(judges=judges or {})
@@ -37,7 +37,7 @@ def rows(store, name="rows"):
 
 
 def rating(replies):
-    """An endpoint that answers "a" with "A", and rates "a -> A?" with what `replies` has for "a"."""
+    """Respond to "a" with "A", and to "a -> A?" with the rating of "a" in `replies`."""
 
     def answer(body):
         prompt = prompt_of(body)
@@ -60,11 +60,11 @@ def test_the_last_score_of_a_reply_counts(reply, score):
         assert Judge("judge", JudgeFilterConfig(score_pattern=r"(\d+)")).score(reply) in (score, 5.0)
 
 
-def test_what_is_no_number_is_no_score():
+def test_a_score_must_be_a_number():
     assert Judge("judge", JudgeFilterConfig(score_pattern="(good|bad)")).score("It is good.") is None
 
 
-def test_a_row_is_put_into_the_template_whatever_is_in_it():
+def test_the_template_accepts_braces_in_a_row():
     asked = Judge("judge", JudgeFilterConfig(template="{{{prompt}}} {completion}")).prompt(
         {"prompt": "{x} {0}", "completion": "%s", "more": 1}
     )
@@ -73,7 +73,7 @@ def test_a_row_is_put_into_the_template_whatever_is_in_it():
         Judge("judge", JudgeFilterConfig(template="{chosen}")).prompt({"prompt": "?"})
 
 
-def test_of_a_pair_both_answers_can_be_put_in():
+def test_the_template_can_contain_both_completions_of_a_pair():
     written = StoredCompletion("key", "A", 1, None, "stop")
     pair = Candidate("a", "better", 0, (written, written), worse="worse")
     template = "{prompt}: {chosen} or {rejected}? {completion}"
@@ -81,7 +81,7 @@ def test_of_a_pair_both_answers_can_be_put_in():
     assert Judge("judge", JudgeFilterConfig(template=template)).prompt(row) == "a: better or worse? better"
 
 
-def test_several_judges_have_numbers():
+def test_several_judges_are_numbered():
     names = [each.name for each in find_judges([JudgeFilterConfig(), *ResponsesConfig().filters, JudgeFilterConfig()])]
     assert names == ["judge 1", "judge 2"]
 
@@ -96,7 +96,7 @@ def test_several_judges_have_numbers():
         ({"teacher": "apy"}, "synthesis.filters: judge's teacher 'apy' is none of the teachers (parrot)"),
     ],
 )  # fmt: skip
-def test_what_cannot_judge_is_told_in_a_sentence(tmp_path, tiny_student, changed, said):
+def test_one_sentence_says_why_a_judge_cannot_be_used(tmp_path, tiny_student, changed, said):
     values = settings(tmp_path, tiny_student)
     values |= {"teachers": [{"name": "parrot", "attach": True}]}
     with pytest.raises(InputError) as caught:
@@ -105,13 +105,13 @@ def test_what_cannot_judge_is_told_in_a_sentence(tmp_path, tiny_student, changed
 
 
 @pytest.mark.cluster
-def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, store):
+def test_rows_are_kept_by_their_rating_and_rated_once(parrot, endpoint, store):
     replies = {"a": "Score: 5", "b": "Bad. Score: 2", "c": "I would not say.", "d": "Score: 4", "e": "no", "f": "no"}
     endpoint.answer = rating(replies)
     endpoint.replies["e -> E?"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     prompts = prompts_of(*"abcdef")
     short = {"kind": "keywords", "keywords": ["f"]}
-    summary = write(parrot, store, prompts, judge(), short)
+    summary = run_recipe(parrot, store, prompts, judge(), short)
     kept, rejected = rows(store), rows(store, "rejected")
     assert [(row["prompt"], row["completion"], row["judge_score"]) for row in kept] == [("a", "A", 5), ("d", "D", 4)]
     assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
@@ -128,28 +128,30 @@ def test_rows_are_kept_by_their_rating_and_each_is_rated_once(parrot, endpoint, 
     before = len(endpoint.requests)
     assert before == 6 + 5
     endpoint.answer = rating(replies | {"e": "Score: 4"})
-    write(parrot, store, prompts, judge(at_least=2), short)
+    run_recipe(parrot, store, prompts, judge(at_least=2), short)
     assert [row["prompt"] for row in rows(store)] == ["a", "b", "d"]
     assert len(endpoint.requests) == before
 
 
 @pytest.mark.cluster
-def test_equal_questions_are_asked_once_and_rejected_rows_are_no_duplicates(parrot, endpoint, store):
+def test_equal_prompts_are_judged_once_and_rejected_rows_are_no_duplicates(parrot, endpoint, store):
     endpoint.answer = rating({"the same words": "Score: 1", "the same  words": "Score: 5"})
     near = {"kind": "near_duplicates", "fields": ["prompt"]}
-    summary = write(parrot, store, prompts_of("the same words", "the same  words"), near, judge())
+    summary = run_recipe(parrot, store, prompts_of("the same words", "the same  words"), near, judge())
     assert [row["prompt"] for row in rows(store)] == ["the same  words"]
     assert summary["rejected"] == {"judge": 1, "near_duplicates": 0}
     endpoint.answer = rating({"x": "Score: 5"})
     asked = len(endpoint.requests)
-    write(parrot, store, prompts_of("x", "x", "x"), judge(template="{prompt} ->?"))
+    run_recipe(parrot, store, prompts_of("x", "x", "x"), judge(template="{prompt} ->?"))
     assert len(endpoint.requests) == asked + 3 + 1
 
 
 @pytest.mark.cluster
-def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpoint, store, tmp_path, tiny_student):
+def test_another_model_judges_and_is_distinguished_in_the_provenance(
+    served, parrot, scribbler, endpoint, store, tmp_path, tiny_student
+):
     endpoint.answer = rating({"a": "Score: 5"})
-    write(parrot, store, prompts_of("a"), judge(teacher="scribbler"), judges={"scribbler": scribbler})
+    run_recipe(parrot, store, prompts_of("a"), judge(teacher="scribbler"), judges={"scribbler": scribbler})
     assert [(each.path, each.prompt) for each in endpoint.requests] == [
         ("/v1/chat/completions", "a"), ("/v1/completions", "a -> A?"),
     ]  # fmt: skip
@@ -158,7 +160,7 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
     assert {(row["prompt"], row["teacher"], row["model"]) for row in provenance} == {
         ("a", "parrot", "parrot-1"), ("a -> A?", "judge", "scribbler-1"),
     }  # fmt: skip
-    # In a run: the endpoint writes, the tiny teacher judges in its chat template, and says nothing that is a number.
+    # In a run: the endpoint generates, and the tiny teacher judges in its chat template, without a number.
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n')
     values = settings(tmp_path, tiny_student)
@@ -174,8 +176,8 @@ def test_another_model_judges_and_is_told_apart(served, parrot, scribbler, endpo
 
 
 @pytest.mark.cluster
-def test_a_run_learns_from_what_its_judge_lets_pass(tmp_path, tiny_student, served, parrot, endpoint):
-    """A served model writes, an endpoint judges."""
+def test_a_run_trains_on_rows_that_its_judge_accepts(tmp_path, tiny_student, served, parrot, endpoint):
+    """A served model generates, an endpoint judges."""
     endpoint.answer = lambda body: completion(body, f"Score: {5 if prompt_of(body)[0] in 'aceg' else 2}")
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdefgh"))

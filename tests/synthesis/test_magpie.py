@@ -1,4 +1,4 @@
-"""A chat model given the beginning of a user's turn writes the user's part, and only what is worth it is answered."""
+"""A chat model generates instructions from the beginning of a user's turn, and responds to those that pass."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +24,7 @@ BEGUN = "<|user|>\n"
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory):
-    """The tokenizer of what is behind the endpoint, which begins every text with its BOS itself."""
+    """The tokenizer of the model behind the endpoint, which adds BOS to every text."""
     folder = tmp_path_factory.mktemp("template")
     tokenizer = tiny_tokenizer(bos=True)
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
@@ -32,7 +32,7 @@ def template(tmp_path_factory):
     return str(folder)
 
 
-def write(teacher, store, seed=0, **changed):
+def run_recipe(teacher, store, seed=0, **changed):
     given = MagpieConfig(**({"instructions": 12} | changed))
     return synthesize_rows(given, Magpie.seed_prompts(given), teacher, store, build_filters(given.filters), seed=seed)
 
@@ -42,7 +42,7 @@ def rows(store, name="rows"):
 
 
 def user_and_assistant(instructions, **whole):
-    """A chat model behind plain completions: as the user it says the next of `instructions`."""
+    """Respond as a chat model behind plain completions: as the user with the next of `instructions`."""
     said = list(instructions)
 
     def answer(body):
@@ -54,11 +54,11 @@ def user_and_assistant(instructions, **whole):
     return answer
 
 
-def test_a_model_is_fed_the_tokens_before_the_users_text_and_then_asked_what_it_wrote(served, store):
-    # A model of random weights ends its turn at last; letters end it sooner.
+def test_a_model_generates_instructions_and_then_responds_to_them(served, store):
+    # A model with random weights rarely ends its turn; letters end it sooner.
     sampling = {"max_new_tokens": 24, "stop": ["a", "e", "n", "s"]}
     given = {"sampling": sampling, "responses": sampling, "instruction_filters": [], "filters": []}
-    summary = write(served, store, 3, **given)
+    summary = run_recipe(served, store, 3, **given)
     kept, rejected = rows(store), rows(store, "rejected")
     assert summary["kept"] == len(kept) > 0
     assert {row["rejected_by"] for row in rejected} <= {"empty", "unfinished", "role_word", "duplicate"}
@@ -74,13 +74,13 @@ def test_a_model_is_fed_the_tokens_before_the_users_text_and_then_asked_what_it_
     expected = run_until_complete(served.agenerate([ids] * 12, drawing, [row["seed"] for row in first]))
     assert [row["text"] for row in first] == [each.text for each in expected]
     before = len(store)
-    write(served, store, 3, **given)
+    run_recipe(served, store, 3, **given)
     assert (len(store), rows(store)) == (before, kept)
 
 
-def test_an_endpoint_is_sent_the_template_without_the_beginning_it_adds_itself(scribbler, endpoint, store, template):
+def test_an_endpoint_is_sent_the_template_without_the_prefix_that_it_adds(scribbler, endpoint, store, template):
     endpoint.answer = user_and_assistant([" What is the tide? ", "Who was Ada Lovelace?"])
-    write(scribbler, store, instructions=2, in_flight=1, tokenizer=template)
+    run_recipe(scribbler, store, instructions=2, in_flight=1, tokenizer=template)
     first, *_, last = endpoint.requests
     assert (first.path, first.prompt) == ("/v1/completions", BEGUN)
     assert (first.body["temperature"], first.body["top_p"], first.body["max_tokens"]) == (1.0, 1.0, 2048)
@@ -90,14 +90,14 @@ def test_an_endpoint_is_sent_the_template_without_the_beginning_it_adds_itself(s
     assert [row["prompt"] for row in rows(store)] == ["What is the tide?", "Who was Ada Lovelace?"]
 
 
-def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, template):
+def test_only_instructions_that_pass_the_filters_get_responses(scribbler, endpoint, store, template):
     said = [
         "What is the tide of the sea?", "Hi", "Translate the following text:", "What is the tide of the sea ?", " ",
         "Write an ad for a virtual ", "How do bees find home?", "Why is the sky blue?assistant\n\nIt",
     ]  # fmt: skip
     endpoint.answer = user_and_assistant(said)
     endpoint.replies[BEGUN] = [Reply(), Reply(400, b'{"error": {"message": "no"}}')]
-    summary = write(scribbler, store, instructions=9, in_flight=1, tokenizer=template)
+    summary = run_recipe(scribbler, store, instructions=9, in_flight=1, tokenizer=template)
     assert [row["prompt"] for row in rows(store)] == [said[0], said[6], "Why is the sky blue?"]
     assert {row["rejected_by"]: (row["prompt"], row["reason"]) for row in rows(store, "rejected")} == {
         "refused": ("", "400: no"),
@@ -111,56 +111,58 @@ def test_only_instructions_worth_it_are_answered(scribbler, endpoint, store, tem
     assert summary["figures"][0] == {"name": "instructions that could be used", "value": 3 / 8, "share": True}
 
 
-def test_an_instruction_that_was_cut_is_not_asked(scribbler, endpoint, store, template):
+def test_a_truncated_instruction_gets_no_response(scribbler, endpoint, store, template):
     endpoint.answer = user_and_assistant(["What is the tide of"] * 2, finish_reason="length")
     with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was truncated at synthesis.samp"):
-        write(scribbler, store, instructions=2, tokenizer=template)
+        run_recipe(scribbler, store, instructions=2, tokenizer=template)
     assert len(endpoint.requests) == 2
 
 
-def test_an_instruction_whose_end_the_endpoint_wrote_over_is_whole(scribbler, endpoint, store, template):
+def test_an_instruction_followed_by_more_text_than_its_end_is_complete(scribbler, endpoint, store, template):
     endpoint.answer = user_and_assistant(["What is the tide?<|end|>\n<|assistant|>\nThe"], finish_reason="length")
-    write(scribbler, store, instructions=1, tokenizer=template)
+    run_recipe(scribbler, store, instructions=1, tokenizer=template)
     assert [row["prompt"] for row in rows(store)] == ["What is the tide?"]
 
 
-def test_the_longest_answers_are_kept_and_more_instructions_or_other_filters_ask_nothing_again(
-    scribbler, endpoint, store, template
-):
+def test_the_longest_responses_are_kept_and_stored_ones_reused(scribbler, endpoint, store, template):
     subjects = ["tides", "bees", "volcanoes", "ink", "glaciers", "moss"]
     endpoint.answer = user_and_assistant([f"Tell me about {subject}." for subject in subjects])
     given = {"tokenizer": template, "in_flight": 1}
-    write(scribbler, store, instructions=4, **given)
+    run_recipe(scribbler, store, instructions=4, **given)
     few = rows(store)
     asked = len(endpoint.requests)
-    write(scribbler, store, instructions=6, **given)
+    run_recipe(scribbler, store, instructions=6, **given)
     assert len(endpoint.requests) == asked + 4
     assert rows(store)[:4] == few
-    summary = write(scribbler, store, instructions=6, keep_longest=2, **given)
+    summary = run_recipe(scribbler, store, instructions=6, keep_longest=2, **given)
     assert [row["prompt"] for row in rows(store)] == ["Tell me about volcanoes.", "Tell me about glaciers."]
     assert summary["rejected"]["not_longest"] == 4
-    write(scribbler, store, instructions=6, instruction_filters=[{"kind": "keywords", "keywords": ["bees"]}], **given)
+    run_recipe(
+        scribbler, store, instructions=6, instruction_filters=[{"kind": "keywords", "keywords": ["bees"]}], **given
+    )
     assert len(rows(store)) == 5
     assert len(endpoint.requests) == asked + 4
 
 
-def test_a_system_prompt_and_lines(scribbler, endpoint, store, template):
+def test_system_prompt_and_stop_at_newline(scribbler, endpoint, store, template):
     answer = user_and_assistant(["What is an opening?"])
     endpoint.answer = answer
-    write(scribbler, store, instructions=1, tokenizer=template, system="On chess.", stop_at_newline=True, role_words=[])
+    run_recipe(
+        scribbler, store, instructions=1, tokenizer=template, system="On chess.", stop_at_newline=True, role_words=[]
+    )
     first, last = endpoint.requests
     assert first.prompt == f"<|system|>\nOn chess.<|end|>\n{BEGUN}"
     assert first.body["stop"] == ["<|end|>", "\n"]
     assert last.prompt.startswith(BEGUN)
 
 
-def test_an_endpoint_that_chats_is_refused_by_name(parrot, scribbler, endpoint, store, template):
+def test_an_endpoint_with_a_chat_template_is_refused_by_name(parrot, scribbler, endpoint, store, template):
     for teacher, tokenizer in ((parrot, template), (scribbler, None)):
         with pytest.raises(InputError, match="set engine.chat: false and synthesis.tokenizer"):
-            write(teacher, store, tokenizer=tokenizer)
+            run_recipe(teacher, store, tokenizer=tokenizer)
 
 
-def test_a_template_that_is_not_there_is_told_before_anything_is_started(tmp_path, tiny_student):
+def test_a_missing_template_is_reported_before_anything_starts(tmp_path, tiny_student):
     tiny_model(tmp_path / "base", tokenizer=tiny_tokenizer(chat_template=None))
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     teacher = {"name": "base", "model": str(tmp_path / "base")}
@@ -171,7 +173,7 @@ def test_a_template_that_is_not_there_is_told_before_anything_is_started(tmp_pat
     assert read_synthesis_prompts(parse_config(values))
 
 
-def test_from_a_template_to_a_student_in_one_run(tmp_path, tiny_student, scribbler, endpoint, template):
+def test_magpie_in_a_whole_run(tmp_path, tiny_student, scribbler, endpoint, template):
     endpoint.answer = user_and_assistant(f"Tell me about number {n}." for n in range(8))
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     synthesis = {"kind": "magpie", "instructions": 8, "instruction_filters": [], "tokenizer": template}

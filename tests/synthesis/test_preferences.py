@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse answer: who stands on which side, and which pairs teach nothing."""
+"""Pairs of a better and a worse completion: which is chosen, and which pairs are rejected."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.cluster
 STUDENT = {"student_sampling": {"max_new_tokens": 32, "temperature": 0.3}}
 
 
-def write(parrot, endpoint, store, prompts, teacher, student, filters=(), **settings):
-    """What becomes of the answers of `teacher` and `student`, for each prompt in turn: the summary, pairs, rejects."""
+def run_recipe(parrot, endpoint, store, prompts, teacher, student, filters=(), **settings):
+    """Make pairs of the completions of `teacher` and `student`; return summary, pairs and rejected pairs."""
     left = [{prompt: list(texts) for prompt, texts in said.items()} for said in (teacher, student)]
 
     def answer(body):
@@ -34,10 +34,10 @@ def figure(summary, name):
     return next(each["value"] for each in summary["figures"] if each["name"] == name)
 
 
-def test_the_teachers_answer_is_preferred_to_the_students(parrot, endpoint, store):
+def test_the_teachers_completion_is_preferred_to_the_students(parrot, endpoint, store):
     prompts = prompts_of("a", "b", "c", completion="gold")
     teacher, student = {"a": ["long answer"], "b": ["same"], "c": ["yes"]}, {"a": ["short"], "b": [" same"], "c": [""]}
-    summary, rows, rejected = write(parrot, endpoint, store, prompts, teacher, student)
+    summary, rows, rejected = run_recipe(parrot, endpoint, store, prompts, teacher, student)
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [("a", "long answer", "short")]
     assert (rows[0]["chosen_from"], rows[0]["rejected_from"], rows[0]["completion"]) == ("teacher", "student", "gold")
     assert len(set(rows[0]["keys"])) == 2
@@ -55,19 +55,22 @@ def test_the_teachers_answer_is_preferred_to_the_students(parrot, endpoint, stor
     )
 
 
-def test_the_shorter_sides_samples_come_again(parrot, endpoint, store):
-    _, rows, _ = write(
+def test_the_smaller_number_of_samples_is_repeated(parrot, endpoint, store):
+    _, rows, _ = run_recipe(
         parrot, endpoint, store, prompts_of("a"), {"a": ["yes"]}, {"a": ["no", "never", "no"]}, student_samples=3
     )
-    assert sorted((row["chosen"], row["rejected"]) for row in rows) == [("yes", "never"), ("yes", "no")]  # one is twice
+    assert sorted((row["chosen"], row["rejected"]) for row in rows) == [
+        ("yes", "never"),
+        ("yes", "no"),
+    ]  # one pair is repeated
 
 
-def test_best_and_worst_of_all_samples_and_no_pair_of_equals(parrot, endpoint, store):
+def test_best_and_worst_of_all_samples_and_no_pair_of_equal_scores(parrot, endpoint, store):
     prompts = [*prompts_of("a", "b", "c", answer="4")]
     prompts = [type(each)(each.text, each.where, each.fields, "4") for each in prompts]
     teacher = {"a": ["it is 4"], "b": ["it is 4"], "c": ["4"]}
     student = {"a": ["it is 3", "so it is 4"], "b": ["no 3", "no 5"], "c": ["4", "4!"]}
-    summary, rows, rejected = write(
+    summary, rows, rejected = run_recipe(
         parrot, endpoint, store, prompts, teacher, student, chosen="best", student_samples=2,
         answer={"type": "number"},
     )  # fmt: skip
@@ -81,13 +84,13 @@ def test_best_and_worst_of_all_samples_and_no_pair_of_equals(parrot, endpoint, s
     assert figure(summary, "student's right answers") == 0.5
 
 
-def test_filters_judge_the_chosen_answer_or_by_name_the_rejected_one(parrot, endpoint, store):
+def test_filters_read_the_chosen_completion_or_by_name_the_rejected_one(parrot, endpoint, store):
     filters = [TruncatedFilterConfig(), EmptyFilterConfig(field="rejected"), EmptyFilterConfig()]
-    summary, rows, _ = write(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["y"]}, filters)
+    summary, rows, _ = run_recipe(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["y"]}, filters)
     assert summary["rejected"] == {"truncated": 0, "empty 1": 0, "empty 2": 0}
     assert len(rows) == 1
 
 
-def test_nothing_but_equals_is_no_training_data(parrot, endpoint, store):
+def test_only_equal_completions_give_no_training_data(parrot, endpoint, store):
     with pytest.raises(RunFailed, match="1 identical, the first: both completions are the same"):
-        write(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["x"]})
+        run_recipe(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["x"]})

@@ -1,4 +1,4 @@
-"""Rows become prompts with their truth, and a row that cannot is named."""
+"""Rows become prompts with their right answers, and a row that cannot is named."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_prompts_are_what_the_student_reads(tmp_path):
     assert [each.text for each in read(tmp_path, said)] == ["Hi"]
 
 
-def test_the_truth_is_found_by_field_and_pattern(tmp_path):
+def test_the_right_answer_is_found_by_field_and_pattern(tmp_path):
     answer = AnswerConfig(type="number", pattern="#### (.+)")
     row = {"prompt": "?", "answer": "48/2 = 24, 24 + 1,000\n#### 1,024"}
     (prompt,) = read(tmp_path, row, answer=answer)
@@ -67,7 +67,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, settings, said):
     assert said in str(caught.value)
 
 
-def test_the_fingerprint_changes_with_texts_and_order_and_the_whole_with_truths_and_fields(tmp_path):
+def test_fingerprints_depend_on_texts_and_order_and_whole_ones_on_fields(tmp_path):
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
     other = [rows[0], rows[1] | {"answer": "3"}]
     texts = read(tmp_path, *rows)
@@ -78,6 +78,6 @@ def test_the_fingerprint_changes_with_texts_and_order_and_the_whole_with_truths_
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_recipe_makes_up_its_prompts_where_its_settings_say_so(kind):
+def test_recipes_generate_prompts_if_their_settings_say_so(kind):
     settings = TypeAdapter(SynthesisConfig).validate_python({"kind": kind})
     assert settings.makes_prompts == issubclass(RECIPES[kind], PromptGeneratingRecipe)

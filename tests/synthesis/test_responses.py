@@ -1,4 +1,4 @@
-"""A teacher's answers become rows; of several the best, where what is best is known."""
+"""A teacher's completions become rows: all of them, or the best of several."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +15,7 @@ from tests.synthesis.helpers import prompts_of
 pytestmark = pytest.mark.cluster
 
 
-def write(teacher, store, prompts, seed=0, **settings):
+def run_recipe(teacher, store, prompts, seed=0, **settings):
     settings = ResponsesConfig(**settings)
     return synthesize_rows(settings, prompts, teacher, store, build_filters(settings.filters), seed=seed)
 
@@ -24,9 +24,9 @@ def rows(store, name="rows"):
     return pq.read_table(store.folder / f"{name}.parquet").to_pylist()
 
 
-def test_answers_become_rows_with_what_the_source_says(parrot, endpoint, store):
+def test_completions_become_rows_with_the_fields_of_the_source(parrot, endpoint, store):
     prompts = prompts_of("a", "b", domain="letters")
-    summary = write(parrot, store, prompts)
+    summary = run_recipe(parrot, store, prompts)
     assert (summary["kept"], summary["candidates"], summary["unanswered"]) == (2, 2, 0)
     assert summary["teacher"] == {"name": "parrot", "model": "parrot-1", "engine": "openai"}
     assert summary["usage"]["requests"] == 2
@@ -37,13 +37,15 @@ def test_answers_become_rows_with_what_the_source_says(parrot, endpoint, store):
     assert store.find(first["keys"][0]).text == "[a]"
 
 
-def test_the_same_seed_writes_the_same_rows_and_another_one_others(served, tmp_path):
+def test_equal_seeds_give_equal_rows_and_another_seed_others(served, tmp_path):
     written = []
     for name, seed, in_flight in (("one", 3, 64), ("two", 3, 2), ("other", 4, 64)):
         with CompletionStore(tmp_path / name) as store:
             store.claim({}, set(), set())
             settings = {"samples": 2, "sampling": {"max_new_tokens": 8, "temperature": 1.0}, "filters": []}
-            write(served, store, prompts_of("the cat", "Question:", "what is"), seed, in_flight=in_flight, **settings)
+            run_recipe(
+                served, store, prompts_of("the cat", "Question:", "what is"), seed, in_flight=in_flight, **settings
+            )
             written.append(rows(store))
     assert written[0] == written[1]
     assert len({row["completion"] for row in written[0]}) == 6
@@ -51,8 +53,8 @@ def test_the_same_seed_writes_the_same_rows_and_another_one_others(served, tmp_p
     assert not {key for row in written[0] for key in row["keys"]} & {key for row in written[2] for key in row["keys"]}
 
 
-def test_the_best_is_the_one_the_teacher_holds_likeliest(served, store):
-    summary = write(
+def test_the_best_sample_has_the_highest_mean_logprob(served, store):
+    summary = run_recipe(
         served, store, prompts_of("the cat", "the dog"), samples=4, keep="best", filters=[],
         sampling={"max_new_tokens": 8, "temperature": 1.0},
     )  # fmt: skip
@@ -64,12 +66,12 @@ def test_the_best_is_the_one_the_teacher_holds_likeliest(served, store):
         assert row["mean_logprob"] == row["score"] >= max(others)
 
 
-def test_the_best_is_a_right_one_and_where_none_is_right_none_is_kept(parrot, endpoint, store):
+def test_the_best_sample_is_a_right_one_or_none_is_kept(parrot, endpoint, store):
     prompts = [Prompt(f"{i} + {i}", f"line {i}", {}, str(2 * i)) for i in range(1, 4)]
     right = {"1 + 1": "It makes 2.", "2 + 2": "so 5, no: the answer is 4.0", "3 + 3": "It makes 7."}
     endpoint.answer = lambda body: completion(body, right[body["messages"][0]["content"]])
     settings = {"keep": "best", "scorer": "answer", "answer": {"type": "number"}}
-    summary = write(parrot, store, prompts, samples=2, **settings)
+    summary = run_recipe(parrot, store, prompts, samples=2, **settings)
     assert (summary["kept"], summary["rejected"]) == (2, {"truncated": 0, "wrong_answer": 2, "duplicate": 2})
     assert [row["completion"] for row in rows(store)] == [right["1 + 1"], right["2 + 2"]]
     assert {row["reason"] for row in rows(store, "rejected") if row["rejected_by"] == "wrong_answer"} == {
@@ -77,14 +79,14 @@ def test_the_best_is_a_right_one_and_where_none_is_right_none_is_kept(parrot, en
     }
 
 
-def test_a_function_of_the_users_chooses(parrot, endpoint, store, tmp_path, monkeypatch):
+def test_a_users_function_selects_the_best_sample(parrot, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "tastes.py").write_text(
         "def short(prompt, completion, row):\n    return -len(completion) * row['weight']"
     )
     monkeypatch.chdir(tmp_path)
     lengths = iter([9, 3, 6])
     endpoint.answer = lambda body: completion(body, "x" * next(lengths))
-    summary = write(
+    summary = run_recipe(
         parrot, store, prompts_of("a", weight=2), samples=3, keep="best", scorer="tastes:short", in_flight=1
     )  # fmt: skip
     assert summary["rejected"]["not_best"] == 2
@@ -93,8 +95,8 @@ def test_a_function_of_the_users_chooses(parrot, endpoint, store, tmp_path, monk
         Responses.check(ResponsesConfig(keep="best", scorer="tastes:long"), parrot.settings)
 
 
-def test_filters_come_before_the_choice_and_say_why(parrot, endpoint, store):
-    """The best of what may be kept, not nothing where the best may not be."""
+def test_filters_come_before_the_selection_and_give_reasons(parrot, endpoint, store):
+    """The best of the accepted samples is kept, also if a rejected one scores higher."""
     texts = {"a": ["no no no no no no no no no no", "yes, of course it is so"], "b": ["fine then, have it so"]}
 
     def answer(body):
@@ -104,7 +106,7 @@ def test_filters_come_before_the_choice_and_say_why(parrot, endpoint, store):
     endpoint.answer = answer
     prompts = [Prompt("a", "line 1", {}, None), Prompt("b", "line 2", {}, None)]
     filters = [{"kind": "repetition"}, {"kind": "length", "maximum": 50}]
-    summary = write(parrot, store, prompts, samples=2, filters=filters, in_flight=1)
+    summary = run_recipe(parrot, store, prompts, samples=2, filters=filters, in_flight=1)
     assert summary["rejected"] == {"repetition": 1, "length": 0, "duplicate": 1}
     assert [row["completion"] for row in rows(store)] == [texts["a"][-1], texts["b"][-1]]
     examples = summary["examples"]["rejected"]
@@ -114,11 +116,11 @@ def test_filters_come_before_the_choice_and_say_why(parrot, endpoint, store):
     }
 
 
-def test_empty_cut_and_missing_answers_are_rejected_with_the_reason(parrot, endpoint, store):
+def test_empty_truncated_and_missing_completions_are_rejected_with_the_reason(parrot, endpoint, store):
     endpoint.replies["refused"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     kinds = {"empty": {"written": " \n"}, "cut": {"finish_reason": "length"}}
     endpoint.answer = lambda body: completion(body, **kinds.get(body["messages"][0]["content"], {}))
-    summary = write(parrot, store, prompts_of("refused", "empty", "cut", "good"))
+    summary = run_recipe(parrot, store, prompts_of("refused", "empty", "cut", "good"))
     assert summary["rejected"] == {"truncated": 1, "refused": 1, "empty": 1}
     assert (summary["refused"], summary["unanswered"]) == (1, 0)
     assert [row["prompt"] for row in rows(store)] == ["good"]
@@ -127,39 +129,39 @@ def test_empty_cut_and_missing_answers_are_rejected_with_the_reason(parrot, endp
     }  # fmt: skip
 
 
-def test_nothing_left_to_learn_from_is_told_with_the_reasons(parrot, endpoint, store):
+def test_a_run_without_rows_fails_with_the_reasons(parrot, endpoint, store):
     endpoint.answer = lambda body: completion(body, "")
     with pytest.raises(RunFailed, match="^All 2 candidate rows were rejected .2 empty, the first: the teacher"):
-        write(parrot, store, prompts_of("a", "b"))
+        run_recipe(parrot, store, prompts_of("a", "b"))
     assert store.summary is None
     assert len(rows(store, "rejected")) == 2
 
 
-def test_what_ends_a_completion_is_no_part_of_it(parrot, endpoint, store):
-    endpoint.answer = lambda body: completion(body, "four \nQ: and")  # some endpoints keep it
-    write(parrot, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
+def test_stop_texts_are_removed(parrot, endpoint, store):
+    endpoint.answer = lambda body: completion(body, "four \nQ: and")  # some endpoints keep the stop text
+    run_recipe(parrot, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
     assert [row["completion"] for row in rows(store)] == ["four"]
     assert endpoint.requests[0].body["stop"] == ["\nQ:"]
 
 
-def test_what_was_not_chosen_makes_no_duplicates(parrot, endpoint, store, tmp_path, monkeypatch):
+def test_unselected_samples_make_no_duplicates(parrot, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "likes.py").write_text("def short(prompt, completion, row):\n    return -len(completion)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     long = "one two three four five six seven eight nine ten"
     answers = iter(["one", f"{long} x", f"{long} y", f"{long} y"])
     endpoint.answer = lambda body: completion(body, next(answers))
     filters = [{"kind": "near_duplicates", "fields": ["completion"], "threshold": 0.7}]
-    summary = write(
+    summary = run_recipe(
         parrot, store, prompts_of("a", "b"), samples=2, keep="best", scorer="likes:short", filters=filters, in_flight=1
     )
     assert [row["completion"] for row in rows(store)] == ["one", f"{long} y"]
     assert summary["rejected"]["near_duplicates"] == 0
 
 
-def test_a_cut_answer_does_not_make_the_whole_one_a_duplicate(parrot, endpoint, store):
+def test_a_truncated_completion_does_not_make_the_whole_one_a_duplicate(parrot, endpoint, store):
     cut = iter([True, False])
     endpoint.answer = lambda body: completion(body, "four", finish_reason="length" if next(cut) else "stop")
-    write(parrot, store, prompts_of("2 + 2"), samples=2, in_flight=1)
+    run_recipe(parrot, store, prompts_of("2 + 2"), samples=2, in_flight=1)
     assert [row["finish_reason"] for row in rows(store)] == ["stop"]
 
 
@@ -170,4 +172,4 @@ def test_a_scorer_that_fails_is_named(parrot, endpoint, store, tmp_path, monkeyp
         InputError,
         match=r"synthesis.scorer 'broken:score' failed with KeyError: 'weight' \(broken.py, line \d\) for rows",
     ):
-        write(parrot, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")
+        run_recipe(parrot, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")

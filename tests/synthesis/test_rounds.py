@@ -1,4 +1,4 @@
-"""Rounds of a run: each begins with the student of the round before, wherever the run was killed."""
+"""Each round of a run begins with the previous round's student, wherever the run was killed."""
 
 import json
 import os
@@ -55,10 +55,10 @@ class Dying(rounds.ProgressListener):
         if text == sys.argv[2]:
             die()
 
-rounds.write_json = die  # which is for what the rounds came to
+rounds.write_json = die  # called with the results of all rounds
 rounds.distill(sys.argv[1], resume=True, listener=Dying())
 """
-"""A run that ends where a stage begins, or else when its rounds are over."""
+"""A run that kills itself at the beginning of a stage, or after the last round."""
 
 
 def rows_of(run):
@@ -80,12 +80,12 @@ class Stages(ProgressListener):
             self.up.append(len([name for name in serve.status().applications if "-student-" in name]))
 
 
-def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_student, parrot, endpoint):
+def test_rounds_are_equal_however_often_they_are_killed(tmp_path, tiny_student, parrot, endpoint):
     training = {"steps": 30, "checkpoint_every_steps": 4}
     watching = Stages()
     whole = distill(parse_config(run_of(tmp_path / "whole", tiny_student, **training)), listener=watching)
     assert watching.up == [1, 0, 1, 0]
-    assert [each.prompt for each in endpoint.requests].count(PROMPTS[0]) == 1  # by the first round for both
+    assert [each.prompt for each in endpoint.requests].count(PROMPTS[0]) == 1  # requested by the first round only
     _check_rounds(whole, tiny_student)
 
     endpoint.reset()
@@ -134,14 +134,14 @@ def test_rounds_are_the_same_however_often_they_are_killed(tmp_path, tiny_studen
 
 
 def _check_rounds(result, student):
-    """The second round learns of what the first round's model wrote, and is what the run came to."""
+    """The second round trains on completions of the first round's model and gives the run's result."""
     first, second = (result.output / "rounds" / number for number in ("01", "02"))
     by_student = [[row for row in completions(run) if row["teacher"] == "student"] for run in (first, second)]
     assert {row["weights"] for row in by_student[0]} == {weights_fingerprint(student)}
     assert {row["weights"] for row in by_student[1]} == {weights_fingerprint(str(first / "model"))}
     assert [row["text"] for row in by_student[0]] != [row["text"] for row in by_student[1]]
     assert [row["chosen"] for row in rows_of(first)] == [f"[{prompt}]" for prompt in PROMPTS]
-    # The reference of a round is the student that it began with.
+    # The reference model of a round is its initial student.
     assert metrics(first)[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
     assert metrics(second)[0]["reward_margin"] == pytest.approx(0, abs=1e-6)
     assert weights_fingerprint(str(result.model)) == weights_fingerprint(str(second / "model"))
@@ -154,7 +154,7 @@ def _check_rounds(result, student):
     assert "the worse answer beside it" in page
 
 
-def test_what_goes_on_must_be_what_was_begun(tmp_path, tiny_student, parrot, endpoint):
+def test_resume_refuses_changed_rounds(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, steps=1)
     out = tmp_path / "run"
     assert synthesize(parse_config(values))["kept"] == 24

@@ -1,4 +1,4 @@
-"""A teacher makes up tasks and solves them; whatever is interrupted, the same ones."""
+"""A teacher generates tasks and solves them, the same after any interruption."""
 
 import random
 import re
@@ -24,14 +24,14 @@ WORDS += ["thread", "harbour", "comet", "ladder", "meadow"]
 
 
 def imagine(body) -> bytes:
-    """A teacher of the kind that Self-Instruct needs, for chat: the same for the same prompt and seed."""
+    """Respond as a chat teacher for Self-Instruct; equal for equal prompts and seeds."""
     prompt = prompt_of(body)
     draw = random.Random(f"{prompt} {body['seed']}")
     if "Continue the list" in prompt:
         lines = [f"{number}. {_instruction(draw)}" for number in range(9, 17)]
         return completion(body, "Here you are:\n" + "\n".join(lines))
     if "Task: " not in prompt:
-        return completion(body)  # what a teacher is asked to see whether it is there
+        return completion(body)  # the request that tests whether a teacher responds
     task = prompt.split("\n\n")[-2].removeprefix("Task: ")
     if "Yes or No" in prompt:
         return completion(body, "Yes." if task.startswith("Decide") else "No.")
@@ -50,7 +50,7 @@ def _instruction(draw: random.Random) -> str:
     return f"{draw.choice(beginnings)} {words}"
 
 
-def write(teacher, store, seed=0, **changed):
+def run_recipe(teacher, store, seed=0, **changed):
     given = SelfInstructConfig(**({"instructions": 40, "batch": 3} | changed))
     return synthesize_rows(
         given, SelfInstruct.seed_prompts(given), teacher, store, build_filters(given.filters), seed=seed
@@ -68,9 +68,9 @@ def opened(folder):
     return store
 
 
-def test_tasks_are_made_up_sorted_and_solved(parrot, endpoint, store):
+def test_tasks_are_generated_classified_and_solved(parrot, endpoint, store):
     endpoint.answer = imagine
-    summary = write(parrot, store)
+    summary = run_recipe(parrot, store)
     kept, rejected = rows(store), rows(store, "rejected")
     instructions = {row["instruction"] for row in kept}
     assert summary["kept"] == len(kept) and summary["unanswered"] == 0
@@ -88,9 +88,9 @@ def test_tasks_are_made_up_sorted_and_solved(parrot, endpoint, store):
     assert summary["figures"][0]["value"] == len(instructions)
 
 
-def test_new_instructions_are_unlike_the_pool_and_two_of_them_are_shown(parrot, endpoint, store):
+def test_new_instructions_differ_from_the_pool_and_two_are_in_each_prompt(parrot, endpoint, store):
     endpoint.answer = imagine
-    write(parrot, store)
+    run_recipe(parrot, store)
     made = {row["instruction"] for name in ("rows", "rejected") for row in rows(store, name)
             if row.get("rejected_by") in (None, "instances")}  # fmt: skip
     pool = [*made, *(seed.instruction for seed in read_seed_tasks())]
@@ -102,23 +102,23 @@ def test_new_instructions_are_unlike_the_pool_and_two_of_them_are_shown(parrot, 
     assert all(len(set(each)) == 8 for each in shown)
 
 
-def test_the_same_seed_makes_the_same_rows_whatever_is_in_flight_and_another_seed_others(parrot, endpoint, tmp_path):
+def test_rows_depend_on_the_seed_and_not_on_in_flight(parrot, endpoint, tmp_path):
     endpoint.answer = imagine
     made = []
     for name, seed, in_flight in (("one", 3, 64), ("two", 3, 1), ("other", 4, 64)):
         store = opened(tmp_path / name)
         with store:
-            write(parrot, store, seed, in_flight=in_flight)
+            run_recipe(parrot, store, seed, in_flight=in_flight)
             made.append((rows(store), rows(store, "rejected")))
     assert made[0] == made[1]
     assert not {row["instruction"] for row in made[0][0]} & {row["instruction"] for row in made[2][0]}
 
 
 @pytest.mark.parametrize(("broken_at", "in_lists"), [(2, True), (7, True), (70, False)])
-def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp_path, broken_at, in_lists):
+def test_an_interrupted_run_continues_without_repeating_requests(parrot, endpoint, tmp_path, broken_at, in_lists):
     endpoint.answer = imagine
     with opened(tmp_path / "whole") as store:
-        write(parrot, store)
+        run_recipe(parrot, store)
         whole, asked = rows(store), len(endpoint.requests)
     count = 0
 
@@ -131,21 +131,21 @@ def test_what_was_interrupted_goes_on_without_asking_again(parrot, endpoint, tmp
     endpoint.answer = breaking
     with opened(tmp_path / "broken") as store:
         with pytest.raises(RunFailed, match="unanswered") if in_lists else nullcontext():
-            write(parrot, store, in_flight=1)
+            run_recipe(parrot, store, in_flight=1)
         done = len(store)
         endpoint.reset()
         endpoint.answer = imagine
-        write(parrot, store)
+        run_recipe(parrot, store)
         assert rows(store) == whole
     assert done == broken_at
     assert len(endpoint.requests) == asked - done
 
 
-def test_more_instructions_later_keep_those_before(parrot, endpoint, store):
+def test_more_instructions_keep_the_earlier_ones(parrot, endpoint, store):
     endpoint.answer = imagine
-    write(parrot, store, instructions=20)
+    run_recipe(parrot, store, instructions=20)
     few = rows(store)
-    write(parrot, store, instructions=40)
+    run_recipe(parrot, store, instructions=40)
     assert {row["instruction"] for row in few} < {row["instruction"] for row in rows(store)}
 
 
@@ -153,59 +153,59 @@ def lists_of(endpoint):
     return [(each.prompt, each.body["seed"]) for each in endpoint.requests if "Continue the list" in each.prompt]
 
 
-def test_all_that_few_instructions_took_is_used_for_more(parrot, endpoint, tmp_path):
+def test_requests_for_few_instructions_are_reused_for_more(parrot, endpoint, tmp_path):
     endpoint.answer = imagine
     for instructions in (16, 20, 40):
         with opened(tmp_path / "growing") as store:
-            write(parrot, store, instructions=instructions)
+            run_recipe(parrot, store, instructions=instructions)
             grown = rows(store)
     asked = lists_of(endpoint)
     endpoint.reset()
     endpoint.answer = imagine
     with opened(tmp_path / "at once") as store:
-        write(parrot, store, instructions=40)
+        run_recipe(parrot, store, instructions=40)
         assert rows(store) == grown
     assert sorted(asked) == sorted(lists_of(endpoint))
 
 
-def test_a_list_that_is_refused_is_left_out_for_good(parrot, endpoint, tmp_path):
+def test_a_refused_list_is_skipped_for_good(parrot, endpoint, tmp_path):
     endpoint.answer = imagine
     with opened(tmp_path / "whole") as store:
-        write(parrot, store)
+        run_recipe(parrot, store)
     (_, (second, _), *_) = lists_of(endpoint)
     endpoint.reset()
     endpoint.answer = imagine
     endpoint.replies[second] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     with opened(tmp_path / "refused") as store:
-        write(parrot, store)
+        run_recipe(parrot, store)
         kept, asked = rows(store), len(endpoint.requests)
         (refusal,) = [row for row in rows(store, "rejected") if row["rejected_by"] == "refused"]
         assert refusal["reason"] == "a list of instructions: 400: too rude"
-        summary = write(parrot, store)
+        summary = run_recipe(parrot, store)
         assert (rows(store), len(endpoint.requests), summary["unanswered"]) == (kept, asked, 0)
 
 
-def test_a_teacher_that_repeats_itself_ends(parrot, endpoint, store):
+def test_a_teacher_that_repeats_itself_ends_the_generation(parrot, endpoint, store):
     def repeat(body):
         if "Continue the list" not in prompt_of(body):
             return imagine(body)
         return completion(body, "\n".join(f"{n}. Describe the weather of the northern coast." for n in range(9, 17)))
 
     endpoint.answer = repeat
-    summary = write(parrot, store)
+    summary = run_recipe(parrot, store)
     assert summary["kept"] == 1
     assert summary["rejected"]["rouge"] == 3 * 8 * 6 - 1
 
 
-def test_a_teacher_that_makes_no_list_is_told_of(parrot, endpoint, store):
+def test_a_teacher_that_generates_no_list_is_reported(parrot, endpoint, store):
     endpoint.answer = lambda body: completion(body, "I would rather not.")
     with pytest.raises(
         RunFailed, match=r"None of the \d+ completions has the form that synthesis 'self_instruct' requested"
     ):
-        write(parrot, store)
+        run_recipe(parrot, store)
 
 
-def test_prompts_are_its_own(tmp_path, tiny_student):
+def test_prompts_are_generated(tmp_path, tiny_student):
     values = settings(tmp_path, tiny_student, "supervised", steps=1)
     rows_file = values["data"]["train"]
     values |= {"teachers": [{"name": "parrot", "attach": True}], "synthesis": {"kind": "self_instruct"}}
@@ -215,7 +215,7 @@ def test_prompts_are_its_own(tmp_path, tiny_student):
         parse_config(values | {"data": {}, "synthesis": values["synthesis"] | {"prompts": rows_file}})
 
 
-def test_from_seeds_to_a_student_in_one_run(tmp_path, tiny_student, parrot, endpoint):
+def test_self_instruct_in_a_whole_run(tmp_path, tiny_student, parrot, endpoint):
     endpoint.answer = imagine
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     synthesis = {"kind": "self_instruct", "instructions": 12, "batch": 2, "filters": [{"kind": "empty"}]}
@@ -233,7 +233,7 @@ def test_from_seeds_to_a_student_in_one_run(tmp_path, tiny_student, parrot, endp
         synthesize(parse_config(values | {"output": str(tmp_path / "other")}))
 
 
-def test_a_broken_answer_costs_its_own_task_only(parrot, endpoint, store):
+def test_a_malformed_response_affects_only_its_task(parrot, endpoint, store):
     failed = []
 
     def sometimes(body):
@@ -244,6 +244,6 @@ def test_a_broken_answer_costs_its_own_task_only(parrot, endpoint, store):
         return imagine(body)
 
     endpoint.answer = sometimes
-    summary = write(parrot, store, in_flight=1)
+    summary = run_recipe(parrot, store, in_flight=1)
     assert summary["unanswered"] >= 1 and summary["rejected"]["unanswered"] == summary["unanswered"]
-    assert write(parrot, store)["unanswered"] == 0
+    assert run_recipe(parrot, store)["unanswered"] == 0

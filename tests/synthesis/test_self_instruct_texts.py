@@ -1,4 +1,4 @@
-"""What Self-Instruct asks, and how its answers are read."""
+"""Prompts and parsers of Self-Instruct."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ SEEDS = read_seed_tasks()
 BLACKLIST = ["image", "images", "draw", "go to"]
 
 
-def test_the_projects_seeds_are_many_and_unlike_each_other():
+def test_the_seed_tasks_of_rayk_are_many_and_different():
     assert len(SEEDS) >= 60
     assert min(Counter(seed.is_classification for seed in SEEDS).values()) >= 12
     assert max(rouge_l(a.instruction, b.instruction) for i, a in enumerate(SEEDS) for b in SEEDS[:i]) < 0.7
@@ -42,7 +42,7 @@ def seed(instruction="Do this.", label=False, **changed):
 GOOD = [seed(f"Do {number}.", number % 2 == 0) for number in range(8)]
 
 
-def test_the_users_seeds(tmp_path):
+def test_seed_tasks_of_a_file(tmp_path):
     found = read_seed_tasks(seed_file(tmp_path / "mine.jsonl", *GOOD, {**seed("  Name\na colour. "), "id": "seed_8"}))
     assert found[8].instruction == "Name a colour."
     assert found[8].where == f"{tmp_path}/mine.jsonl, line 9"
@@ -68,7 +68,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     assert path in str(error.value)
 
 
-def test_too_few_seeds_or_none_of_a_sort_are_refused(tmp_path):
+def test_too_few_seed_tasks_or_kinds_are_refused(tmp_path):
     with pytest.raises(InputError, match="has 7 seed tasks; give at least 8"):
         read_seed_tasks(seed_file(tmp_path / "few.jsonl", *GOOD[:7]))
     with pytest.raises(InputError, match="including classification tasks"):
@@ -100,7 +100,7 @@ def test_the_prompt_for_instructions():
         (" add 3.5 to 4. Then stop.", "stop", False, ["Add 3.5 to 4. Then stop."]),
     ],
 )  # fmt: skip
-def test_lists_of_instructions_are_read(text, finish_reason, chat, expected):
+def test_lists_of_instructions_are_parsed(text, finish_reason, chat, expected):
     assert texts.parse_instructions(text, finish_reason, chat) == expected
 
 
@@ -136,7 +136,7 @@ def test_an_instruction_is_novel_once():
     assert again is not None and again.filter == "rouge"
 
 
-def test_the_prompt_that_sorts_shows_both_sorts_mixed():
+def test_the_classification_prompt_mixes_both_kinds():
     prompt = texts.classification_prompt("Is it so?", SEEDS)
     assert (prompt.count("classification? Yes"), prompt.count("classification? No")) == (12, 19)
     assert prompt.endswith("Task: Is it so?\nIs it classification?")
@@ -157,12 +157,12 @@ def test_the_prompt_that_sorts_shows_both_sorts_mixed():
         ("It is", False),
     ],
 )
-def test_sorts_are_read(text, expected):
+def test_classifications_are_parsed(text, expected):
     assert texts.parse_is_classification(text) is expected
 
 
-def test_the_prompts_for_instances_are_in_the_form_that_is_read():
-    """What the prompt shows of a seed is read as the seed's own instances."""
+def test_the_prompts_for_instances_have_the_form_that_is_parsed():
+    """The parser reads a seed task's own instances from the prompt."""
     for is_classification in (True, False):
         prompt = texts.instances_prompt("Now this.", SEEDS, is_classification)
         assert prompt.endswith("Task: Now this.\n")
@@ -191,7 +191,7 @@ def test_the_prompts_for_instances_are_in_the_form_that_is_read():
         ("\n".join(f"Example {n}\nInput: {n}\nOutput: o{n}" for n in range(9)), [(str(n), f"o{n}") for n in range(5)]),
     ],
 )  # fmt: skip
-def test_examples_are_read(text, expected):
+def test_examples_are_parsed(text, expected):
     assert texts.parse_instances(text, False, "stop") == ([Instance(*each) for each in expected], None)
 
 
@@ -204,23 +204,23 @@ def test_examples_are_read(text, expected):
         ("Example 1\nInput: 2", "stop", "has no usable instance"),
     ],
 )
-def test_tasks_without_usable_instances_say_why(text, finish_reason, fault):
+def test_tasks_without_usable_instances_have_a_reason(text, finish_reason, fault):
     assert texts.parse_instances(text, False, finish_reason) == ([], fault)
 
 
-def test_a_cut_text_loses_its_last_instance_only():
+def test_a_truncated_text_loses_only_its_last_instance():
     text = "Example 1\nInput: 2\nOutput: 4\nExample 2\nInput: 3\nOutput: 6 and so"
     assert texts.parse_instances(text, False, "length") == ([Instance("2", "4")], None)
 
 
-def test_labels_are_read_with_their_inputs():
+def test_labels_are_parsed_with_their_inputs():
     text = "Class label: Good\nInput: I liked it.\nClass label: Bad\nInput: It was\nawful.\n\nClass label: Neither"
     expected = [Instance("I liked it.", "Good"), Instance("It was\nawful.", "Bad")]
     assert texts.parse_instances(text, True, "stop") == (expected, None)
     assert texts.parse_instances("Class label: A\nInput: x\nClass label: B\nInput: x", True, "stop")[0] == []
 
 
-def test_every_template_has_the_task_in_it():
+def test_every_template_contains_the_task():
     with_input = {texts.student_prompt("Do {it}.", "this {one}", choice) for choice in range(50)}
     without = {texts.student_prompt("Do {it}.", "", choice) for choice in range(50)}
     assert (len(with_input), len(without)) == (7, 6)

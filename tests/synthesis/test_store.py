@@ -1,4 +1,4 @@
-"""What was paid for is kept, whatever happens, and what is not whole is never read back."""
+"""Completions survive any failure, and damaged ones are never read."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def found(folder):
 
 
 def in_a_child(work):
-    """Run `work` in a forked process; its id, and what it writes."""
+    """Run `work` in a forked process; return its id and a file with its output."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
@@ -77,7 +77,7 @@ def test_a_completion_is_found_before_and_after_it_is_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "bits", "empty"])
-def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_path, caplog, damage):
+def test_a_damaged_part_is_set_aside_and_loses_only_its_completions(tmp_path, caplog, damage):
     added(tmp_path, range(10))
     added(tmp_path, range(10, 20))
     torn = parts(tmp_path)[0]
@@ -92,7 +92,7 @@ def test_a_damaged_part_is_set_aside_and_only_its_completions_are_missing(tmp_pa
     assert found(tmp_path) == set(range(20))
 
 
-def test_what_was_set_aside_stays_whatever_is_damaged_later(tmp_path):
+def test_files_set_aside_are_never_overwritten(tmp_path):
     for content in (b"one", b"two", b"three"):
         added(tmp_path, [1])
         parts(tmp_path)[0].write_bytes(content)
@@ -100,18 +100,18 @@ def test_what_was_set_aside_stays_whatever_is_damaged_later(tmp_path):
     assert {each.read_bytes() for each in (tmp_path / "completions").glob("*.damaged")} == {b"one", b"two", b"three"}
 
 
-def test_a_part_that_cannot_be_read_now_is_no_damaged_one(tmp_path):
+def test_a_part_that_cannot_be_opened_is_not_damaged(tmp_path):
     added(tmp_path, range(10))
     (part,) = parts(tmp_path)
     hidden = part.rename(tmp_path / "elsewhere")
-    part.symlink_to(part)  # what root cannot read either
+    part.symlink_to(part)  # a file that root cannot read either
     with pytest.raises(InputError, match=f"^'{part}' cannot be read .Too many levels of symbolic links.; make"):
         found(tmp_path)
     hidden.replace(part)
     assert found(tmp_path) == set(range(10))
 
 
-def test_a_refusal_is_kept_apart_with_its_reason(tmp_path):
+def test_a_refusal_is_stored_separately_with_its_reason(tmp_path):
     refusal = StoredCompletion("key-1", "", None, None, "error", "400: no", refused=True)
     with opened(tmp_path) as store:
         store.add(refusal, PROVENANCE)
@@ -127,7 +127,7 @@ def test_a_refusal_is_kept_apart_with_its_reason(tmp_path):
     assert found(tmp_path) == {2}
 
 
-def test_only_what_is_named_is_flushed(tmp_path):
+def test_only_the_given_keys_are_flushed(tmp_path):
     with opened(tmp_path) as store:
         store.add(written(1), PROVENANCE)
         keys = store.pending_keys
@@ -137,7 +137,7 @@ def test_only_what_is_named_is_flushed(tmp_path):
     assert found(tmp_path) == {1}
 
 
-def test_no_flipped_bit_is_read_back(tmp_path):
+def test_flipped_bits_are_detected(tmp_path):
     text = "".join(chr(random.randrange(33, 127)) for _ in range(3000))
     with opened(tmp_path) as store:
         store.add(written(1, text), PROVENANCE)
@@ -152,7 +152,7 @@ def test_no_flipped_bit_is_read_back(tmp_path):
     assert outcomes == {None, written(1, text)}
 
 
-def test_what_was_not_finished_writing_is_not_read(tmp_path):
+def test_unfinished_files_are_not_read(tmp_path):
     added(tmp_path, [1])
     unfinished = tmp_path / "completions" / "part-000009-x.parquet.unfinished"
     unfinished.write_bytes(parts(tmp_path)[0].read_bytes())
@@ -160,7 +160,7 @@ def test_what_was_not_finished_writing_is_not_read(tmp_path):
     assert not unfinished.exists()
 
 
-def test_a_kill_loses_nothing_that_was_flushed(tmp_path):
+def test_a_kill_loses_no_flushed_completion(tmp_path):
     def work(pipe):
         with opened(tmp_path) as store:
             for number in range(1000):
@@ -169,18 +169,18 @@ def test_a_kill_loses_nothing_that_was_flushed(tmp_path):
                 pipe.write(f"{number}\n")
 
     child, pipe = in_a_child(work)
-    told = [int(pipe.readline()) for _ in range(5)]
+    lines = [int(pipe.readline()) for _ in range(5)]
     time.sleep(random.random() * 0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    told += [int(line) for line in pipe]
+    lines += [int(line) for line in pipe]
     there = found(tmp_path)
-    assert there >= set(told)
+    assert there >= set(lines)
     assert there == set(range(len(there)))
     assert len(there) < 1000, "it was over before it was killed"
 
 
-def test_a_second_process_is_refused_in_a_sentence_and_let_in_after_the_first(tmp_path):
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     def work(pipe):
         with opened(tmp_path):
             pipe.write("open\n")
@@ -196,7 +196,7 @@ def test_a_second_process_is_refused_in_a_sentence_and_let_in_after_the_first(tm
         pass
 
 
-def test_a_full_disk_is_told_in_a_sentence_and_leaves_no_half_file(tmp_path):
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(tmp_path):
     added(tmp_path, [1])
 
     def work(pipe):
@@ -210,11 +210,11 @@ def test_a_full_disk_is_told_in_a_sentence_and_leaves_no_half_file(tmp_path):
             pipe.write(f"{store.find('key-2') is not None}\n")
 
     child, pipe = in_a_child(work)
-    told = pipe.read().splitlines()
+    lines = pipe.read().splitlines()
     os.waitpid(child, 0)
     full = tmp_path / "completions"
-    assert told[0].startswith(f"There is no space left in '{full}' (File too large); earlier files are kept.")
-    assert told[1] == "True"  # it may still be written, once there is room
+    assert lines[0].startswith(f"There is no space left in '{full}' (File too large); earlier files are kept.")
+    assert lines[1] == "True"  # it is still pending and can be written later
     assert found(tmp_path) == {1}
     assert not list(tmp_path.rglob("*.unfinished"))
 
@@ -234,7 +234,7 @@ def test_another_setting_is_refused_by_its_name(tmp_path):
         pass
 
 
-def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
+def test_other_filters_make_the_rows_again_and_nothing_else(tmp_path):
     with opened(tmp_path, filters=["a"], in_flight=1) as store:
         store.add(written(1), PROVENANCE)
         store.flush()
@@ -247,7 +247,7 @@ def test_other_filters_have_the_rows_made_anew_and_nothing_else(tmp_path):
         assert store.find("key-1") == written(1)
 
 
-def test_a_damaged_summary_has_the_rows_made_anew_and_damaged_settings_are_told(tmp_path):
+def test_a_damaged_summary_makes_the_rows_again_and_damaged_settings_are_reported(tmp_path):
     with opened(tmp_path) as store:
         store.write_rows([{"prompt": "p"}], [])
         store.write_summary({"kept": 1})
@@ -269,7 +269,7 @@ def test_many_small_parts_become_one(tmp_path):
     assert found(tmp_path) == set(range(70))
 
 
-def test_rows_keep_their_types_and_mixed_ones_become_json(tmp_path):
+def test_columns_keep_their_type_and_mixed_ones_become_text(tmp_path):
     rows = [{"prompt": "a", "level": 1, "answer": 4}, {"prompt": "b", "level": None, "answer": "four", "more": [1, 2]}]
     with opened(tmp_path) as store:
         store.write_rows(rows, [])
@@ -283,14 +283,14 @@ def test_rows_keep_their_types_and_mixed_ones_become_json(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == {"kept": 2}
 
 
-def test_what_parquet_has_no_type_for_becomes_json(tmp_path):
+def test_values_without_a_parquet_type_become_json(tmp_path):
     with opened(tmp_path) as store:
         store.write_rows([{"prompt": "a", "metadata": {}, "number": 1 << 63, "half": "\ud83d"}], [])
         (row,) = pq.read_table(store.rows_path).to_pylist()
     assert row == {"prompt": "a", "metadata": "{}", "number": str(1 << 63), "half": '"\\ud83d"'}
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "synthesis"
     with pytest.raises(InputError, match=f"^'{folder}' cannot be written"), opened(folder):

@@ -1,4 +1,4 @@
-"""From prompts to a trained student in one run, whoever writes and whatever is killed."""
+"""From prompts to a trained student in one run, with any teacher and after any kill."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def rows_of(folder):
     return pq.read_table(folder / "run" / "synthesis" / "rows.parquet").to_pylist()
 
 
-def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_student, parrot, endpoint):
+def test_responses_are_generated_and_trained_on_in_one_run(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses", "samples": 2, "filters": [{"kind": "repetition"}]})
     values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
     numbers = iter(range(1000))
@@ -65,7 +65,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
     page = (result.output / "report.html").read_text()
     assert "What the teacher wrote" in page
     assert "48 (100.0%)" in page
-    # Learned as if the rows had been the user's.
+    # Training is the same as on rows of the user's.
     (tmp_path / "plain").mkdir()
     plain = settings(tmp_path / "plain", tiny_student, steps=3)
     plain["data"] = {"train": {"path": str(result.output / "synthesis" / "rows.parquet")}}
@@ -80,7 +80,7 @@ def test_responses_are_written_and_learned_from_in_one_run(tmp_path, tiny_studen
         distill(parse_config(values | {"synthesis": values["synthesis"] | {"samples": 3}}), resume=True)
 
 
-def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_begins(tmp_path, tiny_student):
+def test_a_teacher_with_another_tokenizer_generates_and_stops_before_training(tmp_path, tiny_student):
     tokenizer = tiny_tokenizer(sentences=("ein anderer Wortschatz als der des Schülers",), vocab_size=300)
     tiny_model(tmp_path / "teacher", vocab_size=300, peaked=3.0, tokenizer=tokenizer)
     teacher = {"name": "own", "model": str(tmp_path / "teacher"), "resources": {"num_cpus": 0.25}}
@@ -102,7 +102,7 @@ def test_rationales_of_a_teacher_of_another_tongue_which_is_gone_when_training_b
     assert (result.model / "config.json").exists()
 
 
-def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
+def test_the_generating_teacher_may_also_give_signals(tmp_path, tiny_student, served):
     synthesis = {"kind": "responses", "sampling": {"max_new_tokens": 8}, "filters": []}
     values = run_of(tmp_path, tiny_student, synthesis, {"name": "served", "attach": True}, "logit_kd", count=8)
     with pytest.raises(InputError, match="The training rows are not synthesized yet .*; run `rayk synthesize` first"):
@@ -117,7 +117,7 @@ def test_who_writes_may_also_be_matched(tmp_path, tiny_student, served):
     assert {"forward_kl", "loss"} <= json.loads((result.output / "metrics.jsonl").read_text().splitlines()[0]).keys()
 
 
-def test_an_endpoint_writes_what_another_teacher_is_matched_on(tmp_path, tiny_student, served, parrot, endpoint):
+def test_an_endpoint_generates_rows_for_another_teachers_signals(tmp_path, tiny_student, served, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, PARROT, "logit_kd", count=8)
     values["teachers"] = [PARROT | {"engine": {"kind": "openai"}}, {"name": "served", "attach": True}]
     values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
@@ -127,7 +127,7 @@ def test_an_endpoint_writes_what_another_teacher_is_matched_on(tmp_path, tiny_st
     assert result.summary["student"].keys() >= {"forward_kl", "agreement"}
 
 
-def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_student, parrot, endpoint):
+def test_a_killed_process_does_not_repeat_stored_requests(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses", "in_flight": 4}, count=150)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -163,13 +163,13 @@ def test_a_killed_process_asks_nothing_again_that_is_on_disk(tmp_path, tiny_stud
     assert [row | path_of for row in rows_of(tmp_path / "whole")] == [row | path_of for row in interrupted]
 
 
-def test_what_was_left_unanswered_is_asked_again_until_it_is_learned_from(tmp_path, tiny_student, parrot, endpoint):
+def test_unanswered_requests_are_repeated_until_training_begins(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
     busy = [Reply(503, b'{"error": {"message": "busy"}}')] * 2
     endpoint.replies["3 + 3 ="], endpoint.replies["4 + 4 ="] = [*busy], [*busy, *busy]
     assert synthesize(parse_config(values))["unanswered"] == 2
     asked = len(endpoint.requests)
-    result = distill(parse_config(values))  # the folder holds nothing but synthesis/, so it may be a run's
+    result = distill(parse_config(values))  # the folder contains only synthesis/, so a run may use it
     assert sorted(each.prompt for each in endpoint.requests[asked:]) == ["3 + 3 =", "4 + 4 =", "4 + 4 ="]
     assert result.summary["rows"]["train"] == 7
     distill(parse_config(values), resume=True)
@@ -179,7 +179,7 @@ def test_what_was_left_unanswered_is_asked_again_until_it_is_learned_from(tmp_pa
         distill(parse_config(values), resume=True)
 
 
-def test_what_was_refused_is_settled_until_its_record_is_deleted(tmp_path, tiny_student, parrot, endpoint):
+def test_refused_requests_are_repeated_only_after_their_record_is_deleted(tmp_path, tiny_student, parrot, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
     endpoint.replies["3 + 3 ="] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 2
     summary = synthesize(parse_config(values))
@@ -202,7 +202,7 @@ def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_st
     assert synthesize(parse_config(values))["rejected"] == {"keywords": 1}
     rows = tmp_path / "questions.jsonl"
     values["synthesis"] |= {"keep": "best", "scorer": "answer", "answer": {"type": "number"}}
-    rows.write_text(rows.read_text().replace('"answer": 4', '"answer": 2'))  # which the endpoint's "[2 + 2 =]" ends in
+    rows.write_text(rows.read_text().replace('"answer": 4', '"answer": 2'))  # the end of the endpoint's "[2 + 2 =]"
     assert synthesize(parse_config(values))["rejected"]["wrong_answer"] == 6
     assert {row["answer"] for row in rows_of(tmp_path)} == {0, 2}
     assert len(endpoint.requests) == asked
@@ -211,19 +211,19 @@ def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_st
         synthesize(parse_config(values))
 
 
-def test_an_answer_that_holds_nothing_stops_the_run_before_training(tmp_path, tiny_student, parrot, endpoint):
+def test_empty_completions_stop_the_run_before_training(tmp_path, tiny_student, parrot, endpoint):
     endpoint.answer = lambda body: completion(body, "")
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
     with pytest.raises(RunFailed, match="All 3 candidate rows were rejected"):
         distill(parse_config(values))
     endpoint.answer = lambda body: completion(body, f"so {prompt_of(body)}")
     asked = len(endpoint.requests)
-    with pytest.raises(RunFailed, match="None of 3"):  # they are answers, and are paid for
+    with pytest.raises(RunFailed, match="All 3"):  # the completions are stored and not requested again
         distill(parse_config(values), resume=True)
     assert len(endpoint.requests) == asked
 
 
-def test_an_attached_endpoint_that_nothing_asks_is_told_of(tmp_path, tiny_student, parrot, scribbler, endpoint):
+def test_an_unused_attached_endpoint_is_reported(tmp_path, tiny_student, parrot, scribbler, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
     values["teachers"] += [PARROT | {"name": scribbler.name}]
     with pytest.raises(InputError, match=f"'{scribbler.name}' is an endpoint, .* this run generates nothing with it"):
@@ -231,11 +231,11 @@ def test_an_attached_endpoint_that_nothing_asks_is_told_of(tmp_path, tiny_studen
     assert not endpoint.requests
 
 
-def test_doctor_looks_at_what_will_be_written(tmp_path, tiny_student, parrot):
+def test_doctor_checks_the_synthesis(tmp_path, tiny_student, parrot):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    told = [(check.state, check.text) for check in examine(str(path))]
-    assert ("ok", "synthesis: teacher 'parrot' generates responses for 24 prompts.") in told
-    assert ("note", "The training rows are not synthesized yet; the run does this first.") in told
-    assert not [text for state, text in told if state == "wrong"]
+    checks = [(check.state, check.text) for check in examine(str(path))]
+    assert ("ok", "synthesis: teacher 'parrot' generates responses for 24 prompts.") in checks
+    assert ("note", "The training rows are not synthesized yet; the run does this first.") in checks
+    assert not [text for state, text in checks if state == "wrong"]

@@ -22,18 +22,18 @@ def candidate(completion: str = "An answer.", prompt: str = "A question?", **mor
 
 
 def reason(settings, text, evaluation=None, **more) -> str | None:
-    """Why the one filter leaves out a candidate with this completion."""
+    """Return the reason why the filter rejects a candidate with this completion."""
     (only,) = filters(settings, evaluation=evaluation)
     return only.check(candidate(text, **more))
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "\u200b\ufeff", "\u3000"])
-def test_what_shows_nothing_is_empty(text):
+def test_text_without_visible_characters_is_empty(text):
     assert reason({"kind": "empty"}, text) == "is empty"
 
 
 @pytest.mark.parametrize("text", ["x", "猫", "?", "🎉", " 4 "])
-def test_what_shows_something_is_not_empty(text):
+def test_text_with_a_visible_character_is_not_empty(text):
     assert reason({"kind": "empty"}, text) is None
 
 
@@ -81,7 +81,7 @@ def test_language(languages, kept, rejected):
 
 
 @pytest.mark.parametrize("text", ["42", "12 - 4 = 8", "Yes", "x = 3 + 4", "", "🎉", "(B)"])
-def test_text_that_is_too_short_for_a_language_is_kept(text):
+def test_text_that_is_too_short_for_language_identification_is_kept(text):
     for language in ("en", "zh", "de"):
         assert reason({"kind": "language", "languages": [language]}, text) is None
 
@@ -175,7 +175,7 @@ def test_refusals_are_found(text):
 
 
 @pytest.mark.parametrize("text", ANSWERED)
-def test_answers_are_no_refusals(text):
+def test_other_responses_are_no_refusals(text):
     assert reason({"kind": "refusal"}, text) is None
 
 
@@ -208,7 +208,7 @@ def test_keywords(text, found):
 QUESTION = "A train leaves the station at nine and travels for three hours at sixty miles an hour; how far?"
 
 
-def test_tokens_that_nobody_counted_cannot_be():
+def test_token_limits_need_a_token_count():
     for given in (candidate() | {"tokens": None}, {"prompt": "?", "completion": "!"}):
         with pytest.raises(InputError, match="Filter 'length' counts tokens, but the endpoint returns no count"):
             apply_filters([given], filters({"kind": "length", "unit": "tokens"}))
@@ -233,7 +233,7 @@ def test_contamination_is_a_shared_run_of_words():
     )
     assert reason(settings, "the station at nine and travels for two", evaluation) is None
     assert reason(settings, "请问北京是哪个国家的首都?", evaluation) is not None
-    # A prompt shorter than n contaminates only what is the same.
+    # An evaluation prompt of fewer than n words only matches an equal text.
     assert reason(settings, "", evaluation, prompt="Red fox sees old king!") is not None
     assert reason(settings, "", evaluation, prompt="a red fox sees old king") is None
     with pytest.raises(InputError, match="set data.evaluation"):
@@ -246,7 +246,7 @@ def near_duplicates(**settings):
 
 def test_near_duplicates_are_found_at_the_exact_similarity():
     words = [f"w{i}" for i in range(60)]
-    close = [*words[:-2], "x", "y"]  # shares 56 of 60 trigrams' union
+    close = [*words[:-2], "x", "y"]  # shares 56 of the 60 trigrams of both
     far = [*words[:40], *(f"v{i}" for i in range(20))]
     sifted = apply_filters([candidate(" ".join(each)) for each in (words, close, far, words)], near_duplicates())
     assert [r.candidate["completion"].split()[-1] for r in sifted.rejected] == ["y", "w59"]
@@ -307,7 +307,7 @@ def test_rouge_compares_prompts_with_those_kept():
     assert sifted.rejected[0].reason == "has ROUGE-L 0.83 to 'Write a poem about the sea'"
 
 
-def test_what_another_filter_rejects_makes_no_duplicates():
+def test_rejected_candidates_make_no_duplicates():
     given = filters({"kind": "rouge", "field": "completion"}, {"kind": "truncated"})
     cut, whole = (
         candidate("A long answer that ends well", finish_reason="length"),
@@ -318,7 +318,7 @@ def test_what_another_filter_rejects_makes_no_duplicates():
     assert [(r.candidate, r.filter) for r in sifted.rejected] == [(cut, "truncated"), (whole, "rouge")]
 
 
-def test_every_filter_is_counted_by_its_name_and_goes_on_where_it_was():
+def test_filters_are_counted_by_name_and_remember_earlier_candidates():
     given = filters(
         {"kind": "length", "minimum": 2}, {"kind": "length", "maximum": 3}, {"kind": "rouge", "field": "completion"}
     )
@@ -346,7 +346,7 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("my_judges", None)
 
 
-def test_a_function_of_the_user_judges(module):
+def test_a_users_function_filters(module):
     sifted = apply_filters(
         [candidate("yes"), candidate("never")], filters({"kind": "custom", "function": f"{module}:short"})
     )
@@ -380,7 +380,7 @@ def test_a_function_that_does_not_work_is_named(module, function, message):
         ({"kind": "keywords", "keywords": []}, "keywords"),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused(settings, message):
+def test_contradictory_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         filters(settings)
 
@@ -392,7 +392,7 @@ def test_a_missing_field_is_named():
         reason({"kind": "empty", "field": "tokens"}, "x")
 
 
-def test_the_room_is_light():
+def test_the_package_imports_no_heavy_library():
     code = (
         "import rayk.text, sys; print(sorted({'torch', 'ray', 'scipy', 'transformers', 'datasets'} & set(sys.modules)))"
     )

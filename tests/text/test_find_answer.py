@@ -1,4 +1,4 @@
-"""Answers are found by type in what models really write."""
+"""Answers are found by type in texts as models generate them."""
 
 import pytest
 
@@ -10,12 +10,12 @@ from rayk.text.answers import answers_match, find_answer, find_last_match
     [
         ("number", "She has 1,000 apples", "1000"),
         ("number", "1,234,567.50 dollars", "1234567.5"),
-        ("number", "first 1, 2 and then 3", "3"),  # commas of a list part no thousands
+        ("number", "first 1, 2 and then 3", "3"),  # a comma in a list does not separate thousands
         ("number", "12,34", "34"),
         ("number", "5-3 = 2.", "2"),
-        ("number", "10-3", "3"),  # an operator is no sign
-        ("number", "\n- 42 apples", "42"),  # nor is a bullet
-        ("number", "Well...42", "42"),  # nor do dots make a fraction
+        ("number", "10-3", "3"),  # an operator is not a sign
+        ("number", "\n- 42 apples", "42"),  # nor is a bullet point
+        ("number", "Well...42", "42"),  # and dots do not start a fraction
         ("number", "No.5", "5"),
         ("choice", "Not (A). B is too large: C", "C"),
         ("number", "-$5.50", "-5.5"),
@@ -55,21 +55,21 @@ def test_after_a_delimiter_the_first_candidate_counts_and_without_one_the_last()
 
 
 @pytest.mark.parametrize("trigger", ["Therefore, the answer is", "Therefore the answer is", "So the final answer is:"])
-def test_the_comma_of_therefore_is_not_insisted_on(trigger):
+def test_the_comma_after_therefore_is_optional(trigger):
     assert find_answer(f"1 and 2. {trigger} 42. 7 is not.", "number") == "42"
 
 
-def test_a_letter_that_comes_first_counts_before_one_in_brackets():
+def test_the_first_letter_counts_before_one_in_brackets():
     assert find_answer(" C, because (A) is too small.", "choice", continues=True) == "C"
     assert find_answer("B. (A) is wrong", "choice", continues=True) == "B"
 
 
-def test_choices_may_be_others():
+def test_other_choices_can_be_given():
     assert find_answer("(F)", "choice", choices="ABCDEF") == "F"
     assert find_answer("B or C", "choice", choices="BC") == "C"
 
 
-def test_numbers_are_the_same_to_a_millionth_and_text_whatever_its_case():
+def test_numbers_match_to_a_millionth_and_text_ignores_case():
     assert answers_match("2", "2.0000001", "number")
     assert not answers_match("2", "2.00001", "number")
     assert answers_match("Straße", "STRASSE", "free")

@@ -22,12 +22,12 @@ WITH_OUR_WORDS = RougeScorer(["rougeL"], tokenizer=OurWords())
 
 
 def f_measure(one: str, other: str, scorer: RougeScorer = RAW) -> float:
-    """rouge-score's, without the last digits, where floating point makes 0.7000000000000001 of 7/10."""
+    """Return rouge-score's F without the last digits, which rounding can change (0.7000000000000001 for 7/10)."""
     return round(scorer.score(one, other)["rougeL"].fmeasure, 9)
 
 
 def decisions_of_a_loop(texts: list[str], threshold: float, scorer: RougeScorer = RAW) -> list[str | None]:
-    """For each text the earliest kept one that it is too much like, or None."""
+    """Return for each text the earliest kept text that it is similar to, or None."""
     kept, decisions = [], []
     for text in texts:
         similar = next((other for other in kept if f_measure(text, other, scorer) >= threshold), None)
@@ -54,13 +54,13 @@ THRESHOLDS = st.sampled_from([0.1, 0.35, 0.5, 0.6, 0.7, 0.85, 0.9, 1.0])
 @settings(max_examples=150, deadline=None)
 @given(st.lists(FEW_WORDS, max_size=12), THRESHOLDS)
 @example(["", "", "a", "a", "A!"], 1.0)
-def test_decisions_are_those_of_a_pairwise_loop_on_few_words(texts, threshold):
+def test_decisions_equal_those_of_a_pairwise_loop(texts, threshold):
     assert decisions_of_the_index(texts, threshold) == decisions_of_a_loop(texts, threshold)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.sampled_from("猫狗写诗 ,。aб"), max_size=12), max_size=12), THRESHOLDS)
-def test_decisions_are_those_of_a_loop_with_our_words_in_any_script(texts, threshold):
+def test_decisions_equal_those_of_a_pairwise_loop_in_any_script(texts, threshold):
     assert decisions_of_the_index(texts, threshold) == decisions_of_a_loop(texts, threshold, WITH_OUR_WORDS)
 
 
@@ -69,8 +69,8 @@ def test_decisions_are_those_of_a_loop_with_our_words_in_any_script(texts, thres
     st.lists(st.sampled_from("abcde"), min_size=1, max_size=20), st.randoms(use_true_random=False), st.integers(0, 8),
     THRESHOLDS,
 )  # fmt: skip
-def test_a_text_beside_what_became_of_it_by_shuffling_and_cutting(tokens, draw, changes, threshold):
-    """Bags of words that agree while their order does not, lengths at the bound, words many times over."""
+def test_decisions_are_exact_for_shuffled_and_shortened_texts(tokens, draw, changes, threshold):
+    """Texts with equal words in another order, with lengths at the bound, and with repeated words."""
     changed = list(tokens)
     for _ in range(changes):
         i = draw.randrange(len(changed))
@@ -90,7 +90,7 @@ def test_a_text_beside_what_became_of_it_by_shuffling_and_cutting(tokens, draw, 
 
 
 def test_decisions_stay_right_while_the_pool_is_reordered():
-    """Zipf's words, texts long enough for most pairs to be pruned, copies changed up to the threshold and beyond."""
+    """Words of a Zipf distribution, texts long enough to skip most pairs, and copies changed around the threshold."""
     draw = random.Random(0)
     vocabulary = [f"w{i}" for i in range(400)]
     weights = [1 / (i + 1) for i in range(400)]
@@ -104,7 +104,7 @@ def test_decisions_stay_right_while_the_pool_is_reordered():
         texts.append(" ".join(tokens))
     decisions = decisions_of_the_index(texts, 0.7)
     assert decisions.count(None) > 300 and len(decisions) - decisions.count(None) > 100
-    kept: dict[str, str] = {}  # a character a word, which makes comparing all pairs quick
+    kept: dict[str, str] = {}  # one character per word, which makes comparing all pairs fast
     for text, decision in zip(texts, decisions, strict=True):
         one = "".join(chr(0x4E00 + vocabulary.index(word)) for word in text.split())
         similar = (each for each in kept if 20 * LCSseq.similarity(one, each) >= 7 * (len(one) + len(each)))
@@ -126,8 +126,8 @@ def test_exactly_at_the_threshold_is_similar_and_one_word_less_is_not(shared, fi
     assert below.find(text("y", shared - 1, second)) is None
 
 
-def test_floating_point_does_not_decide():
-    """rouge-score says 0.7000000000000001 or 0.6999999999999998 of some pairs that are exactly at 7/10."""
+def test_decisions_do_not_depend_on_rounding():
+    """rouge-score gives 0.7000000000000001 or 0.6999999999999998 for some pairs that are exactly at 7/10."""
     scores = set()
     for first in range(7, 60):
         for second in range(7, 60):
