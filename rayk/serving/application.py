@@ -15,7 +15,7 @@ from rayk.serving.cluster import gpus_per_worker, is_own_cluster
 logger = logging.getLogger(__name__)
 
 DEPLOYMENT = "teacher"
-"""Name of the only deployment in each application. Running applications depend on it, so it stays."""
+"""Name of the one deployment in each application, by which clients find it."""
 
 # Far above the number of calls that requesters with credit keep open. With Serve's default of 5 its router polls full
 # replicas repeatedly: 200 concurrent calls took ten times longer than the same calls one after another.

@@ -95,7 +95,7 @@ def test_submitted_job_completes(head, tmp_path, tiny_student, tiny_teacher):
 def test_served_teacher_runs_until_it_is_interrupted(head, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd")
     values["teachers"] = [{"name": "shared", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
-    client = write(tmp_path / "asker.yaml", values | {"teachers": [{"name": "shared", "attach": True}]})
+    client = write(tmp_path / "client.yaml", values | {"teachers": [{"name": "shared", "attach": True}]})
     with rayk("serve", write(tmp_path / "serve.yaml", values), log=tmp_path / "log", RAY_ADDRESS=head[0]) as process:
         wait_until(lambda: "Ctrl-C removes the teachers." in (tmp_path / "log").read_text(), "the teacher", process)
         attached = run_rayk("run", client, RAY_ADDRESS=head[0])
