@@ -1,4 +1,4 @@
-"""rayk distils large language models into small ones on a Ray cluster.
+"""rayk distills large language models into small ones on a Ray cluster.
 
 Names are loaded when first used: settings and the command line need neither torch nor ray.
 """

@@ -142,7 +142,8 @@ BAD = {
     "no such model": ({"student": {"model": "./nowhere"}}, "/nowhere' does not exist"),
     "no model type": ({"student": {"config": {"hidden_size": 8}, "tokenizer": "STUDENT"}}, "needs a 'model_type'"),
     "no such model type": (
-        {"student": {"config": {"model_type": "lama"}, "tokenizer": "STUDENT"}}, "student.config does not describe a model"
+        {"student": {"config": {"model_type": "lama"}, "tokenizer": "STUDENT"}},
+        "student.config does not describe a model",
     ),
     "no tokenizer": ({"student": {"config": {"model_type": "llama"}}}, "student.tokenizer is missing"),
     "small vocabulary": (
@@ -158,6 +159,10 @@ BAD = {
     "no such field": (
         {"data": {"train": {"path": "ROWS", "completion_field": "response"}}},
         "rows.jsonl, line 1 has neither 'prompt' with 'response'",
+    ),
+    "odd row": (
+        {"data": {"train": {"path": "ODD", "prompt_field": "question", "completion_field": "answer"}}},
+        "odd.jsonl, line 2 has no field 'answer' (it has: question); other rows have it, so correct or remove this row",
     ),
     "long prompt": ({"data": {"train": {"path": "ROWS"}, "max_prompt_tokens": 3}}, "rows.jsonl, line"),
     "long row": ({"data": {"train": {"path": "LONG"}}}, "but the student takes 512; lower data.max_tokens"),
@@ -178,8 +183,15 @@ BAD = {
 @pytest.mark.parametrize(("sections", "sentence"), BAD.values(), ids=BAD.keys())
 def test_wrong_input_is_one_sentence_and_exit_2(rayk, write_config, tmp_path, tiny_student, sections, sentence):
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "1"}\n')
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b c" * 400}))
-    places = {"STUDENT": tiny_student, "EMPTY": "empty.jsonl", "ROWS": "rows.jsonl", "LONG": "long.jsonl"}
+    places = {
+        "STUDENT": tiny_student,
+        "EMPTY": "empty.jsonl",
+        "ROWS": "rows.jsonl",
+        "LONG": "long.jsonl",
+        "ODD": "odd.jsonl",
+    }
 
     def placed(value):
         if isinstance(value, dict):
@@ -386,6 +398,13 @@ def test_doctor_compares_requirements_with_the_machine(rayk, write_config, tiny_
     code, out, _ = rayk("doctor", path)
     assert code == 0
     assert re.search(r"• The run requires 900 CPUs .* but there are \d+; .* so the run is slow", out)
+
+
+def test_doctor_finds_a_dead_cluster(rayk, monkeypatch):
+    monkeypatch.setattr("rayk.serving.cluster.CONNECT_SECONDS", 0.2)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    code, out, _ = rayk("doctor")
+    assert (code, "✗ No Ray cluster answers at RAY_ADDRESS '127.0.0.1:9'" in out) == (2, True)
 
 
 def test_progress_after_a_resume_only_counts_forward(capsys):

@@ -87,7 +87,9 @@ def teacher_model(home: Path, listener: ProgressListener) -> Path:
             {
                 "name": "teacher",
                 "output": str(work / "run"),
-                "student": {"config": _architecture(quickstart_task.TEACHER_MODEL), "tokenizer": str(work / "tokenizer")},
+                "student": {
+                    "config": _architecture(quickstart_task.TEACHER_MODEL), "tokenizer": str(work / "tokenizer"),
+                },
                 "data": {"train": {"path": str(work / "train.jsonl")}},
                 "method": {"kind": "supervised"},
                 "training": {"workers": 0, **_training(settings)},

@@ -1,8 +1,8 @@
-"""Rows into text: which fields make the prompt and the completion, templates, and the roles of messages."""
+"""Read the texts of rows: the fields of prompt and completion, templates, and messages."""
 
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rayk.config import DataSource
@@ -16,15 +16,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class RowTexts:
-    """Reads the texts of rows as a source's settings say.
+    """Read the texts of rows according to a source's settings.
 
     Attributes:
-        source: the fields and templates.
-        section: how errors name the settings, such as "data.train."; empty for the Python API's keyword arguments.
+        source: fields and templates.
+        section: prefix of the settings in error messages ("data.train."); empty for keyword arguments in Python.
     """
 
     source: DataSource
     section: str = "data.train."
+    _found_fields: set[str] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for setting in ("prompt_template", "completion_template"):
@@ -33,11 +34,11 @@ class RowTexts:
                 _check_template(template, self.section + setting)
 
     def format_of(self, row: Row, *, prompts_only: bool = False, pairs: bool = False) -> Format:
-        """The source's format; where that is `auto`, what the fields of this (the first) row say, or with `pairs`
-        always `preference`.
+        """Return the source's format. For `auto` it follows from the fields of `row`, the first one; with `pairs` it is
+        `preference`.
 
         Raises:
-            InputError: the row has none of the fields that any format needs.
+            InputError: the row lacks the fields of every format.
         """
         source, fields = self.source, row.fields
         if source.format != "auto":
@@ -61,22 +62,22 @@ class RowTexts:
         )
 
     def prompt(self, row: Row) -> str:
-        """The prompt of a prompt/completion row."""
+        """Return the prompt of a prompt/completion row."""
         return self._text(row, "prompt")
 
     def completion(self, row: Row) -> str:
-        """The completion of a prompt/completion row."""
+        """Return the completion of a prompt/completion row."""
         return self._text(row, "completion")
 
     def text(self, row: Row) -> str:
-        """The text of a text row."""
+        """Return the text of a text row."""
         return self._text(row, "text")
 
     def messages(self, row: Row) -> list[dict[str, Any]]:
-        """The messages of a row, roles and contents checked, null entries left out.
+        """Return the messages of a row without null entries.
 
         Raises:
-            InputError: they are not a list of messages whose roles and contents are known.
+            InputError: they are not a list of messages with a known role and a content.
         """
         return self._messages(row, self.source.messages_field, "messages_field")
 
@@ -87,20 +88,20 @@ class RowTexts:
         return [_message(message, f"{row.where}: message {i}") for i, message in enumerate(messages, start=1)]
 
     def answers(self, row: Row) -> tuple[str, str]:
-        """The chosen and the rejected answer of a preference row whose prompt is text too."""
+        """Return the chosen and the rejected answer of a preference row with texts."""
         return self._text(row, "chosen"), self._text(row, "rejected")
 
     def has_conversations(self, row: Row) -> bool:
-        """Whether a preference row's answers are lists of messages."""
+        """Return whether the answers of a preference row are lists of messages."""
         return isinstance(self._value(row, self.source.chosen_field, "chosen_field"), list)
 
     def conversations(self, row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The messages of a preference row, whole conversations that differ in their last message alone.
+        """Return the chosen and the rejected conversation of a preference row, which differ in their last message only.
 
-        The answers may begin with the prompt's messages, or the prompt stands in its own field, as messages or as text.
+        The answers may start with the prompt's messages, or the prompt has its own field, with messages or text.
 
         Raises:
-            InputError: they are no such messages.
+            InputError: the messages are malformed or differ earlier.
         """
         source = self.source
         chosen, rejected = (
@@ -109,10 +110,10 @@ class RowTexts:
         if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
             prompt = self._prompt_messages(row)
             chosen, rejected = prompt + chosen, prompt + rejected
-        for field, messages in ((source.chosen_field, chosen), (source.rejected_field, rejected)):
+        for name, messages in ((source.chosen_field, chosen), (source.rejected_field, rejected)):
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 raise InputError(
-                    f"{row.where}: '{field}' must end with a message of the assistant's after at least one other; "
+                    f"{row.where}: '{name}' must end with a message of role assistant after at least one other; "
                     "correct the row."
                 )
         if chosen[:-1] != rejected[:-1]:
@@ -147,11 +148,13 @@ class RowTexts:
         return value
 
     def _value(self, row: Row, field: str, setting: str) -> Any:
-        if field not in row.fields:
-            raise InputError(
-                f"{row.where} has no field '{field}' (it has: {_names(row.fields)}); set {self.section}{setting}."
-            )
-        return row.fields[field]
+        if field in row.fields:
+            self._found_fields.add(field)
+            return row.fields[field]
+        fix = "set " + self.section + setting
+        if field in self._found_fields:
+            fix = "other rows have it, so correct or remove this row"
+        raise InputError(f"{row.where} has no field '{field}' (it has: {_names(row.fields)}); {fix}.")
 
 
 def _check_template(template: str, setting: str) -> None:
@@ -161,7 +164,7 @@ def _check_template(template: str, setting: str) -> None:
         raise InputError(f"{setting} is not a template: {error}; write {{{{ and }}}} for literal braces.") from error
     for _, name, options, conversion in parts:
         if name is not None and (not name or name.isdigit() or set(name) & set(".[]") or options or conversion):
-            raise InputError(f"{setting} may hold plain {{field}} names only, not '{{{name}}}' with more in it.")
+            raise InputError(f"{setting} may contain plain {{field}} names only, not '{{{name}}}'.")
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -183,8 +186,10 @@ def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"{where} holds half a Unicode character (a lone surrogate); correct the row.") from error
+        raise InputError(
+            f"{where} contains a lone surrogate, which is half a Unicode character; correct the row."
+        ) from error
 
 
 def _names(fields: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, fields)) or "no fields at all"
+    return ", ".join(map(str, fields)) or "no fields"

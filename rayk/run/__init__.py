@@ -1,5 +1,8 @@
 """A run from settings to result: read and check inputs, deploy teachers, synthesize rows, train and measure."""
 
+import warnings
+from typing import Any
+
 from rayk.config.loading import with_absolute_paths
 from rayk.run.applications import (
     connect_attached_teachers,
@@ -27,3 +30,11 @@ __all__ = [
     "teacher_applications",
     "with_absolute_paths",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Watcher":
+        message = "rayk.run.Watcher is now rayk.run.ProgressListener; the next release does not know the old name."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return ProgressListener
+    raise AttributeError(f"module 'rayk.run' has no attribute '{name}'")

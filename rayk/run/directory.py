@@ -16,6 +16,8 @@ SELECTION = set(marked_fields(RunConfig, Selection)) | {"rows", "compared", "jud
 """Settings, and other facts about a synthesis, that decide which completions become rows but change no completion."""
 ROUNDS = "rounds"
 """The folder with the rounds' own run directories."""
+_DURATION = ("training.steps", "training.epochs")
+"""Settings on which the learning rate of every step depends."""
 _CONFIG = "config.yaml"
 _ROWS = "data.fingerprint"
 
@@ -42,15 +44,15 @@ def check_directory(config: RunConfig, resume: bool) -> None:
     if file.exists():
         if not resume:
             raise InputError(
-                f"The output directory '{folder}' already contains a run; continue it with --resume, or give another "
-                "--output."
+                f"The output directory '{folder}' already contains a run, which was started before; continue it with "
+                "--resume, give another --output, or delete the directory."
             )
         before, now = (settings.model_dump(mode="json") for settings in (load_config(file), config))
         # Before there are rows, nothing is trained, and the store of completions checks its own settings.
         if has_training_rows(config) and (place := difference(before, now, PLACEMENT)):
             raise InputError(
                 f"The run in '{folder}' was started with another '{place}'; resume it with the same settings, or "
-                "give another --output."
+                f"give another --output.{_how_to_extend(folder) if place in _DURATION else ''}"
             )
     elif folder.exists() and (not folder.is_dir() or any(path.name not in started_by for path in folder.iterdir())):
         raise InputError(f"The output '{folder}' exists and is not a run directory of rayk; give another --output.")
@@ -59,6 +61,13 @@ def check_directory(config: RunConfig, resume: bool) -> None:
             f"training.checkpoints '{config.training.checkpoints}' contains checkpoints of a run; continue it with "
             "--resume, or give another place."
         )
+
+
+def _how_to_extend(folder: Path) -> str:
+    return (
+        f" A schedule cannot be made longer afterwards; to train further, start a run with student.model "
+        f"'{folder / 'model'}' and another --output."
+    )
 
 
 def write_config(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.nearest import check_encoder
 from rayk.data.sources import read_rows
-from rayk.data.tokenizing import RowTokenizer, collect, tokenize
+from rayk.data.tokenizing import RowTokenizer, build_table, tokenize
 from rayk.data.views import RowViews
 from rayk.errors import InputError
 from rayk.evaluation.answer_scoring import AnswerScorer
@@ -137,7 +137,7 @@ def _read_demonstrations(
         return None
     if settings.pool is not None:
         rows = RowTokenizer(settings.pool, config.data, tokenizer, section="method.demonstrations.pool.")
-        pool_table = collect(rows, read_rows(settings.pool), settings.pool.path)
+        pool_table = build_table(rows, read_rows(settings.pool), settings.pool.path)
     else:
         assert config.data.train is not None
         pool_table = train or tokenize(config.data.train, config.data, tokenizer)

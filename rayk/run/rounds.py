@@ -8,6 +8,7 @@ the model of the last round, the steps of all rounds in one `metrics.jsonl`, and
 import json
 import os
 import shutil
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rayk.synthesis import CompletionStore
 
 def distill(
     config: RunConfig | str | os.PathLike, *, output: str | None = None, resume: bool = False,
-    listener: ProgressListener | None = None,
+    listener: ProgressListener | None = None, watcher: ProgressListener | None = None,
 ) -> Result:  # fmt: skip
     """Run `config` (a `RunConfig` or the path of its YAML file) to the end.
 
@@ -38,12 +39,17 @@ def distill(
         output: the run directory, instead of the config's.
         resume: continue the run in that directory, if it contains one; `rounds` may be larger than before.
         listener: receives the progress.
+        watcher: deprecated name of `listener`.
 
     Raises:
         InputError: the settings, data or models are wrong, or the directory contains another run.
         TeacherUnavailable: a teacher did not respond in time; the last step is checkpointed.
         RunFailed: training failed (the latest checkpoint is kept), or no training row could be synthesized.
     """
+    if watcher is not None:
+        message = "distill(watcher=…) is now distill(listener=…); the next release does not know the old name."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        listener = watcher
     if not isinstance(config, RunConfig):
         config = load_config(config, output=output)
     config, listener = with_absolute_paths(config, output), listener or ProgressListener()

@@ -1,4 +1,4 @@
-"""What a finished run leaves is complete and can be used without rayk."""
+"""A run directory is complete, can be used without rayk, and is resumed only with the same settings and rows."""
 
 import json
 
@@ -7,14 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import load_config, parse_config
-from rayk.run import Watcher, distill
+from rayk.errors import InputError
+from rayk.run import ProgressListener, distill
+from rayk.run.directory import PLACEMENT, SELECTION, check_directory, claim_directory, claim_training_rows
 from rayk.training.checkpoint import CheckpointStore
 from tests.runs import settings, write_rows
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-def test_the_saved_student_is_the_one_that_was_trained(tmp_path, tie):
+def test_the_saved_student_has_the_trained_weights(tmp_path, tie):
     tiny_model(tmp_path / "student", hidden=16, layers=1, tie=tie, tokenizer=tiny_tokenizer())
     result = distill(parse_config(settings(tmp_path, str(tmp_path / "student"))))
     model = AutoModelForCausalLM.from_pretrained(result.model)
@@ -30,8 +32,8 @@ def test_the_saved_student_is_the_one_that_was_trained(tmp_path, tie):
     assert not (result.output / "model.unfinished").exists()
 
 
-def test_a_run_directory_is_complete(tmp_path, tiny_student, served):
-    class Watching(Watcher):
+def test_a_run_directory_has_all_files(tmp_path, tiny_student, served):
+    class StepListener(ProgressListener):
         def __init__(self):
             self.seen = []
 
@@ -44,15 +46,15 @@ def test_a_run_directory_is_complete(tmp_path, tiny_student, served):
         "evaluation": {"every_steps": 2, "generation": {"max_new_tokens": 4}, "answer_field": "answer", "samples": 3},
     }
     values["data"]["evaluation"] = {"path": str(tmp_path / "held_out.jsonl")}
-    watching = Watching()
-    result = distill(parse_config(values), watcher=watching)
+    listener = StepListener()
+    result = distill(parse_config(values), listener=listener)
 
     assert load_config(result.output / "config.yaml") == load_config(
         result.output / "config.yaml", output=str(result.output)
     )
     assert load_config(result.output / "config.yaml").training.steps == 4
     rows = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    assert rows == watching.seen
+    assert rows == listener.seen
     for row in rows:
         assert row.keys() >= {
             "step", "epoch", "loss", "cross_entropy", "forward_kl", "learning_rate", "gradient_norm", "tokens",
@@ -69,3 +71,59 @@ def test_a_run_directory_is_complete(tmp_path, tiny_student, served):
     assert all(sample["teacher"] is not None for sample in summary["samples"])
     assert "<html" in (result.output / "report.html").read_text()
     assert list((result.output / "tensorboard").glob("events.*"))
+
+
+def started(tmp_path, **changes):
+    values = settings(tmp_path, "student", "logit_kd") | {"teachers": [{"name": "big", "model": "m"}]}
+    return parse_config(values | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"workers": 2, "resources": {"num_cpus": 3}, "prefetch": 9, "steps": 5}},
+        {"teachers": [{"name": "big", "model": "m", "replicas": 3, "engine": {"batch_tokens": 7, "device": "cpu"}}]},
+        {"evaluation": {"every_steps": 3}, "name": "other"},
+    ],
+    ids=["training", "teachers", "evaluation"],
+)
+def test_a_run_is_resumed_on_other_machines(tmp_path, changes):
+    config = started(tmp_path, training={"workers": 0, "steps": 5})
+    claim_directory(config, resume=False)
+    claim_training_rows(config, "rows")
+    check_directory(started(tmp_path, **{"training": {"workers": 0, "steps": 5}} | changes), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"seed": 5}, "seed"),
+        ({"training": {"workers": 0, "steps": 5, "batch_size": 3}}, "training.batch_size"),
+        ({"teachers": [{"name": "big", "model": "m", "engine": {"dtype": "bfloat16"}}]}, "teachers.engine.dtype"),
+        ({"method": {"kind": "logit_kd", "support": {"kind": "topk", "k": 3}}}, "method.support.k"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(tmp_path, changes, place):
+    config = started(tmp_path, training={"workers": 0, "steps": 5})
+    claim_directory(config, resume=False)
+    other = started(tmp_path, **{"training": {"workers": 0, "steps": 5}} | changes)
+    check_directory(other, resume=True)  # nothing has been trained yet
+    claim_training_rows(config, "rows")
+    with pytest.raises(InputError, match=f"was started with another '{place}'"):
+        check_directory(other, resume=True)
+    with pytest.raises(InputError, match="already contains a run"):
+        check_directory(config, resume=False)
+
+
+def test_a_run_is_not_resumed_with_other_rows(tmp_path):
+    config = started(tmp_path)
+    claim_directory(config, resume=False)
+    claim_training_rows(config, "rows")
+    claim_training_rows(config, "rows")
+    with pytest.raises(InputError, match=r"The rows of data\.train .* are not those that the run"):
+        claim_training_rows(config, "other rows")
+
+
+def test_settings_that_may_change_are_kept_apart_from_those_that_select_rows():
+    assert not PLACEMENT & SELECTION
+    assert "judges" in SELECTION

@@ -155,7 +155,7 @@ def test_resumed_run_may_change_its_placement_but_no_learning_setting(tmp_path, 
 
 def test_directory_of_another_run_is_refused(tmp_path, tiny_student):
     distill(config(tmp_path, tiny_student, checkpoints=str(tmp_path / "kept")))
-    with pytest.raises(InputError, match="already contains a run; continue it with --resume"):
+    with pytest.raises(InputError, match="already contains a run, which was started before; continue it with"):
         distill(config(tmp_path, tiny_student))
     with pytest.raises(InputError, match=r"training.checkpoints .* contains checkpoints of a run"):
         distill(config(tmp_path, tiny_student, checkpoints=str(tmp_path / "kept")), output=str(tmp_path / "new"))
