@@ -1,11 +1,5 @@
 from rayk import Recipe
-from rayk.synthesis import (
-    Candidate,
-    CompletionRequest,
-    completion_problem,
-    completion_text,
-    sampling_parameters,
-)
+from rayk.synthesis import Candidate, CompletionRequest, completion_problem, completion_text, sampling_parameters
 
 
 class Shortest(Recipe):

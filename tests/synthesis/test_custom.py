@@ -56,6 +56,11 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+def test_the_tested_recipe_is_the_one_in_contributing():
+    page = Path(__file__).parents[2].joinpath("CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert RECIPE.read_text(encoding="utf-8") in page
+
+
 def config_of(path, **changed):
     return CustomSynthesisConfig(path=path, **changed)
 
