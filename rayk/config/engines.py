@@ -244,7 +244,7 @@ class CustomEngineConfig(EngineSettings):
     """The engine's kind."""
     path: ClassPath
     """The engine's class as 'module:name', or the name of an entry point in group `rayk.engines`. The module may be a
-    file in the folder where rayk is started."""
+    file next to the config file."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Your own options; the engine reads them as `settings.options`."""
     signals: bool = True

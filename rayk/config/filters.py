@@ -181,7 +181,7 @@ class CustomFilterConfig(FilterSettings):
     kind: Literal["custom"] = "custom"
     """The filter's kind."""
     function: FunctionPath
-    """The function as 'module:name'. The module may be a file in the folder where rayk is started."""
+    """The function as 'module:name'. The module may be a file next to the config file."""
 
 
 def _check_field_names(template: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
     folder = absolute_path(str(file.parent))
     if folder == os.getcwd():
         return values
+    if folder not in sys.path:
+        sys.path.append(folder)  # so that settings may name modules next to the file
 
     def resolve(place: str, name: str) -> str:
         if is_uri(name) or os.path.isabs(os.path.expanduser(name)):

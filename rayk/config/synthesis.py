@@ -222,8 +222,7 @@ class MagpieConfig(SynthesisSettings):
     )
     """Filters of the instructions before they are answered; the filters' `field` is ignored."""
     keep_longest: Annotated[Positive | None, Selection()] = None
-    """Of the rows that pass `filters`, keep only this number, those with the longest answers in characters; `null`:
-    all."""
+    """Number of rows to keep of those that pass `filters`: those with the longest answers in characters; `null`: all."""
 
     @property
     def makes_prompts(self) -> bool:
@@ -278,8 +277,8 @@ class AdversarialConfig(StudentSynthesisConfig):
     referee_sampling: Annotated[RefereeingConfig, Selection()] = Field(default_factory=RefereeingConfig)
     """How comparisons are sampled."""
     threshold: Annotated[float, Selection()] = 1.0
-    """An instruction is hard if the teacher's answer scores at least this number of points (of 10) above the student's,
-    else easy."""
+    """Number of points (of 10) by which the teacher's answer must score above the student's to make an instruction
+    hard; else it is easy."""
     instructions: Annotated[Positive, Selection()] = 3000
     """Number of new instructions per round that are made from hard ones; fewer if the teacher has no new ideas or there
     are no hard ones."""
@@ -377,7 +376,7 @@ class CustomSynthesisConfig(SynthesisSettings):
     kind: Literal["custom"] = "custom"
     """The synthesis' kind."""
     path: ClassPath
-    """The recipe's class as 'module:name'. The module may be a file in the folder where rayk is started."""
+    """The recipe's class as 'module:name'. The module may be a file next to the config file."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Your own options; the recipe reads them as `settings.options`."""
     own_prompts: bool = False

@@ -1,6 +1,5 @@
 """What the driver and the workers of a run exchange."""
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from rayk.teachers.cache import SignalCache
 
 
 def _import_paths() -> list[str]:
-    """Return the folders of user code: the current folder, and PYTHONPATH."""
-    folders = [Path.cwd(), *map(Path, filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))]
-    return [str(folder.absolute()) for folder in folders]
+    """Return the folders in which this process finds modules: the current folder, PYTHONPATH, the config file's folder;
+    without those of the Python installation."""
+    folders = [str(Path(entry).absolute()) for entry in ("", *sys.path)]
+    return [folder for folder in dict.fromkeys(folders) if not folder.startswith((sys.prefix, sys.base_prefix))]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 
-from rayk.data.batches import Batch, BatchSampler, collate, micro_batches, get_pad_id
+from rayk.data.batches import Batch, BatchSampler, collate, get_pad_id, micro_batches
 from rayk.data.examples import ExampleTable
 from rayk.errors import Interrupted, RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator

@@ -47,7 +47,7 @@ PLAIN_TRAINER_VARIABLE = "RAYK_PLAIN_TORCH_TRAINER"
 
 
 def trainer_class() -> type[TorchTrainer]:
-    """Return `FastStartTrainer`; `TorchTrainer` if the variable selects it, or if Ray lacks one of the private parts."""
+    """Return `FastStartTrainer`, or `TorchTrainer` if the variable selects it or Ray lacks a private part."""
     wants_plain = os.environ.get(PLAIN_TRAINER_VARIABLE, "") not in ("", "0")
     return FastStartTrainer if _has_private_parts and not wants_plain else TorchTrainer
 

@@ -238,11 +238,15 @@ def test_a_custom_method_may_generate(tmp_path, tiny_student, served):
     {"kind": "logit_kd", "divergence": "user_loss:hellinger"},
 ], ids=["method", "divergence"])  # fmt: skip
 def test_rayk_run_finds_the_users_modules_in_its_workers(tmp_path, tiny_student, tiny_teacher, method):
-    """Two workers, in processes of their own; the modules lie in the current folder only."""
+    """Two workers, in separate processes; the modules are next to the config file or in the current folder, only."""
+    folder = tmp_path / "elsewhere" if method["kind"] == "custom" else tmp_path
+    folder.mkdir(exist_ok=True)
+    for module in ("user_loss.py", "user_method.py"):
+        (tmp_path / module).rename(folder / module)
     values = runs.settings(tmp_path, tiny_student, method, workers=2, steps=2)
     values["teachers"] = [{"model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    done = runs.run_rayk("run", "run.yaml")
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    done = runs.run_rayk("run", folder / "run.yaml")
     assert done.returncode == 0, done.stderr
     assert runs.curve(tmp_path / "run", "step") == [1, 2]
     assert ("weight" if method["kind"] == "custom" else "hellinger") in runs.metrics(tmp_path / "run")[0]

@@ -16,7 +16,7 @@ class CustomMethodConfig(MethodSettings):
     """The method's kind."""
     path: ClassPath
     """The method's class as 'module:name', or the name of an entry point in group `rayk.methods`. The module may be a
-    file in the folder where rayk is started."""
+    file next to the config file."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Your own options; the method reads them as `self.settings.options`."""
     teacher: str | None = None
