@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.main import get_command
@@ -139,6 +140,17 @@ def test_new_method_in_contributing_trains(newcomer):
     run_command(sys.executable, "-m", "rayk.cli", "run", "my_method.yaml", folder=newcomer)
     steps = [json.loads(line) for line in (newcomer / "runs/my_method/metrics.jsonl").read_text().splitlines()]
     assert steps[0]["weight"] == 1.0 > steps[-1]["weight"]
+
+
+@pytest.mark.cluster
+def test_recipe_in_contributing_writes_rows(newcomer):
+    assert len(named_blocks(CONTRIBUTING)["shortest.py"].splitlines()) < 40
+    [recipe] = [block for block in code_blocks(CONTRIBUTING, "yaml") if block.startswith("synthesis:")]
+    config = yaml.safe_load((newcomer / "jobs/responses.yaml").read_text())
+    config["synthesis"] = yaml.safe_load(recipe)["synthesis"] | {"filters": [], "sampling": {"max_new_tokens": 8}}
+    (newcomer / "shortest.yaml").write_text(yaml.safe_dump(config | {"output": "runs/shortest"}))
+    run_command(sys.executable, "-m", "rayk.cli", "synthesize", "shortest.yaml", folder=newcomer)
+    assert pq.read_table(newcomer / "runs/shortest/synthesis/rows.parquet").num_rows > 0
 
 
 def test_job_without_a_teacher_runs_as_it_is(newcomer, monkeypatch):
