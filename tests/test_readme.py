@@ -229,6 +229,13 @@ def test_files_that_sources_and_pages_name_exist():
             assert not (cited := re.findall(r"\b[A-Z]{5,} §\S*", text)), f"{path} cites {cited}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "rayk/config/README.md"])
+def test_source_files_that_a_page_names_exist(page):
+    places = [(ROOT / page).parent, ROOT, ROOT / "rayk"]
+    for name in re.findall(r"`((?:[\w.]+/)+\w+\.(?:py|yaml))`", PAGES[page]):
+        assert "NAME" in name or any((place / name).exists() for place in places), name
+
+
 def test_readme_can_be_read_to_the_end():
     assert 8_000 <= len(README.encode()) <= 10_000
 
