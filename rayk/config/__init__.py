@@ -1,7 +1,7 @@
-"""Every setting of a run, checked once at the door. Imports neither torch nor ray, so `rayk --help` is instant.
+"""All settings of a run. Imports neither torch nor ray, so that `rayk --help` starts quickly.
 
-A run's YAML file is one `RunConfig`. Unknown keys are errors that name the nearest right one; `load_config` turns
-whatever is wrong into one sentence.
+A run's YAML file is one `RunConfig`. Each section checks itself; `load_config` explains everything that is wrong, one
+sentence each. Every key is listed in `rayk/config/README.md`.
 """
 
 from rayk.config.base import Settings

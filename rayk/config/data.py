@@ -17,9 +17,9 @@ class DataSource(Settings):
     name: str | None = None
     """The configuration of a data set on the hub; `null`: its default."""
     rows: Positive | None = None
-    """Read only this number of rows, the first ones; `null`: all."""
+    """Number of rows to read, the first ones; `null`: all."""
     format: RowFormat = "auto"
-    """What a row contains; `auto` decides it by the fields of the first row."""
+    """The form of a row; `auto` decides it by the fields of the first row."""
     prompt_field: str = "prompt"
     """The field with the prompt."""
     completion_field: str = "completion"
@@ -57,7 +57,7 @@ class DataConfig(Settings):
     max_tokens: Positive = 2048
     """Longest row in tokens, prompt and completion together."""
     too_long: Literal["error", "skip", "truncate"] = "error"
-    """What happens to longer rows: the run stops, the row is skipped, or the completion (never the prompt) is cut."""
+    """Handling of longer rows: the run stops, the row is skipped, or the completion (never the prompt) is cut."""
     chat_template: bool = False
     """Wrap the prompt and completion of each row in the tokenizer's chat template, as a user's and an assistant's
     turn."""

@@ -19,9 +19,9 @@ class DemonstrationsConfig(Settings):
     k: Annotated[int, Field(ge=0)] = 16
     """Number of demonstrations that the teacher reads; fewer if the row's task has fewer."""
     choice: Literal["random", "bm25", "embedding", "learned"] = "random"
-    """How they are chosen. `random`: different ones in every epoch. `bm25`, `embedding`: those whose inputs are nearest
-    to the row's, the nearest last. `learned`: the same with an encoder that is first trained to find demonstrations
-    that help a teacher (`retriever`)."""
+    """Choice of demonstrations. `random`: different ones in every epoch. `bm25`, `embedding`: those whose inputs are
+    nearest to the row's, the nearest last. `learned`: the same with an encoder that is first trained to find
+    demonstrations that help a teacher (`retriever`)."""
     encoder: InputPath | None = None
     """The model whose mean hidden states `embedding` compares: a local folder or hub id, or OUTPUT/retriever of a run
     with `learned`."""

@@ -12,27 +12,27 @@ class EngineSettings(Settings):
     """Base of all engines' settings, with what other sections must know of an engine."""
 
     runs_alone: ClassVar[bool] = False
-    """Whether a teacher on this engine has exactly one replica."""
+    """True if a teacher on this engine has exactly one replica."""
     verifies_drafts: ClassVar[bool] = False
-    """Whether it can verify drafts of the student, which teacher-mixed sampling requires."""
+    """True if it can verify drafts of the student, which teacher-mixed sampling requires."""
     applies_chat_template: ClassVar[bool] = False
-    """Whether it wraps prompts in a chat template by itself."""
+    """True if it wraps prompts in a chat template by itself."""
     counts_tokens: ClassVar[bool] = True
-    """Whether it returns token ids with the text it generates."""
+    """True if it returns token ids with the text it generates."""
 
     @property
     def gives_signals(self) -> bool:
-        """Whether it returns signals; else it only generates text."""
+        """Return whether it returns signals; else it only generates text."""
         return True
 
     @property
     def continues_prompts(self) -> bool:
-        """Whether it continues a prompt exactly as given; else a chat template is put around it."""
+        """Return whether it continues a prompt exactly as given; else a chat template is put around it."""
         return True
 
     @property
     def generates_logprobs(self) -> bool:
-        """Whether it returns the log-probs of the tokens it generates."""
+        """Return whether it returns the log-probs of the tokens it generates."""
         return True
 
     @property
@@ -42,7 +42,7 @@ class EngineSettings(Settings):
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether the GPUs of one replica may be on several nodes."""
+        """Return whether the GPUs of one replica may be on several nodes."""
         return False
 
     @property
@@ -248,7 +248,7 @@ class CustomEngineConfig(EngineSettings):
     options: dict[str, Any] = Field(default_factory=dict)
     """Your own options; the engine reads them as `settings.options`."""
     signals: bool = True
-    """Whether the engine returns signals; else it only generates text."""
+    """True if the engine returns signals; else it only generates text."""
 
     @property
     def gives_signals(self) -> bool:

@@ -11,21 +11,21 @@ Metric = Annotated[str, Field(pattern=rf"^(rouge_l|{FUNCTION_PATTERN[1:-1]})$")]
 
 
 class GenerationConfig(Settings):
-    """How the student generates answers to the evaluation prompts."""
+    """Generation of the student's answers to the evaluation prompts."""
 
     max_new_tokens: Positive = 128
     """Longest answer in tokens; longer ones are cut."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
     rows: Positive | None = None
-    """Answer only this number of evaluation rows, the first ones; `null`: all."""
+    """Number of evaluation rows to answer, the first ones; `null`: all."""
 
 
 class EvaluationConfig(Settings):
     """Measurements on held-out rows: the loss, the divergence from the teacher, and the quality of answers."""
 
     every_steps: Positive | None = None
-    """Measure loss and divergences after every this number of steps; `null`: only at the end."""
+    """Number of steps between two measurements of loss and divergences; `null`: only at the end."""
     before_training: bool = True
     """Also measure the student before its first update."""
     support: TopK = TopK()

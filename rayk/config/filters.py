@@ -13,11 +13,11 @@ class FilterSettings(Settings):
     """Base of all filters, with what other sections must know of a filter."""
 
     compares_evaluation_prompts: ClassVar[bool] = False
-    """Whether it compares candidates with the evaluation prompts."""
+    """True if it compares candidates with the evaluation prompts."""
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether it reads the number of tokens that a teacher generated."""
+        """Return whether it reads the number of tokens that a teacher generated."""
         return False
 
     def judge_teacher(self, default: str) -> str | None:

@@ -84,7 +84,7 @@ def all_places(section: type[Settings], place: str = "") -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FieldTypes:
-    """What a field accepts."""
+    """The types that a field accepts."""
 
     accepts_text: bool
     accepts_sections: bool

@@ -21,7 +21,7 @@ class WorkerRollouts(RolloutSettings):
     """The training workers generate, each the completions of its own rows."""
 
     kind: Annotated[Literal["worker"], Placement()] = "worker"
-    """Where completions are generated."""
+    """The place where completions are generated."""
 
     @property
     def served(self) -> None:
@@ -90,7 +90,7 @@ class ServedRollouts(RolloutSettings):
     independently of training. Ray's object store contains the weights of two versions."""
 
     kind: Annotated[Literal["served"], Placement()] = "served"
-    """Where completions are generated."""
+    """The place where completions are generated."""
     engine: Annotated[PolicyEngine, default_kind("transformers"), Placement()] = Field(
         default_factory=PolicyEngineConfig
     )

@@ -21,7 +21,7 @@ from rayk.config.training import StudentConfig, TrainingConfig
 
 
 class TrackingConfig(Settings):
-    """Where training curves are written besides `metrics.jsonl`."""
+    """Training curves besides `metrics.jsonl`."""
 
     tensorboard: bool = True
     """Write TensorBoard files into OUTPUT/tensorboard."""
@@ -53,9 +53,9 @@ class RunConfig(TeacherRoles, Settings):
     """Number of synthesize-then-train rounds; each starts from the previous round's student. For a synthesis whose rows
     depend on the student. Each round has its own run directory, OUTPUT/rounds/01 and so on."""
     method: MethodConfig
-    """How the student learns."""
+    """The method of learning."""
     rollouts: RolloutConfig | None = None
-    """How the student generates completions during training, for methods that train on them; `null`: the method's
+    """Generation of completions by the student during training, for methods that train on them; `null`: the method's
     default."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """The optimization and where it runs."""
@@ -64,7 +64,7 @@ class RunConfig(TeacherRoles, Settings):
     cache: CacheConfig | None = None
     """Store the teachers' signals on disk; `null`: signals are requested every time."""
     tracking: Annotated[TrackingConfig, Placement()] = Field(default_factory=TrackingConfig)
-    """Where training curves are written."""
+    """Training curves."""
 
     @model_validator(mode="after")
     def _complete_and_check(self) -> "RunConfig":

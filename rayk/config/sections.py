@@ -59,27 +59,27 @@ class MethodSettings(Settings):
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the method queries a teacher for signals."""
+        """Return whether the method queries a teacher for signals."""
         return self.signal_support is not None
 
     @property
     def reads_pairs(self) -> bool:
-        """Whether rows are preference pairs."""
+        """Return whether rows are preference pairs."""
         return False
 
     @property
     def reads_completions(self) -> bool:
-        """Whether any of the rows' own completions are trained on; else the prompts suffice."""
+        """Return whether any of the rows' own completions are trained on; else the prompts suffice."""
         return True
 
     @property
     def samples_rollouts(self) -> bool:
-        """Whether the student generates completions while it is trained (section `rollouts`)."""
+        """Return whether the student generates completions while it is trained (section `rollouts`)."""
         return False
 
     @property
     def weighs_rollout_logprobs(self) -> bool:
-        """Whether the loss divides by the log-probs under which the completions were sampled, as a policy gradient."""
+        """Return whether the loss divides by the log-probs under which the completions were sampled."""
         return False
 
     @property
@@ -94,7 +94,7 @@ class MethodSettings(Settings):
 
     @property
     def requires_options(self) -> bool:
-        """Whether each row must list its possible outputs."""
+        """Return whether each row must list its possible outputs."""
         return False
 
     def hard_label_weight_at(self, progress: float) -> float:
@@ -149,7 +149,7 @@ class RolloutSettings(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the most likely tokens with this total probability; 1: from all."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from this number of most likely tokens; 0: from all."""
+    """Number of most likely tokens to sample from; 0: all."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Age of the weights that generate, in optimizer steps: step i (from 0) trains on completions sampled under exactly
     the weights after i − `max_staleness` steps (the first ones under the initial weights). 0 alternates generation and
@@ -160,12 +160,12 @@ class RolloutSettings(Settings):
 
     @property
     def samples_exactly(self) -> bool:
-        """Whether completions follow the student's own distribution: temperature 1, no truncation."""
+        """Return whether completions follow the student's own distribution: temperature 1, no truncation."""
         return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
 
     @property
     def is_served(self) -> bool:
-        """Whether replicas on Ray Serve generate; else the training workers do."""
+        """Return whether replicas on Ray Serve generate; else the training workers do."""
         return False
 
     def check(self, run: "Run") -> None:
@@ -177,7 +177,7 @@ class RolloutSettings(Settings):
 
 
 class SamplingConfig(Settings):
-    """How completions are sampled."""
+    """Sampling of completions."""
 
     max_new_tokens: Positive = 256
     """Longest completion in tokens; longer ones are cut."""
@@ -191,7 +191,7 @@ class SamplingConfig(Settings):
 
 
 class ServedStudentConfig(Settings):
-    """How the student is served while it generates answers for a synthesis; it is removed before training."""
+    """Serving of the student while it generates answers for a synthesis; it is removed before training."""
 
     engine: Annotated[
         Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")],
@@ -225,7 +225,7 @@ class SynthesisSettings(Settings):
     """Wrap each request in the chat template of the teacher's tokenizer, as a user's message. An endpoint (engine kind
     `openai`) has its own `engine.chat`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    """How the teacher samples completions."""
+    """Sampling of the teacher's completions."""
     filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=_default_filters)
     """Filters, in order; judges run after text filters, filters that compare rows last, after `keep`. By default
     completions truncated at `sampling.max_new_tokens` are dropped, so that the student does not learn to stop there."""
@@ -234,32 +234,32 @@ class SynthesisSettings(Settings):
 
     @property
     def reads_truth(self) -> bool:
-        """Whether the rows' right answers are needed."""
+        """Return whether the rows' right answers are needed."""
         return False
 
     @property
     def makes_prompts(self) -> bool:
-        """Whether the prompts are generated, too, so that no rows are given."""
+        """Return whether the prompts are generated, too, so that no rows are given."""
         return False
 
     @property
     def needs_logprobs(self) -> bool:
-        """Whether the log-probs of the teacher's completions are needed."""
+        """Return whether the log-probs of the teacher's completions are needed."""
         return False
 
     @property
     def writes_pairs(self) -> bool:
-        """Whether each row has a better and a worse answer, for method `preference`."""
+        """Return whether each row has a better and a worse answer, for method `preference`."""
         return False
 
     @property
     def reads_student(self) -> bool:
-        """Whether the rows depend on the student, so that there can be several `rounds`."""
+        """Return whether the rows depend on the student, so that there can be several `rounds`."""
         return False
 
     @property
     def served_student(self) -> ServedStudentConfig | None:
-        """How the student is served while it generates; None if it generates nothing."""
+        """The settings of the served student; None if the student generates nothing."""
         return None
 
     @property

@@ -25,7 +25,7 @@ class AnswerConfig(Settings):
     """The form of an answer, and where a row has the right one."""
 
     type: AnswerType = "free"
-    """What an answer looks like in a completion. `choice`: one of the letters `choices`; `date`: the month before the
+    """The form of an answer in a completion. `choice`: one of the letters `choices`; `date`: the month before the
     day if both are numbers; `free`: text up to the end of its line."""
     choices: Annotated[str, Field(pattern=r"^[A-Z]{2,}$")] = "ABCDE"
     """The letters of type `choice`."""
@@ -43,7 +43,7 @@ class StudentSynthesisConfig(SynthesisSettings):
     """Base of syntheses whose rows depend on the student."""
 
     student: ServedStudentConfig = Field(default_factory=ServedStudentConfig)
-    """How the student is served while it generates."""
+    """Serving of the student while it generates."""
 
     @property
     def reads_student(self) -> bool:
@@ -93,7 +93,7 @@ def _template_with(*needed: str):
 
 
 class ReasoningConfig(SamplingConfig):
-    """How rationales are sampled."""
+    """Sampling of rationales."""
 
     max_new_tokens: Positive = 128
     """Longest rationale in tokens."""
@@ -105,7 +105,7 @@ class ChainOfThoughtConfig(SynthesisSettings):
     kind: Literal["chain_of_thought"] = "chain_of_thought"
     """The synthesis' kind."""
     sampling: ReasoningConfig = Field(default_factory=ReasoningConfig)
-    """How rationales are sampled."""
+    """Sampling of rationales."""
     rationales: Positive = 1
     """Number of rationales per question (D in the paper)."""
     answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
@@ -130,7 +130,7 @@ class ChainOfThoughtConfig(SynthesisSettings):
 
 
 class ListingConfig(SamplingConfig):
-    """How lists of new instructions are sampled."""
+    """Sampling of lists of new instructions."""
 
     max_new_tokens: Positive = 1024
     """Longest list in tokens."""
@@ -151,7 +151,7 @@ class SelfInstructConfig(SynthesisSettings):
     batch: Positive = 16
     """Number of lists of 8 instructions that are requested before they join the pool."""
     sampling: ListingConfig = Field(default_factory=ListingConfig)
-    """How lists are sampled. Whether a task is a classification, and its instances, are decoded greedily."""
+    """Sampling of lists. Whether a task is a classification, and its instances, are decoded greedily."""
     instance_tokens: Positive = 350
     """Longest text of a task's instances, in tokens."""
     blacklist: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Selection()] = (
@@ -169,7 +169,7 @@ class SelfInstructConfig(SynthesisSettings):
 
 
 class DrawingConfig(SamplingConfig):
-    """How instructions are sampled: from the model's own distribution, without truncation."""
+    """Sampling of instructions: from the model's own distribution, without truncation."""
 
     max_new_tokens: Positive = 2048
     """Longest instruction in tokens."""
@@ -178,7 +178,7 @@ class DrawingConfig(SamplingConfig):
 
 
 class RespondingConfig(SamplingConfig):
-    """How instructions are answered."""
+    """Sampling of answers to instructions."""
 
     max_new_tokens: Positive = 4096
     """Longest answer in tokens."""
@@ -209,9 +209,9 @@ class MagpieConfig(SynthesisSettings):
     """The tokenizer whose chat template is used: a local folder or hub id; `null`: the teacher's own. An endpoint
     (engine kind `openai`) needs it, and `engine.chat: false`, because only plain completions can continue a turn."""
     sampling: DrawingConfig = Field(default_factory=DrawingConfig)
-    """How instructions are sampled."""
+    """Sampling of instructions."""
     responses: RespondingConfig = Field(default_factory=RespondingConfig)
-    """How answers are sampled."""
+    """Sampling of answers."""
     role_words: tuple[Annotated[str, Field(min_length=1)], ...] = ("assistant",)
     """Words that also end an instruction, because a model may generate the next role's name without ending the turn. An
     instruction with one of them inside a line is dropped. []: none."""
@@ -222,7 +222,8 @@ class MagpieConfig(SynthesisSettings):
     )
     """Filters of the instructions before they are answered; the filters' `field` is ignored."""
     keep_longest: Annotated[Positive | None, Selection()] = None
-    """Number of rows to keep of those that pass `filters`: those with the longest answers in characters; `null`: all."""
+    """Number of rows to keep of those that pass `filters`: those with the longest answers, in characters; `null`:
+    all."""
 
     @property
     def makes_prompts(self) -> bool:
@@ -250,14 +251,14 @@ class MagpieConfig(SynthesisSettings):
 
 
 class AnsweringConfig(SamplingConfig):
-    """How instructions are answered."""
+    """Sampling of answers to instructions."""
 
     max_new_tokens: Positive = 1024
     """Longest answer in tokens."""
 
 
 class RefereeingConfig(SamplingConfig):
-    """How comparisons of answers are sampled."""
+    """Sampling of comparisons of answers."""
 
     max_new_tokens: Positive = 512
     """Longest comparison in tokens."""
@@ -273,9 +274,9 @@ class AdversarialConfig(StudentSynthesisConfig):
     referee: str | None = None
     """Which of `teachers` compares answers; `null`: the one that generates."""
     sampling: AnsweringConfig = Field(default_factory=AnsweringConfig)
-    """How answers are sampled, the student's too."""
+    """Sampling of answers, also the student's."""
     referee_sampling: Annotated[RefereeingConfig, Selection()] = Field(default_factory=RefereeingConfig)
-    """How comparisons are sampled."""
+    """Sampling of comparisons."""
     threshold: Annotated[float, Selection()] = 1.0
     """Number of points (of 10) by which the teacher's answer must score above the student's to make an instruction
     hard; else it is easy."""
@@ -332,7 +333,7 @@ class PreferencesConfig(StudentSynthesisConfig):
     """Number of samples per prompt of the student as it is when the round begins. With `chosen: teacher` the samples of
     both are paired in turn, so that there are as many pairs as the larger number."""
     student_sampling: SamplingConfig | None = None
-    """How the student samples, whose prompts are as section `data` lays them out; `null`: as the teacher."""
+    """Sampling of the student's answers to prompts as section `data` lays them out; `null`: as the teacher's."""
     scorer: Annotated[Scorer, Selection()] = "answer"
     """The score for `chosen: best`: whether the `answer` is right; the generating model's own `mean_logprob`, if only
     the teacher generates; or your function 'module:name', called as `function(prompt, completion, row)`, which returns
@@ -380,9 +381,9 @@ class CustomSynthesisConfig(SynthesisSettings):
     options: dict[str, Any] = Field(default_factory=dict)
     """Your own options; the recipe reads them as `settings.options`."""
     own_prompts: bool = False
-    """Whether the recipe makes its own prompts, so that neither `data.train` nor `synthesis.prompts` is given."""
+    """True if the recipe makes its own prompts, so that neither `data.train` nor `synthesis.prompts` is given."""
     pairs: bool = False
-    """Whether each row has a better and a worse answer, for method `preference`."""
+    """True if each row has a better and a worse answer, for method `preference`."""
 
     @property
     def makes_prompts(self) -> bool:

@@ -115,5 +115,5 @@ class TeacherConfig(Settings):
 
     @property
     def gives_signals(self) -> bool:
-        """Whether the teacher returns signals; else it only generates text."""
+        """Return whether the teacher returns signals; else it only generates text."""
         return self.engine.gives_signals

@@ -86,7 +86,7 @@ class TrainingConfig(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warmup."""
+    """The shape of the learning rate after the warmup."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of steps over which the learning rate rises linearly from 0."""
     final_learning_rate: Share = 0.0
@@ -102,10 +102,10 @@ class TrainingConfig(Settings):
     prefetch: Annotated[Positive, Placement()] = 4
     """Number of batches prepared ahead of the step (teachers queried, rollouts generated)."""
     unusable_rows: Literal["stop", "skip"] = "stop"
-    """What happens if a row cannot be trained on (NaN or infinite signals, rewards or ratios above a method's limits):
+    """Handling of a row that cannot be trained on (NaN or infinite signals, rewards or ratios above a method's limits):
     the run stops and names the row, or the row is named, skipped and counted."""
     checkpoint_every_steps: Annotated[Positive, Placement()] = 100
-    """Write a checkpoint after every this number of steps."""
+    """Number of steps between two checkpoints."""
     keep_checkpoints: Annotated[Positive, Placement()] = 2
     """Number of checkpoints to keep, the latest ones."""
     checkpoints: Annotated[str | None, StoragePath(), Placement()] = None

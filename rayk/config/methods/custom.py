@@ -24,11 +24,11 @@ class CustomMethodConfig(MethodSettings):
     support: Support | None = TopK()
     """The part of the teacher's distribution that is requested at each counted token; `null`: no teacher is queried."""
     rollouts: bool = False
-    """Whether the method trains on completions that the student generates."""
+    """True if the method trains on completions that the student generates."""
     completions: bool | None = None
-    """Whether the rows' own completions are trained on; `null`: unless `rollouts`. Else rows need only prompts."""
+    """True if the rows' own completions are trained on; `null`: unless `rollouts`. Else rows need only prompts."""
     pairs: bool = False
-    """Whether each row has a better and a worse answer."""
+    """True if each row has a better and a worse answer."""
 
     @property
     def teacher_name(self) -> str | None:

@@ -60,7 +60,7 @@ class Divergence(Settings):
 
     @property
     def is_custom(self) -> bool:
-        """Whether `name` is a user's function."""
+        """Return whether `name` is a user's function."""
         return re.match(FUNCTION_PATTERN, self.name) is not None
 
     @property
@@ -89,7 +89,7 @@ class DivergenceMethodConfig(TeacherMethodConfig):
 
     @property
     def uses_divergence(self) -> bool:
-        """Whether the loss is the divergence."""
+        """Return whether the loss is the divergence."""
         return True
 
     @model_validator(mode="after")

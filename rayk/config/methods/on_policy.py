@@ -42,7 +42,7 @@ class OnPolicyConfig(DivergenceMethodConfig):
     """λ, the share of rows whose completion the student generates, drawn for each row. 0 is supervised KD, 1 on-policy
     KD; in between is GKD's mixture (arXiv 2306.13649, which uses 0.5)."""
     teacher_written: Share = 0.0
-    """Of the other rows, the share whose completion the teacher generates (sequence-level KD), sampled as `rollouts`
+    """Share of the other rows whose completion the teacher generates (sequence-level KD), sampled as `rollouts`
     says; the remaining rows keep their own completion."""
     adaptive: AdaptiveConfig | None = None
     """Let the evaluation loss decide the share of rollouts, up to `student_fraction`; `null`: it is constant."""
