@@ -89,8 +89,8 @@ class RetrieverConfig(EncoderTraining):
     contrastive_weight: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the contrastive loss, which separates a query's positive from all other candidates in the batch."""
     same_label: bool = True
-    """If query and candidate have the same `options`, treat a candidate with another output as the worst, without querying
-    the teacher."""
+    """If query and candidate have the same `options`, treat a candidate with another output as the worst, and do not
+    query the teacher."""
     held_out: Positive = 200
     """Number of queries that the retriever is evaluated on and not trained on; at most a tenth of all."""
 
