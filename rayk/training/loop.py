@@ -165,6 +165,8 @@ class Trainer:
         problem = None
         try:
             work()
+        except AllRanksStop:  # agreed on in `work`
+            raise
         except Exception as error:
             problem = error
         self.ranks.agree(problem)

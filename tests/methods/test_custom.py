@@ -103,6 +103,16 @@ class Raising(Plain):
         return {}["missing"]
 
 
+class Precomputing(Plain):
+    """Fails on the worker that has the first row."""
+
+    def precompute(self, student, batches, gather):
+        rows = [row.where for batch in batches for row in batch.sequences]
+        if any(where.endswith("line 1") for where in rows):
+            raise ValueError("no reference for line 1")
+        gather(len(rows))
+
+
 class Half(Method):
     async def prepare(self, batch):
         return Experience(batch)
@@ -230,6 +240,13 @@ def test_a_custom_method_may_generate(tmp_path, tiny_student, served):
         values = runs.settings(tmp_path / name, tiny_student, kind, steps=3)
         distill(parse_config(values | {"rollouts": {"max_new_tokens": 12}}))
     runs.assert_same_learning(tmp_path / "own" / "run", tmp_path / "built_in" / "run", 1e-6)
+
+
+def test_a_failure_of_one_worker_before_the_first_step_stops_all(tmp_path, tiny_student, ray_cluster):
+    values = custom(tmp_path, tiny_student, "Precomputing")
+    values["training"]["workers"] = 2
+    with pytest.raises(RaykError, match="ValueError: no reference for line 1"):
+        distill(parse_config(values))
 
 
 @pytest.mark.cluster
