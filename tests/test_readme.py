@@ -219,13 +219,13 @@ def test_links_of_a_page_exist(page):
 
 
 def test_files_that_sources_and_pages_name_exist():
-    """No document outside this repository is cited: each NAME.md exists, and no section sign follows a bare name."""
+    """No document outside this repository is cited: each Markdown page exists, and no section sign follows a bare name."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     names = {Path(path).name for path in tracked} | {"README.md"}
     for path in tracked:
         if path.endswith((".py", ".md", ".yaml", ".j2", ".toml", "Makefile")) and (ROOT / path).exists():
             text = (ROOT / path).read_text(encoding="utf-8")
-            assert not (missing := set(re.findall(r"\b[\w-]+\.md\b", text)) - names), f"{path} names {missing}"
+            assert not (missing := set(re.findall(r"\b[A-Z][\w-]+\.md\b", text)) - names), f"{path} names {missing}"
             assert not (cited := re.findall(r"\b[A-Z]{5,} §\S*", text)), f"{path} cites {cited}"
 
 

@@ -47,7 +47,7 @@ def by_hand(experience, student, teacher, vocabulary, alpha, form, single_step=T
     """The loss, token by token and sequence by sequence, from dense logits of both models.
 
     q is a distribution over real tokens: the padding of the embedding is never drawn. The teacher's log-probs of single
-    tokens are normalised over all its columns.
+    tokens are normalized over all its columns.
     """
     returns_of = []
     for row in experience.batch.sequences:

@@ -88,8 +88,8 @@ def test_encoder_learns_the_scores_and_loads_with_its_settings(settings, tmp_pat
 
 def test_reward_model_learns_the_scores_and_returns_rewards_in_order(settings, tmp_path):
     texts, scored = task()
-    favourite = np.where(np.arange(len(WORDS)) == 2, 0.0, -6.0).astype(np.float32)
-    scored = [ScoredCandidates(each.query, np.roll(each.candidates, each.query), np.roll(favourite, each.query))
+    favorite = np.where(np.arange(len(WORDS)) == 2, 0.0, -6.0).astype(np.float32)
+    scored = [ScoredCandidates(each.query, np.roll(each.candidates, each.query), np.roll(favorite, each.query))
               for each in scored]  # fmt: skip
     own = settings().reward_model
     loss = fit_reward_model(settings(), texts, scored, tmp_path / "reward", COMPUTE)

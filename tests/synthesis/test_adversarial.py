@@ -28,7 +28,7 @@ GIVEN = [f"Tell me {what} about {word}s in general" for word in WORDS[:4] for wh
 def say(body) -> bytes:
     """Respond as teacher, student or referee, depending on model and prompt; equal for equal prompts and seeds.
 
-    The student is as good as its teacher on whatever has "little" in it, and far behind elsewhere; the referee favours
+    The student is as good as its teacher on whatever has "little" in it, and far behind elsewhere; the referee favors
     what stands first by a point.
     """
     prompt = prompt_of(body)
@@ -355,7 +355,7 @@ def test_base_models_continue_the_prompt(world, endpoint):
 def test_a_damaged_pool_is_reported(world):
     world.round(0)
     (world.folder / "round-0" / "cache_pool.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunFailed, match=r"cache_pool\.parquet' of the round before cannot be read"):
+    with pytest.raises(RunFailed, match=r"cache_pool\.parquet' of the previous round cannot be read"):
         world.round(1)
 
 
