@@ -1,4 +1,4 @@
-"""Rows in, batches out: reading sources, tokenising with counted positions, and dealing rows to steps and ranks."""
+"""From rows to batches: read sources, tokenize rows and mark counted tokens, divide rows among steps and ranks."""
 
 from rayk.data.batches import (
     Batch,

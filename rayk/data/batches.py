@@ -1,4 +1,4 @@
-"""Examples into batches: padded tensors, which rows each step takes, each rank's share of them, and micro-batches."""
+"""Batches: padded tensors, the rows of each step and of each rank, and micro-batches."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.sources import Row, read_rows
-from rayk.data.tokenizing import RowTokenizer, collect
+from rayk.data.tokenizing import RowTokenizer, build_table
 from rayk.errors import InputError
 from rayk.signals.sequence import TokenSequence
 
@@ -25,13 +25,13 @@ class Batch:
 
     Attributes:
         input_ids: int64 [rows, length].
-        attention_mask: int64 [rows, length], 1 where there is a token; made from lengths, since pad may be EOS.
+        attention_mask: int64 [rows, length], 1 at tokens; computed from lengths, because the padding id may be EOS.
         counted_mask: bool [rows, length], True at the counted tokens.
-        targets: int64 [tokens], the counted tokens, row after row.
+        targets: int64 [tokens], the counted tokens, row by row.
         offsets: int64 [rows + 1]; row r's counted tokens are targets[offsets[r]:offsets[r + 1]].
-        positions: int64 [tokens], where in the flattened [rows * length] each counted token is predicted.
-        sequences: the rows unpadded, as a teacher is asked about them.
-        pad_id: what stands behind the shorter rows.
+        positions: int64 [tokens], the position that predicts each counted token, in the flattened [rows * length].
+        sequences: the rows without padding, as teachers score them.
+        pad_id: the token id after the end of shorter rows.
     """
 
     input_ids: Tensor
@@ -49,69 +49,69 @@ class Batch:
 
     @property
     def counted_tokens(self) -> int:
-        """How many tokens count."""
+        """Number of counted tokens."""
         return len(self.targets)
 
     def counted(self, x: Tensor) -> Tensor:
-        """Of x [rows, length, ...] the entries that predict the counted tokens, [tokens, ...], row after row.
+        """Return the entries of x [rows, length, ...] that predict the counted tokens, [tokens, ...], row by row.
 
         The token at position t is predicted at t - 1.
 
         Raises:
-            ValueError: x is of another shape.
+            ValueError: x has another shape.
         """
         if x.shape[:2] != self.input_ids.shape:
             raise ValueError(f"x must begin with {list(self.input_ids.shape)} [rows, length], not {list(x.shape)}")
         return x.flatten(0, 1).index_select(0, self.positions)
 
     def select(self, rows: Sequence[int]) -> "Batch":
-        """The given rows, in the given order, padded to the longest of them."""
+        """Return the given rows, in the given order, padded to the longest of them."""
         return collate([self.sequences[row] for row in rows], self.pad_id).to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
+        """Return the batch on `device`."""
         names = ("input_ids", "attention_mask", "counted_mask", "targets", "offsets", "positions")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def collate(examples: Iterable[TokenSequence], pad_id: int) -> Batch:
-    """A batch of at least one example, on the CPU."""
+    """Return a batch of at least one example, on the CPU."""
     sequences = list(examples)
     assert sequences, "a batch needs at least one row"
-    lengths = np.array([len(each) for each in sequences])
+    lengths = np.array([len(sequence) for sequence in sequences])
     present = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(present.shape, pad_id, dtype=np.int64)
-    ids[present] = np.concatenate([each.input_ids for each in sequences])
+    ids[present] = np.concatenate([sequence.input_ids for sequence in sequences])
     counted = np.zeros(present.shape, dtype=np.bool_)
-    counted[present] = np.concatenate([each.counted for each in sequences])
+    counted[present] = np.concatenate([sequence.counted for sequence in sequences])
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(present.astype(np.int64)),
         counted_mask=torch.from_numpy(counted),
         targets=torch.from_numpy(ids[counted]),
         offsets=torch.from_numpy(np.concatenate(([0], np.cumsum(counted.sum(1))))),
-        positions=torch.from_numpy(np.flatnonzero(counted) - 1),  # never -1: position 0 does not count
+        positions=torch.from_numpy(np.flatnonzero(counted) - 1),  # never -1: position 0 is not counted
         sequences=sequences,
         pad_id=pad_id,
     )
 
 
 class BatchSampler:
-    """Which rows each step takes: a permutation per epoch, all of them end to end, cut into equal batches.
+    """Choose the rows of each step: one permutation per epoch, concatenated and cut into equal batches.
 
-    Stateless: a step's rows follow from (seed, step) alone, so a resumed run, with however many workers, goes on where
-    the first stopped. A batch may reach across the border of two epochs.
+    Stateless: the rows of a step depend only on (seed, step), so a resumed run continues exactly, with any number of
+    workers. A batch may contain rows of two epochs.
 
     Args:
         lengths: tokens of each row of the data.
         batch_size: rows of a step, over all ranks.
-        seed: not negative.
-        steps: how many batches iteration gives.
+        seed: a non-negative number.
+        steps: number of batches.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, steps: int) -> None:
         if len(lengths) == 0:
-            raise InputError("There is no row to make batches of; give data with at least one.")
+            raise InputError("The data has no rows to make batches of; give at least one.")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.steps = batch_size, seed, steps
         self._permutations: dict[int, np.ndarray] = {}
@@ -123,15 +123,15 @@ class BatchSampler:
         return (self.rows(step) for step in range(self.steps))
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of step `step` (from 0), int64 [batch_size]."""
+        """Return the rows of step `step` (from 0), int64 [batch_size]."""
         total = len(self.lengths)
-        taken = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, within = np.divmod(taken, total)
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, within = np.divmod(positions, total)
         parts = [self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate(parts)
 
     def share(self, step: int, rank: int, world: int) -> np.ndarray:
-        """The rows of `step` that rank `rank` of `world` takes, int64, longest first.
+        """Return the rows of `step` for rank `rank` of `world`, int64, longest first.
 
         Raises:
             InputError: there are more ranks than rows in a batch.
@@ -139,39 +139,39 @@ class BatchSampler:
         return self.rows(step)[self.share_positions(step, rank, world)]
 
     def share_positions(self, step: int, rank: int, world: int) -> np.ndarray:
-        """Where in `rows(step)` those of `share` stand: a row that comes twice in a batch has two places.
+        """Return the positions in `rows(step)` of the rows of `share`; a row that occurs twice has two positions.
 
-        Rows are dealt out by length, there and back, so that ranks carry near-equal numbers of tokens.
+        Rows are dealt by length, back and forth over the ranks, so that ranks have nearly equal numbers of tokens.
 
         Raises:
             InputError: there are more ranks than rows in a batch.
         """
         if self.batch_size < world:
             raise InputError(
-                f"training.batch_size is {self.batch_size} but there are {world} workers, and each needs a row; raise "
-                f"the batch size or lower training.workers."
+                f"training.batch_size is {self.batch_size}, but there are {world} workers and each requires a "
+                f"row; raise the batch size or lower training.workers."
             )
         dealt = np.argsort(-self.lengths[self.rows(step)], kind="stable")
-        turn, seat = np.divmod(np.arange(len(dealt)), world)
-        return dealt[np.where(turn % 2 == 0, seat, world - 1 - seat) == rank]
+        pass_number, seat = np.divmod(np.arange(len(dealt)), world)
+        return dealt[np.where(pass_number % 2 == 0, seat, world - 1 - seat) == rank]
 
     def epoch_of(self, step: int) -> int:
-        """The epoch (from 0) from which the first row of `step` comes."""
+        """Return the epoch (from 0) of the first row of `step`."""
         return step * self.batch_size // len(self.lengths)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            # numpy promises that raw streams never change, which it does not of Generator.permutation
+            # numpy guarantees that raw streams never change, but not Generator.permutation
             raw = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
-            kept = {last: self._permutations[last] for last in (epoch - 1,) if last in self._permutations}
-            self._permutations = kept | {epoch: np.argsort(raw, kind="stable")}
+            previous = {last: self._permutations[last] for last in (epoch - 1,) if last in self._permutations}
+            self._permutations = previous | {epoch: np.argsort(raw, kind="stable")}
         return self._permutations[epoch]
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Rows in groups whose padded size, rows times longest, is at most `max_tokens`; the longest rows come first.
+    """Group rows so that the padded size of a group, rows times longest, is at most `max_tokens`; longest rows first.
 
-    A row longer than `max_tokens` makes a group of its own. Every row is in exactly one group.
+    A row longer than `max_tokens` is a group of its own. Every row is in exactly one group.
     """
     groups: list[list[int]] = []
     longest = 0
@@ -184,7 +184,7 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[
 
 
 def get_pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The tokenizer's padding id, or EOS where it has none: masks come from lengths, so either will do."""
+    """Return the tokenizer's padding id, or EOS where it has none: masks are computed from lengths, so both work."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -201,22 +201,22 @@ def make_batches(
     prompts_only: bool = False,
     **source_settings: Any,
 ) -> list[Batch]:
-    """Batches for a loop of one's own; the last may be smaller.
+    """Tokenize rows and return them in batches, for a training loop of your own; the last batch may be smaller.
 
     Args:
-        rows: dicts, or a source, or the path of one.
-        tokenizer: the student's.
-        batch_size: rows of a batch.
-        shuffle_seed: the order of the rows; None keeps it.
-        source_settings: of `DataSource`, such as `prompt_field="question"`; not with a `DataSource`.
+        rows: dicts, a source, or the path of a source.
+        tokenizer: the student's tokenizer.
+        batch_size: rows per batch.
+        shuffle_seed: seed of the order of the rows; None keeps their order.
+        source_settings: fields of `DataSource`, such as `prompt_field="question"`; not allowed with a `DataSource`.
 
     Raises:
-        InputError: rows cannot be read, lack their fields, or are too long.
+        InputError: rows cannot be read, lack required fields, or are too long.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1.")
     if isinstance(rows, DataSource) and source_settings:
-        raise InputError(f"{', '.join(source_settings)} cannot be given beside a DataSource; set them in it.")
+        raise InputError(f"{', '.join(source_settings)} cannot be given together with a DataSource; set them in it.")
     try:
         path = rows if isinstance(rows, str) else "rows"
         source = rows if isinstance(rows, DataSource) else DataSource(path=path, **source_settings)
@@ -230,16 +230,17 @@ def make_batches(
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{'.'.join(map(str, first['loc'])) or 'make_batches'}: {first['msg']}.") from error
-    read = read_rows(source) if isinstance(rows, DataSource | str) else _rows_of(rows)
-    table = collect(RowTokenizer(source, data, tokenizer, prompts_only=prompts_only, section=""), read, source.path)
+    source_rows = read_rows(source) if isinstance(rows, DataSource | str) else _number_rows(rows)
+    row_tokenizer = RowTokenizer(source, data, tokenizer, prompts_only=prompts_only, section="")
+    table = build_table(row_tokenizer, source_rows, source.path)
     order = np.arange(len(table))
     if shuffle_seed is not None:
         order = BatchSampler(table.lengths, len(table), shuffle_seed, 1).rows(0)
-    cuts = range(0, len(order), batch_size)
-    return [collate([table[i] for i in order[cut : cut + batch_size]], get_pad_id(tokenizer)) for cut in cuts]
+    starts = range(0, len(order), batch_size)
+    return [collate([table[i] for i in order[start : start + batch_size]], get_pad_id(tokenizer)) for start in starts]
 
 
-def _rows_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+def _number_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
     for number, fields in enumerate(rows, start=1):
         if not isinstance(fields, Mapping):
             raise InputError(f"Row {number} is a {type(fields).__name__}, not a mapping of fields; give dicts.")

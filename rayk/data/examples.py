@@ -1,4 +1,4 @@
-"""Rows ready for a model, and the Arrow table in which every worker shares them."""
+"""Tokenized rows, and the Arrow table in which the workers of a node share them."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ import pyarrow as pa
 from rayk.signals.sequence import TokenSequence
 
 EVERY_TEACHER = "*"
-"""Reader of a context that all teachers read for which the row has no context of their own."""
+"""Key in `Example.contexts` for all teachers without a key of their own."""
 
 _CHUNK_ROWS = 1000
 _SKIPPED = b"rayk.skipped"
-# large lists: the tokens of a whole corpus overflow the 32-bit offsets of plain ones
+# large lists: the tokens of a corpus overflow the 32-bit offsets of plain lists
 _SCHEMA = pa.schema(
     [
         ("input_ids", pa.large_list(pa.int32())),
@@ -33,16 +33,16 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False)
 class Example(TokenSequence):
-    """A row ready for a model.
+    """A tokenized row, as the student reads it.
 
     Attributes:
         input_ids: int32 [length].
-        counted: bool [length], the tokens to learn; none of them for a prompt alone.
-        prompt_tokens: the first so many ids are the prompt, from which evaluation generates; 0 for plain text.
-        where: the row's place in words, for messages.
-        fields: the row as it was read.
-        rejected: of a preference row, whose chosen answer this is, the other answer after the same prompt.
-        contexts: what other readers read instead of the prompt, int32 [length] each, by a teacher's name or
+        counted: bool [length], True at the tokens that enter the loss; nowhere for a prompt without completion.
+        prompt_tokens: number of leading ids that are the prompt; 0 for plain text.
+        where: place of the row, for error messages ("train.jsonl, line 17").
+        fields: the fields of the row as read.
+        rejected: for a preference row, the rejected answer after the same prompt; the row itself is the chosen one.
+        contexts: token ids that other models read instead of the prompt, int32 [length] each, by a teacher's name or
             `EVERY_TEACHER`. Not stored in `ExampleTable`; see `rayk.data.views`.
     """
 
@@ -53,9 +53,9 @@ class Example(TokenSequence):
     contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def view(self, reader: str) -> "Example":
-        """The row as the model named `reader` reads it: after the reader's context, or unchanged where it has none.
+        """Return the row as the model `reader` reads it: after that model's context, or unchanged without one.
 
-        Views align by counted index: the tokens after the prompt, the counted ones among them, are the same in each.
+        Views align by counted index: the tokens after the prompt, which include all counted ones, are the same in all.
         """
         context = self.contexts.get(reader, self.contexts.get(EVERY_TEACHER))
         if context is None:
@@ -66,21 +66,21 @@ class Example(TokenSequence):
 
     @property
     def answers(self) -> "list[Example]":
-        """The row as it is, and behind it its rejected answer if it has one."""
+        """The row itself, followed by its rejected answer if it has one."""
         return [self] if self.rejected is None else [self, self.rejected]
 
     @property
     def prompt_ids(self) -> np.ndarray:
-        """int32 [prompt_tokens]."""
+        """Token ids of the prompt, int32 [prompt_tokens]."""
         return self.input_ids[: self.prompt_tokens]
 
 
 class ExampleTable:
-    """Examples in Arrow columns, read without copying, so that the workers of a node share one in memory.
+    """Examples in Arrow columns, read without copying, so that the workers of a node share one table in memory.
 
-    Columns: input_ids large_list<int32>, counted large_list<bool>, rejected_ids large_list<int32> (empty but for
-    preference pairs), prompt_tokens int32, where string, fields string (JSON). The reasons for skipped rows travel in
-    the schema's metadata.
+    Columns: input_ids large_list<int32>, counted large_list<bool>, rejected_ids large_list<int32> (empty except for
+    preference pairs), prompt_tokens int32, where string, fields string (JSON). The schema's metadata contain the number
+    of skipped rows by reason.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -88,7 +88,7 @@ class ExampleTable:
 
     @classmethod
     def from_examples(cls, examples: Iterable[Example], skipped: Mapping[str, int] | None = None) -> "ExampleTable":
-        """A table of the examples. `skipped` is read after the last example, so it may fill meanwhile."""
+        """Build a table. `skipped` is read after the last example, so it may grow while the examples are produced."""
         remaining, parts = iter(examples), []
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
             parts.append(_record_batch(chunk))
@@ -102,7 +102,7 @@ class ExampleTable:
         return self.table.num_rows
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index` (negative from the end); `input_ids` is a read-only view of the table."""
+        """Return example `index` (negative: from the end); `input_ids` is a read-only view of the table."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         index = int(index) % len(self)
@@ -122,22 +122,22 @@ class ExampleTable:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many rows were skipped, by reason."""
+        """Number of skipped rows, by reason."""
         return json.loads((self.table.schema.metadata or {}).get(_SKIPPED, b"{}"))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, of both answers of a pair, int64 [examples]."""
+        """Number of tokens of each example, of both answers for a pair, int64 [examples]."""
         return np.diff(self._offsets) + np.diff(self._rejected_offsets)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return int(max(np.diff(self._offsets).max(), np.diff(self._rejected_offsets).max()))
 
     @cached_property
     def counted_tokens(self) -> np.ndarray:
-        """Counted tokens of each example, of both answers of a pair, int64 [examples]."""
+        """Number of counted tokens of each example, of both answers for a pair, int64 [examples]."""
         counted = self._counted.to_numpy(zero_copy_only=False)
         before = np.concatenate(([0], np.cumsum(counted, dtype=np.int64)))
         chosen = before[self._offsets[1:]] - before[self._offsets[:-1]]
@@ -145,12 +145,12 @@ class ExampleTable:
 
     @cached_property
     def prompt_tokens(self) -> np.ndarray:
-        """Prompt tokens of each example, int32 [examples]."""
+        """Number of prompt tokens of each example, int32 [examples]."""
         return self.table.column("prompt_tokens").to_numpy()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the tokens, the counted positions and the order; the same data has it wherever it lies."""
+        """A hash of the tokens, the counted positions and the order of the rows; independent of file names."""
         digest = hashlib.sha256()
         counted = np.packbits(self._counted.to_numpy(zero_copy_only=False))
         parts = [self._ids, counted, self.lengths, self.prompt_tokens]
@@ -182,14 +182,14 @@ class ExampleTable:
 
 
 def _record_batch(examples: list[Example]) -> pa.RecordBatch:
-    nothing = np.zeros(0, np.int32)
+    empty = np.zeros(0, np.int32)
     columns = [
-        _lists([each.input_ids for each in examples], pa.int32()),
-        _lists([each.counted for each in examples], pa.bool_()),
-        _lists([nothing if each.rejected is None else each.rejected.input_ids for each in examples], pa.int32()),
-        pa.array([each.prompt_tokens for each in examples], pa.int32()),
-        pa.array([each.where for each in examples], pa.string()),
-        pa.array([json.dumps(dict(each.fields), default=str) for each in examples], pa.string()),
+        _lists([row.input_ids for row in examples], pa.int32()),
+        _lists([row.counted for row in examples], pa.bool_()),
+        _lists([empty if row.rejected is None else row.rejected.input_ids for row in examples], pa.int32()),
+        pa.array([row.prompt_tokens for row in examples], pa.int32()),
+        pa.array([row.where for row in examples], pa.string()),
+        pa.array([json.dumps(dict(row.fields), default=str) for row in examples], pa.string()),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
 

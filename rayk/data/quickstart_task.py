@@ -1,17 +1,16 @@
-"""The built-in task of ``rayk quickstart``: translating into an invented language whose word endings vary.
+"""The built-in task of `rayk quickstart`: translation into an invented language with varying word endings.
 
-A prompt is a five-word English sentence, ``old fox hears red king ->``; its translation renders every word by one
-stem with one of three endings, ``velo tara sulen rudo moso``. Which ending is usual depends on the word *and on its
-neighbours*, and speakers do not all agree: the usual ending is said with probability 0.7, the second with 0.2, the
-third with 0.1, independently at every word. The orders are drawn once, from ``LANGUAGE_SEED``, for all 350 contexts
-(word before, word, word after); they are the language and do not change with a row's seed.
+A prompt is a five-word English sentence, `old fox hears red king ->`. Its translation has one word for each of its
+words, a stem with one of three endings: `velo tara sulen rudo moso`. The usual ending depends on the word *and its
+neighbors*, and speakers vary: the usual ending has probability 0.7, the second 0.2 and the third 0.1, independently at
+every word. The order of endings is drawn once from `LANGUAGE_SEED` for all 350 contexts (word before, word, word
+after). It defines the language and does not depend on a row's seed.
 
-A row's ``completion`` is what one speaker happened to say, its ``answer`` what is usual: the mode at every word, and
-so the greedy translation of a perfect reader. One completion does not tell usage from chance: three words in ten are
-not the usual ones. From such targets a supervised student learns slowly, its gradients being mostly noise, and where
-rows come back it learns their accidents too. The teacher has read far more sentences and gives all three probabilities
-at every position, so the student that matches them has noiseless targets from the same rows in the same steps. Nothing
-is held back from the supervised student: with four times the steps, on fresh rows, it reaches the same end.
+A row's `completion` is sampled from one speaker; its `answer` is the most probable ending at every word, the greedy
+translation of a perfect model. In a completion three words in ten are not the usual ones, so a supervised student gets
+noisy gradients, learns slowly, and memorizes the noise of repeated rows. The teacher was trained on many more sentences
+and returns all three probabilities at every position, so a student that matches them has targets without noise from the
+same rows in the same steps. With four times the steps on new rows the supervised student reaches the same result.
 """
 
 import itertools
@@ -33,13 +32,13 @@ NOUNS = {"fox": "tar", "king": "mos", "bird": "fil", "boat": "nav", "cloud": "he
 VERBS = {"sees": "vid", "finds": "kel", "hears": "sul", "follows": "gan"}
 STEMS = ADJECTIVES | NOUNS | VERBS
 EVALUATION_PROMPTS, TRAIN_PROMPTS = 500, 2000
-"""All 2,500 sentences, each in one split for good."""
+"""Sizes of the two splits, 2,500 sentences together; no sentence is in both."""
 
 ARROW, PAD, EOS, UNKNOWN = "->", "<pad>", "<eos>", "<unk>"
 WORDS = [PAD, EOS, UNKNOWN, ARROW, *STEMS, *(stem + ending for stem in STEMS.values() for ending in ENDINGS)]
 
-# What the quickstart builds and how it trains: AdamW, linear warm-up, then cosine to zero. The teacher reads every row
-# once, both students read theirs eight times. The learning rate is the supervised student's best of 1e-3, 2e-3, 4e-3.
+# Models and training of the quickstart: AdamW, linear warmup, then cosine decay to zero. The teacher trains one epoch,
+# both students train eight. The learning rate is the best of 1e-3, 2e-3 and 4e-3 for the supervised student.
 _LLAMA = {
     "vocab_size": len(WORDS),
     "num_attention_heads": 4,
@@ -58,7 +57,7 @@ STUDENT_TRAINING: dict[str, Any] = _OPTIMIZER | {"rows": 2000, "steps": 500, "ba
 
 
 def _language() -> dict[tuple[str, str, str], list[str]]:
-    """Every context (word before, word, word after) to its renderings, the usual one first; "" is no word."""
+    """Map each context (word before, word, word after; "" at the ends) to its three translations, most usual first."""
     draw = random.Random(LANGUAGE_SEED)
     contexts = [
         *itertools.product([""], ADJECTIVES, NOUNS),
@@ -74,22 +73,22 @@ LANGUAGE = _language()
 
 
 def true_distribution(prompt: str) -> list[dict[str, float]]:
-    """For each of the translation's words, its renderings with their probabilities, the usual one first."""
+    """Return the possible words at each position of the translation with their probabilities, most probable first."""
     words = ["", *prompt.removesuffix(ARROW).split(), ""]
     contexts = zip(words, words[1:], words[2:], strict=False)
     return [dict(zip(LANGUAGE[context], ENDING_PROBABILITIES, strict=True)) for context in contexts]
 
 
 def prompts(split: Split) -> list[str]:
-    """The split's sentences; no sentence is in both."""
+    """Return the prompts of a split."""
     sentences = itertools.product(ADJECTIVES, NOUNS, VERBS, ADJECTIVES, NOUNS)
-    everything = [" ".join((*words, ARROW)) for words in sentences]
-    random.Random(LANGUAGE_SEED).shuffle(everything)
-    return everything[:EVALUATION_PROMPTS] if split == "evaluation" else everything[EVALUATION_PROMPTS:]
+    all_prompts = [" ".join((*words, ARROW)) for words in sentences]
+    random.Random(LANGUAGE_SEED).shuffle(all_prompts)
+    return all_prompts[:EVALUATION_PROMPTS] if split == "evaluation" else all_prompts[EVALUATION_PROMPTS:]
 
 
 def generate_rows(count: int, seed: int, split: Split = "train") -> list[dict[str, str]]:
-    """``count`` rows, the first of the seed's endless stream; a sentence returns only after all others of its split."""
+    """Return the first `count` rows of the seed's infinite stream; each pass has every sentence of the split once."""
     draw = random.Random(f"{seed}-{split}")
     sentences = prompts(split)
     rows: list[dict[str, str]] = []
@@ -101,18 +100,18 @@ def generate_rows(count: int, seed: int, split: Split = "train") -> list[dict[st
 
 def _row(prompt: str, draw: random.Random) -> dict[str, str]:
     words = true_distribution(prompt)
-    said = [draw.choices(list(word), list(word.values()))[0] for word in words]
-    usual = [next(iter(word)) for word in words]
-    return {"prompt": prompt, "completion": " ".join(said), "answer": " ".join(usual)}
+    sampled = [draw.choices(list(word), list(word.values()))[0] for word in words]
+    most_probable = [next(iter(word)) for word in words]
+    return {"prompt": prompt, "completion": " ".join(sampled), "answer": " ".join(most_probable)}
 
 
 def write_rows(path: Path, count: int, seed: int, split: Split = "train") -> None:
-    """Write ``generate_rows`` as JSON lines."""
+    """Write the rows of `generate_rows` as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in generate_rows(count, seed, split)), encoding="utf-8")
 
 
 def task_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; ``encode`` adds no special tokens. The arrow parts prompt and completion without a space."""
+    """Return a tokenizer with one token per word and no special tokens; a prompt's arrow separates its completion."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)

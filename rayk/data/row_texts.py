@@ -186,9 +186,7 @@ def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where} contains a lone surrogate, which is half a Unicode character; correct the row."
-        ) from error
+        raise InputError(f"{where} contains half a Unicode character (a lone surrogate); correct the row.") from error
 
 
 def _names(fields: Mapping[str, Any]) -> str:

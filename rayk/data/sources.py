@@ -1,4 +1,4 @@
-"""Rows from where they lie: JSONL, JSON and Parquet files, globs and folders of them, saved and hub datasets."""
+"""Read rows from JSONL, JSON and Parquet files, globs and folders of them, and saved or hub datasets."""
 
 import glob
 import json
@@ -21,18 +21,18 @@ _PARQUET_ROWS = 1000
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its fields, and where it came from in words ("train.jsonl, line 17")."""
+    """One row: its fields, and its place for error messages ("train.jsonl, line 17")."""
 
     fields: Mapping[str, Any]
     where: str
 
 
 def read_rows(source: DataSource) -> Iterator[Row]:
-    """The rows of a source, one at a time, in the order of the files; at most `source.rows` of them.
+    """Yield the rows of a source in the order of its files, at most `source.rows` of them.
 
     Raises:
-        InputError: there is nothing to read, or a row cannot be read; the sentence names the file and line. The path
-            is looked up at once, rows are read as they are asked for.
+        InputError: the source is missing or empty, or a row cannot be read; the sentence names the file and line. The
+            path is checked at the call, rows are read when the iterator reaches them.
     """
     found = _open(source)
     return _at_least_one(islice(found, source.rows), source)
@@ -72,7 +72,7 @@ def _read_files(paths: list[Path]) -> Iterator[Row]:
 def _read_file(path: Path) -> Iterator[Row]:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise InputError(f"'{path}' is not a kind of file rayk reads; give one of {', '.join(DATA_SUFFIXES)}.")
+        raise InputError(f"'{path}' is not a file type that rayk reads; give one of {', '.join(DATA_SUFFIXES)}.")
     return _readable(readers[path.suffix](path), path)
 
 
@@ -84,7 +84,7 @@ def _readable(rows: Iterator[Row], path: Path) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    # Read as bytes: text mode would also end lines at a lone carriage return.
+    # Read as bytes: text mode also splits lines at a single carriage return.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -95,7 +95,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A .json file is a list of objects, or JSONL by another name."""
+    """Read a .json file: a list of objects, or JSONL with another suffix."""
     with open(path, "rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
@@ -115,7 +115,7 @@ def _parse(text: bytes, where: str) -> Any:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{where} is not JSON: {error.msg} ({place}).") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON that can be read: {error}.") from error
+        raise InputError(f"{where} is not JSON: {error}.") from error
 
 
 def _row(fields: Any, where: str) -> Row:
@@ -136,16 +136,16 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(fields, f"row {number} of {path}")
     except pa.ArrowException as error:
-        raise InputError(f"'{path}' is not a Parquet file that can be read: {_first_line(error)}") from error
+        raise InputError(f"'{path}' is not a valid Parquet file: {_first_line(error)}") from error
 
 
 def _files_of_folder(folder: Path, source: DataSource) -> list[Path]:
-    """The folder's files that belong to the split: those named for it, or all where no file is named for any split."""
+    """List the folder's files of the split: those with its name, or all where no file is named after a split."""
     inside = folder / source.name if source.name and (folder / source.name).is_dir() else folder
     files = sorted(path for path in inside.rglob("*") if path.suffix in DATA_SUFFIXES and path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(inside).parts)]
     if not files:
-        raise InputError(f"The folder '{folder}' holds no {', '.join(DATA_SUFFIXES)} file; check the path.")
+        raise InputError(f"The folder '{folder}' contains no {', '.join(DATA_SUFFIXES)} file; check the path.")
     words = {path: set(re.split(r"[^a-z0-9]+", str(path.relative_to(inside)).lower())) for path in files}
     named = [path for path in files if source.split.lower() in words[path]]
     if not named and any(words[path] & _SPLIT_WORDS for path in files):
@@ -175,7 +175,7 @@ def _read_hub(source: DataSource) -> Iterator[Row]:
 
     try:
         loaded = datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # the hub, the network and every dataset builder fail in ways of their own
+    except Exception as error:  # the hub, the network and dataset builders raise errors of many types
         raise InputError(
             f"No dataset '{source.path}' (split '{source.split}') could be loaded from a file or the hub: "
             f"{_first_line(error)}"

@@ -1,4 +1,4 @@
-"""Rows into examples, once, on the driver."""
+"""Tokenize rows into examples, once per run, on the driver."""
 
 import logging
 from collections import Counter
@@ -25,16 +25,16 @@ _CHUNK_ROWS = 1000
 
 
 class RowTokenizer:
-    """Turns the rows of one source into examples; rows that cannot be used are counted in `skipped` by reason.
+    """Tokenize the rows of one source; unusable rows are counted in `skipped` by reason.
 
     Args:
-        source: the fields and format.
-        data: the limits on length, and whether prompts are wrapped in the chat template.
+        source: fields and format.
+        data: length limits, and whether prompts are rendered in the chat template.
         tokenizer: a transformers tokenizer with an EOS token.
-        prompts_only: make examples of the prompts alone, with no counted token: for students and teachers that write
-            the completions themselves. Completions are then not read.
-        pairs: make preference pairs unless the source's format says otherwise.
-        section: how errors name the source's settings.
+        prompts_only: make examples of the prompts, without counted tokens, for runs in which a model generates the
+            completions. Completions are not read.
+        pairs: make preference pairs unless the source's format is another one.
+        section: prefix of the source's settings in error messages.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class RowTokenizer:
         self.first_skipped: dict[str, str] = {}
 
     def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
-        """The usable rows as examples, in order.
+        """Yield the usable rows as examples, in order.
 
         Raises:
-            InputError: a row lacks its fields, is malformed, or is too long where `too_long` is `error`.
+            InputError: a row lacks required fields, is malformed, or is too long while `too_long` is `error`.
         """
         remaining = iter(rows)
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
@@ -70,16 +70,16 @@ class RowTokenizer:
                     yield example
 
     def prompt_of(self, row: Row) -> np.ndarray:
-        """The prompt's ids, int32 [prompt_tokens]: what a model is given to write this row's (last) completion.
+        """Return the token ids from which a model generates the row's (last) completion, int32 [prompt_tokens].
 
         Raises:
-            InputError: the row is plain text, which has no prompt, or lacks its fields.
+            InputError: the row is plain text, which has no prompt, or lacks required fields.
         """
         tokens = self._encode_prompts([row])[0]
         return np.asarray(tokens.input_ids, dtype=np.int32)
 
     def _encode(self, rows: list[Row]) -> list[Tokens | None]:
-        """The tokens of each row, None where it was skipped."""
+        """Return the tokens of each row, None for a skipped row."""
         if self.prompts_only:
             return list(self._encode_prompts(rows))
         form = self._format(rows[0])
@@ -87,11 +87,11 @@ class RowTokenizer:
             return [self._encode_messages(row, self.texts.messages(row)) for row in rows]
         if form == "text":
             texts = [self.texts.text(row) for row in rows]
-            return self._unless_empty(rows, texts, "text", self.encoder.texts(texts))
+            return self._skip_empty(rows, texts, "text", self.encoder.texts(texts))
         if self.data.chat_template:
             return [self._encode_messages(row, self._as_messages(row)) for row in rows]
         prompts, completions = [self.texts.prompt(row) for row in rows], [self.texts.completion(row) for row in rows]
-        return self._unless_empty(rows, completions, "completion", self.encoder.pairs(prompts, completions))
+        return self._skip_empty(rows, completions, "completion", self.encoder.pairs(prompts, completions))
 
     def _encode_prompts(self, rows: list[Row]) -> list[Tokens]:
         form = self._format(rows[0])
@@ -119,7 +119,7 @@ class RowTokenizer:
         return self._format(row) == "preference" and not self.prompts_only
 
     def _encode_pairs(self, rows: list[Row]) -> list[tuple[Tokens, Tokens] | None]:
-        """The tokens of each row's chosen and rejected answer after their prompt, None where it was skipped."""
+        """Return the tokens of each row's chosen and rejected answer after the prompt, None for a skipped row."""
         if self.texts.has_conversations(rows[0]):
             return [self._conversations(row, *self.texts.conversations(row)) for row in rows]
         answers = [self.texts.answers(row) for row in rows]
@@ -131,32 +131,32 @@ class RowTokenizer:
         prompts = [self.texts.prompt(row) for row in rows]
         sides = (self.encoder.pairs(prompts, [pair[side] for pair in answers]) for side in (0, 1))
         return [
-            pair if self._both_written(row, *map(_assistant_message, texts)) else None
+            pair if self._has_both_answers(row, *map(_assistant_message, texts)) else None
             for row, texts, pair in zip(rows, answers, zip(*sides, strict=True), strict=True)
         ]
 
     def _conversations(
         self, row: Row, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
     ) -> tuple[Tokens, Tokens] | None:
-        if not self._both_written(row, chosen[-1], rejected[-1]):
+        if not self._has_both_answers(row, chosen[-1], rejected[-1]):
             return None
         better, worse = (self.encoder.chat(side, [len(side) - 1], row.where) for side in (chosen, rejected))
         return better, worse
 
-    def _both_written(self, row: Row, chosen: dict[str, Any], rejected: dict[str, Any]) -> bool:
+    def _has_both_answers(self, row: Row, chosen: dict[str, Any], rejected: dict[str, Any]) -> bool:
         for name, message in (("chosen", chosen), ("rejected", rejected)):
-            if not _written(message):
+            if not _has_content(message):
                 self._skip(row, f"empty {name} answer")
                 return False
         return True
 
-    def _unless_empty(self, rows: list[Row], texts: list[str], part: str, tokens: list[Tokens]) -> list[Tokens | None]:
-        kept: list[Tokens | None] = []
-        for row, text, each in zip(rows, texts, tokens, strict=True):
+    def _skip_empty(self, rows: list[Row], texts: list[str], part: str, tokens: list[Tokens]) -> list[Tokens | None]:
+        usable: list[Tokens | None] = []
+        for row, text, row_tokens in zip(rows, texts, tokens, strict=True):
             if not text.strip():
                 self._skip(row, f"empty {part}")
-            kept.append(each if text.strip() else None)
-        return kept
+            usable.append(row_tokens if text.strip() else None)
+        return usable
 
     def _user_message(self, row: Row) -> dict[str, Any]:
         return {"role": "user", "content": self.texts.prompt(row)}
@@ -167,41 +167,41 @@ class RowTokenizer:
     def _chat_prompt(self, row: Row, messages: list[dict[str, Any]]) -> list[int]:
         before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not before:
-            raise InputError(f"{row.where} has no message before its assistant turn; give it at least one.")
+            raise InputError(f"{row.where} has no message before its assistant turn; add at least one.")
         return self.encoder.chat_prompt(before, row.where)
 
     def _encode_messages(self, row: Row, messages: list[dict[str, Any]]) -> Tokens | None:
         if messages[-1]["role"] != "assistant":
             raise InputError(
-                f"{row.where} ends with a message of the {messages[-1]['role']}, so there is no completion to learn; "
-                f"the last message must be the assistant's."
+                f"{row.where} ends with a message of role {messages[-1]['role']}, so it has no completion to train on; "
+                f"the last message must have role assistant."
             )
         turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
         if not turns:
-            raise InputError(f"{row.where} has no message before its assistant turn; give it at least one.")
-        wanted = turns if self.source.train_on == "all" else turns[-1:]
-        written = [i for i in wanted if _written(messages[i])]
-        if not written:
+            raise InputError(f"{row.where} has no message before its assistant turn; add at least one.")
+        trained = turns if self.source.train_on == "all" else turns[-1:]
+        with_content = [i for i in trained if _has_content(messages[i])]
+        if not with_content:
             self._skip(row, "empty completion")
             return None
-        return self.encoder.chat(messages, written, row.where)
+        return self.encoder.chat(messages, with_content, row.where)
 
     def _row(self, row: Row, tokens: Tokens | tuple[Tokens, Tokens]) -> Example | None:
-        """The example of a row's tokens, or of both its answers' tokens; None where it was skipped."""
+        """Return the example of a row's tokens or of the tokens of its two answers; None for a skipped row."""
         if isinstance(tokens, Tokens):
             return self._example(row, tokens)
         chosen = self._example(row, tokens[0])
         rejected = None if chosen is None else self._example(row, tokens[1])
         if chosen is None or rejected is None:
             return None
-        assert np.array_equal(chosen.prompt_ids, rejected.prompt_ids)  # the table holds it once
+        assert np.array_equal(chosen.prompt_ids, rejected.prompt_ids)  # the table stores it once
         if np.array_equal(chosen.input_ids, rejected.input_ids):
             self._skip(row, "identical answers")
             return None
         return replace(chosen, rejected=rejected)
 
     def _example(self, row: Row, tokens: Tokens) -> Example | None:
-        """The example of a row's tokens, None where it was skipped. The limits on length are applied here."""
+        """Return the example of a row's tokens, None for a skipped row. Length limits are applied here."""
         length, limits = len(tokens.input_ids), self.data
         ids = np.asarray(tokens.input_ids[: limits.max_tokens], dtype=np.int32)
         counted = tokens.counted()[: limits.max_tokens]
@@ -235,7 +235,7 @@ def _assistant_message(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def _written(message: dict[str, Any]) -> bool:
+def _has_content(message: dict[str, Any]) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
@@ -243,23 +243,27 @@ def tokenize(
     source: DataSource, data: DataConfig, tokenizer: "PreTrainedTokenizerBase", *, prompts_only: bool = False,
     pairs: bool = False,
 ) -> ExampleTable:  # fmt: skip
-    """Read and tokenise a source. See `RowTokenizer`.
+    """Read and tokenize a source; see `RowTokenizer` for the arguments.
 
     Raises:
-        InputError: the source or a row cannot be read or is too long, or no row is left to learn from.
+        InputError: the source or a row cannot be read or is too long, or no row is usable.
     """
     rows = RowTokenizer(source, data, tokenizer, prompts_only=prompts_only, pairs=pairs)
-    return collect(rows, read_rows(source), source.path)
+    return build_table(rows, read_rows(source), source.path)
 
 
-def collect(tokenizer: RowTokenizer, rows: Iterable[Row], name: str) -> ExampleTable:
-    """The examples of the rows as a table; skipped rows are logged, and at least one example must be left."""
+def build_table(tokenizer: RowTokenizer, rows: Iterable[Row], name: str) -> ExampleTable:
+    """Tokenize rows into a table, and log the skipped ones.
+
+    Raises:
+        InputError: as `RowTokenizer.examples`, or no row is usable.
+    """
     table = ExampleTable.from_examples(tokenizer.examples(rows), tokenizer.skipped)
     reasons = ", ".join(
         f"{reason} ({count}, first {tokenizer.first_skipped[reason]})" for reason, count in tokenizer.skipped.items()
     )
     if not len(table):
-        raise InputError(f"'{name}' has no row that can be used: {reasons or 'it is empty'}.")
+        raise InputError(f"'{name}' has no usable row: {reasons or 'it is empty'}.")
     if reasons:
         logger.warning("'%s': %d rows skipped: %s", name, sum(tokenizer.skipped.values()), reasons)
     return table

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayk.config import DataSource
-from rayk.data.batches import BatchSampler, collate, make_batches, micro_batches, get_pad_id
+from rayk.data.batches import BatchSampler, collate, get_pad_id, make_batches, micro_batches
 from rayk.errors import InputError
 from rayk.signals.sequence import TokenSequence
 from tests.tiny import EOS, tiny_tokenizer
@@ -24,7 +24,7 @@ ROWS = [
 ]
 
 
-def test_a_batch_is_padded_by_length_even_where_pad_is_eos():
+def test_batch_is_padded_by_length_even_if_pad_is_eos():
     batch = collate(ROWS, pad_id=1)
     assert batch.input_ids.tolist() == [[5, 6, 7, 1, 1, 1], [8, 1, 1, 1, 1, 1], [9, 1, 1, 10, 11, 1]]
     assert batch.attention_mask.sum(1).tolist() == [4, 2, 6]
@@ -36,7 +36,7 @@ def test_a_batch_is_padded_by_length_even_where_pad_is_eos():
     assert batch.counted_mask.dtype == torch.bool
 
 
-def test_counted_takes_the_position_before_each_counted_token():
+def test_counted_selects_the_position_before_each_counted_token():
     batch = collate(ROWS, pad_id=0)
     row, position = torch.meshgrid(torch.arange(3), torch.arange(6), indexing="ij")
     marker = torch.stack([row, position], -1)
@@ -49,7 +49,7 @@ def test_counted_takes_the_position_before_each_counted_token():
         batch.counted(marker[:, :-1])
 
 
-def test_a_model_that_has_learned_the_rows_scores_them_perfectly():
+def test_model_that_fits_the_rows_has_zero_loss_on_their_batch():
     """Closed check of the shift: logits that name the next token give targets, shifted logits do not."""
     batch = collate([ROWS[0], sequence([3, 4, 5, 6, 7], [0, 1, 1, 1, 1])], pad_id=0)
     following = torch.nn.functional.one_hot(batch.input_ids.roll(-1, 1), 16).float()
@@ -57,20 +57,20 @@ def test_a_model_that_has_learned_the_rows_scores_them_perfectly():
     assert not batch.counted(following.roll(1, 1)).argmax(-1).equal(batch.targets)
 
 
-def test_counted_lets_gradients_through():
+def test_gradients_pass_through_counted():
     batch = collate(ROWS, pad_id=0)
     x = torch.zeros(3, 6, 2, requires_grad=True)
     batch.counted(x).sum().backward()
     assert x.grad[..., 0].long().tolist() == [[0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0]]
 
 
-def test_select_pads_to_the_rows_it_takes():
+def test_select_pads_to_the_longest_selected_row():
     batch = collate(ROWS, pad_id=0).select([1, 0])
     assert batch.input_ids.tolist() == [[8, 1, 0, 0], [5, 6, 7, 1]]
     assert batch.targets.tolist() == [1, 7, 1] and batch.sequences == [ROWS[1], ROWS[0]]
 
 
-def test_position_zero_cannot_count():
+def test_position_zero_cannot_be_counted():
     with pytest.raises(ValueError, match="position 0"):
         sequence([1, 2], [1, 1])
     with pytest.raises(ValueError, match="one length"):
@@ -81,7 +81,7 @@ lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
 
 @given(lengths=lengths_lists, batch_size=st.integers(1, 50), seed=st.integers(0, 9))
-def test_every_epoch_takes_every_row_once(lengths, batch_size, seed):
+def test_every_epoch_has_every_row_once(lengths, batch_size, seed):
     total = len(lengths)
     steps = -(-3 * total // batch_size)
     sampler = BatchSampler(lengths, batch_size, seed, steps)
@@ -93,7 +93,7 @@ def test_every_epoch_takes_every_row_once(lengths, batch_size, seed):
 
 
 @given(lengths=lengths_lists, seed=st.integers(0, 9), step=st.integers(0, 1000))
-def test_a_step_depends_on_seed_and_step_alone(lengths, seed, step):
+def test_step_depends_on_seed_and_step_only(lengths, seed, step):
     warmed = BatchSampler(lengths, 8, seed, 1)
     for other in (step + 3, 0, step // 2):
         warmed.rows(other)
@@ -102,14 +102,14 @@ def test_a_step_depends_on_seed_and_step_alone(lengths, seed, step):
     assert warmed.epoch_of(step) == step * 8 // len(lengths)
 
 
-def test_epochs_and_seeds_differ_and_the_order_never_changes():
+def test_order_differs_between_epochs_and_seeds_and_is_fixed():
     first, second = (BatchSampler([1] * 12, 12, 7, 2).rows(step).tolist() for step in (0, 1))
     assert first != second != BatchSampler([1] * 12, 12, 8, 2).rows(1).tolist()
     assert first == [8, 4, 3, 6, 2, 1, 0, 5, 11, 9, 10, 7], "another order would break resumed runs"
 
 
 @given(lengths=lengths_lists, world=st.integers(1, 9), extra=st.integers(0, 20), step=st.integers(0, 20))
-def test_shares_of_any_number_of_ranks_make_up_the_batch(lengths, world, extra, step):
+def test_shares_of_any_number_of_ranks_add_up_to_the_batch(lengths, world, extra, step):
     sampler = BatchSampler(lengths, world + extra, 0, 1)
     shares = [sampler.share(step, rank, world) for rank in range(world)]
     assert all(len(share) for share in shares)
@@ -118,7 +118,7 @@ def test_shares_of_any_number_of_ranks_make_up_the_batch(lengths, world, extra, 
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_shares_carry_near_equal_loads():
+def test_shares_have_nearly_equal_numbers_of_tokens():
     lengths = np.random.default_rng(0).lognormal(5, 1, 1000).astype(int) + 1
     sampler = BatchSampler(lengths, 64, 0, 10)
     for step in range(10):
@@ -129,12 +129,12 @@ def test_shares_carry_near_equal_loads():
 
 
 def test_more_workers_than_rows_are_refused():
-    with pytest.raises(InputError, match="training.batch_size is 2 but there are 3 workers"):
+    with pytest.raises(InputError, match="training.batch_size is 2, but there are 3 workers"):
         BatchSampler([1, 2, 3], 2, 0, 1).share(0, 0, 3)
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=40), max_tokens=st.integers(1, 1000))
-def test_micro_batches_take_each_row_once_within_the_budget(lengths, max_tokens):
+def test_micro_batches_have_each_row_once_within_the_budget(lengths, max_tokens):
     groups = micro_batches(lengths, max_tokens)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
@@ -147,7 +147,7 @@ def test_micro_batches_are_filled():
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
-def test_make_batches_of_dicts_files_and_sources_agree(tmp_path, pad_is_eos):
+def test_make_batches_gives_the_same_for_dicts_files_and_sources(tmp_path, pad_is_eos):
     tokenizer = tiny_tokenizer(pad_is_eos=pad_is_eos)
     rows = [{"question": f"the cat {i}", "answer": "24 " * (i + 1)} for i in range(5)]
     path = tmp_path / "a.jsonl"
@@ -169,7 +169,7 @@ def test_make_batches_of_dicts_files_and_sources_agree(tmp_path, pad_is_eos):
     assert sorted(len(each) for each in shuffled.sequences) == sorted(len(e) for b in batches for e in b.sequences)
 
 
-def test_make_batches_says_what_is_wrong_with_its_arguments(tokenizer):
+def test_make_batches_refuses_wrong_arguments(tokenizer):
     rows = [{"prompt": "a", "completion": "b"}]
     with pytest.raises(InputError, match="'promt_field'; did you mean 'prompt_field'"):
         make_batches(rows, tokenizer, 1, promt_field="x")
@@ -183,11 +183,11 @@ def test_make_batches_says_what_is_wrong_with_its_arguments(tokenizer):
         make_batches(["text"], tokenizer, 1)
     with pytest.raises(InputError, match="batch_size is 0"):
         make_batches(rows, tokenizer, 0)
-    with pytest.raises(InputError, match="beside a DataSource"):
+    with pytest.raises(InputError, match="together with a DataSource"):
         make_batches(DataSource(path="x"), tokenizer, 1, prompt_field="y")
 
 
-def test_pad_falls_back_to_eos(tokenizer):
+def test_pad_id_falls_back_to_eos(tokenizer):
     assert get_pad_id(tokenizer) == tokenizer.pad_token_id
     without = tiny_tokenizer()
     without.pad_token = None

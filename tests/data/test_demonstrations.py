@@ -1,4 +1,4 @@
-"""A row's demonstrations: which ones, how they are laid out, and that teacher and student count the same tokens."""
+"""Selection and layout of demonstrations, with the same counted tokens for teacher and student."""
 
 import pickle
 
@@ -31,8 +31,8 @@ def table_of(rows, tokenizer):
 
 
 @pytest.fixture
-def shower(tokenizer):
-    """make(rows, max_tokens=…, **settings of the method): a demonstrator whose pool are the rows, and the rows."""
+def make_pool(tokenizer):
+    """make(rows, max_tokens=…, **settings of the method): a pool of the rows, and the rows."""
 
     def make(rows, *, tokenizer=tokenizer, max_tokens=1024, **settings):
         table = table_of(rows, tokenizer)
@@ -43,10 +43,10 @@ def shower(tokenizer):
     return make
 
 
-def test_the_layout_is_metaicls(shower, tokenizer):
-    shows, rows = shower(tasks())
-    query = shows.demonstrate(rows[0], seed=5)
-    parts = [rows[place] for place in shows.select(rows[0], 5)]
+def test_layout_is_that_of_metaicl(make_pool, tokenizer):
+    pool, rows = make_pool(tasks())
+    query = pool.demonstrate(rows[0], seed=5)
+    parts = [rows[place] for place in pool.select(rows[0], 5)]
     expected = (
         "".join(f"{part.fields['prompt']}\n{part.fields['completion']}\n\n\n" for part in parts) + "cat 0 sat\nno"
     )
@@ -60,49 +60,49 @@ def test_the_layout_is_metaicls(shower, tokenizer):
         assert tokenizer.decode(answer.targets) == tokenizer.decode(answer.view("any").targets) == option
 
 
-def test_separators_are_as_set_and_a_row_without_options_ends_with_eos(shower, tokenizer):
+def test_separators_can_be_set_and_row_without_options_ends_with_eos(make_pool, tokenizer):
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks(4)]
     settings = {"k": 1, "separator": " ### ", "output_separator": " => "}
-    shows, rows = shower(rows, targets="tokens", demonstrations=settings)
-    text = tokenizer.decode(shows.demonstrate(rows[3], 0).input_ids)
+    pool, rows = make_pool(rows, targets="tokens", demonstrations=settings)
+    text = tokenizer.decode(pool.demonstrate(rows[3], 0).input_ids)
     assert text.count(" => ") == 2 and text.count(" ### ") == 1
     assert text.endswith(f" => no{EOS}") and text.count(EOS) == 1
 
 
-def test_the_tokenizers_prefix_stands_once_and_first(shower):
+def test_prefix_of_the_tokenizer_occurs_once_at_the_start(make_pool):
     tokenizer = tiny_tokenizer(bos=True)
-    shows, rows = shower(tasks(), tokenizer=tokenizer, student_demonstrations=1)
-    query = shows.demonstrate(rows[1], 0)
+    pool, rows = make_pool(tasks(), tokenizer=tokenizer, student_demonstrations=1)
+    query = pool.demonstrate(rows[1], 0)
     for ids in (query.input_ids, query.view("any").input_ids):
         assert np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(BOS)).tolist() == [0]
     assert query.full_text.counted.tolist() == [False] + [True] * (len(query) - 1)
 
 
-def test_draws_are_of_the_task_never_of_the_rows_own_input_and_repeat(shower):
+def test_random_demonstrations_share_the_task_exclude_the_input_and_repeat(make_pool):
     rows = [*tasks(40), tasks(40)[4]]  # the same row twice
-    shows, rows = shower(rows)
+    pool, rows = make_pool(rows)
     seen = set()
     for seed in range(60):
-        chosen = shows.select(rows[4], seed)
-        assert chosen == shows.select(rows[4], seed) == pickle.loads(pickle.dumps(shows)).select(rows[4], seed)
+        chosen = pool.select(rows[4], seed)
+        assert chosen == pool.select(rows[4], seed) == pickle.loads(pickle.dumps(pool)).select(rows[4], seed)
         assert len(set(chosen)) == 3
         assert all(rows[place].fields["task"] == "task 0" for place in chosen)
         seen |= set(chosen)
     assert seen == set(range(0, 40, 2)) - {4}
 
 
-def test_a_small_pool_is_shown_whole_in_any_order(shower):
-    shows, rows = shower(tasks(6), demonstrations={"k": 16})
-    orders = {tuple(shows.select(rows[0], seed)) for seed in range(20)}
+def test_small_pool_is_used_completely_in_random_order(make_pool):
+    pool, rows = make_pool(tasks(6), demonstrations={"k": 16})
+    orders = {tuple(pool.select(rows[0], seed)) for seed in range(20)}
     assert orders == {(2, 4), (4, 2)}
 
 
 @pytest.mark.parametrize("students", [0, 1, 3])
 @pytest.mark.parametrize("max_tokens", [1024, 24])
-def test_what_the_student_reads_is_how_the_teachers_text_ends(students, max_tokens, shower):
-    shows, rows = shower(tasks(), max_tokens=max_tokens, student_demonstrations=students)
+def test_student_text_is_the_end_of_the_teachers_text(students, max_tokens, make_pool):
+    pool, rows = make_pool(tasks(), max_tokens=max_tokens, student_demonstrations=students)
     for row in rows:
-        query = shows.demonstrate(row, 1)
+        query = pool.demonstrate(row, 1)
         assert len(query.view("any")) <= max_tokens
         assert np.array_equal(query.view("any").input_ids[-len(query) :], query.input_ids)
         whole = query.full_text
@@ -111,39 +111,39 @@ def test_what_the_student_reads_is_how_the_teachers_text_ends(students, max_toke
             assert np.array_equal(shown.targets, shown.view("any").targets)
 
 
-def test_too_much_is_cut_off_at_the_beginning_and_never_the_row(shower, tokenizer):
-    shows, rows = shower(tasks())
-    whole = shows.demonstrate(rows[0], 2)
-    cut, rows = shower(tasks(), max_tokens=20)
+def test_long_context_is_truncated_at_its_beginning(make_pool, tokenizer):
+    pool, rows = make_pool(tasks())
+    whole = pool.demonstrate(rows[0], 2)
+    cut, rows = make_pool(tasks(), max_tokens=20)
     query = cut.demonstrate(rows[0], 2)
     assert len(query.prompt_ids) + max(map(len, query.options)) == 20
     assert np.array_equal(whole.prompt_ids[-len(query.prompt_ids) :], query.prompt_ids)
-    tight, rows = shower(tasks(), max_tokens=5)
+    tight, rows = make_pool(tasks(), max_tokens=5)
     with pytest.raises(InputError, match=r"line 1 has no room .* data.max_tokens \(5\)"):
         tight.check(rows[0])
 
 
-def test_a_long_demonstration_loses_the_end_of_its_input(shower, tokenizer):
+def test_long_demonstration_loses_the_end_of_its_input(make_pool, tokenizer):
     rows = tasks(4)
     rows[2]["prompt"] = "the mat and " * 30
-    shows, rows = shower(rows, demonstrations={"k": 1, "max_tokens": 8})
-    text = tokenizer.decode(shows.demonstrate(rows[0], 0).prompt_ids)
+    pool, rows = make_pool(rows, demonstrations={"k": 1, "max_tokens": 8})
+    text = tokenizer.decode(pool.demonstrate(rows[0], 0).prompt_ids)
     demonstration = text.split("\n\n\n")[0]
     assert demonstration.startswith("the mat and the") and demonstration.endswith("\nthe log")
     assert len(tokenizer(demonstration.replace("\n", "")).input_ids) <= 9
 
 
-def test_bm25_puts_the_nearest_last_and_leaves_the_row_itself_out(shower):
+def test_bm25_places_the_nearest_last_and_excludes_the_row(make_pool):
     rows = tasks(2)
     words = ["red fish", "red fish swims", "blue bird", "red fish swims far", "green tree"]
     rows = [rows[0] | {"prompt": text} for text in words]
-    shows, rows = shower(rows, demonstrations={"k": 2, "choice": "bm25"})
-    shows.rank_nearest(rows)
-    assert [words[place] for place in shows.select(rows[3], 0)] == ["red fish", "red fish swims"]
-    assert shows.select(rows[3], 1) == shows.select(rows[3], 0)
+    pool, rows = make_pool(rows, demonstrations={"k": 2, "choice": "bm25"})
+    pool.rank_nearest(rows)
+    assert [words[place] for place in pool.select(rows[3], 0)] == ["red fish", "red fish swims"]
+    assert pool.select(rows[3], 1) == pool.select(rows[3], 0)
 
 
-def test_bm25_scores_are_okapis():
+def test_bm25_scores_equal_the_formula():
     pool = [np.array(ids) for ids in ([1, 2, 2], [2, 3], [4, 4, 4, 1])]
     [scores] = bm25_scores(pool, [np.array([2, 4])])
     length, k1, b = 3.0, 1.5, 0.75
@@ -155,7 +155,7 @@ def test_bm25_scores_are_okapis():
     assert scores == pytest.approx([part(2, 2, 3), part(1, 2, 2), part(3, 1, 4)], rel=1e-5)
 
 
-def test_an_embedding_is_the_mean_of_the_hidden_states_whatever_stands_beside_it(shower, tmp_path):
+def test_embedding_does_not_depend_on_the_other_texts_of_its_batch(make_pool, tmp_path):
     tokenizer = tiny_tokenizer()
     tiny_model(tmp_path / "encoder", seed=5, tokenizer=tokenizer)
     embedder = Embedder(str(tmp_path / "encoder"))
@@ -164,15 +164,15 @@ def test_an_embedding_is_the_mean_of_the_hidden_states_whatever_stands_beside_it
     for text, vector in zip(texts, together, strict=True):
         np.testing.assert_allclose(embedder.vectors([text])[0], vector, atol=1e-5)
     rows = [tasks(1)[0] | {"prompt": text} for text in texts]
-    shows, rows = shower(rows, demonstrations={"k": 1, "choice": "embedding", "encoder": str(tmp_path / "encoder")})
-    shows.rank_nearest(rows)
+    pool, rows = make_pool(rows, demonstrations={"k": 1, "choice": "embedding", "encoder": str(tmp_path / "encoder")})
+    pool.rank_nearest(rows)
     similar = together @ together.T - 9 * np.eye(3)
-    assert [shows.select(row, 0) for row in rows] == [[int(best)] for best in similar.argmax(1)]
+    assert [pool.select(row, 0) for row in rows] == [[int(best)] for best in similar.argmax(1)]
     with pytest.raises(InputError, match="encoder 'nowhere' cannot be loaded"):
         Embedder("nowhere")
 
 
-def test_the_best_scores_come_first_and_of_equals_the_earlier():
+def test_top_indices_are_sorted_and_ties_go_to_the_lower_index():
     assert top_indices(np.array([1.0, 3.0, 2.0, 3.0, 2.0]), 3) == [1, 3, 2]
     assert top_indices(np.array([1.0]), 0) == []
 
@@ -189,15 +189,15 @@ def test_the_best_scores_come_first_and_of_equals_the_earlier():
     ],
     ids=["output", "one", "twice", "text", "none", "lonely"],
 )
-def test_a_row_that_cannot_be_learned_from_is_named(change, said, shower):
-    shows, rows = shower([*tasks(4), tasks(1)[0] | {"prompt": "here"} | change])
+def test_unusable_row_is_an_error_that_names_it(change, said, make_pool):
+    pool, rows = make_pool([*tasks(4), tasks(1)[0] | {"prompt": "here"} | change])
     with pytest.raises(InputError, match=f"line 5.*{said}"):
-        shows.check(rows[4])
-    shows.check(rows[0])
+        pool.check(rows[4])
+    pool.check(rows[0])
 
 
-def test_no_row_with_its_demonstrations_is_longer_than_promised(shower):
+def test_max_length_bounds_every_row(make_pool):
     for max_tokens in (1024, 30):
-        shows, rows = shower(tasks(), max_tokens=max_tokens, demonstrations={"k": 16})
-        longest = max(len(answer.view("any")) for row in rows for answer in shows.demonstrate(row, 0).alternatives)
-        assert longest <= shows.max_length(rows) <= min(max_tokens, longest + 30)
+        pool, rows = make_pool(tasks(), max_tokens=max_tokens, demonstrations={"k": 16})
+        longest = max(len(answer.view("any")) for row in rows for answer in pool.demonstrate(row, 0).alternatives)
+        assert longest <= pool.max_length(rows) <= min(max_tokens, longest + 30)

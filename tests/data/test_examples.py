@@ -33,7 +33,7 @@ def spans_text(tokenizer, example):
     return [tokenizer.decode(example.input_ids[start:end]) for start, end in edges.reshape(-1, 2)]
 
 
-def test_the_completion_and_its_eos_count_and_nothing_else(tokenizer, encode):
+def test_only_completion_and_eos_are_counted(tokenizer, encode):
     (example,) = encode(tokenizer, [PAIR])
     assert counted_text(tokenizer, example) == PAIR["completion"] + EOS
     assert tokenizer.decode(example.prompt_ids) == PAIR["prompt"]
@@ -44,14 +44,14 @@ def test_the_completion_and_its_eos_count_and_nothing_else(tokenizer, encode):
 
 @given(prompt=st.text(max_size=30), completion=st.text(min_size=1, max_size=30).filter(str.strip))
 @settings(max_examples=60, deadline=None)
-def test_any_text_comes_back_from_its_counted_tokens(tokenizer, encode, prompt, completion):
+def test_counted_tokens_decode_to_the_completion(tokenizer, encode, prompt, completion):
     (example,) = encode(tokenizer, [{"prompt": prompt, "completion": completion}])
     expected = tokenizer(completion)["input_ids"] + [tokenizer.eos_token_id]
     assert example.targets.tolist() == (expected if prompt else expected[1:])
     assert not example.counted[0]
 
 
-def test_prompts_are_the_same_tokens_in_training_and_evaluation(tokenizer, bos_tokenizer, encode):
+def test_prompt_tokens_are_equal_in_training_and_evaluation(tokenizer, bos_tokenizer, encode):
     # "clips" is one token in both; tokenised together, "cl" + "ips" would become it and the prompt would be lost
     rows = [{"prompt": "how many cl", "completion": "ips"}, PAIR]
     for chosen in (tokenizer, bos_tokenizer):
@@ -65,14 +65,14 @@ def test_prompts_are_the_same_tokens_in_training_and_evaluation(tokenizer, bos_t
             assert prompt.counted_tokens == 0 and prompt.prompt_tokens == len(prompt)
 
 
-def test_bos_goes_before_the_prompt_only(bos_tokenizer, encode):
+def test_bos_is_added_before_the_prompt_only(bos_tokenizer, encode):
     (example,) = encode(bos_tokenizer, [PAIR])
     assert bos_tokenizer.decode(example.input_ids) == BOS + PAIR["prompt"] + PAIR["completion"] + EOS
     (empty,) = encode(bos_tokenizer, [{"prompt": "", "completion": "24"}])
     assert counted_text(bos_tokenizer, empty) == "24" + EOS and not empty.counted[0]
 
 
-def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(encode):
+def test_prompt_does_not_end_with_the_tokenizers_eos(encode):
     from tokenizers import processors
 
     tokenizer = tiny_tokenizer(bos=True)
@@ -84,12 +84,12 @@ def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(encode):
     assert tokenizer.decode(example.input_ids) == BOS + PAIR["prompt"] + PAIR["completion"] + EOS
 
 
-def test_eos_that_a_completion_already_has_is_not_doubled(tokenizer, encode):
+def test_existing_eos_of_a_completion_is_not_doubled(tokenizer, encode):
     (example,) = encode(tokenizer, [PAIR | {"completion": "24" + EOS}])
     assert counted_text(tokenizer, example) == "24" + EOS
 
 
-def test_pad_may_be_eos(encode):
+def test_pad_token_can_be_eos(encode):
     same = tiny_tokenizer(pad_is_eos=True)
     (example,) = encode(same, [PAIR])
     assert counted_text(same, example) == PAIR["completion"] + EOS
@@ -97,7 +97,7 @@ def test_pad_may_be_eos(encode):
     assert counted_text(same, chat) == "72" + END
 
 
-def test_templates_fill_in_fields_as_gsm8k_needs(tokenizer, encode):
+def test_templates_insert_fields(tokenizer, encode):
     row = {"question": "2 {x}?", "answer": "It is <<1+1=2>>2.\n#### 2", "id": 7}
     template = {"prompt_template": "Q{id} {{a}}: {question}\nAnswer:", "completion_template": " {answer}"}
     (example,) = encode(tokenizer, [row], **template)
@@ -108,12 +108,12 @@ def test_templates_fill_in_fields_as_gsm8k_needs(tokenizer, encode):
 
 
 @pytest.mark.parametrize("template", ["{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a", "a}"])
-def test_templates_hold_plain_fields_only(tokenizer, encode, template):
+def test_templates_accept_plain_fields_only(tokenizer, encode, template):
     with pytest.raises(InputError, match=r"^data\.train\.prompt_template "):
         encode(tokenizer, [{"a": "x", "completion": "y"}], prompt_template=template)
 
 
-def test_the_last_turn_counts_through_its_end_token(tokenizer, encode):
+def test_last_turn_is_counted_through_its_end_token(tokenizer, encode):
     (example,) = encode(tokenizer, [{"messages": CHAT}])
     assert spans_text(tokenizer, example) == ["72" + END]
     prompt = tokenizer.apply_chat_template(CHAT[:-1], tokenize=False, add_generation_prompt=True)
@@ -122,7 +122,7 @@ def test_the_last_turn_counts_through_its_end_token(tokenizer, encode):
     assert example.counted[-1]  # the newline behind the end token is cut off
 
 
-def test_all_turns_count_when_asked(tokenizer, encode):
+def test_all_turns_are_counted_with_train_on_all(tokenizer, encode):
     (example,) = encode(tokenizer, [{"messages": CHAT}], train_on="all")
     assert spans_text(tokenizer, example) == ["24 clips" + END, "72" + END]
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
@@ -130,7 +130,7 @@ def test_all_turns_count_when_asked(tokenizer, encode):
     assert example.prompt_tokens == encode(tokenizer, [{"messages": CHAT}])[0].prompt_tokens
 
 
-def test_a_turn_is_not_tokenised_apart_where_its_border_is_a_token_border(encode):
+def test_turn_is_tokenized_jointly_where_its_boundary_is_a_token_boundary(encode):
     from tokenizers import pre_tokenizers
 
     tokenizer = tiny_tokenizer()  # made to put a space before every text, as SentencePiece tokenizers do
@@ -155,7 +155,7 @@ def test_each_counted_turn_is_preceded_by_its_generation_prompt(tokenizer, encod
         assert tokenizer.decode(example.input_ids[:start]) == prompt
 
 
-def test_a_template_without_end_token_gets_eos_and_may_share_tokens_with_the_turn(encode):
+def test_template_without_end_token_gets_eos(encode):
     plain = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
     tokenizer = tiny_tokenizer(chat_template=plain + "{% if add_generation_prompt %}assistant:{% endif %}")
     messages = [{"role": "user", "content": " what"}, {"role": "assistant", "content": " 72"}]
@@ -174,7 +174,7 @@ def test_a_template_without_end_token_gets_eos_and_may_share_tokens_with_the_tur
     assert counted_text(tokenizer, example) == f"7{END} 2\n" + EOS
 
 
-def test_a_template_that_is_not_prefix_stable_is_refused(encode):
+def test_template_that_is_not_prefix_stable_is_refused(encode):
     forgetful = (  # as Qwen3 does with thoughts: earlier turns are written differently from the last
         "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}"
         "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -188,7 +188,7 @@ def test_a_template_that_is_not_prefix_stable_is_refused(encode):
         encode(tiny_tokenizer(chat_template=thinking), [{"messages": CHAT}])
 
 
-def test_pairs_can_be_wrapped_in_the_chat_template(tokenizer, encode):
+def test_prompt_and_completion_can_be_rendered_in_the_chat_template(tokenizer, encode):
     (example,) = encode(tokenizer, [PAIR], chat_template=True)
     assert counted_text(tokenizer, example) == PAIR["completion"] + END
     assert tokenizer.decode(example.prompt_ids) == f"<|user|>\n{PAIR['prompt']}{END}\n<|assistant|>\n"
@@ -196,7 +196,7 @@ def test_pairs_can_be_wrapped_in_the_chat_template(tokenizer, encode):
     assert prompt.input_ids.tolist() == example.prompt_ids.tolist()
 
 
-def test_plain_text_counts_from_its_second_token_through_eos(tokenizer, bos_tokenizer, encode):
+def test_plain_text_is_counted_from_its_second_token_through_eos(tokenizer, bos_tokenizer, encode):
     (example,) = encode(tokenizer, [{"text": "the cat sat"}])
     assert example.counted.tolist() == [False] + [True] * (len(example) - 1)
     assert tokenizer.decode(example.input_ids) == "the cat sat" + EOS and example.prompt_tokens == 0
@@ -215,13 +215,13 @@ CHAT_ERRORS = {
     "message 1 has no content that is text": [{"role": "user"}],
     "message 1 is a str, not an object": ["hello"],
     "'messages' must be a list": "hello",
-    "ends with a message of the user, so there is no completion": CHAT[:-1],
+    "ends with a message of role user, so it has no completion to train on": CHAT[:-1],
     "has no message before its assistant turn": [CHAT[2]],
 }
 
 
 @pytest.mark.parametrize("sentence", CHAT_ERRORS)
-def test_malformed_messages_are_named(tokenizer, encode, sentence):
+def test_malformed_messages_are_errors_that_name_the_row(tokenizer, encode, sentence):
     with pytest.raises(InputError, match=f"^rows.jsonl, line 2:? {sentence}"):
         encode(tokenizer, [{"messages": CHAT}, {"messages": CHAT_ERRORS[sentence]}])
 
@@ -230,23 +230,28 @@ ROW_ERRORS = [
     (
         {"question": "x", "completion": "y"},
         {},
-        r"line 2 has no field 'prompt' \(it has: question, completion\); set data\.train\.prompt_field\.",
+        r"line 2 has no field 'prompt' \(it has: question, completion\); other rows have it, so correct or remove this "
+        r"row\.",
     ),
     ({"prompt": None, "completion": "y"}, {}, "line 2 has nothing in field 'prompt' where text is needed"),
     ({"prompt": ["a"], "completion": "y"}, {}, "line 2 has a list in field 'prompt'"),
-    ({"prompt": "\ud83d", "completion": "y"}, {}, "line 2: field 'prompt' holds half a Unicode character"),
+    ({"prompt": "\ud83d", "completion": "y"}, {}, "line 2: field 'prompt' contains half a Unicode character"),
     ({"prompt": "x"}, {"prompt_template": "{prompt}"}, "line 2 has no field 'completion'"),
-    ({"completion": "y"}, {"prompt_template": "{prompt}"}, "no field 'prompt' .* set data.train.prompt_template"),
+    (
+        {"completion": "y"},
+        {"prompt_template": "{prompt}"},
+        "no field 'prompt' .*; other rows have it, so correct or remove this row",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("row", "how", "sentence"), ROW_ERRORS)
-def test_rows_without_their_fields_are_named(tokenizer, encode, row, how, sentence):
+def test_missing_fields_are_errors_that_name_the_row(tokenizer, encode, row, how, sentence):
     with pytest.raises(InputError, match=f"rows.jsonl, {sentence}" if sentence.startswith("line") else sentence):
         encode(tokenizer, [PAIR, row], **how)
 
 
-def test_auto_takes_the_format_from_the_first_row(tokenizer, encode):
+def test_auto_format_follows_from_the_first_row(tokenizer, encode):
     for fields, expected in [
         (PAIR | {"text": "x"}, "prompt_completion"),
         ({"messages": CHAT, "prompt": "x"}, "messages"),
@@ -258,18 +263,20 @@ def test_auto_takes_the_format_from_the_first_row(tokenizer, encode):
         encode(tokenizer, [{"question": "x", "answer": "y"}])
 
 
-def test_tokenizers_that_lack_what_rows_need_are_refused(encode):
+def test_unsuitable_tokenizers_are_refused(encode):
     with pytest.raises(InputError, match="no end-of-sequence token"):
         encode(tiny_tokenizer(eos=False), [PAIR])
     bare = tiny_tokenizer(chat_template=None)
-    with pytest.raises(InputError, match="line 1 needs a chat template, and the tokenizer has none"):
+    with pytest.raises(InputError, match="line 1 requires a chat template, but the tokenizer has none"):
         encode(bare, [{"messages": CHAT}])
     strict = tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(InputError, match="line 1: the tokenizer's chat template does not take .*roles must alternate"):
+    with pytest.raises(
+        InputError, match="line 1: the tokenizer's chat template fails on these messages: .*roles must alternate"
+    ):
         encode(strict, [{"messages": CHAT}])
 
 
-def test_rows_with_nothing_to_learn_are_counted_by_reason(tokenizer, encode):
+def test_unusable_rows_are_counted_by_reason(tokenizer, encode):
     rows = [PAIR, PAIR | {"completion": " \n"}, PAIR | {"completion": ""}]
     assert len(encode(tokenizer, rows)) == 1
     assert encode.skipped == {"empty completion": 2}
@@ -281,7 +288,7 @@ def test_rows_with_nothing_to_learn_are_counted_by_reason(tokenizer, encode):
     assert not encode(tokenizer, [{"prompt": ""}], prompts_only=True) and encode.skipped == {"empty prompt": 1}
 
 
-def test_long_rows_stop_the_run_or_are_skipped_or_cut(tokenizer, encode):
+def test_long_rows_are_errors_or_skipped_or_truncated(tokenizer, encode):
     long = {"prompt": "the cat", "completion": "1 2 3 4 5 6 7 8 9"}
     (whole,) = encode(tokenizer, [long])
     short = len(whole) - 3
@@ -321,7 +328,7 @@ def table_of(path, tokenizer, **settings):
     return tokenize(source, DataConfig(train=source), tokenizer)
 
 
-def test_a_table_holds_what_the_rows_gave(written, tokenizer, caplog):
+def test_table_returns_the_examples(written, tokenizer, caplog):
     table = table_of(written, tokenizer)
     assert len(table) == 2500 - 358 and table.skipped == {"empty completion": 358}
     assert f"empty completion (358, first {written}, line 1)" in caplog.text
@@ -336,7 +343,7 @@ def test_a_table_holds_what_the_rows_gave(written, tokenizer, caplog):
         table[len(table)]
 
 
-def test_a_table_is_shared_without_copies(written, tokenizer):
+def test_table_is_shared_without_copies(written, tokenizer):
     table = table_of(written, tokenizer, rows=50)
     buffers = []
     head = pickle.dumps(table, protocol=5, buffer_callback=buffers.append)
@@ -346,7 +353,7 @@ def test_a_table_is_shared_without_copies(written, tokenizer):
     assert copy.fingerprint == table.fingerprint
 
 
-def test_the_fingerprint_tells_other_data_and_other_order(written, tokenizer, bos_tokenizer, tmp_path):
+def test_fingerprint_differs_for_other_data_and_order(written, tokenizer, bos_tokenizer, tmp_path):
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_bytes(written.read_bytes())
     table = table_of(written, tokenizer, rows=20)
@@ -358,9 +365,9 @@ def test_the_fingerprint_tells_other_data_and_other_order(written, tokenizer, bo
     assert len({other.fingerprint for other in (table, *others)}) == 5
 
 
-def test_a_source_with_no_usable_row_is_refused(tmp_path, tokenizer):
+def test_source_without_usable_rows_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "completion": ""}\n')
-    with pytest.raises(InputError, match="a.jsonl' has no row that can be used: empty completion .1, first "):
+    with pytest.raises(InputError, match="a.jsonl' has no usable row: empty completion .1, first "):
         table_of(tmp_path / "a.jsonl", tokenizer)
 
 

@@ -32,7 +32,7 @@ def counted_texts(tokenizer, example):
     return [tokenizer.decode(answer.targets) for answer in example.answers]
 
 
-def test_both_answers_and_their_eos_count_after_one_prompt(bos_tokenizer, encode_pairs):
+def test_both_answers_and_their_eos_are_counted_after_one_prompt(bos_tokenizer, encode_pairs):
     (example,) = encode_pairs(bos_tokenizer, [PAIR])
     assert counted_texts(bos_tokenizer, example) == [" She sold 24 clips." + EOS, " 48" + EOS]
     for answer in example.answers:
@@ -41,12 +41,12 @@ def test_both_answers_and_their_eos_count_after_one_prompt(bos_tokenizer, encode
         assert (answer.where, answer.fields) == ("rows.jsonl, line 1", PAIR)
 
 
-def test_a_plain_row_has_one_answer_itself(tokenizer, encode):
+def test_plain_row_is_its_only_answer(tokenizer, encode):
     (example,) = encode(tokenizer, [{"prompt": "a", "completion": "b"}])
     assert example.answers == [example]
 
 
-def test_an_eos_that_an_answer_has_is_not_doubled_and_text_may_be_wrapped_in_the_template(tokenizer, encode_pairs):
+def test_existing_eos_is_not_doubled_and_text_can_be_rendered_in_the_template(tokenizer, encode_pairs):
     (example,) = encode_pairs(tokenizer, [PAIR | {"rejected": "48" + EOS}])
     assert counted_texts(tokenizer, example)[1] == "48" + EOS
     (chat,) = encode_pairs(tokenizer, [PAIR], chat_template=True)
@@ -63,13 +63,13 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("row", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_conversations_are_the_same_pair_in_each_of_their_forms(tokenizer, encode_pairs, row):
+def test_all_forms_of_conversations_give_the_same_pair(tokenizer, encode_pairs, row):
     (example,) = encode_pairs(tokenizer, [row])
     assert tokenizer.decode(example.prompt_ids) == f"<|user|>\nhow many?{END}\n<|assistant|>\n"
     assert counted_texts(tokenizer, example) == ["24" + END, "4 8" + END]
 
 
-def test_of_longer_conversations_the_last_message_counts(tokenizer, encode_pairs):
+def test_last_message_of_a_longer_conversation_is_counted(tokenizer, encode_pairs):
     before = [{"role": "system", "content": "be brief"}, USER, GOOD, {"role": "user", "content": "and in May?"}]
     (example,) = encode_pairs(tokenizer, [{"prompt": before, "chosen": [BAD], "rejected": [GOOD]}])
     assert counted_texts(tokenizer, example) == ["4 8" + END, "24" + END]
@@ -78,7 +78,7 @@ def test_of_longer_conversations_the_last_message_counts(tokenizer, encode_pairs
     assert prompt.rejected is None
 
 
-def test_fields_and_templates_can_be_named(tokenizer, encode_pairs):
+def test_fields_and_templates_can_be_set(tokenizer, encode_pairs):
     row = {"question": "2?", "better": "b", "worse": "w"}
     names = {"prompt_template": "Q: {question}", "chosen_field": "better", "rejected_field": "worse"}
     (example,) = encode_pairs(tokenizer, [row], **names)
@@ -86,7 +86,7 @@ def test_fields_and_templates_can_be_named(tokenizer, encode_pairs):
     assert counted_texts(tokenizer, example) == ["b" + EOS, "w" + EOS]
 
 
-def test_pairs_that_teach_nothing_are_dropped_and_counted(tokenizer, encode, encode_pairs):
+def test_unusable_pairs_are_skipped_and_counted(tokenizer, encode, encode_pairs):
     rows = [
         PAIR, PAIR | {"rejected": PAIR["chosen"]}, PAIR | {"chosen": " \n"}, PAIR | {"rejected": ""},
         PAIR | {"rejected": PAIR["chosen"] + EOS},
@@ -95,7 +95,7 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(tokenizer, encode, enc
     assert encode.skipped == {"identical answers": 2, "empty chosen answer": 1, "empty rejected answer": 1}
 
 
-def test_a_pair_is_too_long_where_one_answer_is(tokenizer, encode, encode_pairs):
+def test_pair_with_one_long_answer_is_too_long(tokenizer, encode, encode_pairs):
     (whole,) = encode_pairs(tokenizer, [PAIR])
     limit = len(whole.rejected)
     assert limit < len(whole)
@@ -115,10 +115,10 @@ def test_a_pair_is_too_long_where_one_answer_is(tokenizer, encode, encode_pairs)
 
 
 WRONG = {
-    "line 2 has no field 'chosen' .it has: prompt, completion.; set data.train.chosen_field": {
+    "line 2 has no field 'chosen' .it has: prompt, completion.; other rows have it, so correct or remove this row": {
         "prompt": "a", "completion": "b"
     },
-    "line 2 has no field 'prompt' .it has: chosen, rejected.; set data.train.prompt_field": {
+    "line 2 has no field 'prompt' .it has: chosen, rejected.; other rows have it, so correct or remove this row": {
         "chosen": "b", "rejected": "c"
     },
     "line 2 has a list in field 'rejected' where text is needed": PAIR | {"rejected": [BAD]},
@@ -128,8 +128,8 @@ WRONG_CONVERSATIONS = {
     "line 2: 'chosen' and 'rejected' differ before their last message": {
         "chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "what?"}, BAD]
     },
-    "line 2: 'rejected' must end with a message of the assistant's": {"chosen": [USER, GOOD], "rejected": [USER, USER]},
-    "line 2: 'chosen' must end with a message of the assistant's": {"prompt": [], "chosen": [USER], "rejected": [BAD]},
+    "line 2: 'rejected' must end with a message of role assistant": {"chosen": [USER, GOOD], "rejected": [USER, USER]},
+    "line 2: 'chosen' must end with a message of role assistant": {"prompt": [], "chosen": [USER], "rejected": [BAD]},
     "line 2: 'rejected' must be a list of at least one message": {"chosen": [USER, GOOD], "rejected": "4 8"},
     "line 2: message 1 has the role 'human'": {
         "chosen": [{"role": "human", "content": "?"}, GOOD], "rejected": [USER, BAD]
@@ -138,7 +138,7 @@ WRONG_CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("sentence", [*WRONG, *WRONG_CONVERSATIONS])
-def test_rows_that_are_no_pairs_are_named(tokenizer, encode_pairs, sentence):
+def test_malformed_pairs_are_errors_that_name_the_row(tokenizer, encode_pairs, sentence):
     first, row = (PAIR, WRONG[sentence]) if sentence in WRONG else (
         CONVERSATIONS["implicit prompt"], WRONG_CONVERSATIONS[sentence]
     )  # fmt: skip
@@ -155,7 +155,7 @@ def table(tmp_path, tokenizer):
     return tokenize(source, DataConfig(train=source), tokenizer, pairs=True)
 
 
-def test_a_table_keeps_pairs_and_counts_both_answers(table, tokenizer):
+def test_table_stores_pairs_and_counts_both_answers(table, tokenizer):
     assert len(table) == 1200
     assert table.skipped == {"empty chosen answer": 300}
     for index, row in ((0, 1), (900, 1126), (-1, 1499)):
@@ -170,7 +170,7 @@ def test_a_table_keeps_pairs_and_counts_both_answers(table, tokenizer):
     assert copy.fingerprint == table.fingerprint
 
 
-def test_the_fingerprint_tells_another_rejected_answer(table):
+def test_fingerprint_differs_for_another_rejected_answer(table):
     examples = list(table)[:8]
     first, second = examples[0], examples[1]
     assert len(first.rejected) != len(second.rejected)
@@ -184,7 +184,7 @@ def test_the_fingerprint_tells_another_rejected_answer(table):
     assert found[-1] == found[0]
 
 
-def test_an_empty_prompt_leaves_the_first_token_of_both_answers_uncounted(tmp_path, tokenizer):
+def test_first_token_of_both_answers_is_not_counted_after_an_empty_prompt(tmp_path, tokenizer):
     source = DataSource(path="rows.jsonl")
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(PAIR | {"prompt": ""}))
@@ -193,7 +193,7 @@ def test_an_empty_prompt_leaves_the_first_token_of_both_answers_uncounted(tmp_pa
         assert answer.counted.tolist() == [False] + [True] * (len(answer) - 1)
 
 
-def test_loops_of_ones_own_have_both_answers():
+def test_make_batches_gives_both_answers():
     tokenizer = tiny_tokenizer()
     batches = make_batches([PAIR, PAIR], tokenizer, 2, format="preference")
     pairs = collate([answer for row in batches[0].sequences for answer in row.answers], 0)

@@ -27,17 +27,17 @@ def contexts(prompt: str) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_rows_are_the_same_for_the_same_seed_and_others_for_another(split):
+def test_rows_depend_on_the_seed_only(split):
     rows = generate_rows(50, 7, split)
     assert rows == generate_rows(50, 7, split)
     assert rows != generate_rows(50, 8, split)
 
 
-def test_fewer_rows_are_the_first_of_more():
+def test_fewer_rows_are_a_prefix_of_more_rows():
     assert generate_rows(10, 0) == generate_rows(2 * TRAIN_PROMPTS, 0)[:10]
 
 
-def test_rows_of_seed_0_are_these_everywhere():
+def test_rows_of_seed_0_are_the_same_on_every_machine():
     """A cached teacher stays right only while the language and the draws stay what they are."""
     assert generate_rows(1, 0, "train") == [
         {
@@ -48,7 +48,7 @@ def test_rows_of_seed_0_are_these_everywhere():
     ]
 
 
-def test_no_training_sentence_is_evaluated():
+def test_splits_do_not_overlap():
     train, evaluation = (set(prompts(split)) for split in SPLITS)
     assert (len(train), len(evaluation)) == (TRAIN_PROMPTS, EVALUATION_PROMPTS)
     assert not train & evaluation
@@ -56,12 +56,12 @@ def test_no_training_sentence_is_evaluated():
     assert {row["prompt"] for row in generate_rows(600, 0, "evaluation")} == evaluation
 
 
-def test_every_sentence_of_a_pass_is_there_once():
+def test_every_pass_has_each_sentence_once():
     counts = Counter(row["prompt"] for row in generate_rows(2 * TRAIN_PROMPTS + 1, 0, "train"))
     assert sorted(counts.values())[-2:] == [2, 3] and min(counts.values()) == 2
 
 
-def test_training_sentences_show_every_context():
+def test_training_sentences_contain_every_context():
     assert {context for prompt in prompts("train") for context in contexts(prompt)} == set(LANGUAGE)
 
 

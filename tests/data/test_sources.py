@@ -37,7 +37,7 @@ def test_jsonl_json_parquet_and_saved_datasets_give_the_same_rows(tmp_path):
         rows_of(tmp_path / "splits", split="dev")
 
 
-def test_rows_say_where_they_are_from(tmp_path):
+def test_rows_name_their_place(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": "x\\ry"}\r\n{"a": 3}')
     assert [(row.fields["a"], row.where) for row in rows_of(path)] == [
@@ -49,7 +49,7 @@ def test_rows_say_where_they_are_from(tmp_path):
     assert [row.where for row in rows_of(tmp_path / "a.parquet")][3] == f"row 4 of {tmp_path}/a.parquet"
 
 
-def test_only_the_first_rows_are_read_when_asked(tmp_path):
+def test_number_of_rows_can_be_limited(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ROWS)
     with open(path, "ab") as file:
         file.write(b"broken")
@@ -66,7 +66,7 @@ def test_globs_and_folders_read_their_files_in_order(tmp_path):
     assert [row.fields for row in rows_of(tmp_path / "part-*.jsonl")] == ROWS
 
 
-def test_a_folder_gives_only_the_files_of_the_split(tmp_path):
+def test_folder_is_read_by_split(tmp_path):
     write_lines(tmp_path / "train.jsonl", ROWS[:3])
     write_lines(tmp_path / "test.jsonl", ROWS[3:])
     assert [row.fields for row in rows_of(tmp_path)] == ROWS[:3]
@@ -86,24 +86,24 @@ def test_a_folder_gives_only_the_files_of_the_split(tmp_path):
         (b"\n \r\n", r"a\.jsonl' has no rows; give a source"),
     ],
 )
-def test_a_broken_line_is_named(tmp_path, content, sentence):
+def test_broken_line_is_an_error_that_names_it(tmp_path, content, sentence):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         rows_of(tmp_path / "a.jsonl")
 
 
-def test_what_is_missing_or_unreadable_is_named(tmp_path):
+def test_missing_and_unreadable_sources_are_errors_that_name_them(tmp_path):
     with pytest.raises(InputError, match="folder '/nowhere/a.jsonl' does not exist; check the path"):
         read_rows(DataSource(path="/nowhere/a.jsonl"))
     with pytest.raises(InputError, match="No file matches"):
         read_rows(DataSource(path=str(tmp_path / "*.jsonl")))
-    with pytest.raises(InputError, match="holds no .jsonl, .json, .parquet file"):
+    with pytest.raises(InputError, match="contains no .jsonl, .json, .parquet file"):
         read_rows(DataSource(path=str(tmp_path)))
     (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(InputError, match="not a kind of file rayk reads"):
+    with pytest.raises(InputError, match="not a file type that rayk reads"):
         read_rows(DataSource(path=str(tmp_path / "a.csv")))
     (tmp_path / "a.parquet").write_text("not parquet")
-    with pytest.raises(InputError, match="not a Parquet file that can be read"):
+    with pytest.raises(InputError, match="is not a valid Parquet file"):
         rows_of(tmp_path / "a.parquet")
     (tmp_path / "list.json").write_text('[{"a": 1},\n {"a": }]')
     with pytest.raises(InputError, match=r"list.json is not JSON: Expecting value \(line 2, column 8\)"):
@@ -113,7 +113,7 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path):
         rows_of(tmp_path / "empty.parquet")
 
 
-def test_a_hub_dataset_that_cannot_be_had_is_one_sentence(monkeypatch):
+def test_unavailable_hub_dataset_is_an_error_in_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="No dataset 'nobody/nothing' .split 'train'. could be loaded") as caught:
         read_rows(DataSource(path="nobody/nothing"))

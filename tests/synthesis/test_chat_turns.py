@@ -98,7 +98,7 @@ WITHOUT_SYSTEM = "{% for m in messages if m['role'] != 'system' %}<u>{{ m['conte
         (COUNTED, None, "depends on that text"),
         ("{% for m in messages %}{{ m['content'] }}<e>{% endfor %}", None, "has no text before a user's message"),
         ("{% for m in messages %}<u>{{ m['content'] }}\n{% endfor %}", None, "has no text after a user's message"),
-        (GEMMA_2, "On chess.", "with synthesis.system: .* does not take these messages: System role not supported"),
+        (GEMMA_2, "On chess.", "with synthesis.system: .* fails on these messages: System role not supported"),
         (WITHOUT_SYSTEM, "On chess.", "ignores a system prompt; remove synthesis.system"),
     ],
 )  # fmt: skip
