@@ -118,7 +118,7 @@ def test_filters_come_before_the_selection_and_give_reasons(parrot, endpoint, st
 
 def test_empty_truncated_and_missing_completions_are_rejected_with_the_reason(parrot, endpoint, store):
     endpoint.replies["refused"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
-    kinds = {"empty": {"written": " \n"}, "cut": {"finish_reason": "length"}}
+    kinds = {"empty": {"generated": " \n"}, "cut": {"finish_reason": "length"}}
     endpoint.answer = lambda body: completion(body, **kinds.get(body["messages"][0]["content"], {}))
     summary = run_recipe(parrot, store, prompts_of("refused", "empty", "cut", "good"))
     assert summary["rejected"] == {"truncated": 1, "refused": 1, "empty": 1}

@@ -130,7 +130,7 @@ def test_an_interrupted_run_continues_without_repeating_requests(parrot, endpoin
     endpoint.reset()
     endpoint.answer = breaking
     with opened(tmp_path / "broken") as store:
-        with pytest.raises(RunFailed, match="unanswered") if in_lists else nullcontext():
+        with pytest.raises(RunFailed, match="did not answer a request for new") if in_lists else nullcontext():
             run_recipe(parrot, store, in_flight=1)
         done = len(store)
         endpoint.reset()
