@@ -44,8 +44,9 @@ class CommandGroup(TyperGroup):
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             close = difflib.get_close_matches(name, [*self.commands, *_SYNONYMS], n=1)
-            hint = f"did you mean '{_SYNONYMS.get(close[0], close[0])}'?" if close else f"{', '.join(self.commands)}."
-            raise InputError(f"There is no command '{name}'; {hint if close else 'the commands are ' + hint}")
+            if close:
+                raise InputError(f"There is no command '{name}'; did you mean '{_SYNONYMS.get(close[0], close[0])}'?")
+            raise InputError(f"There is no command '{name}'; the commands are {', '.join(self.commands)}.")
         return super().resolve_command(ctx, args)
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rayk.report.run_directory import Run, Series, flatten, measured_teachers, wait_seconds
 
@@ -201,9 +201,9 @@ def _style_axes(axes: Axes, axis: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("step", color=_INK, fontsize=8, loc="right", labelpad=1)
     if axis == "share":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     else:
-        form = "{:,.0f}" if axis == "count" else "{:.4g}"
+        form = "{:,.6g}" if axis == "count" else "{:.4g}"
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
 
 
