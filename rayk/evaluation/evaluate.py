@@ -277,7 +277,7 @@ def select_generation_rows(
     """The rows whose prompts are answered by generation: rows with a prompt and without options."""
     if settings.generation is None:
         return []
-    pool = views and views.demonstrations
+    pool = None if views is None else views.demonstrations
     candidates = (row for row in examples if pool is None or not pool.option_ids(row))
     return [example for example in candidates if example.prompt_tokens][: settings.generation.rows]
 
