@@ -24,7 +24,7 @@ from rayk.retrieval.rounds import RetrieverTraining
 from rayk.retrieval.teacher_scores import REFUSED, TeacherScores
 from rayk.run import distill, evaluate_model
 from rayk.run.inputs import read_inputs
-from tests.runs import assert_same_learning, metrics, rayk, settings, until, write_tasks
+from tests.runs import assert_same_learning, metrics, rayk, settings, wait_until, write_tasks
 from tests.tiny import tiny_encoder
 
 
@@ -213,7 +213,7 @@ def test_run_killed_in_every_stage_ends_the_same(tmp_path, tiny_student, encoder
 
     def killed_at(condition, what):
         with rayk("run", path, "--resume", log=log, RAY_ADDRESS=address) as process:
-            until(condition, what, process)
+            wait_until(condition, what, process)
             os.killpg(process.pid, signal.SIGKILL)
 
     killed_at(lambda: "training the reward model" in log.read_text(), "the reward model's fit")
