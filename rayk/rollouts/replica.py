@@ -111,7 +111,7 @@ class PolicyReplica:
     async def _answer(
         self, versioned: VersionedRequest, requester: Requester | None, mode: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
-        with self._demand.answering(requester, versioned.tokens):
+        with self._demand.track_request(requester, versioned.tokens):
             # Wait for the version here and not in the backend, which may still be needed for an older version.
             published = await self._find(versioned.version)
             return await self._backend.answer(versioned.version, published, mode, items, lengths)

@@ -1,4 +1,4 @@
-"""Start, place, inspect and remove Ray Serve applications that hold one model."""
+"""Start, place, inspect and remove Ray Serve applications, each with the replicas of one model."""
 
 import logging
 from typing import Any
@@ -15,10 +15,10 @@ from rayk.serving.cluster import gpus_per_worker, is_own_cluster
 logger = logging.getLogger(__name__)
 
 DEPLOYMENT = "teacher"
-"""Name of the one deployment in each application, by which clients find it."""
+"""Name of the only deployment of each application, a teacher's or a policy's; clients find it by this name."""
 
-# Far above the number of calls that requesters with credit keep open. With Serve's default of 5 its router polls full
-# replicas repeatedly: 200 concurrent calls took ten times longer than the same calls one after another.
+# Far above the number of calls that requesters with credit keep open. With Serve's default of 5, its router repeatedly
+# polls replicas that are at the limit: 200 concurrent calls took ten times longer than the same calls in sequence.
 _MAX_ONGOING_REQUESTS = 1000
 
 _HEALTH_CHECK_SECONDS = 5.0  # Serve replaces a replica after three failed checks
@@ -61,7 +61,7 @@ def start_application(
     else:
         options["autoscaling_config"] = {
             "min_replicas": replicas.min,
-            "initial_replicas": max(1, replicas.min),  # so that a model that cannot be loaded fails now
+            "initial_replicas": max(1, replicas.min),  # so that a model that cannot be loaded raises here
             "max_replicas": replicas.max,
             "metrics_interval_s": _REPORT_SECONDS,
             "look_back_period_s": _LOOK_BACK_SECONDS,
@@ -72,7 +72,7 @@ def start_application(
                 "policy_kwargs": {"tokens_per_replica": replicas.waiting_tokens},
             },
         }
-    _warn_if_short(label, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
+    _warn_of_missing_resources(label, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
     application = serve.deployment(replica).options(**options).bind(settings)
     try:
         serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
@@ -101,8 +101,14 @@ def placement_options(resources: Resources, gpus: float, across_nodes: bool) -> 
     return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
 
 
-def _warn_if_short(label: str, replicas: int, needs: dict[str, float]) -> None:
-    """Warn if the cluster lacks resources: Serve waits silently, which is right where a cluster grows on demand."""
+def _warn_of_missing_resources(label: str, replicas: int, needs: dict[str, float]) -> None:
+    """Log a warning if the cluster lacks the resources of `replicas` replicas, for which Serve waits without a message.
+
+    This is not an error, because a cluster with node autoscaling may add the resources.
+
+    Args:
+        needs: amount of each resource for one replica, by the resource's name.
+    """
     available = ray.cluster_resources()
     for name, need in needs.items():
         if need * replicas > available.get(name, 0):
@@ -113,7 +119,7 @@ def _warn_if_short(label: str, replicas: int, needs: dict[str, float]) -> None:
 
 
 def failure_reason(name: str) -> str:
-    """Return the error message of application `name`'s replicas; empty if there is none."""
+    """Return the message of the exception with which replicas of application `name` failed; empty if there is none."""
     application = serve.status().applications.get(name)
     if application is None:
         return ""

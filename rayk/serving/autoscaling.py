@@ -1,8 +1,8 @@
-"""Scale the replicas of an application by the tokens that its requesters wait for.
+"""Scale the replicas of an application by the number of tokens that its requesters wait for.
 
 Serve's own measure, the number of running requests, is of little use here because requesters limit it themselves
-(`rayk.serving.credit`). Instead, each request carries the number of tokens that its requester waits for in total, and
-each replica reports the sum over the requesters of the last seconds.
+(`rayk.serving.credit`). Instead, each request carries the number of tokens of all unanswered requests of its requester,
+and each replica reports the sum over the requesters that it has received a request from in the last seconds.
 """
 
 import math
@@ -25,14 +25,14 @@ class Requester:
 
 
 class Demand:
-    """The waiting tokens of the requesters that one replica has seen."""
+    """The waiting tokens of the requesters that have sent requests to one replica."""
 
     def __init__(self) -> None:
         self._requesters: dict[str, tuple[int, float]] = {}
 
     @contextmanager
-    def answering(self, requester: Requester | None, tokens: int) -> Iterator[None]:
-        """Record the requester's waiting tokens; subtract this request's `tokens` at the end."""
+    def track_request(self, requester: Requester | None, tokens: int) -> Iterator[None]:
+        """Record the requester's waiting tokens; at the end of the block subtract this request's `tokens`."""
         if requester is not None:
             self._requesters[requester.name] = requester.waiting_tokens, time.monotonic()
         try:
@@ -43,7 +43,7 @@ class Demand:
                 self._requesters[requester.name] = max(0, waiting - tokens), seen_at
 
     def waiting_tokens(self) -> int:
-        """Return the sum over the requesters of the last `_REMEMBER_SECONDS`."""
+        """Return the sum over the requesters with a request in the last `_REMEMBER_SECONDS`."""
         oldest = time.monotonic() - _REMEMBER_SECONDS
         self._requesters = {name: entry for name, entry in self._requesters.items() if entry[1] >= oldest}
         return sum(waiting for waiting, _ in self._requesters.values())
@@ -52,25 +52,34 @@ class Demand:
 class WaitingTokensPolicy:
     """Serve autoscaling policy: one replica per `tokens_per_replica` waiting tokens.
 
-    It scales up as soon as more tokens wait. It scales down by one replica when less than a quarter of that number
-    waits, so that an application that keeps up with its requests is not scaled down for keeping up. It scales to zero
-    when there are no requests, unless the first replica is still loading. Serve applies delays and bounds.
+    - Scale up to ⌈waiting tokens / `tokens_per_replica`⌉ replicas if these are more than the current target.
+    - Scale down by one replica if fewer than a quarter of `tokens_per_replica` tokens per target replica are waiting.
+      The threshold is low because few tokens wait when the replicas just keep up with the requests, and one replica
+      fewer would not keep up.
+    - Scale to zero if there are no requests, unless the first replica is still loading.
+
+    Serve then applies the configured delays, and the minimum and maximum.
     """
 
     def __init__(self, tokens_per_replica: int):
         self.tokens_per_replica = tokens_per_replica
 
     def __call__(self, context: Any) -> tuple[int, dict]:
-        """Return the number of replicas for Serve's AutoscalingContext, and an empty state."""
+        """Return the target number of replicas, and an empty state, as Serve expects of a policy.
+
+        Args:
+            context: Serve's `AutoscalingContext`.
+        """
         reported = (context.aggregated_metrics or {}).get(METRIC, {})
-        # Each replica sees nearly every requester, but a new replica none: the largest sum is the best estimate.
+        # An old replica has had requests from nearly all requesters, a new one from none: the largest sum is the best
+        # estimate.
         waiting = max(reported.values(), default=0.0)
         loading = context.target_num_replicas > 0 and not context.running_replicas
         if waiting == 0 and context.total_num_requests == 0 and not loading:
             return 0, {}
-        current, enough = context.target_num_replicas, math.ceil(waiting / self.tokens_per_replica)
-        if enough > current:
-            return enough, {}
+        current, needed = context.target_num_replicas, math.ceil(waiting / self.tokens_per_replica)
+        if needed > current:
+            return needed, {}
         if waiting < 0.25 * self.tokens_per_replica * current:
-            return max(1, enough, current - 1), {}
+            return max(1, needed, current - 1), {}
         return max(1, current), {}

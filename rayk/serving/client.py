@@ -28,14 +28,14 @@ from rayk.serving.autoscaling import Requester
 from rayk.serving.credit import Credit
 from rayk.signals.batch import CorruptSignal
 
-# A replica, its engine or its node died, a queue is full, an object was lost with its node, a reply was damaged.
+# A replica, its engine or its node died; an object was lost with its node; a queue is full; a reply was damaged.
 _RETRYABLE = (RayActorError, ObjectLostError, EngineDied, BackPressureError, DeploymentUnavailableError, CorruptSignal)
 T = TypeVar("T")
 
 
 @dataclass
 class Statistics:
-    """Totals of one client since it was created."""
+    """Totals of one client since its creation."""
 
     calls: int = 0
     retries: int = 0
@@ -54,7 +54,7 @@ class ServedModel:
     label: str
     """Name of the application in errors."""
     section: str
-    """Section of its settings, for errors."""
+    """Section of the application's settings, for errors."""
     unavailable: type[RaykError]
     """Raised if no replica answers before the deadline."""
 
@@ -69,7 +69,13 @@ class ServedModel:
         self._waiting_tokens = 0
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        """Send one request within the credit; retry until a replica answers or the deadline passes."""
+        """Acquire credit, send one request, and retry until a replica answers or the deadline passes.
+
+        The deadline starts when the credit is acquired.
+
+        Args:
+            read: converts the replica's result; may be asynchronous. A `CorruptSignal` from it causes a retry.
+        """
         tokens = getattr(request, "tokens", 0)
         self._waiting_tokens += tokens
         try:
@@ -80,10 +86,10 @@ class ServedModel:
             self._waiting_tokens -= tokens
 
     async def _call_without_credit(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
-        """Like `_call`, for requests that cost a replica no time."""
+        """Like `_call`, but without credit: for requests that a replica answers without computing."""
         last: BaseException | None = None
 
-        def note(state: RetryCallState) -> None:
+        def record_retry(state: RetryCallState) -> None:
             nonlocal last
             last = state.outcome.exception() if state.outcome else None
             self.statistics.retries += 1
@@ -91,7 +97,7 @@ class ServedModel:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_RETRYABLE),
             wait=wait_exponential_jitter(initial=0.1, max=5.0),
-            before_sleep=note,
+            before_sleep=record_retry,
         )
         try:
             # Serve itself waits forever while no replica runs, so the deadline is enforced here.

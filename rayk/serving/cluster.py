@@ -48,7 +48,7 @@ def start_ray(num_cpus: float = 0) -> None:
     local = not address or address == "local"
     if local:
         set_threading()  # every process of the cluster inherits these variables
-        # Ray Train would start an actor per worker group that watches for nodes about to be preempted.
+        # Ray Train would start an actor per worker group that watches for the preemption of nodes.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # Ray Train's controller causes this warning
         options |= {
@@ -81,7 +81,7 @@ def check_address(address: str) -> None:
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto" and the like: Ray finds the address itself
+        return  # such as "auto": Ray finds the address itself
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
@@ -113,7 +113,8 @@ def is_own_cluster() -> bool:
 
 
 def gpus_per_worker(requested: float | None, needed: float = 1.0) -> float:
-    """Return the number of GPUs of one replica or worker: `requested`, else `needed` if the cluster has GPUs."""
+    """Return the number of GPUs of one replica or worker: `requested` if it is set; else `needed`, or 0 on a cluster
+    without GPUs."""
     if requested is not None:
         return requested
     return needed if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
@@ -135,10 +136,10 @@ def run_on(resources: Resources, work: Callable[..., T], *arguments: Any) -> T:
 
 
 def is_job_running(job_id: str) -> bool:
-    """Return whether the driver of a Ray job still runs; True if Ray does not tell."""
+    """Return whether the driver of Ray job `job_id` is still running; True if Ray's job table cannot be read."""
     try:
         from ray._private.state import jobs
 
         return any(job["JobID"] == job_id and not job["IsDead"] for job in jobs())
-    except (ImportError, KeyError):  # not a public interface of Ray
+    except (ImportError, KeyError):  # `jobs` is private and may change with the version of Ray
         return True

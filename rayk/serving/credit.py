@@ -13,9 +13,9 @@ _COUNT_SECONDS = 3.0  # shortest time between two counts of the replicas
 
 
 class Credit:
-    """Async context manager that holds one of `calls_per_replica` × running replicas slots; waiters enter in order.
+    """Semaphore with `calls_per_replica` slots per running replica, as an async context manager.
 
-    Use it on the background event loop only.
+    Waiters acquire slots in first-in, first-out order. Use it on the background event loop only.
     """
 
     def __init__(self, application: str, calls_per_replica: int):
@@ -29,7 +29,7 @@ class Credit:
         if self._open >= self._replicas * self._calls_per_replica or self._queue:
             place = asyncio.get_running_loop().create_future()
             self._queue.append(place)
-            self._start_counting()
+            self._refresh_count()
             try:
                 await place
             except asyncio.CancelledError:
@@ -41,12 +41,12 @@ class Credit:
 
     async def __aexit__(self, *_: object) -> None:
         self._release()
-        self._start_counting()
+        if self._queue:
+            self._refresh_count()
 
     async def replicas(self) -> int:
         """Return the number of running replicas (at least 1), at most `_COUNT_SECONDS` old."""
-        if self._counting is None and time.monotonic() - self._counted_at > _COUNT_SECONDS:
-            self._counting = asyncio.create_task(self._count())
+        self._refresh_count()
         if self._counting is not None:
             await asyncio.shield(self._counting)
         return self._replicas
@@ -62,16 +62,17 @@ class Credit:
                 self._open += 1
                 place.set_result(None)
 
-    def _start_counting(self) -> None:
-        """Count the replicas again while calls are waiting, in a thread so that the loop is not blocked."""
-        if self._queue and self._counting is None and time.monotonic() - self._counted_at > _COUNT_SECONDS:
+    def _refresh_count(self) -> None:
+        """Start counting the replicas again if the last count is older than `_COUNT_SECONDS`."""
+        if self._counting is None and time.monotonic() - self._counted_at > _COUNT_SECONDS:
             self._counting = asyncio.create_task(self._count())
 
     async def _count(self) -> None:
+        """Count the replicas, in a thread so that the loop is not blocked, and admit waiters to new slots."""
         try:
             self._replicas = max(1, await asyncio.to_thread(applications.count_replicas, self._application))
         except (ray.exceptions.RayError, RayServeException):
-            pass  # the controller restarts: keep the last number
+            pass  # Serve's controller is restarting: keep the last count
         finally:
             self._counted_at, self._counting = time.monotonic(), None
             self._admit()

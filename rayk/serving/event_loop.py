@@ -40,7 +40,7 @@ def run_in_background(work: Coroutine[Any, Any, T]) -> "Future[T]":
 
 
 def wait_for(future: "Future[T]") -> T:
-    """Return the result of background work; an interrupted wait (Ctrl-C) cancels the work."""
+    """Wait for background work and return its result; an interrupted wait (Ctrl-C) cancels the work."""
     try:
         return future.result()
     finally:
@@ -50,17 +50,17 @@ def wait_for(future: "Future[T]") -> T:
 def run_until_complete(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` on the background loop and return its result.
 
-    An interrupted wait (Ctrl-C) cancels `work` and waits until it has cleaned up.
+    An interrupted wait (Ctrl-C) cancels `work` and waits up to `_CLEAN_UP_SECONDS` until it has cleaned up.
     """
     ended = threading.Event()
 
-    async def signal_end() -> T:
+    async def run_and_set() -> T:
         try:
             return await work
         finally:
             ended.set()
 
-    future = run_in_background(signal_end())
+    future = run_in_background(run_and_set())
     try:
         return future.result()
     except BaseException:
@@ -70,7 +70,7 @@ def run_until_complete(work: Coroutine[Any, Any, T]) -> T:
 
 
 def stream_in_background(work: Iterable[Coroutine[Any, Any, T]], prefetch: int) -> Generator[T, None, None]:
-    """Yield results of `work` in order, with up to `prefetch` later coroutines running.
+    """Yield the results of `work` in order, while up to `prefetch` later coroutines run.
 
     Closing the generator cancels the coroutines that are still running.
     """

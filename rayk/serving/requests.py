@@ -1,4 +1,4 @@
-"""Requests that replicas of any application answer: score sequences, and generate completions."""
+"""Requests to the replicas of teachers and of policies: score sequences, and generate completions."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,15 @@ from rayk.signals.sequence import TokenSequence
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Sequences to score, packed: one array with the ids of all rows, and one bit per token (counted or not)."""
+    """Sequences to score, packed into flat arrays.
+
+    Attributes:
+        input_ids: int32 [tokens], the ids of all sequences, one sequence after another.
+        counted_bits: uint8 [⌈tokens / 8⌉], one bit per token: whether it is counted.
+        lengths: int64 [sequences].
+        requested: int32 [counted tokens, m], the requested ids of all sequences; None unless the support is
+            `requested`.
+    """
 
     input_ids: np.ndarray
     counted_bits: np.ndarray
@@ -21,6 +29,7 @@ class ScoreRequest:
 
     @classmethod
     def from_sequences(cls, sequences: list[TokenSequence], support: Support) -> "ScoreRequest":
+        """Pack `sequences` into a request for signals with `support`."""
         return cls(
             np.concatenate([sequence.input_ids for sequence in sequences]),
             np.packbits(np.concatenate([sequence.counted for sequence in sequences])),
@@ -33,10 +42,11 @@ class ScoreRequest:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens to read."""
+        """Number of tokens that the replica reads."""
         return len(self.input_ids)
 
     def sequences(self) -> list[TokenSequence]:
+        """Unpack the sequences."""
         counted = np.unpackbits(self.counted_bits, count=len(self.input_ids)).astype(bool)
         ends = np.cumsum(self.lengths)[:-1]
         rows = zip(np.split(self.input_ids, ends), np.split(counted, ends), strict=True)
@@ -57,5 +67,5 @@ class GenerateRequest:
 
     @property
     def tokens(self) -> int:
-        """Largest number of tokens to generate."""
+        """Largest number of tokens that the replica generates."""
         return len(self.prompts) * self.parameters.max_new_tokens

@@ -1,6 +1,6 @@
-"""A named actor that knows the location of the learner's weights of each version (see `rayk.serving.weights`).
+"""A named actor that stores the location of each published weight version (see `rayk.serving.weights`).
 
-This module does not import torch: without it the actor's process starts four times faster.
+This module does not import torch, so that the actor's process starts four times faster.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ _KEPT_VERSIONS = 2
 
 
 class UnusableWeights(RaykError):
-    """Weights of a version that is not available, or that differ from the published ones."""
+    """A weight version is not available, or its weights differ from the published ones."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class PublishedWeights:
 
 
 class WeightStore:
-    """Actor that knows the location of the newest versions of the current attempt; the weights are in Ray's object
-    store."""
+    """Actor that stores the location and checksum of the newest weight versions of the current attempt. The weights
+    themselves are in Ray's object store."""
 
     def __init__(self, wait_seconds: float):
         """
@@ -58,7 +58,7 @@ class WeightStore:
         self._changed = asyncio.Condition()
 
     async def begin(self, attempt: str) -> None:
-        """Start an attempt and drop all versions of earlier attempts."""
+        """Start an attempt and remove all versions of earlier attempts."""
         async with self._changed:
             self._ended.add(self._attempt)
             self._attempt, self._newest, self._kept = attempt, -1, {}
@@ -89,14 +89,15 @@ class WeightStore:
             UnusableWeights: the version was replaced, or is not published in time.
         """
 
-        def decided() -> bool:
-            known = version.attempt == self._attempt and version.number <= self._newest
-            return known or version.attempt in self._ended
+        def is_decided() -> bool:
+            """Return whether the version has been published, or will never be."""
+            is_published = version.attempt == self._attempt and version.number <= self._newest
+            return is_published or version.attempt in self._ended
 
         async with self._changed:
             try:
                 async with asyncio.timeout(self._wait_seconds):
-                    await self._changed.wait_for(decided)
+                    await self._changed.wait_for(is_decided)
             except TimeoutError:
                 raise UnusableWeights(
                     f"The student's weights of {version} were not published within {self._wait_seconds:g} s."
@@ -107,7 +108,7 @@ class WeightStore:
 
 
 def start_store(name: str, wait_seconds: float) -> ray.actor.ActorHandle:
-    """Start the actor on this node; it ends with the returned handle, or with this process."""
+    """Start the actor on this node. It ends when the returned handle is garbage-collected or this process ends."""
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {
         "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": this_node,

@@ -1,8 +1,8 @@
 """Transfer a learner's weights to replicas: published once per version in Ray's object store, loaded on demand.
 
-Replicas are never notified of new weights. A request names its weight version, and a replica with another version asks
-a small named actor (`rayk.serving.weight_store`) where the weights are, so replicas may die, start and scale at any
-time. A version belongs to an attempt (one group of training workers): after a restart, the same number of steps may
+Replicas are not notified of new weights. A request names its weight version, and a replica with another version gets
+the location of the weights from a named actor (`rayk.serving.weight_store`), so replicas may die, start and scale at
+any time. A version belongs to an attempt (one group of training workers): after a restart, the same number of steps may
 have produced other weights.
 """
 
@@ -21,7 +21,7 @@ from rayk.serving.weight_store import UnusableWeights, WeightVersion
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A tensor as plain values and bytes, which processes of a node share through Ray without a copy."""
+    """A tensor as plain values and bytes, which the processes of a node share through Ray without a copy."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -62,7 +62,7 @@ class TeacherReplica:
 
     async def score(self, request: ScoreRequest, requester: Requester | None = None) -> np.ndarray:
         """Return the signals in wire format (`rayk.signals.batch.decode`)."""
-        with self._demand.answering(requester, request.tokens):
+        with self._demand.track_request(requester, request.tokens):
             return encode(await self._engine.score(request.sequences(), request.support))
 
     async def head(self, _request: None = None, _requester: Requester | None = None) -> list[ray.ObjectRef]:
@@ -73,13 +73,13 @@ class TeacherReplica:
 
     async def generate(self, request: GenerateRequest, requester: Requester | None = None) -> list[GeneratedSequence]:
         """Return one completion per prompt."""
-        with self._demand.answering(requester, request.tokens):
+        with self._demand.track_request(requester, request.tokens):
             return await self._engine.generate(request.prompts, request.parameters, request.seeds)
 
     async def verify(self, request: VerifyRequest, requester: Requester | None = None) -> list[Verdict]:
         """Return one verdict per draft."""
         check_can_verify(self._engine.info)
-        with self._demand.answering(requester, request.tokens):
+        with self._demand.track_request(requester, request.tokens):
             return await cast(VerifyingEngine, self._engine).verify(request.drafts)
 
     async def usage(self, _request: None = None, _requester: Requester | None = None) -> Usage | None:

@@ -48,13 +48,13 @@ def test_simulated_text_has_its_length_and_depends_on_its_seed(tiny_teacher):
 
 def test_replica_counts_the_tokens_that_requesters_wait_for():
     demand = Demand()
-    with demand.answering(Requester("a", 500), 100), demand.answering(Requester("b", 40), 40):
+    with demand.track_request(Requester("a", 500), 100), demand.track_request(Requester("b", 40), 40):
         assert demand.waiting_tokens() == 540
-        with demand.answering(Requester("a", 700), 200):
+        with demand.track_request(Requester("a", 700), 200):
             assert demand.waiting_tokens() == 740
         assert demand.waiting_tokens() == 540
     assert demand.waiting_tokens() == 400
-    with demand.answering(None, 10):
+    with demand.track_request(None, 10):
         assert demand.waiting_tokens() == 400
 
 
