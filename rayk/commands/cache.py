@@ -29,7 +29,7 @@ from rayk.serving.event_loop import stream_in_background
 from rayk.storage.segments import CacheStatistics
 from rayk.teachers import Teacher
 from rayk.teachers.cache import SignalCache
-from rayk.teachers.ensemble import name_for
+from rayk.teachers.ensemble import choose_teacher_name
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _requests(
             return [(teachers[config.evaluation_teacher], list(map(inputs.views.apply, table)))]
         rows: dict[str, list[Example]] = {}
         for example in map(inputs.views.apply, table):
-            rows.setdefault(name_for(example, config.route), []).append(example)
+            rows.setdefault(choose_teacher_name(example, config.route), []).append(example)
         return [(teachers[name], examples) for name, examples in rows.items()]
 
     support = config.signal_support

@@ -13,17 +13,17 @@ from rayk.data.views import RowViews
 from rayk.errors import InputError
 from rayk.models import load_model_config, load_tokenizer, max_positions, tokenizer_fingerprint
 from rayk.teachers import Teacher
-from rayk.teachers.ensemble import check_ensemble, name_for
+from rayk.teachers.ensemble import check_ensemble, choose_teacher_name
 
 
 def check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer: Any, tokenizer_name: str) -> None:
     """Check that a teacher has the student's vocabulary.
 
     Args:
-        running: the teacher's requester if it is already running.
+        running: the client of the teacher if it is already running.
 
     Raises:
-        InputError: it returns no signals, or its token ids differ.
+        InputError: the teacher returns no signals, or its tokenizer has other token ids than the student's.
     """
     if running is not None:
         if running.info.engine == "openai":
@@ -93,7 +93,11 @@ def _check_prompts(config: RunConfig, train: ExampleTable) -> None:
 
 
 def _check_policy_lengths(student: Any, config: RunConfig, longest: int) -> None:
-    """Check the limit of the served policy's engine."""
+    """Check that rows and rollouts are not longer than the served policy's engine allows.
+
+    Args:
+        longest: tokens of the longest row, or prompt with its rollout.
+    """
     served = config.rollouts.served if config.rollouts else None
     if served is not None and longest > (limit := served.engine.max_tokens(max_positions(student))):
         raise InputError(
@@ -121,7 +125,7 @@ def check_demonstrated_lengths(
 
 
 def check_contexts(models: Mapping[str, Any], config: RunConfig, views: RowViews, tables: list[ExampleTable]) -> None:
-    """Check that each teacher's own prompts can be made and leave room for the completion.
+    """Check that each teacher's own prompts (`prompt_template`) can be rendered and leave room for the completion.
 
     Raises:
         InputError: a row lacks a field of the template, or is too long for the teacher.
@@ -139,10 +143,10 @@ def check_contexts(models: Mapping[str, Any], config: RunConfig, views: RowViews
 
 
 def check_routes(config: RunConfig, tables: list[ExampleTable]) -> None:
-    """Check that an ensemble can combine the support, and that each row has a route to a teacher.
+    """Check that an ensemble can combine signals of the support, and that a route selects a teacher for each row.
 
     Raises:
-        InputError: it cannot, or a row has none.
+        InputError: it cannot combine them, or a row has no teacher.
     """
     support = config.signal_support
     if config.ensemble is not None and support is not None:
@@ -153,4 +157,4 @@ def check_routes(config: RunConfig, tables: list[ExampleTable]) -> None:
         raise InputError("Hidden states of several teachers need several heads; use support 'topk' with 'route'.")
     for table in tables:
         for row in table:
-            name_for(row, config.route)
+            choose_teacher_name(row, config.route)

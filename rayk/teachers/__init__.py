@@ -1,4 +1,4 @@
-"""Teachers on Ray Serve: deploying them, and asking them from anywhere on the cluster."""
+"""Teachers on Ray Serve: deploy them, and query them from any process of the cluster."""
 
 from rayk.teachers.client import Completion, Scorer, Teacher, connect_teacher, serve_teacher
 from rayk.teachers.ensemble import Ensemble, Route, build_scorer

@@ -1,4 +1,4 @@
-"""The signal cache: a teacher's signals are stored on disk, so each is requested only once.
+"""The signal cache: it stores a teacher's signals on disk, so that each is requested only once.
 
 An entry's key is a hash of everything that the signal depends on: the sequence's ids and counted positions, the
 teacher's weights and tokenizer, the engine and its dtype, the support with its parameters, and the codec's version. It
@@ -29,10 +29,10 @@ from rayk.storage.segments import INDEX_BYTES, KEY_BYTES, CacheStatistics, Segme
 class SignalCache:
     """Signals of all teachers and supports, in a folder or at a URI that any number of processes share.
 
-    As a context manager it writes all signals at the end; otherwise call `flush`.
+    On exit as a context manager it writes the signals that are only in memory; otherwise call `flush`.
 
     Raises:
-        InputError: the place cannot be used.
+        InputError: the folder or URI cannot be used.
     """
 
     def __init__(self, settings: CacheConfig):
@@ -48,7 +48,7 @@ class SignalCache:
         self.flush()
 
     def find(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> dict[int, SignalBatch]:
-        """Return the cached signals by the index of their sequence."""
+        """Return the cached signals, by the index of their sequence in `sequences`."""
         keys = _keys(teacher, sequences, support)
         entries = self._store.read(keys)
         self.bytes += sum(len(entry) + INDEX_BYTES for entry in entries.values())
@@ -80,10 +80,10 @@ def open_cache(settings: CacheConfig | None) -> AbstractContextManager[SignalCac
 
 
 def check_cacheable(teacher: EngineInfo) -> None:
-    """Check that the teacher's signals can have a key.
+    """Check that the teacher's weights are known, as the keys of the cache require.
 
     Raises:
-        InputError: the engine does not know its weights.
+        InputError: the engine reports no fingerprint of its weights.
     """
     if not teacher.weights_fingerprint:
         raise InputError(

@@ -2,8 +2,8 @@
 
 All requests run on one background event loop per process, so a training step never waits for Python's network code and
 the caller's own event loop is not touched. The number of open calls is limited by credit, results are returned in the
-order of the requests, and a request whose replica dies is repeated: requests are pure functions of their content, so
-no result is lost, duplicated or reordered.
+order of the requests, and a request whose replica dies is repeated. The answer depends on the content of the request
+only, so no result is lost, duplicated or reordered.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class Teacher(ServedModel):
     A row with a context for this teacher (`rayk.data.Example.view`) is scored after that context.
 
     Raises:
-        InputError: there is a cache, but the engine does not know its weights.
+        InputError: a cache is given, but the engine reports no fingerprint of its weights.
     """
 
     section = "teachers"
@@ -127,7 +127,7 @@ class Teacher(ServedModel):
     def stream(
         self, batches: Iterable[Any], support: Support | None = None, prefetch: int = 4
     ) -> Iterator[tuple[Any, SignalBatch]]:
-        """Yield pairs (batch, signals) in order, while up to `prefetch` later batches are requested."""
+        """Yield pairs (batch, signals) in order, while the signals of up to `prefetch` later batches are requested."""
         pending: deque[Any] = deque()
 
         def requests() -> Iterator[Coroutine[Any, Any, SignalBatch]]:
@@ -168,12 +168,12 @@ class Teacher(ServedModel):
         return await asyncio.wrap_future(run_in_background(self._generate(list(prompts), parameters, seed)))
 
     async def averify(self, drafts: Sequence[Draft]) -> list[Verdict]:
-        """Return one verdict per draft, in order: which tokens are kept (`rayk.engines.speculative`).
+        """Return one verdict per draft, in order: which tokens the teacher accepts (`rayk.engines.speculative`).
 
         Awaitable on any event loop.
 
         Raises:
-            InputError: the teacher cannot verify drafts, or not these.
+            InputError: the teacher cannot verify drafts, or one is too long or has ids out of range.
             TeacherUnavailable: no answer before the deadline.
         """
         check_can_verify(self.info)
@@ -213,9 +213,9 @@ class Teacher(ServedModel):
     async def _score_with_cache(
         self, cache: SignalCache, sequences: list[TokenSequence], support: Support
     ) -> SignalBatch:
-        """Return cached signals, and request and store the remaining ones.
+        """Return the signals of `sequences` from the cache; request and store those that it does not contain.
 
-        Files and compression run in threads, because the event loop also serves other requests.
+        File access and compression run in threads, so that they do not block other requests on the event loop.
         """
         rows = await asyncio.to_thread(cache.find, self.info, sequences, support)
         self.statistics.cached_tokens += sum(signals.tokens for signals in rows.values())
@@ -229,7 +229,7 @@ class Teacher(ServedModel):
     async def _request_signals(
         self, batch: list[TokenSequence], chosen: Sequence[int], support: Support
     ) -> SignalBatch:
-        """Return the replicas' signals for the `chosen` rows of `batch`."""
+        """Request the signals of the rows `chosen` of `batch` from the replicas."""
         sequences = [batch[row] for row in chosen]
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         calls = _split([len(sequences[row]) for row in order], self.settings.call_tokens)
@@ -258,9 +258,9 @@ class Teacher(ServedModel):
         return await asyncio.wrap_future(self._head)
 
     def _check_head(self, signals: SignalBatch, targets: np.ndarray) -> None:
-        """Compare some positions with the target tokens' log-probs, which the teacher computed with its own head.
+        """Check the head: compare the log-probs of some target tokens computed with it with those from the teacher.
 
-        A wrong head, scale or soft-cap differs by nats.
+        With a wrong head, scale or soft-cap they differ by whole nats.
 
         Raises:
             RaykError: the log-probs differ.
@@ -329,7 +329,7 @@ def sequences_of(batch: HasSequences | Sequence[TokenSequence]) -> list[TokenSeq
 
 
 def _split(lengths: list[int], budget: int) -> list[list[int]]:
-    """Group consecutive positions, at most `budget` tokens and at least one position per group."""
+    """Split the positions 0, 1, … into consecutive groups of at most `budget` tokens, but at least one position."""
     groups: list[list[int]] = []
     total = 0
     for position, length in enumerate(lengths):
@@ -345,7 +345,8 @@ def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: Sig
     """Connect to the teacher that runs as Serve application `name` (started by `rayk serve` or another process).
 
     Args:
-        settings: credit and deadline of this client; by default those of the deployment.
+        settings: settings of this client, such as `in_flight` and `deadline_seconds`; by default those with which the
+            teacher was deployed.
         cache: stores the signals; by default none.
 
     Raises:
@@ -366,10 +367,11 @@ def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: Sig
 def serve_teacher(
     config: TeacherConfig, cache: SignalCache | None = None, *, application: str | None = None
 ) -> Iterator[Teacher]:
-    """Start a teacher on Ray Serve (and Ray if necessary), and remove it at the end.
+    """Start a teacher on Ray Serve (and Ray, if it does not run), yield its client, and remove the teacher at the end.
 
-    With `attach: true` the teacher must already run, and it stays. So does a running teacher with the same application
-    and settings whose process still runs; if its process was killed, it is taken over and removed at the end.
+    A teacher that another process serves is used and not removed: with `attach: true` it must be running already;
+    otherwise one that runs as the same application with the same settings is used instead of a new one. If the process
+    that deployed it has been killed, this process removes it at the end.
 
     Args:
         cache: stores the signals; by default none.

@@ -1,4 +1,4 @@
-"""The Serve deployment of a teacher: replicas with an engine, and starting them."""
+"""The Ray Serve application of a teacher: the class of its replicas, deploying it, and querying its state."""
 
 import asyncio
 from dataclasses import dataclass
@@ -35,15 +35,15 @@ class VerifyRequest:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that a replica reads if it still has the text before the drafts in its cache."""
+        """Number of tokens that a replica reads if its cache contains the text before the drafts."""
         return sum(1 + draft.drafted for draft in self.drafts)
 
 
 class TeacherReplica:
     """One copy of a teacher.
 
-    Requests are pure functions of their content (generation is seeded), so a client may repeat a request at another
-    replica.
+    The answer depends on the content of the request only (generation is seeded), so a client may repeat a request at
+    another replica.
     """
 
     async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
@@ -54,6 +54,7 @@ class TeacherReplica:
         await self._engine.warm_up()
 
     async def describe(self) -> tuple[EngineInfo, dict]:
+        """Return the engine's properties, and the settings with which the teacher was deployed."""
         return self._engine.info, self._settings
 
     async def owner(self) -> str:
@@ -95,10 +96,10 @@ class TeacherReplica:
 
 
 def deploy(config: TeacherConfig, application: str) -> None:
-    """Start a Serve application and wait until all replicas have warmed up.
+    """Start Serve application `application` for a teacher and wait until all replicas have warmed up.
 
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: the replicas do not start, for example because the model cannot be loaded.
     """
     owner = ray.get_runtime_context().get_job_id()
     start_application(
@@ -109,7 +110,8 @@ def deploy(config: TeacherConfig, application: str) -> None:
 
 
 def is_running(config: TeacherConfig, application: str) -> bool:
-    """Return whether this teacher already runs, with the same settings.
+    """Return whether this teacher already runs with the same settings; False also if its application is still starting
+    or has failed.
 
     Raises:
         InputError: the application runs with other settings.
@@ -127,15 +129,15 @@ def is_running(config: TeacherConfig, application: str) -> bool:
 
 
 def is_abandoned(application: str) -> bool:
-    """Return whether the Ray job that deployed this teacher has ended without removing it, as after a kill."""
+    """Return whether the Ray job that deployed this running teacher has ended without removing it, as after a kill."""
     return not is_job_running(call_replica(application, "owner"))
 
 
 def call_replica(application: str, method: str) -> Any:
-    """Call a method without arguments on one replica; allowed while an event loop runs.
+    """Call a method without arguments on one replica and return the result; works inside a running event loop, too.
 
     Raises:
-        TimeoutError: no answer within a minute.
+        TimeoutError: no answer within `_CALL_SECONDS`.
     """
     handle = serve.get_deployment_handle(DEPLOYMENT, app_name=application)
 
@@ -147,8 +149,8 @@ def call_replica(application: str, method: str) -> Any:
 
 
 def _replica_settings(config: TeacherConfig, application: str) -> dict:
-    """Return the replicas' settings; a folder's path is made absolute, because replicas have their own working
-    directory."""
+    """Return the settings for the replicas, with the application as name and an absolute path of a local model:
+    replicas have another working directory."""
     assert config.model is not None
     changes = {"name": application, "model": resolve_path(config.model)}
     return config.model_copy(update=changes).model_dump(mode="json")

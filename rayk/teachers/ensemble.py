@@ -28,9 +28,9 @@ class Ensemble:
 
     - the mean of probabilities p̄ = Σ w·p is exact, including the tail;
     - the mean of logits p̄ ∝ Π p^w is exact except for the tail. Its mass Σ_rest Π p^w is at most Π (Σ_rest p)^w
-      (Hölder), and this bound is used. The tail is too heavy where teachers are flat and disagree (by 0.05 to 0.2 of
-      the total mass for two random models), and right where the union contains most of the mass. `hidden` has no such
-      bias.
+      (Hölder), and this bound is used. It is too high by 0.05 to 0.2 of the total mass for two random models, whose
+      distributions are flat and disagree, and accurate where the union contains most of the mass. `hidden` has no
+      such bias.
 
     Support `hidden` with the mean of logits is exact: the weighted heads of the teachers, concatenated, form one head.
     """
@@ -111,7 +111,7 @@ class Ensemble:
 
 
 class Route:
-    """One of several teachers for each row, chosen by a field of the row."""
+    """Scores each row with one of several teachers, chosen by a field of the row."""
 
     def __init__(self, settings: RouteConfig, teachers: Mapping[str, Scorer]):
         self.settings = settings
@@ -128,7 +128,7 @@ class Route:
         sequences = sequences_of(batch)
         rows_by_name: dict[str, list[int]] = {}
         for row, sequence in enumerate(sequences):
-            rows_by_name.setdefault(name_for(sequence, self.settings), []).append(row)
+            rows_by_name.setdefault(choose_teacher_name(sequence, self.settings), []).append(row)
         parts = await asyncio.gather(
             *(
                 self.teachers[name].ascore([sequences[row] for row in rows], support)
@@ -157,11 +157,11 @@ def build_scorer(config: RunConfig, teachers: Mapping[str, Teacher]) -> Scorer |
     return known.get("ensemble") or known.get(config.evaluation_teacher)
 
 
-def name_for(row: TokenSequence, route: RouteConfig) -> str:
-    """Return the name of the teacher that a field of the row (`rayk.data.Example.fields`) chooses.
+def choose_teacher_name(row: TokenSequence, route: RouteConfig) -> str:
+    """Return the name of the teacher that a route selects for a row by one of its fields (`rayk.data.Example.fields`).
 
     Raises:
-        InputError: the field chooses no teacher, and there is no default.
+        InputError: `route.teachers` does not contain the field's value, and there is no default.
     """
     value = str(getattr(row, "fields", {}).get(route.field))
     name = route.teachers.get(value, route.default)
@@ -177,7 +177,7 @@ def check_ensemble(support: Support, combine: str) -> None:
     """Check that signals of this support can be averaged.
 
     Raises:
-        InputError: they cannot; the message names a support that can.
+        InputError: they cannot be averaged; the message names a support that can.
     """
     if isinstance(support, Hidden) and combine == "logits":
         return
