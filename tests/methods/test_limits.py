@@ -49,7 +49,7 @@ def test_exploding_rewards_stop_the_run(tmp_path, tiny_student, served):
 def test_exploding_ratios_stop_the_run_or_are_left_out(method, tmp_path, tiny_student, served):
     values = settings(tmp_path, tiny_student, method | {"ratio_limit": 1.02}, learning_rate=0.05, steps=3)
     values["rollouts"]["max_staleness"] = 1
-    with pytest.raises(RunFailed, match="tokens have become more than method.ratio_limit times likelier"):
+    with pytest.raises(RunFailed, match="tokens are more than method.ratio_limit times as likely as when they were sa"):
         distill(parse_config(values))
     values["output"] = str(tmp_path / "skipping")
     values["training"]["unusable_rows"] = "skip"
@@ -68,7 +68,7 @@ def test_no_checkpoint_contains_half_a_step(call, kept, monkeypatch, tmp_path, t
 
     monkeypatch.setattr("rayk.methods.minillm.ratio_exploded", explodes)
     method = {"kind": "minillm", "inner_epochs": 3, "teacher_share": 0}
-    with pytest.raises(RunFailed, match="In step 2, tokens have become"):
+    with pytest.raises(RunFailed, match="In step 2, tokens are more than method.ratio_limit times as likely"):
         distill(config(tmp_path, tiny_student, method, steps=3, micro_batch_tokens=100_000))
     store = CheckpointStore(str(tmp_path / "run" / "checkpoints"))
     assert store.steps() == ([1] if kept else [])

@@ -171,7 +171,7 @@ def test_pair_with_one_unusable_answer_is_left_out_as_a_whole(tmp_path, tiny_stu
         row["rejected"] += " 8"
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values["teachers"] = broken
-    with pytest.raises(RunFailed, match=r"'broken' gave .* for .*pairs.jsonl, line \d+ that .* NaN"):
+    with pytest.raises(RunFailed, match=r"'broken' returned an unusable signal for .*pairs.jsonl, line \d+: .*NaN"):
         distill(parse_config(values))
     values["output"] = str(tmp_path / "skipping")
     values["training"]["unusable_rows"] = "skip"
