@@ -1,5 +1,5 @@
 """DistiLLM's adaptive off-policy schedule (Ko et al. 2024, arXiv 2402.03898, §3.2; jongwooko/distillm): the share of
-rollouts follows the evaluation loss, and earlier rollouts are trained on again."""
+rollouts grows when the evaluation loss rises, and earlier rollouts are trained on again."""
 
 import json
 from collections import deque
@@ -48,7 +48,7 @@ class AdaptiveSchedule:
 
 
 class ReplayBuffer:
-    """The last rollouts of one worker, for training on them again."""
+    """The latest rollouts of one worker, to train on them again."""
 
     def __init__(self, capacity: int):
         self._rollouts: deque[Rollout] = deque(maxlen=capacity)

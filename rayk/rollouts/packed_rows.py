@@ -1,6 +1,7 @@
 """Pack rows for a checkpoint.
 
-Rollouts for later steps must be stored because the weights that generated them do not exist any more after a restart.
+A checkpoint contains the rollouts that were generated in advance for later steps, because the weights that generated
+them do not exist any more after a restart.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ _NOT_PACKED = ("where", "fields", "rejected", "contexts")
 
 
 def pack_row(row: TokenSequence) -> dict[str, Any]:
-    """Return `row` as tensors and plain values, without the values of the dataset's row."""
+    """Return `row` as tensors and plain values, without those that the dataset's row contains (`_NOT_PACKED`)."""
     values = {
         name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
         for name, value in vars(row).items()
@@ -26,7 +27,11 @@ def pack_row(row: TokenSequence) -> dict[str, Any]:
 
 
 def unpack_row(packed: dict[str, Any], origin: Example) -> Example:
-    """Return the row that `pack_row` packed; `origin` is the dataset's row."""
+    """Restore the row from the result of `pack_row`.
+
+    Args:
+        origin: the dataset's row, from which the values in `where` and `fields` are taken.
+    """
     values: dict[str, Any] = {
         name: value.numpy() if isinstance(value, torch.Tensor) else value
         for name, value in packed.items()

@@ -1,4 +1,5 @@
-"""Policies: the student when it generates rollouts. A `Rollout` contains the sampled token ids, never re-tokenized."""
+"""Policies: the student when it generates rollouts. A `Rollout` contains the sampled token ids; text is not tokenized
+again."""
 
 import asyncio
 import copy
@@ -65,13 +66,13 @@ def with_completion(prompt: Example, completion_ids: np.ndarray) -> Example:
 
 
 class Policy(Protocol):
-    """The student when it generates rollouts. Used by one step at a time (`VersionGate`)."""
+    """The student when it generates rollouts. Only one step at a time uses it (`VersionGate`)."""
 
     parameters: SamplingParameters
     """Sampling parameters of the run's settings; a method may use others."""
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
-        """Group row numbers by the batches in which the policy generates; each row is in one group."""
+        """Group the indices of `prompts` by the batches in which the policy generates; each index is in one group."""
         ...
 
     async def generate(
@@ -122,7 +123,7 @@ class WorkerPolicy:
     ):  # fmt: skip
         """
         Args:
-            learner: the model in training.
+            learner: the model that is trained.
             batch_tokens: padded tokens, prompts and completions, of one batch.
             precision: dtype of matrix products, as in training.
             version: the learner's weight version.
@@ -143,27 +144,27 @@ class WorkerPolicy:
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
-        abandoned = threading.Event()
+        cancelled = threading.Event()
 
         def generate_rows(rows: list[int]) -> list[GeneratedSequence]:
             ids = [prompts[row].prompt_ids for row in rows]
-            return self._model.generate(ids, parameters, [seeds[row] for row in rows], abandoned.is_set)
+            return self._model.generate(ids, parameters, [seeds[row] for row in rows], cancelled.is_set)
 
         lengths = maximum_lengths(prompts, parameters)
         try:
             return to_rollouts(prompts, await self._in_batches(lengths, generate_rows), self.version)
         finally:
-            abandoned.set()  # after a cancellation nobody waits for the thread, which must end by itself
+            cancelled.set()  # a cancelled caller does not wait for the thread, which must end by itself
 
     async def generate_mixed(
         self, prompts: Sequence[Example], verify: Verify, sampling: MixedSampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `Policy`."""
-        with self._model.evaluating():
+        with self._model.eval_mode():
             sequences = await sample_teacher_mixed(
                 self._model.model, verify, [prompt.prompt_ids for prompt in prompts], seeds, sampling,
                 vocab_size=self._model.vocab_size, eos_token_ids=self._model.eos_token_ids,
-                computing=self._model.autocast,
+                student_context=self._model.autocast,
             )  # fmt: skip
 
         def log_weights(sequence: MixedRollout) -> np.ndarray:
@@ -190,7 +191,7 @@ class WorkerPolicy:
         return await self._in_batches(lengths, lambda rows: self._model.logprobs([sequences[row] for row in rows]))
 
     def begin(self, attempt: str) -> None:
-        """See `Policy`; a worker's own weights have no attempt."""
+        """See `Policy`. Do nothing, because the weights do not leave the worker."""
 
     def update(self, version: int) -> None:
         """See `Policy`. Must not be called during generation."""
@@ -203,7 +204,7 @@ class WorkerPolicy:
 
         def run() -> list[T]:
             results = dict[int, T]()
-            with self._model.computing():
+            with self._model.inference_context():
                 for rows in micro_batches(lengths, self._batch_tokens):
                     results |= zip(rows, work(rows), strict=True)
             return [results[row] for row in range(len(lengths))]

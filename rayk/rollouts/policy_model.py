@@ -21,7 +21,7 @@ _CHUNK_ELEMENTS = 1 << 23
 class PolicyModel:
     """A model that generates and computes log-probs with the numerics of a training step.
 
-    Its methods must be called inside `computing`, on the same thread.
+    Call its methods inside `inference_context`, on the same thread.
     """
 
     def __init__(self, model: CausalLM, tokenizer: Any, precision: str = "float32"):
@@ -41,10 +41,10 @@ class PolicyModel:
 
     def generate(
         self, prompts: Sequence[np.ndarray], parameters: SamplingParameters, seeds: Sequence[int],
-        abandoned: Callable[[], bool] = lambda: False,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> list[GeneratedSequence]:  # fmt: skip
-        """Return one completion per prompt (token ids); stop early once `abandoned()` is true."""
-        return generate(self.model, self.vocab_size, self._tokenizer, prompts, parameters, seeds, abandoned)
+        """Return one completion per prompt (token ids); stop early once `is_cancelled()` is true."""
+        return generate(self.model, self.vocab_size, self._tokenizer, prompts, parameters, seeds, is_cancelled)
 
     def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """Return the most likely ids at the counted tokens, int32 [counted tokens, k]; see `rayk.rollouts.Policy`."""
@@ -68,14 +68,14 @@ class PolicyModel:
         return self._per_sequence(sequences, target_logprobs)
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def inference_context(self) -> Iterator[None]:
         """Disable dropout and gradients and use the training step's dtype, on the current thread."""
         # Not inference mode: buffers created in a forward could not be used in a later step's backward.
-        with self.evaluating(), torch.no_grad(), self.autocast():
+        with self.eval_mode(), torch.no_grad(), self.autocast():
             yield
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def eval_mode(self) -> Iterator[None]:
         """Disable dropout; restore the model's mode at the end."""
         training = self.model.training
         self.model.eval()

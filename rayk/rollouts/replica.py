@@ -27,7 +27,7 @@ from rayk.serving.weights import load_weights
 
 @dataclass(frozen=True)
 class VersionedRequest:
-    """A request, and the weight version that answers it."""
+    """A request, and the weight version with which it must be answered."""
 
     version: WeightVersion
     request: GenerateRequest | ScoreRequest
@@ -38,7 +38,7 @@ class VersionedRequest:
 
 
 class PolicyBackend(Protocol):
-    """Computes with the student's model, which has the weights of one version at a time."""
+    """Computes the answers with the student's model, which has the weights of one version at a time."""
 
     async def answer(
         self, version: WeightVersion, published: PublishedWeights, mode: Any, items: list[Any], lengths: list[int]
@@ -57,7 +57,7 @@ class PolicyBackend(Protocol):
 
 
 class PolicyReplica:
-    """One copy of the policy. It starts without weights of its own and loads those of each request's version."""
+    """One copy of the policy. Before it answers a request, it loads the weight version that the request names."""
 
     async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
         student = StudentConfig.model_validate(settings["student"])
@@ -112,11 +112,12 @@ class PolicyReplica:
         self, versioned: VersionedRequest, requester: Requester | None, mode: Any, items: list[Any], lengths: list[int]
     ) -> list[Any]:
         with self._demand.track_request(requester, versioned.tokens):
-            # Wait for the version here and not in the backend, which may still be needed for an older version.
+            # Wait for the version here and not in the backend, which may still be computing with an older version.
             published = await self._find(versioned.version)
             return await self._backend.answer(versioned.version, published, mode, items, lengths)
 
     async def _find(self, version: WeightVersion) -> PublishedWeights:
+        """Wait until `version` is published and return its location; errors as `WeightStore.find`."""
         try:
             return await self._store.find.remote(version)
         except RayTaskError as error:
@@ -152,7 +153,7 @@ class TransformersBackend:
                 self._version = None
                 load_weights(self._model.model, ray.get(published.weights), published.checksum, version)
                 self._version = version
-            with self._model.computing():
+            with self._model.inference_context():
                 if isinstance(mode, SamplingParameters):
                     prompts, seeds = zip(*items, strict=True)
                     return self._model.generate(prompts, mode, seeds)

@@ -1,7 +1,8 @@
 """Policy on Ray Serve, so that generation scales separately from training.
 
-A request names its weight version and is otherwise a pure function of its content (prompts, parameters, seeds), so it
-may be repeated at any replica after one has died. Transfer of the weights: `rayk.serving.weights`.
+A request names its weight version, and the answer depends on the content of the request only (version, prompts,
+parameters, seeds). So a request whose replica has died may be repeated at another one. `rayk.serving.weights` describes
+the transfer of the weights.
 """
 
 import asyncio
@@ -51,7 +52,8 @@ class PolicyAddress:
 class ServedPolicy(ServedModel):
     """One worker's client of the served policy; see `rayk.rollouts.Policy`.
 
-    The worker with `publishes` publishes its learner's weights for the replicas.
+    Args:
+        publishes: whether this worker publishes its learner's weights for the replicas; true on one worker.
     """
 
     label = "The served policy"
@@ -67,7 +69,7 @@ class ServedPolicy(ServedModel):
         self._version = WeightVersion("", 0)
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
-        """See `Policy`; a group is one batch on every replica."""
+        """See `Policy`. A group contains as many tokens as one batch on each replica."""
         return micro_batches(maximum_lengths(prompts, self.parameters), self._group_tokens)
 
     async def generate(
@@ -106,7 +108,7 @@ class ServedPolicy(ServedModel):
             self._call_store("begin", attempt)
 
     def update(self, version: int) -> None:
-        """See `Policy`; reads the learner's weights only on the worker that publishes them."""
+        """See `Policy`. Only the worker that publishes reads the learner's weights."""
         self._version = WeightVersion(self._version.attempt, version)
         if self._publishes:
             weights = pack_weights(self._learner)
@@ -150,7 +152,7 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
         return
     rollouts = config.rollouts
     serve.start(proxy_location="Disabled")
-    applications.remove_application(application)  # a policy left by a killed run refers to a store that has died
+    applications.remove_application(application)  # one that a killed run has left refers to a store that has died
     # The store's name is unique, because the store of a killed run may still exist for a while.
     address = PolicyAddress(application, f"{application}.{uuid4().hex[:8]}")
     store = start_store(address.store, rollouts.deadline_seconds / 2)

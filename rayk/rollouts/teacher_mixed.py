@@ -71,11 +71,6 @@ class MixedRollout:
     capped: int
 
     @property
-    def calls_per_token(self) -> float:
-        """Teacher calls per token; sampling token by token with both models takes 1."""
-        return self.calls / len(self.token_ids)
-
-    @property
     def acceptance(self) -> float:
         """Accepted share of the drafted tokens; 1 − α·TV on average."""
         return self.accepted / (self.accepted + self.rejected)
@@ -84,7 +79,7 @@ class MixedRollout:
 async def sample_teacher_mixed(
     model: CausalLM, verify: Verify, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: MixedSampling, *,
     vocab_size: int, eos_token_ids: Collection[int] = (), batch_size: int = 64,
-    draft_length: DraftLength | None = None, computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    draft_length: DraftLength | None = None, student_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[MixedRollout]:  # fmt: skip
     """Continue `prompts` with samples from αp + (1−α)q; return one rollout per prompt, in order.
 
@@ -93,14 +88,15 @@ async def sample_teacher_mixed(
 
     Args:
         model: the student, in eval mode; it must not change during the call.
-        verify: sends drafts to the teacher.
+        verify: sends drafts to the teacher and returns its verdicts.
         prompts: int32 [length] each, at least one token.
         seeds: one per prompt, 0 to 2^64 − 1; equal seeds share their random numbers.
         vocab_size: number of tokens that both models know (`EngineInfo.vocab_size`); padding is never sampled.
         eos_token_ids: ids of the tokens that end a sequence.
         batch_size: number of sequences that are drafted at a time; the same number is being verified.
         draft_length: number of tokens per draft; by default it adapts to the acceptance.
-        computing: context of the student's computations, entered on the computing thread: its autocast.
+        student_context: returns a context manager for the student's computations, such as autocast; it is entered on
+            the thread that computes.
 
     Raises:
         InputError: the student cannot draft, a prompt is empty, or there is no room for `max_new_tokens`.
@@ -117,10 +113,10 @@ async def sample_teacher_mixed(
 
     def run_student(work: Callable[..., None], *arguments: Any) -> None:
         # Not inference mode: buffers created in a forward could not be used in a later step's backward.
-        with torch.no_grad(), computing():
+        with torch.no_grad(), student_context():
             work(*arguments)
 
-    # Lanes share no rows, so the order of the teacher's answers does not change the composition of batches.
+    # Each row stays in one lane, so the order of the teacher's answers does not change the composition of batches.
     async def run_lane(waiting: deque[_Row], length: DraftLength) -> None:
         active: list[_Row] = []
         while active or waiting:
@@ -144,7 +140,8 @@ async def sample_teacher_mixed(
 
 @dataclass(eq=False)
 class _Row:
-    """A sequence in progress. After drafting it has the states that give q at the drafted positions from `start` on."""
+    """A sequence in progress. After a draft it contains the student's states at the drafted positions, from `start` on,
+    from which q is computed."""
 
     number: int
     text: Continuation
@@ -198,9 +195,10 @@ class _Drafter:
             row.text.propose(row_ids[:count], row_logprobs[:count])
 
     def _read_rows(self, rows: list[_Row]) -> tuple[CachedBatch, Tensor]:
-        """Return a batch that has read all tokens of the rows, and its last hidden states [rows, width].
+        """Return a batch with the keys and values of all tokens of the rows, and its last hidden states [rows, width].
 
-        Unread is the last token of a row, or a whole prompt.
+        Computes the tokens that the KV caches of the rows do not contain yet: a whole prompt before the first draft,
+        then the last token.
         """
         unread = [torch.from_numpy(row.text.sequence()[len(row.past) :].astype(int)) for row in rows]
         device = self._model.device

@@ -1,4 +1,4 @@
-"""Schedule the policy: steps sample in order, and each step samples with exactly the weight version it requires."""
+"""Schedule the use of the policy: steps sample in order, each with exactly the weight version that it requires."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ class VersionGate:
 
     @asynccontextmanager
     async def turn(self, step: int) -> AsyncIterator[None]:
-        """Wait for the turn of `step` and hold it while the policy is used."""
+        """Wait for the turn of `step`, and end it after the block, which may use the policy."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._next == step and self.version >= step - self._max_staleness)
         try:
@@ -35,14 +35,14 @@ class VersionGate:
                 self._next += 1
                 self._changed.notify_all()
 
-    async def finished(self) -> None:
+    async def wait_for_samplers(self) -> None:
         """Wait until all steps that require the current version have had their turn."""
         last = min(self.version + self._max_staleness, self._last)
         async with self._changed:
             await self._changed.wait_for(lambda: self._next > last)
 
     async def advance(self) -> None:
-        """Start the turns of the next version, after the policy has loaded its weights."""
+        """Allow the turns that require the next version; call it after the policy has loaded these weights."""
         async with self._changed:
             self.version += 1
             self._changed.notify_all()

@@ -1,7 +1,7 @@
 """Replica of the served policy that computes with vLLM.
 
 The student's model in this process loads and checks the weights of a version and passes them to vLLM's processes. vLLM
-computes all requests together, so requests of another version wait until it is idle.
+computes all requests with the same weights, so a request of another version waits until no request is running.
 
 The policy's log-probs are vLLM's own: those of generated tokens come with the completion; those of a given sequence,
 and the most likely ids at its positions, come from reading the sequence as a prompt.
@@ -75,8 +75,8 @@ class VLLMBackend:
 
 
 class VersionLock:
-    """Lock that requests of one version share; a request of another version waits until they have ended, and later
-    requests wait for it."""
+    """Lock that requests of the loaded version share. A request of another version waits until they have ended and then
+    loads its version; later requests wait for it."""
 
     def __init__(self, change: Callable[[WeightVersion, PublishedWeights], Awaitable[None]]):
         """
@@ -93,7 +93,7 @@ class VersionLock:
 
     @asynccontextmanager
     async def hold(self, version: WeightVersion, published: PublishedWeights) -> AsyncIterator[None]:
-        """Hold the lock while a request of `version` is answered."""
+        """Hold the lock for a request of `version`, which is loaded first if necessary."""
         async with self._entry:
             if self._changing is not None:
                 await asyncio.wait([self._changing])  # the request that started it may have been cancelled
@@ -144,7 +144,7 @@ async def start_vllm(
     with nullcontext(origin) if isinstance(origin, str) else tempfile.TemporaryDirectory() as folder:
         if folder is not origin:
             config = copy.copy(policy_model.model.config)
-            config.architectures = [type(policy_model.model).__name__]  # vLLM would guess it otherwise
+            config.architectures = [type(policy_model.model).__name__]  # otherwise vLLM would guess it
             config.save_pretrained(folder)
         started = VLLMEngine(str(folder), settings, trust_remote_code=student.trust_remote_code)
     await _load_and_compare(started, policy_model)
@@ -154,7 +154,8 @@ async def start_vllm(
 def full_state_dict(policy_model: PolicyModel) -> dict[str, Tensor]:
     """Return each tensor of the student's model once, under its name in a checkpoint, with an adapter merged.
 
-    Rows of ids that are no tokens are left out, so that vLLM's probabilities are over the real vocabulary.
+    The padding of the vocabulary (rows of ids without a token) is left out, so that vLLM's probabilities are over the
+    real vocabulary.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -176,21 +177,26 @@ def full_state_dict(policy_model: PolicyModel) -> dict[str, Tensor]:
 
 
 def _has_padded_vocabulary(policy_model: PolicyModel) -> bool:
-    """Return whether embedding and head have rows without a token, and vLLM reads the vocabulary's size from the
-    top-level configuration."""
+    """Return whether embedding and head have rows of ids without a token, and vLLM reads the size of the vocabulary
+    from the top-level configuration."""
     config = policy_model.model.config
     return config.get_text_config() is config and config.vocab_size > policy_model.vocab_size
 
 
 async def _load_and_compare(engine: VLLMEngine, policy_model: PolicyModel) -> None:
-    """Load the initial weights and compare log-probs: vLLM only warns about a tensor that it did not receive."""
+    """Load the initial weights into vLLM, and compare its log-probs with those of transformers, because vLLM only warns
+    about a missing tensor.
+
+    Raises:
+        InputError: vLLM cannot load the weights, or the log-probs differ.
+    """
     sequence = probe_sequence(engine.info)
     try:
         await engine.load_weights(full_state_dict(policy_model))
         vllm_logprobs = (await engine.score([sequence], Logprob())).target_logprobs
     except RuntimeError as error:
         raise InputError(f"vLLM cannot run {engine.info.model} with the student's weights: {error}") from error
-    with policy_model.computing():
+    with policy_model.inference_context():
         expected = torch.from_numpy(policy_model.logprobs([sequence])[0])
     if difference := logprob_mismatch(expected, vllm_logprobs, engine.info.dtype):
         raise InputError(

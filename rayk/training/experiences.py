@@ -108,7 +108,7 @@ class ExperienceSource:
     def finish(self) -> None:
         """Wait until all rows that need the policy's current weights are generated."""
         if self._gate is not None:
-            wait_for(run_in_background(self._gate.finished()))
+            wait_for(run_in_background(self._gate.wait_for_samplers()))
 
     def advance(self, version: int) -> None:
         """Let the policy generate with the student's current weights."""

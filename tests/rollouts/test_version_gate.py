@@ -31,7 +31,7 @@ async def run_steps(steps: int, max_staleness: int, seed: int, first: int = 0, s
         if step in tasks:
             await tasks[step]
         await asyncio.sleep(generator.random() / 1000)
-        await gate.finished()
+        await gate.wait_for_samplers()
         await gate.advance()
     return versions
 
@@ -56,7 +56,7 @@ def test_failed_step_ends_its_turn():
                 raise RuntimeError
         async with gate.turn(1):
             pass
-        await gate.finished()
+        await gate.wait_for_samplers()
         return gate.version
 
     assert asyncio.run(asyncio.wait_for(main(), 10)) == 0

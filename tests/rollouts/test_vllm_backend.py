@@ -109,7 +109,7 @@ def test_each_version_generates_and_scores_with_its_weights(vllm, versions, on_l
         assert token_ids(generated) == token_ids(again)
         sequences = sequences_of(generated)
         reference = versions.policy_model(number)
-        with reference.computing():
+        with reference.inference_context():
             expected = reference.logprobs(sequences)
             likeliest = reference.top_ids(sequences, 5)
             greedy = reference.generate(PROMPTS, replace(PARAMETERS, temperature=0.0), [0, 0, 0])
