@@ -1,7 +1,7 @@
 """The `Engine` protocol: a model that scores token sequences and generates completions, without Ray.
 
 An engine of your own is a class with these methods; `engine: {kind: custom, path: my_file:MyEngine}` names it. It is
-called as `MyEngine(model, settings, trust_remote_code=…)`, `settings` being the `engine` section.
+called as `MyEngine(model, settings, trust_remote_code=…)`, where `settings` is the `engine` section.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ Prompt = str | np.ndarray
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The model's properties that clients need before they send requests."""
+    """Properties of the model and its engine that clients need before they send requests."""
 
     model: str
     """The model's name in messages."""
     vocab_size: int
     """Number of real tokens, without the padding of the embedding."""
     max_tokens: int
-    """Longest sequence that the model accepts."""
+    """Longest sequence that the model accepts, in tokens."""
     tokenizer_fingerprint: str
     """Result of `rayk.models.tokenizer_fingerprint`; student and teacher must have the same."""
     dtype: str
@@ -100,7 +100,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None
-    """In the currency of the prices; None without prices. Based on the endpoint's counts, so without lost responses."""
+    """In the currency of the prices; None without prices. Computed from the token counts in the responses, so requests
+    whose response was lost are not included."""
     given_up: int = 0
     """Number of prompts without a completion."""
 
@@ -111,7 +112,7 @@ class Engine(Protocol):
     info: EngineInfo
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
-        """Return the teacher's signals at the counted tokens, one row per sequence, in order."""
+        """Return the model's signals at the counted tokens, one row per sequence, in order."""
         ...
 
     def head(self) -> Head:
@@ -125,7 +126,7 @@ class Engine(Protocol):
         ...
 
     async def warm_up(self) -> None:
-        """Compute something small, so that the first real request does not wait for compilation and allocation."""
+        """Compute a small request, so that the first real one does not wait for compilation and memory allocation."""
         ...
 
     async def check_health(self) -> None:

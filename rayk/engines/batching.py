@@ -19,7 +19,7 @@ class _Job:
 
 
 class MicroBatcher:
-    """Runs items in batches on a thread of its own, so that the event loop is not blocked.
+    """Computes items in batches on its own thread, so that the event loop is not blocked.
 
     Each batch starts with the oldest waiting item and is filled with the items nearest to it in length, so short
     sequences are not padded to long ones and no item waits forever. Items wait only while a batch is running.
@@ -47,7 +47,7 @@ class MicroBatcher:
         try:
             return await asyncio.gather(*(job.done for job in jobs))
         finally:
-            # Nothing is computed for a caller that was cancelled or got an error from another of its batches.
+            # Remove the items of a caller that was cancelled or that got an error from another of its batches.
             cancelled = {id(job) for job in jobs if job.done.cancelled() or not job.done.done()}
             self._waiting = [job for job in self._waiting if id(job) not in cancelled]
 
@@ -61,7 +61,7 @@ class MicroBatcher:
                 for job in jobs:
                     if not job.done.done():
                         job.done.set_exception(error)
-                        job.done.exception()  # marks it as retrieved: a cancelled caller never retrieves it
+                        job.done.exception()  # marks it as retrieved, because a cancelled caller does not retrieve it
             else:
                 for job, result in zip(jobs, results, strict=True):
                     if not job.done.done():

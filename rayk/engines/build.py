@@ -1,4 +1,4 @@
-"""Build the engine that a teacher's settings name, one of rayk's or a user's own."""
+"""Build the engine that a teacher's settings name: a built-in one or a user's own."""
 
 import inspect
 from typing import Any, cast
@@ -11,7 +11,7 @@ from rayk.errors import InputError
 from rayk.text.functions import describe_error, load_object
 
 ENTRY_POINTS = "rayk.engines"
-"""Entry points of installed packages that name engines."""
+"""Group of entry points by which installed packages offer engines."""
 _SETTING = "teachers.engine.path"
 _METHODS = ("score", "head", "generate", "warm_up", "check_health")
 
@@ -55,7 +55,7 @@ def load_engine_class(path: str) -> type[Engine]:
     """Load a user's engine class, 'module:name' or the name of an entry point in group `rayk.engines`.
 
     Raises:
-        InputError: it cannot be imported, or does not define the methods of `Engine`.
+        InputError: the class cannot be imported, or does not define the methods of `Engine`.
     """
     engine_class: Any = load_object(path, _SETTING, ENTRY_POINTS)
     if not inspect.isclass(engine_class):
@@ -97,7 +97,7 @@ def _build_custom_engine(model: str, settings: CustomEngineConfig, trust_remote_
 
 
 def _check_methods(engine_class: type, names: tuple[str, ...], path: str) -> None:
-    """Check that a class defines the methods `names`, asynchronous if those of `VerifyingEngine` are.
+    """Check that a class defines the methods `names`, and that they are asynchronous if those of `VerifyingEngine` are.
 
     Raises:
         InputError: a method is missing or not asynchronous.

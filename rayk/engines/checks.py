@@ -1,4 +1,4 @@
-"""Checks that all engines share: requests they refuse, and whether two computations of log-probs agree."""
+"""Checks that all engines share: whether a request is valid, and whether two computations of log-probs agree."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,8 @@ def check_request(info: EngineInfo, sequences: Sequence[TokenSequence], support:
     """Check that this model can score `sequences` with `support`.
 
     Raises:
-        InputError: an unknown support, k beyond the vocabulary, a sequence too long or with ids out of range.
+        InputError: the model does not return this support, k or the number of draws exceeds the vocabulary, or a
+            sequence is too long or has ids out of range.
     """
     if support.kind not in info.supports:
         raise InputError(f"{info.model} cannot return support '{support.kind}', only {', '.join(info.supports)}.")
@@ -56,10 +57,10 @@ def _check_requested(info: EngineInfo, sequence: TokenSequence, first: TokenSequ
 def tokenize_prompts(
     info: EngineInfo, tokenizer: Any, prompts: Sequence[Prompt], parameters: SamplingParameters
 ) -> list[np.ndarray]:
-    """Return the prompts' token ids, after a check that this model can continue them.
+    """Return the prompts' token ids, and check that this model can continue them.
 
     Raises:
-        InputError: an empty prompt, ids out of range, no room for `max_new_tokens`.
+        InputError: a prompt is empty, has ids out of range, or leaves no room for `max_new_tokens`.
     """
     rows = [np.asarray(tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt) for prompt in prompts]
     for prompt in rows:
@@ -78,7 +79,7 @@ def check_can_verify(info: EngineInfo) -> None:
     """Check that the teacher's engine can verify drafts, which teacher-mixed sampling requires.
 
     Raises:
-        InputError: it cannot.
+        InputError: the engine cannot verify drafts.
     """
     if not info.can_verify:
         raise InputError(
@@ -91,7 +92,7 @@ def check_drafts(info: EngineInfo, drafts: Sequence[Draft]) -> None:
     """Check that this model can verify `drafts`.
 
     Raises:
-        InputError: an engine that cannot verify, a sequence too long or with ids out of range.
+        InputError: the engine cannot verify, or a sequence is too long or has ids out of range.
     """
     check_can_verify(info)
     for draft in drafts:
@@ -119,7 +120,7 @@ def probe_sequence(info: EngineInfo) -> TokenSequence:
 
 
 def logprob_mismatch(logprobs: Tensor, reference: Tensor, dtype: str) -> float:
-    """Return the largest difference in nats between two computations in `dtype` of the same log-probs; 0 if rounding
-    explains it."""
+    """Return the largest difference in nats between two computations of the same log-probs in `dtype`; 0 if all
+    differences can be due to rounding."""
     difference, allowed = (logprobs - reference).abs(), 1e-2 if dtype == "float32" else 0.3
     return float(difference.max()) if bool((difference > allowed + 0.02 * reference.abs()).any()) else 0.0

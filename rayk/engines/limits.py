@@ -7,7 +7,11 @@ from collections.abc import Awaitable, Callable
 
 
 class RateLimit:
-    """A number of units per minute, spread evenly, first come, first served. None: no limit."""
+    """Limits the units (requests or tokens) per minute; they are spread evenly, in first-in, first-out order.
+
+    Args:
+        per_minute: None for no limit.
+    """
 
     def __init__(
         self, per_minute: float | None, clock: Callable[[], float] = time.monotonic,
@@ -18,12 +22,12 @@ class RateLimit:
         self._free_at = -math.inf
 
     async def acquire(self, units: float) -> None:
-        """Wait until the time of all units acquired before has passed."""
+        """Acquire `units`: wait until the limit allows all units that were acquired earlier."""
         now = self._clock()
         start = max(now, self._free_at)
         self._free_at = start + units * self._seconds_per_unit
         await self._sleep(start - now)
 
     def release(self, units: float) -> None:
-        """Return acquired units that were not used; a negative number adds units used beyond those acquired."""
+        """Give back acquired units that were not used; a negative number takes units that were used in addition."""
         self._free_at -= units * self._seconds_per_unit

@@ -38,12 +38,17 @@ from rayk.signals.sequence import TokenSequence
 logger = logging.getLogger(__name__)
 
 _RETRYABLE = {408, 409, 425, 429}  # and all server errors, from 500 on
-_PROMPT_REFUSED = {400, 413, 422, 451}  # too long, against the rules, …; other statuses concern all prompts
+_PROMPT_REFUSED = {
+    400,
+    413,
+    422,
+    451,
+}  # too long, against the rules, …; other statuses concern all prompts
 _LONGEST_PAUSE_SECONDS = 120.0
 BACKOFF = wait_random_exponential(multiplier=0.5, max=30)
 """Seconds between attempts, in addition to a Retry-After header."""
 _CHARACTERS_PER_TOKEN = 4
-# Servers differ in the width of a seed; all accept 31 bits.
+# Servers differ in the number of bits of a seed; all accept 31.
 _HIGHEST_SEED = 2**31 - 1
 
 
@@ -79,7 +84,7 @@ class OpenAIEngine:
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             limits=httpx2.Limits(max_connections=settings.concurrency),
-            timeout=None,  # httpx would limit each part of a response; `_request` limits all of it
+            timeout=None,  # httpx's timeout is per read; `_request` limits the whole response
         )
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._request_limit = RateLimit(settings.requests_per_minute)
@@ -217,7 +222,7 @@ class OpenAIEngine:
         return textwrap.shorten(text, 300, placeholder=" …"), code
 
     def _count_usage(self, content: Any, expected: float) -> None:
-        """Add a response's usage, and correct the token limit, from which `expected` tokens were acquired."""
+        """Add a response's usage, and correct the rate limit of tokens, from which `expected` tokens were acquired."""
         used = content.get("usage") if isinstance(content, dict) else None
         prompt, completion = (
             (used.get("prompt_tokens"), used.get("completion_tokens", 0)) if isinstance(used, dict) else (None, None)
@@ -238,7 +243,7 @@ class OpenAIEngine:
         """Return the completion in a response.
 
         Raises:
-            _NoCompletion: the response has none, or not a whole one.
+            _NoCompletion: the response contains no completion, or an incomplete one.
         """
         try:
             choice = content["choices"][0]
@@ -283,18 +288,23 @@ def _wait_seconds(state: RetryCallState) -> float:
 
 
 def parse_retry_after(header: str) -> float:
-    """Return the seconds to wait by a Retry-After header (seconds, or an HTTP date); 0 without a valid one."""
+    """Return the seconds until the time in a Retry-After header (seconds, or an HTTP date); 0 if there is none."""
     try:
         return max(0.0, float(header))
     except ValueError:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):  # not a date, or one without a time zone
+    except (TypeError, ValueError):  # not a date, or a date without a time zone
         return 0.0
 
 
 def _read_key(variable: str | None) -> str:
+    """Return the API key in this environment variable; "" if no variable is given.
+
+    Raises:
+        InputError: the variable is not set.
+    """
     if variable is None:
         return ""
     key = os.environ.get(variable, "").strip()  # secrets read from files end with a newline

@@ -1,4 +1,4 @@
-"""Reduce logits to the columns of a `SignalBatch`, one function for every engine that has the logits."""
+"""Reduce logits to the columns of a `SignalBatch`, for every engine that computes logits itself."""
 
 import hashlib
 
@@ -55,8 +55,8 @@ def reduce_logits(
 
 
 def stack_position_inputs(sequences: list[TokenSequence], support: Support) -> Tensor | None:
-    """Return what `support` requires at each counted token: requested ids, int64 [tokens, m], -1 for none; or uniform
-    random numbers, float64 [tokens, draws]; None for other supports."""
+    """Return the inputs of `reduce_logits` at each counted token: for `requested` the ids, int64 [tokens, m], -1 for no
+    id; for `sampled` uniform random numbers, float64 [tokens, draws]; None for other supports."""
     if isinstance(support, Requested):
         return torch.from_numpy(np.concatenate([s.requested for s in sequences if s.requested is not None]).astype(int))
     if isinstance(support, Sampled):
@@ -65,7 +65,7 @@ def stack_position_inputs(sequences: list[TokenSequence], support: Support) -> T
 
 
 def _draw_coins(sequence: TokenSequence, support: Sampled) -> np.ndarray:
-    """Return uniform numbers [counted tokens, draws] that depend on the seed and the sequence only."""
+    """Return uniform random numbers, float64 [counted tokens, draws], that depend on the seed and the sequence only."""
     content = hashlib.blake2b(sequence.input_ids.astype("<i4").tobytes() + np.packbits(sequence.counted).tobytes())
     stream = np.random.Philox(np.random.SeedSequence([support.seed, int.from_bytes(content.digest()[:8], "little")]))
     return np.random.Generator(stream).random((sequence.counted_tokens, support.draws))
@@ -76,7 +76,7 @@ def _sample_columns(
 ) -> dict[str, Tensor]:
     """Return the distinct ids among the draws from p^τ, their weights (count/draws · p/proposal) and p's entropy.
 
-    p and the proposal are taken among the real tokens, so padding is never drawn.
+    p and the proposal are normalized over the real tokens, so padding is never drawn.
     """
     logprobs = logits - normalizer[:, None]
     entropies = -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(1)

@@ -1,4 +1,4 @@
-"""The simulated engine: signals of the real size after the time that a real teacher would take.
+"""The simulated engine: it returns signals of the real size after the time that a real teacher would take.
 
 It loads a tokenizer and a model configuration but no weights, and computes almost nothing, so one machine can simulate
 a cluster: the number of replicas that a student requires, the network traffic, autoscaling. Its signals are valid but
@@ -22,8 +22,8 @@ from rayk.signals.sequence import TokenSequence
 
 
 class SimulatedEngine:
-    """Implements `rayk.engines.base.Engine`. One request is computed at a time, at the given tokens per second; the
-    network latencies of several requests pass at the same time."""
+    """Implements `rayk.engines.base.Engine`. It computes one request at a time, at the given tokens per second; the
+    simulated network latencies of concurrent requests overlap."""
 
     def __init__(self, model: str, settings: SimulatedEngineConfig, *, trust_remote_code: bool = False):
         self.settings = settings

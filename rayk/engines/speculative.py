@@ -42,7 +42,7 @@ _NUMBERS_PER_BLOCK = 4  # random numbers that Philox computes for one counter va
 
 
 class Stream(IntEnum):
-    """The independent streams of random numbers, one for each kind of decision."""
+    """The independent streams of random numbers, one per kind of decision."""
 
     DRAFTS = 0
     """Sample drafted tokens; one number per position."""
@@ -55,10 +55,14 @@ class Stream(IntEnum):
 
 
 def draw_uniforms(stream: Stream, seed: int, count: int, *, start: int, position: int = 0) -> np.ndarray:
-    """Return uniform numbers `start` to `start + count` of a stream, or of a `position`'s part of it; float64 [count]
-    in [0, 1).
+    """Return the uniform random numbers with indices `start` to `start + count - 1` of a stream, float64 [count] in
+    [0, 1).
 
-    Philox is keyed by (seed, stream), and its counter starts at (start, position): no two uses overlap.
+    The key of Philox is (seed, stream), and its counter is (start, position), so that no two uses overlap.
+
+    Args:
+        position: the position whose part of the stream is used; 0 for streams with one number per position, whose
+            `start` is the position.
     """
     key = np.array([seed, stream], np.uint64)
     counter = np.array([start // _NUMBERS_PER_BLOCK, position, 0, 0], np.uint64)
@@ -203,15 +207,15 @@ def importance_weights(student_logprobs: np.ndarray, teacher_logprobs: np.ndarra
 class Continuation:
     """The completion of one prompt sampled from p̃, draft by draft.
 
-    Until `finish_reason` is set: call `propose` with drafted tokens, send `next_draft()` to the teacher, and pass its
-    verdict to `apply_verdict`. While `is_pending` is true, send `next_draft()` again without `propose`.
+    Repeat until `finish_reason` is set: call `propose` with drafted tokens, send `next_draft()` to the teacher, and
+    pass its verdict to `apply_verdict`. While `is_pending` is true, send `next_draft()` again without `propose`.
 
     Attributes:
         token_ids, student_logprobs, teacher_logprobs: the tokens decided so far; log q and log p in nats.
         finish_reason: 'stop' after a token of `ends`, 'length' after `max_new_tokens`, else empty.
         calls: number of verdicts.
         accepted, rejected: numbers of drafted tokens that were accepted and rejected.
-        capped: number of rejected tokens that were used after all, because no candidate was accepted.
+        capped: number of rejected tokens that were used nevertheless, because no candidate was accepted.
     """
 
     prompt: np.ndarray
@@ -242,7 +246,7 @@ class Continuation:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a draft still needs a verdict."""
+        """Whether a draft waits for a verdict."""
         return self._draft is not None
 
     def sequence(self, drafted: Sequence[int] = ()) -> np.ndarray:
@@ -330,7 +334,7 @@ def expected_tokens_per_call(rejection_rate: float, drafted: int) -> float:
 
 
 class DraftLength:
-    """Chooses the number of tokens to draft, for most tokens per time at the acceptance rate observed so far.
+    """Chooses the number of tokens to draft that gives the most tokens per time at the observed acceptance rate.
 
     To draft γ tokens and have them verified takes about as long as γ + c steps of the student, where c is the cost of a
     call, so the chosen γ maximizes `expected_tokens_per_call` / (γ + c). The sampled tokens do not depend on γ.
@@ -345,7 +349,7 @@ class DraftLength:
         self._accepted, self._rejected = 0, 0
 
     def observe(self, accepted: int, rejected: int) -> None:
-        """Add numbers of accepted and rejected drafted tokens."""
+        """Record numbers of accepted and rejected drafted tokens."""
         self._accepted += accepted
         self._rejected += rejected
 

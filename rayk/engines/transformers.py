@@ -36,7 +36,7 @@ from rayk.signals.batch import SignalBatch, concatenate
 from rayk.signals.sequence import TokenSequence
 
 LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Memory for logits that are computed at the same time."""
+"""Memory for the logits that are computed at the same time, by kind of device."""
 _PREFIX_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
@@ -112,7 +112,7 @@ class TransformersEngine:
                 return self._verifier.verify(items)
             signals = self._score(items, parameters)
         except torch.AcceleratorError as error:
-            self._fatal = error  # a CUDA context does not recover: the health check has the replica replaced
+            self._fatal = error  # a CUDA context does not recover; the failed health check replaces the replica
             raise
         return [(signals, row) for row in range(len(items))]
 

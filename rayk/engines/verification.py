@@ -28,8 +28,8 @@ class PrefixCache:
         self.nbytes = 0
 
     def find(self, draft: Draft) -> KeyValues:
-        """Return the cached keys and values of the draft's first tokens, up to two tokens before the first drafted one,
-        because the last token before a draft must be computed to predict the draft."""
+        """Return the keys and values of the draft's longest cached prefix, without the last token before the drafted ones,
+        which must be computed to predict them."""
         if draft.seed not in self._entries:
             return KeyValues()
         ids, past = self._entries[draft.seed]
@@ -47,8 +47,8 @@ class PrefixCache:
 
 
 class Verifier:
-    """Verifies drafts with one model. Its real tokens are the first `vocab_size` columns, and p is the distribution
-    among these.
+    """Verifies drafts with one model. Its real tokens are the first `vocab_size` columns of the logits, and p is the
+    distribution over these.
 
     Args:
         chunk: number of positions whose logits are in memory at the same time.
@@ -96,8 +96,8 @@ class Verifier:
         ]
 
     def _compute(self, drafts: list[Draft], pasts: list[KeyValues]) -> tuple[list[Tensor], list[KeyValues]]:
-        """Return each sequence's hidden states, from the one that predicts its first drafted token, and its keys and
-        values."""
+        """Return each sequence's hidden states, starting with the one that predicts the first drafted token, and its keys
+        and values."""
         device = self._model.device
         new_ids = [
             torch.from_numpy(draft.input_ids[len(past) :].astype(int))
@@ -117,7 +117,7 @@ class Verifier:
         ], computed
 
     def _candidates(self, hidden: list[Tensor], numbers: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Sample ids from p at each of the states [width] with its numbers; return the ids and their log p."""
+        """Sample ids from p at each state [width] with the uniform `numbers`; return the ids and their log p."""
         results = []
         for start in range(0, len(hidden), self._chunk):
             rows = numbers[start : start + self._chunk]
@@ -130,5 +130,5 @@ class Verifier:
         return results
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
-        """Return log p among the real tokens, float32 [states, vocab_size]."""
+        """Return log p over the real tokens, float32 [states, vocab_size]."""
         return self._head.logits(hidden)[:, : self._vocab_size].log_softmax(1)

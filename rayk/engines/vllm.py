@@ -1,4 +1,4 @@
-"""The vLLM engine: batched inference with a paged KV cache by vLLM's `AsyncLLM`, in processes of its own.
+"""The vLLM engine: batched inference with a paged KV cache by vLLM's `AsyncLLM`, in vLLM's own processes.
 
 For a prompt's positions vLLM returns the likeliest tokens at temperature 1 and nothing about the rest of the
 vocabulary. A signal's tail is therefore 1 minus the sum of the returned probabilities, and there is no tail at other
@@ -38,7 +38,7 @@ from rayk.signals.sequence import TokenSequence
 
 # float32's spacing at 1. vLLM's log-probs are float32, so a smaller difference between their sum and 1 is rounding.
 LEAST_TAIL = 2.0**-23
-# Tokens requested beyond k if the embedding is padded, because padding may be among the likeliest; rarely more.
+# Number of tokens requested in addition to k if the embedding is padded, because padding may be among the likeliest.
 _SPARE = 8
 _HEAD_ROWS = 512
 _HIGHEST_SEED = 2**63 - 1
@@ -87,7 +87,7 @@ class VLLMEngine:
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         self._check(sequences, support)
-        score_one = self._score_hidden if isinstance(support, Hidden) else self._score_listed
+        score_one = self._score_hidden if isinstance(support, Hidden) else self._score_by_logprobs
         return concatenate(await gather(score_one(sequence, support) for sequence in sequences))
 
     def head(self) -> Head:
@@ -108,8 +108,8 @@ class VLLMEngine:
         )
 
     async def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Compute with `weights` from now on. The engine must have been started with `WORKER_EXTENSION` and must have
-        no requests in flight.
+        """Replace the weights of the model by `weights`. The engine must have been started with `WORKER_EXTENSION` and
+        must have no requests in flight.
 
         Args:
             weights: all tensors of a checkpoint under their names in it, on the CPU.
@@ -117,8 +117,8 @@ class VLLMEngine:
         Raises:
             RuntimeError: vLLM cannot load them; do not use the engine afterwards.
         """
-        # A file in memory, which disappears with this process however it ends. vLLM's processes on the same machine
-        # open it by its number. They would accept the tensors themselves only as pickles.
+        # A file in memory, which the kernel deletes when this process ends for any reason. vLLM's processes on the same
+        # machine open it by its number. They would accept the tensors themselves only as pickles.
         with open(os.memfd_create("rayk-weights"), "wb") as file, vllm_errors(self.info.model):
             await asyncio.to_thread(write_safetensors, file, weights)
             path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
@@ -127,10 +127,10 @@ class VLLMEngine:
                 raise RuntimeError("vLLM did not reset its prefix cache after the weights were replaced.")
 
     async def warm_up(self) -> None:
-        listed = (await self.score([probe_sequence(self.info)], TopK(1))).target_logprobs
+        reference = (await self.score([probe_sequence(self.info)], TopK(1))).target_logprobs
         if self._pooling is not None:
             computed = (await self.score([probe_sequence(self.info)], Hidden())).target_logprobs
-            if difference := logprob_mismatch(computed, listed, self.info.dtype):
+            if difference := logprob_mismatch(computed, reference, self.info.dtype):
                 raise InputError(
                     f"vLLM's hidden states of {self.info.model} and its head do not reproduce vLLM's log-probs (they "
                     f"differ by up to {difference:.2g} nats); leave 'engine.hidden' out, and please report the "
@@ -162,8 +162,8 @@ class VLLMEngine:
                 "'hidden'."
             )
 
-    async def _score_listed(self, sequence: TokenSequence, support: Support) -> SignalBatch:
-        """Return one sequence's signals, from vLLM's lists of the likeliest tokens."""
+    async def _score_by_logprobs(self, sequence: TokenSequence, support: Support) -> SignalBatch:
+        """Return one sequence's signals, computed from vLLM's log-probs of the likeliest and the requested tokens."""
         k = support.k if isinstance(support, TopK | Requested) else 0
         requested = sequence.requested if isinstance(support, Requested) else None
         width = min(k + (0 if requested is None else requested.shape[1]), self.info.vocab_size)

@@ -11,7 +11,7 @@ import torch
 from rayk.config import VLLMEngineConfig
 from rayk.errors import EngineDied, InputError
 
-# A part of the machine, because replicas and students share its cores and memory.
+# Use only a part of the machine, because other replicas and students share its cores and memory.
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _CPU_CACHE_BYTES = 1 << 30
 
@@ -59,7 +59,7 @@ def start_vllm_engine(
     except (TypeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 500, placeholder=" …")
         raise InputError(f"vLLM does not start '{model}' with the settings in 'engine': {reason}") from error
-    _keep_tensors(engine)
+    _keep_prompt_logprobs_as_tensors(engine)
     return engine
 
 
@@ -87,12 +87,12 @@ def vllm_errors(model: str) -> Iterator[None]:
 
 
 class _PromptLogprobs(list[Any]):
-    """A prompt's log-probs as they arrived: (ids, log-probs, ranks) of each part of the prompt, tensors."""
+    """A prompt's log-probs: tensors (ids, log-probs, ranks) for each part of the prompt."""
 
 
-def _keep_tensors(engine: Any) -> None:
-    """Keep prompt log-probs as the tensors that arrive in this process. vLLM's front end would convert them into Python
-    numbers one by one, on the event loop that all requests share."""
+def _keep_prompt_logprobs_as_tensors(engine: Any) -> None:
+    """Patch vLLM's front end to return prompt log-probs as the tensors that it receives. It would convert them to
+    Python numbers one by one, on the event loop that all requests share."""
     processor = engine.output_processor
     process_outputs = processor.process_outputs
 

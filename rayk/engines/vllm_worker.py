@@ -1,5 +1,5 @@
-"""New weights for vLLM's worker processes: the file they read, and the extension that loads it. vLLM imports this
-module by its name in each worker."""
+"""Replace the weights in vLLM's worker processes: write the file of the weights, and load it in each worker. vLLM
+imports this module by its name in each worker."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class WeightUpdateExtension:
     """A method of the worker."""
 
     def load_weights_file(self, path: str) -> None:
-        """Compute with the weights of the safetensors file `path` from now on; each worker loads its own shard.
+        """Replace the model's weights by those of the safetensors file `path`; each worker loads its own shard.
 
         `reload_weights` keeps the tensors' addresses, which CUDA graphs and kernels with their own layout require;
         vLLM's `load_weights` alone does not.
@@ -37,8 +37,8 @@ class WeightUpdateExtension:
         self._repack_heads()
 
     def _repack_heads(self) -> None:
-        """Renew the packed copy of the head's weight that vLLM computes with on the CPU. Where the head shares the
-        embedding's weight, `reload_weights` finds no weight of the head and keeps the old copy."""
+        """Pack the head's weight again on a CPU, where vLLM computes with a packed copy of it. If the head shares the
+        embedding's weight, `reload_weights` finds no weight of the head and does not replace the copy."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 
