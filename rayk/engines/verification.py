@@ -28,8 +28,8 @@ class PrefixCache:
         self.nbytes = 0
 
     def find(self, draft: Draft) -> KeyValues:
-        """Return the keys and values of the draft's longest cached prefix, without the last token before the drafted ones,
-        which must be computed to predict them."""
+        """Return the keys and values of the draft's longest cached prefix, without the last token before the drafted
+        ones, which must be computed to predict them."""
         if draft.seed not in self._entries:
             return KeyValues()
         ids, past = self._entries[draft.seed]
@@ -96,8 +96,8 @@ class Verifier:
         ]
 
     def _compute(self, drafts: list[Draft], pasts: list[KeyValues]) -> tuple[list[Tensor], list[KeyValues]]:
-        """Return each sequence's hidden states, starting with the one that predicts the first drafted token, and its keys
-        and values."""
+        """Return each sequence's hidden states, starting with the one that predicts the first drafted token, and its
+        keys and values."""
         device = self._model.device
         new_ids = [
             torch.from_numpy(draft.input_ids[len(past) :].astype(int))
