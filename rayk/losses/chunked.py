@@ -74,8 +74,8 @@ def linear_divergence(
         student_hidden: [tokens, width], after the final norm, at counted positions only.
         student_head: the student's head, hidden states to logits.
         teacher: signals (any support but `logprob`), or dense logits [tokens, vocab].
-        divergence: a name in `DIVERGENCES`, or a function like those there (see `find_divergence`).
-        options: the divergence's own options (beta, alpha, ...).
+        divergence: a key of `DIVERGENCES`, or a function (see `find_divergence`).
+        options: the options of the divergence (beta, alpha, ...).
         temperature: divides both sides' logits.
         targets: int64 [tokens]; if given, the cross-entropy on them (at temperature 1) is computed in the same pass.
         chunk_tokens: positions in a chunk; by default chosen from the vocabulary size.
@@ -86,7 +86,7 @@ def linear_divergence(
     Raises:
         InputError: as `forward_kl`; or the divergence or option is unknown.
     """
-    pair = find_divergence(divergence, **options)
+    divergence_of = find_divergence(divergence, **options)
     if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
         check_sampled(divergence, temperature)
         check_fit(teacher.tokens, teacher.vocab_size, len(student_hidden), student_head.vocab_size)
@@ -98,7 +98,7 @@ def linear_divergence(
         log_p, log_q, target = linear_outcomes(
             student_hidden, student_head, teacher, targets, temperature, chunk_tokens
         )
-        distance = pair(log_p, log_q, has_tail=True)
+        distance = divergence_of(log_p, log_q, has_tail=True)
         return distance if target is None else (distance, -target)
 
     teacher_tokens, teacher_vocab = (
@@ -116,7 +116,7 @@ def linear_divergence(
             else:
                 teacher_logits = fit_teacher(chunk_teacher, *logits.shape)
             log_p = log_probs(teacher_logits, temperature)
-        distance = pair(log_p, log_probs(logits, temperature))
+        distance = divergence_of(log_p, log_probs(logits, temperature))
         if chunk_targets is None:
             return distance, None
         return distance, -log_probs(logits).gather(1, chunk_targets[:, None])[:, 0]
@@ -151,8 +151,8 @@ def linear_outcomes(
         signals: signals with k ids at each position and the mass of all other tokens (`topk` or `requested`).
 
     Returns:
-        log p and log q [tokens, k + 1], the last column is the tail bucket; log q of the targets [tokens] or None. Only
-        the student's log-probs carry a gradient.
+        log p and log q [tokens, k + 1], whose last column is the tail bucket; log q of the targets [tokens], or None
+        without targets. Only the student's log-probs carry a gradient.
 
     Raises:
         InputError: as `linear_log_probs`; or the signals have another number of positions or another vocabulary.
@@ -170,7 +170,7 @@ def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalB
 
 
 def _logits(hidden: Tensor, head: Head) -> Tensor:
-    """Return `Head.logits`, but keep float64."""
+    """Return `head.logits(hidden)`, in float64 if `hidden` is float64."""
     if hidden.dtype != torch.float64:
         return head.logits(hidden)
     logits = F.linear(hidden, head.weight.double(), None if head.bias is None else head.bias.double()) * head.scale

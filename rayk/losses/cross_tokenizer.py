@@ -23,7 +23,7 @@ def universal_logit_distance(student_logits: Tensor, teacher_logits: Tensor, *, 
         A distance in [0, 2] per token (not nats), [tokens].
 
     Raises:
-        InputError: the teacher is no tensor of dense logits, or has another number of tokens.
+        InputError: the teacher is not a tensor of dense logits, or has another number of tokens.
     """
     if not isinstance(teacher_logits, Tensor) or len(teacher_logits) != len(student_logits):
         raise InputError(

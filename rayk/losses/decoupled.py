@@ -101,8 +101,8 @@ def adaptive_teaching(
 def gold_uncertainty(teacher: Teacher, targets: Tensor) -> Tensor:
     """UNC = 1 − p(gold) at temperature 1, [tokens], of logits [tokens, vocab] or any signal; no gradient.
 
-    Summed over the other tokens rather than subtracted from 1, which would tie all confident tokens at 0 in float32
-    and make the median meaningless.
+    Computed as the sum over the other tokens: 1 − p(gold) in float32 would be 0 for all confident tokens, and their
+    median meaningless.
     """
     dense = _dense(teacher)
     if dense is not None:

@@ -29,7 +29,8 @@ LOG_FLOOR = -1e4
 e^-10000 is 0 in any dtype, so the floor changes no probability; it keeps 0·log 0 and its gradient finite.
 """
 
-# Replaces -inf in a logsumexp over floored log-probs: it adds exactly 0 beside others, and alone gives no NaN gradient.
+# Replaces -inf in a logsumexp over floored log-probs: next to other terms it adds exactly 0, and if all terms have this
+# value the gradient is not NaN.
 EXCLUDED = 2 * LOG_FLOOR
 
 Teacher = Tensor | SignalBatch
@@ -74,7 +75,7 @@ def total_variation(student_logits: Tensor, teacher: Teacher, *, temperature: fl
 
 
 def symmetric_kl(student_logits: Tensor, teacher: Teacher, *, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
-    """(1 − weight)·KL(p‖q) + weight·KL(q‖p), `weight` on reverse KL as in DistiLLM. Else as `forward_kl`."""
+    """(1 − weight)·KL(p‖q) + weight·KL(q‖p), `weight` on reverse KL as in DistiLLM. Arguments as in `forward_kl`."""
     return divergence("symmetric_kl", student_logits, teacher, temperature=temperature, weight=weight)
 
 
@@ -108,39 +109,42 @@ def adaptive_kl(student_logits: Tensor, teacher: Teacher, *, mu: float = 0.5, te
 def divergence(
     name: str | Divergence, student_logits: Tensor, teacher: Teacher, *, temperature: float = 1.0, **options: float
 ) -> Tensor:
-    """Return the divergence `name` (or a function, see `find_divergence`) with its `options`; otherwise `forward_kl`.
+    """Return the divergence `name` with its `options`, nats per token, [tokens]. Other arguments as in `forward_kl`.
+
+    Args:
+        name: a key of `DIVERGENCES`, or a function (see `find_divergence`).
 
     Raises:
         InputError: unknown name or option, or as `forward_kl`.
     """
-    pair = find_divergence(name, **options)
+    divergence_of = find_divergence(name, **options)
     if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
         check_sampled(name, temperature)
         check_fit(teacher.tokens, teacher.vocab_size, *student_logits.shape)
         assert teacher.ids is not None
         return sampled_forward_kl(teacher, log_probs(student_logits).gather(1, teacher.ids))
     log_p, log_q = outcomes(student_logits, teacher, temperature)
-    return pair(log_p, log_q, has_tail=isinstance(teacher, SignalBatch) and teacher.ids is not None)
+    return divergence_of(log_p, log_q, has_tail=isinstance(teacher, SignalBatch) and teacher.ids is not None)
 
 
 def find_divergence(name: str | Divergence, **options: float) -> Divergence:
     """Return `DIVERGENCES[name]`, or the given function, with `options` filled in.
 
-    A function of the user's has the signature `fn(log_p, log_q, **options) -> Tensor`: the log-probs of teacher and
-    student over the same outcomes, float32 [tokens, outcomes], the teacher's detached; the result is nats [tokens].
-    Outcomes are the whole vocabulary, or, for signals with ids, these ids and a last column with the mass of all other
-    tokens. A function with a parameter `has_tail` receives whether there is such a column. Log-probs are at least
-    `LOG_FLOOR`. The function is called on one chunk of tokens at a time, so it must treat each token by itself.
+    A user's function has the signature `fn(log_p, log_q, **options) -> Tensor`: the log-probs of teacher and student
+    over the same outcomes, float32 [tokens, outcomes], the teacher's detached; the result is nats [tokens]. Outcomes
+    are the whole vocabulary, or, for signals with ids, these ids and a last column with the mass of all other tokens. A
+    function with a parameter `has_tail` receives True if there is such a column. Log-probs are at least `LOG_FLOOR`.
+    The function is called on one chunk of tokens at a time, so the result at a token must depend on that token only.
 
     Raises:
-        InputError: unknown name or option; the sentence names the closest one. For a function: an option that it does
-            not take, or a result that is not [tokens].
+        InputError: unknown name or option; the message suggests the closest one. For a function: an option that is not
+            one of its parameters, or a result of another shape than [tokens].
     """
     if not isinstance(name, str):
-        return _checked_function(name, options)
+        return _wrap_function(name, options)
     if name not in DIVERGENCES:
         raise InputError(f"There is no divergence '{name}'; did you mean '{_closest(name, list(DIVERGENCES))}'?")
-    known = [option for option in inspect.signature(DIVERGENCES[name]).parameters if option not in _PAIR_ARGUMENTS]
+    known = [option for option in inspect.signature(DIVERGENCES[name]).parameters if option not in _COMMON_ARGUMENTS]
     for option, value in options.items():
         if option not in known:
             hint = f"did you mean '{_closest(option, known)}'?" if known else "it has none."
@@ -150,8 +154,8 @@ def find_divergence(name: str | Divergence, **options: float) -> Divergence:
     return partial(DIVERGENCES[name], **options)
 
 
-def _checked_function(function: Divergence, options: Mapping[str, float]) -> Divergence:
-    """Return the user's `function` with `options`, called with `has_tail` only if it takes it, its result checked."""
+def _wrap_function(function: Divergence, options: Mapping[str, float]) -> Divergence:
+    """Wrap the user's `function`: fill in `options`, pass `has_tail` if it has this parameter, check its result."""
     label = getattr(function, "__name__", str(function))
     parameters = inspect.signature(function).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -209,7 +213,9 @@ def signal_outcomes(signals: SignalBatch, vocab_size: int, tokens: int, temperat
     """
     log_p, log_tail = signals.at_temperature(temperature)
     check_fit(signals.tokens, signals.vocab_size, tokens, vocab_size)
-    if log_p.shape[1] == vocab_size:  # the ids are the student's whole vocabulary; the rest is padding of the teacher
+    if (
+        log_p.shape[1] == vocab_size
+    ):  # the ids are the student's whole vocabulary; the tail is the teacher's padding columns
         log_p, log_tail = log_p - log_p.logsumexp(dim=1, keepdim=True), torch.full_like(log_tail, -torch.inf)
     return torch.cat([log_p, log_tail[:, None]], dim=1).detach().clamp(min=LOG_FLOOR)
 
@@ -224,7 +230,7 @@ def fit_teacher(logits: Tensor, tokens: int, vocab_size: int) -> Tensor:
 def hidden_logits(signals: SignalBatch, columns: int) -> Tensor:
     """Return the logits of a `hidden` signal, detached, with the student's number of columns.
 
-    Padding columns that only one side has get no probability on the other side.
+    Padding columns that only one of the two models has get probability 0 in the other one.
     """
     logits = signals.logits().detach()[:, :columns]
     return F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
@@ -311,7 +317,7 @@ def _adaptive_kl(log_p: Tensor, log_q: Tensor, *, has_tail: bool = False, mu: fl
     in_head = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, starts_head)
     gap = (p - q).abs().detach()
     head_gap, tail_gap = (gap * in_head).sum(dim=-1), (gap * ~in_head).sum(dim=-1)
-    both = (head_gap + tail_gap).clamp(min=torch.finfo(gap.dtype).tiny)  # equal distributions: 0, not 0/0
+    both = (head_gap + tail_gap).clamp(min=torch.finfo(gap.dtype).tiny)  # equal distributions give 0, not 0/0
     difference = log_p - log_q
     return (head_gap * (p * difference).sum(dim=-1) - tail_gap * (q * difference).sum(dim=-1)) / both
 
@@ -334,7 +340,7 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 """The built-in divergences by name."""
 
-_PAIR_ARGUMENTS = ("log_p", "log_q", "has_tail")
+_COMMON_ARGUMENTS = ("log_p", "log_q", "has_tail")
 
 
 def _closest(word: str, words: Sequence[str]) -> str:

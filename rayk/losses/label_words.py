@@ -34,7 +34,7 @@ def label_word_loss(
 
 
 def _pad_questions(logprobs: Tensor, questions: Tensor) -> Tensor:
-    """Reshape [words] to [questions, most words]; -inf where a question has fewer words."""
+    """Reshape [words] to [questions, maximum number of words]; -inf where a question has fewer words."""
     counts = questions.diff()
     present = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
     wide = upcast(logprobs)

@@ -18,7 +18,8 @@ from rayk.losses.precision import compute_dtype
 from rayk.models import Head
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Exponentials of the first chunks are kept for the backward pass, which then skips the product with the head.
+# Up to this size, exponentials of the first chunks are stored for the backward pass, which then skips the product with
+# the head.
 _KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
 
 
@@ -48,7 +49,7 @@ def linear_log_probs(
         hidden: [tokens, width].
         head: the student's head; its weight and bias receive gradients if they require them.
         ids: int64 [tokens, k], distinct in each row; k may be 0.
-        targets: int64 [tokens], may be among the ids.
+        targets: int64 [tokens]; a target may be one of the ids.
         temperature: temperature of the first two results; the log-probs of the targets are at temperature 1.
         chunk_tokens: positions in a chunk; by default a float32 chunk takes about 32 MB (CPU) or 256 MB (GPU).
 
@@ -184,7 +185,7 @@ class _LinearLogProbs(torch.autograd.Function):
 class _Product:
     """The product with the head: weights cast once to the dtype of the product, and memory reused by every chunk.
 
-    On a CPU, allocating each chunk anew costs more in page faults than the arithmetic.
+    On a CPU, the page faults of allocating memory for each chunk cost more time than the arithmetic.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
@@ -193,8 +194,8 @@ class _Product:
         self.bias = None if bias is None else bias.detach().to(plan.product_dtype)
 
     def scores(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """Return the product in its dtype (in fresh memory if `keep`), and the logits in at least float32, which may
-        share this memory."""
+        """Return the product in `product_dtype` (in newly allocated memory if `keep`), and the logits in at least
+        float32, which may share this memory."""
         memory = self._empty(len(hidden), self.plan.product_dtype) if keep else self._narrow[: len(hidden)]
         hidden = hidden.detach().to(self.plan.product_dtype)
         if self.bias is None:
@@ -238,7 +239,7 @@ class _Gradients:
         self.bias: Tensor | None = None
 
     def add(self, chunk: slice, grad: Tensor, weight: Tensor) -> None:
-        """Add a chunk's gradient of the loss by W h + b, [tokens, vocab]."""
+        """Add the gradients of a chunk, given the gradient of the loss with respect to W h + b, [tokens, vocab]."""
         hidden, wide = self.inputs[0], compute_dtype(grad.dtype)
         if self.hidden is not None:
             self.hidden[chunk] = grad @ weight

@@ -27,7 +27,7 @@ from rayk.errors import InputError
 from rayk.losses.divergences import LOG_FLOOR
 from rayk.losses.precision import upcast
 
-# e^60 times any reward is still a float32. The weights' mean is 1, so they get there with probability below e^-60.
+# e^60 times any reward is finite in float32. The weights have mean 1, so one exceeds e^60 with probability below e^-60.
 _MAX_LOG_WEIGHT = 60.0
 
 
@@ -267,7 +267,9 @@ def unbiased_sequence_kl_loss(
         InputError: shapes differ.
     """
     _check_shapes(student_logprobs=student_logprobs, reverse_kl=reverse_kl, counted=counted)
-    student_logprobs = torch.where(counted, student_logprobs, 0.0)  # before the graph: 0 times a NaN's gradient is NaN
+    student_logprobs = torch.where(
+        counted, student_logprobs, 0.0
+    )  # before any other operation: 0 times the gradient of a NaN is NaN
     rewards = token_rewards(student_logprobs, teacher_logprobs)
     if log_weights is None:
         log_weights = torch.zeros_like(rewards)

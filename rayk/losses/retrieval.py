@@ -5,9 +5,9 @@ With unit vectors q_i of the queries and k_ij of their passages, where k_i1 is t
 
     L = KL(softmax_j r_ij ‖ softmax_j q_i·k_ij/τ) + w·L_cont
 
-r are rewards from a reward model, or the LLM's scores. L_cont is −log softmax of q_i·k_i1/τ in one softmax over four
-groups of pairs in the batch: the query with all keys, the positive with all other queries, the query with all other
-queries, and the positive with all other positives.
+r are rewards from a reward model, or the LLM's scores. L_cont is −log of the share of q_i·k_i1/τ in one softmax over
+four groups of pairs in the batch: the query with all keys, the positive with all other queries, the query with all
+other queries, and the positive with all other positives.
 """
 
 import torch
@@ -36,9 +36,10 @@ def full_contrastive_loss(
     Args:
         queries: unit vectors [queries, width].
         passages: unit vectors [queries, passages, width], the positive of each query first.
-        excluded: bool [queries, queries·passages + queries]; True where a key (columns in the order of the passages) or
-            a query (the last columns) is no negative of the row's query. A positive of another query is excluded with
-            its key. A query's own positive is never excluded, and the query itself always is.
+        excluded: bool [queries, queries·passages + queries]; True where a key (first columns, in the order of the
+            passages) or a query (last columns) must not be a negative of the row's query. Excluding the key of another
+            query's positive also excludes that positive from the last group. A query's own positive is never excluded,
+            and the query itself always is.
     """
     count, passages_each, _ = passages.shape
     keys = passages.flatten(0, 1)
@@ -63,7 +64,7 @@ def no_negatives(query_rows: Tensor, query_labels: Tensor, passage_rows: Tensor,
 
     Args:
         query_rows: int64 [queries], row numbers.
-        query_labels: int64 [queries], numbers of labels, unique over tasks; -1 is no label.
+        query_labels: int64 [queries], numbers of labels, unique over tasks; -1 means no label.
         passage_rows: int64 [queries, passages], row numbers, the positive of each query first.
         passage_labels: int64 [queries, passages], numbers of labels.
     """
