@@ -40,7 +40,7 @@ __all__ = [
 
 
 def resolve_method(settings: Any) -> type[Method]:
-    """Return the class of the method that `settings` (section `method`) describe, after loading the user's code in it.
+    """Return the class of the method that `settings` (section `method`) describe, and load the user's code they name.
 
     Raises:
         InputError: the class or the divergence cannot be loaded, or does not fit the settings.
@@ -50,11 +50,12 @@ def resolve_method(settings: Any) -> type[Method]:
         return METHODS[settings.kind]
     base: Any = Method  # abstract, so mypy refuses it as type[T]
     method: type[Method] = load_class(settings.path, base, "method.path", ENTRY_POINTS, "rayk.Method")
-    samples = issubclass(method, OnPolicyMethod)
-    if samples != settings.samples_rollouts:
-        fix = "set method.rollouts: true" if samples else "derive it from rayk.OnPolicyMethod"
-        state = "generates completions" if samples else "generates no completions"
+    is_on_policy = issubclass(method, OnPolicyMethod)
+    if is_on_policy != settings.samples_rollouts:
+        fix = "set method.rollouts: true" if is_on_policy else "derive it from rayk.OnPolicyMethod"
+        state = "generates completions" if is_on_policy else "generates no completions"
         raise InputError(
-            f"method.path: class '{settings.path}' {state}, but method.rollouts is {str(not samples).lower()}; {fix}."
+            f"method.path: class '{settings.path}' {state}, but method.rollouts is {str(not is_on_policy).lower()}; "
+            f"{fix}."
         )
     return method

@@ -37,14 +37,14 @@ class Student(Protocol):
 class Experience:
     """A batch of rows with the teacher's signals: what one step trains on.
 
-    It is split into micro-batches by row. A subclass may have another unit than the token, and then overrides `count`,
-    `lengths`, `select` and `to`.
+    It is split into micro-batches by row. A subclass whose loss has another unit than the token (a pair, a query)
+    overrides `count`, `lengths`, `select` and `to`.
     """
 
     batch: Batch
     signals: SignalBatch | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """Values of the method's own, one per counted token, [counted tokens] each."""
+    """Additional values that the method needs, one per counted token, [counted tokens] each."""
     auxiliary: "Experience | None" = None
     """A second experience whose mean loss is added to this one's in the same update."""
     skipped: int = 0
@@ -52,13 +52,13 @@ class Experience:
 
     @property
     def count(self) -> int:
-        """Number of units that the loss is averaged over (here counted tokens), summed over micro-batches and
+        """Number of units in this experience (here counted tokens). The loss is averaged over the units of all
         workers."""
         return self.batch.counted_tokens
 
     @property
     def lengths(self) -> list[int]:
-        """Padded tokens of each part that `select` can choose."""
+        """Number of tokens with padding of each unit that `select` can choose (here rows)."""
         return [len(sequence) for sequence in self.batch.sequences]
 
     def select(self, rows: list[int]) -> Self:
@@ -102,7 +102,7 @@ class Loss:
     terms: dict[str, Tensor] = field(default_factory=dict)
     """Values for the metrics, [count] each; their means are recorded at every step."""
     unusable: Tensor | None = None
-    """Units that cannot be trained on any more, bool [count]: their loss is left out, and `training.unusable_rows`
+    """True at units that must not be trained on, bool [count]: their loss is left out, and `training.unusable_rows`
     decides whether the run stops."""
 
 
@@ -111,8 +111,8 @@ class Method(ABC):
 
     Args:
         settings: the settings in section `method`.
-        teacher: returns signals: `await teacher.ascore(batch, support)`; None without a teacher.
-        policy: generates with the student's weights (see `OnPolicyMethod`); None for other methods.
+        teacher: computes signals with `await teacher.ascore(batch, support)`; None without a teacher.
+        policy: generates with the student's weights; None unless the method is an `OnPolicyMethod`.
     """
 
     kind: ClassVar[str] = "custom"
@@ -136,7 +136,7 @@ class Method(ABC):
 
         Args:
             batches: this worker's share of all training rows; each answer of a preference pair is a row.
-            gather: returns the value of every worker; to be called equally often on all workers.
+            gather: returns the values of all workers; a collective, so call it equally often on every worker.
         """
 
     @abstractmethod
@@ -191,7 +191,7 @@ class OnPolicyMethod(Method):
 
     @property
     def policy(self) -> Policy:
-        """Generates completions with the weights of the step that is sampled; for use in `sample` and `groups` only."""
+        """The policy, which generates completions with the student's weights; use it in `sample` and `groups` only."""
         assert self._policy is not None
         return self._policy
 
@@ -201,7 +201,7 @@ class OnPolicyMethod(Method):
         return 1
 
     def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
-        """Split the rows into groups that `sample` receives one after the other, by default as the policy batches them.
+        """Split the rows into groups; `sample` is called once per group. By default a group is a batch of the policy.
 
         Teachers score a group while the next one is generated.
         """
@@ -223,11 +223,12 @@ class OnPolicyMethod(Method):
         """Add statistics that need all workers, e.g. global reward moments; by default none.
 
         Args:
-            sums: returns each number summed over the workers; to be called equally often on all workers.
+            sums: returns each number summed over the workers; a collective, so call it the same number of times on
+                every worker.
         """
         return experience
 
     def updates(self, experience: Experience, seed: int) -> Iterable[Experience]:
-        """Return the experience of each optimizer update of the step, as many on every worker; by default one update
-        with all rows."""
+        """Return the experience of each optimizer update of the step; by default one update with all rows. Every worker
+        must return the same number."""
         return [experience]

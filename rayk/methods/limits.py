@@ -16,9 +16,9 @@ def check_rewards(rewards: Tensor, batch: Batch, limit: float) -> None:
         rewards: nats, [counted tokens] of `batch`.
 
     Raises:
-        UnusableSignal: some are not; the error contains their rows.
+        UnusableSignal: a reward is NaN or beyond the limit; the error lists the rows.
     """
-    broken = ~(rewards.abs() <= limit)  # so NaN is among them
+    broken = ~(rewards.abs() <= limit)  # also True for NaN
     if not bool(broken.any()):
         return
     worst = torch.tensor_split(torch.where(broken, rewards, 0.0), batch.offsets[1:-1])
@@ -31,6 +31,6 @@ def check_rewards(rewards: Tensor, batch: Batch, limit: float) -> None:
     )  # fmt: skip
 
 
-def ratio_exploded(student_logprobs: Tensor, rollout_logprobs: Tensor, limit: float) -> Tensor:
-    """Return where a token is now more than `limit` times as likely as when it was sampled, bool [tokens]."""
+def exceeds_ratio_limit(student_logprobs: Tensor, rollout_logprobs: Tensor, limit: float) -> Tensor:
+    """Return True for tokens that are now more than `limit` times as likely as at sampling time, bool [tokens]."""
     return student_logprobs.detach() - rollout_logprobs > math.log(limit)

@@ -4,9 +4,9 @@ counted position of the data (Hinton et al. 2015, arXiv 1503.02531; Kim & Rush 2
     L = (1/N) Σ_t [ α·(−log q(y_t)) + (1−α)·T^s·D(p_T ‖ q_T)_t ],   s = 2 with `temperature_squared`, else 0
 
 p is the teacher, q the student; the temperature T is used in the divergence D only. With support `topk`, D is taken
-between the distributions over the k tokens and one tail bucket: a lower bound of the full divergence, which it reaches
-as k grows. With `hidden`, D is the exact divergence over the vocabulary; with `sampled`, an unbiased estimate of
-forward KL.
+between the distributions over the k tokens and one tail bucket: for an f-divergence a lower bound of the full value,
+which it reaches as k grows to the vocabulary size. With `hidden`, D is the exact divergence over the vocabulary; with
+`sampled`, an unbiased estimate of forward KL.
 """
 
 from rayk.data.batches import Batch

@@ -18,8 +18,8 @@ def soft_loss(
     settings: DivergenceMethodConfig, student: Student, experience: Experience
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return T^s·D(p_T ‖ q_T) at each counted token, nats [tokens] (s = 2 with `temperature_squared`, else 0), and
-    terms for the metrics: D, the cross-entropy on the rows' tokens at temperature 1, and `divergence_with_masses`'
-    masses."""
+    terms for the metrics: D, the cross-entropy on the rows' tokens at temperature 1, and the masses that
+    `divergence_with_masses` returns."""
     assert experience.signals is not None
     divergence, cross_entropy, masses = divergence_with_masses(
         load_divergence(settings), student, student.head, experience, temperature=settings.temperature,

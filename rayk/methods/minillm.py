@@ -34,7 +34,7 @@ from rayk.losses import (
     whiten,
 )
 from rayk.methods.base import Experience, Loss, OnPolicyMethod, Student
-from rayk.methods.limits import check_rewards, ratio_exploded
+from rayk.methods.limits import check_rewards, exceeds_ratio_limit
 from rayk.methods.matching import divergence_with_masses
 from rayk.rollouts import Rollout, with_requested_ids
 from rayk.signals.sequence import TokenSequence
@@ -73,7 +73,7 @@ class MiniLLM(OnPolicyMethod):
     kind = "minillm"
     summary = "policy gradients of reverse KL over completions that student and teacher sample together"
     paper = "Gu et al. 2024 §2.2"
-    needs = "as on_policy, and about .1 calls a token to verify the student's drafts (engine kind transformers)"
+    needs = "as on_policy, and about 0.1 calls a token to verify the student's drafts (engine kind transformers)"
 
     @property
     def minimum_rows(self) -> int:
@@ -199,7 +199,7 @@ class MiniLLM(OnPolicyMethod):
         # The ratio includes the weight, as in the loss: a token from the teacher may become far more likely without
         # harm.
         sampled = columns["rollout_logprobs"] - columns["log_weights"]
-        exploded = ratio_exploded(-cross_entropy, sampled, settings.ratio_limit)
+        exploded = exceeds_ratio_limit(-cross_entropy, sampled, settings.ratio_limit)
         return Loss(per_token, terms, exploded)
 
 

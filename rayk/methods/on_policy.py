@@ -31,7 +31,7 @@ from rayk.data.examples import Example
 from rayk.engines.batching import gather
 from rayk.losses import linear_cross_entropy, log_ratio_policy_loss
 from rayk.methods.base import Experience, Loss, OnPolicyMethod, Student
-from rayk.methods.limits import check_rewards, ratio_exploded
+from rayk.methods.limits import check_rewards, exceeds_ratio_limit
 from rayk.methods.matching import soft_loss
 from rayk.rollouts import Policy, Rollout, with_completion, with_requested_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
@@ -52,7 +52,7 @@ class OnPolicy(OnPolicyMethod):
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
         self._replaying = False
-        """Whether the replay buffer was full before the step added to it."""
+        """Whether the replay buffer was full at the start of the step."""
 
     def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
         """Split the student's rows as the policy batches them; all other rows join the first group."""
@@ -110,7 +110,7 @@ class OnPolicy(OnPolicyMethod):
         per_token = log_ratio_policy_loss(
             -cross_entropy, rollout_logprobs, teacher_logprobs, clip=self.settings.ratio_clip
         )
-        exploded = ratio_exploded(-cross_entropy, rollout_logprobs, self.settings.ratio_limit)
+        exploded = exceeds_ratio_limit(-cross_entropy, rollout_logprobs, self.settings.ratio_limit)
         terms = {"cross_entropy": cross_entropy, "log_ratio": rollout_logprobs - teacher_logprobs}
         return Loss(per_token, terms, exploded)
 
@@ -168,7 +168,7 @@ class OnPolicy(OnPolicyMethod):
 
 
 def _draws(seed: int) -> np.ndarray:
-    """Return three uniform random numbers in [0, 1) for a row, from another stream than that of its tokens."""
+    """Return three uniform random numbers in [0, 1) for a row, from another random stream than its tokens."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(3)
 
 

@@ -10,7 +10,7 @@ from rayk.config import parse_config
 from rayk.data.batches import collate
 from rayk.data.examples import Example
 from rayk.errors import RunFailed, UnusableSignal
-from rayk.methods.limits import check_rewards, ratio_exploded
+from rayk.methods.limits import check_rewards, exceeds_ratio_limit
 from rayk.run import distill
 from rayk.training.checkpoint import CheckpointStore
 from tests.runs import config, curve, settings
@@ -37,7 +37,7 @@ def test_row_with_an_exploding_reward_is_named(value, place, row):
 def test_only_more_likely_tokens_explode():
     written = torch.tensor([-3.0, -3.0, -3.0])
     now = written + torch.tensor([2.01, 1.99, -50.0]) * math.log(10)
-    assert ratio_exploded(now, written, limit=100.0).tolist() == [True, False, False]
+    assert exceeds_ratio_limit(now, written, limit=100.0).tolist() == [True, False, False]
 
 
 def test_exploding_rewards_stop_the_run(tmp_path, tiny_student, served):
@@ -66,7 +66,7 @@ def test_no_checkpoint_contains_half_a_step(call, kept, monkeypatch, tmp_path, t
     def explodes(student_logprobs, rollout_logprobs, limit):
         return torch.full_like(rollout_logprobs, next(calls) == call, dtype=torch.bool)
 
-    monkeypatch.setattr("rayk.methods.minillm.ratio_exploded", explodes)
+    monkeypatch.setattr("rayk.methods.minillm.exceeds_ratio_limit", explodes)
     method = {"kind": "minillm", "inner_epochs": 3, "teacher_share": 0}
     with pytest.raises(RunFailed, match="In step 2, tokens are more than method.ratio_limit times as likely"):
         distill(config(tmp_path, tiny_student, method, steps=3, micro_batch_tokens=100_000))
