@@ -131,8 +131,8 @@ def test_rows_with_unusable_signals_stop_the_run_or_are_left_out(tmp_path, tiny_
     [eight] = tokenizer("8").input_ids
     well = [row for row in table if eight not in row.input_ids]
     assert 6 < len(well) < len(table) - 6
-    said = r"'broken' gave .* for .*rows.jsonl, line \d+ that .* NaN.* training.unusable_rows"
-    with pytest.raises(RunFailed, match=said):
+    sentence = r"'broken' returned an unusable signal for .*rows.jsonl, line \d+: .*NaN.* training.unusable_rows"
+    with pytest.raises(RunFailed, match=sentence):
         distill(parse_config(values))
     values["output"] = str(tmp_path / "skipping")
     values["training"]["unusable_rows"] = "skip"
