@@ -1,7 +1,7 @@
 """The teacher's output for sequences: `SignalBatch` in memory, `encode` and `decode` for the network.
 
 A signal covers the *counted* tokens of a sequence. Position i of a row is the teacher's distribution of the i-th
-counted token given all tokens before it. Rows are aligned by counted index, so the teacher may read a different context
+counted token given all tokens before it. A row contains counted tokens only, so the teacher may read another context
 than the student.
 
 The wire format is one flat byte array: a fixed header and the columns, little-endian. Token ids take 2 bytes if the
@@ -54,7 +54,7 @@ class SignalBatch:
             (`sampled`).
         entropies: float32 [tokens], the teacher's entropy in nats (`sampled`).
         hidden: [tokens, width] in the support's dtype, final hidden states (`hidden`).
-        head: the map from `hidden` to logits; it is not part of the wire format, the client adds it.
+        head: the map from `hidden` to logits. It is not part of the wire format; the client adds it.
     """
 
     support: Support
@@ -92,7 +92,7 @@ class SignalBatch:
         return self._map(lambda column: column[positions], offsets)
 
     def slice_tokens(self, chosen: slice) -> "SignalBatch":
-        """Return the given positions as one row, without a copy."""
+        """Return the positions `chosen` as one row, without a copy."""
         length = len(range(*chosen.indices(self.tokens)))
         return self._map(lambda column: column[chosen], torch.tensor([0, length]))
 
@@ -136,8 +136,8 @@ class SignalBatch:
         return self.head.logits(self.hidden.to(self.head.weight.dtype))
 
     def invalid_rows(self) -> dict[int, str]:
-        """Return the rows that cannot be trained on and the reason: NaN, ±inf, a log-prob clearly above 0, an id out of
-        range."""
+        """Return the index of each row that cannot be trained on, with the reason: NaN, infinite values, a log-prob
+        clearly above 0, or an id out of range."""
         wrong = {
             "an actual token with a log-prob of NaN, of -inf, or above 0": (
                 ~(self.target_logprobs <= 1e-3) | self.target_logprobs.isneginf()
@@ -203,14 +203,14 @@ def encode(signals: SignalBatch) -> np.ndarray:
     id_type = "<u2" if signals.vocab_size <= _SHORT_ID_VOCAB else "<u4"
     match support:
         case TopK() | Requested():
-            ids, logprobs, log_tails = _numpy(signals, "ids", "logprobs", "log_tails")
+            ids, logprobs, log_tails = _columns_as_numpy(signals, "ids", "logprobs", "log_tails")
             width, temperatures = ids.shape[1], np.asarray(support.temperatures, "<f8")
             extra = support.k
             columns += [
                 temperatures, log_tails.astype("<f4"), logprobs.clip(min=-65504).astype("<f2"), ids.astype(id_type),
             ]  # fmt: skip
         case Sampled():
-            ids, weights, entropies = _numpy(signals, "ids", "weights", "entropies")
+            ids, weights, entropies = _columns_as_numpy(signals, "ids", "weights", "entropies")
             width, tau, extra = support.draws, support.tau, support.seed
             used = weights > 0
             values = np.rint(weights[used] * width).astype("u1") if tau == 1.0 else weights[used].astype("<f4")
@@ -231,7 +231,7 @@ def decode(wire: np.ndarray | bytes) -> SignalBatch:
     """Decode `wire` to signals on the CPU.
 
     Raises:
-        CorruptSignal: another format version, truncated, or changed (CRC-32).
+        CorruptSignal: `wire` has another format version, is truncated, or does not match its CRC-32.
     """
     data = memoryview(wire.data if isinstance(wire, np.ndarray) else wire).cast("B")
     if len(data) < _SEAL.size + _HEADER.size or bytes(data[:4]) != _MAGIC:
@@ -280,7 +280,7 @@ def decode(wire: np.ndarray | bytes) -> SignalBatch:
     )  # fmt: skip
 
 
-def _numpy(signals: SignalBatch, *names: str) -> list[np.ndarray]:
+def _columns_as_numpy(signals: SignalBatch, *names: str) -> list[np.ndarray]:
     return [getattr(signals, name).numpy() for name in names]
 
 

@@ -1,10 +1,11 @@
 """The disk format of signals: `pack` and `unpack`, smaller than the wire format and readable row by row.
 
 A top-k row stores its ids and their order, its tails and the actual tokens' log-probs exactly, and its log-probs
-rounded: each is stored as 8 − log p with 6 bits of mantissa, so the step is 1/8 nat below 8 nats and doubles at 8, 24,
-56, … nats, where the probabilities are small. A uniform rounding error of one step changes a distribution by step²/24
-nats, at most 6.5e-4 at temperatures of at least 1. The bit patterns increase with 8 − log p, so neighbors differ by
-small integers. Each byte plane of the differences and of the ids is compressed by zstd on its own.
+rounded: each is stored as 8 − log p with 6 bits of mantissa. The rounding step is therefore 1/8 nat where −log p is
+below 8 nats, and doubles at 8, 24, 56, … nats, where the probabilities are small. A uniform rounding error of one step
+changes a distribution by step²/24 nats, at most 6.5e-4 at temperatures of at least 1. The bit patterns increase with
+8 − log p, so neighbors differ by small integers. Each byte plane of the differences and of the ids is compressed by
+zstd on its own.
 
 All other supports store the wire format, compressed by zstd.
 """
@@ -19,7 +20,7 @@ from rayk.config.support import Support, TopK
 from rayk.signals.batch import CorruptSignal, SignalBatch, decode, encode
 
 CODEC_VERSION = 1
-"""Part of every cache key, so that entries of another version are not found instead of misread."""
+"""Part of every cache key, so that entries of another codec version are never found and decoded wrongly."""
 
 _HEADER = struct.Struct("<III")  # tokens, k, vocabulary
 _LENGTH = struct.Struct("<I")
@@ -44,8 +45,8 @@ def unpack(entry: bytes, support: Support) -> SignalBatch:
     """Decode the row in `entry`, which was stored with `support`.
 
     Raises:
-        CorruptSignal: the entry contains something else. Damaged bytes are detected by the checksum of the segment, not
-            here.
+        CorruptSignal: the entry does not contain a signal with this support. Damaged bytes are not detected here but by
+            the checksum of the entry in its segment.
     """
     try:
         if isinstance(support, TopK):
@@ -107,7 +108,7 @@ def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
 
 
 def _levels(logprobs: np.ndarray) -> np.ndarray:
-    """Return the nearest step of each log-prob, int64; log-probs of 0 or above (by rounding) have the first step."""
+    """Return the index of the step nearest to each log-prob, int64; a log-prob above 0 (by rounding) counts as 0."""
     bits = (_OFFSET - logprobs.clip(_LOWEST, 0.0)).view(np.uint32).astype(np.int64)
     return (bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS
 
@@ -117,7 +118,8 @@ def _id_bytes(vocab_size: int) -> int:
 
 
 def _pack_planes(column: np.ndarray) -> list[bytes]:
-    """Return one compressed plane per byte of the items (all first bytes, all second bytes, …), after its length."""
+    """Return one compressed plane per byte of the items (all first bytes, all second bytes, …), each preceded by its
+    length."""
     planes = np.ascontiguousarray(column).view(np.uint8).reshape(column.size, column.itemsize)
     compressed = [_compress(planes[:, plane].tobytes()) for plane in range(column.itemsize)]
     return [_LENGTH.pack(len(plane)) + plane for plane in compressed]

@@ -1,4 +1,4 @@
-"""`TokenSequence`: token ids and which of them count. Data provides them, engines score them."""
+"""`TokenSequence`: token ids, and which of them are counted. `rayk.data` creates sequences, engines score them."""
 
 from dataclasses import dataclass
 
@@ -51,5 +51,5 @@ class TokenSequence:
         return self.input_ids[self.counted]
 
     def view(self, reader: str) -> "TokenSequence":
-        """The sequence as the model named `reader` reads it. All views have the same counted tokens."""
+        """Return the sequence as the model named `reader` reads it. All views have the same counted tokens."""
         return self

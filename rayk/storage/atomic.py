@@ -14,7 +14,7 @@ _REPLACED = ".replaced"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file and sync it to disk; it appears complete, and an existing file stays until then.
+    """Write a file and sync it to disk. Readers see an existing file unchanged until the new one replaces it whole.
 
     Raises:
         RunFailed: the disk is full.
@@ -42,7 +42,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write to; at the end of the block it replaces `folder`.
 
-    After an error nothing is left of it, and an existing `folder` is unchanged.
+    If the block raises an exception, the new folder is removed and an existing `folder` is unchanged.
 
     Raises:
         RunFailed: the disk is full.
@@ -50,8 +50,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """
     unfinished, replaced = (folder.with_name(folder.name + suffix) for suffix in (_UNFINISHED, _REPLACED))
     with disk_errors(folder.parent):
-        for left in (unfinished, replaced):  # by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (unfinished, replaced):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
             yield unfinished
@@ -65,14 +65,14 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the files that a killed process has left in `write_whole`."""
+    """Remove the unfinished files in `folder` of processes that were killed in `write_whole`."""
     for unfinished in folder.glob(f"*{_UNFINISHED}"):
         unfinished.unlink()
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Translate OSError into InputError or RunFailed.
+    """Translate an OSError of the block into InputError or RunFailed.
 
     Raises:
         RunFailed: the disk is full.

@@ -1,4 +1,4 @@
-"""An append-only store of rows in numbered Parquet files of one folder, looked up by key."""
+"""An append-only store of rows in numbered Parquet files of one folder, with access by key."""
 
 import io
 import logging
@@ -18,10 +18,10 @@ _MERGED_FILES = 64
 
 
 class ParquetStore:
-    """Rows in numbered Parquet files of one folder, looked up by their column `key`.
+    """Rows in numbered Parquet files of one folder, with access by their column `key`.
 
     Args:
-        folder: created and read by `load`.
+        folder: `load` creates and reads it.
         schema: schema of the rows.
     """
 
@@ -38,14 +38,16 @@ class ParquetStore:
         return key in self._places
 
     def find(self, key: str, columns: Sequence[str]) -> tuple[Any, ...] | None:
-        """Return `columns` of the row with this key; None if there is none."""
+        """Return the values of `columns` in the row with this key; None if there is no such row."""
         if key not in self._places:
             return None
         table, place = self._places[key]
         return tuple(self._tables[table].column(name)[place].as_py() for name in columns)
 
     def load(self) -> None:
-        """Read the rows of the folder.
+        """Read the rows of the folder, and merge its files if there are many.
+
+        A damaged file is renamed to `.damaged` with a warning, and its rows are missing.
 
         Raises:
             InputError: the folder cannot be written, or a file cannot be read at the moment.
@@ -62,7 +64,7 @@ class ParquetStore:
                 self._merge(paths)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write rows in a new file.
+        """Write rows to a new file.
 
         Raises:
             RunFailed: the disk is full.
@@ -84,13 +86,13 @@ class ParquetStore:
             return None
 
     def _merge(self, paths: list[Path]) -> None:
-        """Merge all files into one. A kill before the end leaves duplicate rows, which is harmless."""
+        """Merge all files into one. If the process is killed before the end, rows are duplicated, which is harmless."""
         self._write(pa.concat_tables(self._tables))
         for path in paths:
             path.unlink(missing_ok=True)
 
     def _write(self, table: pa.Table) -> None:
-        # Count damaged files too, or the next damaged file of the same number would overwrite one.
+        # Do not use the number of a damaged file again: if the new file is damaged too, it would overwrite that one.
         existing = (*self._paths(), *self.folder.glob("part-*.damaged"))
         numbers = (int(path.stem.split("-")[1]) for path in existing)
         write_whole(self.folder / f"part-{max(numbers, default=0) + 1:06d}.parquet", parquet_bytes(table))
@@ -105,9 +107,10 @@ class ParquetStore:
 
 
 def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read the columns of `schema` from a Parquet file; a damaged file raises Arrow's error.
+    """Read the columns of `schema` from a Parquet file.
 
     Raises:
+        ArrowException, OSError, KeyError: the file is damaged.
         InputError: the file cannot be read at the moment, which does not mean that it is damaged.
     """
     try:

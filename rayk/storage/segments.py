@@ -2,9 +2,9 @@
 
 A writer collects entries and writes them as a *segment*: a file that never changes and is named after a hash of its
 content. It contains the entries back to back, then an index (key, offset, length, checksum), then the index's length
-and checksum. A reader reads the end of a segment to learn its keys; each entry is then one ranged read, on a disk as in
-an object store. A segment appears complete (renamed from a temporary file, or one upload), so a killed writer loses
-only entries it has not written yet (of some seconds). Damaged entries count as missing.
+and checksum. A reader gets the keys from the end of a segment; each entry is then one ranged read, both on a disk and
+in an object store. A segment appears as a whole (renamed from a temporary file, or uploaded at once), so a killed
+writer loses only the entries of the last seconds, which it has not written yet. A damaged entry counts as missing.
 
 With a size limit, the least recently used segments are deleted: each segment that is read has an empty file `NAME.used`
 beside it, rewritten once an hour, whose modification time is the time of use.
@@ -60,7 +60,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """Numbers of intact segments, their entries and bytes, and the names of damaged segments, which were deleted."""
+    """Numbers of intact segments, their entries and bytes; names of the damaged segments, which were deleted."""
 
     segments: int
     entries: int
@@ -76,7 +76,7 @@ class SegmentStore:
         max_bytes: largest size of all segments; a writer that exceeds it deletes the least recently used ones.
 
     Raises:
-        InputError: the place cannot be used.
+        InputError: the folder or URI cannot be used.
     """
 
     def __init__(self, place: str, max_bytes: int | None = None):
@@ -104,7 +104,7 @@ class SegmentStore:
         self._oldest_unwritten = 0.0
 
     def read(self, keys: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Return the existing entries of `keys`."""
+        """Return the entries of those `keys` that exist."""
         wanted = set(keys)
         with self._lock:
             if any(key not in self._places and key not in self._unwritten for key in wanted):
@@ -117,10 +117,10 @@ class SegmentStore:
         return found
 
     def add(self, entries: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        """Add `entries`; an existing entry of a key stays.
+        """Add `entries`, without those whose key exists already.
 
         Returns:
-            The stored entries of these keys.
+            The stored entry of each key.
         """
         found = self.read(entries)
         with self._lock:
@@ -142,7 +142,7 @@ class SegmentStore:
             self._write()
 
     def verify(self) -> CacheStatistics:
-        """Read every segment completely; delete damaged ones and the temporary files of killed writers."""
+        """Read all segments completely; delete damaged ones and the temporary files of killed writers."""
         segments = entries = size = 0
         damaged = []
         infos = {info.base_name: info for info in self._list()}
@@ -153,10 +153,10 @@ class SegmentStore:
             if not name.endswith(_SUFFIX):
                 continue
             try:
-                places = self._index(name)
+                places = self._read_index(name)
                 with self._fs.open_input_file(self._path(name)) as file:
                     for place in places.values():
-                        _entry(file, place)
+                        _read_entry(file, place)
             except FileNotFoundError:
                 continue
             except DamagedSegment:
@@ -169,7 +169,7 @@ class SegmentStore:
     def _read_segment(self, name: str, wanted: list[tuple[_Place, bytes]]) -> dict[bytes, bytes]:
         try:
             with self._fs.open_input_file(self._path(name)) as file:
-                entries = {key: _entry(file, place) for place, key in wanted}
+                entries = {key: _read_entry(file, place) for place, key in wanted}
         except FileNotFoundError:  # deleted because of the size limit
             self._forget(name)
             return {}
@@ -177,7 +177,7 @@ class SegmentStore:
             self._forget(name)
             self._warn(name, error)
             return {}
-        self._mark(name)
+        self._mark_used(name)
         return entries
 
     def _refresh(self) -> None:
@@ -193,21 +193,21 @@ class SegmentStore:
         for name in sorted(names - self._known):
             self._known.add(name)
             try:
-                for key, place in self._index(name).items():
+                for key, place in self._read_index(name).items():
                     self._places.setdefault(key, place)
             except FileNotFoundError:
                 continue
             except (DamagedSegment, OSError) as error:
                 self._warn(name, error)
 
-    def _index(self, name: str) -> dict[bytes, _Place]:
+    def _read_index(self, name: str) -> dict[bytes, _Place]:
         with self._fs.open_input_file(self._path(name)) as file:
             size = file.size()
-            footer = _records(file, size - _FOOTER.itemsize, 1, _FOOTER)[0]
+            footer = _read_records(file, size - _FOOTER.itemsize, 1, _FOOTER)[0]
             start = size - _FOOTER.itemsize - int(footer["entries"]) * _INDEX.itemsize
             if footer["magic"] != _MAGIC or start < 0:
                 raise DamagedSegment("it has no index")
-            index = _records(file, start, int(footer["entries"]), _INDEX)
+            index = _read_records(file, start, int(footer["entries"]), _INDEX)
         if zlib.crc32(index.tobytes()) != footer["checksum"]:
             raise DamagedSegment("its index does not match the checksum")
         return _index_places(name, index)
@@ -232,7 +232,7 @@ class SegmentStore:
                 self._evict(self._max_bytes)
         except OSError as error:
             logger.warning("The cache '%s' cannot be written, so some signals are not cached: %s", self.place, error)
-        # Also after an error: in memory the entries would grow without limit, and a run does not depend on them.
+        # Also after an error: otherwise the memory would grow without limit, and a run does not depend on the cache.
         self._unwritten, self._unwritten_bytes = {}, 0
 
     def _put(self, name: str, data: bytes) -> None:
@@ -267,12 +267,12 @@ class SegmentStore:
             self._delete(info.base_name)
             excess -= info.size
 
-    def _mark(self, name: str) -> None:
+    def _mark_used(self, name: str) -> None:
         now = time.monotonic()
         if now - self._marked.get(name, -_MARK_SECONDS) < _MARK_SECONDS:
             return
         self._marked[name] = now
-        with contextlib.suppress(OSError):  # the cache is read-only
+        with contextlib.suppress(OSError):  # such as in a read-only cache
             self._write_file(name + _USED, b"")
 
     def _forget(self, name: str) -> None:
@@ -302,14 +302,14 @@ def _index_places(name: str, index: np.ndarray) -> dict[bytes, _Place]:
     return {key: _Place(name, *place) for key, *place in index.tolist()}
 
 
-def _entry(file: pa.NativeFile, place: _Place) -> bytes:
+def _read_entry(file: pa.NativeFile, place: _Place) -> bytes:
     entry = file.read_at(place.length, place.offset)
     if zlib.crc32(entry) != place.checksum:
         raise DamagedSegment("an entry does not match its checksum")
     return entry
 
 
-def _records(file: pa.NativeFile, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
+def _read_records(file: pa.NativeFile, offset: int, count: int, dtype: np.dtype) -> np.ndarray:
     if offset < 0:
         raise DamagedSegment("it is truncated")
     data = file.read_at(count * dtype.itemsize, offset)
