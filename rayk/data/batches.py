@@ -1,4 +1,4 @@
-"""Batches: padded tensors, the rows of each step and of each rank, and micro-batches."""
+"""Batches as padded tensors, sampling of the rows of each step and rank, and grouping of rows into micro-batches."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,8 @@ class Batch:
 
     Attributes:
         input_ids: int64 [rows, length].
-        attention_mask: int64 [rows, length], 1 at tokens; computed from lengths, because the padding id may be EOS.
+        attention_mask: int64 [rows, length], 1 at tokens, 0 at padding; computed from lengths, because the padding id
+            may be EOS.
         counted_mask: bool [rows, length], True at the counted tokens.
         targets: int64 [tokens], the counted tokens, row by row.
         offsets: int64 [rows + 1]; row r's counted tokens are targets[offsets[r]:offsets[r + 1]].
@@ -141,7 +142,8 @@ class BatchSampler:
     def share_positions(self, step: int, rank: int, world: int) -> np.ndarray:
         """Return the positions in `rows(step)` of the rows of `share`; a row that occurs twice has two positions.
 
-        Rows are dealt by length, back and forth over the ranks, so that ranks have nearly equal numbers of tokens.
+        Rows are assigned from the longest to the shortest, to ranks 0, 1, …, world − 1, world − 1, …, 1, 0, 0, 1, …, so
+        that ranks have nearly equal numbers of tokens.
 
         Raises:
             InputError: there are more ranks than rows in a batch.
@@ -151,9 +153,9 @@ class BatchSampler:
                 f"training.batch_size is {self.batch_size}, but there are {world} workers and each requires a "
                 f"row; raise the batch size or lower training.workers."
             )
-        dealt = np.argsort(-self.lengths[self.rows(step)], kind="stable")
-        pass_number, seat = np.divmod(np.arange(len(dealt)), world)
-        return dealt[np.where(pass_number % 2 == 0, seat, world - 1 - seat) == rank]
+        by_length = np.argsort(-self.lengths[self.rows(step)], kind="stable")
+        pass_number, position = np.divmod(np.arange(len(by_length)), world)
+        return by_length[np.where(pass_number % 2 == 0, position, world - 1 - position) == rank]
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch (from 0) of the first row of `step`."""
@@ -161,8 +163,9 @@ class BatchSampler:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            # numpy guarantees that raw streams never change, but not Generator.permutation
+            # numpy guarantees the raw stream in all versions, but not the result of Generator.permutation
             raw = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
+            # A batch can contain rows of two epochs, so the previous permutation stays in memory.
             previous = {last: self._permutations[last] for last in (epoch - 1,) if last in self._permutations}
             self._permutations = previous | {epoch: np.argsort(raw, kind="stable")}
         return self._permutations[epoch]
@@ -184,7 +187,7 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[
 
 
 def get_pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the tokenizer's padding id, or EOS where it has none: masks are computed from lengths, so both work."""
+    """Return the tokenizer's padding id, or EOS if it has none: masks are computed from lengths, so both work."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class DemonstratedRow(Example):
-    """A row after demonstrations: the student's as `input_ids`, the teachers' as a context.
+    """A row with demonstrations before it: the student's in `input_ids`, the teachers' in `contexts`.
 
     Attributes:
-        counted: the output.
-        options: the token ids of each possible output, int32 [length] each; empty where any text is possible.
+        counted: True at the tokens of the output.
+        options: the token ids of each possible output, int32 [length] each; empty if the output is free text.
         gold: the index of the row's output among the options.
         prefix_tokens: number of leading special tokens (BOS).
         hard_label_weight: α of the step that trains on the row.
@@ -50,12 +50,12 @@ class DemonstratedRow(Example):
 
     @property
     def alternatives(self) -> list[Example]:
-        """The row with each of its options as the counted output."""
+        """Copies of the row, each with one of the options as the counted output."""
         return [_with_output(self, self.prompt_ids, option, self.contexts) for option in self.options]
 
     @property
     def full_text(self) -> Example:
-        """The row with every token of the student's text counted, demonstrations and input included."""
+        """The row with all tokens that the student reads counted, including demonstrations and input."""
         first, teacher = max(1, self.prefix_tokens), self.view(EVERY_TEACHER)
         context = teacher.input_ids[: len(teacher) - (len(self) - first)]
         counted = np.arange(len(self)) >= first
@@ -63,13 +63,13 @@ class DemonstratedRow(Example):
 
 
 class DemonstrationPool:
-    """Choose demonstrations from a pool of rows, and place them before other rows.
+    """Select demonstrations from a pool of rows, and place them before other rows.
 
     Args:
         rows: the pool, prompt/completion rows.
         settings: the settings of method `in_context`.
         tokenizer: the student's; the pool was tokenized with it.
-        max_tokens: limit on a row with its demonstrations.
+        max_tokens: maximum number of tokens of a row with its demonstrations.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class DemonstrationPool:
         self.settings: DemonstrationsConfig = settings.shown_demonstrations
         self.num_student_demonstrations = settings.num_student_demonstrations
         self.requires_options = settings.requires_options
-        # Training on label words compares whole options; otherwise MetaICL's rule, the lowest mean loss per token.
+        # Training on label words compares options by their total log-prob; otherwise evaluation follows MetaICL and
+        # compares their mean log-prob per token.
         self.normalizes_by_length = not self.requires_options
         self.max_tokens = max_tokens
         self.rows = rows
@@ -95,28 +96,30 @@ class DemonstrationPool:
             self._by_input[self.input_key(row)].append(index)
         self._nearest: dict[bytes, list[int]] = {}
 
-    def demonstrate(self, row: Example, seed: int, progress: float = 0.0) -> DemonstratedRow:
-        """`row` after the demonstrations of one training step; a demonstrated row is returned unchanged.
+    def add_demonstrations(self, row: Example, seed: int, progress: float = 0.0) -> DemonstratedRow:
+        """Return `row` with the demonstrations of a training step; a row that has demonstrations is returned unchanged.
 
         Args:
-            seed: decides random demonstrations.
-            progress: share of the run's steps done before this one, which decides α.
+            seed: seed of the random selection.
+            progress: share of the run's steps before this one, in [0, 1), from which α is computed.
 
         Raises:
             InputError: as `check`.
         """
         if isinstance(row, DemonstratedRow):
             return row
-        return self.demonstrate_with(row, self.select(row, seed), self._method.hard_label_weight_at(progress))
+        return self.place_demonstrations(row, self.select(row, seed), self._method.hard_label_weight_at(progress))
 
-    def demonstrate_draw(self, row: Example, draw: int) -> DemonstratedRow:
-        """`row` after the demonstrations of evaluation's draw number `draw`, which are the same in every run."""
+    def add_evaluation_demonstrations(self, row: Example, draw: int) -> DemonstratedRow:
+        """Return `row` with the demonstrations of evaluation draw number `draw`, which are the same in every run."""
         content = int.from_bytes(self.input_key(row))
         seed = int(np.random.SeedSequence([draw, content]).generate_state(1, np.uint64)[0])
-        return self.demonstrate_with(row, self.select(row, seed))
+        return self.place_demonstrations(row, self.select(row, seed))
 
-    def demonstrate_with(self, row: Example, indices: Sequence[int], hard_label_weight: float = 1.0) -> DemonstratedRow:
-        """`row` after these rows of the pool.
+    def place_demonstrations(
+        self, row: Example, indices: Sequence[int], hard_label_weight: float = 1.0
+    ) -> DemonstratedRow:
+        """Return `row` with the pool's rows at `indices` before it, in this order.
 
         Raises:
             InputError: as `check`.
@@ -146,11 +149,11 @@ class DemonstrationPool:
         )  # fmt: skip
 
     def check(self, row: Example) -> None:
-        """Check that `row` can be demonstrated.
+        """Check that demonstrations can be placed before `row`.
 
         Raises:
-            InputError: the row's options are missing where required or do not include its output, it is not an input
-                with an output, it is too long, or there is no other row of its task.
+            InputError: the row's options are missing although required, or do not include its output; it has no input
+                separate from its output; it is too long; or the pool has no other input of its task.
         """
         if self.settings.k and not self.num_candidates(row):
             raise InputError(
@@ -160,20 +163,20 @@ class DemonstrationPool:
         self._lay_out(row, [])
 
     def task(self, row: Example) -> str:
-        """The name of the row's task; "" where it has none."""
+        """Return the name of the row's task; "" if it has none."""
         return str(row.fields.get(self.settings.task_field, ""))
 
     def input_key(self, row: Example) -> bytes:
-        """A hash of the row's task and input."""
+        """Return a hash of the row's task and input."""
         digest = hashlib.blake2b(self.task(row).encode(), digest_size=16)
         digest.update(self._input(row).astype("<i4").tobytes())
         return digest.digest()
 
     def option_ids(self, row: Example) -> list[np.ndarray]:
-        """The token ids of each of the row's options, int32 [length] each.
+        """Return the token ids of each of the row's options, int32 [length] each; empty if it has none.
 
         Raises:
-            InputError: the options are not a list of at least two different texts, or are missing where required.
+            InputError: the options are not a list of at least two different texts, or are missing although required.
         """
         field = self.settings.options_field
         options = row.fields.get(field) or []
@@ -189,7 +192,7 @@ class DemonstrationPool:
         return [_array(ids) for ids in self._encoder.encode(options)]
 
     def select(self, row: Example, seed: int) -> list[int]:
-        """Indices of the pool's rows to place before `row`, in this order."""
+        """Return the indices of the pool's rows to place before `row`, in this order."""
         if not self.settings.k:
             return []
         if self.settings.choice != "random":
@@ -197,10 +200,10 @@ class DemonstrationPool:
         return self.select_random(row, seed)
 
     def select_random(self, row: Example, seed: int) -> list[int]:
-        """Indices of up to k random rows of the pool with the task of `row` and another input."""
+        """Return the indices of up to k random rows of the pool with the task of `row` and another input."""
         task, same_input = self._by_task.get(self.task(row), []), self._by_input.get(self.input_key(row), [])
         count = min(self.settings.k, len(task) - len(same_input))
-        # numpy guarantees only raw numbers to stay the same between versions. 2 separates this stream of the seed.
+        # numpy guarantees the raw stream in all versions, but not its other methods. 2 is the number of this stream.
         numbers = np.random.Philox(np.random.SeedSequence([seed, 2]))
         selected: dict[int, None] = {}
         while len(selected) < count:
@@ -210,10 +213,10 @@ class DemonstrationPool:
         return list(selected)
 
     def rank_nearest(self, rows: Iterable[Example], encoder: str | None = None) -> None:
-        """Compute the demonstrations of `rows` where they are the nearest ones.
+        """Find the nearest demonstrations of `rows` in advance, for `select`; nothing if the choice is `random`.
 
         Args:
-            encoder: folder of the encoder that choice 'learned' has trained.
+            encoder: folder of the encoder that was trained for choice `learned`.
         """
         if self.settings.choice == "random" or not self.settings.k:
             return
@@ -224,7 +227,7 @@ class DemonstrationPool:
     def nearest(
         self, rows: Iterable[Example], count: int, embedder: Embedder | None = None
     ) -> Iterator[tuple[Example, list[int]]]:
-        """Each different input of `rows` with the indices of the pool's nearest rows, nearest first: by BM25 over
+        """Yield each different input of `rows` with the indices of the pool's nearest rows, nearest first: by BM25 over
         inputs, or by the cosine of the embedder's vectors."""
         for task, queries in self._unique_by_task(rows).items():
             indices = self._by_task[task]
@@ -241,33 +244,33 @@ class DemonstrationPool:
                 yield row, [indices[place] for place in best]
 
     def unique_inputs(self, rows: Iterable[Example]) -> list[Example]:
-        """The first row of each input."""
+        """Return the first of the rows with each input."""
         return [row for unique in self._unique_by_task(rows).values() for row in unique]
 
     @property
     def demonstration_texts(self) -> list[str]:
-        """The text of each row of the pool as a demonstration, without the separator after it."""
+        """The text of each row of the pool as a demonstration (input and output), without the separator after it."""
         return self._decode(map(self._input_and_output, self.rows))
 
     def texts(self, row: Example) -> tuple[str, str]:
-        """The text of a row's input and the text of its output."""
+        """Return the text of a row's input and the text of its output."""
         input_text, output_text = self._decode([self._input(row), self._output(row, with_eos=False)])
         return input_text, output_text
 
     def label(self, row: Example) -> tuple[str, frozenset[str], str] | None:
-        """Task, options and output of a row; None where the row has no options. Rows with equal task and options belong
-        to one classification problem."""
+        """Return the task, the options and the output of a row; None if it has no options. Rows with equal task and
+        options belong to one classification problem."""
         if not self.option_ids(row):
             return None
         options = frozenset(row.fields[self.settings.options_field])
         return self.task(row), options, self._decode([self._output(row, with_eos=False)])[0]
 
     def num_candidates(self, row: Example) -> int:
-        """Number of rows of the pool that can be placed before `row`."""
+        """Return the number of rows of the pool that can be placed before `row`."""
         return len(self._by_task.get(self.task(row), [])) - len(self._by_input.get(self.input_key(row), []))
 
     def max_length(self, rows: Sequence[Example]) -> int:
-        """An upper bound on the tokens of any of `rows` with its demonstrations."""
+        """Return an upper bound on the number of tokens of any of `rows` with its demonstrations."""
         demonstrations = {
             task: sum(nlargest(self.settings.k, (len(self._demonstration(self.rows[index])) for index in indices)))
             for task, indices in self._by_task.items()
@@ -283,14 +286,14 @@ class DemonstrationPool:
         return [str(self._encoder.tokenizer.decode(ids)) for ids in texts]
 
     def _unique_by_task(self, rows: Iterable[Example]) -> Mapping[str, list[Example]]:
-        """The rows with different inputs, by task."""
+        """Return the first of the rows with each input, by task."""
         unique: dict[str, dict[bytes, Example]] = defaultdict(dict)
         for row in rows:
             unique[self.task(row)].setdefault(self.input_key(row), row)
         return {task: list(inputs.values()) for task, inputs in unique.items()}
 
     def _context(self, demonstrations: list[np.ndarray], row: Example, room: int) -> np.ndarray:
-        """The tokens before the output, int32 [at most `room`]."""
+        """Return the tokens before the output, int32 [length], at most `room` of them."""
         prefix = _array(self._encoder.prefix)
         query = np.concatenate([self._input(row), self._output_separator])
         room -= len(prefix)
@@ -322,7 +325,7 @@ class DemonstrationPool:
 
 
 def _with_output(row: Example, context: np.ndarray, output: np.ndarray, contexts: Mapping[str, np.ndarray]) -> Example:
-    """`row` with another context and a counted output."""
+    """Return `row` with another context before `output`, whose tokens are counted."""
     ids = np.concatenate([context, output]).astype(np.int32)
     counted = np.arange(len(ids)) >= len(context)
     return Example(ids, counted, None, len(context), row.where, row.fields, contexts=contexts)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from rayk.signals.sequence import TokenSequence
 
 EVERY_TEACHER = "*"
-"""Key in `Example.contexts` for all teachers without a key of their own."""
+"""Key in `Example.contexts` of the context for all teachers that have no context under their own name."""
 
 _CHUNK_ROWS = 1000
 _SKIPPED = b"rayk.skipped"
@@ -37,12 +37,12 @@ class Example(TokenSequence):
 
     Attributes:
         input_ids: int32 [length].
-        counted: bool [length], True at the tokens that enter the loss; nowhere for a prompt without completion.
+        counted: bool [length], True at the tokens that enter the loss; all False for a prompt without completion.
         prompt_tokens: number of leading ids that are the prompt; 0 for plain text.
         where: place of the row, for error messages ("train.jsonl, line 17").
         fields: the fields of the row as read.
         rejected: for a preference row, the rejected answer after the same prompt; the row itself is the chosen one.
-        contexts: token ids that other models read instead of the prompt, int32 [length] each, by a teacher's name or
+        contexts: token ids that teachers read instead of the prompt, int32 [length] each, by the teacher's name or
             `EVERY_TEACHER`. Not stored in `ExampleTable`; see `rayk.data.views`.
     """
 
@@ -53,7 +53,8 @@ class Example(TokenSequence):
     contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def view(self, reader: str) -> "Example":
-        """Return the row as the model `reader` reads it: after that model's context, or unchanged without one.
+        """Return the row as the teacher `reader` reads it: with the teacher's context instead of the prompt, or
+        unchanged without such a context.
 
         Views align by counted index: the tokens after the prompt, which include all counted ones, are the same in all.
         """
@@ -88,7 +89,7 @@ class ExampleTable:
 
     @classmethod
     def from_examples(cls, examples: Iterable[Example], skipped: Mapping[str, int] | None = None) -> "ExampleTable":
-        """Build a table. `skipped` is read after the last example, so it may grow while the examples are produced."""
+        """Build a table. `skipped` is read after the last example, so the iterator `examples` may add to it."""
         remaining, parts = iter(examples), []
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
             parts.append(_record_batch(chunk))

@@ -1,4 +1,4 @@
-"""Find the texts nearest to other texts: by shared words (BM25), or by the vectors of an encoder."""
+"""Find the texts nearest to a query: by BM25, or by the cosine of an encoder's vectors."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def bm25_scores(pool: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> It
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """How an encoder reads texts. Saved beside its weights under these names."""
+    """Preprocessing of an encoder's inputs; saved in the folder of its weights, with the fields' names as keys."""
 
     max_tokens: int = 512
     """Longer texts are truncated at the end."""
@@ -51,8 +51,8 @@ class Embedder:
 
     Args:
         model: a folder or hub id. A folder written by `save` contains its own settings.
-        settings: settings of any other model.
-        setting: the config key that names the model, for errors.
+        settings: settings of a model without saved ones.
+        setting: the config key that names the model, for error messages.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -77,13 +77,13 @@ class Embedder:
 
     @torch.inference_mode()
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of the texts, float32 [texts, width]."""
+        """Compute unit vectors of the texts, float32 [texts, width], batch by batch and without gradients."""
         self.model.eval()
         starts = range(0, len(texts), _BATCH_TEXTS)
         return torch.cat([self.encode(texts[start : start + _BATCH_TEXTS]) for start in starts]).cpu().numpy()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors of one batch of texts with gradients, float32 [texts, width]."""
+        """Compute unit vectors of one batch of texts, float32 [texts, width], with gradients."""
         inputs = self.tokenizer(
             [self.settings.prompt + text for text in texts], return_tensors="pt", padding=True, truncation=True,
             max_length=self._max_tokens, return_token_type_ids=False,
@@ -118,7 +118,7 @@ def load_encoder(model: str, kind: Any, setting: str, **options: Any) -> tuple[A
     """Load the tokenizer and the model (`kind`, a transformers auto class) of a folder or hub id.
 
     Raises:
-        InputError: loading fails; the sentence begins with the config key that names the model.
+        InputError: loading fails; the message begins with the config key that names the model.
     """
     from transformers import AutoTokenizer
 
@@ -134,7 +134,7 @@ def load_encoder(model: str, kind: Any, setting: str, **options: Any) -> tuple[A
 
 
 def top_indices(scores: np.ndarray, count: int) -> list[int]:
-    """Indices of the `count` highest scores [pool], highest first; ties are broken by the lower index."""
+    """Return the indices of the `count` highest scores [pool], highest first; of equal scores the lower index first."""
     if not count:
         return []
     lowest = np.partition(scores, -count)[-count]

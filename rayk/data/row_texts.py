@@ -34,8 +34,8 @@ class RowTexts:
                 _check_template(template, self.section + setting)
 
     def format_of(self, row: Row, *, prompts_only: bool = False, pairs: bool = False) -> Format:
-        """Return the source's format. For `auto` it follows from the fields of `row`, the first one; with `pairs` it is
-        `preference`.
+        """Return the source's format. For `auto` it is `preference` with `pairs`, else it is derived from the fields of
+        `row`, the first row.
 
         Raises:
             InputError: the row lacks the fields of every format.

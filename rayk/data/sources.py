@@ -31,11 +31,11 @@ def read_rows(source: DataSource) -> Iterator[Row]:
     """Yield the rows of a source in the order of its files, at most `source.rows` of them.
 
     Raises:
-        InputError: the source is missing or empty, or a row cannot be read; the sentence names the file and line. The
-            path is checked at the call, rows are read when the iterator reaches them.
+        InputError: the source is missing or empty, or a row cannot be read; the message names the file and line. The
+            path is checked when the function is called, and rows are read during iteration.
     """
     found = _open(source)
-    return _at_least_one(islice(found, source.rows), source)
+    return _require_rows(islice(found, source.rows), source)
 
 
 def _open(source: DataSource) -> Iterator[Row]:
@@ -56,7 +56,7 @@ def _open(source: DataSource) -> Iterator[Row]:
     return _read_hub(source)
 
 
-def _at_least_one(rows: Iterator[Row], source: DataSource) -> Iterator[Row]:
+def _require_rows(rows: Iterator[Row], source: DataSource) -> Iterator[Row]:
     first = next(rows, None)
     if first is None:
         raise InputError(f"'{source.path}' has no rows; give a source that has at least one.")
@@ -73,10 +73,11 @@ def _read_file(path: Path) -> Iterator[Row]:
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise InputError(f"'{path}' is not a file type that rayk reads; give one of {', '.join(DATA_SUFFIXES)}.")
-    return _readable(readers[path.suffix](path), path)
+    return _report_read_errors(readers[path.suffix](path), path)
 
 
-def _readable(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+def _report_read_errors(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+    """Yield `rows`; turn an OSError while reading them into an InputError that names `path`."""
     try:
         yield from rows
     except OSError as error:
@@ -140,7 +141,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _files_of_folder(folder: Path, source: DataSource) -> list[Path]:
-    """List the folder's files of the split: those with its name, or all where no file is named after a split."""
+    """Return the files of the split: those with its name in their path, or all if no path names a split."""
     inside = folder / source.name if source.name and (folder / source.name).is_dir() else folder
     files = sorted(path for path in inside.rglob("*") if path.suffix in DATA_SUFFIXES and path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(inside).parts)]

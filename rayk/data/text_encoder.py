@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, the counted spans (first, end), and the number of prompt tokens."""
+    """Token ids, the counted spans (first, end) with `end` exclusive, and the number of prompt tokens."""
 
     input_ids: list[int]
     spans: list[Span]
@@ -138,13 +138,13 @@ class TextEncoder:
     def _extend_ids(self, ids: list[int], text: str, start: int, end: int) -> list[int]:
         """Return the ids of text[:end], which start with `ids`, the ids of text[:start].
 
-        Where a token would cross the boundary, both sides are tokenized separately, as they are in generation.
+        If a token would cross the boundary, both sides are tokenized separately, as in generation.
         """
         joint = self.encode([text[:end]])[0]
         return joint if joint[: len(ids)] == ids else ids + self.encode([text[start:end]])[0]
 
     def _end_of_turn(self, ids: list[int], first: int) -> int:
-        """Return the position after the last special token of ids[first:] if only white space follows, else the end."""
+        """Return the position after the last special token of ids[first:] if only whitespace follows, else the end."""
         for i in range(len(ids) - 1, first - 1, -1):
             if ids[i] in self.special_ids:
                 return len(ids) if str(self.tokenizer.decode(ids[i + 1 :])).strip() else i + 1

@@ -25,7 +25,7 @@ _CHUNK_ROWS = 1000
 
 
 class RowTokenizer:
-    """Tokenize the rows of one source; unusable rows are counted in `skipped` by reason.
+    """Tokenize the rows of one source; `skipped` counts the unusable rows by reason.
 
     Args:
         source: fields and format.
@@ -33,7 +33,7 @@ class RowTokenizer:
         tokenizer: a transformers tokenizer with an EOS token.
         prompts_only: make examples of the prompts, without counted tokens, for runs in which a model generates the
             completions. Completions are not read.
-        pairs: make preference pairs unless the source's format is another one.
+        pairs: make preference pairs if the source's format is `auto`.
         section: prefix of the source's settings in error messages.
     """
 
@@ -66,7 +66,7 @@ class RowTokenizer:
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
             encoded = self._encode_pairs(chunk) if self._makes_pairs(chunk[0]) else self._encode(chunk)
             for row, tokens in zip(chunk, encoded, strict=True):
-                if tokens is not None and (example := self._row(row, tokens)) is not None:
+                if tokens is not None and (example := self._make_example(row, tokens)) is not None:
                     yield example
 
     def prompt_of(self, row: Row) -> np.ndarray:
@@ -186,12 +186,12 @@ class RowTokenizer:
             return None
         return self.encoder.chat(messages, with_content, row.where)
 
-    def _row(self, row: Row, tokens: Tokens | tuple[Tokens, Tokens]) -> Example | None:
-        """Return the example of a row's tokens or of the tokens of its two answers; None for a skipped row."""
+    def _make_example(self, row: Row, tokens: Tokens | tuple[Tokens, Tokens]) -> Example | None:
+        """Return the example of a row, from its tokens or from those of its two answers; None for a skipped row."""
         if isinstance(tokens, Tokens):
-            return self._example(row, tokens)
-        chosen = self._example(row, tokens[0])
-        rejected = None if chosen is None else self._example(row, tokens[1])
+            return self._make_sequence(row, tokens)
+        chosen = self._make_sequence(row, tokens[0])
+        rejected = None if chosen is None else self._make_sequence(row, tokens[1])
         if chosen is None or rejected is None:
             return None
         assert np.array_equal(chosen.prompt_ids, rejected.prompt_ids)  # the table stores it once
@@ -200,15 +200,15 @@ class RowTokenizer:
             return None
         return replace(chosen, rejected=rejected)
 
-    def _example(self, row: Row, tokens: Tokens) -> Example | None:
-        """Return the example of a row's tokens, None for a skipped row. Length limits are applied here."""
+    def _make_sequence(self, row: Row, tokens: Tokens) -> Example | None:
+        """Apply the length limits and return an example without a rejected answer, None for a skipped row."""
         length, limits = len(tokens.input_ids), self.data
         ids = np.asarray(tokens.input_ids[: limits.max_tokens], dtype=np.int32)
         counted = tokens.counted()[: limits.max_tokens]
         if tokens.prompt_tokens > limits.max_prompt_tokens:
-            self._too_long(row, f"has a prompt of {tokens.prompt_tokens} tokens", "max_prompt_tokens", "skip")
+            self._reject_too_long(row, f"has a prompt of {tokens.prompt_tokens} tokens", "max_prompt_tokens", "skip")
         elif length > limits.max_tokens and limits.too_long != "truncate":
-            self._too_long(row, f"has {length} tokens", "max_tokens", "skip or truncate")
+            self._reject_too_long(row, f"has {length} tokens", "max_tokens", "skip or truncate")
         elif self.prompts_only and not length:
             self._skip(row, "empty prompt")
         elif not self.prompts_only and not counted.any():
@@ -217,12 +217,13 @@ class RowTokenizer:
             return Example(ids, counted, None, tokens.prompt_tokens, row.where, row.fields)
         return None
 
-    def _too_long(self, row: Row, what: str, setting: str, ways: str) -> None:
+    def _reject_too_long(self, row: Row, problem: str, setting: str, alternatives: str) -> None:
+        """Skip a row that is longer than the limit `setting`, or raise InputError if `too_long` is `error`."""
         if self.data.too_long == "error":
-            door = "data." if self.texts.section else ""
+            prefix = "data." if self.texts.section else ""
             raise InputError(
-                f"{row.where} {what}, more than {door}{setting} ({getattr(self.data, setting)}); raise it, or set "
-                f"{door}too_long to {ways}."
+                f"{row.where} {problem}, more than {prefix}{setting} ({getattr(self.data, setting)}); raise it, or set "
+                f"{prefix}too_long to {alternatives}."
             )
         self._skip(row, f"more than {setting}")
 

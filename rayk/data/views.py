@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowViews:
-    """Give rows the contexts that the models of a run read.
+    """Add to rows the contexts that the models of a run read.
 
     Attributes:
-        prompts: makes the prompt of each teacher with a `prompt_template`, by the teacher's name.
+        prompts: tokenizers of the prompts of teachers with a `prompt_template`, by the teacher's name.
         demonstrations: the pool of method `in_context`.
     """
 
@@ -36,7 +36,7 @@ class RowViews:
     def from_config(
         cls, config: RunConfig, tokenizer: "PreTrainedTokenizerBase", demonstrations: DemonstrationPool | None = None
     ) -> "RowViews":
-        """The views that the settings ask for."""
+        """Return the views that the settings define."""
         prompts = {
             teacher.name: _prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
             for teacher in config.teachers
@@ -45,28 +45,28 @@ class RowViews:
         return cls(prompts, demonstrations)
 
     def apply(self, row: Example, seed: int = 0, progress: float = 0.0) -> Example:
-        """`row` with its contexts; a row that has them is returned unchanged.
+        """Return `row` with its contexts; a row that has them already is returned unchanged.
 
         Args:
-            seed: decides random demonstrations.
-            progress: share of the run's steps done before this one, in [0, 1).
+            seed: seed of randomly selected demonstrations.
+            progress: share of the run's steps before this one, in [0, 1).
 
         Raises:
             InputError: the row has no prompt to replace, lacks a field of a template, or fails
                 `DemonstrationPool.check`.
         """
         if self.demonstrations is not None:
-            return self.demonstrations.demonstrate(row, seed, progress)
+            return self.demonstrations.add_demonstrations(row, seed, progress)
         return self._with_prompts(row)
 
     def apply_draw(self, row: Example, draw: int = 0) -> Example:
-        """`row` as evaluation measures it: with demonstrations that depend on the row and the draw's number only."""
+        """Return `row` as it is evaluated: with demonstrations that depend on the row and the draw's number only."""
         if self.demonstrations is not None:
-            return self.demonstrations.demonstrate_draw(row, draw)
+            return self.demonstrations.add_evaluation_demonstrations(row, draw)
         return self._with_prompts(row)
 
     def has_view(self, teacher: str) -> bool:
-        """Whether a teacher reads rows in another context than the student."""
+        """Return whether a teacher reads rows in another context than the student."""
         return self.demonstrations is not None or teacher in self.prompts
 
     def _with_prompts(self, row: Example) -> Example:
@@ -83,6 +83,6 @@ class RowViews:
 
 
 def _prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:
-    """Makes prompts from `template`, in the tokenizer's chat template where `data` has it."""
+    """Return the tokenizer of prompts made from `template`, in the chat template if `data.chat_template` is set."""
     source = DataSource(path="", prompt_template=template, format="prompt_completion")
     return RowTokenizer(source, data, tokenizer, prompts_only=True, section="teachers.")

@@ -28,7 +28,7 @@ def answer_with_options(
     """Yield the answer to each of `rows`, in order. Every row must have options."""
     remaining = iter(rows)
     while chunk := list(islice(remaining, _CHUNK_ROWS)):
-        queries = [pool.demonstrate_draw(row, draw) for row in chunk for draw in range(draws)]
+        queries = [pool.add_evaluation_demonstrations(row, draw) for row in chunk for draw in range(draws)]
         chosen = choose_options(queries, log_probs, per_token=pool.normalizes_by_length)
         for number in range(len(chunk)):
             votes = range(number * draws, (number + 1) * draws)

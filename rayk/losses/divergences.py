@@ -213,9 +213,8 @@ def signal_outcomes(signals: SignalBatch, vocab_size: int, tokens: int, temperat
     """
     log_p, log_tail = signals.at_temperature(temperature)
     check_fit(signals.tokens, signals.vocab_size, tokens, vocab_size)
-    if (
-        log_p.shape[1] == vocab_size
-    ):  # the ids are the student's whole vocabulary; the tail is the teacher's padding columns
+    if log_p.shape[1] == vocab_size:
+        # The ids are the student's whole vocabulary, and the tail is the teacher's padding columns.
         log_p, log_tail = log_p - log_p.logsumexp(dim=1, keepdim=True), torch.full_like(log_tail, -torch.inf)
     return torch.cat([log_p, log_tail[:, None]], dim=1).detach().clamp(min=LOG_FLOOR)
 

@@ -267,9 +267,8 @@ def unbiased_sequence_kl_loss(
         InputError: shapes differ.
     """
     _check_shapes(student_logprobs=student_logprobs, reverse_kl=reverse_kl, counted=counted)
-    student_logprobs = torch.where(
-        counted, student_logprobs, 0.0
-    )  # before any other operation: 0 times the gradient of a NaN is NaN
+    # Before any other operation, because 0 times the gradient of a NaN is NaN.
+    student_logprobs = torch.where(counted, student_logprobs, 0.0)
     rewards = token_rewards(student_logprobs, teacher_logprobs)
     if log_weights is None:
         log_weights = torch.zeros_like(rewards)

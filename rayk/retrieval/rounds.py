@@ -153,7 +153,7 @@ class RetrieverTraining:
         ]
         self._stage(f"Retriever, round {number}: the teacher scores {len(pairs):,} candidates")
         rows = (
-            (self._pool.demonstrate_with(self._queries[query], [index]), [self._pool.rows[index].where])
+            (self._pool.place_demonstrations(self._queries[query], [index]), [self._pool.rows[index].where])
             for query, index in pairs
         )
         scores = dict(zip(pairs, self._scores.compute(rows, len(pairs), self._progress_of("score")), strict=True))
@@ -235,7 +235,7 @@ class RetrieverTraining:
         """Score the held-out rows' right answers after the selected demonstrations."""
         rows = (
             (
-                self._pool.demonstrate_with(row, selected[row.where]),
+                self._pool.place_demonstrations(row, selected[row.where]),
                 [self._pool.rows[index].where for index in selected[row.where]],
             )
             for row in self._held_out

@@ -45,7 +45,7 @@ def make_pool(tokenizer):
 
 def test_layout_is_that_of_metaicl(make_pool, tokenizer):
     pool, rows = make_pool(tasks())
-    query = pool.demonstrate(rows[0], seed=5)
+    query = pool.add_demonstrations(rows[0], seed=5)
     parts = [rows[place] for place in pool.select(rows[0], 5)]
     expected = (
         "".join(f"{part.fields['prompt']}\n{part.fields['completion']}\n\n\n" for part in parts) + "cat 0 sat\nno"
@@ -64,7 +64,7 @@ def test_separators_can_be_set_and_row_without_options_ends_with_eos(make_pool, 
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks(4)]
     settings = {"k": 1, "separator": " ### ", "output_separator": " => "}
     pool, rows = make_pool(rows, targets="tokens", demonstrations=settings)
-    text = tokenizer.decode(pool.demonstrate(rows[3], 0).input_ids)
+    text = tokenizer.decode(pool.add_demonstrations(rows[3], 0).input_ids)
     assert text.count(" => ") == 2 and text.count(" ### ") == 1
     assert text.endswith(f" => no{EOS}") and text.count(EOS) == 1
 
@@ -72,7 +72,7 @@ def test_separators_can_be_set_and_row_without_options_ends_with_eos(make_pool, 
 def test_prefix_of_the_tokenizer_occurs_once_at_the_start(make_pool):
     tokenizer = tiny_tokenizer(bos=True)
     pool, rows = make_pool(tasks(), tokenizer=tokenizer, student_demonstrations=1)
-    query = pool.demonstrate(rows[1], 0)
+    query = pool.add_demonstrations(rows[1], 0)
     for ids in (query.input_ids, query.view("any").input_ids):
         assert np.flatnonzero(ids == tokenizer.convert_tokens_to_ids(BOS)).tolist() == [0]
     assert query.full_text.counted.tolist() == [False] + [True] * (len(query) - 1)
@@ -102,7 +102,7 @@ def test_small_pool_is_used_completely_in_random_order(make_pool):
 def test_student_text_is_the_end_of_the_teachers_text(students, max_tokens, make_pool):
     pool, rows = make_pool(tasks(), max_tokens=max_tokens, student_demonstrations=students)
     for row in rows:
-        query = pool.demonstrate(row, 1)
+        query = pool.add_demonstrations(row, 1)
         assert len(query.view("any")) <= max_tokens
         assert np.array_equal(query.view("any").input_ids[-len(query) :], query.input_ids)
         whole = query.full_text
@@ -113,9 +113,9 @@ def test_student_text_is_the_end_of_the_teachers_text(students, max_tokens, make
 
 def test_long_context_is_truncated_at_its_beginning(make_pool, tokenizer):
     pool, rows = make_pool(tasks())
-    whole = pool.demonstrate(rows[0], 2)
+    whole = pool.add_demonstrations(rows[0], 2)
     cut, rows = make_pool(tasks(), max_tokens=20)
-    query = cut.demonstrate(rows[0], 2)
+    query = cut.add_demonstrations(rows[0], 2)
     assert len(query.prompt_ids) + max(map(len, query.options)) == 20
     assert np.array_equal(whole.prompt_ids[-len(query.prompt_ids) :], query.prompt_ids)
     tight, rows = make_pool(tasks(), max_tokens=5)
@@ -127,7 +127,7 @@ def test_long_demonstration_loses_the_end_of_its_input(make_pool, tokenizer):
     rows = tasks(4)
     rows[2]["prompt"] = "the mat and " * 30
     pool, rows = make_pool(rows, demonstrations={"k": 1, "max_tokens": 8})
-    text = tokenizer.decode(pool.demonstrate(rows[0], 0).prompt_ids)
+    text = tokenizer.decode(pool.add_demonstrations(rows[0], 0).prompt_ids)
     demonstration = text.split("\n\n\n")[0]
     assert demonstration.startswith("the mat and the") and demonstration.endswith("\nthe log")
     assert len(tokenizer(demonstration.replace("\n", "")).input_ids) <= 9
@@ -199,5 +199,7 @@ def test_unusable_row_is_an_error_that_names_it(change, said, make_pool):
 def test_max_length_bounds_every_row(make_pool):
     for max_tokens in (1024, 30):
         pool, rows = make_pool(tasks(), max_tokens=max_tokens, demonstrations={"k": 16})
-        longest = max(len(answer.view("any")) for row in rows for answer in pool.demonstrate(row, 0).alternatives)
+        longest = max(
+            len(answer.view("any")) for row in rows for answer in pool.add_demonstrations(row, 0).alternatives
+        )
         assert longest <= pool.max_length(rows) <= min(max_tokens, longest + 30)

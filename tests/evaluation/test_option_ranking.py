@@ -42,7 +42,7 @@ def make_pool(examples, tokenizer, **settings):
 @torch.no_grad()
 def best_option(model, pool, row, tokenizer, draw, per_token):
     """The option with the highest log-prob after a draw, from full logits."""
-    query = pool.demonstrate_draw(row, draw)
+    query = pool.add_evaluation_demonstrations(row, draw)
     scores = []
     for text in row.fields["options"]:
         option = tokenizer(text).input_ids
@@ -119,5 +119,5 @@ def test_generated_answers_are_voted_on_too(examples, tokenizer, tiny_student):
 def _only_draw(pool, draw):
     """`pool` with `draw` in place of every draw."""
     other = copy.copy(pool)
-    other.demonstrate_draw = lambda row, _: pool.demonstrate_draw(row, draw)
+    other.add_evaluation_demonstrations = lambda row, _: pool.add_evaluation_demonstrations(row, draw)
     return other

@@ -57,7 +57,7 @@ def loaded(folder):
 
 
 def experience_of(method, pool, rows, progress=0.0):
-    batch = collate([pool.demonstrate(row, seed, progress) for seed, row in enumerate(rows)], pad_id=0)
+    batch = collate([pool.add_demonstrations(row, seed, progress) for seed, row in enumerate(rows)], pad_id=0)
     return asyncio.run(method.prepare(batch))
 
 

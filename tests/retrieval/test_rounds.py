@@ -188,7 +188,7 @@ def test_unusable_score_counts_as_refused(learning, served, tmp_path):
     learned, _ = learning()
     scores = TeacherScores(Mute(), tmp_path / "few")
     pool, rows = learned._pool, list(learned._pool.rows)
-    shown = [(pool.demonstrate_with(row, [place - 1]), ["somewhere"]) for place, row in enumerate(rows)]
+    shown = [(pool.place_demonstrations(row, [place - 1]), ["somewhere"]) for place, row in enumerate(rows)]
     given = scores.compute(shown, len(shown), lambda *progress: None)
     odd = np.array([len(query.view(served.name)) % 2 == 1 for query, _ in shown])
     assert odd.any() and not odd.all()
@@ -287,7 +287,7 @@ def test_retriever_requires_a_teacher_that_returns_log_probs(tmp_path, tiny_stud
     with pytest.raises(InputError, match="'far' is an endpoint"):
         parse_config(values | {"teachers": [endpoint]})
     values["method"]["demonstrations"]["choice"] = "bm25"
-    with pytest.raises(InputError, match="'retriever' is choice 'learned's"):
+    with pytest.raises(InputError, match="'retriever' is only for choice 'learned'"):
         parse_config(values)
 
 
