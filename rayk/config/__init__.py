@@ -1,7 +1,7 @@
 """All settings of a run. Imports neither torch nor ray, so that `rayk --help` starts quickly.
 
-A run's YAML file is one `RunConfig`. Each section checks itself; `load_config` explains everything that is wrong, one
-sentence each. Every key is listed in `rayk/config/README.md`.
+A run's YAML file is one `RunConfig`. Each section checks itself; `load_config` reports all errors at once, each in one
+sentence. Every key is listed in `rayk/config/README.md`.
 """
 
 from rayk.config.base import Settings

@@ -60,7 +60,7 @@ InputPath = Annotated[str, LocalPath()]
 
 
 def default_kind(kind: str) -> BeforeValidator:
-    """Validator of a section with several kinds: use `kind` where the settings name none."""
+    """Return a validator for a section with several kinds: settings without the key `kind` get this one."""
     return BeforeValidator(lambda value: {"kind": kind} | value if isinstance(value, dict) else value)
 
 

@@ -17,9 +17,9 @@ class DataSource(Settings):
     name: str | None = None
     """The configuration of a data set on the hub; `null`: its default."""
     rows: Positive | None = None
-    """Number of rows to read, the first ones; `null`: all."""
+    """Number of rows to read, from the beginning; `null`: all."""
     format: RowFormat = "auto"
-    """The form of a row; `auto` decides it by the fields of the first row."""
+    """The form of a row; `auto` detects it from the fields of the first row."""
     prompt_field: str = "prompt"
     """The field with the prompt."""
     completion_field: str = "completion"
@@ -32,16 +32,17 @@ class DataSource(Settings):
     rejected_field: str = "rejected"
     """The field with the worse answer of a preference pair, in the same form."""
     text_field: str = "text"
-    """The field with plain text, of which every token is trained on."""
+    """The field with plain text; every token of it is trained on."""
     prompt_template: str | None = None
-    """The prompt as text with {field} names of the row, instead of `prompt_field`; `null`: `prompt_field` is read."""
+    """Template of the prompt: text with names of the row's fields in braces, such as {question}. `null`: the prompt is
+    `prompt_field`."""
     completion_template: str | None = None
-    """The completion as text with {field} names of the row; `null`: `completion_field` is read."""
+    """Template of the completion, in the same form. `null`: the completion is `completion_field`."""
     train_on: Literal["last", "all"] = "last"
     """The assistant turns of `messages` that are trained on: the last one, or all."""
 
     def with_default_format(self, row_format: RowFormat) -> "DataSource":
-        """Return the source with this format in place of 'auto'."""
+        """Return the source with this format if its own format is 'auto'."""
         return self.model_copy(update={"format": row_format}) if self.format == "auto" else self
 
 
@@ -49,7 +50,7 @@ class DataConfig(Settings):
     """The rows that a run trains on and is evaluated on."""
 
     train: DataSource | None = None
-    """The training rows; `null` only where `synthesis` makes them from other prompts."""
+    """The training rows; `null` only if `synthesis` generates them from other prompts or without any."""
     evaluation: Annotated[DataSource | None, Placement()] = None
     """Held-out rows; `null`: nothing is evaluated."""
     max_prompt_tokens: Positive = 1024

@@ -9,12 +9,12 @@ from rayk.config.data import DataSource, RowFormat
 from rayk.config.retriever import RetrieverConfig
 
 ROW_FORMAT: RowFormat = "prompt_completion"
-"""The format of rows that demonstrations are made of or shown to: an input and an output."""
+"""The format of the rows of method `in_context` and of its demonstrations: an input and an output."""
 
 
 class DemonstrationsConfig(Settings):
-    """Solved examples in front of a row: for each its input, `output_separator`, its output, `separator`; then the
-    row's own input and `output_separator` (MetaICL, arXiv 2110.15943)."""
+    """Solved examples in front of a row. Each is written as its input, `output_separator`, its output, `separator`;
+    the row's own input and `output_separator` follow (MetaICL, arXiv 2110.15943)."""
 
     k: Annotated[int, Field(ge=0)] = 16
     """Number of demonstrations that the teacher reads; fewer if the row's task has fewer."""
@@ -29,31 +29,31 @@ class DemonstrationsConfig(Settings):
     """Training of the retriever for `learned`; only for that choice."""
     pool: DataSource | None = None
     """Rows that demonstrations are taken from; `null`: the training rows. A demonstration never has the same input as
-    its row."""
+    the row that it precedes."""
     separator: Annotated[str, Field(min_length=1)] = "\n\n\n"
     """Text after each demonstration."""
     output_separator: Annotated[str, Field(min_length=1)] = "\n"
     """Text between an input and its output."""
     max_tokens: Positive = 256
-    """Longest demonstration in tokens, without separators; longer inputs are cut at their end. If all together exceed
-    `data.max_tokens`, they are cut at their beginning."""
+    """Longest demonstration in tokens, without separators; of a longer one the end of the input is cut off. If all
+    demonstrations of a row together exceed `data.max_tokens`, their beginning is cut off."""
     task_field: str = "task"
     """The row's field with its task: only rows of the same task are demonstrations for each other. Rows without the
-    field are of one task."""
+    field count as one task."""
     options_field: str = "options"
     """The row's field with the list of its possible outputs."""
 
     @model_validator(mode="after")
     def _check_choice(self) -> "DemonstrationsConfig":
         if (self.choice == "embedding") != (self.encoder is not None):
-            raise ValueError("'encoder' names the model of choice 'embedding', and of no other; set both or neither")
+            raise ValueError("'encoder' is required by choice 'embedding' and by no other; set both or neither")
         if self.pool is not None:
             object.__setattr__(self, "pool", self.pool.with_default_format(ROW_FORMAT))
         if self.choice != "learned":
             if self.retriever is not None:
-                raise ValueError(f"'retriever' is choice 'learned's, but choice is '{self.choice}'; leave one out")
+                raise ValueError(f"'retriever' is only for choice 'learned', but choice is '{self.choice}'; remove it")
             return self
         if not self.k:
-            raise ValueError("choice 'learned' has nothing to choose where 'k' is 0; raise it")
+            raise ValueError("choice 'learned' chooses no demonstrations if 'k' is 0; raise it")
         object.__setattr__(self, "retriever", self.retriever or RetrieverConfig())
         return self

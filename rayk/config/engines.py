@@ -1,4 +1,4 @@
-"""The engines that run a model, and what each of them can do."""
+"""Settings of the engines that run a model, with the capabilities of each engine."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,30 +9,30 @@ from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, To
 
 
 class EngineSettings(Settings):
-    """Base of all engines' settings, with what other sections must know of an engine."""
+    """Base of all engines' settings. Its attributes tell the other sections what the engine can do."""
 
     runs_alone: ClassVar[bool] = False
     """True if a teacher on this engine has exactly one replica."""
     verifies_drafts: ClassVar[bool] = False
-    """True if it can verify drafts of the student, which teacher-mixed sampling requires."""
+    """True if the engine can verify drafts of the student, which teacher-mixed sampling requires."""
     applies_chat_template: ClassVar[bool] = False
-    """True if it wraps prompts in a chat template by itself."""
+    """True if the engine itself wraps prompts in a chat template."""
     counts_tokens: ClassVar[bool] = True
-    """True if it returns token ids with the text it generates."""
+    """True if the engine returns token ids with the text that it generates."""
 
     @property
     def gives_signals(self) -> bool:
-        """Return whether it returns signals; else it only generates text."""
+        """Return whether the engine returns signals; otherwise it only generates text."""
         return True
 
     @property
     def continues_prompts(self) -> bool:
-        """Return whether it continues a prompt exactly as given; else a chat template is put around it."""
+        """Return whether the engine continues a prompt exactly as given; otherwise it adds a chat template."""
         return True
 
     @property
     def generates_logprobs(self) -> bool:
-        """Return whether it returns the log-probs of the tokens it generates."""
+        """Return whether the engine returns the log-probs of the tokens that it generates."""
         return True
 
     @property
@@ -47,21 +47,21 @@ class EngineSettings(Settings):
 
     @property
     def simulated_rate(self) -> float | None:
-        """Tokens per second that one replica scores; None where only a measurement can tell."""
+        """Tokens per second that one replica scores, if the engine is simulated; else None."""
         return None
 
     def check_support(self, support: Support) -> None:
         """Check that the engine returns this support.
 
         Raises:
-            ValueError: it does not; the sentence names an alternative.
+            ValueError: the engine does not; the message names an alternative.
         """
 
     def check_deadline(self, deadline_seconds: float) -> None:
         """Check that one request can end before the teacher's deadline.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the engine's own time limit is not below the deadline.
         """
 
 
@@ -88,10 +88,10 @@ class TransformersEngineConfig(LocalEngineConfig):
 
 
 class VLLMSettings(EngineSettings):
-    """Base of the vLLM engines: vLLM's asynchronous engine in a process beside the replica's own, or in several.
+    """Base of the vLLM engines: vLLM's asynchronous engine in one or more processes of its own.
 
     A replica requests `tensor_parallel_size` GPUs of one node from Ray, unless `resources.num_gpus` is set; vLLM runs
-    one process on each.
+    one process on each GPU.
     """
 
     kind: Literal["vllm"] = "vllm"
@@ -105,7 +105,7 @@ class VLLMSettings(EngineSettings):
     """Share of each GPU's memory that one engine takes; `null`: vLLM's default. On a CPU it is a share of the machine's
     memory, and `null` gives the KV cache 1 GiB."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Other arguments of vLLM's `AsyncEngineArgs`, by their names there."""
+    """Other arguments of vLLM's `AsyncEngineArgs`, by name."""
 
     @property
     def gpus(self) -> float:
@@ -116,7 +116,7 @@ class VLLMEngineConfig(VLLMSettings):
     """vLLM: fast, on one or more GPUs of a node; top-k signals at temperature 1."""
 
     dtype: Dtype = "auto"
-    """The type of weights and computation; `auto`: the type of the checkpoint, but 16 bits for one in float32."""
+    """The type of weights and computation; `auto`: the type of the checkpoint, or a 16-bit type if that is float32."""
     across_nodes: Annotated[bool, Placement()] = False
     """Allow the GPUs of one copy to be on several nodes, for models that do not fit on one. A replica then requests a
     placement group with one GPU per bundle on as few nodes as possible, and Ray starts vLLM's processes."""
@@ -131,7 +131,7 @@ class VLLMEngineConfig(VLLMSettings):
     @model_validator(mode="after")
     def _check_second_engine(self) -> "VLLMEngineConfig":
         if self.across_nodes and self.hidden:
-            raise ValueError("'across_nodes' has GPUs for one engine, but 'hidden' needs a second; leave one out")
+            raise ValueError("'across_nodes' has GPUs for one engine only, but 'hidden' needs two; leave one out")
         return self
 
     def check_support(self, support: Support) -> None:
@@ -147,8 +147,8 @@ class VLLMEngineConfig(VLLMSettings):
 
 
 class SimulatedEngineConfig(EngineSettings):
-    """Random signals of the real size after the time that a real teacher would take, without weights: for capacity
-    planning."""
+    """A teacher without weights, for capacity planning: random signals of the real size, after the time that a real
+    teacher would take."""
 
     kind: Literal["simulated"] = "simulated"
     """The engine's kind."""
@@ -192,7 +192,7 @@ class OpenAIEngineConfig(EngineSettings):
     )
     """The environment variable with the API key, set where the replica runs; `null`: the endpoint needs no key."""
     chat: bool = True
-    """Request chat completions, each prompt as a user's message; else plain completions."""
+    """Request chat completions, with each prompt as a user's message; `false`: request plain completions."""
     length_parameter: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """The endpoint's name of the length limit in chat; OpenAI's newer models accept only `max_completion_tokens`."""
     logprobs: bool = False
@@ -205,11 +205,11 @@ class OpenAIEngineConfig(EngineSettings):
     tokens_per_minute: Annotated[float | None, Placement()] = Field(default=None, gt=0)
     """Limit on tokens per minute, prompts and completions together; `null`: no limit."""
     attempts: Annotated[Positive, Placement()] = 5
-    """Number of requests for one prompt before it is given up."""
+    """Number of requests for one prompt before the prompt is reported as failed."""
     timeout_seconds: Annotated[float, Placement(), Field(gt=0)] = 60.0
     """Longest time of one request in seconds."""
     price_per_million_prompt_tokens: Annotated[float | None, Placement()] = Field(default=None, ge=0)
-    """Price of a million prompt tokens in any currency; with both prices, the cost is counted."""
+    """Price of a million prompt tokens in any currency; if both prices are set, the cost is reported."""
     price_per_million_completion_tokens: Annotated[float | None, Placement()] = Field(default=None, ge=0)
     """Price of a million completion tokens."""
 
@@ -235,10 +235,10 @@ class OpenAIEngineConfig(EngineSettings):
 
 
 class CustomEngineConfig(EngineSettings):
-    """Your own engine: a class with the methods of `rayk.engines.base.Engine`, which is called as
+    """Your own engine: a class with the methods of `rayk.engines.base.Engine`, created as
     `class(model, settings, trust_remote_code=…)`."""
 
-    verifies_drafts: ClassVar[bool] = True  # the running teacher is checked
+    verifies_drafts: ClassVar[bool] = True  # the running teacher reports whether it can
 
     kind: Literal["custom"] = "custom"
     """The engine's kind."""
@@ -248,7 +248,7 @@ class CustomEngineConfig(EngineSettings):
     options: dict[str, Any] = Field(default_factory=dict)
     """Your own options; the engine reads them as `settings.options`."""
     signals: bool = True
-    """True if the engine returns signals; else it only generates text."""
+    """True if the engine returns signals; otherwise it only generates text."""
 
     @property
     def gives_signals(self) -> bool:

@@ -18,7 +18,7 @@ class GenerationConfig(Settings):
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Sampling temperature; 0 is greedy decoding."""
     rows: Positive | None = None
-    """Number of evaluation rows to answer, the first ones; `null`: all."""
+    """Number of evaluation rows to answer, from the beginning; `null`: all."""
 
 
 class EvaluationConfig(Settings):
@@ -35,20 +35,21 @@ class EvaluationConfig(Settings):
     answer_field: str | None = None
     """The row's field with the right answer; `null`: the completion."""
     answer_pattern: AnswerPattern | None = None
-    """A regular expression with one group that finds the answer in both texts, such as '#### (.+)'; the last match
-    counts. `null`: the whole texts are compared, white space normalized."""
+    """A regular expression with one group that finds the answer, such as '#### (.+)', in the row's text and in the
+    student's; the last match counts. `null`: the whole texts are compared, after normalizing white space."""
     metrics: list[Metric] = Field(default_factory=list)
-    """More metrics of the generated answers; needs `generation`. `rouge_l`: ROUGE-L F of the answer and the right one.
-    Or your own function 'module:name', called as `metric(completion: str, row: Mapping[str, Any]) -> float` with the
-    answer's text and the row's fields. The mean over the answered rows is reported under the function's name."""
+    """More metrics of the generated answers; needs `generation`. `rouge_l`: ROUGE-L F between the generated and the
+    right answer. Or your own function 'module:name', called as
+    `metric(completion: str, row: Mapping[str, Any]) -> float` with the answer's text and the row's fields. The mean
+    over the answered rows is reported under the function's name."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Number of answers shown in the report."""
     demonstration_draws: Positive = 1
-    """With method `in_context`: number of random draws of demonstrations with which each row is answered; the answer of
-    the majority counts."""
+    """With method `in_context`: number of times that each row is answered, each time with another random draw of
+    demonstrations; the most frequent answer counts."""
 
     @model_validator(mode="after")
-    def _metrics_have_answers(self) -> "EvaluationConfig":
+    def _check_metrics(self) -> "EvaluationConfig":
         if self.metrics and self.generation is None:
             raise ValueError("'metrics' are computed on generated answers; set 'generation' too, or leave them out")
         return self

@@ -10,19 +10,22 @@ from rayk.config.base import AnswerPattern, FunctionPath, Positive, Settings, Sh
 
 
 class FilterSettings(Settings):
-    """Base of all filters, with what other sections must know of a filter."""
+    """Base of all filters. Its attributes tell the other sections what the filter reads."""
 
     compares_evaluation_prompts: ClassVar[bool] = False
-    """True if it compares candidates with the evaluation prompts."""
+    """True if the filter compares candidates with the evaluation prompts."""
 
     @property
     def counts_tokens(self) -> bool:
-        """Return whether it reads the number of tokens that a teacher generated."""
+        """Return whether the filter reads the number of tokens that a teacher generated."""
         return False
 
     def judge_teacher(self, default: str) -> str | None:
-        """Return the name of the teacher that the filter queries, `default` being the one that generates; None if it
-        queries none."""
+        """Return the name of the teacher that the filter queries; None if it queries none.
+
+        Args:
+            default: the name of the teacher that generates the rows.
+        """
         return None
 
 
@@ -30,8 +33,8 @@ class FieldFilterConfig(FilterSettings):
     """Base of filters that read one field."""
 
     field: str = "completion"
-    """The field of the candidate that is read: `prompt`, `completion`, or one that the recipe adds. For a preference
-    pair, `completion` is the chosen answer and `rejected` the other one."""
+    """The field of the candidate that is read: `prompt`, `completion`, or a field that the recipe adds. For a
+    preference pair, `completion` is the chosen answer and `rejected` the other one."""
 
 
 class EmptyFilterConfig(FieldFilterConfig):
@@ -54,11 +57,11 @@ class LengthFilterConfig(FieldFilterConfig):
     kind: Literal["length"] = "length"
     """The filter's kind."""
     unit: Literal["words", "characters", "tokens"] = "words"
-    """The unit of both limits; `tokens`: those of the completion as the teacher counted them, whatever `field` is."""
+    """The unit of both limits; `tokens`: the teacher's own count for the completion, and `field` is ignored."""
     minimum: Annotated[int, Field(ge=0)] = 1
-    """Shortest length that is kept."""
+    """Smallest length that is accepted."""
     maximum: Positive | None = None
-    """Longest length that is kept; `null`: no limit."""
+    """Largest length that is accepted; `null`: no limit."""
 
     @property
     def counts_tokens(self) -> bool:
@@ -72,26 +75,27 @@ class LengthFilterConfig(FieldFilterConfig):
 
 
 class LanguageFilterConfig(FieldFilterConfig):
-    """Rejects text in another language (py3langid). Text that is too short or too mixed to decide is kept."""
+    """Rejects text in other languages, detected by py3langid. Text is accepted if its language is uncertain because it
+    is short or mixed."""
 
     kind: Literal["language"] = "language"
     """The filter's kind."""
     languages: Annotated[list[str], Field(min_length=1)]
-    """ISO 639-1 codes of the languages to keep, such as en, zh or de."""
+    """ISO 639-1 codes of the accepted languages, such as en, zh or de."""
     margin: Annotated[float, Field(ge=1)] = 10.0
-    """Ratio by which another language must be more likely than all `languages` together."""
+    """Text is rejected if another language is more likely than all `languages` together by this factor."""
 
 
 class RepetitionFilterConfig(FieldFilterConfig):
-    """Rejects repetitive text: too many of its n-grams of words repeat earlier ones, or one character is repeated over
-    too much of it."""
+    """Rejects repetitive text: too many of its word n-grams occurred earlier in it, or too much of it is a sequence of
+    one repeated character."""
 
     kind: Literal["repetition"] = "repetition"
     """The filter's kind."""
     n: Positive = 4
     """Words per n-gram."""
     maximum: Share = 0.3
-    """Largest share of repeated n-grams, or of one repeated character, that is kept."""
+    """Largest accepted share of repeated n-grams, and of one repeated character."""
 
 
 class RefusalFilterConfig(FieldFilterConfig):
@@ -100,7 +104,7 @@ class RefusalFilterConfig(FieldFilterConfig):
     kind: Literal["refusal"] = "refusal"
     """The filter's kind."""
     patterns: list[str] = Field(default_factory=list)
-    """More regular expressions, searched in the beginning of the answer in lower case."""
+    """More regular expressions, searched in the beginning of the answer after it is converted to lower case."""
 
     @field_validator("patterns")
     @classmethod
@@ -114,8 +118,8 @@ class RefusalFilterConfig(FieldFilterConfig):
 
 
 class KeywordsFilterConfig(FieldFilterConfig):
-    """Rejects text with one of the words or phrases in it: whole words in any case; in scripts without spaces,
-    anywhere."""
+    """Rejects text that contains one of the words or phrases, in upper or lower case. They match whole words only,
+    except in scripts without spaces."""
 
     kind: Literal["keywords"] = "keywords"
     """The filter's kind."""
@@ -124,7 +128,8 @@ class KeywordsFilterConfig(FieldFilterConfig):
 
 
 class EndingFilterConfig(FieldFilterConfig):
-    """Rejects text whose end announces more, white space ignored."""
+    """Rejects text that ends as if more text should follow, by default with a colon. White space at the end is
+    ignored."""
 
     kind: Literal["ending"] = "ending"
     """The filter's kind."""
@@ -133,22 +138,22 @@ class EndingFilterConfig(FieldFilterConfig):
 
 
 class ContaminationFilterConfig(FilterSettings):
-    """Rejects candidates that share a sequence of words with a prompt of the evaluation set (GPT-3, arXiv 2005.14165,
-    appendix C). An evaluation prompt shorter than that rejects only fields that equal it word for word."""
+    """Rejects candidates that share a sequence of `n` words with a prompt of the evaluation set (GPT-3, arXiv
+    2005.14165, appendix C). An evaluation prompt with fewer words rejects only fields with exactly the same words."""
 
     compares_evaluation_prompts: ClassVar[bool] = True
 
     kind: Literal["contamination"] = "contamination"
     """The filter's kind."""
     n: Positive = 13
-    """Words in the sequence; in scripts without spaces, characters."""
+    """Number of words in the sequence; in scripts without spaces, of characters."""
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
     """The fields of the candidate that are read."""
 
 
 class NearDuplicatesFilterConfig(FilterSettings):
-    """Rejects candidates that are similar to one kept before, by the Jaccard similarity of their sets of word n-grams.
-    Similar pairs are found by MinHash (datasketch)."""
+    """Rejects candidates that are similar to an earlier accepted candidate, by the Jaccard similarity of their sets of
+    word n-grams. Similar pairs are found by MinHash (datasketch)."""
 
     kind: Literal["near_duplicates"] = "near_duplicates"
     """The filter's kind."""
@@ -157,14 +162,14 @@ class NearDuplicatesFilterConfig(FilterSettings):
     n: Positive = 3
     """Words per n-gram."""
     permutations: Annotated[int, Field(ge=16)] = 128
-    """Number of hashes per text, of 8 bytes each; with more of them, fewer pairs near the threshold are missed."""
+    """Number of hashes per text, of 8 bytes each; with more hashes, fewer pairs near the threshold are missed."""
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("prompt", "completion")
     """The fields that are compared, joined into one text."""
 
 
 class RougeFilterConfig(FilterSettings):
-    """Rejects candidates with a ROUGE-L F score ≥ `threshold` to one kept before (Self-Instruct, arXiv 2212.10560,
-    §2.2)."""
+    """Rejects candidates that have a ROUGE-L F score ≥ `threshold` with an earlier accepted candidate (Self-Instruct,
+    arXiv 2212.10560, §2.2)."""
 
     kind: Literal["rouge"] = "rouge"
     """The filter's kind."""
@@ -176,7 +181,7 @@ class RougeFilterConfig(FilterSettings):
 
 class CustomFilterConfig(FilterSettings):
     """Your own function, called as `function(candidate)` with a mapping of the candidate's fields. It returns None to
-    keep the candidate, or the reason for the rejection as text."""
+    accept the candidate, or the reason for the rejection as text."""
 
     kind: Literal["custom"] = "custom"
     """The filter's kind."""
@@ -198,13 +203,13 @@ def _check_field_names(template: str) -> str:
 
 
 class JudgeFilterConfig(FilterSettings):
-    """Queries a model for a rating of each row, and rejects rows with a low one. It runs after the filters that read
-    text only and before `keep`. Rows without a rating, because there is no reply or none in the reply, are rejected."""
+    """Rejects rows to which a model gives a low rating. It runs after the filters that only read text, and before
+    `keep`. Rows without a rating are rejected too: the model sent no reply, or a reply without a rating."""
 
     kind: Literal["judge"] = "judge"
     """The filter's kind."""
     teacher: str | None = None
-    """Which of `teachers` is the judge; `null`: the one that generates."""
+    """Which of `teachers` is the judge; `null`: the teacher that generates the rows."""
     template: Annotated[str, AfterValidator(_check_field_names)] = (
         "Rate an answer to a task: is it right, does it do what was asked, is it clear?\n\nTask:\n{prompt}\n\nAnswer:\n"
         "{completion}\n\nSay in two sentences at most what is good and what is bad about it. Then write on a line of "
@@ -215,11 +220,11 @@ class JudgeFilterConfig(FilterSettings):
     score_pattern: AnswerPattern = r"(?i)\bscore\W{0,5}(\d+(?:\.\d+)?)"
     """A regular expression with one group that finds the rating, a number, in the reply; the last match counts."""
     at_least: float = 4.0
-    """Lowest rating that is kept."""
+    """Lowest rating that is accepted."""
     max_new_tokens: Positive = 512
     """Longest reply in tokens, decoded greedily."""
     chat: bool = True
-    """Wrap the prompt in the judge's chat template; an endpoint (engine kind `openai`) has its own `engine.chat`."""
+    """Wrap the prompt in the judge's chat template. For an endpoint (engine kind `openai`), `engine.chat` decides."""
 
     def judge_teacher(self, default: str) -> str | None:
         return self.teacher or default
@@ -239,5 +244,5 @@ _TextFilters = (
     | CustomFilterConfig
 )
 TextFilterConfig = Annotated[_TextFilters, Field(discriminator="kind")]
-"""A filter that reads only candidates."""
+"""A filter that reads only candidates: no evaluation prompts, and no model's ratings."""
 FilterConfig = Annotated[_TextFilters | ContaminationFilterConfig | JudgeFilterConfig, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Hints for unknown keys: other names of settings in the field, and the section that a key belongs to."""
+"""Hints for unknown keys: the names of settings in other libraries, and the section that a key belongs to."""
 
 from rayk.config.base import closest, shorten
 from rayk.config.marks import all_places
@@ -10,7 +10,7 @@ KIND_NAMES = {
     "sequence_kd": "responses", "cot": "chain_of_thought", "lion": "adversarial", "hf": "transformers",
     "top_k": "topk", "top-k": "topk", "logits": "hidden",
 }  # fmt: skip
-"""Kinds by their other names."""
+"""rayk's kinds by other names of the same thing."""
 
 KEY_NAMES = {
     "lr": "training.learning_rate", "max_steps": "training.steps", "num_steps": "training.steps",
@@ -30,11 +30,11 @@ KEY_NAMES = {
     "num_gpus": "resources.num_gpus", "cpus": "resources.num_cpus",
     "gradient_accumulation_steps": "training.micro_batch_tokens",
 }  # fmt: skip
-"""Places of settings by the names that other libraries give them."""
+"""Places of rayk's settings by their names in other libraries."""
 
 
 def key_hint(key: str, section: str, allowed: list[str]) -> str:
-    """Explain an unknown key: the closest allowed name, the section it belongs to, and what is allowed here.
+    """Return the error sentence for an unknown key: the closest allowed key or the right section, and the allowed keys.
 
     Args:
         section: the place of the section with the key, such as "data.train".
@@ -58,7 +58,7 @@ def _suggestion(key: str, section: str, allowed: list[str]) -> str:
 
 
 def _parents(key: str, section: str, most: int = 3) -> list[str]:
-    """The sections that have this key, those inside `section` first, at most `most` of them."""
+    """Return at most `most` sections that have this key, those inside `section` first."""
     places = [place.rpartition(".") for place in all_places(RunConfig)]
     parents = dict.fromkeys(parent or "the top level" for parent, _, name in places if name == key)
     return sorted(parents, key=lambda parent: (not parent.startswith(section), parent.count(".")))[:most]

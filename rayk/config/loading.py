@@ -1,4 +1,4 @@
-"""Load settings from YAML files, overrides and dicts; explain everything that is wrong, one sentence each."""
+"""Load settings from YAML files, overrides and dicts; report all errors at once, each in one sentence."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from rayk.errors import InputError, SettingsError
 logger = logging.getLogger(__name__)
 
 _BRANCH = re.compile(r"\[|^(str|int|float|bool|constrained-str)$")
-"""pydantic's names of the branches of a union."""
+"""Names that pydantic gives to the branches of a union in the location of an error."""
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
@@ -38,10 +38,10 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None, **f
 
     Args:
         overrides: settings to replace, as 'a.b=value' with the value in YAML; list items by number.
-        fields: top-level settings to replace; those that are None are ignored.
+        fields: top-level settings to replace; None values are ignored.
 
     Raises:
-        InputError: the file or an override cannot be read, or settings are wrong; one sentence for each.
+        InputError: the file or an override cannot be read, or settings are wrong; each error is one sentence.
     """
     values = _read_values(path, overrides)
     values.update({name: value for name, value in fields.items() if value is not None})
@@ -99,10 +99,10 @@ def check_inputs_exist(config: RunConfig, *, training: bool = True) -> None:
         training: also check what only training reads.
 
     Raises:
-        InputError: one does not; the sentence names the setting and the place looked in.
+        InputError: a file or folder does not exist; the message names the setting and the absolute path.
     """
     values = config.model_dump(mode="json")
-    # Running teachers have loaded their model; the others' name for it need not be a path.
+    # An attached teacher has loaded its model already, and an endpoint's name for its model is not a path.
     loaded = [teacher.model for teacher in config.teachers if teacher.gives_signals and not teacher.attach]
     values["teachers"] = [{"model": model} for model in loaded]
     if not training:
@@ -127,7 +127,7 @@ def _read_values(path: str | os.PathLike, overrides: list[str] | None) -> dict[s
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"The config file '{path}' is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InputError(f"The config file '{path}' is empty or holds no settings; see jobs/ for examples.")
+        raise InputError(f"The config file '{path}' is empty or contains no settings; see jobs/ for examples.")
     values = _relative_to_file(values, Path(path))
     for override in overrides or []:
         _apply_override(values, override)
@@ -135,7 +135,7 @@ def _read_values(path: str | os.PathLike, overrides: list[str] | None) -> dict[s
 
 
 def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Resolve local paths from the folder of the config file."""
+    """Return the settings with local paths resolved relative to the folder of the config file."""
     folder = absolute_path(str(file.parent))
     if folder == os.getcwd():
         return values
@@ -186,7 +186,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _override_value(override: str, key: str, text: str) -> Any:
-    """Parse an override's value as YAML; where the setting is text, or YAML reads a template as a mapping, as text."""
+    """Parse an override's value as YAML, but keep it as text if the setting is a text, or if the value is a template
+    that YAML would read as a mapping."""
     fields = fields_at(RunConfig, ".".join(part for part in key.split(".") if not part.isdigit()))
     is_text = bool(fields) and all(field.accepts_text and not field.accepts_sections for field in fields)
     is_template = re.search(r"\{\w+\}", text) is not None and not text.lstrip().startswith("{")
@@ -211,7 +212,7 @@ def _kinds() -> set[str]:
 
 
 def _keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys of an error's location, without the names of union branches, which pydantic adds."""
+    """Return the keys of an error's location, without the names of union branches that pydantic adds."""
     kinds, places = _kinds(), all_places(RunConfig)
     keys: list[str] = []
     for part in location:
@@ -229,7 +230,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
 
 
 def _explain(line: Any) -> Iterator[str]:
-    """The sentences of one of pydantic's errors."""
+    """Yield the sentences for one error of pydantic."""
     keys = _keys(line["loc"])
     message = line["msg"].removeprefix("Value error, ")
     kind = line["type"]

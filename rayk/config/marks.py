@@ -1,4 +1,4 @@
-"""Read the marks on settings' fields (`LocalPath`, `StoragePath`, `Placement`, `Selection`), and compare settings."""
+"""Read the marks on fields of settings (`LocalPath`, `StoragePath`, `Placement`, `Selection`), and compare settings."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
@@ -11,14 +11,14 @@ from rayk.config.base import Settings
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """The annotation itself and everything inside its brackets."""
+    """Yield the annotation itself and all types inside its brackets."""
     yield annotation
     for argument in get_args(annotation):
         yield from _parts(argument)
 
 
 def sections_in(field: FieldInfo) -> list[type[Settings]]:
-    """The sections that a field may contain: one, or one for each kind."""
+    """Return the sections that a field may contain: one, or one for each kind."""
     return [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, Settings)]
 
 
@@ -27,7 +27,7 @@ def marked_fields(section: type[Settings], mark: type, place: str = "") -> Mappi
     """Find all fields below `section` with a mark of this type.
 
     Returns:
-        Each field's place, such as "teachers.engine.device" (positions in lists left out), with its mark.
+        The place of each field, such as "teachers.engine.device" (without positions in lists), with its mark.
     """
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
@@ -64,7 +64,7 @@ def difference(before: Any, now: Any, ignored: Set[str], place: str = "") -> str
 
 
 def sections_below(base: type[Settings]) -> Iterator[type[Settings]]:
-    """All classes derived from a section's base class."""
+    """Yield all classes derived from a section's base class."""
     for section in base.__subclasses__():
         yield section
         yield from sections_below(section)
@@ -72,7 +72,7 @@ def sections_below(base: type[Settings]) -> Iterator[type[Settings]]:
 
 @functools.cache
 def all_places(section: type[Settings], place: str = "") -> tuple[str, ...]:
-    """The places of all fields below `section`, such as "teachers.engine.device" (positions in lists left out)."""
+    """Return the places of all fields below `section`, such as "teachers.engine.device" (no positions in lists)."""
     found: dict[str, None] = {}
     for name, field in section.model_fields.items():
         here = f"{place}.{name}".lstrip(".")
@@ -88,13 +88,13 @@ class FieldTypes:
 
     accepts_text: bool
     accepts_sections: bool
-    """A mapping or list."""
+    """The field accepts a mapping or a list."""
     accepts_anything: bool
 
 
 def fields_at(section: type[Settings], place: str) -> list[FieldTypes]:
-    """Return what the fields at a place accept, one for each kind of section that has such a field; a place inside a
-    mapping without named keys accepts anything."""
+    """Return the types that the fields at a place accept, one entry for each kind of section that has such a field. A
+    place inside a mapping with free keys accepts anything."""
     name, _, rest = place.partition(".")
     field = section.model_fields.get(name)
     if field is None:
@@ -109,7 +109,7 @@ def fields_at(section: type[Settings], place: str) -> list[FieldTypes]:
 
 
 def support_keys(section: type[Settings], place: str, kinds: Collection[Any]) -> list[str]:
-    """Return the keys of the support at a place; where several kinds are possible, of the one in `kinds`."""
+    """Return the keys of the support at a place; if several kinds of support are possible, of the one in `kinds`."""
     name, _, rest = place.partition(".")
     field = section.model_fields.get(name)
     if field is None:

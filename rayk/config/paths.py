@@ -1,4 +1,4 @@
-"""The one definition of a local path: which names mean files on this machine, and where relative ones are looked up."""
+"""The definition of a local path: which names mean files on this machine, and which folder relative ones start from."""
 
 import glob
 import os
@@ -31,12 +31,12 @@ def absolute_path(name: str, folder: str | os.PathLike | None = None) -> str:
 
 
 def resolve_path(name: str) -> str:
-    """Return an absolute path for a name that is explicitly a path or exists in the current folder; any other name,
-    which a hub or an endpoint may know, as it is."""
+    """Return `name` as an absolute path if it is explicitly a path or exists in the current folder; else unchanged, as
+    it may be a name on a hub or at an endpoint."""
     return absolute_path(name) if is_explicit_path(name) or path_exists(name) else name
 
 
 def path_exists(name: str) -> bool:
-    """Return whether a file or folder of this name exists, or a file matches where it is a glob pattern."""
+    """Return whether a file or folder of this name exists; for a glob pattern, whether any file matches."""
     name = os.path.expanduser(name)
     return os.path.exists(name) or (glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None)

@@ -18,7 +18,7 @@ class Setting:
     key: str
     type: str
     default: str
-    """"" for a section, whose keys have defaults of their own."""
+    """Empty for a section, because its keys have their own defaults."""
     description: str
 
 
@@ -27,12 +27,12 @@ class Section:
     """One section, or one kind of a section that has several."""
 
     place: str
-    """The keys that lead to it, such as "data.train"; "" for the top level."""
+    """The keys that lead to the section, such as "data.train"; empty for the top level."""
     kind: str | None
     description: str
     settings: list[Setting]
     same_as: str | None = None
-    """The place that lists the same keys; `settings` is then empty."""
+    """The place of another section with the same keys, which are listed there; `settings` is then empty."""
 
     @property
     def title(self) -> str:
@@ -77,13 +77,13 @@ def _definition(reference: str) -> dict[str, Any]:
 
 
 def _filled(section: Section) -> Section:
-    """The section with the keys of the one it repeats."""
+    """Return the section with the keys of the section that it repeats."""
     same = next(s for s in find_sections() if s.place == section.same_as and s.kind == section.kind and not s.same_as)
     return Section(section.place, section.kind, section.description, same.settings)
 
 
 def _walk(schema: dict[str, Any], place: str, kind: str | None, seen: dict[str, str]) -> Iterator[Section]:
-    """A section and the sections inside it. `seen` has the place of each definition that is listed already."""
+    """Yield a section and the sections inside it. `seen` has the place of each definition that is listed already."""
     name = schema["title"]
     if name in seen:
         yield Section(place, kind, _text(schema), [], same_as=seen[name])
@@ -101,7 +101,7 @@ def _walk(schema: dict[str, Any], place: str, kind: str | None, seen: dict[str, 
 
 
 def _references(schema: dict[str, Any]) -> list[str]:
-    """The definitions of sections that a value may have."""
+    """Return the references to the definitions of the sections that a value may be."""
     if "$ref" in schema:
         return [schema["$ref"]]
     parts = [*schema.get("anyOf", ()), *schema.get("oneOf", ()), *([schema["items"]] if "items" in schema else [])]
@@ -153,5 +153,5 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _others(schema: dict[str, Any]) -> list[str]:
-    """The types besides sections that a value may have."""
+    """Return the types other than sections that a value may have."""
     return [_type(part) for part in schema.get("anyOf", ()) if not _references(part)]

@@ -19,7 +19,7 @@ class EncoderTraining(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 400
     """Number of steps over which the learning rate rises linearly from 0."""
     max_tokens: Positive
-    """Longest text in tokens; of a longer one the beginning is read."""
+    """Longest text in tokens; a longer one is cut at its end."""
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -41,7 +41,7 @@ class RewardModelConfig(EncoderTraining):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
     max_tokens: Positive = 384
-    """Longest text in tokens; of a longer one the beginning is read."""
+    """Longest text in tokens; a longer one is cut at its end."""
     negatives: Positive = 7
     """Number of worse candidates that a better one is compared with."""
 
@@ -49,9 +49,9 @@ class RewardModelConfig(EncoderTraining):
 class RetrieverConfig(EncoderTraining):
     """A bi-encoder that finds the demonstrations which help a teacher most.
 
-    In the first round the candidates of a query are nearest by BM25, in later rounds by the retriever of the round
-    before. The teacher scores each candidate by the log-prob of the right answer after it; the reward model learns
-    these scores, and the encoder learns from the reward model.
+    The candidates of a query are the nearest inputs by BM25 in the first round, and by the previous round's retriever
+    in later rounds. The teacher scores each candidate by the log-prob of the right answer after it. The reward model
+    learns these scores, and the encoder learns from the reward model.
     """
 
     encoder: InputPath = "intfloat/e5-base-v2"
@@ -69,7 +69,7 @@ class RetrieverConfig(EncoderTraining):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
     """Peak learning rate."""
     max_tokens: Positive = 256
-    """Longest text in tokens; of a longer one the beginning is read."""
+    """Longest text in tokens; a longer one is cut at its end."""
     prompt: str = ""
     """Text before each input of the encoder, which some encoders need ('query: ')."""
     queries: Positive = 200_000
@@ -97,7 +97,7 @@ class RetrieverConfig(EncoderTraining):
     @model_validator(mode="after")
     def _check_numbers(self) -> "RetrieverConfig":
         if self.candidates > self.nearest:
-            raise ValueError(f"candidates ({self.candidates}) are drawn of nearest ({self.nearest}); raise nearest")
+            raise ValueError(f"candidates ({self.candidates}) are drawn from nearest ({self.nearest}); raise nearest")
         if self.positives >= self.candidates:
             raise ValueError(
                 f"positives ({self.positives}) leave no negative among candidates ({self.candidates}); raise candidates"

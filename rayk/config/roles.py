@@ -1,4 +1,4 @@
-"""The roles of a run's teachers: which ones generate training rows, return signals, or are compared with."""
+"""The roles of a run's teachers: which teachers generate training rows, return signals, or take part in evaluation."""
 
 from rayk.config.retriever import RetrieverConfig
 from rayk.config.sections import Run
@@ -29,7 +29,7 @@ class TeacherRoles:
 
     @property
     def retriever(self: Run) -> RetrieverConfig | None:
-        """Training of the retriever of demonstrations; None if there is none."""
+        """Training of the retriever of demonstrations; None if the run trains no retriever."""
         shown = self.method.shown_demonstrations
         return shown.retriever if shown else None
 
@@ -47,12 +47,12 @@ class TeacherRoles:
 
     @property
     def referee(self: Run) -> str:
-        """The teacher that compares answers; the one that generates if `synthesis` names no other."""
+        """The teacher that compares answers: the one that `synthesis` names, else the one that generates the rows."""
         return (self.synthesis and self.synthesis.referee_name) or self.synthesis_teacher
 
     @property
     def judges(self: Run) -> list[str]:
-        """The teachers that rate generated rows, one for each filter `judge`."""
+        """The teachers that rate generated rows, one per filter of kind `judge`."""
         filters = self.synthesis.filters if self.synthesis else []
         return list(filter(None, (each.judge_teacher(self.synthesis_teacher) for each in filters)))
 
@@ -79,6 +79,6 @@ class TeacherRoles:
 
     @property
     def evaluation_teacher(self: Run) -> str:
-        """The teacher that evaluation compares the student with: the method's, or the first that returns signals; ""
-        without any."""
+        """The teacher that evaluation compares the student with: the method's, else the first that returns signals; ""
+        if there is none."""
         return self.method.teacher_name or next((each.name for each in self.signal_teachers), "")

@@ -1,4 +1,4 @@
-"""Completions that the student generates during training: where, and how old the weights may be."""
+"""Completions that the student generates during training: where they are generated, and with which weights."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ from rayk.config.engines import LocalEngineConfig, VLLMSettings
 from rayk.config.sections import RolloutSettings, Run
 from rayk.config.teachers import Replicas, ReplicasConfig, Resources
 
-# Set by the replica: where the architecture comes from, that weights are loaded later, and how.
+# Arguments that the policy's replica sets itself.
 _RESERVED_ARGUMENTS = {
     "model", "tokenizer", "dtype", "load_format", "worker_extension_cls", "max_logprobs", "logprobs_mode",
     "trust_remote_code",
@@ -18,43 +18,43 @@ _RESERVED_ARGUMENTS = {
 
 
 class WorkerRollouts(RolloutSettings):
-    """The training workers generate, each the completions of its own rows."""
+    """The training workers generate the completions, each for its own rows."""
 
     kind: Annotated[Literal["worker"], Placement()] = "worker"
     """The place where completions are generated."""
 
     @property
     def served(self) -> None:
-        """The settings of the replicas; there are none."""
+        """None, because there are no replicas."""
         return None
 
 
 class PolicyEngineConfig(LocalEngineConfig):
-    """The student in the replica's own process, computed as in training: with the student's `dtype`, under
+    """The student runs in the replica's own process and is computed as in training: with `student.dtype` and
     `training.precision`."""
 
     kind: Literal["transformers"] = "transformers"
     """The engine's kind."""
 
     def max_tokens(self, model_limit: float) -> float:
-        """Return the longest row in tokens that the engine takes, for a model that takes `model_limit`."""
+        """Return the longest row in tokens that the engine accepts, for a model that accepts `model_limit`."""
         return model_limit
 
     def check_rollouts(self, rollouts: RolloutSettings, run: Run) -> None:
-        """Check that the engine can generate these rollouts: it can generate all."""
+        """Accept all rollouts, because this engine can generate any."""
 
 
 class VLLMPolicyEngineConfig(VLLMSettings):
-    """vLLM generates, in bfloat16 if the student or `training.precision` is, else in float32. The replica keeps a copy
-    of the student in the host's memory, from which vLLM gets the weights of each step.
+    """vLLM generates: in bfloat16 if `student.dtype` or `training.precision` is bfloat16, else in float32. The replica
+    has a copy of the student in the host's memory, from which vLLM loads the weights of each step.
 
-    Its log-probs differ from those of a training step by vLLM's rounding. This is negligible in float32, but too much
-    in bfloat16 for methods that weigh tokens by the ratio of the two.
+    vLLM's log-probs differ from those of a training step by rounding. The difference is negligible in float32. In
+    bfloat16 it is too large for policy gradients, which use the ratio of the two probabilities.
     """
 
     batch_tokens: Positive = 65_536
-    """Tokens, prompts and completions, that one replica generates at a time. The teacher scores them while the next
-    ones are generated."""
+    """Tokens of prompts and completions that one replica generates as one group. The teacher scores a group while the
+    next one is generated."""
 
     @field_validator("arguments")
     @classmethod
@@ -64,7 +64,7 @@ class VLLMPolicyEngineConfig(VLLMSettings):
         return value
 
     def max_tokens(self, model_limit: float) -> float:
-        """As in `PolicyEngineConfig`; vLLM generates at least one token after what it reads."""
+        """As in `PolicyEngineConfig`, less one token, because vLLM generates at least one token after its input."""
         return min(model_limit, self.max_model_len or math.inf) - 1
 
     def check_rollouts(self, rollouts: RolloutSettings, run: Run) -> None:
@@ -76,8 +76,8 @@ class VLLMPolicyEngineConfig(VLLMSettings):
             )
         if run.method.weighs_rollout_logprobs and "bfloat16" in (run.training.precision, run.student.dtype):
             raise ValueError(
-                f"{run.method.kind}'s policy gradient weighs tokens by log-probs that the training step must be able "
-                "to compute again, which vLLM's in bfloat16 are not; use rollouts.engine.kind 'transformers', or "
+                f"{run.method.kind}'s policy gradient needs log-probs of the rollouts that equal those of the training "
+                "step, but vLLM's log-probs in bfloat16 do not; use rollouts.engine.kind 'transformers', or "
                 "training.precision and student.dtype 'float32'"
             )
 
@@ -86,8 +86,8 @@ PolicyEngine = Annotated[PolicyEngineConfig | VLLMPolicyEngineConfig, Field(disc
 
 
 class ServedRollouts(RolloutSettings):
-    """Replicas on Ray Serve generate, and load the student's weights after each step, so that generation scales
-    independently of training. Ray's object store contains the weights of two versions."""
+    """Replicas on Ray Serve generate the completions and load the student's weights after each step, so that generation
+    scales independently of training. Ray's object store contains two versions of the weights."""
 
     kind: Annotated[Literal["served"], Placement()] = "served"
     """The place where completions are generated."""

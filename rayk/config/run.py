@@ -1,4 +1,4 @@
-"""One run: all sections together, the teachers' roles in it, and what must hold between sections."""
+"""The settings of one run: all sections, the teachers' roles, and checks across sections."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from rayk.config.training import StudentConfig, TrainingConfig
 
 
 class TrackingConfig(Settings):
-    """Training curves besides `metrics.jsonl`."""
+    """Output of the training curves, in addition to `metrics.jsonl`."""
 
     tensorboard: bool = True
     """Write TensorBoard files into OUTPUT/tensorboard."""
@@ -36,7 +36,7 @@ class RunConfig(TeacherRoles, Settings):
     """The run directory, relative to the current folder; `null`: runs/NAME. On several nodes it must be a path that all
     of them share."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """The seed of everything random."""
+    """The seed of all random numbers."""
     teachers: list[TeacherConfig] = Field(default_factory=list)
     """The models that are queried for signals or generate training rows."""
     ensemble: EnsembleConfig | None = None
@@ -50,13 +50,13 @@ class RunConfig(TeacherRoles, Settings):
     synthesis: SynthesisConfig | None = None
     """Training rows that a teacher generates; `null`: `data.train` is trained on as it is."""
     rounds: Positive = 1
-    """Number of synthesize-then-train rounds; each starts from the previous round's student. For a synthesis whose rows
-    depend on the student. Each round has its own run directory, OUTPUT/rounds/01 and so on."""
+    """Number of rounds of synthesis and training, for a synthesis whose rows depend on the student. Each round starts
+    from the previous round's student and has its own run directory: OUTPUT/rounds/01 and so on."""
     method: MethodConfig
-    """The method of learning."""
+    """The distillation method."""
     rollouts: RolloutConfig | None = None
-    """Generation of completions by the student during training, for methods that train on them; `null`: the method's
-    default."""
+    """Generation of completions by the student during training, for methods that train on them; `null`: the defaults
+    of this section."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """The optimization and where it runs."""
     evaluation: Annotated[EvaluationConfig, Placement()] = Field(default_factory=EvaluationConfig)
@@ -64,7 +64,7 @@ class RunConfig(TeacherRoles, Settings):
     cache: CacheConfig | None = None
     """Store the teachers' signals on disk; `null`: signals are requested every time."""
     tracking: Annotated[TrackingConfig, Placement()] = Field(default_factory=TrackingConfig)
-    """Training curves."""
+    """Output of the training curves."""
 
     @model_validator(mode="after")
     def _complete_and_check(self) -> "RunConfig":
@@ -80,7 +80,7 @@ class RunConfig(TeacherRoles, Settings):
         return self
 
     def _name_checks(self) -> Iterator[Callable[[], None]]:
-        """Checks that the others rely on."""
+        """Yield the checks that must pass before `_section_checks`."""
         yield self._check_names
         yield self._check_rows
 
@@ -125,7 +125,7 @@ class RunConfig(TeacherRoles, Settings):
         if teacher.name in self.signal_teacher_names and not teacher.gives_signals:
             raise ValueError(
                 f"teacher '{teacher.name}': engine kind '{teacher.engine.kind}' generates text and gives no signals, "
-                "so neither 'ensemble' nor 'route' nor a method but 'supervised' can use it; choose engine kind "
+                "so 'ensemble', 'route' and all methods except 'supervised' cannot use it; choose engine kind "
                 "'transformers' or 'vllm', or train on the text it generates with method 'supervised'"
             )
         is_used = self.method.teacher_name in (None, teacher.name) and teacher.name not in self.synthesis_only_teachers

@@ -1,7 +1,7 @@
 """Base classes of the sections that have several kinds and depend on each other: method, synthesis and rollouts.
 
-Each declares what the rest of a run must know of it, with defaults for what most kinds do, and checks itself against
-the other sections in `check(run)`. `Run` lists what a check may read.
+The properties of each base class describe a kind to the other sections; their defaults fit most kinds. `check(run)`
+checks a section against the other sections, of which it may read the attributes of `Run`.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class PretrainingConfig(Settings):
 
 
 class MethodSettings(Settings):
-    """Base of all methods' settings, with what the rest of a run must know of a method."""
+    """Base of all methods' settings. Its properties describe the method to the other sections."""
 
     teacher_key: ClassVar[str] = "teacher"
     """The key that names the teacher to query."""
@@ -54,11 +54,11 @@ class MethodSettings(Settings):
 
     @property
     def teacher_name(self) -> str | None:
-        """The teacher that the settings name; None if they leave it open."""
+        """The teacher that the settings name; None if they name none."""
         return None
 
     @property
-    def asks_teacher(self) -> bool:
+    def queries_teacher(self) -> bool:
         """Return whether the method queries a teacher for signals."""
         return self.signal_support is not None
 
@@ -69,7 +69,7 @@ class MethodSettings(Settings):
 
     @property
     def reads_completions(self) -> bool:
-        """Return whether any of the rows' own completions are trained on; else the prompts suffice."""
+        """Return whether any of the rows' own completions are trained on; if not, rows need only prompts."""
         return True
 
     @property
@@ -84,7 +84,7 @@ class MethodSettings(Settings):
 
     @property
     def shown_demonstrations(self) -> DemonstrationsConfig | None:
-        """The demonstrations that are shown in front of each row; None without any."""
+        """The demonstrations in front of each row; None if there are none."""
         return None
 
     @property
@@ -98,22 +98,26 @@ class MethodSettings(Settings):
         return False
 
     def hard_label_weight_at(self, progress: float) -> float:
-        """Return the weight of the rows' own labels, against the teacher's, after this share of the run."""
+        """Return the weight of the rows' own labels; the teacher's have the remaining weight.
+
+        Args:
+            progress: the share of the run that has passed, from 0 to 1.
+        """
         return 1.0
 
     @property
     def auxiliary_data(self) -> PretrainingConfig | None:
-        """Text that is trained on in the same updates; None without any."""
+        """Plain text that is trained on in the same updates; None if there is none."""
         return None
 
     def check(self, run: "Run") -> None:
         """Check the method against the run's other sections.
 
         Raises:
-            ValueError: they do not fit; one sentence says what to change.
+            ValueError: the sections do not fit together; the message says what to change.
         """
         names = [teacher.name for teacher in run.teachers]
-        if self.asks_teacher and self.teacher_name is None and not names:
+        if self.queries_teacher and self.teacher_name is None and not names:
             raise ValueError(f"method.kind '{self.kind}' needs a teacher; add one under 'teachers'")
         if self.teacher_name is not None:
             check_teacher_name(f"method.{self.teacher_key}", self.teacher_name, names)
@@ -151,10 +155,10 @@ class RolloutSettings(Settings):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Number of most likely tokens to sample from; 0: all."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Age of the weights that generate, in optimizer steps: step i (from 0) trains on completions sampled under exactly
-    the weights after i − `max_staleness` steps (the first ones under the initial weights). 0 alternates generation and
-    training; from 1 on, completions for later steps are generated while a step trains. Both are reproducible; with
-    served replicas up to rounding, because they share rows as they arrive."""
+    """Age of the weights that generate, in optimizer steps: step i (from 0) trains on completions sampled with exactly
+    the weights after i − `max_staleness` steps (the first steps: with the initial weights). 0 alternates generation and
+    training; with 1 or more, completions for later steps are generated while a step trains. Both are reproducible; with
+    served replicas only up to rounding, because timing decides which rows are computed together."""
     timeout_seconds: Annotated[float | None, Placement()] = Field(default=None, gt=0)
     """Longest time in seconds to generate one step's completions; then the run stops. `null`: no limit."""
 
@@ -165,7 +169,7 @@ class RolloutSettings(Settings):
 
     @property
     def is_served(self) -> bool:
-        """Return whether replicas on Ray Serve generate; else the training workers do."""
+        """Return whether replicas on Ray Serve generate the completions; otherwise the training workers do."""
         return False
 
     def check(self, run: "Run") -> None:
@@ -186,18 +190,18 @@ class SamplingConfig(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the most likely tokens with this total probability; 1: from all."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Texts that end a completion and are not part of it, such as "\\nQ:" for a base model that would go on with
+    """Texts that end a completion and are not part of it, such as "\\nQ:", so that a base model does not continue with
     another question."""
 
 
 class ServedStudentConfig(Settings):
-    """Serving of the student while it generates answers for a synthesis; it is removed before training."""
+    """Serving of the student while it generates answers for a synthesis. The replicas are stopped before training."""
 
     engine: Annotated[
         Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")],
         default_kind("transformers"),
     ] = Field(default_factory=TransformersEngineConfig)
-    """The engine that runs it; by default `kind: transformers`."""
+    """The engine that runs the student; by default `kind: transformers`."""
     replicas: Annotated[ReplicasConfig, Placement()] = Field(default_factory=Replicas)
     """Number of copies; a single number is the fixed number of copies."""
     resources: Annotated[Resources, Placement()] = Field(default_factory=Resources)
@@ -211,24 +215,25 @@ def _default_filters() -> list[FilterConfig]:
 
 
 class SynthesisSettings(Settings):
-    """Base of all syntheses' settings, with what the rest of a run must know of a synthesis."""
+    """Base of all syntheses' settings. Its properties describe the synthesis to the other sections."""
 
     kind: str
     """The synthesis' kind."""
     teacher: str | None = None
-    """Which of `teachers` generates; `null`: the first. Unless the method also queries it, it is removed before
-    training, and may have its own tokenizer."""
+    """Which of `teachers` generates the rows; `null`: the first. If the method does not query this teacher, it is
+    stopped before training and may have another tokenizer than the student."""
     prompts: DataSource | None = None
-    """The rows whose prompts are completed, instead of `data.train`. Of the rest of a row, only the right answer is
-    read, where it is needed."""
+    """The rows whose prompts are completed, instead of `data.train`. Their completions are not trained on. A generated
+    row keeps the other fields of its source row."""
     chat: bool = False
-    """Wrap each request in the chat template of the teacher's tokenizer, as a user's message. An endpoint (engine kind
-    `openai`) has its own `engine.chat`."""
+    """Wrap each request in the chat template of the teacher's tokenizer, as a user's message. For an endpoint (engine
+    kind `openai`), set `engine.chat` instead."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """Sampling of the teacher's completions."""
     filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=_default_filters)
-    """Filters, in order; judges run after text filters, filters that compare rows last, after `keep`. By default
-    completions truncated at `sampling.max_new_tokens` are dropped, so that the student does not learn to stop there."""
+    """Filters, applied in this order, with two exceptions: judges run after the filters that only read text, and
+    filters that compare rows run last, after `keep`. The default rejects completions that were truncated at
+    `sampling.max_new_tokens`, so that the student does not learn to stop there."""
     in_flight: Annotated[Positive, Placement()] = 64
     """Number of prompts that are requested at the same time."""
 
@@ -239,7 +244,7 @@ class SynthesisSettings(Settings):
 
     @property
     def makes_prompts(self) -> bool:
-        """Return whether the prompts are generated, too, so that no rows are given."""
+        """Return whether the prompts are generated too, so that no rows are read."""
         return False
 
     @property
@@ -264,16 +269,17 @@ class SynthesisSettings(Settings):
 
     @property
     def referee_name(self) -> str | None:
-        """The teacher that compares answers; None for the one that generates."""
+        """The teacher that compares answers; None: the teacher that generates the rows."""
         return None
 
     @property
     def all_filters(self) -> Sequence[FilterSettings]:
-        """The filters of rows and of everything else that is generated."""
+        """The filters of rows, and those of intermediate results such as instructions."""
         return self.filters
 
-    def asks_student(self, round_number: int) -> bool:
-        """Return whether the student, as it is at the beginning of this round (from 0), generates answers in it."""
+    def queries_student(self, round_number: int) -> bool:
+        """Return whether the student generates answers in this round (counted from 0), with its weights at the start of
+        the round."""
         return self.reads_student
 
     def check(self, run: "Run") -> None:
@@ -333,7 +339,7 @@ class SynthesisSettings(Settings):
                 f"rounds is {run.rounds}, but the rows of synthesis '{self.kind}' do not depend on the student, so "
                 "every round would be the same; leave it out"
             )
-        if self.asks_student(0) and run.student.model is None:
+        if self.queries_student(0) and run.student.model is None:
             raise ValueError(
                 f"synthesis '{self.kind}' requests answers of the student before training, but 'student.config' "
                 "creates one with random weights; give student.model"
@@ -392,10 +398,10 @@ class Run(Protocol):
 
 
 def check_teacher_name(place: str, name: str | None, names: Sequence[str]) -> None:
-    """Check that a setting at `place` names one of the teachers `names`; None names none.
+    """Check that `name`, the value of the setting at `place`, is None or one of the teachers' `names`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: there is no such teacher.
     """
     if name is not None and name not in names:
         raise ValueError(f"{place} '{name}' is none of the teachers ({', '.join(names) or 'there are none'})")

@@ -26,10 +26,11 @@ class TopK:
 
 @dataclass(frozen=True)
 class Requested:
-    """The teacher's log-probs at m ids per position that each sequence names (`TokenSequence.requested`), and at its
-    own `k` most likely ones: k + m different ids per position, the requested ones first, then the most likely others.
+    """The teacher's log-probs at m requested ids per position (`TokenSequence.requested`) and at its own `k` most
+    likely other ids: k + m different ids per position, the requested ones first.
 
-    Reverse KL and Jensen–Shannon put their weight where the student has mass, so their ids are the student's.
+    Reverse KL and Jensen–Shannon give most weight to tokens that are likely under the student, so the student's most
+    likely tokens are requested.
     """
 
     __pydantic_config__ = _STRICT
@@ -37,7 +38,7 @@ class Requested:
     k: Annotated[int, Field(ge=0)] = 64
     """Number of the teacher's own tokens per position."""
     temperatures: _Temperatures = (1.0,)
-    """As in `topk`."""
+    """As in support `topk`."""
     kind: Literal["requested"] = "requested"
     """The support's kind."""
 
@@ -88,7 +89,7 @@ class Logprob:
 SUPPORTS = (TopK, Requested, Sampled, Hidden, Logprob)
 
 Support = Annotated[TopK | Requested | Sampled | Hidden | Logprob, Field(discriminator="kind")]
-"""Any support, told apart by `kind`."""
+"""Any support, distinguished by `kind`."""
 
 
 def bytes_per_token(support: Support, vocab_size: int, width: int, requested: int = 0) -> float:

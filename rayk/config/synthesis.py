@@ -1,4 +1,4 @@
-"""Syntheses: training rows that teachers generate, told apart by `kind`."""
+"""Syntheses: training rows that teachers generate, distinguished by `kind`."""
 
 import string
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
 
 
 class AnswerConfig(Settings):
-    """The form of an answer, and where a row has the right one."""
+    """The form of answers, and the field of a row that contains the right answer."""
 
     type: AnswerType = "free"
-    """The form of an answer in a completion. `choice`: one of the letters `choices`; `date`: the month before the
-    day if both are numbers; `free`: text up to the end of its line."""
+    """The form of an answer in a completion. `choice`: one of the letters `choices`; `date`: in dates of numbers only,
+    the month comes before the day; `free`: text up to the end of its line."""
     choices: Annotated[str, Field(pattern=r"^[A-Z]{2,}$")] = "ABCDE"
     """The letters of type `choice`."""
     field: str = "answer"
@@ -62,11 +62,11 @@ class ResponsesConfig(SynthesisSettings):
     samples: Positive = 1
     """Number of completions per prompt."""
     keep: Annotated[Literal["all", "best"], Selection()] = "all"
-    """Keep all samples of a prompt, or the one with the highest score (the first of equals)."""
+    """Keep all samples of a prompt, or the one with the highest score (the first, if several have it)."""
     scorer: Annotated[Scorer, Selection()] = "mean_logprob"
-    """The score for `keep: best`: the teacher's own `mean_logprob`; `answer`, which keeps a right answer, and no sample
-    if none is right; or your function 'module:name', called as `function(prompt, completion, row)`, which returns a
-    number, higher being better."""
+    """The score for `keep: best`. `mean_logprob`: the mean log-prob under the teacher; `answer`: 1 for a right answer,
+    and no sample is kept if none is right; or your function 'module:name', called as
+    `function(prompt, completion, row)`, which returns a number (higher is better)."""
     answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
     """The form of answers, for scorer `answer`."""
 
@@ -92,7 +92,7 @@ def _template_with(*needed: str):
     return AfterValidator(check)
 
 
-class ReasoningConfig(SamplingConfig):
+class RationaleSamplingConfig(SamplingConfig):
     """Sampling of rationales."""
 
     max_new_tokens: Positive = 128
@@ -100,36 +100,38 @@ class ReasoningConfig(SamplingConfig):
 
 
 class ChainOfThoughtConfig(SynthesisSettings):
-    """The teacher's rationales that end in the right answer (Fine-tune-CoT)."""
+    """The teacher's step-by-step rationales that end in the right answer (Fine-tune-CoT)."""
 
     kind: Literal["chain_of_thought"] = "chain_of_thought"
     """The synthesis' kind."""
-    sampling: ReasoningConfig = Field(default_factory=ReasoningConfig)
+    sampling: RationaleSamplingConfig = Field(default_factory=RationaleSamplingConfig)
     """Sampling of rationales."""
     rationales: Positive = 1
     """Number of rationales per question (D in the paper)."""
     answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
     """The form of answers."""
     keep: Annotated[Literal["correct", "answered"], Selection()] = "correct"
-    """Keep the rationales whose answer is the row's; or all that have an answer, if rows have no right one."""
+    """`correct`: keep the rationales with the right answer. `answered`: keep all rationales with an answer, for rows
+    without a right answer."""
     rationale_template: Annotated[str, _template_with("question")] = "Q: {question}\nA: Let's think step by step."
     """Prompt of the first request."""
     answer_template: Annotated[str, _template_with("asked", "rationale")] = (
         "{asked} {rationale}\nTherefore, the answer is"
     )
-    """Prompt of the second request; {asked} is the first one."""
+    """Prompt of the second request; {asked} is the prompt of the first request."""
     answer_tokens: Positive = 32
-    """Longest answer in the second request, in tokens; it is decoded greedily."""
+    """Longest answer to the second request in tokens; it is decoded greedily."""
     student_format: Annotated[Literal["delimiters", "plain"], Selection()] = "delimiters"
-    """The student's rows: `<question> ###` and `<rationale> --> <answer>`; or the question as it is and
-    `<rationale>\\nTherefore, the answer is <answer>.`, for `data.chat_template: true`."""
+    """The form of the student's rows. `delimiters`: prompt `<question> ###`, completion `<rationale> --> <answer>`.
+    `plain`: prompt `<question>`, completion `<rationale>\\nTherefore, the answer is <answer>.`; for
+    `data.chat_template: true`."""
 
     @property
     def reads_truth(self) -> bool:
         return self.keep == "correct"
 
 
-class ListingConfig(SamplingConfig):
+class ListSamplingConfig(SamplingConfig):
     """Sampling of lists of new instructions."""
 
     max_new_tokens: Positive = 1024
@@ -139,36 +141,37 @@ class ListingConfig(SamplingConfig):
 
 
 class SelfInstructConfig(SynthesisSettings):
-    """Tasks with inputs and answers that the teacher makes up (Self-Instruct); a base model suffices."""
+    """New tasks that the teacher generates, with inputs and answers (Self-Instruct); a base model is sufficient."""
 
     kind: Literal["self_instruct"] = "self_instruct"
     """The synthesis' kind."""
     seed_tasks: InputPath | None = None
     """The tasks to start from, a JSONL file in the paper's format: {"instruction": …, "is_classification": true or
-    false, "instances": [{"input": …, "output": …}, …]}. `null`: 70 tasks that come with rayk."""
+    false, "instances": [{"input": …, "output": …}, …]}. `null`: rayk's own 70 tasks."""
     instructions: Annotated[Positive, Selection()] = 1000
-    """Number of new instructions; fewer if the teacher has no new ideas. Each becomes up to 5 rows."""
+    """Number of new instructions; fewer if the teacher only repeats itself. Each becomes up to 5 rows."""
     batch: Positive = 16
-    """Number of lists of 8 instructions that are requested before they join the pool."""
-    sampling: ListingConfig = Field(default_factory=ListingConfig)
-    """Sampling of lists. Whether a task is a classification, and its instances, are decoded greedily."""
+    """Number of lists, of 8 instructions each, that are requested before their instructions join the pool."""
+    sampling: ListSamplingConfig = Field(default_factory=ListSamplingConfig)
+    """Sampling of lists of instructions. The other requests are decoded greedily: whether a task is a classification
+    task, and its instances."""
     instance_tokens: Positive = 350
-    """Longest text of a task's instances, in tokens."""
+    """Longest text in tokens with all instances of a task."""
     blacklist: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Selection()] = (
         "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
         "go to",
     )  # fmt: skip
-    """Words of instructions that a text model cannot follow; those of the paper. []: none."""
+    """Words that reject an instruction, because a text model cannot follow it; by default the paper's. []: none."""
     filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=list)
-    """Filters of the rows, besides the recipe's own rules. The last instance of a truncated answer is dropped anyway;
-    filter `truncated` would also drop the complete ones before it."""
+    """Filters of the rows, besides the recipe's own rules. The recipe already drops the last instance of a truncated
+    answer; filter `truncated` would also reject the complete instances before it."""
 
     @property
     def makes_prompts(self) -> bool:
         return True
 
 
-class DrawingConfig(SamplingConfig):
+class InstructionSamplingConfig(SamplingConfig):
     """Sampling of instructions: from the model's own distribution, without truncation."""
 
     max_new_tokens: Positive = 2048
@@ -177,7 +180,7 @@ class DrawingConfig(SamplingConfig):
     """Sampling temperature; 0 is greedy decoding."""
 
 
-class RespondingConfig(SamplingConfig):
+class ResponseSamplingConfig(SamplingConfig):
     """Sampling of answers to instructions."""
 
     max_new_tokens: Positive = 4096
@@ -203,27 +206,27 @@ class MagpieConfig(SynthesisSettings):
     instructions: Annotated[Positive, Selection()] = 1000
     """Number of instructions to sample; those that pass `instruction_filters` are answered."""
     system: Annotated[str, Field(min_length=1)] | None = None
-    """A system prompt before the instructions, for example one that names a subject; answers are generated without it.
-    `null`: none."""
+    """A system prompt for sampling instructions, which may name a subject; answers are generated without it. `null`:
+    none."""
     tokenizer: InputPath | None = None
     """The tokenizer whose chat template is used: a local folder or hub id; `null`: the teacher's own. An endpoint
     (engine kind `openai`) needs it, and `engine.chat: false`, because only plain completions can continue a turn."""
-    sampling: DrawingConfig = Field(default_factory=DrawingConfig)
+    sampling: InstructionSamplingConfig = Field(default_factory=InstructionSamplingConfig)
     """Sampling of instructions."""
-    responses: RespondingConfig = Field(default_factory=RespondingConfig)
+    responses: ResponseSamplingConfig = Field(default_factory=ResponseSamplingConfig)
     """Sampling of answers."""
     role_words: tuple[Annotated[str, Field(min_length=1)], ...] = ("assistant",)
     """Words that also end an instruction, because a model may generate the next role's name without ending the turn. An
-    instruction with one of them inside a line is dropped. []: none."""
+    instruction in which such a word occurs within a line is rejected. []: none."""
     stop_at_newline: bool = False
-    """End each instruction at its first line."""
+    """End each instruction after its first line."""
     instruction_filters: Annotated[list[TextFilterConfig], Selection()] = Field(
         default_factory=_default_instruction_filters
     )
     """Filters of the instructions before they are answered; the filters' `field` is ignored."""
     keep_longest: Annotated[Positive | None, Selection()] = None
-    """Number of rows to keep of those that pass `filters`: those with the longest answers, in characters; `null`:
-    all."""
+    """Number of rows to keep: those with the longest answers, in characters, among the rows that pass `filters`;
+    `null`: all."""
 
     @property
     def makes_prompts(self) -> bool:
@@ -244,20 +247,20 @@ class MagpieConfig(SynthesisSettings):
         own_template = teacher.engine.applies_chat_template
         if own_template and (not teacher.engine.continues_prompts or self.tokenizer is None):
             raise ValueError(
-                f"synthesis 'magpie' sends the beginning of a user's turn, which chat completions do not accept: "
+                "synthesis 'magpie' sends the beginning of a user's turn, which chat completions do not accept: "
                 f"teacher '{teacher.name}' needs engine.chat: false (an endpoint that has plain completions), and "
                 "synthesis.tokenizer with its chat template"
             )
 
 
-class AnsweringConfig(SamplingConfig):
+class AnswerSamplingConfig(SamplingConfig):
     """Sampling of answers to instructions."""
 
     max_new_tokens: Positive = 1024
     """Longest answer in tokens."""
 
 
-class RefereeingConfig(SamplingConfig):
+class RefereeSamplingConfig(SamplingConfig):
     """Sampling of comparisons of answers."""
 
     max_new_tokens: Positive = 512
@@ -267,34 +270,34 @@ class RefereeingConfig(SamplingConfig):
 
 
 class AdversarialConfig(StudentSynthesisConfig):
-    """New instructions in each round where the student is worse than its teacher (Lion); with `rounds`."""
+    """In each of several `rounds`, new instructions similar to those where the student is behind the teacher (Lion)."""
 
     kind: Literal["adversarial"] = "adversarial"
     """The synthesis' kind."""
     referee: str | None = None
-    """Which of `teachers` compares answers; `null`: the one that generates."""
-    sampling: AnsweringConfig = Field(default_factory=AnsweringConfig)
-    """Sampling of answers, also the student's."""
-    referee_sampling: Annotated[RefereeingConfig, Selection()] = Field(default_factory=RefereeingConfig)
+    """Which of `teachers` compares answers; `null`: the teacher that generates the rows."""
+    sampling: AnswerSamplingConfig = Field(default_factory=AnswerSamplingConfig)
+    """Sampling of the answers of teacher and student."""
+    referee_sampling: Annotated[RefereeSamplingConfig, Selection()] = Field(default_factory=RefereeSamplingConfig)
     """Sampling of comparisons."""
     threshold: Annotated[float, Selection()] = 1.0
-    """Number of points (of 10) by which the teacher's answer must score above the student's to make an instruction
-    hard; else it is easy."""
+    """An instruction is hard if the teacher's answer scores at least this many points (of 10) above the student's, else
+    easy."""
     instructions: Annotated[Positive, Selection()] = 3000
-    """Number of new instructions per round that are made from hard ones; fewer if the teacher has no new ideas or there
-    are no hard ones."""
+    """Number of new instructions per round that are generated from hard ones; fewer if the teacher only repeats itself,
+    and none if there are no hard ones."""
     easy_instructions: Annotated[int, Field(ge=0)] | None = None
-    """Number of new instructions per round that are made from easy ones; `null`: as many as from hard ones."""
+    """Number of new instructions per round that are generated from easy ones; `null`: the value of `instructions`."""
     batch: Positive = 64
-    """Number of instructions of one kind that are requested before those that pass join the pool."""
+    """Largest number of new instructions from hard ones, and from easy ones, that are requested at once."""
     instruction_temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature of new instructions."""
     instruction_tokens_per_word: Positive = 4
-    """Longest new instruction, in tokens per word of the one it is made from; at least 32 tokens in all."""
+    """Longest new instruction, in tokens per word of the instruction that it is generated from; at least 32 tokens."""
     blacklist: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Selection()] = (
         "instruction", "instructions", "given prompt", "new prompt",
     )  # fmt: skip
-    """Words of instructions that talk about the request itself. []: none."""
+    """Words that reject a new instruction, because it talks about the request itself. []: none."""
     hard_template: Annotated[str, _template_with("instruction"), Selection()] | None = None
     """Prompt for a new instruction of the same domain and type as a hard one; `null`: rayk's own, with examples for
     base models and without for chat models."""
@@ -310,11 +313,11 @@ class AdversarialConfig(StudentSynthesisConfig):
 
     @property
     def instructions_of(self) -> dict[str, int]:
-        """Number of new instructions per round, by the kind of instruction they are made from."""
+        """Number of new instructions per round, by the kind of instruction that they are generated from."""
         easy = self.instructions if self.easy_instructions is None else self.easy_instructions
         return {"hard": self.instructions, "easy": easy}
 
-    def asks_student(self, round_number: int) -> bool:
+    def queries_student(self, round_number: int) -> bool:
         return round_number > 0
 
 
@@ -325,26 +328,29 @@ class PreferencesConfig(StudentSynthesisConfig):
     kind: Literal["preferences"] = "preferences"
     """The synthesis' kind."""
     chosen: Annotated[Literal["teacher", "best"], Selection()] = "teacher"
-    """The better answer: the teacher's, the student's being the worse; or the sample with the highest score, the one
-    with the lowest being the worse."""
+    """`teacher`: the teacher's answer is the better one, the student's the worse one. `best`: of all samples, the one
+    with the highest score is the better one, the one with the lowest score the worse one."""
     samples: Positive = 1
     """Number of the teacher's samples per prompt."""
     student_samples: Annotated[int, Field(ge=0)] = 1
-    """Number of samples per prompt of the student as it is when the round begins. With `chosen: teacher` the samples of
-    both are paired in turn, so that there are as many pairs as the larger number."""
+    """Number of samples per prompt of the student, with its weights at the start of the round. With `chosen: teacher`,
+    samples of teacher and student are paired one by one, and those of the model with fewer samples are used again."""
     student_sampling: SamplingConfig | None = None
-    """Sampling of the student's answers to prompts as section `data` lays them out; `null`: as the teacher's."""
+    """Sampling of the student's answers. The student reads prompts in the form that section `data` gives them. `null`:
+    as the teacher's."""
     scorer: Annotated[Scorer, Selection()] = "answer"
-    """The score for `chosen: best`: whether the `answer` is right; the generating model's own `mean_logprob`, if only
-    the teacher generates; or your function 'module:name', called as `function(prompt, completion, row)`, which returns
-    a number, higher being better."""
+    """The score for `chosen: best`. `answer`: 1 for a right answer, else 0; `mean_logprob`: the mean log-prob under the
+    teacher, only with `student_samples: 0`; or your function 'module:name', called as
+    `function(prompt, completion, row)`, which returns a number (higher is better)."""
     answer: Annotated[AnswerConfig, Selection()] = Field(default_factory=AnswerConfig)
     """The form of answers, for scorer `answer`."""
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "PreferencesConfig":
         if self.chosen == "teacher" and not self.student_samples:
-            raise ValueError("student_samples is 0, so there is nothing to prefer the teacher to; set chosen: best")
+            raise ValueError(
+                "chosen 'teacher' needs samples of the student, but student_samples is 0; set chosen: best"
+            )
         if self.samples + self.student_samples < 2:
             raise ValueError("a pair needs two samples; raise samples or student_samples")
         if self.needs_logprobs and self.student_samples:

@@ -1,4 +1,4 @@
-"""Teachers: the model, the engine that runs it, and the number of copies; and how several teachers are combined."""
+"""Teachers: the model, its engine and the number of copies; and the combination of several teachers."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,10 +9,10 @@ from rayk.config.engines import EngineConfig, TransformersEngineConfig
 
 
 class Replicas(Settings):
-    """Number of copies of a model. With `min` = `max` it is fixed, else it follows the demand."""
+    """Number of copies of a model: fixed if `min` equals `max`, else scaled with the demand."""
 
     min: Annotated[int, Field(ge=0)] = 1
-    """Smallest number of replicas; 0: none while there are no requests."""
+    """Smallest number of replicas; with 0, no replica runs while there are no requests."""
     max: Positive = 1
     """Largest number of replicas."""
     waiting_tokens: Positive = 16_384
@@ -30,14 +30,14 @@ class Replicas(Settings):
 
 
 class Resources(Settings):
-    """Resources that Ray reserves for one replica or worker; fractions of a GPU share it."""
+    """Resources that Ray reserves for one replica or worker; with a fraction of a GPU, several share one GPU."""
 
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     """Number of CPUs."""
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     """Number of GPUs; `null`: what the engine needs if the cluster has GPUs, else none."""
     custom: dict[str, float] = Field(default_factory=dict)
-    """Amounts of Ray's custom resources by name, to place it on chosen nodes."""
+    """Amounts of Ray's custom resources by name, for example to choose the nodes."""
 
 
 def _expand_number(value: Any) -> Any:
@@ -54,7 +54,7 @@ class EnsembleConfig(Settings):
     teachers: list[str] = Field(default_factory=list)
     """Names of the members; empty: all of `teachers`."""
     combine: Literal["probabilities", "logits"] = "probabilities"
-    """The average is taken of probabilities, or of logits as in BabyLlama (arXiv 2308.02019)."""
+    """What is averaged: the probabilities, or the logits as in BabyLlama (arXiv 2308.02019)."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Each member's weight in the average by its name; 1 if not given. Weights need not sum to 1."""
 
@@ -63,7 +63,7 @@ class RouteConfig(Settings):
     """The teacher of each row, chosen by one of the row's fields."""
 
     field: str
-    """The row's field that decides."""
+    """The row's field whose value chooses the teacher."""
     teachers: dict[str, str]
     """The teacher's name (or 'ensemble') for each value of the field."""
     default: str | None = None
@@ -78,7 +78,7 @@ class TeacherConfig(Settings):
     model: InputPath | None = None
     """A local model folder or a hub id; with engine kind `openai` the endpoint's name for the model."""
     attach: Annotated[bool, Placement()] = False
-    """Use the Serve application `name` that already runs (`rayk serve`), and leave it running at the end."""
+    """Use the Serve application `name` that is already running (`rayk serve`), and do not stop it at the end."""
     engine: Annotated[EngineConfig, default_kind("transformers")] = Field(default_factory=TransformersEngineConfig)
     """The engine that runs the model; by default `kind: transformers`."""
     replicas: Annotated[ReplicasConfig, Placement()] = Field(default_factory=Replicas)
@@ -91,7 +91,8 @@ class TeacherConfig(Settings):
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     call_tokens: Annotated[Positive, Placement()] = 8192
-    """Tokens sent to a replica in one call, and tokens that one requester may have in flight at one replica."""
+    """Largest number of tokens that are sent to a replica in one call, and that one requester may have in flight at one
+    replica."""
     in_flight: Annotated[Positive, Placement()] = 4
     """Number of calls that one requester may have open per running replica."""
     deadline_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
@@ -115,5 +116,5 @@ class TeacherConfig(Settings):
 
     @property
     def gives_signals(self) -> bool:
-        """Return whether the teacher returns signals; else it only generates text."""
+        """Return whether the teacher returns signals; otherwise it only generates text."""
         return self.engine.gives_signals

@@ -1,4 +1,4 @@
-"""The student and the optimization."""
+"""Settings of the student and of the optimization."""
 
 from typing import Annotated, Any, Literal
 
@@ -47,11 +47,12 @@ class StudentConfig(Settings):
     """The architecture of a student with random weights, drawn from the run's seed: a folder or hub id whose
     `config.json` is used, or its content (with `model_type`). `vocab_size` is the tokenizer's if not given."""
     tokenizer: InputPath | None = None
-    """Folder or hub id of the tokenizer; `null`: that of `model`, or of the first teacher with `config`."""
+    """Folder or hub id of the tokenizer; `null`: the tokenizer of `model`, or with `config` that of the first
+    teacher."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The type of the weights; `training.precision` is the type of the computation."""
     lora: LoraConfig | None = None
-    """Train an adapter and keep the loaded weights as they are; `null`: all weights are trained."""
+    """Train only an adapter on the loaded weights; `null`: all weights are trained."""
     gradient_checkpointing: Annotated[bool, Placement()] = False
     """Recompute activations in the backward pass, to save memory."""
     trust_remote_code: bool = False
@@ -92,28 +93,28 @@ class TrainingConfig(Settings):
     final_learning_rate: Share = 0.0
     """Learning rate at the end of the schedule, as a share of `learning_rate`."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
+    """AdamW's decay rates β₁ and β₂ of the two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Norm to which the gradient is clipped; `null`: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """The type of the computation; `bfloat16` is autocast, which changes neither weights nor losses."""
+    """The type of the computation; `bfloat16` is autocast: the weights keep their type, and losses are float32."""
     prefetch: Annotated[Positive, Placement()] = 4
-    """Number of batches prepared ahead of the step (teachers queried, rollouts generated)."""
+    """Number of batches that are prepared ahead of the step: their rollouts generated and teachers queried."""
     unusable_rows: Literal["stop", "skip"] = "stop"
     """Handling of a row that cannot be trained on (NaN or infinite signals, rewards or ratios above a method's limits):
     the run stops and names the row, or the row is named, skipped and counted."""
     checkpoint_every_steps: Annotated[Positive, Placement()] = 100
     """Number of steps between two checkpoints."""
     keep_checkpoints: Annotated[Positive, Placement()] = 2
-    """Number of checkpoints to keep, the latest ones."""
+    """Number of latest checkpoints to keep."""
     checkpoints: Annotated[str | None, StoragePath(), Placement()] = None
     """Folder or URI (s3://…, gs://…) of the checkpoints; `null`: OUTPUT/checkpoints."""
     max_failures: Annotated[int, Placement(), Field(ge=-1)] = 3
-    """Number of times that failed workers are restarted before the run stops; -1: no limit."""
+    """Number of restarts of failed workers before the run stops; -1: no limit."""
     collective_timeout_seconds: Annotated[float, Placement(), Field(gt=0)] = 1800.0
-    """Seconds that workers wait for each other; longer than any teacher's deadline."""
+    """Longest time in seconds that workers wait for each other; it must be above every teacher's deadline."""
 
     @model_validator(mode="after")
     def _check_length(self) -> "TrainingConfig":

@@ -13,9 +13,9 @@ has the same gradient and a minimum of 0.
 α changes linearly from `hard_label_weight` to `final_hard_label_weight`, and β is `text_weight`. The paper states
 neither its schedule nor its β.
 
-Meta-ICT trains on many tasks and evaluates on other tasks by their demonstrations alone. Multitask-ICT trains on few
-examples of the evaluated tasks, and answers by the majority over several draws of demonstrations
-(`evaluation.demonstration_draws`). The data decide which of the two a run is.
+The paper's Meta-ICT trains on many tasks and evaluates on other tasks, which the student sees in demonstrations only.
+Its Multitask-ICT trains on few examples of the evaluated tasks, and answers by the majority over several draws of
+demonstrations (`evaluation.demonstration_draws`). A run does one or the other depending on its data.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,7 @@ class InContext(Method):
         answers = collate((answer for query in queries for answer in query.alternatives), pad_id)
         bounds = _bounds(torch.tensor([len(query.options) for query in queries]))
         signals = None
-        if self.settings.asks_teacher:
+        if self.settings.queries_teacher:
             assert self.teacher is not None
             try:
                 signals = await self.teacher.ascore(answers, Logprob())
@@ -122,7 +122,7 @@ class InContext(Method):
         self, kind: type[Experience], queries: list[DemonstratedRow], rows: Sequence[Example], pad_id: int
     ) -> Experience:
         batch, signals = collate(rows, pad_id), None
-        if self.settings.asks_teacher:
+        if self.settings.queries_teacher:
             assert self.teacher is not None
             signals = await self.teacher.ascore(batch, self.settings.support)
         weights = torch.tensor([query.hard_label_weight for query in queries]).repeat_interleave(batch.offsets.diff())

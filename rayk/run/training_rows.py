@@ -17,7 +17,7 @@ from rayk.synthesis import CompletionStore, Prompt, RecipeContext, fingerprint, 
 from rayk.teachers import Teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
 
-# Identified by their contents, not by their paths or names.
+# Settings that are compared by the contents of the file or model, not by its path or name.
 _LOCATIONS = ("prompts", "teacher", "referee", "seed_tasks")
 
 
@@ -39,18 +39,19 @@ def synthesize_training_rows(
     """Synthesize the training rows, unless they are complete.
 
     Args:
-        stack: keeps the teachers that training needs too; other teachers and the served student are removed at the end.
-        settled: whether training on the rows has started; then failed requests are not repeated.
+        stack: removes, when it closes, the teachers that training needs too; other teachers and the served student are
+            removed at the end of this function.
+        settled: whether training on the rows has started; if so, failed requests are not repeated.
 
     Returns:
         The teachers that are still running, by name.
     """
     assert config.synthesis is not None
-    uses_student = config.synthesis.asks_student(round_info.number)
+    uses_student = config.synthesis.queries_student(round_info.number)
     with (
         CompletionStore(synthesized_rows_path(config).parent) as store,
-        ExitStack() as kept_apps,
-        ExitStack() as temporary,
+        ExitStack() as training_teachers,
+        ExitStack() as synthesis_teachers,
     ):
         store.claim(_dependencies(config, prompts, round_info), PLACEMENT, SELECTION)
         if (summary := store.summary) and (settled or not _is_incomplete(store, summary)):
@@ -63,10 +64,12 @@ def synthesize_training_rows(
             listener.stage(f"Bringing up {', '.join([*names, *['the student'] * uses_student])} on Ray Serve")
         applications = teacher_applications(config)
         needed = [name for name in config.synthesis_teachers if name not in config.synthesis_only_teachers]
-        kept = serve_teachers(config, applications, kept_apps, cache, needed)
+        kept = serve_teachers(config, applications, training_teachers, cache, needed)
         others = [name for name in config.synthesis_teachers if name not in needed]
-        running = kept | serve_teachers(config, applications, temporary, cache, others)
-        student = temporary.enter_context(serve_teacher(served_student_config(config))) if uses_student else None
+        running = kept | serve_teachers(config, applications, synthesis_teachers, cache, others)
+        student = (
+            synthesis_teachers.enter_context(serve_teacher(served_student_config(config))) if uses_student else None
+        )
         count = "" if config.synthesis.makes_prompts else f" for {len(prompts):,} prompts"
         existing = f"; {len(store):,} completions exist already" if len(store) else ""
         listener.stage(f"Synthesizing {config.synthesis.kind}{count}{existing}")
@@ -79,7 +82,7 @@ def synthesize_training_rows(
             ),
         )  # fmt: skip
         listener.stage(_describe_rows(summary))
-        stack.enter_context(kept_apps.pop_all())
+        stack.enter_context(training_teachers.pop_all())
         return kept
 
 
@@ -91,7 +94,7 @@ def _describe_rows(summary: Mapping[str, Any]) -> str:
 
 
 def _is_incomplete(store: CompletionStore, summary: Mapping[str, Any]) -> bool:
-    """Return whether requests should be repeated: some failed, or stored refusals were deleted."""
+    """Return whether requests should be repeated, because some failed or stored refusals were deleted."""
     return summary["unanswered"] > 0 or store.num_refusals < summary.get("refused", 0)
 
 
@@ -115,7 +118,7 @@ def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: Roun
     }
     if round_info.number:
         dependencies["round"] = round_info.number
-    if config.synthesis.asks_student(round_info.number):
+    if config.synthesis.queries_student(round_info.number):
         assert config.student.model is not None
         weights = weights_fingerprint(config.student.model)
         dependencies["student"] = {"weights": weights or config.student.model, "chat": config.data.chat_template}

@@ -164,7 +164,8 @@ WRONG = {
         "rollouts.timeout_seconds must be below training.collective_timeout_seconds (1800)",
     ),
     "teacher-mixed sampling with a served policy": (
-        changed(method={"kind": "minillm"}, rollouts={"kind": "served"}), "method.teacher_share has student and teacher"
+        changed(method={"kind": "minillm"}, rollouts={"kind": "served"}),
+        "method.teacher_share samples from student and teacher together",
     ),
     "an ensemble that generates": (
         changed(
@@ -248,8 +249,8 @@ def test_each_wrong_setting_is_one_sentence(tmp_path, values, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "is empty or holds no settings"),
-        ("- 1", "holds no settings"),
+        ("", "is empty or contains no settings"),
+        ("- 1", "contains no settings"),
         ("a: [", "is not YAML"),
         ("\x00", "is not YAML"),
     ],

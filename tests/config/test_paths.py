@@ -12,7 +12,7 @@ from rayk.config.paths import absolute_path, is_explicit_path, is_local_path, is
         ("rows/*.parquet", True), ("here", True), ("org/model", False), ("model", False), ("s3://bucket/a", False),
     ],
 )  # fmt: skip
-def test_local_paths_are_told_from_names_on_the_hub(tmp_path, monkeypatch, name, local):
+def test_local_paths_are_distinguished_from_names_on_the_hub(tmp_path, monkeypatch, name, local):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert is_local_path(name) == local

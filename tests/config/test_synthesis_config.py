@@ -109,7 +109,8 @@ def test_teachers_that_only_generate_rows_do_not_run_during_training(changed, ge
             {"synthesis": PAIRS | {"chosen": "best", "student_samples": 0, "samples": 2}, "method": DPO, "rounds": 2},
             "the rows of synthesis 'preferences' do not depend on the student",
         ),
-        ({"synthesis": PAIRS | {"student_samples": 0}, "method": DPO}, "there is nothing to prefer the teacher to"),
+        ({"synthesis": PAIRS | {"student_samples": 0}, "method": DPO},
+         "chosen 'teacher' needs samples of the student, but student_samples is 0"),
         ({"synthesis": PAIRS | {"chosen": "best", "student_samples": 0}, "method": DPO}, "a pair needs two samples"),
         (
             {"synthesis": PAIRS | {"chosen": "best", "scorer": "mean_logprob"}, "method": DPO},

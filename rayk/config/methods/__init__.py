@@ -1,4 +1,4 @@
-"""Methods' settings, told apart by `kind`; one file each."""
+"""Methods' settings, distinguished by `kind`; one file each."""
 
 from typing import Annotated
 

@@ -26,7 +26,8 @@ class CustomMethodConfig(MethodSettings):
     rollouts: bool = False
     """True if the method trains on completions that the student generates."""
     completions: bool | None = None
-    """True if the rows' own completions are trained on; `null`: unless `rollouts`. Else rows need only prompts."""
+    """True if the rows' own completions are trained on; `false`: rows need only prompts; `null`: the opposite of
+    `rollouts`."""
     pairs: bool = False
     """True if each row has a better and a worse answer."""
 

@@ -23,22 +23,23 @@ DIVERGENCE_OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 class Divergence(Settings):
-    """A divergence of `rayk.losses` with its option, or your own function with options of its own. A name alone is
-    short for `{name: …}`."""
+    """A divergence of `rayk.losses`, or your own function, with its options. A text is short for `{name: <text>}`."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str = "forward_kl"
-    """A divergence of `rayk.losses`, or your own function 'module:name' (`rayk/methods/README.md`). Its other keys are
-    passed to your function as keyword arguments."""
+    """A divergence of `rayk.losses`, or your own function 'module:name' (`rayk/methods/README.md`), to which other keys
+    of this section are passed as keyword arguments."""
     beta: Share | None = None
     """Weight β of `jensen_shannon`; `null`: its default."""
     weight: Share | None = None
     """Weight of the reverse KL in `symmetric_kl`; `null`: its default."""
     alpha: Share | None = None
-    """Share α of p in the mixture of `skew_forward_kl`, of q in that of `skew_reverse_kl`; `null`: its default."""
+    """Share α of the teacher's p in the mixture of `skew_forward_kl`, or of the student's q in that of
+    `skew_reverse_kl`; `null`: its default."""
     mu: Share | None = None
-    """Share μ of the probability mass that is the head of the distribution in `adaptive_kl`; `null`: its default."""
+    """Share μ of the probability mass that `adaptive_kl` counts as the head of the distribution; `null`: its
+    default."""
 
     @model_validator(mode="after")
     def _check_options(self) -> "Divergence":

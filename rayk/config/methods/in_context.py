@@ -14,7 +14,7 @@ from rayk.config.support import Logprob, Requested, Support
 
 
 class InContextConfig(TeacherMethodConfig):
-    """The student learns in-context learning from the teacher (ICL distillation)."""
+    """The student learns to use demonstrations in its context as the teacher does (ICL distillation)."""
 
     row_format: ClassVar[RowFormat | None] = ROW_FORMAT
 
@@ -30,7 +30,7 @@ class InContextConfig(TeacherMethodConfig):
     hard_label_weight: Share = 1.0
     """Weight α in α·hard + (1−α)·soft at the first step; it changes linearly."""
     final_hard_label_weight: Share | None = 0.0
-    """α at the end; `null`: α is constant. The paper's schedule is unknown; this default is rayk's."""
+    """α at the end; `null`: α is constant. The paper does not give its schedule; the default is rayk's choice."""
     text_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight β of the same hard and soft loss at every token that the student reads, demonstrations included. It helps
     if the tasks are those of the evaluation (Multitask-ICT) and hurts if they are new (Meta-ICT)."""
@@ -41,12 +41,12 @@ class InContextConfig(TeacherMethodConfig):
         return self.hard_label_weight + (last - self.hard_label_weight) * progress
 
     @property
-    def asks_teacher(self) -> bool:
+    def queries_teacher(self) -> bool:
         return self.hard_label_weight < 1 or self.final_hard_label_weight not in (None, 1)
 
     @property
     def signal_support(self) -> Support | None:
-        return self.support if self.asks_teacher else None
+        return self.support if self.queries_teacher else None
 
     @property
     def shown_demonstrations(self) -> DemonstrationsConfig | None:
@@ -64,12 +64,12 @@ class InContextConfig(TeacherMethodConfig):
     def _check_parts(self) -> "InContextConfig":
         if self.student_demonstrations is not None and self.student_demonstrations > self.demonstrations.k:
             raise ValueError(
-                f"student_demonstrations ({self.student_demonstrations}) are the last of the teacher's, which are "
-                f"{self.demonstrations.k}; raise demonstrations.k"
+                f"student_demonstrations ({self.student_demonstrations}) is above the teacher's number of "
+                f"demonstrations ({self.demonstrations.k}); raise demonstrations.k"
             )
         if self.targets == "label_words" and not self.text_weight:
-            object.__setattr__(self, "support", Logprob())  # label words need no more
-        elif self.asks_teacher and isinstance(self.support, Logprob | Requested):
+            object.__setattr__(self, "support", Logprob())  # label words need only the log-probs of the options
+        elif self.queries_teacher and isinstance(self.support, Logprob | Requested):
             raise ValueError(f"in_context cannot compare tokens by support '{self.support.kind}'; use 'topk' or "
                              "'hidden'")  # fmt: skip
         return self
@@ -79,13 +79,13 @@ class InContextConfig(TeacherMethodConfig):
         draws, choice = run.evaluation.demonstration_draws, self.demonstrations.choice
         if draws > 1 and choice != "random":
             raise ValueError(
-                f"evaluation.demonstration_draws is {draws}, but method.demonstrations.choice '{choice}' chooses the "
-                "same every time; leave it out, or choose 'random'"
+                f"evaluation.demonstration_draws is {draws}, but method.demonstrations.choice '{choice}' always "
+                "chooses the same demonstrations; leave it out, or choose 'random'"
             )
         self._check_rows(run)
         if run.ensemble is not None and self.targets == "label_words":
             raise ValueError(
-                "an ensemble gives no probabilities of whole label words; use one teacher, or method.targets: tokens"
+                "an ensemble returns no probabilities of whole label words; use one teacher, or method.targets: tokens"
             )
         for teacher in run.teachers:
             if teacher.prompt_template is not None:
@@ -99,11 +99,11 @@ class InContextConfig(TeacherMethodConfig):
     def _check_rows(self, run: Run) -> None:
         if run.synthesis is not None:
             raise ValueError(
-                "method 'in_context' shows its training rows to each other and needs them as it begins; run `rayk "
-                "synthesize` with another method first, and set data.train to its rows.parquet"
+                "method 'in_context' uses training rows as demonstrations and needs all of them at the start; run "
+                "`rayk synthesize` with another method first, and set data.train to its rows.parquet"
             )
         if run.data.chat_template:
-            raise ValueError("method 'in_context' lays rows out itself; leave data.chat_template out")
+            raise ValueError("method 'in_context' formats rows itself; leave data.chat_template out")
         sources = {
             "data.train": run.data.train, "data.evaluation": run.data.evaluation,
             "method.demonstrations.pool": self.demonstrations.pool,

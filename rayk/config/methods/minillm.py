@@ -17,14 +17,14 @@ class MiniLLMConfig(TeacherMethodConfig):
     kind: Literal["minillm"] = "minillm"
     """The method's kind."""
     form: Literal["paper", "lmops"] = "paper"
-    """`paper`: returns sum the rewards after a token, importance weights on both parts. `lmops`: what the authors' code
-    computes (γ = 0.95, the token's own reward included, rewards doubled and clipped at 100, returns whitened, no
-    weights on the single-step part)."""
+    """`paper`: a return is the sum of the rewards after a token, and both parts of the gradient have importance
+    weights. `lmops`: what the authors' code computes (γ = 0.95, returns include the token's own reward, rewards are
+    doubled and clipped at 100, returns are whitened, the single-step part has no importance weights)."""
     teacher_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """α: every token is drawn from α·teacher + (1−α)·student. 0: the student samples alone."""
+    """α: every token is sampled from α·teacher + (1−α)·student. 0: from the student alone."""
     single_step: bool = True
-    """Compute the part of the gradient that depends on one token exactly, from the teacher's distribution; else each
-    token's own reward is added to those after it, as in the paper's Eq. 2."""
+    """Compute the part of the gradient that depends on a single token exactly, from the teacher's distribution.
+    `false`: a token's return also includes its own reward, as in the paper's Eq. 2."""
     length_norm: bool = True
     """Divide each return by its number of rewards."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = 0.2
@@ -38,11 +38,11 @@ class MiniLLMConfig(TeacherMethodConfig):
     inner_epochs: Positive = 1
     """Number of passes over a step's completions, with one optimizer update each."""
     minibatches: Positive = 1
-    """Number of updates that each pass is split into, by rows."""
+    """Number of updates in each pass, each on a part of the rows."""
     requested_ids: Positive = 64
-    """As in `on_policy`."""
+    """As in method `on_policy`."""
     pretraining: PretrainingConfig | None = None
-    """Plain text that is trained on in the same updates (L_PT); `null`: none."""
+    """Plain text that is trained on in the same updates (L_PT in the paper); `null`: none."""
 
     @property
     def reads_completions(self) -> bool:
@@ -94,8 +94,8 @@ class MiniLLMConfig(TeacherMethodConfig):
             )
         if run.rollouts is not None and run.rollouts.is_served:
             raise ValueError(
-                "method.teacher_share has student and teacher sample together, which the student does in the training "
-                "worker; use rollouts.kind 'worker', or set method.teacher_share to 0"
+                "method.teacher_share samples from student and teacher together, which only the training workers can "
+                "do; use rollouts.kind 'worker', or set method.teacher_share to 0"
             )
         teacher = next(teacher for teacher in run.teachers if teacher.name == run.evaluation_teacher)
         if teacher.prompt_template is not None or not (teacher.engine.verifies_drafts or teacher.attach):

@@ -10,8 +10,9 @@ from rayk.config.sections import Run
 
 
 class AdaptiveConfig(Settings):
-    """DistiLLM's adaptive share of rollouts (arXiv 2402.03898, §3.2): it starts at 0 and grows whenever the evaluation
-    loss has risen. Towards the end of training, more and more of the rollouts are earlier ones from a replay buffer."""
+    """DistiLLM's adaptive share of rollouts (arXiv 2402.03898, §3.2): the share starts at 0 and grows whenever the
+    evaluation loss has risen. During training, a growing part of the rollouts comes from a replay buffer of earlier
+    ones."""
 
     tolerance: Annotated[float, Field(ge=0)] = 0.1
     """Nats per token by which the evaluation loss must have risen since the share last grew."""
@@ -28,24 +29,24 @@ class OnPolicyConfig(DivergenceMethodConfig):
     """The method's kind."""
     form: Literal["divergence", "policy"] = "divergence"
     """`divergence`: the loss is the divergence. `policy`: a policy gradient whose reward is log p − log q of each
-    generated token (Thinking Machines, 2025), with support `logprob` at 4 bytes per token; it has the same aim and more
-    noise."""
+    generated token (Thinking Machines, 2025), with support `logprob` at 4 bytes per token; it minimizes the reverse KL
+    too, with noisier gradients."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = None
     """ε of PPO's clipping, for form `policy`; `null`: no clipping."""
     reward_limit: Annotated[float, Field(gt=0)] = 1000.0
-    """As in `minillm`, for form `policy`."""
+    """As in method `minillm`; for form `policy`."""
     ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
-    """As in `minillm`, for form `policy`."""
+    """As in method `minillm`; for form `policy`."""
     divergence: DivergenceConfig = Divergence(name="reverse_kl")
     """The divergence of the student's distribution from the teacher's: its name, or `{name, <options>}`."""
     student_fraction: Share = 1.0
-    """λ, the share of rows whose completion the student generates, drawn for each row. 0 is supervised KD, 1 on-policy
-    KD; in between is GKD's mixture (arXiv 2306.13649, which uses 0.5)."""
+    """λ: the probability that the student generates a row's completion, drawn for each row. 0 is supervised KD, 1 is
+    on-policy KD; GKD's mixture (arXiv 2306.13649) is 0.5."""
     teacher_written: Share = 0.0
-    """Share of the other rows whose completion the teacher generates (sequence-level KD), sampled as `rollouts`
-    says; the remaining rows keep their own completion."""
+    """Share of the other rows whose completion the teacher generates (sequence-level KD), with the sampling settings of
+    `rollouts`; the remaining rows keep their own completion."""
     adaptive: AdaptiveConfig | None = None
-    """Let the evaluation loss decide the share of rollouts, up to `student_fraction`; `null`: it is constant."""
+    """Adapt the share of rollouts to the evaluation loss, up to `student_fraction`; `null`: the share is constant."""
     requested_ids: Positive = 64
     """With support `requested`: number of the student's own most likely ids per position at which the teacher returns
     log-probs, besides the teacher's own `support.k`."""

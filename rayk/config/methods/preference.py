@@ -16,15 +16,15 @@ class PreferenceConfig(MethodSettings):
     kind: Literal["preference"] = "preference"
     """The method's kind."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Strength β of the regularization towards the reference; with a smaller one the student moves further away."""
+    """Strength β of the regularization towards the reference; the smaller β, the further the student may move away."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs assumed to have the wrong order (conservative DPO)."""
+    """Assumed share of pairs in which chosen and rejected answer are swapped (conservative DPO)."""
     chosen_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight α of the chosen answer's own loss per token, in nats (iterative RPO, Pang et al. 2024, uses 1). If the
-    chosen answers are not the student's own, it keeps them from becoming unlikely."""
+    """Weight α of an additional cross-entropy on the chosen answers, in nats per token (iterative RPO, Pang et al.
+    2024, uses 1). It keeps chosen answers that are not the student's own from becoming unlikely."""
     reference: str | None = None
-    """The frozen reference model, one of `teachers`; `null`: the student as it is when the run begins, whatever
-    teachers there are."""
+    """The frozen reference model, one of `teachers`; `null`: the student at the start of the run, even if there are
+    teachers."""
 
     @property
     def teacher_name(self) -> str | None:
@@ -32,7 +32,7 @@ class PreferenceConfig(MethodSettings):
 
     @property
     def support(self) -> Logprob | None:
-        """The support that is requested of the reference; None if it is the initial student."""
+        """The support that is requested from the reference; None if the reference is the initial student."""
         return None if self.reference is None else Logprob()
 
     @property
