@@ -3,9 +3,8 @@
 from rayk.rollouts.policy import Policy, Rollout, WorkerPolicy, summarize_rollouts, with_completion, with_requested_ids
 from rayk.rollouts.served import PolicyAddress, ServedPolicy, serve_policy
 from rayk.rollouts.version_gate import VersionGate
-from rayk.serving.weights import trainable_state_dict
 
 __all__ = [
     "Policy", "PolicyAddress", "Rollout", "ServedPolicy", "VersionGate", "WorkerPolicy", "serve_policy",
-    "summarize_rollouts", "trainable_state_dict", "with_completion", "with_requested_ids",
+    "summarize_rollouts", "with_completion", "with_requested_ids",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A run from settings to result: read and check inputs, deploy teachers, synthesize rows, train and measure."""
+"""A run from settings to result: read and check the inputs, deploy teachers, synthesize rows, train and measure."""
 
 import warnings
 from typing import Any

@@ -21,11 +21,12 @@ class Need:
 
     name: str
     least: int
-    """Number of copies without which the run cannot start."""
+    """Smallest number of copies with which the run can start."""
     most: int
+    """Largest number of copies."""
     resources: Resources
     engine_gpus: float = 1.0
-    """GPUs of a copy where `resources.num_gpus` is null and the cluster has GPUs."""
+    """GPUs of a copy if `resources.num_gpus` is null and the cluster has GPUs."""
 
     def gpus(self, has_gpus: bool) -> float:
         """Return the GPUs of one copy."""
@@ -35,7 +36,8 @@ class Need:
 
 
 def resource_needs(config: RunConfig) -> list[list[Need]]:
-    """Return what the run requires at the same time: first while it synthesizes rows, then while it trains."""
+    """Return the needs of each phase of a run, the synthesis of rows and the training. All copies of a phase run at the
+    same time."""
     teachers = {
         teacher.name: Need(
             f"teacher '{teacher.name}'", max(1, teacher.replicas.min), teacher.replicas.max, teacher.resources,
@@ -58,12 +60,12 @@ def resource_needs(config: RunConfig) -> list[list[Need]]:
 
 
 def required_cpus(config: RunConfig) -> float:
-    """Return the logical CPUs that the run requests from Ray at the same time, with all replicas."""
+    """Return the largest number of logical CPUs that the run requests from Ray at the same time, with all replicas."""
     return max(sum(need.most * need.resources.num_cpus for need in phase) for phase in resource_needs(config)) + 1
 
 
 def missing_resources(config: RunConfig, cpus: float, gpus: float) -> str | None:
-    """Say in a sentence which resources a cluster of `cpus` CPUs and `gpus` GPUs lacks; None if it has enough."""
+    """Return a sentence on the resources that a cluster of `cpus` CPUs and `gpus` GPUs lacks; None if it has enough."""
     for phase in resource_needs(config):
         needed_cpus = sum(need.least * need.resources.num_cpus for need in phase)
         needed_gpus = sum(need.least * need.gpus(gpus >= 1) for need in phase)
@@ -88,7 +90,7 @@ def check_own_cluster(config: RunConfig) -> None:
     """Check that this process's own cluster, to which no nodes are added, has what the run requires.
 
     Raises:
-        InputError: it has fewer GPUs or CPUs, so that the run would wait for them forever.
+        InputError: it has fewer GPUs or CPUs than the run requires, so the run would wait for them forever.
     """
     if is_own_cluster():
         found = ray.cluster_resources()
@@ -97,10 +99,10 @@ def check_own_cluster(config: RunConfig) -> None:
 
 
 def connect_attached_teachers(config: RunConfig) -> dict[str, Teacher]:
-    """Connect to the teachers that must already be running.
+    """Connect to the teachers with `attach: true`, which must be running already.
 
     Raises:
-        InputError: one does not respond.
+        InputError: a teacher does not respond.
     """
     names = [teacher.name for teacher in config.teachers if teacher.attach]
     if names:
@@ -110,32 +112,33 @@ def connect_attached_teachers(config: RunConfig) -> dict[str, Teacher]:
 
 def teacher_applications(config: RunConfig) -> dict[str, str]:
     """Return the name of each teacher's Serve application."""
-    return {t.name: t.name if t.attach else f"{t.name}-{_owner(config)}" for t in config.teachers}
+    return {t.name: t.name if t.attach else f"{t.name}-{_run_hash(config)}" for t in config.teachers}
 
 
 def policy_application(config: RunConfig) -> str:
     """Return the name of the policy's Serve application; no teacher's name starts with an underscore."""
-    return f"_policy-{_owner(config)}"
+    return f"_policy-{_run_hash(config)}"
 
 
 def served_student_config(config: RunConfig) -> TeacherConfig:
     """Return the settings with which the student is served for synthesis.
 
-    The application's name contains the fingerprint of the weights, so that an application of other weights that a
-    killed run has left is not used.
+    The application's name contains the fingerprint of the weights, so that an application that a killed run has left is
+    not used with other weights.
     """
     model, served = config.student.model, config.synthesis.served_student if config.synthesis else None
     assert served is not None and model is not None
     return TeacherConfig(
-        name=f"{_owner(config)}-student-{weights_fingerprint(model)[:8] or 'hub'}", model=model,
+        name=f"{_run_hash(config)}-student-{weights_fingerprint(model)[:8] or 'hub'}", model=model,
         trust_remote_code=config.student.trust_remote_code, **dict(served),
     )  # fmt: skip
 
 
-def _owner(config: RunConfig) -> str:
-    """Return a hash of the run directory, the suffix of the run's own applications.
+def _run_hash(config: RunConfig) -> str:
+    """Return a hash of the run directory, which is part of the names of the run's own applications.
 
-    Two runs on a cluster do not use each other's applications, and a resumed run finds those a killed one has left.
+    So two runs on a cluster do not use each other's applications, and a resumed run finds those that were left when it
+    was killed.
     """
     return hashlib.sha256(str(config.output_path).encode()).hexdigest()[:8]
 
@@ -144,7 +147,7 @@ def serve_teachers(
     config: RunConfig, applications: Mapping[str, str], stack: ExitStack, cache: SignalCache | None,
     names: Collection[str] | None = None,
 ) -> dict[str, Teacher]:  # fmt: skip
-    """Deploy the teachers `names`, by default those of training, until `stack` closes."""
+    """Deploy the teachers `names` (by default those of training) until `stack` closes; return their clients by name."""
     names = [teacher.name for teacher in config.training_teachers] if names is None else names
     running = {}
     for teacher in config.teachers:

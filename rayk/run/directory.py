@@ -11,7 +11,7 @@ from rayk.storage.atomic import write_whole
 from rayk.training.checkpoint import CheckpointStore
 
 PLACEMENT = set(marked_fields(RunConfig, Placement))
-"""Settings that decide where and how fast a run computes, not what is trained; they may change when it is resumed."""
+"""Settings that decide where and how fast a run computes but not its result; they may change when it is resumed."""
 SELECTION = set(marked_fields(RunConfig, Selection)) | {"rows", "compared", "judges"}
 """Settings, and other facts about a synthesis, that decide which completions become rows but change no completion."""
 ROUNDS = "rounds"
@@ -26,14 +26,14 @@ def claim_directory(config: RunConfig, resume: bool) -> None:
     """Create the run directory and write `config.yaml` into it; or, with `resume`, check that it belongs to this run.
 
     Raises:
-        InputError: it belongs to another run, contains something else, or cannot be written.
+        InputError: the directory belongs to another run, contains other files, or cannot be written.
     """
     check_directory(config, resume)
     write_config(config)
 
 
 def check_directory(config: RunConfig, resume: bool) -> None:
-    """Do the checks of `claim_directory`, and write nothing."""
+    """Do the checks of `claim_directory` without writing."""
     folder, file = config.output_path, config.output_path / _CONFIG
     has_rounds, started_by = (folder / ROUNDS).exists(), {ROUNDS} if config.rounds > 1 else {"synthesis"}
     if (has_rounds or has_training_rows(config)) and has_rounds != (config.rounds > 1):
@@ -48,7 +48,7 @@ def check_directory(config: RunConfig, resume: bool) -> None:
                 "--resume, give another --output, or delete the directory."
             )
         before, now = (settings.model_dump(mode="json") for settings in (load_config(file), config))
-        # Before there are rows, nothing is trained, and the store of completions checks its own settings.
+        # Without training rows nothing has been trained yet, and the store of completions checks its own settings.
         if has_training_rows(config) and (place := difference(before, now, PLACEMENT)):
             raise InputError(
                 f"The run in '{folder}' was started with another '{place}'; resume it with the same settings, or "
@@ -71,7 +71,11 @@ def _how_to_extend(folder: Path) -> str:
 
 
 def write_config(config: RunConfig) -> None:
-    """Write `config.yaml` into the run directory; errors as `claim_directory`."""
+    """Write `config.yaml` into the run directory.
+
+    Raises:
+        InputError: the directory cannot be written.
+    """
     _write(config.output_path / _CONFIG, config.to_yaml())
 
 
@@ -79,7 +83,7 @@ def claim_training_rows(config: RunConfig, fingerprint: str) -> None:
     """Store the fingerprint of the training rows; or check that a resumed run has the rows it was started with.
 
     Raises:
-        InputError: it has other rows under the same path.
+        InputError: the file of the rows has changed.
     """
     folder = config.output_path
     if has_training_rows(config) and (folder / _ROWS).read_text(encoding="utf-8") != fingerprint:

@@ -31,7 +31,7 @@ class Inputs:
     tokenizer_name: str
     tokenizer: Any
     train: ExampleTable | None
-    """None where nothing is trained."""
+    """None if nothing is trained."""
     evaluation: ExampleTable | None
     pretraining: ExampleTable | None = None
     """Plain text that is trained on in addition to `train`."""
@@ -43,14 +43,14 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     """Load the tokenizer and the rows, and check them.
 
     Args:
-        attached: the teachers that are already running, by name.
+        attached: the teachers with `attach: true`, by name.
         training: also read the training rows.
 
     Raises:
         InputError: rows, models and settings do not fit together.
     """
     check_inputs_exist(config, training=training)
-    resolve_method(config.method)  # raises where the user's code cannot be loaded
+    resolve_method(config.method)  # raises if the user's code cannot be loaded
     name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = _load_model_configs(config, attached, tokenizer, name)
@@ -91,7 +91,7 @@ def _load_model_configs(
     """Return the transformers configuration of the student and of each teacher, by their names in error messages."""
     models = {"the student": build_model_config(config.student, tokenizer)}
     if config.student.lora is not None:
-        count_planned_parameters(config.student, tokenizer)  # raises where the adapter does not fit the model
+        count_planned_parameters(config.student, tokenizer)  # raises if the adapter does not fit the model
     for teacher in config.signal_teachers:
         check_teacher(teacher, attached.get(teacher.name), tokenizer, tokenizer_name)
         if teacher.model:

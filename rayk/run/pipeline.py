@@ -48,7 +48,7 @@ class Result:
 def run_once(
     config: RunConfig, listener: ProgressListener, *, resume: bool, round_info: RoundInfo = FIRST_ROUND
 ) -> Result:
-    """Run `config`, whose paths are absolute, to the end; errors as `rayk.run.distill`."""
+    """Run `config` to the end. Its paths must be absolute. Raises the same errors as `rayk.run.distill`."""
     listener.stage("Reading data and models")
     with ExitStack() as stack:
         cache = stack.enter_context(open_cache(config.cache))
@@ -70,7 +70,7 @@ def run_once(
         assert inputs.train is not None
         claim_training_rows(config, inputs.train.fingerprint)
         base = check_base_weights(config)
-        if config.retriever is None:  # errors of the ranking should come before teachers are started
+        if config.retriever is None:  # so that its errors occur before teachers are started
             rank_demonstrations(inputs, listener)
         teachers = running | _serve_other_teachers(config, running, stack, cache, listener)
         if config.retriever is not None:
@@ -101,7 +101,7 @@ def _serve_other_teachers(
 def _train_retriever(
     config: RunConfig, inputs: Inputs, teachers: Mapping[str, Teacher], listener: ProgressListener
 ) -> str:
-    """Train the retriever of demonstrations, unless it is trained already; return its folder."""
+    """Train the retriever of demonstrations, unless it has been trained already; return its folder."""
     pool = inputs.views.demonstrations
     assert inputs.train is not None and pool is not None
     scorer = teachers[config.retriever_teacher]

@@ -1,4 +1,4 @@
-"""Progress of a run: the listener interface, and following `metrics.jsonl` while training runs."""
+"""Progress of a run: the interface of listeners, and reports from `metrics.jsonl` during training."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,21 +10,24 @@ from rayk.report.run_directory import MetricsFollower
 
 
 class ProgressListener:
-    """Receives a run's progress and ignores it; override what you want to show. The command line draws it."""
+    """Base class of listeners to a run's progress. Its methods do nothing; override those whose events you need."""
 
     def stage(self, text: str) -> None:
-        """A new stage of the run begins."""
+        """Called when a new stage of the run begins."""
 
     def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
-        """New rows of `metrics.jsonl`. After a worker's death and on resuming, earlier steps may be repeated."""
+        """Called with new rows of `metrics.jsonl`. Steps may occur again after a worker's death or on resuming."""
 
     def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
-        """`done` of `total` units of the current stage are finished."""
+        """Called when `done` of `total` units of the current stage are finished."""
 
 
 @contextmanager
 def follow_metrics(folder: Path, total: int, listener: ProgressListener) -> Iterator[None]:
-    """Report new rows of `folder`/metrics.jsonl to the listener while the block runs, wherever rank 0 is."""
+    """Report new rows of `folder`/metrics.jsonl to the listener while the block runs.
+
+    The rows are read from the file, because rank 0, which writes it, may run on another node.
+    """
     done = threading.Event()
     follower = MetricsFollower(folder / "metrics.jsonl")
 

@@ -1,6 +1,6 @@
 """Runs of one or several rounds. Each round synthesizes rows and trains on them, starting from the previous student.
 
-Each round is a run of its own (`rayk.run.pipeline`) in `OUTPUT/rounds/01` and so on, and its student is the model of
+Each round is a separate run (`rayk.run.pipeline`) in `OUTPUT/rounds/01` and so on, and its student is the model of
 the round before. A killed run therefore continues inside its round, from that round's directory. OUTPUT itself gets
 the model of the last round, the steps of all rounds in one `metrics.jsonl`, and a report that compares the rounds.
 """
@@ -81,7 +81,7 @@ def synthesize(
 
     Raises:
         InputError: there is no `synthesis`, or the settings, data or models are wrong.
-        RunFailed, TeacherUnavailable: as `distill`.
+        RunFailed, TeacherUnavailable: as in `distill`.
     """
     config, listener = with_absolute_paths(config, output), listener or ProgressListener()
     if config.synthesis is None:
@@ -100,7 +100,7 @@ def synthesize(
 def next_round(config: RunConfig) -> tuple[RunConfig, RoundInfo]:
     """Return the settings and number of the first unfinished round, or of the last one if all are finished.
 
-    For a run without rounds that is `config` itself. Its paths must be absolute.
+    For a run without rounds these are `config` itself and the first round. Paths in `config` must be absolute.
     """
     if config.rounds == 1:
         return config, FIRST_ROUND
@@ -109,7 +109,7 @@ def next_round(config: RunConfig) -> tuple[RunConfig, RoundInfo]:
 
 
 def round_config(config: RunConfig, number: int) -> tuple[RunConfig, RoundInfo]:
-    """Return the settings of round `number`, from 0, as a run of its own."""
+    """Return the settings of round `number` (from 0) as those of a separate run, and the round's info."""
     values = config.model_dump(mode="json")
     values |= {"rounds": 1, "name": f"{config.name}-round-{number + 1}", "output": str(_folder(config, number))}
     if config.training.checkpoints:

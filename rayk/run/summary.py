@@ -78,5 +78,5 @@ def training_speed(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole; errors as `write_whole`."""
+    """Write a JSON file completely or not at all; raises the errors of `rayk.storage.atomic.write_whole`."""
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False).encode())

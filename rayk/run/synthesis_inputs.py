@@ -1,4 +1,4 @@
-"""Read and check the inputs of a synthesis, and locate the rows that it makes."""
+"""Read and check the inputs of a synthesis, and locate the rows that it writes."""
 
 from pathlib import Path
 
@@ -38,7 +38,11 @@ def read_synthesis_prompts(config: RunConfig) -> list[Prompt]:
 
 
 def _check_judges(config: RunConfig) -> None:
-    """Check that the tokenizer of each judge that is queried in chat has a chat template."""
+    """Check that the tokenizer of each judge with `chat` has a chat template.
+
+    Raises:
+        InputError: a tokenizer has none.
+    """
     assert config.synthesis is not None
     for settings in config.synthesis.filters:
         if not isinstance(settings, JudgeFilterConfig):
@@ -50,7 +54,12 @@ def _check_judges(config: RunConfig) -> None:
 
 
 def _check_student_tokenizer(config: RunConfig) -> None:
-    """Check that a student that generates has the tokenizer in its folder that it is trained with."""
+    """Check that a student that generates has the same tokenizer in its folder as `student.tokenizer`, with which it is
+    trained.
+
+    Raises:
+        InputError: the tokenizers differ.
+    """
     student = config.student
     if config.synthesis is None or not config.synthesis.reads_student or not (student.model and student.tokenizer):
         return

@@ -22,7 +22,7 @@ from rayk.evaluation.initial import read_initial_metrics, record_initial_metrics
 from rayk.methods import Method, OnPolicyMethod, resolve_method
 from rayk.models import load_tokenizer
 from rayk.models.student import count_parameters, make_model
-from rayk.rollouts import trainable_state_dict
+from rayk.serving.weights import trainable_state_dict
 from rayk.teachers import Scorer, build_scorer
 from rayk.teachers.cache import open_cache
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
@@ -73,7 +73,7 @@ class Trainer:
         self._base = job.base
         self.step = 0
         self._is_evaluated = True
-        """Whether the evaluation that is due after `step` is done."""
+        """False if an evaluation is due after `step` and not done."""
         self._restore()
         self._saved_step = self.step
         self.evaluator = self._make_evaluator(job, teacher, views)
@@ -144,13 +144,13 @@ class Trainer:
         )  # fmt: skip
 
     def _start_ranks(self) -> None:
-        """Do what ranks must do together, after each of them was constructed: a failed constructor would let the other
-        ranks wait in a collective."""
+        """Run the collective part of the setup. In the constructor, an error on one rank would let the other ranks wait
+        in a collective."""
         steps, attempts = zip(*self.ranks.gather((self.step, uuid4().hex)), strict=True)
         if len(set(steps)) > 1:
             raise AllRanksStop(
                 RunFailed(
-                    f"The workers do not find the same checkpoint in '{self.store.place}'; the output directory (or "
+                    f"The workers do not find the same checkpoint in '{self.store.location}'; the output directory (or "
                     "training.checkpoints) must be one that all nodes share."
                 )
             )
@@ -165,7 +165,7 @@ class Trainer:
         problem = None
         try:
             work()
-        except AllRanksStop:  # agreed on in `work`
+        except AllRanksStop:  # `work` has called `agree` already
             raise
         except Exception as error:
             problem = error
@@ -175,7 +175,7 @@ class Trainer:
         """Let the method compute what needs the initial weights; after a resume it is part of the method's state."""
 
         def gather(value: Any) -> list[Any]:
-            self.ranks.agree(None)  # a rank that has failed is in the agreement below
+            self.ranks.agree(None)  # pairs with the `agree` of a rank on which `precompute` has failed
             return self.ranks.gather(value)
 
         def precompute() -> None:
@@ -256,13 +256,13 @@ class Trainer:
         return prepared
 
     def _finish_generation(self, row: dict[str, Any]) -> dict[str, float]:
-        """Wait until everything is generated that needs the policy's current weights; return the step's new times."""
+        """Wait until all rows that need the policy's current weights are generated; return the step's updated times."""
         started = time.perf_counter()
         self.experiences.finish()
         return policy_wait_metrics(row, time.perf_counter() - started, time.time())
 
     def _new_cached_tokens(self) -> int:
-        """Return the number of counted tokens that came from the cache since the last call, also for later steps."""
+        """Return the number of counted tokens read from the cache since the last call, also those of later steps."""
         before = self._cached_tokens
         self._cached_tokens = sum(teacher.statistics.cached_tokens for teacher in self.teachers.values())
         return self._cached_tokens - before
@@ -284,7 +284,7 @@ class Trainer:
         return evaluation
 
     def _evaluate_late(self) -> Evaluation:
-        """Make the evaluation at which the previous attempt stopped, and add its metrics to the row of its step."""
+        """Repeat the evaluation that failed in the previous attempt, and add its metrics to the row of its step."""
         evaluation = self._evaluate(last=self.step == self.total_steps)
         self._is_evaluated = True
         if self.recorder:
@@ -300,18 +300,18 @@ class Trainer:
         if any(self.ranks.gather(read_initial_metrics(output) is not None)):
             return
         metrics = self._measure(answers=True).metrics
-        self._new_cached_tokens()  # the first step counts its own
+        self._new_cached_tokens()  # so that the first step does not count those of this evaluation
         writes = self.ranks.rank == 0
         self._run_on_all_ranks(lambda: record_initial_metrics(output, metrics) if writes else None)
 
     def _evaluate(self, last: bool) -> Evaluation:
-        """Evaluate the student, on all ranks together; `last` also generates answers."""
+        """Evaluate the student on all ranks, with answers if `last`, and pass the metrics to the method."""
         evaluation = self._measure(answers=last)
         self.method.on_evaluation(evaluation.metrics)
         return evaluation
 
     def _measure(self, answers: bool) -> Evaluation:
-        """The student's evaluation on the rows of all ranks."""
+        """Evaluate the student on the rows of all ranks; return the merged evaluation on every rank."""
         assert self.evaluator is not None
         evaluation, problem = None, None
         self.student.eval()
@@ -324,6 +324,7 @@ class Trainer:
         return Evaluation.merge(self.ranks.gather(evaluation))
 
     def _checkpoint(self) -> None:
+        """Gather the state of all ranks, and save a checkpoint on rank 0."""
         self._saved_step = self.step
         method_states = self.ranks.gather(self.method.state_dict())
         rollouts = [row for rows in self.ranks.gather(self.experiences.state(self.step)) for row in rows]

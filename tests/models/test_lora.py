@@ -13,7 +13,7 @@ from rayk.errors import InputError
 from rayk.models import check_head, final_hidden, get_head, load_model
 from rayk.models.lora import add_adapter, merged_state_dict
 from rayk.models.student import ParameterCount, count_parameters, count_planned_parameters, make_model
-from rayk.rollouts import trainable_state_dict
+from rayk.serving.weights import trainable_state_dict
 from rayk.training.student import save_model
 from tests.tiny import perturb, tiny_model, tiny_tokenizer
 

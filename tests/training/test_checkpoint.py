@@ -8,8 +8,8 @@ import torch
 from rayk.config import parse_config
 from rayk.errors import InputError, RunFailed
 from rayk.methods import METHODS, Supervised
-from rayk.rollouts import trainable_state_dict
 from rayk.run import distill
+from rayk.serving.weights import trainable_state_dict
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from tests.runs import assert_same_learning, config, curve, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
