@@ -219,7 +219,7 @@ def test_links_of_a_page_exist(page):
 
 
 def test_files_that_sources_and_pages_name_exist():
-    """No document outside this repository is cited: each Markdown page exists, and no section sign follows a bare name."""
+    """No document outside this repository is cited: Markdown pages exist, and no section sign follows a bare name."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     names = {Path(path).name for path in tracked} | {"README.md"}
     for path in tracked:
