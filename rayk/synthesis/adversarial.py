@@ -13,17 +13,19 @@ given prompts. A round is
    above 0.7 to an instruction of the cache pool or to another new one;
 4. the new instructions replace the train pool and join the cache pool.
 
-Here 2 and 3 run at the beginning of the round whose train pool they make, so that round 0 is imitation alone. The
-teacher's completions of the cache pool are stored in it and not requested again. Differences from the authors' code:
+In this implementation, steps 2 and 3 run at the beginning of the round that trains on their instructions, so that round
+0 consists of step 1 only. The cache pool also contains the teacher's completions, which are not requested again.
+Differences from the authors' code:
 
-- an instruction for which the referee gives no scores in one of the orders, after two requests, is neither hard nor
-  easy (there, -1 counts as a score);
-- every instruction of a kind is used once before one is used again, and a new one may begin in any script;
-- a new instruction may have 32 tokens however short its model is (there, four tokens per word);
+- an instruction is neither hard nor easy if the referee gives no scores in one of the orders, after two requests (in
+  their code, -1 counts as a score);
+- each instruction of a kind is used once before any is used again, and a new instruction may begin in any script;
+- a new instruction may have at least 32 tokens (in their code, four tokens per word of its source);
 - the referee is already tested in round 0.
 
-Requests for new instructions are sent in waves and read in the order of their requests, hard and easy alternating; they
-depend on no responses but the scores. So equal seeds give equal instructions, however often a round is interrupted.
+Requests for new instructions are sent in waves, hard and easy alternating, and their responses are read in the order of
+the requests. The requests depend on no other responses than the referee's scores. So equal seeds give equal
+instructions, however often a round is interrupted.
 """
 
 from collections import Counter
@@ -76,9 +78,9 @@ from rayk.synthesis.store import StoredCompletion
 from rayk.text import Filter, find_rejection
 from rayk.text.words import words
 
-_ANSWER, _AGAIN, _STUDENT, _REFEREE, _CHOICE, _NEW = range(20, 26)  # the stages of a seed
+_ANSWER, _AGAIN, _STUDENT, _REFEREE, _CHOICE, _NEW = range(20, 26)  # the first number of a seed's position
 _MIN_WORDS = 4
-_MIN_SIMILARITY = 0.700001  # a filter rejects from its threshold on; exactly 0.7 is accepted
+_MIN_SIMILARITY = 0.700001  # a filter rejects its threshold too, but here exactly 0.7 is accepted
 _MIN_TOKENS = 32
 _MIN_WAVE = 8
 _MAX_EMPTY_WAVES = 5
@@ -90,10 +92,10 @@ class _Instruction:
     """An instruction of the train pool.
 
     Attributes:
-        seed_position: where it comes from, for its seed: the index of the given prompt, or the index of the instruction
-            it was generated from and the number of the turn. Not its index in the train pool, because an instruction
-            whose request failed and succeeds later would shift the others.
-        responses: responses it was generated from; empty if given.
+        seed_position: position for the seed of its completion: the index of the given prompt, or the index of the
+            source instruction and the number of the turn. It is not the index in the train pool, because an instruction
+            whose request fails now and succeeds later would shift the others.
+        responses: responses that the instruction was generated from; empty if it was given.
     """
 
     entry: PoolEntry
@@ -176,7 +178,7 @@ class Adversarial(Recipe[AdversarialConfig]):
         return replace(entry, answer=text), candidate.reject(*problem) if problem else candidate
 
     async def _test_referee(self, train: Sequence[PoolEntry]) -> None:
-        """Let the referee compare some completions with themselves, before a round is trained for nothing.
+        """Let the referee compare some completions with themselves, to detect a useless referee before the training.
 
         Raises:
             RunFailed: the referee gives no scores.
@@ -191,10 +193,10 @@ class Adversarial(Recipe[AdversarialConfig]):
             )
 
     async def _discriminate(self, cache: Sequence[PoolEntry]) -> None:
-        """Let the student complete the cache pool, and the referee compare.
+        """Let the student complete the cache pool, and the referee compare its completions with the teacher's.
 
         Raises:
-            RunFailed: nothing could be compared.
+            RunFailed: no instruction could be compared.
         """
         work = (self._compare(index, entry) for index, entry in enumerate(cache))
         async with aclosing(run_in_order(work, self.settings.in_flight)) as comparisons:
@@ -259,7 +261,7 @@ class Adversarial(Recipe[AdversarialConfig]):
     async def _generate_instructions(self, cache: Sequence[PoolEntry]) -> AsyncGenerator[Candidate, None]:
         """Generate the configured number of instructions of each kind, or fewer if the teacher repeats itself.
 
-        Yields the rejected ones.
+        Yields the rejected instructions.
         """
         filters = new_instruction_filters(self.settings.blacklist, (entry.instruction for entry in cache))
         kinds = [comparison.kind(self.settings.threshold) for comparison in self._comparisons]
@@ -277,9 +279,9 @@ class Adversarial(Recipe[AdversarialConfig]):
                 islice(turns[kind], self._wave_size(num_wanted[kind] - num_accepted[kind], num_wanted[kind]))
                 for kind in unfinished
             ]
-            models = [model for pair in zip_longest(*waves) for model in pair if model is not None]
-            responses = await gather(self._propose(cache[index], kinds[index], index, turn) for index, turn in models)
-            for (index, turn), response in zip(models, responses, strict=True):
+            sources = [source for pair in zip_longest(*waves) for source in pair if source is not None]
+            responses = await gather(self._propose(cache[index], kinds[index], index, turn) for index, turn in sources)
+            for (index, turn), response in zip(sources, responses, strict=True):
                 kind = kinds[index]
                 if num_accepted[kind] == num_wanted[kind]:
                     continue
@@ -292,7 +294,7 @@ class Adversarial(Recipe[AdversarialConfig]):
                     empty_waves[kind] = 0
 
     def _turns(self, indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield (index, turn) of the next instruction to generate from, without end: each turn in another order."""
+        """Yield (index, turn) of the next instruction to generate from, endlessly, with another order in each turn."""
         for turn in count():
             order = {index: self.client.seed(_CHOICE, self.round.number, turn, index) for index in indices}
             yield from ((index, turn) for index in sorted(indices, key=order.__getitem__))
@@ -301,10 +303,10 @@ class Adversarial(Recipe[AdversarialConfig]):
         """Return the number of requests for a kind that are sent together."""
         return min(self.settings.batch, max(num_missing, min(_MIN_WAVE, num_wanted)))
 
-    async def _propose(self, model: PoolEntry, kind: str, index: int, turn: int) -> StoredCompletion:
+    async def _propose(self, source: PoolEntry, kind: str, index: int, turn: int) -> StoredCompletion:
         template = self.settings.hard_template if kind == HARD else self.settings.easy_template
-        prompt = new_prompt(model.instruction, kind == HARD, self.client.uses_chat, template)
-        max_tokens = self.settings.instruction_tokens_per_word * len(words(model.instruction))
+        prompt = new_prompt(source.instruction, kind == HARD, self.client.uses_chat, template)
+        max_tokens = self.settings.instruction_tokens_per_word * len(words(source.instruction))
         parameters = SamplingParameters(
             max(_MIN_TOKENS, min(max_tokens, self.settings.sampling.max_new_tokens)),
             self.settings.instruction_temperature,
@@ -314,11 +316,11 @@ class Adversarial(Recipe[AdversarialConfig]):
         return await self.client.complete(CompletionRequest(prompt, seed, parameters))
 
     def _parse_proposal(
-        self, response: StoredCompletion, model: PoolEntry, kind: str, filters: Sequence[Filter]
+        self, response: StoredCompletion, source: PoolEntry, kind: str, filters: Sequence[Filter]
     ) -> tuple[PoolEntry, tuple[str, str] | None]:
-        """Return the new instruction, and the rule that rejects it with the reason."""
+        """Return the new instruction, and the rule that rejects it with the reason; None if it is accepted."""
         text = parse_new_prompt(completion_text(response, () if self.client.uses_chat else NEW_PROMPT_STOP))
-        new = PoolEntry(text, kind, self.round.number, model.origin, made_from=model.instruction)
+        new = PoolEntry(text, kind, self.round.number, source.origin, made_from=source.instruction)
         if missing := missing_response(response):
             return new, missing
         if response.finish_reason == "length":

@@ -1,4 +1,5 @@
-"""Interface of recipes: prompts in, candidates for training rows out, in an order that only depends on them."""
+"""Interface of recipes, which turn prompts into candidates for training rows, in an order that does not depend on the
+order in which responses arrive."""
 
 from abc import ABC
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -24,7 +25,7 @@ class Candidate:
     Attributes:
         prompt, completion: text that the student would be trained on.
         prompt_index: index of the prompt in `Recipe.prompts` that the row belongs to.
-        responses: model responses that the row was made from; the first is the one with the completion.
+        responses: model responses that the row was made from; the first contains the completion.
         fields: additional fields of the row.
         new_prompt: whether the prompt was generated, so that the source row's other fields do not apply to it.
         rejected_by: name of the check that rejected the candidate, with the `reason`; empty while it is accepted.
@@ -73,7 +74,7 @@ class Statistic:
 
 
 class Recipe(ABC, Generic[S]):
-    """Implementation of a synthesis. One file each; `rayk.synthesis.RECIPES` lists the built-in ones.
+    """Implementation of a synthesis. Each built-in recipe has its own file and is listed in `rayk.synthesis.RECIPES`.
 
     A recipe overrides `generate` if the candidates of one prompt do not depend on other prompts, else `candidates`.
 
@@ -153,7 +154,7 @@ def sampling_parameters(sampling: SamplingConfig) -> SamplingParameters:
 
 
 def completion_text(response: StoredCompletion, stop: Sequence[str] = ()) -> str:
-    """Return the text before the first stop text, which some engines keep, without trailing white space."""
+    """Return the text before the first stop text, which some engines return too, without trailing white space."""
     text = response.text
     for stop_text in stop:
         text = text.split(stop_text, 1)[0]
@@ -161,7 +162,7 @@ def completion_text(response: StoredCompletion, stop: Sequence[str] = ()) -> str
 
 
 MISSING_RESPONSE = ("unanswered", "refused")
-"""Reasons for rejection without a response: the request failed this time, or was refused for good."""
+"""Checks that fail if there is no response: the request failed this time, or was refused for good."""
 
 
 def missing_response(response: StoredCompletion) -> tuple[str, str] | None:
@@ -172,7 +173,7 @@ def missing_response(response: StoredCompletion) -> tuple[str, str] | None:
 
 
 def completion_problem(response: StoredCompletion, text: str, model: str = "teacher") -> tuple[str, str] | None:
-    """Return the check that a completion fails by itself, and the reason; None if it can be used."""
+    """Return the check that a completion fails in any recipe, and the reason; None if the completion can be used."""
     if missing := missing_response(response):
         return missing
     if not text.strip():

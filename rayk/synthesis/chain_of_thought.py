@@ -2,8 +2,8 @@
 
 Each rationale takes two requests (zero-shot CoT): "Q: … A: Let's think step by step." returns the rationale; with the
 rationale appended, "Therefore, the answer is" returns the answer, greedily. A rationale is kept if its answer is right.
-With D sampled rationales per question (diverse reasoning) the student sees several ways. The student learns
-`<question> ###` → `<rationale> --> <answer>` and its EOS, where the authors' code for OpenAI uses END.
+With D sampled rationales per question (diverse reasoning) the student sees several solutions. The student learns
+`<question> ###` → `<rationale> --> <answer>` and EOS; the authors' code for OpenAI has END in its place.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from rayk.synthesis.prompts import Prompt, is_right
 from rayk.synthesis.store import StoredCompletion
 from rayk.text.answers import find_answer
 
-_RATIONALE, _ANSWER = 1, 2  # the stages of a seed
+_RATIONALE, _ANSWER = 1, 2  # the first number of a seed's position
 
 
 class ChainOfThought(Recipe[ChainOfThoughtConfig]):

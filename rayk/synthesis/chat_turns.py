@@ -1,7 +1,7 @@
 """Find where the turns of a chat template begin and end, by rendering marked messages.
 
-A model that was trained on a template and is given the text before the user's message continues as a user would
-(Magpie). That text, and what ends the turn, differs between templates:
+If a model that was trained on a template reads only the text before the user's message, it continues with a user's
+message (Magpie). That text, and the text that ends the turn, differ between templates:
 
     Llama-3   <|begin_of_text|><|start_header_id|>user<|end_header_id|>⏎⏎ … <|eot_id|>
     Qwen2.5   <|im_start|>system⏎You are Qwen, … <|im_end|>⏎<|im_start|>user⏎ … <|im_end|>⏎

@@ -2,8 +2,8 @@
 grading).
 
 Each row that passed the text filters is put into a template, and the model's reply must contain a score. Replies are
-completions like any other: stored with prompt and model, and requested once. A row without a reply, or whose reply
-contains no score, is rejected for a reason of its own.
+completions like any other: stored with prompt and model, and requested once. Rows without a reply, and rows whose reply
+contains no score, are rejected with separate reasons.
 """
 
 import string
@@ -20,7 +20,7 @@ from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_
 from rayk.synthesis.store import StoredCompletion
 from rayk.text.answers import find_last_match
 
-_RATING = 90  # the stage of a seed
+_RATING = 90  # the first number of a seed's position
 _EXCERPT = 60
 
 

@@ -3,7 +3,7 @@
 Given only the tokens that precede a user's text in its chat template, an aligned model continues as a user (§2.1, step
 1): n instructions, sampled at temperature 1 without truncation, each up to the token that ends the turn or the next
 role's name in plain text. Each instruction is then put into the template and answered greedily (step 2). The paper's
-filters (§2.2) are `instruction_filters`, applied before responses are paid for, then the run's `filters`, then
+filters (§2.2) are `instruction_filters`, applied before responses are requested, then the run's `filters`, then
 `keep_longest`.
 
 Seeds depend on an instruction's position, so more instructions or other filters do not change earlier requests.
@@ -32,9 +32,9 @@ from rayk.synthesis.chat_turns import find_chat_turns
 from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.store import StoredCompletion
-from rayk.text import Filter, build_filters, find_rejection, words
+from rayk.text import build_filters, find_rejection, words
 
-_INSTRUCTION, _RESPONSE = 20, 21  # the stages of a seed
+_INSTRUCTION, _RESPONSE = 20, 21  # the first number of a seed's position
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Magpie(PromptGeneratingRecipe[MagpieConfig]):
         self._turns = find_chat_turns(self._encoder, settings.system, _template_owner(settings, teacher.name))
         # An endpoint adds the tokenizer's prefix (such as BOS) to each prompt itself.
         self._endpoint_prefix = str(self._encoder.tokenizer.decode(self._encoder.prefix)) if is_endpoint else ""
-        self._filters = _build_instruction_filters(settings)
-        # Stop texts rather than token ids: engines also find special tokens by them, and endpoints accept nothing else.
+        self._filters = build_filters(settings.instruction_filters)
+        # Stop texts, not token ids: engines find special tokens by their text too, and endpoints accept only text.
         self._instruction_parameters = _add_stop(
             sampling_parameters(settings.sampling), self._turns.user_ends, *settings.role_words,
             *(["\n"] if settings.stop_at_newline else []),
@@ -76,7 +76,7 @@ class Magpie(PromptGeneratingRecipe[MagpieConfig]):
 
     @classmethod
     def check(cls, settings: MagpieConfig, teacher: TeacherConfig) -> None:
-        _build_instruction_filters(settings)
+        build_filters(settings.instruction_filters)
         model = teacher.model if teacher.gives_signals else None
         if name := settings.tokenizer or model:
             find_chat_turns(_load_encoder(name, teacher), settings.system, _template_owner(settings, teacher.name))
@@ -114,7 +114,7 @@ class Magpie(PromptGeneratingRecipe[MagpieConfig]):
         return _Instruction(completion_text(response, self._instruction_parameters.stop).strip(), position, response)
 
     def _instruction_problem(self, instruction: _Instruction) -> tuple[str, str] | None:
-        """Return the check that an instruction fails, and the reason; remember an instruction that passes all."""
+        """Return the check that an instruction fails, and the reason; None if it passes (the filters remember it)."""
         response = instruction.response
         if problem := completion_problem(response, instruction.text):
             return problem
@@ -179,12 +179,8 @@ class Magpie(PromptGeneratingRecipe[MagpieConfig]):
 
 
 def _breaks_off(text: str) -> bool:
-    """Return whether another word was to follow: the text ends with a space that no end of a sentence precedes."""
+    """Return whether the text ends within a sentence: with a space that follows no punctuation."""
     return re.search(r"[^\s.!?…。！？:;)\"'”’»*`][ \t]+\Z", text) is not None
-
-
-def _build_instruction_filters(settings: MagpieConfig) -> list[Filter]:
-    return build_filters(settings.instruction_filters)
 
 
 def _load_encoder(name: str, teacher: TeacherConfig) -> TextEncoder:

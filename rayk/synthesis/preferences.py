@@ -3,13 +3,13 @@
 
 Two ways to make them (`chosen`):
 
-- `teacher`: the teacher's completion is chosen, the student's is rejected. This needs no judge, but the student would
-  not have generated the chosen completion, and whatever distinguishes the two models is learned as better, first of all
-  their length; the statistics say by how much they differ.
+- `teacher`: the teacher's completion is chosen, the student's is rejected. This needs no score. But the student would
+  not have generated the chosen completion, and it learns to prefer whatever distinguishes the teacher's completions
+  from its own, first of all their length; the statistics contain both lengths.
 - `best`: of all samples, the teacher's and the student's, the one with the highest `scorer` value is chosen and the one
-  with the lowest is rejected; of equal ones the student's, which is closer to its own distribution. A prompt whose
-  samples all score the same gives no pair. With `student_samples: 0` this is Magpie's preference set (Xu et al. 2024,
-  arXiv 2406.08464), where the score comes from a reward model.
+  with the lowest is rejected. Among equal scores the student's sample is taken, because it is closer to the student's
+  distribution. A prompt whose samples all have the same score gives no pair. With `student_samples: 0` this is Magpie's
+  preference set (Xu et al. 2024, arXiv 2406.08464), where the score comes from a reward model.
 
 A pair of equal completions teaches nothing and is rejected. With `rounds` the student generates new completions when
 each round begins, and is the reference of that round's training; the teacher's completions are those of the first
@@ -37,7 +37,7 @@ from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import CompletionScorer
 from rayk.synthesis.store import StoredCompletion
 
-_TEACHER, _STUDENT = 30, 31  # the stages of a seed
+_TEACHER, _STUDENT = 30, 31  # the first number of a seed's position
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Sample:
     """One completion by `model`, 'teacher' or 'student'.
 
     Attributes:
-        problem: the check that the completion fails by itself, and the reason.
+        problem: the check that the completion fails, and the reason; None if it can be used.
     """
 
     model: str
@@ -113,7 +113,7 @@ class Preferences(Recipe[PreferencesConfig]):
             return self._pair(index, prompt, first, second)
         best, worst = (pick(usable, key=lambda sample: sample.score or 0.0) for pick in (max, min))
         if best.score == worst.score:
-            # Two different samples, for `best` and `worst` are the same one here.
+            # `best` and `worst` are the same sample here, but a pair needs two.
             tie = f"all {len(usable)} completions score {best.score:g}"
             return self._pair(index, prompt, usable[0], usable[1], tie=tie)
         return self._pair(index, prompt, best, worst)

@@ -1,7 +1,7 @@
 """Teacher completions of the rows' prompts: sequence-level distillation (SeqKD, Kim & Rush 2016, arXiv 1606.07947).
 
 The student is then trained on the teacher's text, by any method. Of several samples per prompt all are kept, or the
-best by the teacher's own mean log-prob, by the right answer, or by a function of the user's.
+best one: by the teacher's own mean log-prob, by comparison with the right answer, or by a user's function.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import CompletionScorer
 from rayk.synthesis.store import StoredCompletion
 
-_SAMPLE = 0  # the stage of a seed
+_SAMPLE = 0  # the first number of a seed's position
 
 
 class Responses(Recipe[ResponsesConfig]):

@@ -1,4 +1,4 @@
-"""Training rows and the summary that are made from candidates."""
+"""Make training rows and the summary from candidates."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ _EXAMPLES = 3
 def training_row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Return the row of `rows.parquet` or `rejected.parquet`.
 
-    It contains the fields of the source row, so that evaluation, routes and templates find them, and over them the
-    texts, the recipe's fields and the provenance.
+    It contains the fields of the source row, so that evaluation, routes and templates find them. The texts, the
+    recipe's fields and the provenance replace fields of the same name.
     """
     first = candidate.responses[0]
     logprobs = [each.mean_logprob for each in candidate.responses if each.mean_logprob is not None]
@@ -35,7 +35,7 @@ def training_row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, A
 
 
 def filter_fields(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return the fields that filters read: those of the row; of a pair, `completion` is the chosen text."""
+    """Return the fields that filters read: those of the row; for a pair also `completion`, the chosen text."""
     return training_row(candidate, prompts) | {"completion": candidate.completion}
 
 

@@ -1,4 +1,4 @@
-"""Score completions of a prompt: by mean log-prob, by the right answer, or by a function of the user's."""
+"""Score completions of a prompt: by mean log-prob, by comparison with the right answer, or by a user's function."""
 
 import math
 from collections.abc import Callable

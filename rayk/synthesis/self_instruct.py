@@ -1,15 +1,15 @@
 """Tasks that the teacher generates itself, with inputs and outputs: Self-Instruct (Wang et al. 2022, arXiv 2212.10560).
 
-From 8 instructions of the pool, 6 written by people and 2 generated ones (while there are none, all by people), the
-teacher continues with 8 more. An instruction enters the pool if it passes the paper's rules: 4 to 150 words, none about
-images or other things that a language model cannot handle, and ROUGE-L F below 0.7 to every instruction of the pool.
-Each is then classified as classification task or not, and the teacher generates instances: the label first for a
-classification task, else the input first.
+The teacher reads 8 instructions of the pool, 6 written by people and 2 generated (at the beginning, all 8 written by
+people), and continues the list with 8 more. An instruction enters the pool if it passes the paper's rules: it has 4 to
+150 words, none of them about images or other things that a language model cannot handle, and ROUGE-L F below 0.7 with
+every instruction of the pool. The teacher then says whether the instruction is a classification task, and generates
+instances: with the label first for a classification task, else with the input first.
 
-The pool grows in batches: all lists of a batch are requested with the pool as it was when the batch began, and are read
-in the order of their requests; of the last batch only as many as needed are requested. So equal seeds give equal tasks,
-however often the run is interrupted and however many requests run at a time, and a larger number of tasks extends a
-smaller one. The paper's presence penalty is not among rayk's sampling parameters.
+The pool grows in batches: all lists of a batch are requested with the pool at the beginning of the batch, and are read
+in the order of their requests; of the last batch only as many lists as needed are requested. So equal seeds give equal
+tasks, however often the run is interrupted and however many requests run at a time, and a run for more tasks begins
+with the tasks of a run for fewer. The paper's presence penalty is not among rayk's sampling parameters.
 """
 
 import json
@@ -38,7 +38,7 @@ from rayk.synthesis.self_instruct_texts import SeedTask
 from rayk.synthesis.store import StoredCompletion
 from rayk.text import Filter, find_rejection
 
-_LIST, _CHOICE, _SORT, _INSTANCES, _TEMPLATE = range(10, 15)  # the stages of a seed
+_LIST, _CHOICE, _CLASSIFICATION, _INSTANCES, _TEMPLATE = range(10, 15)  # the first number of a seed's position
 _GENERATED_IN_CONTEXT = 2
 _WORDS = (4, 150)
 _MAX_ROUGE = 0.7
@@ -109,12 +109,12 @@ class SelfInstruct(PromptGeneratingRecipe[SelfInstructConfig]):
         rejected ones.
 
         Raises:
-            RunFailed: the request for a list failed and may succeed later; without the list the pool would differ. A
-                list that was refused for good is skipped.
+            RunFailed: the request for a list failed and may succeed later. Without the list the pool would differ. (A
+                request that was refused for good is skipped.)
         """
         filters = instruction_filters(self.settings.blacklist, self._seed_tasks)
         num_wanted, batch_size = self.settings.instructions, self.settings.batch
-        pool: list[_Instruction] = []  # as the whole batch sees it, however many of its lists are needed
+        pool: list[_Instruction] = []  # the pool at the beginning of the batch
         batch = start = empty_batches = empty_rounds = 0
         while len(accepted) < num_wanted and empty_batches < _MAX_EMPTY_BATCHES:
             before = len(accepted)
@@ -164,7 +164,9 @@ class SelfInstruct(PromptGeneratingRecipe[SelfInstructConfig]):
             position: position of the instruction among all accepted ones.
         """
         prompt = texts.classification_prompt(instruction.text, self._seed_tasks, self._chat)
-        request = CompletionRequest(prompt, self.client.seed(_SORT, position), self._classification_parameters)
+        request = CompletionRequest(
+            prompt, self.client.seed(_CLASSIFICATION, position), self._classification_parameters
+        )
         classification = await self.client.complete(request)
         index, fields = instruction.seed_index, {"instruction": instruction.text}
         if missing := missing_response(classification):

@@ -77,7 +77,7 @@ def read_seed_tasks(path: str | None = None) -> list[SeedTask]:
 
     Raises:
         InputError: the file cannot be read, a line is not such a task (the message names file and line), or there are
-            fewer than 8 tasks, no classification task, or nothing else.
+            fewer than 8 tasks, no classification task, or only classification tasks.
     """
     name = path or str(Path(__file__).with_name("seed_tasks.jsonl"))
     tasks = [_seed_task(row) for row in read_rows(DataSource(path=name))]
@@ -143,14 +143,14 @@ def parse_instructions(text: str, finish_reason: str, chat: bool = False) -> lis
 
 
 def instruction_problem(instruction: str) -> str | None:
-    """Return in words how an instruction's beginning breaks the paper's rules; None if it does not."""
+    """Return in words which of the paper's rules an instruction's beginning breaks; None if it breaks none."""
     if instruction.lower().startswith("write a program"):
         return "asks for a program"
     return beginning_problem(instruction)
 
 
 def beginning_problem(instruction: str) -> str | None:
-    """Return in words why an instruction cannot begin like this; None if it can."""
+    """Return in words why an instruction's beginning is not acceptable; None if it is."""
     if unicodedata.category(instruction[0])[0] not in "LN":
         return f"begins with {instruction[0]!r}"
     return None
@@ -166,7 +166,7 @@ def build_pool_filters(
         words: smallest and largest number of words.
         problem: returns in words what is wrong with an instruction, or None.
         blacklist: words that an instruction must not contain.
-        similar: ROUGE-L F to an instruction of the pool that is too high.
+        similar: smallest ROUGE-L F with an instruction of the pool that rejects a new one.
     """
     field = "instruction"
     keywords = [KeywordsFilterConfig(field=field, keywords=list(blacklist))] if blacklist else []
@@ -251,19 +251,20 @@ _NO_INPUT = re.compile(r"[\W_]*(?:none|no input|n/?a|empty)?[\W_]*", re.IGNORECA
 
 
 def parse_instances(text: str, is_classification: bool, finish_reason: str) -> tuple[list[Instance], str | None]:
-    """Return the usable instances in the response to `instances_prompt`, and if there are none what is wrong.
+    """Return the usable instances in the response to `instances_prompt`; if there are none, also the reason.
 
-    Dropped are instances without output, with an output equal to the input, ending with a colon, repeated ones, and the
-    last one of a truncated text. If one input has two outputs, all are dropped. At most 5 instances are kept.
+    Instances are dropped if they have no output, an output equal to the input, or a colon at the end; if they repeat
+    another instance; and if they are the last one of a truncated text. If one input has two outputs, all are dropped.
+    At most 5 instances are kept.
 
     Args:
         finish_reason: 'length' if the text is truncated.
     """
     text = _TASK.sub("", text, count=1)
-    found = _labelled(text) if is_classification else _examples(text)
+    found = _parse_labelled(text) if is_classification else _parse_examples(text)
     if finish_reason == "length":
         found = found[:-1]
-    usable = list(dict.fromkeys(each for each in found if _usable(each)))
+    usable = list(dict.fromkeys(each for each in found if _is_usable(each)))
     if not usable:
         return [], "has no usable instance"
     inputs = [each.input for each in usable if each.input]
@@ -272,7 +273,7 @@ def parse_instances(text: str, is_classification: bool, finish_reason: str) -> t
     return usable[:INSTANCES_KEPT], None
 
 
-def _labelled(text: str) -> list[Instance]:
+def _parse_labelled(text: str) -> list[Instance]:
     instances = []
     for block in _LABEL.split(text)[1:]:
         label, *given = _INPUT.split(block, maxsplit=1)
@@ -281,15 +282,15 @@ def _labelled(text: str) -> list[Instance]:
     return instances
 
 
-def _examples(text: str) -> list[Instance]:
+def _parse_examples(text: str) -> list[Instance]:
     before, *blocks = _EXAMPLE.split(text)
     if blocks:
-        return [each for each in map(_example, blocks) if each is not None]
+        return [each for each in map(_parse_example, blocks) if each is not None]
     # Without numbered examples the text is one example, and without a marked output all of it is the output.
-    return [_example(before) or Instance("", before.strip())]
+    return [_parse_example(before) or Instance("", before.strip())]
 
 
-def _example(block: str) -> Instance | None:
+def _parse_example(block: str) -> Instance | None:
     given, *outputs = _OUTPUT.split(block, maxsplit=2)
     if not outputs:
         return None
@@ -297,12 +298,12 @@ def _example(block: str) -> Instance | None:
     return Instance("" if _NO_INPUT.fullmatch(given) else given, outputs[0].strip())
 
 
-def _usable(instance: Instance) -> bool:
+def _is_usable(instance: Instance) -> bool:
     ends_with_colon = instance.input.endswith((":", "：")) or instance.output.endswith((":", "："))
     return bool(instance.output) and instance.output != instance.input and not ends_with_colon
 
 
 def student_prompt(instruction: str, given: str, choice: int) -> str:
-    """Return the student's prompt in one of the templates, chosen by a non-negative number."""
+    """Return the student's prompt in the template that the non-negative number `choice` selects."""
     templates = TEMPLATES_WITH_INPUT if given else TEMPLATES_WITHOUT_INPUT
     return templates[choice % len(templates)].format(instruction=instruction, input=given)

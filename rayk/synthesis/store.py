@@ -2,14 +2,14 @@
 
 The folder `<output>/synthesis/` contains
 
-- `settings.yaml`: the settings the completions were generated with; other settings are refused;
+- `settings.yaml`: the settings with which the completions were generated; the folder rejects other settings;
 - `completions/part-*.parquet`: every completion with its provenance, by request key;
 - `refused/part-*.parquet`: requests that an endpoint refused, in the same form; delete them to request them again;
 - `usage.json`: what a paid endpoint has charged for them;
 - `rows.parquet`, `rejected.parquet`, `summary.json`: the rows made from the completions, written last.
 
-Files are written whole. A damaged file is set aside and its completions are requested again (`rayk.storage`). Only one
-process at a time can open the folder (`lock`).
+Files are replaced atomically. A damaged file is renamed and its completions are requested again (`rayk.storage`). Only
+one process at a time can open the folder (`lock`).
 """
 
 import contextlib
@@ -55,7 +55,7 @@ _REFUSED = "refused"
 
 @dataclass(frozen=True)
 class StoredCompletion:
-    """A completion as the store keeps it, or the reason why there is none.
+    """A completion in the store, or the reason why there is none.
 
     Attributes:
         key: key of the request.
@@ -259,26 +259,26 @@ def _from_row(row: Mapping[str, Any]) -> StoredCompletion:
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Convert rows to a table. A column with values of several types keeps texts and has the other values as JSON."""
+    """Convert rows to a table. A column with values of several types becomes text: texts unchanged, others as JSON."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list[Any]) -> pa.Array:
     try:
-        return _checked(pa.array(values))
+        return _check_nested(pa.array(values))
     except (pa.ArrowException, OverflowError, UnicodeError):
         return pa.array(
             [value if _is_plain(value) else json.dumps(value, default=str) for value in values], pa.string()
         )
 
 
-def _checked(column: pa.Array) -> pa.Array:
+def _check_nested(column: pa.Array) -> pa.Array:
     if pa.types.is_nested(column.type):
         parquet_bytes(pa.table({"": column[:1]}))  # raises for types that Parquet lacks, such as an empty object
     return column
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value stays as it is in a column of text: None, or text without half surrogate pairs."""
+    """Return whether a column of text can contain the value: None, or text without half surrogate pairs."""
     return value is None or (isinstance(value, str) and whole_characters(value) == value)
