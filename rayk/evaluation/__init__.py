@@ -1,1 +1,1 @@
-"""Measurements of models on held-out rows."""
+"""Evaluation of students and teachers on held-out rows."""

@@ -1,4 +1,4 @@
-"""Compare a model's answers with the expected ones."""
+"""Compare a model's answers with the reference answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,14 @@ from rayk.text.answers import find_last_match
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to one prompt, as the report shows it."""
+    """A model's answer to one prompt, with its scores.
+
+    Attributes:
+        where: place of the row, for error messages and the report.
+        truth: the row's completion, or its field `evaluation.answer_field`.
+        text: the model's completion.
+        tokens: number of generated tokens.
+    """
 
     where: str
     prompt: str
@@ -29,7 +36,7 @@ class Answer:
 
 
 class AnswerScorer:
-    """Compare the text that `evaluation.answer_pattern` finds in a completion with the text it finds in the truth.
+    """Score completions: correct ones have the same match of `evaluation.answer_pattern` as the row's truth.
 
     Raises:
         InputError: as `AnswerMetrics`.
@@ -41,7 +48,7 @@ class AnswerScorer:
         self._metrics = AnswerMetrics(settings.metrics)
 
     def score(self, example: Example, text: str, finish_reason: str, tokens: int) -> Answer:
-        """Compare a completion with the row's truth.
+        """Return the scores of a completion of the row.
 
         Raises:
             InputError: the row's truth is missing or contains no answer, or a metric fails.
@@ -52,16 +59,16 @@ class AnswerScorer:
         return Answer(example.where, prompt, truth, text, correct, finish_reason, tokens, metrics)
 
     def majority_index(self, texts: Sequence[str]) -> int:
-        """Index of the first text with the most frequent answer."""
+        """Return the index of the first text with the most frequent answer."""
         answers = [self._extract(text) for text in texts]
         return max(range(len(texts)), key=lambda index: answers.count(answers[index]))
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of token ids without special tokens."""
+        """Return the text of token ids, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def expected_answer(self, example: Example) -> str:
-        """The right answer of the row.
+        """Return the answer that the pattern finds in the row's truth.
 
         Raises:
             InputError: the row's truth is missing or contains no answer.
@@ -84,5 +91,5 @@ class AnswerScorer:
         return str(example.fields[field])
 
     def _extract(self, text: str) -> str | None:
-        """The answer in `text`; None where the pattern does not match."""
+        """Return the answer in `text`; None if the pattern does not match."""
         return find_last_match(text, self._settings.answer_pattern)

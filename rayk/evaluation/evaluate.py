@@ -1,7 +1,7 @@
-"""Measure a student on held-out rows: its loss, its divergence from the teacher, and its answers to the prompts.
+"""Evaluate a student on held-out rows: its loss, its divergence from the teacher, and its answers to the prompts.
 
-Every metric is a sum over tokens or answers that is divided once at the end, so the shares of several workers merge
-exactly.
+Every metric is a sum over tokens or answers, divided once at the end, so that the result of several workers is exactly
+that of one.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayk.config import EvaluationConfig
 from rayk.config.support import Logprob, TopK
-from rayk.data.batches import Batch, collate, micro_batches, get_pad_id
+from rayk.data.batches import Batch, collate, get_pad_id, micro_batches
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import Example
 from rayk.data.views import RowViews
@@ -36,18 +36,18 @@ _ANSWER_METRIC = "answer metric "
 
 @dataclass
 class Evaluation:
-    """Sums over the measured rows, and the answers."""
+    """Sums over the evaluated rows, and the answers."""
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     answers: list[Answer] = field(default_factory=list)
 
     def add(self, **sums: float) -> None:
-        """Add to the sums."""
+        """Add the values to the sums with these names."""
         for name, value in sums.items():
             self.sums[name] += value
 
     def add_answer(self, answer: Answer) -> None:
-        """Count one answer and keep it."""
+        """Append an answer and add its scores to the sums."""
         self.answers.append(answer)
         self.add(answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop")
         self.add(**{_ANSWER_METRIC + name: value for name, value in answer.metrics.items()})
@@ -65,7 +65,7 @@ class Evaluation:
 
     @staticmethod
     def merge(parts: Iterable["Evaluation | None"]) -> "Evaluation":
-        """The evaluation of the rows of all parts; answers in the order of the parts."""
+        """Return the evaluation of the rows of all parts; answers in the order of the parts."""
         merged = Evaluation()
         for part in parts:
             if part is not None:
@@ -75,7 +75,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Measure a student on one rank's share of fixed rows. The teacher's signals are requested once and reused."""
+    """Evaluate a student on one rank's share of fixed rows. The teacher's signals are requested once and reused."""
 
     def __init__(
         self, settings: EvaluationConfig, examples: Iterable[Example], tokenizer: Any, teacher: Scorer | None,
@@ -86,7 +86,8 @@ class Evaluator:
         self._views = views or RowViews()
         self._examples = [self._views.apply_draw(row) for row in all_examples[rank::world]]
         self._option_rows = select_option_rows(all_examples, views)[rank::world]
-        # Numbered before they are divided among ranks: the number is the answer's seed on any rank.
+        # Numbered before they are divided among ranks: the number is the seed of the answer, which therefore does not
+        # depend on the number of ranks.
         self._generation_rows = list(enumerate(select_generation_rows(all_examples, settings, views)))[rank::world]
         self._tokenizer = tokenizer
         self._teacher = teacher
@@ -95,10 +96,11 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, student: Any, answers: bool) -> Evaluation:
-        """Measure `student` (`.hidden(batch)`, `.head`, `.model`).
+        """Evaluate `student` (which has `.hidden(batch)`, `.head` and `.model`).
 
         Args:
-            answers: also generate answers to the prompts, where `evaluation.generation` is set.
+            answers: also answer the prompts: by generation if `evaluation.generation` is set, and rows with options by
+                the likeliest one.
         """
         batches = list(self._batches(self._examples))
         if not self._signals:
@@ -146,13 +148,13 @@ class Evaluator:
         return evaluation
 
     def _draws(self, row: Example) -> Sequence[Example]:
-        """`row` after each draw of demonstrations, or unchanged in a run without demonstrations."""
+        """Return `row` with the demonstrations of each draw, or unchanged in a run without demonstrations."""
         if self._views.demonstrations is None:
             return [row]
         return [self._views.apply_draw(row, draw) for draw in range(self._settings.demonstration_draws)]
 
     def _choose_options(self, student: Any) -> Evaluation:
-        """Answers to the rows with options."""
+        """Answer the rows with options by the likeliest option."""
         assert self._views.demonstrations is not None
         evaluation = Evaluation()
 
@@ -180,7 +182,7 @@ class Evaluator:
 
 
 def measure_batch(student: Any, batch: Batch, signals: SignalBatch | None) -> Evaluation:
-    """Sum losses and, with a teacher's signals, divergences over one batch."""
+    """Return the sums of the loss and, with a teacher's signals, of divergences over one batch."""
     hidden, head = student.hidden(batch), student.head
     evaluation = Evaluation()
     evaluation.add(tokens=batch.counted_tokens)
@@ -207,9 +209,8 @@ def measure_batch(student: Any, batch: Batch, signals: SignalBatch | None) -> Ev
 
 
 def measure_preferences(student: Any, batch: Batch) -> Evaluation:
-    """Sum log q(chosen) − log q(rejected) over pairs of whole answers, and the number of pairs where it is above 0.
-
-    The student is compared with no reference model.
+    """Return the sum of the margin log q(chosen) − log q(rejected) over pairs of whole answers, and the number of pairs
+    with a positive margin (0 counts as half). No reference model is used.
 
     Args:
         batch: chosen answers in rows 2i, rejected ones in rows 2i + 1.
@@ -227,10 +228,10 @@ def evaluate_teacher(
     teacher: Scorer, settings: EvaluationConfig, examples: Sequence[Example], tokenizer: Any, batch_tokens: int = 8192,
     views: RowViews | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Measure the served teacher's own loss and answers, to compare the student with.
+    """Evaluate the served teacher's own loss and answers, for comparison with the student's.
 
-    An ensemble or route has a loss but generates no answers, and neither does a teacher that reads rows in another
-    context than the student. Rows with options are answered by any teacher but an ensemble.
+    Only a single teacher that reads rows in the same context as the student generates answers; an ensemble, a route or
+    any other teacher has a loss only. Rows with options are answered by any teacher but an ensemble.
     """
     views = views or RowViews()
     option_rows, examples = select_option_rows(examples, views), [views.apply_draw(row) for row in examples]
@@ -274,7 +275,7 @@ def _teacher_options(
 def select_generation_rows(
     examples: Iterable[Example], settings: EvaluationConfig, views: RowViews | None = None
 ) -> list[Example]:
-    """The rows whose prompts are answered by generation: rows with a prompt and without options."""
+    """Return the rows that are answered by generation: rows with a prompt and without options."""
     if settings.generation is None:
         return []
     pool = None if views is None else views.demonstrations
@@ -283,7 +284,7 @@ def select_generation_rows(
 
 
 def limit_support(support: TopK | Logprob, vocab_size: int) -> TopK | Logprob:
-    """`support` with k at most the vocabulary size, so that its default also suits a small vocabulary."""
+    """Return `support` with k at most the vocabulary size, so that the default k also works for a small vocabulary."""
     if isinstance(support, TopK) and support.k > vocab_size:
         return TopK(vocab_size, support.temperatures)
     return support

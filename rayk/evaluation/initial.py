@@ -1,4 +1,4 @@
-"""The evaluation of the student before its first update, kept in the run directory."""
+"""Write and read the metrics of the student before its first update, a file in the run directory."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def record_initial_metrics(output: Path, metrics: Mapping[str, float]) -> None:
 
 
 def read_initial_metrics(output: Path) -> dict[str, float] | None:
-    """The metrics of the untrained student; None where they were not measured."""
+    """Return the metrics of the untrained student; None if they were not measured."""
     path = _path(output)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 

@@ -24,11 +24,11 @@ MEAN_METRICS = {
     "preference_margin": ("preference_margin", "pairs"),
     "preference_accuracy": ("preferred", "pairs"),
 }
-"""Built-in metrics: the name of the sum and the name of the count that divides it."""
+"""Built-in metrics by name: the sum and the count in `Evaluation.sums` whose quotient is the metric."""
 
 _SETTING = "evaluation.metrics"
 BUILT_IN_METRICS = {"rouge_l": rouge_l}
-"""Metrics by name, each a function of an answer and the expected text."""
+"""Built-in metrics of single answers by name, each a function of the completion and the reference text."""
 
 
 class AnswerMetrics:
@@ -50,7 +50,7 @@ class AnswerMetrics:
                 raise InputError(f"{_SETTING}: two metrics are named '{name}'; rename the function.")
 
     def compute(self, completion: str, expected: str, row: Example) -> dict[str, float]:
-        """The value of each metric for one completion, by name.
+        """Return the value of each metric for one completion, by name.
 
         Raises:
             InputError: a function fails or does not return a number.

@@ -1,5 +1,5 @@
-"""Answer rows with a list of possible answers by the likeliest option; over several draws of demonstrations the
-majority decides (Multitask-ICT, arXiv 2212.10670)."""
+"""Answer rows that have a list of possible answers by the likeliest option. With several draws of demonstrations the
+answer is the majority over the draws (Multitask-ICT, arXiv 2212.10670)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -10,13 +10,13 @@ from rayk.data.views import RowViews
 from rayk.evaluation.answer_scoring import Answer, AnswerScorer
 
 LogProbs = Callable[[list[Example]], list[float]]
-"""Returns the log-prob of each row's counted tokens together, nats."""
+"""Returns the sum of the log-probs of each row's counted tokens, nats."""
 
 _CHUNK_ROWS = 32
 
 
 def select_option_rows(examples: Iterable[Example], views: RowViews | None) -> list[Example]:
-    """The rows that are answered by one of their options."""
+    """Return the rows that are answered by one of their options."""
     if views is None or views.demonstrations is None:
         return []
     return [row for row in examples if views.demonstrations.option_ids(row)]
@@ -39,7 +39,11 @@ def answer_with_options(
 
 
 def choose_options(queries: Sequence[DemonstratedRow], log_probs: LogProbs, *, per_token: bool) -> list[int]:
-    """Index of each query's likeliest option; with `per_token` by the mean log-prob of the option's tokens."""
+    """Return the index of each query's likeliest option.
+
+    Args:
+        per_token: compare the mean log-prob of an option's tokens instead of the sum.
+    """
     answers = [answer for query in queries for answer in query.alternatives]
     scores = iter(
         score / answer.counted_tokens if per_token else score

@@ -1,4 +1,4 @@
-"""Fingerprints of weights and tokenizers, and the real size of a vocabulary."""
+"""Fingerprints of weights and tokenizers, and the size of a tokenizer's vocabulary."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""A KV cache per sequence instead of per batch: sequences of different lengths can join and leave batches, and their
-last tokens can be removed again.
+"""A KV cache per sequence instead of per batch: sequences of different lengths can join and leave a batch, and the last
+tokens of a sequence can be removed from its cache.
 
 A batch aligns all sequences' caches at the right, so that cached and new tokens are neighbors, as sliding-window
 attention requires. The padding before them is masked, and position ids count from each sequence's start.

@@ -2,10 +2,10 @@
 
     h = W x + (α/r)·B A x        A [r, in] random, B [out, r] zero, both float32; W frozen
 
-so the student's outputs before training are exactly its base's. peft adds the pairs (A, B) to the model's own layers,
-and the model keeps its transformers class, so body, head and generation are used as before. Only parameters that
-require gradients are optimized, stored in checkpoints and sent to a served policy's replicas. The head has no pair,
-because losses use its weight directly (`rayk.models.Head`).
+so the student's outputs before training are exactly those of its base model. peft adds the pairs (A, B) to the model's
+own layers, and the model keeps its transformers class, so body, head and generation work as without an adapter. Only
+parameters that require gradients are optimized, stored in checkpoints and sent to a served policy's replicas. The head
+cannot have a pair (A, B), because losses use its weight directly (`rayk.models.Head`).
 """
 
 import copy
@@ -28,7 +28,7 @@ def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
     """Freeze `model` (a transformers causal LM) and add an adapter to it, with A sampled from `seed`.
 
     Args:
-        base: the model's folder or hub id, which peft's files refer to.
+        base: the model's folder or hub id, which is written to peft's adapter config.
 
     Raises:
         InputError: peft is not installed, or the settings name modules that do not exist or cannot be adapted.

@@ -1,4 +1,4 @@
-"""Run rows of different lengths through a transformers body without computing padding.
+"""Run rows of different lengths through the body of a transformers model without computing on padding.
 
 The rows' tokens are concatenated to a single row. All parts of a transformer except attention process each token alone,
 so this does not change their results. The attention implementation registered here runs attention row by row. It

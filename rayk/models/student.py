@@ -1,4 +1,4 @@
-"""Build the student's model; every process that needs a copy builds the same one."""
+"""Build the student's model from its settings; every process builds the same weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,7 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of trained and of all parameters, an adapter's included."""
+    """Numbers of trained parameters and of all parameters, including those of an adapter."""
 
     trained: int
     total: int

@@ -7,8 +7,8 @@ The reward model is a cross-encoder s(x, y, d) of query x with its right answer 
 The bi-encoder E ranks candidates by the cosine of E(x) and E(d), without y. It is trained by `rayk.losses.retrieval`,
 where the rewards of candidates are s(x, y, d), or the teacher's scores.
 
-Both are plain transformers models in one plain loop (`_fit`). sentence-transformers has neither the two losses over one
-batch nor negatives excluded by label and row, so its trainer would need more code than this loop.
+Both are transformers models, trained by one loop (`_fit`). The trainer of sentence-transformers would need more code,
+because it supports neither two losses on one batch nor the exclusion of negatives by label and row.
 """
 
 import math
@@ -39,15 +39,17 @@ _MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True, eq=False)
 class RetrieverTexts:
-    """The texts that the models read, and which of them have the same input or label.
+    """The texts that the models read, and numbers that are equal for texts with the same input or label.
 
     Attributes:
-        queries: each query's input.
-        answers: each query's right output with the separator before it.
+        queries: the input of each query.
+        answers: the right output of each query, with the separator before it.
         passages: the rows of the pool as demonstrations.
-        query_rows: int64 [queries]; equal numbers, also in `passage_rows`, are the same input of the same task.
-        query_labels: int64 [queries]; equal numbers, also in `passage_labels`, are the same label of the same task; -1
-            is no label.
+        query_rows: int64 [queries]; numbers equal here or in `passage_rows` mean the same input of the same task.
+        passage_rows: int64 [passages].
+        query_labels: int64 [queries]; numbers equal here or in `passage_labels` mean the same label of the same task;
+            -1 means no label.
+        passage_labels: int64 [passages].
     """
 
     queries: list[str]
@@ -74,7 +76,8 @@ class ScoredCandidates:
     scores: np.ndarray
 
     def split_best_and_worst(self, positives: int, worst: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the best candidates and of the worst remaining ones; empty where too few are useful."""
+        """Return the indices of the `positives` best candidates and of the `worst` worst other ones; both are empty if
+        fewer than `positives` candidates are useful or no other one remains."""
         order = np.argsort(-self.scores, kind="stable")
         if len(order) <= positives or self.scores[order[positives - 1]] <= REFUSED:
             return order[:0], order[:0]
@@ -83,12 +86,12 @@ class ScoredCandidates:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Settings of the process that trains or runs a model."""
+    """Seed, precision and threads of a process that trains or runs a model."""
 
     seed: int
     precision: str = "float32"
     threads: int | None = None
-    """CPU threads; 0: one per core of the machine, None: unchanged."""
+    """Number of CPU threads; 0 means one per core of the machine, None leaves it unchanged."""
 
     def set_up(self) -> str:
         """Apply the settings to this process and return the device."""
@@ -98,7 +101,7 @@ class ComputeSettings:
 
 
 class RewardModel:
-    """A cross-encoder.
+    """A cross-encoder, which scores a pair of a query with its right answer and a passage.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -114,7 +117,7 @@ class RewardModel:
         self._max_tokens = min(settings.max_tokens, max_positions(self.model.config))
 
     def scores(self, texts: RetrieverTexts, pairs: list[tuple[int, int]]) -> Tensor:
-        """The score of each pair (query, passage), [pairs]."""
+        """Return the score of each pair (query, passage), [pairs]."""
         inputs = self._tokenizer(
             [texts.queries[query] + texts.answers[query] for query, _ in pairs],
             [texts.passages[passage] for _, passage in pairs],
@@ -195,7 +198,7 @@ def compute_rewards(
     settings: RewardModelConfig, texts: RetrieverTexts, scored: list[ScoredCandidates], folder: Path,
     compute: ComputeSettings, progress: Progress = lambda done, total, text: None,
 ) -> list[np.ndarray]:  # fmt: skip
-    """The reward that the model in `folder` gives to each candidate, float32 [candidates] for each query."""
+    """Return the rewards of the model in `folder` for all candidates: float32 [candidates] for each query."""
     reward = RewardModel(str(folder), settings)
     reward.model.to(compute.set_up())
     pairs = [(query.query, passage) for query in scored for passage in query.candidates]
@@ -216,14 +219,15 @@ class _TrainingRow:
     worst: np.ndarray
 
     def draw(self, negatives: int, random: np.random.Generator) -> list[int]:
-        """One of the best and `negatives` of the worst, which repeat equally often where they are fewer."""
+        """Return the index of one of the best candidates, then of `negatives` of the worst; if there are fewer, they
+        repeat."""
         return [random.choice(self.best), *np.resize(random.permutation(self.worst), negatives)]
 
 
 def _split_other_labels(
     query: ScoredCandidates, settings: RetrieverConfig, texts: RetrieverTexts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the best candidates, and of the worst ones without those that have the query's label."""
+    """Return the indices of the best candidates, and of the worst ones without those that have the query's label."""
     best, worst = query.split_best_and_worst(settings.positives, settings.worst)
     label = texts.query_labels[query.query]
     return best, worst[(texts.passage_labels[query.candidates[worst]] != label) | (label < 0)]
@@ -245,7 +249,7 @@ def _fit(
 ) -> float:  # fmt: skip
     """Train a model on batches of `rows`, write it to `folder`, and return the mean loss of the last tenth of steps.
 
-    Neither torch's global random numbers nor `random` depend on the caller's state, so training repeats exactly.
+    Training is deterministic: torch's global generator is seeded here, and `random` by the caller.
     """
     device = compute.set_up()
     rows = [row for row in rows if len(row.worst)]

@@ -1,4 +1,4 @@
-"""The retriever of a run: trained once, and found again by later commands."""
+"""Train the retriever of a run once, and find it in later commands."""
 
 import json
 from collections.abc import Callable
@@ -20,8 +20,9 @@ def train_retriever(
     config: RunConfig, pool: DemonstrationPool, rows: ExampleTable, teacher: Teacher, stage: Callable[[str], None],
     progress: Callable[..., None],
 ) -> str:  # fmt: skip
-    """Train the run's retriever unless that is done, and return its folder. Where the run has training workers, the
-    retriever's models are trained on the resources of one of them.
+    """Train the run's retriever unless that is done already, and return its folder.
+
+    If the run has training workers, the retriever's models are trained with the resources of one of them.
 
     Raises:
         InputError, RunFailed, TeacherUnavailable: as `RetrieverTraining.run`.
@@ -37,7 +38,7 @@ def train_retriever(
 
 
 def find_retriever(config: RunConfig) -> str | None:
-    """The folder of the run's trained retriever; None for a run without one.
+    """Return the folder of the run's trained retriever; None for a run without a retriever.
 
     Raises:
         InputError: the retriever is not trained yet.
@@ -50,7 +51,7 @@ def find_retriever(config: RunConfig) -> str | None:
 
 
 def retriever_summary(config: RunConfig) -> dict[str, Any] | None:
-    """The summary of the retriever's training; None until the training is finished, and for a run without one."""
+    """Return the summary of the retriever's training; None until it is finished, and for a run without a retriever."""
     path = _folder(config) / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if config.retriever and path.exists() else None
 

@@ -9,15 +9,15 @@ A round:
 2. Train a reward model s(x, y, d) on all scores so far, and compute the rewards of this round's candidates.
 3. Train a bi-encoder on all rewards so far, starting from the pretrained encoder again.
 
-The nearest rows by the last round's bi-encoder are placed before a row, the nearest one last. To select candidates, the
-paper compares whole demonstrations by BM25; here inputs are compared, as with `choice: bm25`.
+After training, a row's demonstrations are the nearest ones by the last round's bi-encoder, the nearest one last. To
+select candidates, the paper compares whole demonstrations by BM25; here inputs are compared, as with `choice: bm25`.
 
 The folder `<output>/retriever/` contains
 
 - `scores/part-*.parquet`: every score, by a hash of the row as the teacher reads it;
 - `rounds/N/`: a round's `candidates.parquet`, `reward_model/`, `rewards.parquet`, `encoder/` and `round.json`, each
-  written when the one before is complete; removed at the end;
-- `fingerprint`: a hash of the rows it was trained on;
+  written when the previous one is complete; removed at the end;
+- `fingerprint`: a hash of the rows that the retriever is trained on;
 - the last bi-encoder itself, and `summary.json`, written last.
 """
 
@@ -60,14 +60,15 @@ _HELD_OUT_DIVISOR = 10
 
 
 class RetrieverTraining:
-    """Train one retriever, from the teacher's scores to a folder.
+    """Train one retriever in rounds, and write it to a folder.
 
     Args:
         pool: the demonstrations to choose from.
         rows: training rows, whose inputs are the queries.
         teacher: scores the candidates.
         folder: the retriever's folder.
-        remote: runs a function in another process to train a model there; None: models are trained in this process.
+        compute: seed, precision and threads of model training.
+        remote: runs a function in another process, to train a model there; None trains models in this process.
         stage: called with the name of each stage.
         progress: called with (done, total, text) and the keyword `unit`.
     """
@@ -89,13 +90,13 @@ class RetrieverTraining:
         self._fingerprint = f"{rows.fingerprint} {pool.rows.fingerprint}"
 
     def run(self) -> dict[str, Any]:
-        """Run the rounds that are not finished yet.
+        """Run all rounds; parts that are stored in the folder already are not computed again.
 
         Returns:
             The content of `summary.json`.
 
         Raises:
-            InputError: the folder contains a retriever of other rows, or a model cannot be loaded.
+            InputError: the folder belongs to a retriever of other rows, or a model cannot be loaded.
             RunFailed: a model diverges, there is nothing to learn from, or the disk is full.
             TeacherUnavailable: as `Teacher.score`.
         """
@@ -143,7 +144,7 @@ class RetrieverTraining:
         write_whole(file, self._fingerprint.encode())
 
     def _score_candidates(self, number: int, embedder: Embedder | None) -> list[ScoredCandidates]:
-        """Each query with its candidates of round `number` and the teacher's scores of them."""
+        """Return each query with its candidates of round `number` and their scores by the teacher."""
         candidates = self._select_candidates(number, embedder)
         pairs = [
             (query, int(index))
@@ -166,7 +167,7 @@ class RetrieverTraining:
         ]
 
     def _select_candidates(self, number: int, embedder: Embedder | None) -> list[np.ndarray]:
-        """Each query's candidates, indices in the pool; selected once and then stored."""
+        """Return each query's candidates, int64 indices in the pool; selected once and then stored."""
         stored = self._round_folder(number) / "candidates.parquet"
         if not stored.exists():
             by = "BM25" if embedder is None else "the retriever of the previous round"
@@ -185,7 +186,7 @@ class RetrieverTraining:
         return self._folder / "rounds" / str(number)
 
     def _is_refused(self, query: int, index: int) -> bool:
-        """Whether a candidate has another label in the query's own classification."""
+        """Return whether a candidate has another label than the query in the same classification problem."""
         label, other = self._query_labels[query], self._pool_labels[index]
         if label is None or other is None or not self._settings.same_label:
             return False
@@ -195,7 +196,8 @@ class RetrieverTraining:
         self, number: int, new: list[ScoredCandidates], scored: list[ScoredCandidates], folder: Path,
         figures: dict[str, Any],
     ) -> list[ScoredCandidates]:  # fmt: skip
-        """The round's candidates with the scores that the encoder is trained on."""
+        """Return the round's candidates with the scores that the encoder is trained on: rewards of the reward model, or
+        the teacher's scores without one."""
         settings = self._settings
         if settings.reward_model is None:
             return new
@@ -217,7 +219,7 @@ class RetrieverTraining:
     def _train_encoder(
         self, number: int, rewarded: list[ScoredCandidates], folder: Path, figures: dict[str, Any]
     ) -> Path:
-        """The folder of the round's bi-encoder."""
+        """Train the round's bi-encoder unless it is stored, and return its folder."""
         done = folder / "round.json"
         if not done.exists():
             self._stage(f"Retriever, round {number}: training the encoder")
@@ -227,12 +229,13 @@ class RetrieverTraining:
         return folder / "encoder"
 
     def _select_nearest(self, rows: list[Example], embedder: Embedder | None) -> dict[str, list[int]]:
-        """The demonstrations of each row by `Example.where`, the nearest one last."""
+        """Return the k nearest demonstrations of each row, by `Example.where`, the nearest one last."""
         nearest = self._pool.nearest(rows, self._pool.settings.k, embedder)
         return {row.where: indices[::-1] for row, indices in nearest}
 
     def _measure(self, name: str, selected: Mapping[str, list[int]]) -> None:
-        """Score the held-out rows' right answers after the selected demonstrations."""
+        """Compute the teacher's scores of the held-out rows' right answers after the selected demonstrations, and keep
+        them under `name`."""
         rows = (
             (
                 self._pool.place_demonstrations(row, selected[row.where]),
@@ -246,7 +249,7 @@ class RetrieverTraining:
         return partial(self._progress, unit=unit)
 
     def _run(self, unit: str, work: Callable[..., T], *arguments: Any) -> T:
-        """Run a function of `rayk.retrieval.model_training`, here or remotely."""
+        """Run a function of `rayk.retrieval.model_training` in this process or remotely."""
         if self._remote is None:
             return work(*arguments, self._compute, self._progress_of(unit))
         return self._remote(work, *arguments, self._compute)
@@ -285,7 +288,7 @@ def check_retriever(settings: RetrieverConfig, pool: DemonstrationPool, rows: Ex
     """Check before the run that the models can be loaded and that training `rows` have candidates to learn from.
 
     Raises:
-        InputError: the sentence names the setting.
+        InputError: a model cannot be loaded, or there are too few candidates or rows; the message names the setting.
     """
     check_encoder(settings.encoder, ENCODER_SETTING, settings.max_tokens)
     if settings.reward_model is not None:
@@ -302,7 +305,7 @@ def check_retriever(settings: RetrieverConfig, pool: DemonstrationPool, rows: Ex
 
 
 def _split_held_out(rows: list[Example], settings: RetrieverConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """The queries, and the rows on which the retriever is measured."""
+    """Split the rows into the queries, and the held-out rows on which the retriever is measured."""
     order = np.random.default_rng([seed, 4]).permutation(len(rows))
     held_out = min(settings.held_out, max(1, len(rows) // _HELD_OUT_DIVISOR))
     shuffled = [rows[index] for index in order]
@@ -310,7 +313,7 @@ def _split_held_out(rows: list[Example], settings: RetrieverConfig, seed: int) -
 
 
 def _number_names(names: Iterable[Any]) -> np.ndarray:
-    """A number for each different name, -1 for None; int64 [names]."""
+    """Return the same number for equal names, and -1 for None; int64 [names]."""
     numbers: dict[Any, int] = {}
     return np.array([-1 if name is None else numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 

@@ -1,5 +1,5 @@
-"""Score demonstrations by the log-prob of the right answer after them, under a served teacher. Scores are stored, so
-that none is requested twice."""
+"""Score demonstrations by the served teacher's log-prob of the right answer after them. Scores are stored, so that none
+is requested twice."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ REFUSED = -100.0
 """Score of a useless demonstration, as in the paper's code; lower than any log-prob that a teacher returns."""
 
 Progress = Callable[[int, int, str], None]
-"""Called with the done and total number of parts, and a text that describes the progress."""
+"""Called with the number of finished parts, the total number of parts, and a text that describes the progress."""
 
 _SCHEMA = pa.schema(
     [
@@ -56,7 +56,7 @@ class TeacherScores:
     """Mean log-probs of right answers under `teacher`, nats per token, stored in `folder` as they arrive.
 
     Attributes:
-        requested: number of scores requested from the teacher; the others were stored.
+        requested: number of scores requested from the teacher; the other ones were found in the store.
         unusable: number of requested scores that the teacher could not compute; they have the value `REFUSED`.
 
     Raises:
@@ -76,7 +76,7 @@ class TeacherScores:
     def compute(
         self, rows: Iterable[tuple[DemonstratedRow, Sequence[str]]], total: int, progress: Progress
     ) -> np.ndarray:
-        """The score of each row, float32 [total]; only scores that are not stored are requested.
+        """Return the score of each row, float32 [total]; only scores that are not stored are requested.
 
         Args:
             rows: demonstrated rows, each with the places of its demonstrations (`Example.where`).
@@ -91,7 +91,7 @@ class TeacherScores:
         done, requested_before, started = 0, self.requested, time.monotonic()
 
         def requests() -> Iterator[_Request]:
-            """Requests for the scores that are not stored; the others are filled in."""
+            """Yield a request for each score that is not stored, and fill in the stored ones."""
             nonlocal done
             for index, (row, demonstrations) in enumerate(rows):
                 view = row.view(self._teacher.settings.name)
@@ -135,7 +135,7 @@ class TeacherScores:
         return digest.hexdigest()
 
     async def _request(self, call: list[_Request]) -> list[dict[str, Any]]:
-        """The records to store of one call."""
+        """Request the scores of one call, and return their records for the store."""
         means = np.full(len(call), REFUSED, np.float32)
         usable = list(range(len(call)))
         while usable:
