@@ -39,25 +39,31 @@ class Checkpoint:
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Rows already generated for later steps, of all workers (`ExperienceSource.state`)."""
     base: str = ""
-    """The fingerprint of the frozen weights; "" without any, or if it is unknown."""
+    """The fingerprint of the frozen weights; "" if there are none, or if it is unknown."""
     measured: bool = True
-    """False if the evaluation after `step` failed; a resumed run makes it first, because the method may depend on
-    it."""
+    """False if the evaluation after `step` failed; a resumed run evaluates before it trains, because the method may
+    depend on the metrics."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in one folder or at a URI."""
+    """The checkpoints of one run.
 
-    def __init__(self, place: str):
-        self.place = place
+    Args:
+        location: a folder, or a URI that pyarrow knows.
+    """
+
+    def __init__(self, location: str):
+        self.location = location
         self._fs: fs.FileSystem
         self._folder: str
-        self._fs, self._folder = fs.FileSystem.from_uri(place) if is_uri(place) else (fs.LocalFileSystem(), place)
+        self._fs, self._folder = (
+            fs.FileSystem.from_uri(location) if is_uri(location) else (fs.LocalFileSystem(), location)
+        )
 
     def save(self, checkpoint: Checkpoint, keep: int) -> None:
         """Write a checkpoint, then delete all but the newest `keep`."""
         folder = f"{self._folder}/step-{checkpoint.step:08d}"
-        self._delete(folder)  # an incomplete one of the same step
+        self._delete(folder)  # an incomplete checkpoint of the same step
         self._fs.create_dir(folder, recursive=True)
         files = {
             "model.safetensors": save_tensors({name: t.detach().contiguous() for name, t in checkpoint.model.items()}),
@@ -79,13 +85,13 @@ class CheckpointStore:
             self._delete(f"{self._folder}/step-{step:08d}")
 
     def steps(self) -> list[int]:
-        """Return the steps that have a manifest, ascending."""
+        """Return the steps whose checkpoints have a manifest, ascending."""
         selector = fs.FileSelector(self._folder, allow_not_found=True, recursive=True)
         found = (_STEP_MANIFEST.search(info.path) for info in self._fs.get_file_info(selector))
         return sorted(int(match[1]) for match in found if match)
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest complete checkpoint; None without any."""
+        """Return the newest complete checkpoint; None if there is none."""
         for step in reversed(self.steps()):
             files = self._read_files(step)
             if files is not None:
@@ -102,11 +108,11 @@ class CheckpointStore:
         return None
 
     def base(self) -> str:
-        """Return `base` of the newest checkpoint; "" without any."""
+        """Return `Checkpoint.base` of the newest checkpoint; "" if there is none."""
         return next((manifest["base"] for step in reversed(self.steps()) if (manifest := self._manifest(step))), "")
 
     def _manifest(self, step: int) -> dict[str, Any]:
-        """Return the manifest of a step; empty if it is damaged or missing."""
+        """Return the manifest of a step, {} if it is damaged or missing."""
         try:
             return {
                 "base": "",

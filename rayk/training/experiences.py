@@ -1,4 +1,4 @@
-"""Prepare the experiences of later steps while the student trains: sample rows, query teachers, keep the order."""
+"""Prepare the experiences of later steps while the student trains: generate rows, query teachers, yield in order."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 
 _Usable = tuple[list[int], Experience | None]
-"""The rows of a batch with usable signals, and their experience; None if there is no such row."""
+"""The indices of a batch's rows with usable signals, and the experience of these rows; None if there are none."""
 
 _Prepare = Callable[[Batch], Any]
 
@@ -48,7 +48,7 @@ class TimeSpan:
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """This rank's experience of a step, and when it was generated and scored."""
+    """This rank's experience of a step, and when its rows were generated and scored."""
 
     experience: Experience
     generated: TimeSpan | None
@@ -59,11 +59,11 @@ class PreparedStep:
 class ExperienceSource:
     """Prepare one rank's experiences, step by step.
 
-    If the run has a policy, the steps take turns in using it (`VersionGate`). After each optimizer step the loop calls
-    `finish`, and then `advance` once only later steps may use the policy's weights.
+    If the run has a policy, the steps use it one after the other (`VersionGate`). After each optimizer step the loop
+    calls `finish`, and then `advance`, which updates the policy's weights for later steps.
 
     Args:
-        auxiliary: rows of `settings.auxiliary_data`, and how they are sampled; None without such data.
+        auxiliary: rows of `settings.auxiliary_data` and their sampler; None without such data.
     """
 
     def __init__(
@@ -82,11 +82,12 @@ class ExperienceSource:
         """The step that the training loop is waiting for."""
         self._max_staleness = config.rollouts.max_staleness if config.rollouts else 0
         self._sampled: dict[int, Batch] = {}
-        """Sampled rows of later steps, for the next checkpoint, and those of the last checkpoint; by step."""
+        """Rows that were already generated for later steps, by step: kept for the next checkpoint, or restored from the
+        last one."""
         self._gate: VersionGate | None = None
 
     def stream(self, step: int, total_steps: int) -> Generator[PreparedStep, None, None]:
-        """Yield each step's experience in order, with `training.prefetch` later steps in preparation.
+        """Yield the experience of each step in order, and prepare the next `training.prefetch` ones meanwhile.
 
         Raises:
             Interrupted: the run was asked to stop while the loop waits for an experience.
@@ -114,13 +115,13 @@ class ExperienceSource:
         """Let the policy generate with the student's current weights."""
         if self._gate is not None:
             assert self._policy is not None
-            if version + self._max_staleness < self._sampler.steps:  # else no later step generates with them
+            if version + self._max_staleness < self._sampler.steps:  # else no later step generates with these weights
                 self._policy.update(version)
             self._sampled.pop(version - 1, None)
             wait_for(run_in_background(self._gate.advance()))
 
     def state(self, step: int) -> list[dict[str, Any]]:
-        """Return, for a checkpoint after `step` steps, the rows sampled for later steps under older weights."""
+        """Return, for a checkpoint after `step` steps, the rows already generated for later steps."""
         if not self._max_staleness:
             return []
         rows = []
@@ -134,9 +135,9 @@ class ExperienceSource:
         return rows
 
     def load_state(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Restore the rows that `state` returned on all ranks together; the number of ranks may have changed."""
+        """Restore the rows that `state` returned, those of all ranks; the number of ranks may have changed."""
         stored = {(entry["step"], entry["place"]): entry["row"] for entry in rows}
-        # If a step's rows were not complete on all workers, all of them are generated anew.
+        # A step with missing rows is generated again as a whole.
         while stored and all((step, place) in stored for place in range(self._sampler.batch_size)):
             places = self._sampler.share_positions(step, self._rank, self._world)
             origins = self._sampler.rows(step)
@@ -174,6 +175,7 @@ class ExperienceSource:
         return PreparedStep(experience, generated, scored)
 
     async def _score(self, batch: Batch, prepare: _Prepare) -> tuple[Experience, TimeSpan]:
+        """Return the experience of the batch's usable rows, and the time in which it was prepared."""
         started_at = time.time()
         usable = await self._prepare_usable(batch, prepare)
         return self._concatenate(batch.rows, [([*range(batch.rows)], usable)]), TimeSpan.since(started_at)
@@ -216,6 +218,7 @@ class ExperienceSource:
             ) from error
 
     async def _sample(self, step: int) -> Batch:
+        """Return this rank's rows of `step`; an on-policy method generates their completions."""
         rows = self._rows(step, self._table, self._sampler)
         if self._generating is None:
             return rows
@@ -230,13 +233,13 @@ class ExperienceSource:
         )
 
     def _seeds(self, step: int, sampler: BatchSampler) -> list[int]:
-        """Return a seed per row, from the run's seed, the step and the row's place in it: independent of the rank."""
+        """Return a seed per row, from the run's seed, the step and the row's position in the step, on any rank."""
         places = sampler.share_positions(step, self._rank, self._world)
         keys = ([self._config.seed, step, int(place)] for place in places)
         return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) for key in keys]
 
     async def _prepare_usable(self, batch: Batch, prepare: _Prepare) -> _Usable:
-        """Return the experience of the rows of `batch` with usable signals, and which rows these are."""
+        """Return the indices of the rows of `batch` with usable signals, and the experience of these rows."""
         # Rows that come from a checkpoint have no contexts yet.
         views = [self._views.apply(row) for row in batch.sequences if isinstance(row, Example)]
         batch, rows = replace(batch, sequences=list[TokenSequence](views)), list(range(batch.rows))
@@ -258,7 +261,11 @@ class ExperienceSource:
         return rows, None
 
     def _concatenate(self, count: int, parts: Iterable[tuple[list[int], _Usable]]) -> Experience:
-        """Return the experience of `count` rows, in their order, from `parts` of them (row numbers, usable rows).
+        """Concatenate the experiences of `parts` in the order of the step's rows.
+
+        Args:
+            count: number of rows of the step.
+            parts: indices of a group's rows in the step, and the group's usable rows.
 
         Raises:
             RunFailed: fewer rows are usable than the method needs.

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM during training: the first one stops the run after a finished step, with a checkpoint.
 
-The driver writes a file into the run directory, which workers look for between steps: rank 0 shares that directory with
-the driver in any case, and one rank that sees the file stops all of them.
+The driver writes a file into the run directory, and workers look for it between steps. Rank 0 always shares the
+directory with the driver, and one rank that sees the file stops all ranks.
 """
 
 import contextlib
@@ -16,16 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A request to stop a run after its current step, visible to all processes that see the run directory."""
+    """A request to stop a run after its current step: a file, visible to all processes that share the run directory."""
 
     def __init__(self, folder: Path):
         self._file = folder / "stop-requested"
 
     def make(self) -> None:
+        """Create the file, if the run directory can be written."""
         with contextlib.suppress(OSError):
             self._file.touch()
 
     def withdraw(self) -> None:
+        """Delete the file, if it exists."""
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
 
@@ -43,12 +45,12 @@ def stop_gracefully(request: StopRequest, abort: Callable[[], None] = lambda: No
     Raises:
         KeyboardInterrupt: SIGINT or SIGTERM arrived.
     """
-    request.withdraw()  # that of a driver that was killed
+    request.withdraw()  # the request of an earlier driver that was killed
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A process that ignores a signal, or dies of SIGTERM, keeps doing so.
+    # Signals that are ignored or have the system's default action are left as they are.
     handled = {number: handler for number, handler in previous.items() if callable(handler)}
     interrupted = False
 
@@ -57,7 +59,7 @@ def stop_gracefully(request: StopRequest, abort: Callable[[], None] = lambda: No
         if interrupted:
             abort()
             handled[signal.Signals(number)](number, frame)
-            raise KeyboardInterrupt  # the previous handler did not
+            raise KeyboardInterrupt  # if the previous handler did not raise
         interrupted = True
         request.make()
         logger.warning("Stopping after the current step with a checkpoint; interrupt again to stop at once.")

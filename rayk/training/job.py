@@ -1,4 +1,4 @@
-"""What the driver and the workers of a run exchange."""
+"""Data that the driver and the workers of a run exchange: `Job` and `Outcome`."""
 
 import sys
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ def _import_paths() -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver sends to every worker. Tables travel through Ray's object store, teachers by name."""
+    """Description of a run that the driver sends to every worker. Tables are sent through Ray's object store, and
+    teachers by the names of their Serve applications."""
 
     config: RunConfig
     tokenizer: str
@@ -37,16 +38,16 @@ class Job:
     auxiliary_table: Any = None
     """The rows of the method's `auxiliary_data`."""
     policy: PolicyAddress | None = None
-    """The application of the served policy; None: each worker generates."""
+    """The application of the served policy; None if workers generate themselves."""
     views: Any = None
-    """A `RowViews`: the contexts of rows, by the model that reads them; None: no row has any."""
+    """A `RowViews`, which adds contexts to rows; None if all models read rows in the same context."""
     base: str = ""
     """The fingerprint of the frozen weights below an adapter."""
     import_paths: list[str] = field(default_factory=_import_paths)
-    """Folders in which workers find the user's modules, as the driver does."""
+    """Folders in which the driver, and so the workers, find the user's modules."""
 
     def connect_teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
-        """Connect to each training teacher; by its name in the settings."""
+        """Connect to the training teachers; return them by their names in the settings."""
         return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
 
     def extend_import_paths(self) -> None:
@@ -56,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a worker group returns: its last step, and the last evaluation or the reason why it stopped."""
+    """Result of a worker group: its last step, and the last evaluation or the problem that stopped it."""
 
     step: int
     total_steps: int
@@ -67,5 +68,5 @@ class Outcome:
 
 
 def fetch(shared: Any) -> Any:
-    """Return a table of a job, from Ray's object store if it is there."""
+    """Return the value of a job's field, from Ray's object store if the field is an `ObjectRef`."""
     return ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared

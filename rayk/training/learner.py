@@ -36,7 +36,7 @@ class Learner:
         """Whether some but not all updates of the current step are done, so that the weights must not be saved."""
 
     def wrap(self) -> None:
-        """Wrap the module for DDP; all ranks together."""
+        """Wrap the module for DDP. A collective: all ranks must call it."""
         self._wrapped = wrap_for_ddp(self.module)
 
     def train_step(self, experiences: Iterable[Experience], step: int, learning_rate: float) -> dict[str, float]:
@@ -99,8 +99,7 @@ class Learner:
         return {name: float(value) for name, value in sums.items()}
 
     def _forward(self, part: Experience, is_auxiliary: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its terms; the first loss of each kind of experience is checked, by all ranks
-        together."""
+        """Return the loss and its terms. All ranks together check the first loss of each kind of experience."""
         kind = (type(part), is_auxiliary)
         if kind in self._checked:
             return self._wrapped(part)

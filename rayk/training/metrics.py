@@ -10,12 +10,12 @@ from rayk.training.ranks import Ranks
 
 
 def span_metrics(name: str, span: TimeSpan | None) -> dict[str, float]:
-    """Return start and duration of a part of the step; nothing without it."""
+    """Return start and duration of a part of the step; {} if there was no such part."""
     return {} if span is None else {f"{name}_started_at": span.started_at, f"{name}_seconds": span.seconds}
 
 
 def rollout_metrics(experience: Experience, step: int, ranks: Ranks) -> dict[str, float]:
-    """Return the number of rollouts of a step and the means over them; all ranks together."""
+    """Return the number of rollouts of a step and the means over them. A collective: all ranks must call it."""
     rollouts = [row for row in experience.batch.sequences if isinstance(row, Rollout)]
     sums = summarize_rollouts(rollouts, version=step)
     count, *totals = ranks.sums(list(sums.values()))

@@ -19,7 +19,7 @@ class AllRanksStop(Exception):
 
 
 class Ranks:
-    """This worker in its group. With one worker, nothing is communicated."""
+    """This worker's rank in its group, and collectives over the group; with one worker nothing is communicated."""
 
     def __init__(self) -> None:
         context = ray.train.get_context()
@@ -29,7 +29,8 @@ class Ranks:
     def agree(self, problem: BaseException | None) -> None:
         """Raise AllRanksStop on every rank if any rank has a problem.
 
-        One small all-reduce, so that no rank waits in a later collective for a rank that has left.
+        A collective (one small all-reduce): all ranks must call it, so that no rank later waits in a collective for a
+        rank that has stopped.
         """
         if self.world == 1:
             if problem is not None:

@@ -10,8 +10,8 @@ from rayk.storage.atomic import write_whole
 
 
 class Recorder:
-    """Append one row per step. Opened at step n it removes the rows of later steps, so that after a resume each step of
-    the surviving history has one row."""
+    """Append one row per step. When opened at step n, remove the rows of later steps, so that after a resume every step
+    has exactly one row."""
 
     def __init__(self, folder: Path, step: int, tracking: TrackingConfig):
         self._path = folder / "metrics.jsonl"

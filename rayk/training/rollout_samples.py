@@ -1,4 +1,4 @@
-"""Keep a few rollouts of some steps in `rollouts.jsonl`, so that one can read what the student generates."""
+"""Write a few rollouts of some steps to `rollouts.jsonl`, as samples of what the student generates."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _PER_STEP = 2
 class RolloutSamples:
     """Append the first rollouts of about ten steps of the run, including the first and the last step.
 
-    Opened at step n it removes the rows of later steps, like `Recorder`.
+    When opened at step n, it removes the rows of later steps, like `Recorder`.
     """
 
     def __init__(self, folder: Path, step: int, total_steps: int, tokenizer: Any):

@@ -15,7 +15,7 @@ from rayk.models.lora import has_adapter, merged_state_dict, save_adapter
 from rayk.storage.atomic import replace_folder
 
 UNUSABLE = "unusable_share"
-"""The metric that counts `Loss.unusable`."""
+"""Name of the metric: the share of units that are marked in `Loss.unusable`."""
 
 
 class Student(nn.Module):

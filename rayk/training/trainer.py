@@ -25,7 +25,7 @@ def train(job: Job) -> Outcome:
     """Train `job` from its latest checkpoint, restarting the worker group when a worker dies.
 
     Raises:
-        RaykError: the problem that stopped the run, as the workers agreed on it.
+        RaykError: the problem that stopped the run on all workers.
         RunFailed: workers died more often than `training.max_failures` allows.
         KeyboardInterrupt: Ctrl-C or SIGTERM. The first one ends the current step and saves a checkpoint, a second one
             stops at once.
@@ -35,7 +35,7 @@ def train(job: Job) -> Outcome:
         logging.getLogger("ray.train").setLevel(logging.WARNING)  # no message about its local mode
         trainer = TorchTrainer(lambda: train_worker(job), scaling_config=ScalingConfig(num_workers=0))
         with stop_gracefully(request):
-            return _checked(trainer.fit().return_value)
+            return _raise_problem(trainer.fit().return_value)
     trainer = _make_trainer(job)
     with stop_gracefully(request, abort=lambda: abort(trainer)):
         try:
@@ -43,7 +43,7 @@ def train(job: Job) -> Outcome:
             result = _run_in_thread(trainer.fit)
         except ray.train.TrainingFailedError as error:
             raise RunFailed(f"Training failed: {_cause(error)}") from error
-        return _checked(cloudpickle.loads(result.return_value))
+        return _raise_problem(cloudpickle.loads(result.return_value))
 
 
 def evaluate_remotely(job: Job) -> Evaluation:
@@ -69,8 +69,8 @@ def _make_trainer(job: Job) -> TorchTrainer:
         ),
         torch_config=TorchConfig(timeout_s=int(settings.collective_timeout_seconds)),
         run_config=RunConfig(
-            # A new name for each attempt: checkpoints are ours (rayk.training.checkpoint), and Ray must not restore its
-            # own record of an earlier attempt.
+            # A new name for each attempt: rayk saves checkpoints itself (rayk.training.checkpoint), and Ray must not
+            # restore its own record of an earlier attempt.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str(job.config.output_path / "ray_train"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
@@ -98,8 +98,8 @@ def _run_in_thread(work: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def _checked(outcome: Outcome) -> Outcome:
-    """Return the outcome, or raise the problem in it."""
+def _raise_problem(outcome: Outcome) -> Outcome:
+    """Raise the problem of the outcome, or return the outcome if there is none."""
     if isinstance(outcome.problem, Interrupted):
         raise KeyboardInterrupt
     if outcome.problem is not None:
@@ -108,11 +108,12 @@ def _checked(outcome: Outcome) -> Outcome:
 
 
 def _put(shared: Any) -> Any:
+    """Put a value into Ray's object store, except None."""
     return None if shared is None else ray.put(shared)
 
 
 def _cause(error: ray.train.TrainingFailedError) -> str:
-    """Return the last line of Ray Train's report, which consists mostly of tracebacks."""
+    """Return the last line of Ray Train's error message, whose other lines are mostly tracebacks."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     lines = [line for line in str(failures[0]).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(failures[0]).__name__

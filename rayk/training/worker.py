@@ -36,13 +36,14 @@ def train_worker(job: Job) -> Outcome:
             stack.callback(trainer.close)
             return trainer.run()
         except AllRanksStop as stop:
-            # Returned, because Ray Train would restart the group after an exception, again and again.
+            # Returned and not raised, because after an exception Ray Train would restart the group, which would fail
+            # again.
             step, total = (trainer.step, trainer.total_steps) if trainer is not None else (0, 0)
             return Outcome(step, total, problem=stop.problem)
 
 
 def evaluate_worker(job: Job) -> Evaluation:
-    """Evaluate the job's student, as the settings name it, on all evaluation rows."""
+    """Evaluate the student that `student` in the settings describes, without training, on all evaluation rows."""
     job.extend_import_paths()
     config = job.config
     tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
