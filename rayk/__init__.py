@@ -1,6 +1,6 @@
 """rayk distills large language models into small ones on a Ray cluster.
 
-Names are loaded when first used: settings and the command line need neither torch nor ray.
+Names are imported when they are first used, because settings and the command line need neither torch nor ray.
 """
 
 import importlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "losses": "rayk.losses",
     **dict.fromkeys(
         ("RunConfig", "TeacherConfig", "TransformersEngineConfig", "VLLMEngineConfig", "load_config"), "rayk.config"
@@ -37,7 +37,7 @@ _HOMES = {
 }
 
 _RENAMED = {"TransformersEngine": "TransformersEngineConfig", "VLLMEngine": "VLLMEngineConfig"}
-"""Names of the previous release, which this one still knows."""
+"""Deprecated names, and the names that replace them."""
 
 __all__ = [
     "Completion", "Experience", "Hidden", "InputError", "Logprob", "Loss", "Method", "OnPolicyMethod", "RaykError",
@@ -52,10 +52,10 @@ def __getattr__(name: str) -> Any:
         message = f"rayk.{name} is now rayk.{_RENAMED[name]}; the next release does not know the old name."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return __getattr__(_RENAMED[name])
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rayk' has no attribute '{name}'")
-    home = importlib.import_module(_HOMES[name])
-    value = home if name == "losses" else getattr(home, name)
+    module = importlib.import_module(_MODULES[name])
+    value = module if name == "losses" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,9 @@
-"""The `rayk` command: parse, call, print. Exit 0 done, 1 failed while running, 2 the input is wrong, 130 interrupted.
+"""The `rayk` command line: parse arguments, call a command, and print its result.
 
-What a command does is in `rayk.commands`, one file each. These are imported inside the commands, so that `rayk --help`
-needs neither torch nor ray.
+Exit codes: 0 success, 1 failure while running, 2 wrong input, 130 interrupted.
+
+Each command is implemented in a module of `rayk.commands`, which is imported when the command is called, so that
+`rayk --help` needs neither torch nor ray.
 """
 
 import difflib
@@ -23,12 +25,12 @@ from rayk.environment import set_threading
 from rayk.errors import InputError, Interrupted, RaykError, SettingsError
 
 _INTERRUPTED = 130
-_KEPT = {
+_INTERRUPTION_MESSAGES = {
     "run": "Interrupted before the run started; nothing is lost.",
     "synthesize": "Interrupted; the completions are kept, and the same command continues from there.",
     "cache": "Interrupted; the received signals are kept, and the same command continues from there.",
 }
-"""What an interrupted command keeps."""
+"""Message of an interrupted command: what is kept, and how to continue."""
 _SYNONYMS = {
     "train": "run", "distill": "run", "distil": "run", "start": "run", "resume": "run", "eval": "evaluate",
     "test": "evaluate", "measure": "evaluate", "generate": "synthesize", "synthesise": "synthesize", "new": "init",
@@ -38,7 +40,7 @@ _SYNONYMS = {
 
 
 class CommandGroup(TyperGroup):
-    """The commands; an unknown name is answered with the closest one."""
+    """The commands. The error for an unknown name suggests the closest command."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
@@ -85,7 +87,7 @@ def quickstart(
         str, typer.Option("--output", help="The folder of the run directories and the report.")
     ] = "runs/quickstart",
 ) -> None:
-    """Watch a small model learn from a larger one on Ray Serve; requires nothing but this machine."""
+    """Watch a small model learn from a larger one on Ray Serve; needs nothing but this machine."""
     from rayk.commands.quickstart import run_quickstart
     from rayk.commands.results import results_table
 
@@ -102,11 +104,11 @@ def init(
     student: Annotated[str | None, typer.Option("--student", metavar="MODEL", help="The model to train.")] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="PATH", help="The training rows.")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", metavar="KIND", help="A kind of `rayk methods`; by default what fits.")
+        str | None, typer.Option("--method", metavar="KIND", help="One of `rayk methods`; by default one that fits.")
     ] = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The YAML file to write.")] = "run.yaml",
 ) -> None:
-    """Write a commented config for your models and data, which `rayk doctor` and `rayk run` accept as it is."""
+    """Write a commented config for your models and data, ready for `rayk doctor` and `rayk run`."""
     from rayk.commands.init import init as write_config
 
     for note in write_config(teacher, student, data, method, Path(output)):
@@ -131,7 +133,7 @@ def run(
 
 @app.command()
 def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output = None) -> None:
-    """Generate a config's training rows with its teacher, and nothing more; continues where it was stopped."""
+    """Generate a config's training rows with its teacher, without training; continues where it was stopped."""
     settings = load_config(config, overrides, output=output)
     from rayk.commands.synthesize import synthesis_table
     from rayk.commands.synthesize import synthesize as synthesize_config
@@ -157,7 +159,7 @@ def cache(
         bool, typer.Option("--verify", help="Check the cache and delete damaged segments (exit 1 if there were any).")
     ] = False,
 ) -> None:  # fmt: skip
-    """Request all the signals that a config's run needs from its teachers, ahead of the run."""
+    """Request all signals that a config's run needs from its teachers, before the run."""
     settings = load_config(config, overrides)
     from rayk.commands.cache import cache_table, fill_cache, verify_cache
 
@@ -181,7 +183,7 @@ def plan(
     ] = None,
     teacher: Annotated[
         float | None,
-        typer.Option("--teacher-tokens-per-second", min=1e-9, help="Of one replica; by default measured on one."),
+        typer.Option("--teacher-tokens-per-second", min=1e-9, help="Speed of one replica; by default measured."),
     ] = None,
 ) -> None:  # fmt: skip
     """Compute the number of teacher replicas that keep the student busy, and the network traffic."""
@@ -234,7 +236,7 @@ def report(
 def status(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run, finished or not.")],
 ) -> None:
-    """Show a run's progress: rows generated, steps, speed, last evaluation and checkpoint."""
+    """Show a run's progress: generated rows, steps, speed, last evaluation and checkpoint."""
     from rayk.commands.status import status as read_status
 
     print_sections(read_status(run))
@@ -284,11 +286,11 @@ def listener() -> Any:
 
 
 def main() -> None:
-    """Run the console script: errors become sentences and exit codes."""
+    """Run the command line; print errors as sentences, and exit with the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     set_threading()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would mix with our progress lines
-    # SIGTERM (`ray job stop`, Kubernetes) unwinds like Ctrl-C, so that teachers come down.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would mix with the lines of progress
+    # SIGTERM (`ray job stop`, Kubernetes) raises an exception as Ctrl-C does, so that deployed teachers are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
     try:
         code = app(standalone_mode=False) or 0
@@ -304,7 +306,7 @@ def main() -> None:
         code = _fail(str(error), 1)
     except (KeyboardInterrupt, SystemExit):
         command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
-        code = _fail(_KEPT.get(command, "Interrupted."), _INTERRUPTED)
+        code = _fail(_INTERRUPTION_MESSAGES.get(command, "Interrupted."), _INTERRUPTED)
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
@@ -318,7 +320,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, *, one_line: bool = True) -> int:
-    """Print the message, by default on one line, and return `code`."""
+    """Print an error message, by default on one line, and return `code`."""
     lines = [message] if one_line else message.splitlines()
     text = "\n".join(" ".join(line.split()) for line in lines)
     console.print(Text.assemble(("rayk:", "red"), " ", text))

@@ -1,4 +1,4 @@
-"""The errors that rayk raises. Each message is a sentence that names the field or file and says what to do."""
+"""The errors that rayk raises. Each message is a sentence that names the setting or file and says what to do."""
 
 
 class RaykError(Exception):
@@ -6,11 +6,16 @@ class RaykError(Exception):
 
 
 class InputError(RaykError, ValueError):
-    """A setting, file, row or model that the user gave is wrong; the command line exits with 2."""
+    """A setting, file, row or model that the user gave is wrong; the command line exits with code 2."""
 
 
 class SettingsError(InputError):
-    """Settings are wrong. The message has one line with a sentence for each of them."""
+    """Settings are wrong. The message has one line per wrong setting.
+
+    Args:
+        where: the file of the settings, or "The config".
+        sentences: one per wrong setting.
+    """
 
     def __init__(self, where: str, sentences: list[str]):
         super().__init__(where, sentences)
@@ -46,8 +51,8 @@ class UnusableSignal(RaykError):
 
 
 class Interrupted(RaykError):
-    """A command was interrupted by Ctrl-C or SIGTERM; the command line exits with 130."""
+    """A command was interrupted by Ctrl-C or SIGTERM; the command line exits with code 130."""
 
 
 class RunFailed(RaykError):
-    """A run failed after it had started; the last step is checkpointed where that was possible."""
+    """A run failed after it had started; the last step was checkpointed if possible."""

@@ -42,7 +42,7 @@ class CacheFill:
     """Either training rows or evaluation rows."""
     rows: int
     tokens: int
-    """Counted tokens, including `cached_tokens` that were cached before."""
+    """Counted tokens, including `cached_tokens`, which were cached before."""
     cached_tokens: int
     bytes: int
     support: Support
@@ -111,7 +111,7 @@ def _settings(config: RunConfig) -> CacheConfig:
 def _requests(
     config: RunConfig, inputs: Inputs, teachers: dict[str, Teacher]
 ) -> Iterable[tuple[str, Teacher, Support, list[Example]]]:
-    """Yield the kind of rows, the teacher, the support and the rows of each group of requests."""
+    """Yield, for each group of requests, the kind of rows, the teacher, the support and the rows."""
 
     def by_teacher(table: ExampleTable) -> Iterable[tuple[Teacher, list[Example]]]:
         if config.route is None:
@@ -141,7 +141,7 @@ def _fill(
     tokens_before, cached_before = statistics.tokens, statistics.cached_tokens
 
     async def request(rows: list[int]) -> int:
-        """Request the signals of `rows`; return the number of usable ones."""
+        """Request the signals of `rows`; return the number of rows with usable signals."""
         try:
             await teacher.ascore([examples[row] for row in rows], support)
         except UnusableSignal as error:

@@ -1,4 +1,4 @@
-"""Printing: messages to standard error, results to standard output. Imports neither torch nor ray."""
+"""Print messages to standard error and results to standard output. Imports neither torch nor ray."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _MARKS = {"ok": ("✓", "green"), "note": ("•", "yellow"), "wrong": ("✗", "r
 
 
 def print_table(table: Table) -> None:
-    """Print to standard output; rows are not wrapped if that is a file."""
+    """Print a table to standard output; its rows are wrapped only on a terminal."""
     Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)
 
 

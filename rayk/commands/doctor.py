@@ -16,14 +16,14 @@ _HIGH_LEARNING_RATE = 0.1
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `ok`, a `note` worth knowing, or something `wrong`."""
+    """One finding, with state `ok`, `note` (allowed, but maybe not intended) or `wrong`."""
 
     state: Literal["ok", "note", "wrong"]
     text: str
 
 
 def examine(config: str | None, overrides: list[str] | None = None) -> Iterator[Check]:
-    """Check this machine, then the config; a check that later ones depend on ends the examination if it fails."""
+    """Check this machine, then the config. An error on which later checks depend is the last finding."""
     try:
         yield from _check_machine()
         if config is None:
@@ -95,7 +95,8 @@ def _check_output(settings: RunConfig) -> Check:
 
 
 def _check_resources(settings: RunConfig) -> Iterator[Check]:
-    """Compare the required resources with those of the cluster, or of this machine where the run starts its own."""
+    """Compare the resources that the run requires with those of the cluster, or with those of this machine if the run
+    starts a local cluster."""
     from rayk.run import required_cpus
     from rayk.run.applications import missing_resources
 
@@ -189,7 +190,7 @@ def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
         try:
             model = StudentConfig(model=teacher.model, trust_remote_code=teacher.trust_remote_code)
             total = count_planned_parameters(model, inputs.tokenizer).total
-        except InputError:  # such as a quantized model, whose size does not matter here
+        except InputError:  # such as a quantized model, whose size is not needed
             continue
         if total < size.total:
             yield Check(

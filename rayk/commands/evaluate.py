@@ -30,12 +30,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def evaluate(config: RunConfig, model: str | None, listener: ProgressListener) -> tuple[dict[str, Any], Path | None]:
-    """Measure `model`, by default the run's student, and keep the result in `evaluation.json`.
+    """Measure `model`, by default the run's student, and write the result to `evaluation.json`.
 
     The file is in the run directory, or in the folder of `model` if that is a local one.
 
     Returns:
-        The summary, and the file it was written to; None where the model is no local folder.
+        The summary, and the file to which it was written; None if it was not written, because `model` is no local
+        folder or the folder cannot be written.
     """
     summary = evaluate_model(config, model, listener)
     folder = with_absolute_paths(config).output_path if model is None else Path(model).expanduser()

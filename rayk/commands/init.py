@@ -1,7 +1,7 @@
 """`rayk init`: write a commented config for given models and data.
 
-It looks at the first rows, the tokenizers and the models' sizes, and chooses what usually works. Models whose files are
-not on this machine are looked up on the Hugging Face hub; where that fails, common values are used and a note says so.
+It chooses usual settings for the first rows, the tokenizers and the models' sizes. Models whose files are not on this
+machine are looked up on the Hugging Face hub; if that fails, it uses common values and adds a note.
 """
 
 import json
@@ -50,7 +50,7 @@ _COMMENTS = {
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The training rows: how to read them, and what they contain."""
+    """Facts about the training rows: how to read them, and what they contain."""
 
     path: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's tokenizer and size; None where it could not be loaded."""
+    """A model's tokenizer and size; None if they could not be loaded."""
 
     model: str
     tokenizer: Any = None
@@ -90,7 +90,7 @@ def init(teacher: str | None, student: str | None, data: str | None, method: str
         method: a kind of `rayk methods`; by default one that fits the rows and models.
 
     Returns:
-        Notes on what could not be looked up and what was chosen.
+        Notes on values that could not be looked up and on choices that were made.
 
     Raises:
         InputError: the file exists, a local model or the data cannot be read, or the method does not fit them.
@@ -122,7 +122,7 @@ def init(teacher: str | None, student: str | None, data: str | None, method: str
 
 
 def _read_data(path: str | None, notes: list[str]) -> DataFacts:
-    """Read the first rows and find out how they are to be read."""
+    """Read the first rows, and determine the source settings with which they can be read."""
     if path is None:
         notes.append(f"data.train.path is an example ({_EXAMPLE_DATA}); give your rows with --data, or edit it.")
         return DataFacts(_EXAMPLE_DATA)
@@ -135,7 +135,7 @@ def _read_data(path: str | None, notes: list[str]) -> DataFacts:
 
 
 def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
-    """Return the source settings with which rows like this are read, and their format."""
+    """Return the source settings with which rows with the fields of `row` can be read, and their format."""
     fields = row.fields
     texts = [name for name, value in fields.items() if isinstance(value, str)]
     chats = [
@@ -166,7 +166,7 @@ def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
 
 
 def _find_evaluation(path: str) -> str | None:
-    """Return a file of held-out rows beside the training rows, recognized by its name."""
+    """Return a file beside the training rows whose name is usual for held-out rows; None if there is none."""
     file = Path(path).expanduser()
     if not file.is_file():
         return None
@@ -182,7 +182,7 @@ def _read_model(name: str, role: str, required: bool, notes: list[str]) -> Model
     """Look up a model's tokenizer and size.
 
     Raises:
-        InputError: it is a local model that cannot be read.
+        InputError: `name` is a local model that cannot be read.
     """
     if not required:
         notes.append(f"{role}: {name} is an example; give your model with --{role}, or edit it.")
@@ -202,7 +202,7 @@ def _choose_method(
     method: str | None, rows: DataFacts, student: ModelFacts, teacher: ModelFacts | None, endpoint: str | None,
     notes: list[str],
 ) -> str:  # fmt: skip
-    """Return the method, by default one that fits.
+    """Return the method: the given one, or else one that fits the rows and models.
 
     Raises:
         InputError: the given method does not fit the rows or the teacher.
@@ -283,10 +283,10 @@ def _render(
     text = environment.from_string(template).render(
         title=_title(kind, synthesizes), file=path, name=f"{student_name or 'student'}-{kind}", method=kind,
         teacher=_teacher_values(teacher, endpoint, path, notes),
-        student={"model": _written(student.model, path), "size": _size(student)},
+        student={"model": _path_in_config(student.model, path), "size": _format_parameters(student)},
         data={
-            "path": _written(rows.path, path), "settings": rows.settings, "rows": _count(rows),
-            "evaluation": rows.evaluation and _written(rows.evaluation, path),
+            "path": _path_in_config(rows.path, path), "settings": rows.settings, "rows": _format_num_rows(rows),
+            "evaluation": rows.evaluation and _path_in_config(rows.evaluation, path),
         },
         chat_template=chat, chat_comment=chat_comment,
         synthesis={
@@ -321,11 +321,11 @@ def _teacher_values(
         }  # fmt: skip
     if teacher is None:
         return None
-    return {"endpoint": None, "model": _written(teacher.model, path), "size": _size(teacher)}
+    return {"endpoint": None, "model": _path_in_config(teacher.model, path), "size": _format_parameters(teacher)}
 
 
 def _endpoint_model(url: str, notes: list[str]) -> tuple[str, str]:
-    """Return the name of the endpoint's first model, and a comment; a placeholder where it does not list them."""
+    """Return the name of the endpoint's first model, and a comment; a placeholder if it does not list its models."""
     request = urllib.request.Request(f"{url.rstrip('/')}/models")
     if key := os.environ.get("OPENAI_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
@@ -390,7 +390,7 @@ def _longest(kind: str, rows: DataFacts, student: ModelFacts, chat: bool) -> tup
 
 
 def _schedule(kind: str, num_rows: int | None, parameters: int | None) -> dict[str, Any]:
-    """Return numbers of rows and steps, and the learning rate."""
+    """Return the settings of `training` that depend on the number of rows and on the size of the student."""
     rows = num_rows or 10_000
     batch_size = max(1, min(32, _power_of_two(rows // 4 + 1) // 2))
     epochs = 3 if rows < 2_000 else 2 if rows < 20_000 else 1
@@ -433,8 +433,9 @@ def _method_lines(kind: str, rows: DataFacts, student: ModelFacts) -> list[str]:
     }[kind]
 
 
-def _written(name: str, path: Path) -> str:
-    """Return a model or data path as the config contains it: relative to the config's folder where it is inside."""
+def _path_in_config(name: str, path: Path) -> str:
+    """Return a model's name unchanged, and a local path relative to the folder of the config `path` if it is inside,
+    else absolute."""
     if not is_local_path(name) or not os.path.exists(os.path.expanduser(name)):
         return name
     absolute = os.path.abspath(os.path.expanduser(name))
@@ -449,11 +450,11 @@ def _to_yaml(value: Any) -> str:
     return yaml.safe_dump(value, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
 
 
-def _size(model: ModelFacts) -> str:
+def _format_parameters(model: ModelFacts) -> str:
     return "" if model.parameters is None else f"{model.parameters:,}"
 
 
-def _count(rows: DataFacts) -> str:
+def _format_num_rows(rows: DataFacts) -> str:
     if rows.num_rows is None:
         return ""
     return f"more than {_COUNTED_ROWS:,}" if rows.num_rows > _COUNTED_ROWS else f"{rows.num_rows:,}"

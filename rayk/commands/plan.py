@@ -1,6 +1,6 @@
 """`rayk plan`: compute the number of teacher replicas that keep the student busy, and the network traffic.
 
-The number of replicas is ⌈1.2 · student's tokens/s ÷ one replica's tokens/s⌉: with a fifth of spare capacity,
+The number of replicas is ⌈1.2 · student's tokens/s ÷ one replica's tokens/s⌉. With a fifth of spare capacity,
 prefetching hides the teacher's latency; with too little capacity the student waits at every step.
 """
 
@@ -63,7 +63,7 @@ class Plan:
 
 
 def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: float | None = None) -> Plan:
-    """Plan `config`'s run.
+    """Compute the plan of `config`'s run.
 
     Args:
         student_rate: tokens per second; by default measured from the run in the config's output directory.

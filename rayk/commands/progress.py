@@ -1,4 +1,4 @@
-"""A run's progress on a terminal as a bar, elsewhere as lines."""
+"""Show a run's progress: as a bar on a terminal, otherwise as lines."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _LINE_EVERY_SECONDS = 10.0
 class TerminalProgress(ProgressListener):
     """A progress listener that prints stages as lines with the time since the start, and steps as a bar.
 
-    Where the output is no terminal, steps are printed as lines, at most one every ten seconds.
+    If the output is no terminal, it prints steps as lines, at most one per `_LINE_EVERY_SECONDS`.
     """
 
     def __init__(self, console: Console = standard_error):

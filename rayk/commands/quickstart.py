@@ -88,7 +88,8 @@ def teacher_model(home: Path, listener: ProgressListener) -> Path:
                 "name": "teacher",
                 "output": str(work / "run"),
                 "student": {
-                    "config": _architecture(quickstart_task.TEACHER_MODEL), "tokenizer": str(work / "tokenizer"),
+                    "config": _architecture(quickstart_task.TEACHER_MODEL),
+                    "tokenizer": str(work / "tokenizer"),
                 },
                 "data": {"train": {"path": str(work / "train.jsonl")}},
                 "method": {"kind": "supervised"},
@@ -112,7 +113,7 @@ def teacher_config(model: Path, replicas: int = 2) -> TeacherConfig:
 def student_config(
     home: Path, output: Path, method: str, seed: int = 0, steps: int | None = None, workers: int = 2
 ) -> RunConfig:
-    """Return the config of one student's run; the two runs differ only in `method`."""
+    """Return the config of one student's run; the runs differ only in `name`, `output` and `method`."""
     settings = quickstart_task.STUDENT_TRAINING
     data = home / f"rows-{seed}"
     if not data.is_dir():
@@ -151,7 +152,7 @@ def _training(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove the run of an earlier quickstart.
+    """Remove the run directory of an earlier quickstart.
 
     Raises:
         InputError: `folder` contains something else.

@@ -1,4 +1,4 @@
-"""`rayk run`: a run from data to trained student, and what an interruption leaves."""
+"""`rayk run`: run a config from data to trained student, and report what an interrupted run has kept."""
 
 from rayk.config import RunConfig
 from rayk.errors import Interrupted
@@ -16,11 +16,11 @@ def run(config: RunConfig, *, resume: bool, listener: ProgressListener) -> Resul
     try:
         return distill(config, resume=resume, listener=listener)
     except (KeyboardInterrupt, SystemExit) as stop:
-        raise Interrupted(_kept(config)) from stop
+        raise Interrupted(_interruption_message(config)) from stop
 
 
-def _kept(config: RunConfig) -> str:
-    """Say in a sentence what an interrupted run has kept, and how to continue."""
+def _interruption_message(config: RunConfig) -> str:
+    """Return a sentence on what an interrupted run has kept, and how to continue it."""
     config, _ = next_round(with_absolute_paths(config))
     if steps := _checkpointed_steps(config):
         return f"Interrupted; the run is checkpointed at step {steps[-1]:,}. Continue it with --resume."

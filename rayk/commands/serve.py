@@ -1,4 +1,4 @@
-"""`rayk serve`: deploy teachers and keep them running until interrupted, for other processes to connect to."""
+"""`rayk serve`: deploy teachers for other processes, until it is interrupted."""
 
 import os
 import time
@@ -10,30 +10,30 @@ from rayk.serving.cluster import cluster_variables, is_own_cluster, start_ray
 from rayk.teachers import serve_teacher
 
 
-def serve(teachers: list[TeacherConfig], say: Callable[[str], None]) -> None:
+def serve(teachers: list[TeacherConfig], print_line: Callable[[str], None]) -> None:
     """Deploy `teachers` and wait for Ctrl-C or SIGTERM.
 
     Args:
-        say: prints a line; among them are the lines with which another process on this machine connects.
+        print_line: called with each line of output, among them instructions for connecting from another process.
 
     Raises:
         InputError: a teacher cannot be started.
     """
-    # A run that connects to this cluster shares its CPUs, so there are as many again as the machine has.
+    # A run that connects to a local cluster shares its logical CPUs, so add as many as the machine has.
     needed = sum(teacher.resources.num_cpus * teacher.replicas.max for teacher in teachers if not teacher.attach)
     start_ray(needed + (os.cpu_count() or 1))
     with ExitStack() as stack:
         names = []
         for teacher in teachers:
-            say(f"Starting teacher {teacher.name} ({teacher.model or 'already running'}) …")
+            print_line(f"Starting teacher {teacher.name} ({teacher.model or 'already running'}) …")
             served = stack.enter_context(serve_teacher(teacher))
-            say(
+            print_line(
                 f"Teacher {served.name} is ready: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
                 f"{served.info.device}."
             )
             names.append(served.name)
         for line in connection_help(names):
-            say(line)
+            print_line(line)
         with suppress(KeyboardInterrupt, SystemExit):
             while True:
                 # A short sleep, because the kernel may deliver the signal to another thread, which does not end it.
@@ -41,7 +41,7 @@ def serve(teachers: list[TeacherConfig], say: Callable[[str], None]) -> None:
 
 
 def connection_help(names: list[str]) -> list[str]:
-    """Return the lines that tell how another process uses the teachers `names`."""
+    """Return instructions for using the teachers `names` in another process, as lines."""
     where = "on this machine" if is_own_cluster() else "that reaches this cluster"
     return [
         f"To use {'it' if len(names) == 1 else 'them'} in another process {where}, first run",

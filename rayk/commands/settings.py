@@ -1,4 +1,4 @@
-"""`rayk settings`: every key of a config with its type, default and description."""
+"""`rayk settings`: list every key of a config with its type, default and description."""
 
 import textwrap
 

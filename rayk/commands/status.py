@@ -1,4 +1,4 @@
-"""`rayk status`: show the progress of a run, read from its directory alone, wherever the run is executed."""
+"""`rayk status`: show the progress of a run from the files in its directory; the run may be on another machine."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ _MEASURED = {
 
 
 def status(folder: Path) -> list[dict[str, str]]:
-    """Return named texts on the run in `folder`; for a run with rounds, one entry per round that has started.
+    """Return the state of the run in `folder` as texts by name; for a run with rounds, one dict per started round.
 
     Raises:
         InputError: `folder` is no run directory.
@@ -75,7 +75,7 @@ def _unfinished_rows(folder: Path) -> str:
 
 
 def _total_steps(run: Run) -> int | None:
-    """Return the configured number of steps, or None where it is not known yet."""
+    """Return the configured number of steps; None if it is not known yet."""
     training: Mapping[str, Any] = run.config.get("training") or {}
     if training.get("steps"):
         return int(training["steps"])

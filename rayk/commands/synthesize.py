@@ -1,4 +1,4 @@
-"""`rayk synthesize`: generate a run's training rows, and nothing more."""
+"""`rayk synthesize`: generate a run's training rows without training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from rayk.run.synthesis_inputs import synthesized_rows_path
 
 
 def synthesize(config: RunConfig, listener: ProgressListener) -> tuple[dict[str, Any], Path]:
-    """Generate the training rows of `config`'s next round; return the summary and the file of the rows."""
+    """Generate the training rows of `config`'s next round; return the summary and the path of the rows' file."""
     summary = synthesize_rows(config, listener=listener)
     return summary, synthesized_rows_path(next_round(with_absolute_paths(config))[0])
 
