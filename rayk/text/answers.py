@@ -1,8 +1,8 @@
-"""Find the answer in a completion and compare it with the right answer, by the rules of Fine-tune-CoT's evaluator
-(arXiv 2212.10071) with its errors corrected.
+"""Find the answer in a completion and compare it with the right answer.
 
 If the text contains a delimiter such as `-->` or "the answer is", the answer is the first candidate after its first
-occurrence, else the last candidate.
+occurrence, else the last candidate. Candidates are found as in Fine-tune-CoT's evaluator (arXiv 2212.10071), except
+where that would misread a text: "5-3" contains 5 and 3, not −3, and a letter within a word is no choice.
 """
 
 import re
@@ -81,7 +81,7 @@ def _numbers(text: str, _: str) -> Iterator[str]:
 
 
 def _letters(text: str, choices: str) -> Iterator[str]:
-    """Yield letters in brackets and single letters, except "A" before a lower-case letter, which is the article."""
+    """Yield letters in brackets and single letters, except an "A" before a lower-case word, which is the article."""
     others = choices.replace("A", "") or "-"
     pattern = rf"\(([{choices}{choices.lower()}])\)|(?<![\w'’])(A(?!['’]|\s+[a-z])|[{others}](?!['’]))(?!\w)"
     for bracketed, alone in re.findall(pattern, text):
@@ -101,7 +101,7 @@ def _dates(text: str, _: str) -> Iterator[str]:
 
 
 def _parse_date(form: str, text: str) -> date | None:
-    """Return the date; None if it does not exist."""
+    """Return the date in `text`; None if there is no such day."""
     try:
         if form == "iso":
             return date(*map(int, text.split("-")))

@@ -6,14 +6,15 @@ from typing import Any
 from rayk.text.rouge import SimilarText
 from rayk.text.words import ngrams, words
 
-_MAX_LSH_THRESHOLD = 0.95  # closer to 1 there is no choice of bands
+_MAX_LSH_THRESHOLD = 0.95  # datasketch finds no division into bands for thresholds closer to 1
 
 
 class NearDuplicates:
-    """A growing pool of texts that finds one with Jaccard similarity ≥ `threshold` of the sets of word n-grams.
+    """A growing pool of texts that finds a text similar to a new one: with Jaccard similarity ≥ `threshold` of their
+    sets of word n-grams.
 
-    MinHash LSH (datasketch) proposes texts, whose similarity is then computed exactly, so that there are no false
-    duplicates. A pair may be missed: with 128 permutations and threshold 0.8 the hashes propose a pair of similarity
+    MinHash LSH (datasketch) proposes texts, and their similarity is then computed exactly, so that there are no false
+    duplicates. A pair may be missed: with 128 permutations and threshold 0.8, the hashes propose a pair of similarity
     0.8 with probability 0.87, of 0.85 with 0.98, of 0.9 with 0.999, and equal texts always. The same texts in the same
     order give the same decisions.
     """

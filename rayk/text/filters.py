@@ -1,8 +1,8 @@
-"""Filters that reject candidates for training rows, in order, each with a reason in words.
+"""Filters that reject candidates for training rows, each with a reason in words.
 
-A candidate is a mapping of fields: `prompt`, `completion`, `finish_reason`, `tokens` and the recipe's own. A candidate
-that one filter rejects does not reach the next, and filters that compare candidates with each other only remember those
-that all filters accepted.
+A candidate is a mapping of fields: `prompt`, `completion`, `finish_reason`, `tokens` and the recipe's own. Filters are
+applied in order until one rejects the candidate. Filters that compare candidates with each other only remember
+candidates that all filters accepted.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ class Filter:
     """A filter built from its settings.
 
     Attributes:
-        name: its kind, numbered if there are several of the kind; used in counts and reports.
+        name: the filter's kind, with a number if there are several of the kind; used in counts and reports.
         check: returns None to accept a candidate, else the reason for rejecting it.
         remember: called with each candidate that all filters accepted.
     """
@@ -103,7 +103,7 @@ def build_filters(
 
 
 def apply_filters(candidates: Iterable[Candidate], filters: Sequence[Filter]) -> FilterResult:
-    """Apply the filters to candidates one after another. Later calls with the same filters compare with earlier ones.
+    """Apply the filters to candidates one after another. Filters also compare with the candidates of earlier calls.
 
     Raises:
         InputError: a candidate lacks the field that a filter reads, or a custom function failed.
@@ -120,7 +120,7 @@ def apply_filters(candidates: Iterable[Candidate], filters: Sequence[Filter]) ->
 
 
 def find_rejection(candidate: Candidate, filters: Sequence[Filter]) -> Rejection | None:
-    """Return the first filter's rejection of a candidate; None if all filters accept it, which they then remember.
+    """Return the rejection by the first filter that rejects the candidate; None if all accept it and remember it.
 
     Raises:
         InputError: as `apply_filters`.
@@ -230,7 +230,7 @@ def _repetition(given: configs.RepetitionFilterConfig, name: str) -> Check:
         repeated = 1 - len(set(grams)) / len(grams) if grams else 0.0
         if repeated > given.maximum:
             return f"repeats {repeated:.0%} of its {given.n}-grams"
-        # Words do not show runs of a character: 1000 exclamation marks have no word, 1000 times "a" is one.
+        # Words do not show sequences of one character: 1000 exclamation marks have no word, and "aaa…" is one word.
         visible = "".join(text.split())
         run, character = max(((len(list(same)), each) for each, same in groupby(visible)), default=(0, ""))
         if run >= _SHORTEST_RUN and run > given.maximum * len(visible):

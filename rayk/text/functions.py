@@ -1,4 +1,4 @@
-"""Load functions and classes of the user's that settings name as 'module:name' or by entry point."""
+"""Load users' functions and classes, which settings name as 'module:name' or by entry point."""
 
 import importlib
 import inspect
@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 
 def load_function(path: str, setting: str) -> Callable[..., Any]:
-    """Load the function `path` ('module:name') from an installed module or a file in the current folder.
+    """Load the function `path` ('module:name') from an installed module or a file in a folder of `sys.path`, to which
+    the current folder and the config file's folder belong.
 
     Args:
         setting: name of the setting in error messages ("synthesis.scorer").
@@ -56,7 +57,7 @@ def load_object(path: str, setting: str, group: str) -> Any:
 
 
 def describe_error(error: Exception) -> str:
-    """Describe an error of a user's code with file and line: "KeyError: 'x' (my_module.py, line 3)"."""
+    """Describe an error in a user's code with file and line: "KeyError: 'x' (my_module.py, line 3)"."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
 

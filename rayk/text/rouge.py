@@ -1,4 +1,4 @@
-"""ROUGE-L F between one text and many, to reject repetitions (Self-Instruct, arXiv 2212.10560 §2.2).
+"""ROUGE-L F between one text and many, to reject similar texts (Self-Instruct, arXiv 2212.10560, §2.2).
 
 F = 2·LCS(a, b) / (|a| + |b|) over words (`rayk.text.words`). A pool of N texts takes N²/2 comparisons; exact bounds
 avoid nearly all of them without changing a decision:
@@ -42,17 +42,17 @@ def rouge_l(one: str, other: str) -> float:
 
 
 class RougeIndex:
-    """A growing pool of texts that finds one with ROUGE-L F ≥ `threshold` to a new text.
+    """A growing pool of texts that finds a text with ROUGE-L F ≥ `threshold` to a new one.
 
     F equal to the threshold counts as similar: the paper keeps texts *below* 0.7, while the authors' code drops only
-    those above. The comparison is exact, in integers: 0.7 is 7/10, and 14/20 is not below it, whatever the rounding of
-    floats. Texts without words are not similar to any other.
+    texts above it. The comparison is exact, in integers, so that rounding of floats has no effect: 0.7 is 7/10, and
+    14/20 is not below it. Texts without words are not similar to any text.
     """
 
     def __init__(self, threshold: float = 0.7, texts: Iterable[str] = ()):
         """
         Args:
-            threshold: in (0, 1], taken as the decimal fraction that it prints as.
+            threshold: in (0, 1]; its decimal notation is converted to an exact fraction.
             texts: initial pool.
         """
         if not 0 < threshold <= 1:
@@ -61,7 +61,7 @@ class RougeIndex:
         self._texts: list[str] = []
         self._ids: dict[str, int] = {}
         self._sequences: list[tuple[int, ...]] = []
-        # Elements without a rank count as rarer than the others: they are new since the last ranking.
+        # Elements without a rank are new since the last ranking, and count as rarer than those with one.
         self._ranks: dict[tuple[int, int], int] = {}
         self._postings: dict[tuple[int, int], list[int]] = {}
         self._next_reorder = _FIRST_REORDER
@@ -110,9 +110,10 @@ class RougeIndex:
         return -(-self._numerator * length // (2 * self._denominator - self._numerator))
 
     def _prefix(self, sequence: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Return the rarest elements of the sequence, of which a similar text's prefix has `_SHARED` or all it needs.
+        """Return the rarest elements of the sequence. The prefixes of similar texts share `_SHARED` elements, or all
+        that similarity requires.
 
-        An element is a word with the number of its occurrence, so that a bag of words becomes a set.
+        An element is a word with the number of its occurrence in the text, so that a bag of words becomes a set.
         """
         common = self._min_common(len(sequence) + self._min_length(len(sequence)))
         seen: Counter[int] = Counter()
@@ -131,7 +132,8 @@ class RougeIndex:
             self._postings.setdefault(element, []).append(index)
 
     def _reorder(self) -> None:
-        """Rank elements by the number of texts with them and rebuild the index, each time the pool has doubled."""
+        """Rank elements by the number of texts that contain them, and rebuild the index. Called whenever the pool has
+        doubled."""
         self._next_reorder *= 2
         counts: Counter[tuple[int, int]] = Counter()
         for sequence in self._sequences:

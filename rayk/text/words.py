@@ -1,10 +1,10 @@
 """Split text in any script into words: one tokenization for ROUGE-L, n-grams, shingles and lengths.
 
-ASCII text gets rouge-score's tokens, runs of a-z and 0-9 in lower case without stemming, so that decisions equal those
-of rouge-score. That library drops all other characters, and with them all of Chinese. Here all letters, digits and
-marks of Unicode count (in NFKC, so that full-width forms and decomposed accents make no difference): a run of them is a
-word, and in scripts without spaces between words each character with its marks is a word. One character per word is
-what sacreBLEU's `zh` and ROUGE for Chinese usually use; it needs no dictionary.
+ASCII text is split into rouge-score's tokens (sequences of a-z and 0-9 in lower case, without stemming), so that
+decisions equal those of rouge-score. That library drops all other characters, and so whole languages such as Chinese.
+Here a word is a sequence of Unicode letters, digits and marks (in NFKC, so that full-width forms and decomposed accents
+make no difference). In scripts without spaces between words, each character with its marks is a word, as usual in
+sacreBLEU's `zh` and in ROUGE for Chinese; this needs no dictionary.
 """
 
 import re
@@ -36,7 +36,7 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(items: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Return every run of `n` items, in order; none if there are fewer."""
+    """Return every sequence of `n` consecutive items, in order; none if there are fewer items."""
     return zip(*(items[start:] for start in range(n)), strict=False)
 
 
