@@ -157,10 +157,6 @@ class BatchSampler:
         pass_number, position = np.divmod(np.arange(len(by_length)), world)
         return by_length[np.where(pass_number % 2 == 0, position, world - 1 - position) == rank]
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch (from 0) of the first row of `step`."""
-        return step * self.batch_size // len(self.lengths)
-
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
             # numpy guarantees the raw stream in all versions, but not the result of Generator.permutation

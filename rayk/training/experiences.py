@@ -90,7 +90,7 @@ class ExperienceSource:
         """Yield the experience of each step in order, and prepare the next `training.prefetch` ones meanwhile.
 
         Raises:
-            Interrupted: the run was asked to stop while the loop waits for an experience.
+            Interrupted: a stop was requested while the loop waits for an experience.
         """
         if self._policy is not None:
             self._policy.update(step)
@@ -148,7 +148,7 @@ class ExperienceSource:
             step += 1
 
     async def _prepare_unless_stopped(self, step: int) -> PreparedStep:
-        """Prepare the step, or raise Interrupted if the run is asked to stop while the loop waits for this step."""
+        """Prepare the step, or raise Interrupted if a stop is requested while the loop waits for this step."""
         if self._stop_request is None:
             return await self._prepare(step)
         work = asyncio.ensure_future(self._prepare(step))

@@ -242,7 +242,7 @@ class Trainer:
         """Wait for the next experience.
 
         Raises:
-            AllRanksStop: it cannot be prepared on some rank, or the run was asked to stop.
+            AllRanksStop: some rank cannot prepare it, or a stop was requested.
         """
         prepared, problem = None, None
         try:

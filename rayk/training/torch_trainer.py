@@ -1,11 +1,11 @@
 """A `TorchTrainer` that starts fewer actors: each is a process that takes seconds to start on a small machine, while
 workers wait.
 
-Rows travel in the job, so no worker group needs the actor that distributes Ray Data's datasets. On a cluster that this
-process has started, which neither grows nor outlives it, two more are left out: the one that requests resources from an
-autoscaler, and the one that frees them if the controller dies. There the controller and its workers also inherit their
-environment variables from this process as it was when Ray started, instead of a runtime environment, for which Ray
-would start Python twice in every worker.
+rayk sends rows in the `Job`, so the actor that distributes Ray Data's datasets is never needed. If this process has
+started the Ray cluster, the cluster neither grows nor outlives the process, so two more actors are left out: the one
+that requests resources from an autoscaler, and the one that frees them if the controller dies. The controller and its
+workers then also get the environment variables that this process had when it started Ray. They use no runtime
+environment, because for that Ray would start Python twice in every worker.
 
 All of this uses private parts of Ray Train. If a version of Ray lacks one of them, `trainer_class` returns Ray's own
 `TorchTrainer`, which only starts more slowly.
@@ -53,10 +53,10 @@ def trainer_class() -> type[TorchTrainer]:
 
 
 def abort(trainer: TorchTrainer) -> None:
-    """Stop the workers of a running `FastStartTrainer` at once; those of Ray's own stop after their current step."""
+    """Stop the workers of a running `FastStartTrainer` at once; a `TorchTrainer` stops after its current step."""
     controller = getattr(trainer, "controller", None)
     if controller is not None:
-        with contextlib.suppress(ray.exceptions.RayError):  # it has ended, or Ray has
+        with contextlib.suppress(ray.exceptions.RayError):  # the controller or Ray has ended already
             ray.get(controller.abort.remote(), timeout=_ABORT_SECONDS)
 
 
