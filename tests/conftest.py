@@ -16,7 +16,7 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray Train polls its w
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM would compile for 15 s before its first log-probs
 # vLLM on a CPU would start its worker in a separate process, which imports all of vLLM once more (12 s of a core).
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# A shell that starts the tests in the background makes them, and their child processes, ignore Ctrl-C.
+# A shell that starts the tests in the background makes them and their child processes ignore SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
@@ -36,8 +36,8 @@ CLUSTER_FIXTURES = {"ray_cluster", "vllm"}
 def pytest_collection_modifyitems(items):
     """Mark cluster tests, and move their files to the front.
 
-    Processes that share the suite take whole files in this order, so the short files fill up the end. The tests of a
-    file stay together and in order.
+    Test processes take whole files in this order. The files with cluster tests take longest, so the shorter ones at the
+    end keep all processes busy. The tests of a file stay together and in order.
     """
     for item in items:
         if CLUSTER_FIXTURES & set(item.fixturenames):
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_cluster(request, monkeypatch):
-    """Make a test fail that starts Ray in this process without the marker `cluster`."""
+    """Let a test fail if it starts Ray in this process and does not have the marker `cluster`."""
     if request.node.get_closest_marker("cluster"):
         return
 
@@ -93,13 +93,13 @@ def ray_cluster():
     client.CLIENT_POLLING_INTERVAL_S = 0.1  # interval of checks whether an application has started or ended; default 1
     start_ray(num_cpus=8)
     yield
-    serve.shutdown()  # also this process's handles, which would keep reporting to a controller that has ended
+    serve.shutdown()  # ends also this process's handles, which would continue to report to a controller that has ended
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def served(ray_cluster, tiny_teacher):
-    """Client of the tiny teacher, which runs as Serve application `served` with two replicas."""
+    """A client of the tiny teacher, which runs as Serve application `served` with two replicas."""
     from rayk.config import TeacherConfig
     from rayk.teachers import serve_teacher
 

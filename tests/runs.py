@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 240
 
 
 def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
-    """Write additions of different lengths as `prompt` and `completion`, with the sum in `answer`."""
+    """Write rows with additions of different lengths: `prompt`, `completion`, and the sum as `answer`."""
     random = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -36,7 +36,7 @@ def write_rows(path: Path, count: int = 48, seed: int = 0) -> Path:
 
 
 def write_tasks(folder: Path, count: int = 24) -> Path:
-    """Write two tasks with options of different number and length to `folder`/rows.jsonl."""
+    """Write the rows of two tasks to `folder`/rows.jsonl; their `options` differ in number and length."""
     words = ["cat", "dog", "mat", "log", "sat"]
     options = [["the log", "no"], ["yes", "no", "the mat and the dog"]]
     random = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def rayk(*arguments: object, log: Path, **variables: str) -> Iterator[subprocess
         yield process
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGABRT)  # makes faulthandler print where it hangs
+            process.send_signal(signal.SIGABRT)  # makes faulthandler print the stack of each thread
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             with contextlib.suppress(ProcessLookupError):
