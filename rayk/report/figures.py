@@ -96,16 +96,16 @@ def draw_figures(runs: list[Run]) -> list[Group]:
         ]),
     ]  # fmt: skip
     found = []
-    for title, most, plots in groups:
+    for title, max_columns, plots in groups:
         plots = [plot for plot in plots if plot.curves]
         if plots:
-            columns = min(most if len(plots) <= 4 else 3, len(plots))
+            columns = min(max_columns if len(plots) <= 4 else 3, len(plots))
             found.append(Group(title, columns, [_panel(plot, columns, title == "Optimizer") for plot in plots]))
     return found
 
 
 def _loss_plots(runs: list[Run]) -> list[Plot]:
-    """Return cross-entropy on one axis for all runs, and each other objective on its own axis, as units differ."""
+    """Return the plot of cross-entropy for all runs, and one plot per other objective, because their units differ."""
     plots = [
         Plot("Cross-entropy", "On the counted tokens, in nats: those of the data, or of the student's rollouts.",
              _curves(runs, "cross_entropy"))
@@ -155,7 +155,7 @@ def _evaluation_plots(runs: list[Run]) -> list[Plot]:
         Plot("Preference accuracy", "Share of pairs whose chosen completion is more likely.",
              _curves(runs, "evaluation_preference_accuracy"), style="points", axis="share"),
     ]  # fmt: skip
-    # A single point is the number in the table of results.
+    # A single point is not drawn, because the table of results has its value.
     return [plot for plot in plots if any(len(curve.steps) > 1 for curve in plot.curves)]
 
 
@@ -228,8 +228,8 @@ def _window(curve: Series) -> int:
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Return the centered running mean.
 
-    At the start the window grows from one value, so that a steep start is not flattened. At the end, where noise would
-    be taken for the result, the window keeps its left half.
+    At the start the window grows from one value, so that a steep start is not flattened. At the end the window keeps
+    its left half, so that the last value is still a mean and not the noise of one step.
     """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -268,6 +268,6 @@ def as_svg(figure: Figure, label: str) -> Markup:
     box = re.search(r'viewBox="[^"]+"', text)
     assert box is not None
     body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index(">", box.end()) + 1 :], flags=re.DOTALL)
-    # Ids of groups would repeat in every figure.
+    # The ids of groups are removed, because they would repeat in every figure of the page.
     body = re.sub(r"\n\s*", "\n", re.sub(r'<g id="[^"]*"', "<g", body))
     return Markup(f'<svg {box[0]} role="img" aria-label="{escape(label)}">') + Markup(body)

@@ -1,7 +1,7 @@
 """The report of one run, or the comparison of several, as one HTML page without scripts or network access.
 
-It is made from the run directories alone, so old runs can be reported at any time, and unfinished ones up to their last
-step. `report.html.j2` is the page; this file computes its contents.
+It is made from the run directories alone, so old runs can be reported at any time, and unfinished runs up to their last
+step. `report.html.j2` is the template of the page; this file computes its contents.
 """
 
 import importlib.metadata
@@ -76,7 +76,7 @@ def _title(runs: list[Run]) -> str:
 
 
 def _sentence(runs: list[Run]) -> str:
-    """Summarize the runs in one sentence, for someone who sees the page first."""
+    """Summarize the runs in one sentence for the top of the page."""
     # In a run with rounds, the student of a later round is the model of the round before, so it is counted once.
     trained_here = {str(Path(run.config["output"]) / "model") for run in runs if "output" in run.config}
     first_runs = [run for run in runs if (run.config.get("student") or {}).get("model") not in trained_here]
@@ -93,7 +93,7 @@ def _sentence(runs: list[Run]) -> str:
     if teachers:
         names = _enumerate(f"“{name}”" for name in teachers)
         text += f"; the teacher{'s are' if len(teachers) > 1 else ' is'} {names}"
-    # A model's name keeps its own capitals; only a phrase such as "a new llama model" starts with a capital letter.
+    # A model's name is not capitalized; only a phrase such as "a new llama model" is.
     return f"{text[0].upper()}{text[1:]}." if text.startswith("a new ") else f"{text}."
 
 
@@ -112,7 +112,7 @@ def _row_counts(runs: list[Run], part: str, form: str) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One evaluation prompt with all completions; `answers` has one entry per run, None where none was kept."""
+    """One evaluation prompt with all completions; `answers` has one entry per run, None if the run stored none."""
 
     where: str
     prompt: str
@@ -122,7 +122,7 @@ class Sample:
 
 
 def _samples(runs: list[Run]) -> list[Sample]:
-    """Return the kept completions of all runs, grouped by evaluation row."""
+    """Return the stored sample completions of all runs, grouped by evaluation row."""
     kept = [{answer["where"]: answer for answer in (run.summary or {}).get("samples", [])} for run in runs]
     samples = []
     for where in dict.fromkeys(place for answers in kept for place in answers):
@@ -143,13 +143,13 @@ def _select_rollouts(run: Run) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Section:
-    """A section on one part of a run: a sentence, named figures, and examples."""
+    """A section of the page about one part of a run: a sentence, named numbers, and example rows."""
 
     run: Run
     sentence: str
     figures: list[tuple[str, str]]
     examples: list[dict[str, Any]]
-    """`rejected_by` is empty for the kept ones."""
+    """Their `rejected_by` is empty if the row was kept."""
 
 
 def _synthesis(run: Run) -> Section:
@@ -179,7 +179,7 @@ def figure_text(figure: Mapping[str, Any]) -> str:
 
 
 def _retrieval(run: Run) -> Section:
-    """Describe how helpful the demonstrations are that a run's retriever finds."""
+    """Describe how helpful the demonstrations that a run's retriever finds are."""
     summary = run.retriever
     assert summary is not None
     held_out, gain = summary["held_out"], summary["held_out"]["learned_over_bm25"]

@@ -18,7 +18,7 @@ class Column:
     """`max` where higher is better, `min` where lower is."""
     value: Callable[[Run], float | None]
     metric: str | None = None
-    """The name of the metric, where teachers and untrained students have one."""
+    """The name of the metric; None for numbers that only a training run has."""
 
     @property
     def hint(self) -> str:
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass
 class Cell:
-    """One formatted number; `best` among the finished students."""
+    """One formatted number; `best` is true if it is the best of all finished students."""
 
     text: str = "–"
     note: str = ""

@@ -1,4 +1,4 @@
-"""Reading a run directory, finished or not: `config.yaml`, `metrics.jsonl`, `summary.json`, `rollouts.jsonl`."""
+"""Read a run directory, finished or not: `config.yaml`, `metrics.jsonl`, `summary.json`, `rollouts.jsonl`."""
 
 import json
 import math
@@ -18,14 +18,14 @@ COLORS = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f", "#7358b5", "#8a6a3b", "#1e
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a JSON lines file, without a last one that a kill has truncated."""
+    """Return the complete rows of a JSON lines file; a last row that a kill has truncated is left out."""
     if not path.exists():
         return []
     return _complete_rows(path.read_bytes())
 
 
 class MetricsFollower:
-    """New rows of a growing metrics file, from the start again after a restart has replaced the file."""
+    """Reads the new rows of a growing metrics file; begins at the first row again if a restart replaces the file."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -52,8 +52,8 @@ def _complete_rows(data: bytes) -> list[dict[str, Any]]:
 def wait_seconds(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     """Return the seconds that training waited for teachers, and for rollouts, over rows of `metrics.jsonl`.
 
-    A step's `teacher_wait_seconds` contains all the waiting for its batch. The part during which its rollouts were
-    still being generated is waiting for rollouts, and so is `policy_wait_seconds`.
+    A step's `teacher_wait_seconds` is all the time that the step waited for its batch. While the step's rollouts were
+    still being generated, this counts as waiting for rollouts, and so does `policy_wait_seconds`.
     """
     teacher = rollouts = 0.0
     for row in rows:
@@ -70,7 +70,7 @@ def wait_seconds(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of one run directory, with the run's look in every figure."""
+    """The contents of one run directory, and the run's color and line style in all figures."""
 
     path: Path
     label: str
@@ -83,7 +83,7 @@ class Run:
     retriever: dict[str, Any] | None = None
     """The summary of the training of its retriever."""
     metrics_before: Mapping[str, float] = field(default_factory=dict)
-    """The student's evaluation before training; empty where it was not measured."""
+    """The student's evaluation before training; empty if it was not measured."""
     rollouts: list[dict[str, Any]] = field(default_factory=list)
     """Sampled rollouts: `step`, `where`, `prompt`, `completion`, `tokens`, `finish_reason`."""
 
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def trained_parameters(self) -> str | None:
-        """The share of the student's parameters that was trained; None if that is all of them."""
+        """The share of the student's parameters that was trained; None if all were trained."""
         size = (self.summary or {}).get("parameters")
         if size is None or size["trained"] == size["total"]:
             return None

@@ -1,4 +1,4 @@
-"""The report's timeline: when each step's rollouts were generated, scored and trained on."""
+"""The report's timeline: when the rollouts of each step were generated, scored and trained on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class _Bar:
 
 
 def draw_timelines(runs: list[Run]) -> list[Group]:
-    """Draw a figure per run with a teacher, of some steps from the middle of the run."""
+    """Draw a figure for each run with a teacher; it shows some steps from the middle of the run."""
     panels = [panel for run in runs if (panel := _timeline(run)) is not None]
     return [Group("Timeline", 1, panels)] if panels else []
 

@@ -197,9 +197,9 @@ def test_samples_are_grouped_by_row(tmp_path):
     )
     articles = {re.search(r"<h3>(.*?)</h3>", part)[1]: text_of(part) for part in page.split("<article")[1:]}  # type: ignore[index]
     assert list(articles) == ["line 1", "line 2", "line 3"]
-    assert "a ✓ correct first says 4 b no completion kept" in articles["line 1"]
+    assert "a ✓ correct first says 4 b no completion stored" in articles["line 1"]
     assert "a ✗ wrong first says 5 b ✓ correct second says 4" in articles["line 2"]
-    assert "a no completion kept b ✓ correct empty truncated after 3 tokens" in articles["line 3"]
+    assert "a no completion stored b ✓ correct empty truncated after 3 tokens" in articles["line 3"]
 
 
 @pytest.mark.parametrize("acceptance", [0.95, 1.0])
