@@ -122,20 +122,20 @@ async def sample_teacher_mixed(
         while active or waiting:
             while waiting and len(active) < batch_size:
                 active.append(waiting.popleft())
-            undrafted = [row for row in active if not row.text.is_pending]
+            undrafted = [row for row in active if not row.continuation.is_pending]
             if undrafted:
                 async with student_lock:
                     await asyncio.to_thread(run_student, drafter.draft, undrafted, length.tokens)
-            verdicts = await verify([row.text.next_draft() for row in active])
+            verdicts = await verify([row.continuation.next_draft() for row in active])
             before = _count_tested(active)
             async with student_lock:
                 await asyncio.to_thread(run_student, drafter.apply_verdicts, active, verdicts)
             length.observe(*(_count_tested(active) - before))
-            active = [row for row in active if not row.text.finish_reason]
+            active = [row for row in active if not row.continuation.finish_reason]
 
     lanes = [deque(rows[start::_LANES]) for start in range(_LANES)]
     await gather(run_lane(waiting, copy(draft_length or DraftLength())) for waiting in lanes)
-    return [_to_rollout(row.text) for row in rows]
+    return [_to_rollout(row.continuation) for row in rows]
 
 
 @dataclass(eq=False)
@@ -144,7 +144,7 @@ class _Row:
     from which q is computed."""
 
     number: int
-    text: Continuation
+    continuation: Continuation
     past: KeyValues = field(default_factory=KeyValues)
     start: int = 0
     hidden: Tensor | None = None
@@ -165,9 +165,10 @@ class _Drafter:
     def draft(self, rows: list[_Row], tokens: int) -> None:
         """Draft up to `tokens` tokens of each row; a row stops at an end token."""
         device = self._model.device
-        lengths = torch.tensor([min(tokens, row.text.remaining_tokens) for row in rows], device=device)
+        continuations = [row.continuation for row in rows]
+        lengths = torch.tensor([min(tokens, one.remaining_tokens) for one in continuations], device=device)
         numbers = torch.from_numpy(
-            np.stack([draw_uniforms(Stream.DRAFTS, row.text.seed, tokens, start=row.text.position) for row in rows])
+            np.stack([draw_uniforms(Stream.DRAFTS, one.seed, tokens, start=one.position) for one in continuations])
         ).to(device)
         batch, last = self._read_rows(rows)
         drafting = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -190,9 +191,9 @@ class _Drafter:
                             "weights.")  # fmt: skip
         columns = zip(rows, drafted.tolist(), ids.tolist(), logprobs.tolist(), batch.key_values(), strict=True)
         for number, (row, count, row_ids, row_logprobs, past) in enumerate(columns):
-            row.start, row.past = row.text.position, past
+            row.start, row.past = row.continuation.position, past
             row.hidden, row.normalizers = hidden[number], normalizers[number]
-            row.text.propose(row_ids[:count], row_logprobs[:count])
+            row.continuation.propose(row_ids[:count], row_logprobs[:count])
 
     def _read_rows(self, rows: list[_Row]) -> tuple[CachedBatch, Tensor]:
         """Return a batch with the keys and values of all tokens of the rows, and its last hidden states [rows, width].
@@ -200,7 +201,7 @@ class _Drafter:
         Computes the tokens that the KV caches of the rows do not contain yet: a whole prompt before the first draft,
         then the last token.
         """
-        unread = [torch.from_numpy(row.text.sequence()[len(row.past) :].astype(int)) for row in rows]
+        unread = [torch.from_numpy(row.continuation.sequence()[len(row.past) :].astype(int)) for row in rows]
         device = self._model.device
         counts = torch.tensor(list(map(len, unread)), device=device)
         batch = CachedBatch(self._model, [row.past for row in rows])
@@ -214,9 +215,9 @@ class _Drafter:
         if unusable := [row.number for row, verdict in zip(rows, verdicts, strict=True) if _has_nan(verdict)]:
             raise UnusableSignal(f"The teacher's log-probs after prompt {unusable[0]} are NaN.", unusable)
         for row, verdict in zip(rows, verdicts, strict=True):
-            row.text.apply_verdict(verdict, partial(self._logprobs_at, row))
-            if not row.text.is_pending:
-                row.past = row.past.truncate(row.text.position - 1)
+            row.continuation.apply_verdict(verdict, partial(self._logprobs_at, row))
+            if not row.continuation.is_pending:
+                row.past = row.past.truncate(row.continuation.position - 1)
                 row.hidden = row.normalizers = None
 
     def _logprobs_at(self, row: _Row, position: int, ids: np.ndarray) -> np.ndarray:
@@ -229,19 +230,21 @@ class _Drafter:
 
 def _count_tested(rows: list[_Row]) -> np.ndarray:
     """Return the numbers of accepted and of rejected drafted tokens of `rows`."""
-    return np.array([sum(row.text.accepted for row in rows), sum(row.text.rejected for row in rows)])
+    return np.array([sum(row.continuation.accepted for row in rows), sum(row.continuation.rejected for row in rows)])
 
 
 def _has_nan(verdict: Verdict) -> bool:
     return bool(np.isnan(verdict.logprobs).any() or np.isnan(verdict.candidate_logprobs).any())
 
 
-def _to_rollout(text: Continuation) -> MixedRollout:
-    student, teacher = (np.asarray(values, np.float32) for values in (text.student_logprobs, text.teacher_logprobs))
-    weights = importance_weights(student, teacher, text.sampling.alpha)
+def _to_rollout(continuation: Continuation) -> MixedRollout:
+    student, teacher = (
+        np.asarray(values, np.float32) for values in (continuation.student_logprobs, continuation.teacher_logprobs)
+    )
+    weights = importance_weights(student, teacher, continuation.sampling.alpha)
     return MixedRollout(
-        np.asarray(text.token_ids, np.int32), student, teacher, weights, text.finish_reason, text.calls, text.accepted,
-        text.rejected, text.capped,
+        np.asarray(continuation.token_ids, np.int32), student, teacher, weights, continuation.finish_reason,
+        continuation.calls, continuation.accepted, continuation.rejected, continuation.capped,
     )  # fmt: skip
 
 
