@@ -49,7 +49,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        message = f"rayk.{name} is now rayk.{_RENAMED[name]}; the next release does not know the old name."
+        message = f"rayk.{name} is now rayk.{_RENAMED[name]}; the old name will be removed in the next release."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return __getattr__(_RENAMED[name])
     if name not in _MODULES:

@@ -34,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Watcher":
-        message = "rayk.run.Watcher is now rayk.run.ProgressListener; the next release does not know the old name."
+        message = "rayk.run.Watcher is now rayk.run.ProgressListener; the old name will be removed in the next release."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return ProgressListener
     raise AttributeError(f"module 'rayk.run' has no attribute '{name}'")

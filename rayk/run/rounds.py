@@ -47,7 +47,7 @@ def distill(
         RunFailed: training failed (the latest checkpoint is kept), or no training row could be synthesized.
     """
     if watcher is not None:
-        message = "distill(watcher=…) is now distill(listener=…); the next release does not know the old name."
+        message = "distill(watcher=…) is now distill(listener=…); the old name will be removed in the next release."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         listener = watcher
     if not isinstance(config, RunConfig):
