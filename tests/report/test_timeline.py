@@ -53,7 +53,7 @@ def test_runs_without_a_teacher_have_no_timeline():
 
 
 @pytest.mark.parametrize("late", [0.0, 0.2])
-def test_overlapping_bars_are_stack(late):
+def test_overlapping_bars_are_stacked(late):
     bars = [bar for step in (1, 2, 3) for bar in _bars(row(step)) if bar.lane == "generate"]
     assert {level for _, level in _stack(bars)} == {0}
     longer = [type(bar)(bar.lane, bar.step, bar.start, bar.end + 1 + late) for bar in bars]

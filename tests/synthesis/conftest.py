@@ -17,8 +17,8 @@ def _endpoint():
 
 
 @pytest.fixture(scope="session")
-def parrot(ray_cluster, _endpoint):
-    """A teacher that returns its endpoint's completions, queried in chat."""
+def chat_teacher(ray_cluster, _endpoint):
+    """Teacher 'parrot', which returns its endpoint's completions and is queried for chat completions."""
     config = TeacherConfig(
         name="parrot", model="parrot-1", engine=engine_of(_endpoint), resources={"num_cpus": 0.25}
     )  # fmt: skip
@@ -27,8 +27,8 @@ def parrot(ray_cluster, _endpoint):
 
 
 @pytest.fixture(scope="session")
-def scribbler(ray_cluster, _endpoint):
-    """A teacher on the same endpoint, queried for plain completions."""
+def plain_teacher(ray_cluster, _endpoint):
+    """Teacher 'scribbler' on the same endpoint, queried for plain completions."""
     config = TeacherConfig(
         name="scribbler", model="scribbler-1", engine=engine_of(_endpoint, chat=False), resources={"num_cpus": 0.25}
     )  # fmt: skip

@@ -25,11 +25,11 @@ WORDS += ["thread", "harbour", "comet", "ladder", "meadow", "glacier", "saddle",
 GIVEN = [f"Tell me {what} about {word}s in general" for word in WORDS[:4] for what in ("much", "little")]
 
 
-def say(body) -> bytes:
+def respond(body) -> bytes:
     """Respond as teacher, student or referee, depending on model and prompt; equal for equal prompts and seeds.
 
-    The student is as good as its teacher on whatever has "little" in it, and far behind elsewhere; the referee favors
-    what stands first by a point.
+    The student is as good as its teacher on prompts that contain "little", and far behind on all others. The referee
+    gives the first answer one point more than it deserves.
     """
     prompt = prompt_of(body)
     draw = random.Random(f"{prompt} {body.get('seed')}")
@@ -46,8 +46,8 @@ def say(body) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def pupil(ray_cluster, _endpoint):
-    """The student, here a served endpoint."""
+def served_student(ray_cluster, _endpoint):
+    """The student, named 'pupil': a teacher on an endpoint in the place of a served model."""
     engine = engine_of(_endpoint, chat=False)
     config = TeacherConfig(name="pupil", model="pupil", engine=engine, resources={"num_cpus": 0.25})
     with serve_teacher(config) as served:
@@ -55,13 +55,13 @@ def pupil(ray_cluster, _endpoint):
 
 
 @pytest.fixture
-def world(tmp_path, parrot, pupil, endpoint):
-    endpoint.answer = say
-    return World(tmp_path, parrot, pupil)
+def world(tmp_path, chat_teacher, served_student, endpoint):
+    endpoint.answer = respond
+    return World(tmp_path, chat_teacher, served_student)
 
 
 class World:
-    """Run rounds of the recipe, each in its own folder."""
+    """Runs rounds of the recipe, each in its own folder."""
 
     def __init__(self, folder, teacher, student):
         self.folder, self.teacher, self.student = folder, teacher, student
@@ -174,16 +174,16 @@ def test_another_seed_gives_other_instructions(world):
     assert not once & {row["prompt"] for row in world.rows(1)}
 
 
-def mumble(body) -> bytes:
-    return completion(body, "Both are nice.") if "[Answer A]" in prompt_of(body) else say(body)
+def respond_without_scores(body) -> bytes:
+    return completion(body, "Both are nice.") if "[Answer A]" in prompt_of(body) else respond(body)
 
 
 def test_a_referee_without_scores_is_detected_before_training(world, endpoint):
-    endpoint.answer = mumble
+    endpoint.answer = respond_without_scores
     with pytest.raises(RunFailed, match=r"in 4 test comparisons .* no two scores: 'Both are nice\.'.*referee_template"):
         world.round(0)
     endpoint.requests.clear()
-    endpoint.answer = say
+    endpoint.answer = respond
     world.round(0, referee_template="{instruction}? [Answer A]\n{first}\n\n[Answer B]\n{second}\n\n[End")
     assert len(endpoint.requests) == 4 and {each.prompt[-4:] for each in endpoint.requests} == {"[End"}
 
@@ -191,7 +191,7 @@ def test_a_referee_without_scores_is_detected_before_training(world, endpoint):
 def test_a_referee_without_scores_in_a_later_round_is_queried_twice_and_reported(world, endpoint):
     world.round(0)
     endpoint.requests.clear()
-    endpoint.answer = mumble
+    endpoint.answer = respond_without_scores
     with pytest.raises(RunFailed, match=r"None of the cache pool's 8 instructions could be compared .*nice"):
         world.round(1)
     judged = [(each.prompt, each.body["seed"]) for each in endpoint.requests if "[Answer A]" in each.prompt]
@@ -209,7 +209,7 @@ def test_an_instruction_without_scores_is_neither_hard_nor_easy_and_stays_in_the
         if "[Answer A]" in prompt and prompt not in once:
             once.add(prompt)
             return completion(body, "Let me see.")
-        return say(body)
+        return respond(body)
 
     once = set()
     world.round(0)
@@ -227,7 +227,7 @@ def test_a_teacher_that_repeats_itself_ends_the_generation(world, endpoint):
     def repeat(body):
         if "Write only the new prompt" in prompt_of(body):
             return completion(body, "Describe the weather of the northern coast.")
-        return say(body)
+        return respond(body)
 
     world.round(0)
     endpoint.answer = repeat
@@ -277,7 +277,7 @@ def test_each_rule_rejects_its_instructions(world, endpoint):
 
     def misbehave(body):
         if "Write only the new prompt" not in prompt_of(body) or not left:
-            return say(body)
+            return respond(body)
         rule = left.pop()
         if rule == "unanswered":
             endpoint.replies[prompt_of(body)] = [Reply(body=b"{")]
@@ -321,7 +321,7 @@ def test_a_request_that_succeeds_later_changes_no_other(world, endpoint):
             failed.append(prompt_of(body))
             endpoint.replies[prompt_of(body)] = [Reply(body=b"{")]
             return b"{"
-        return say(body)
+        return respond(body)
 
     endpoint.answer = fail_once
     assert world.round(1, in_flight=1)["unanswered"] == 1
@@ -341,7 +341,7 @@ def test_base_models_continue_the_prompt(world, endpoint):
         if prompt.endswith("New prompt:"):
             words = random.Random(body["seed"]).sample(WORDS, 4)
             return completion(body, f" Say all of {' and '.join(words)}\nGiven prompt: More")
-        return say(body)
+        return respond(body)
 
     world.teacher, world.student = world.student, world.teacher
     endpoint.answer = go_on
@@ -364,11 +364,13 @@ def completions(folder):
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
-def test_two_rounds_in_one_run_each_use_the_previous_student(tmp_path, tiny_student, parrot, scribbler, endpoint):
+def test_two_rounds_in_one_run_each_use_the_previous_student(
+    tmp_path, tiny_student, chat_teacher, plain_teacher, endpoint
+):
     """A separate referee is queried for scores only."""
 
     def without_ideas(body):
-        return b"{" if "Write only the new prompt" in prompt_of(body) else say(body)
+        return b"{" if "Write only the new prompt" in prompt_of(body) else respond(body)
 
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in GIVEN))
@@ -391,7 +393,7 @@ def test_two_rounds_in_one_run_each_use_the_previous_student(tmp_path, tiny_stud
     assert {row["model"] for row in before.values() if row["teacher"] == "referee"} == {"scribbler-1"}
     assert sorted(row["prompt"] for row in before.values() if row["teacher"] == "student") == sorted(GIVEN)
     endpoint.requests.clear()
-    endpoint.answer = say
+    endpoint.answer = respond
     result = distill(parse_config(values), resume=True)
     assert [each["rows"]["train"] for each in result.summary["rounds"]] == [len(GIVEN), 3]
     assert all("Write only" in each.prompt or each.prompt.startswith("Tell much of") for each in endpoint.requests)

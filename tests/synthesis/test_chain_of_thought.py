@@ -43,9 +43,9 @@ def thinking(rationales, answers):
     return answer
 
 
-def test_two_requests_give_a_rationale_and_its_answer(parrot, endpoint, store):
+def test_two_requests_give_a_rationale_and_its_answer(chat_teacher, endpoint, store):
     endpoint.answer = thinking({"What is 1?": " Two and two. \n"}, {"Two": " 1,004 apples. 7"})
-    summary = run_recipe(parrot, store, questions("1004"))
+    summary = run_recipe(chat_teacher, store, questions("1004"))
     first, second = endpoint.requests
     assert first.prompt == "Q: What is 1?\nA: Let's think step by step."
     assert second.prompt == f"{first.prompt} Two and two.\nTherefore, the answer is"
@@ -58,14 +58,14 @@ def test_two_requests_give_a_rationale_and_its_answer(parrot, endpoint, store):
     assert summary["figures"][0] == {"name": "teacher's accuracy", "value": 1.0, "share": True}
 
 
-def test_a_right_answer_is_trained_on_in_the_notation_of_the_row(parrot, endpoint, store):
+def test_a_right_answer_is_trained_on_in_the_notation_of_the_row(chat_teacher, endpoint, store):
     endpoint.answer = thinking({"What is 1?": "So."}, {"So": " $1004.00"})
-    run_recipe(parrot, store, questions("1,004"), student_format="plain")
+    run_recipe(chat_teacher, store, questions("1,004"), student_format="plain")
     (row,) = rows(store)
     assert (row["prompt"], row["completion"]) == ("What is 1?", "So.\nTherefore, the answer is 1,004.")
 
 
-def test_only_right_rationales_are_kept_and_the_others_have_a_reason(parrot, endpoint, store):
+def test_only_right_rationales_are_kept_and_the_others_have_a_reason(chat_teacher, endpoint, store):
     endpoint.answer = thinking(
         {
             "What is 1?": ["Right.", "Wrong.", "Right."],
@@ -75,7 +75,7 @@ def test_only_right_rationales_are_kept_and_the_others_have_a_reason(parrot, end
         {"Right": "The answer is 4", "Wrong": "5", "Mute": "that I cannot say", "Cut": "4"},
     )
     endpoint.replies["Q: What is 3?\nA: Let's think step by step."] = [Reply(400, b'{"error": {"message": "no"}}')] * 3
-    summary = run_recipe(parrot, store, questions("4", "4", "4"), rationales=3, in_flight=1)
+    summary = run_recipe(chat_teacher, store, questions("4", "4", "4"), rationales=3, in_flight=1)
     assert summary["rejected"] == {
         "truncated": 0, "wrong_answer": 2, "duplicate": 1, "no_answer": 1, "refused": 3,
     }  # fmt: skip
@@ -90,25 +90,25 @@ def test_only_right_rationales_are_kept_and_the_others_have_a_reason(parrot, end
     }  # fmt: skip
 
 
-def test_without_right_answers_every_answer_is_kept(parrot, endpoint, store):
+def test_without_right_answers_every_answer_is_kept(chat_teacher, endpoint, store):
     endpoint.answer = thinking({"What is 1?": "So."}, {"So": " (b), I think"})
     prompts = [Prompt("What is 1?", "line 1", {}, None)]
-    summary = run_recipe(parrot, store, prompts, keep="answered", answer={"type": "choice"})
+    summary = run_recipe(chat_teacher, store, prompts, keep="answered", answer={"type": "choice"})
     assert rows(store)[0]["completion"] == " So. --> B"
     assert "teacher's accuracy" not in {each["name"] for each in summary["figures"]}
 
 
-def test_no_answer_is_requested_for_an_empty_rationale(parrot, endpoint, store):
+def test_no_answer_is_requested_for_an_empty_rationale(chat_teacher, endpoint, store):
     endpoint.answer = thinking({"What is 1?": " ", "What is 2?": "So."}, {"So": "4"})
-    summary = run_recipe(parrot, store, questions("4", "4"))
+    summary = run_recipe(chat_teacher, store, questions("4", "4"))
     assert summary["rejected"]["empty"] == 1
     assert len(endpoint.requests) == 3
 
 
-def test_a_second_run_sends_no_requests(parrot, endpoint, store):
+def test_a_second_run_sends_no_requests(chat_teacher, endpoint, store):
     rationales = {f"What is {i}?": f"Way {i}." for i in range(1, 9)}
     endpoint.answer = thinking(rationales, {"Way": "4"})
-    run_recipe(parrot, store, questions(*"4" * 8), rationales=2)
+    run_recipe(chat_teacher, store, questions(*"4" * 8), rationales=2)
     before, asked = rows(store), len(endpoint.requests)
-    run_recipe(parrot, store, questions(*"4" * 8), rationales=2)
+    run_recipe(chat_teacher, store, questions(*"4" * 8), rationales=2)
     assert (rows(store), len(endpoint.requests)) == (before, asked)

@@ -65,7 +65,7 @@ def test_rows_have_their_provenance(served, store):
     assert abs(row["written_at_seconds"] - time.time()) < 600
 
 
-def test_parameters_seeds_and_repetitions_distinguish_requests(parrot, endpoint, store):
+def test_parameters_seeds_and_repetitions_distinguish_requests(chat_teacher, endpoint, store):
     one = CompletionRequest("prompt", 1, SHORT)
     asked = [
         one,
@@ -73,10 +73,10 @@ def test_parameters_seeds_and_repetitions_distinguish_requests(parrot, endpoint,
         CompletionRequest("prompt", 2, SHORT),
         CompletionRequest("prompt", 1, SamplingParameters(9, 0.7)),
     ]
-    written, _, _ = request(parrot, store, asked)
+    written, _, _ = request(chat_teacher, store, asked)
     assert len({each.key for each in written}) == 4
     assert len(endpoint.requests) == 4
-    request(parrot, store, asked)
+    request(chat_teacher, store, asked)
     assert len(endpoint.requests) == 4
 
 
@@ -89,18 +89,18 @@ def test_chat_wraps_the_prompt_in_the_teachers_template(served, store):
     assert plain[0].text != written.text
 
 
-def test_at_most_in_flight_requests_run_at_a_time(parrot, endpoint, store):
+def test_at_most_in_flight_requests_run_at_a_time(chat_teacher, endpoint, store):
     endpoint.max_concurrent = 0
     endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.05)] for i in range(12)}
-    request(parrot, store, requests(12), in_flight=3)
+    request(chat_teacher, store, requests(12), in_flight=3)
     assert endpoint.max_concurrent == 3
 
 
-def test_failed_requests_are_reported_and_repeated_in_the_next_run(parrot, endpoint, store):
+def test_failed_requests_are_reported_and_repeated_in_the_next_run(chat_teacher, endpoint, store):
     endpoint.replies["prompt 1"] = [Reply(503, b'{"error": {"message": "down"}}')] * 2
     endpoint.replies["prompt 2"] = [Reply(body=b'{"choices": [{"mess')] * 2
     endpoint.replies["prompt 3"] = [Reply(429, b"slow down", {"retry-after": "0.2"})]
-    written, client, reports = request(parrot, store, requests(5))
+    written, client, reports = request(chat_teacher, store, requests(5))
     assert [each.finish_reason for each in written] == ["stop", "error", "error", "stop", "stop"]
     assert written[1].reason == "503: down"
     assert "not JSON" in written[2].reason
@@ -109,62 +109,62 @@ def test_failed_requests_are_reported_and_repeated_in_the_next_run(parrot, endpo
     assert client.tracker.unanswered == 2
     assert "2 unanswered" in reports[-1][2]
     before = len(endpoint.requests)
-    repeated, client, _ = request(parrot, store, requests(5))
+    repeated, client, _ = request(chat_teacher, store, requests(5))
     assert [each.text for each in repeated] == [f"[prompt {i}]" for i in range(5)]
     assert sorted(each.prompt for each in endpoint.requests[before:]) == ["prompt 1", "prompt 2"]
 
 
-def test_an_endpoint_that_is_down_stops_the_run_and_loses_no_completion(parrot, endpoint, store):
-    request(parrot, store, requests(3))
+def test_an_endpoint_that_is_down_stops_the_run_and_loses_no_completion(chat_teacher, endpoint, store):
+    request(chat_teacher, store, requests(3))
     endpoint.replies |= {f"prompt {i}": [Reply(503, b'{"error": {"message": "down"}}')] * 2 for i in range(3, 200)}
     with pytest.raises(RunFailed, match=r"did not answer 32 requests in a row; the last error: 503: down\."):
-        request(parrot, store, requests(200), in_flight=8)
+        request(chat_teacher, store, requests(200), in_flight=8)
     assert len(endpoint.requests) <= 3 + 2 * (32 + 8)
     endpoint.reset()
-    _, client, _ = request(parrot, store, requests(5))
+    _, client, _ = request(chat_teacher, store, requests(5))
     assert client.tracker.requested == 2
 
 
-def test_refused_prompts_do_not_stop_a_run(parrot, endpoint, store):
+def test_refused_prompts_do_not_stop_a_run(chat_teacher, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(2, 42)}
-    written, client, reports = request(parrot, store, requests(44), in_flight=1)
+    written, client, reports = request(chat_teacher, store, requests(44), in_flight=1)
     assert [each.finish_reason for each in written] == ["stop"] * 2 + ["error"] * 40 + ["stop"] * 2
     assert [each.refused for each in written] == [each.finish_reason == "error" for each in written]
     assert (client.tracker.refused, client.tracker.unanswered) == (40, 0)
     assert "40 refused" in reports[-1][2]
     before = len(endpoint.requests)
-    repeated, client, _ = request(parrot, store, requests(44))
+    repeated, client, _ = request(chat_teacher, store, requests(44))
     assert (repeated, len(endpoint.requests), store.num_refusals) == (written, before, 40)
 
 
-def test_an_endpoint_that_refuses_everything_stops_the_run(parrot, endpoint, store):
+def test_an_endpoint_that_refuses_everything_stops_the_run(chat_teacher, endpoint, store):
     endpoint.replies |= {f"prompt {i}": [REFUSED] for i in range(400)}
     with pytest.raises(RunFailed, match=r"refused the first 256 requests; the last error: 400: too rude\."):
-        request(parrot, store, requests(400), in_flight=8)
+        request(chat_teacher, store, requests(400), in_flight=8)
     assert len(endpoint.requests) <= 256 + 8
 
 
-def test_a_refusal_is_stored_once_the_endpoint_has_answered_a_request(parrot, endpoint, store):
+def test_a_refusal_is_stored_once_the_endpoint_has_answered_a_request(chat_teacher, endpoint, store):
     """Until then the endpoint's settings may be at fault, not the prompt."""
     endpoint.replies["prompt 0"] = [REFUSED] * 2
-    (written,), _, _ = request(parrot, store, requests(1))
+    (written,), _, _ = request(chat_teacher, store, requests(1))
     assert (written.finish_reason, written.reason, written.refused) == ("error", "400: too rude", True)
     assert store.num_refusals == 0
-    again, client, _ = request(parrot, store, requests(2), in_flight=1)
+    again, client, _ = request(chat_teacher, store, requests(2), in_flight=1)
     assert (again[0], client.tracker.requested, store.num_refusals) == (written, 2, 1)
-    _, client, _ = request(parrot, store, requests(2))
+    _, client, _ = request(chat_teacher, store, requests(2))
     assert client.tracker.requested == 0
 
 
-def test_charges_add_up_over_sessions(parrot, endpoint, store):
-    _, client, _ = request(parrot, store, requests(4))
+def test_charges_add_up_over_sessions(chat_teacher, endpoint, store):
+    _, client, _ = request(chat_teacher, store, requests(4))
     assert client.tracker.charges["requests"] == 4
     assert client.tracker.charges["cost"] == pytest.approx(4 * 5e-6)
-    _, client, _ = request(parrot, store, requests(6))
+    _, client, _ = request(chat_teacher, store, requests(6))
     assert (client.tracker.charges["requests"], store.usage["completion_tokens"]) == (6, 12)
 
 
-def test_charges_are_on_disk_before_their_completions(parrot, endpoint, store, monkeypatch):
+def test_charges_are_on_disk_before_their_completions(chat_teacher, endpoint, store, monkeypatch):
     """Charges are written before their completions, also for completions that arrive meanwhile."""
     bills, write, usage = [], CompletionStore.flush, Teacher.ausage
 
@@ -182,7 +182,7 @@ def test_charges_are_on_disk_before_their_completions(parrot, endpoint, store, m
     monkeypatch.setattr(CompletionStore, "flush", noted)
     monkeypatch.setattr(completion_client, "_FLUSH_COMPLETIONS", 4)
     endpoint.replies |= {f"prompt {i}": [Reply(delay_seconds=0.1)] for i in range(40)}
-    request(parrot, store, requests(40), in_flight=3)
+    request(chat_teacher, store, requests(40), in_flight=3)
     assert len(bills) > 3 and bills[-1] == (40, 40)
     assert all(charged >= kept for kept, charged in bills)
 
@@ -196,10 +196,10 @@ def test_a_prompt_that_is_too_long_is_reported_and_not_sent(served, store):
     assert client.tracker.unanswered == 0  # a repetition would not help
 
 
-def test_an_interruption_keeps_received_completions(parrot, endpoint, store):
+def test_an_interruption_keeps_received_completions(chat_teacher, endpoint, store):
     endpoint.replies["prompt 9"] = [Reply(delay_seconds=5)]
 
-    client = CompletionClient(parrot, store, ResponsesConfig())
+    client = CompletionClient(chat_teacher, store, ResponsesConfig())
 
     async def work():
         async with client:
@@ -216,14 +216,14 @@ def test_an_interruption_keeps_received_completions(parrot, endpoint, store):
         run_until_complete(interrupted())
     assert store.num_pending == 0
     endpoint.reset()
-    _, client, _ = request(parrot, store, requests(10))
+    _, client, _ = request(chat_teacher, store, requests(10))
     assert client.tracker.requested == 1
 
 
-def test_a_wrong_key_stops_at_once(parrot, endpoint, store):
+def test_a_wrong_key_stops_at_once(chat_teacher, endpoint, store):
     endpoint.replies["prompt 0"] = [Reply(401, b'{"error": {"message": "who are you?"}}')]
     with pytest.raises(InputError, match="refused the key"):
-        request(parrot, store, requests(1))
+        request(chat_teacher, store, requests(1))
 
 
 def test_results_are_in_order_and_closing_early_cancels_the_others():
@@ -252,21 +252,23 @@ def test_results_are_in_order_and_closing_early_cancels_the_others():
     assert len(begun) <= 6
 
 
-def test_seeds_depend_on_the_position(parrot, store):
-    one, other = (CompletionClient(parrot, store, ResponsesConfig(), seed) for seed in (0, 1))
-    assert one.seed(0, 1, 2) == CompletionClient(parrot, store, ResponsesConfig(), 0).seed(0, 1, 2)
+def test_seeds_depend_on_the_position(chat_teacher, store):
+    one, other = (CompletionClient(chat_teacher, store, ResponsesConfig(), seed) for seed in (0, 1))
+    assert one.seed(0, 1, 2) == CompletionClient(chat_teacher, store, ResponsesConfig(), 0).seed(0, 1, 2)
     assert len({one.seed(0, 1, 2), one.seed(0, 2, 1), one.seed(1, 1, 2), other.seed(0, 1, 2)}) == 4
 
 
-def test_half_a_surrogate_pair_is_stored_as_a_question_mark(parrot, endpoint, store):
+def test_half_a_surrogate_pair_is_stored_as_a_question_mark(chat_teacher, endpoint, store):
     endpoint.answer = lambda body: completion(body, "snow \ud83d")
-    (written,), _, _ = request(parrot, store, requests(1))
+    (written,), _, _ = request(chat_teacher, store, requests(1))
     assert written.text == "snow ?"
-    assert request(parrot, store, requests(1))[1].tracker.requested == 0
+    assert request(chat_teacher, store, requests(1))[1].tracker.requested == 0
 
 
-def test_a_prompt_that_times_out_does_not_affect_the_others(parrot, endpoint, store):
-    impatient = Teacher(parrot.name, parrot.info, parrot.settings.model_copy(update={"deadline_seconds": 8.0}))
+def test_a_prompt_that_times_out_does_not_affect_the_others(chat_teacher, endpoint, store):
+    impatient = Teacher(
+        chat_teacher.name, chat_teacher.info, chat_teacher.settings.model_copy(update={"deadline_seconds": 8.0})
+    )
 
     def slow_at_two(body):
         if "prompt 2" in str(body):
@@ -280,6 +282,6 @@ def test_a_prompt_that_times_out_does_not_affect_the_others(parrot, endpoint, st
     assert client.tracker.unanswered == 1
 
 
-def test_an_endpoint_has_its_own_chat_template(parrot, store):
+def test_an_endpoint_has_its_own_chat_template(chat_teacher, store):
     with pytest.raises(InputError, match="is an endpoint, which has a chat template of its own; remove"):
-        request(parrot, store, requests(1), chat=True)
+        request(chat_teacher, store, requests(1), chat=True)

@@ -97,11 +97,11 @@ def counting(body):
 
 
 @pytest.mark.cluster
-def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_source(parrot, endpoint, store):
+def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_source(chat_teacher, endpoint, store):
     endpoint.answer = counting
     endpoint.replies["b"] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 3
     prompts = prompts_of("a", "b", "c", hint="look", domain="math")
-    summary = run_recipe(parrot, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
+    summary = run_recipe(chat_teacher, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
     rows, rejected = rows_of(store.folder), rows_of(store.folder, "rejected")
     assert [(row["prompt"], row["hint"], row["domain"]) for row in rows] == [(p, "look", "math") for p in "ac"]
     assert all(row["characters"] == len(row["completion"]) for row in rows)
@@ -111,7 +111,7 @@ def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_sourc
     assert summary["rejected"] == {"truncated": 0, "not_shortest": 4, "refused": 3}
     assert (summary["kind"], summary["about"]) == ("custom", "the shortest of several completions of each prompt")
     num_requests = len(endpoint.requests)
-    run_recipe(parrot, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
+    run_recipe(chat_teacher, store, "shortest:Shortest", prompts, options={"samples": 3}, in_flight=1)
     assert (len(endpoint.requests), rows_of(store.folder)) == (num_requests, rows)
 
 
@@ -128,31 +128,31 @@ def test_a_recipe_in_one_file_generates_rows_that_keep_the_fields_of_their_sourc
         ("Candidate('p', 'c', 0, (RESPONSE,), worse='w')", "has a worse completion; set synthesis.pairs: true"),
     ],
 )
-def test_a_candidate_that_cannot_become_a_row_is_named(parrot, endpoint, store, value, message):
+def test_a_candidate_that_cannot_become_a_row_is_named(chat_teacher, endpoint, store, value, message):
     with pytest.raises(InputError, match="^Recipe 'broken:Yields': candidate 1 ") as caught:
-        run_recipe(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value})
+        run_recipe(chat_teacher, store, "broken:Yields", prompts_of("a"), options={"value": value})
     assert message in str(caught.value)
 
 
 @pytest.mark.cluster
-def test_pairs_need_a_worse_completion_and_errors_name_the_line(parrot, endpoint, store):
+def test_pairs_need_a_worse_completion_and_errors_name_the_line(chat_teacher, endpoint, store):
     value = "Candidate('p', 'c', 0, (RESPONSE,))"
     with pytest.raises(InputError, match="candidate 1 has no worse completion; give one as text"):
-        run_recipe(parrot, store, "broken:Yields", prompts_of("a"), options={"value": value}, pairs=True)
+        run_recipe(chat_teacher, store, "broken:Yields", prompts_of("a"), options={"value": value}, pairs=True)
     with pytest.raises(InputError, match=r"'broken:Fails' failed with KeyError: 'samples' \(broken.py, line \d+\)"):
-        run_recipe(parrot, store, "broken:Fails", prompts_of("a"))
+        run_recipe(chat_teacher, store, "broken:Fails", prompts_of("a"))
 
 
 @pytest.mark.cluster
-def test_a_recipe_may_generate_its_own_prompts(parrot, endpoint, store):
+def test_a_recipe_may_generate_its_own_prompts(chat_teacher, endpoint, store):
     recipe = find_recipe(config_of("broken:Own", own_prompts=True))
     prompts = recipe.seed_prompts(config_of("broken:Own", own_prompts=True))
-    assert run_recipe(parrot, store, "broken:Own", prompts, own_prompts=True)["prompts"] == 0
+    assert run_recipe(chat_teacher, store, "broken:Own", prompts, own_prompts=True)["prompts"] == 0
     assert [row["prompt"] for row in rows_of(store.folder)] == ["made up"]
 
 
 @pytest.mark.cluster
-def test_the_commands_run_a_recipe_in_the_current_folder(folder, tiny_student, parrot, endpoint):
+def test_the_commands_run_a_recipe_in_the_current_folder(folder, tiny_student, chat_teacher, endpoint):
     endpoint.answer = counting
     values = settings(folder, tiny_student, "supervised", steps=2)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n}?", "hint": n}) + "\n" for n in range(8)))

@@ -105,13 +105,13 @@ def test_one_sentence_says_why_a_judge_cannot_be_used(tmp_path, tiny_student, ch
 
 
 @pytest.mark.cluster
-def test_rows_are_kept_by_their_rating_and_rated_once(parrot, endpoint, store):
+def test_rows_are_kept_by_their_rating_and_rated_once(chat_teacher, endpoint, store):
     replies = {"a": "Score: 5", "b": "Bad. Score: 2", "c": "I would not say.", "d": "Score: 4", "e": "no", "f": "no"}
     endpoint.answer = rating(replies)
     endpoint.replies["e -> E?"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     prompts = prompts_of(*"abcdef")
     short = {"kind": "keywords", "keywords": ["f"]}
-    summary = run_recipe(parrot, store, prompts, judge(), short)
+    summary = run_recipe(chat_teacher, store, prompts, judge(), short)
     kept, rejected = rows(store), rows(store, "rejected")
     assert [(row["prompt"], row["completion"], row["judge_score"]) for row in kept] == [("a", "A", 5), ("d", "D", 4)]
     assert {row["prompt"]: (row["rejected_by"], row["reason"]) for row in rejected} == {
@@ -128,30 +128,30 @@ def test_rows_are_kept_by_their_rating_and_rated_once(parrot, endpoint, store):
     before = len(endpoint.requests)
     assert before == 6 + 5
     endpoint.answer = rating(replies | {"e": "Score: 4"})
-    run_recipe(parrot, store, prompts, judge(at_least=2), short)
+    run_recipe(chat_teacher, store, prompts, judge(at_least=2), short)
     assert [row["prompt"] for row in rows(store)] == ["a", "b", "d"]
     assert len(endpoint.requests) == before
 
 
 @pytest.mark.cluster
-def test_equal_prompts_are_judged_once_and_rejected_rows_are_no_duplicates(parrot, endpoint, store):
+def test_equal_prompts_are_judged_once_and_rejected_rows_are_no_duplicates(chat_teacher, endpoint, store):
     endpoint.answer = rating({"the same words": "Score: 1", "the same  words": "Score: 5"})
     near = {"kind": "near_duplicates", "fields": ["prompt"]}
-    summary = run_recipe(parrot, store, prompts_of("the same words", "the same  words"), near, judge())
+    summary = run_recipe(chat_teacher, store, prompts_of("the same words", "the same  words"), near, judge())
     assert [row["prompt"] for row in rows(store)] == ["the same  words"]
     assert summary["rejected"] == {"judge": 1, "near_duplicates": 0}
     endpoint.answer = rating({"x": "Score: 5"})
     asked = len(endpoint.requests)
-    run_recipe(parrot, store, prompts_of("x", "x", "x"), judge(template="{prompt} ->?"))
+    run_recipe(chat_teacher, store, prompts_of("x", "x", "x"), judge(template="{prompt} ->?"))
     assert len(endpoint.requests) == asked + 3 + 1
 
 
 @pytest.mark.cluster
 def test_another_model_judges_and_is_distinguished_in_the_provenance(
-    served, parrot, scribbler, endpoint, store, tmp_path, tiny_student
+    served, chat_teacher, plain_teacher, endpoint, store, tmp_path, tiny_student
 ):
     endpoint.answer = rating({"a": "Score: 5"})
-    run_recipe(parrot, store, prompts_of("a"), judge(teacher="scribbler"), judges={"scribbler": scribbler})
+    run_recipe(chat_teacher, store, prompts_of("a"), judge(teacher="scribbler"), judges={"scribbler": plain_teacher})
     assert [(each.path, each.prompt) for each in endpoint.requests] == [
         ("/v1/chat/completions", "a"), ("/v1/completions", "a -> A?"),
     ]  # fmt: skip
@@ -176,7 +176,7 @@ def test_another_model_judges_and_is_distinguished_in_the_provenance(
 
 
 @pytest.mark.cluster
-def test_a_run_trains_on_rows_that_its_judge_accepts(tmp_path, tiny_student, served, parrot, endpoint):
+def test_a_run_trains_on_rows_that_its_judge_accepts(tmp_path, tiny_student, served, chat_teacher, endpoint):
     """A served model generates, an endpoint judges."""
     endpoint.answer = lambda body: completion(body, f"Score: {5 if prompt_of(body)[0] in 'aceg' else 2}")
     path = tmp_path / "prompts.jsonl"

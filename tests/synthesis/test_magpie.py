@@ -78,9 +78,9 @@ def test_a_model_generates_instructions_and_then_responds_to_them(served, store)
     assert (len(store), rows(store)) == (before, kept)
 
 
-def test_an_endpoint_is_sent_the_template_without_the_prefix_that_it_adds(scribbler, endpoint, store, template):
+def test_an_endpoint_is_sent_the_template_without_the_prefix_that_it_adds(plain_teacher, endpoint, store, template):
     endpoint.answer = user_and_assistant([" What is the tide? ", "Who was Ada Lovelace?"])
-    run_recipe(scribbler, store, instructions=2, in_flight=1, tokenizer=template)
+    run_recipe(plain_teacher, store, instructions=2, in_flight=1, tokenizer=template)
     first, *_, last = endpoint.requests
     assert (first.path, first.prompt) == ("/v1/completions", BEGUN)
     assert (first.body["temperature"], first.body["top_p"], first.body["max_tokens"]) == (1.0, 1.0, 2048)
@@ -90,14 +90,14 @@ def test_an_endpoint_is_sent_the_template_without_the_prefix_that_it_adds(scribb
     assert [row["prompt"] for row in rows(store)] == ["What is the tide?", "Who was Ada Lovelace?"]
 
 
-def test_only_instructions_that_pass_the_filters_get_responses(scribbler, endpoint, store, template):
+def test_only_instructions_that_pass_the_filters_get_responses(plain_teacher, endpoint, store, template):
     said = [
         "What is the tide of the sea?", "Hi", "Translate the following text:", "What is the tide of the sea ?", " ",
         "Write an ad for a virtual ", "How do bees find home?", "Why is the sky blue?assistant\n\nIt",
     ]  # fmt: skip
     endpoint.answer = user_and_assistant(said)
     endpoint.replies[BEGUN] = [Reply(), Reply(400, b'{"error": {"message": "no"}}')]
-    summary = run_recipe(scribbler, store, instructions=9, in_flight=1, tokenizer=template)
+    summary = run_recipe(plain_teacher, store, instructions=9, in_flight=1, tokenizer=template)
     assert [row["prompt"] for row in rows(store)] == [said[0], said[6], "Why is the sky blue?"]
     assert {row["rejected_by"]: (row["prompt"], row["reason"]) for row in rows(store, "rejected")} == {
         "refused": ("", "400: no"),
@@ -111,44 +111,50 @@ def test_only_instructions_that_pass_the_filters_get_responses(scribbler, endpoi
     assert summary["figures"][0] == {"name": "instructions that could be used", "value": 3 / 8, "share": True}
 
 
-def test_a_truncated_instruction_gets_no_response(scribbler, endpoint, store, template):
+def test_a_truncated_instruction_gets_no_response(plain_teacher, endpoint, store, template):
     endpoint.answer = user_and_assistant(["What is the tide of"] * 2, finish_reason="length")
     with pytest.raises(RunFailed, match="2 unfinished, the first: the instruction was truncated at synthesis.samp"):
-        run_recipe(scribbler, store, instructions=2, tokenizer=template)
+        run_recipe(plain_teacher, store, instructions=2, tokenizer=template)
     assert len(endpoint.requests) == 2
 
 
-def test_an_instruction_followed_by_more_text_than_its_end_is_complete(scribbler, endpoint, store, template):
+def test_an_instruction_followed_by_more_text_than_its_end_is_complete(plain_teacher, endpoint, store, template):
     endpoint.answer = user_and_assistant(["What is the tide?<|end|>\n<|assistant|>\nThe"], finish_reason="length")
-    run_recipe(scribbler, store, instructions=1, tokenizer=template)
+    run_recipe(plain_teacher, store, instructions=1, tokenizer=template)
     assert [row["prompt"] for row in rows(store)] == ["What is the tide?"]
 
 
-def test_the_longest_responses_are_kept_and_stored_ones_reused(scribbler, endpoint, store, template):
+def test_the_longest_responses_are_kept_and_stored_ones_reused(plain_teacher, endpoint, store, template):
     subjects = ["tides", "bees", "volcanoes", "ink", "glaciers", "moss"]
     endpoint.answer = user_and_assistant([f"Tell me about {subject}." for subject in subjects])
     given = {"tokenizer": template, "in_flight": 1}
-    run_recipe(scribbler, store, instructions=4, **given)
+    run_recipe(plain_teacher, store, instructions=4, **given)
     few = rows(store)
     asked = len(endpoint.requests)
-    run_recipe(scribbler, store, instructions=6, **given)
+    run_recipe(plain_teacher, store, instructions=6, **given)
     assert len(endpoint.requests) == asked + 4
     assert rows(store)[:4] == few
-    summary = run_recipe(scribbler, store, instructions=6, keep_longest=2, **given)
+    summary = run_recipe(plain_teacher, store, instructions=6, keep_longest=2, **given)
     assert [row["prompt"] for row in rows(store)] == ["Tell me about volcanoes.", "Tell me about glaciers."]
     assert summary["rejected"]["not_longest"] == 4
     run_recipe(
-        scribbler, store, instructions=6, instruction_filters=[{"kind": "keywords", "keywords": ["bees"]}], **given
+        plain_teacher, store, instructions=6, instruction_filters=[{"kind": "keywords", "keywords": ["bees"]}], **given
     )
     assert len(rows(store)) == 5
     assert len(endpoint.requests) == asked + 4
 
 
-def test_system_prompt_and_stop_at_newline(scribbler, endpoint, store, template):
+def test_system_prompt_and_stop_at_newline(plain_teacher, endpoint, store, template):
     answer = user_and_assistant(["What is an opening?"])
     endpoint.answer = answer
     run_recipe(
-        scribbler, store, instructions=1, tokenizer=template, system="On chess.", stop_at_newline=True, role_words=[]
+        plain_teacher,
+        store,
+        instructions=1,
+        tokenizer=template,
+        system="On chess.",
+        stop_at_newline=True,
+        role_words=[],
     )
     first, last = endpoint.requests
     assert first.prompt == f"<|system|>\nOn chess.<|end|>\n{BEGUN}"
@@ -156,8 +162,8 @@ def test_system_prompt_and_stop_at_newline(scribbler, endpoint, store, template)
     assert last.prompt.startswith(BEGUN)
 
 
-def test_an_endpoint_with_a_chat_template_is_refused_by_name(parrot, scribbler, endpoint, store, template):
-    for teacher, tokenizer in ((parrot, template), (scribbler, None)):
+def test_an_endpoint_with_a_chat_template_is_refused_by_name(chat_teacher, plain_teacher, endpoint, store, template):
+    for teacher, tokenizer in ((chat_teacher, template), (plain_teacher, None)):
         with pytest.raises(InputError, match="set engine.chat: false and synthesis.tokenizer"):
             run_recipe(teacher, store, tokenizer=tokenizer)
 
@@ -173,7 +179,7 @@ def test_a_missing_template_is_reported_before_anything_starts(tmp_path, tiny_st
     assert read_synthesis_prompts(parse_config(values))
 
 
-def test_magpie_in_a_whole_run(tmp_path, tiny_student, scribbler, endpoint, template):
+def test_magpie_in_a_whole_run(tmp_path, tiny_student, plain_teacher, endpoint, template):
     endpoint.answer = user_and_assistant(f"Tell me about number {n}." for n in range(8))
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     synthesis = {"kind": "magpie", "instructions": 8, "instruction_filters": [], "tokenizer": template}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cluster
 STUDENT = {"student_sampling": {"max_new_tokens": 32, "temperature": 0.3}}
 
 
-def run_recipe(parrot, endpoint, store, prompts, teacher, student, filters=(), **settings):
+def run_recipe(chat_teacher, endpoint, store, prompts, teacher, student, filters=(), **settings):
     """Make pairs of the completions of `teacher` and `student`; return summary, pairs and rejected pairs."""
     left = [{prompt: list(texts) for prompt, texts in said.items()} for said in (teacher, student)]
 
@@ -25,7 +25,7 @@ def run_recipe(parrot, endpoint, store, prompts, teacher, student, filters=(), *
     endpoint.answer = answer
     config = PreferencesConfig(**STUDENT, in_flight=1, **settings)
     summary = synthesize_rows(
-        config, prompts, parrot, store, build_filters(filters), context=RecipeContext(student=parrot)
+        config, prompts, chat_teacher, store, build_filters(filters), context=RecipeContext(student=chat_teacher)
     )  # fmt: skip
     return summary, *(pq.read_table(store.folder / f"{name}.parquet").to_pylist() for name in ("rows", "rejected"))
 
@@ -34,10 +34,10 @@ def figure(summary, name):
     return next(each["value"] for each in summary["figures"] if each["name"] == name)
 
 
-def test_the_teachers_completion_is_preferred_to_the_students(parrot, endpoint, store):
+def test_the_teachers_completion_is_preferred_to_the_students(chat_teacher, endpoint, store):
     prompts = prompts_of("a", "b", "c", completion="gold")
     teacher, student = {"a": ["long answer"], "b": ["same"], "c": ["yes"]}, {"a": ["short"], "b": [" same"], "c": [""]}
-    summary, rows, rejected = run_recipe(parrot, endpoint, store, prompts, teacher, student)
+    summary, rows, rejected = run_recipe(chat_teacher, endpoint, store, prompts, teacher, student)
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in rows] == [("a", "long answer", "short")]
     assert (rows[0]["chosen_from"], rows[0]["rejected_from"], rows[0]["completion"]) == ("teacher", "student", "gold")
     assert len(set(rows[0]["keys"])) == 2
@@ -55,9 +55,9 @@ def test_the_teachers_completion_is_preferred_to_the_students(parrot, endpoint, 
     )
 
 
-def test_the_smaller_number_of_samples_is_repeated(parrot, endpoint, store):
+def test_the_smaller_number_of_samples_is_repeated(chat_teacher, endpoint, store):
     _, rows, _ = run_recipe(
-        parrot, endpoint, store, prompts_of("a"), {"a": ["yes"]}, {"a": ["no", "never", "no"]}, student_samples=3
+        chat_teacher, endpoint, store, prompts_of("a"), {"a": ["yes"]}, {"a": ["no", "never", "no"]}, student_samples=3
     )
     assert sorted((row["chosen"], row["rejected"]) for row in rows) == [
         ("yes", "never"),
@@ -65,13 +65,13 @@ def test_the_smaller_number_of_samples_is_repeated(parrot, endpoint, store):
     ]  # one pair is repeated
 
 
-def test_best_and_worst_of_all_samples_and_no_pair_of_equal_scores(parrot, endpoint, store):
+def test_best_and_worst_of_all_samples_and_no_pair_of_equal_scores(chat_teacher, endpoint, store):
     prompts = [*prompts_of("a", "b", "c", answer="4")]
     prompts = [type(each)(each.text, each.where, each.fields, "4") for each in prompts]
     teacher = {"a": ["it is 4"], "b": ["it is 4"], "c": ["4"]}
     student = {"a": ["it is 3", "so it is 4"], "b": ["no 3", "no 5"], "c": ["4", "4!"]}
     summary, rows, rejected = run_recipe(
-        parrot, endpoint, store, prompts, teacher, student, chosen="best", student_samples=2,
+        chat_teacher, endpoint, store, prompts, teacher, student, chosen="best", student_samples=2,
         answer={"type": "number"},
     )  # fmt: skip
     assert [(row["chosen"], row["rejected"], row["chosen_from"]) for row in rows] == [
@@ -84,13 +84,13 @@ def test_best_and_worst_of_all_samples_and_no_pair_of_equal_scores(parrot, endpo
     assert figure(summary, "student's right answers") == 0.5
 
 
-def test_filters_read_the_chosen_completion_or_by_name_the_rejected_one(parrot, endpoint, store):
+def test_filters_read_the_chosen_completion_or_by_name_the_rejected_one(chat_teacher, endpoint, store):
     filters = [TruncatedFilterConfig(), EmptyFilterConfig(field="rejected"), EmptyFilterConfig()]
-    summary, rows, _ = run_recipe(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["y"]}, filters)
+    summary, rows, _ = run_recipe(chat_teacher, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["y"]}, filters)
     assert summary["rejected"] == {"truncated": 0, "empty 1": 0, "empty 2": 0}
     assert len(rows) == 1
 
 
-def test_only_equal_completions_give_no_training_data(parrot, endpoint, store):
+def test_only_equal_completions_give_no_training_data(chat_teacher, endpoint, store):
     with pytest.raises(RunFailed, match="1 identical, the first: both completions are the same"):
-        run_recipe(parrot, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["x"]})
+        run_recipe(chat_teacher, endpoint, store, prompts_of("a"), {"a": ["x"]}, {"a": ["x"]})

@@ -24,9 +24,9 @@ def rows(store, name="rows"):
     return pq.read_table(store.folder / f"{name}.parquet").to_pylist()
 
 
-def test_completions_become_rows_with_the_fields_of_the_source(parrot, endpoint, store):
+def test_completions_become_rows_with_the_fields_of_the_source(chat_teacher, endpoint, store):
     prompts = prompts_of("a", "b", domain="letters")
-    summary = run_recipe(parrot, store, prompts)
+    summary = run_recipe(chat_teacher, store, prompts)
     assert (summary["kept"], summary["candidates"], summary["unanswered"]) == (2, 2, 0)
     assert summary["teacher"] == {"name": "parrot", "model": "parrot-1", "engine": "openai"}
     assert summary["usage"]["requests"] == 2
@@ -66,12 +66,12 @@ def test_the_best_sample_has_the_highest_mean_logprob(served, store):
         assert row["mean_logprob"] == row["score"] >= max(others)
 
 
-def test_the_best_sample_is_a_right_one_or_none_is_kept(parrot, endpoint, store):
+def test_the_best_sample_is_a_right_one_or_none_is_kept(chat_teacher, endpoint, store):
     prompts = [Prompt(f"{i} + {i}", f"line {i}", {}, str(2 * i)) for i in range(1, 4)]
     right = {"1 + 1": "It makes 2.", "2 + 2": "so 5, no: the answer is 4.0", "3 + 3": "It makes 7."}
     endpoint.answer = lambda body: completion(body, right[body["messages"][0]["content"]])
     settings = {"keep": "best", "scorer": "answer", "answer": {"type": "number"}}
-    summary = run_recipe(parrot, store, prompts, samples=2, **settings)
+    summary = run_recipe(chat_teacher, store, prompts, samples=2, **settings)
     assert (summary["kept"], summary["rejected"]) == (2, {"truncated": 0, "wrong_answer": 2, "duplicate": 2})
     assert [row["completion"] for row in rows(store)] == [right["1 + 1"], right["2 + 2"]]
     assert {row["reason"] for row in rows(store, "rejected") if row["rejected_by"] == "wrong_answer"} == {
@@ -79,7 +79,7 @@ def test_the_best_sample_is_a_right_one_or_none_is_kept(parrot, endpoint, store)
     }
 
 
-def test_a_users_function_selects_the_best_sample(parrot, endpoint, store, tmp_path, monkeypatch):
+def test_a_users_function_selects_the_best_sample(chat_teacher, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "tastes.py").write_text(
         "def short(prompt, completion, row):\n    return -len(completion) * row['weight']"
     )
@@ -87,15 +87,15 @@ def test_a_users_function_selects_the_best_sample(parrot, endpoint, store, tmp_p
     lengths = iter([9, 3, 6])
     endpoint.answer = lambda body: completion(body, "x" * next(lengths))
     summary = run_recipe(
-        parrot, store, prompts_of("a", weight=2), samples=3, keep="best", scorer="tastes:short", in_flight=1
+        chat_teacher, store, prompts_of("a", weight=2), samples=3, keep="best", scorer="tastes:short", in_flight=1
     )  # fmt: skip
     assert summary["rejected"]["not_best"] == 2
     assert [(row["completion"], row["score"]) for row in rows(store)] == [("xxx", -6.0)]
     with pytest.raises(InputError, match=r"synthesis.scorer: module 'tastes' has no function 'long'"):
-        Responses.check(ResponsesConfig(keep="best", scorer="tastes:long"), parrot.settings)
+        Responses.check(ResponsesConfig(keep="best", scorer="tastes:long"), chat_teacher.settings)
 
 
-def test_filters_come_before_the_selection_and_give_reasons(parrot, endpoint, store):
+def test_filters_come_before_the_selection_and_give_reasons(chat_teacher, endpoint, store):
     """The best of the accepted samples is kept, also if a rejected one scores higher."""
     texts = {"a": ["no no no no no no no no no no", "yes, of course it is so"], "b": ["fine then, have it so"]}
 
@@ -106,7 +106,7 @@ def test_filters_come_before_the_selection_and_give_reasons(parrot, endpoint, st
     endpoint.answer = answer
     prompts = [Prompt("a", "line 1", {}, None), Prompt("b", "line 2", {}, None)]
     filters = [{"kind": "repetition"}, {"kind": "length", "maximum": 50}]
-    summary = run_recipe(parrot, store, prompts, samples=2, filters=filters, in_flight=1)
+    summary = run_recipe(chat_teacher, store, prompts, samples=2, filters=filters, in_flight=1)
     assert summary["rejected"] == {"repetition": 1, "length": 0, "duplicate": 1}
     assert [row["completion"] for row in rows(store)] == [texts["a"][-1], texts["b"][-1]]
     examples = summary["examples"]["rejected"]
@@ -116,11 +116,11 @@ def test_filters_come_before_the_selection_and_give_reasons(parrot, endpoint, st
     }
 
 
-def test_empty_truncated_and_missing_completions_are_rejected_with_the_reason(parrot, endpoint, store):
+def test_empty_truncated_and_missing_completions_are_rejected_with_the_reason(chat_teacher, endpoint, store):
     endpoint.replies["refused"] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     kinds = {"empty": {"generated": " \n"}, "cut": {"finish_reason": "length"}}
     endpoint.answer = lambda body: completion(body, **kinds.get(body["messages"][0]["content"], {}))
-    summary = run_recipe(parrot, store, prompts_of("refused", "empty", "cut", "good"))
+    summary = run_recipe(chat_teacher, store, prompts_of("refused", "empty", "cut", "good"))
     assert summary["rejected"] == {"truncated": 1, "refused": 1, "empty": 1}
     assert (summary["refused"], summary["unanswered"]) == (1, 0)
     assert [row["prompt"] for row in rows(store)] == ["good"]
@@ -129,22 +129,22 @@ def test_empty_truncated_and_missing_completions_are_rejected_with_the_reason(pa
     }  # fmt: skip
 
 
-def test_a_run_without_rows_fails_with_the_reasons(parrot, endpoint, store):
+def test_a_run_without_rows_fails_with_the_reasons(chat_teacher, endpoint, store):
     endpoint.answer = lambda body: completion(body, "")
     with pytest.raises(RunFailed, match="^All 2 candidate rows were rejected .2 empty, the first: the teacher"):
-        run_recipe(parrot, store, prompts_of("a", "b"))
+        run_recipe(chat_teacher, store, prompts_of("a", "b"))
     assert store.summary is None
     assert len(rows(store, "rejected")) == 2
 
 
-def test_stop_texts_are_removed(parrot, endpoint, store):
+def test_stop_texts_are_removed(chat_teacher, endpoint, store):
     endpoint.answer = lambda body: completion(body, "four \nQ: and")  # some endpoints keep the stop text
-    run_recipe(parrot, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
+    run_recipe(chat_teacher, store, prompts_of("a"), sampling={"stop": ["\nQ:"]})
     assert [row["completion"] for row in rows(store)] == ["four"]
     assert endpoint.requests[0].body["stop"] == ["\nQ:"]
 
 
-def test_unselected_samples_make_no_duplicates(parrot, endpoint, store, tmp_path, monkeypatch):
+def test_unselected_samples_make_no_duplicates(chat_teacher, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "likes.py").write_text("def short(prompt, completion, row):\n    return -len(completion)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     long = "one two three four five six seven eight nine ten"
@@ -152,24 +152,31 @@ def test_unselected_samples_make_no_duplicates(parrot, endpoint, store, tmp_path
     endpoint.answer = lambda body: completion(body, next(answers))
     filters = [{"kind": "near_duplicates", "fields": ["completion"], "threshold": 0.7}]
     summary = run_recipe(
-        parrot, store, prompts_of("a", "b"), samples=2, keep="best", scorer="likes:short", filters=filters, in_flight=1
+        chat_teacher,
+        store,
+        prompts_of("a", "b"),
+        samples=2,
+        keep="best",
+        scorer="likes:short",
+        filters=filters,
+        in_flight=1,
     )
     assert [row["completion"] for row in rows(store)] == ["one", f"{long} y"]
     assert summary["rejected"]["near_duplicates"] == 0
 
 
-def test_a_truncated_completion_does_not_make_the_whole_one_a_duplicate(parrot, endpoint, store):
+def test_a_truncated_completion_does_not_make_the_whole_one_a_duplicate(chat_teacher, endpoint, store):
     cut = iter([True, False])
     endpoint.answer = lambda body: completion(body, "four", finish_reason="length" if next(cut) else "stop")
-    run_recipe(parrot, store, prompts_of("2 + 2"), samples=2, in_flight=1)
+    run_recipe(chat_teacher, store, prompts_of("2 + 2"), samples=2, in_flight=1)
     assert [row["finish_reason"] for row in rows(store)] == ["stop"]
 
 
-def test_a_scorer_that_fails_is_named(parrot, endpoint, store, tmp_path, monkeypatch):
+def test_a_scorer_that_fails_is_named(chat_teacher, endpoint, store, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("def score(prompt, completion, row):\n    return row['weight']\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(
         InputError,
         match=r"synthesis.scorer 'broken:score' failed with KeyError: 'weight' \(broken.py, line \d\) for rows",
     ):
-        run_recipe(parrot, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")
+        run_recipe(chat_teacher, store, prompts_of("a"), samples=2, keep="best", scorer="broken:score")

@@ -80,7 +80,7 @@ class Stages(ProgressListener):
             self.up.append(len([name for name in serve.status().applications if "-student-" in name]))
 
 
-def test_rounds_are_equal_however_often_they_are_killed(tmp_path, tiny_student, parrot, endpoint):
+def test_rounds_are_equal_however_often_they_are_killed(tmp_path, tiny_student, chat_teacher, endpoint):
     training = {"steps": 30, "checkpoint_every_steps": 4}
     watching = Stages()
     whole = distill(parse_config(run_of(tmp_path / "whole", tiny_student, **training)), listener=watching)
@@ -154,7 +154,7 @@ def _check_rounds(result, student):
     assert "the worse answer beside it" in page
 
 
-def test_resume_refuses_changed_rounds(tmp_path, tiny_student, parrot, endpoint):
+def test_resume_refuses_changed_rounds(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, steps=1)
     out = tmp_path / "run"
     assert synthesize(parse_config(values))["kept"] == 24

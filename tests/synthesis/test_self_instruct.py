@@ -68,9 +68,9 @@ def opened(folder):
     return store
 
 
-def test_tasks_are_generated_classified_and_solved(parrot, endpoint, store):
+def test_tasks_are_generated_classified_and_solved(chat_teacher, endpoint, store):
     endpoint.answer = imagine
-    summary = run_recipe(parrot, store)
+    summary = run_recipe(chat_teacher, store)
     kept, rejected = rows(store), rows(store, "rejected")
     instructions = {row["instruction"] for row in kept}
     assert summary["kept"] == len(kept) and summary["unanswered"] == 0
@@ -88,9 +88,9 @@ def test_tasks_are_generated_classified_and_solved(parrot, endpoint, store):
     assert summary["figures"][0]["value"] == len(instructions)
 
 
-def test_new_instructions_differ_from_the_pool_and_two_are_in_each_prompt(parrot, endpoint, store):
+def test_new_instructions_differ_from_the_pool_and_two_are_in_each_prompt(chat_teacher, endpoint, store):
     endpoint.answer = imagine
-    run_recipe(parrot, store)
+    run_recipe(chat_teacher, store)
     made = {row["instruction"] for name in ("rows", "rejected") for row in rows(store, name)
             if row.get("rejected_by") in (None, "instances")}  # fmt: skip
     pool = [*made, *(seed.instruction for seed in read_seed_tasks())]
@@ -102,23 +102,23 @@ def test_new_instructions_differ_from_the_pool_and_two_are_in_each_prompt(parrot
     assert all(len(set(each)) == 8 for each in shown)
 
 
-def test_rows_depend_on_the_seed_and_not_on_in_flight(parrot, endpoint, tmp_path):
+def test_rows_depend_on_the_seed_and_not_on_in_flight(chat_teacher, endpoint, tmp_path):
     endpoint.answer = imagine
     made = []
     for name, seed, in_flight in (("one", 3, 64), ("two", 3, 1), ("other", 4, 64)):
         store = opened(tmp_path / name)
         with store:
-            run_recipe(parrot, store, seed, in_flight=in_flight)
+            run_recipe(chat_teacher, store, seed, in_flight=in_flight)
             made.append((rows(store), rows(store, "rejected")))
     assert made[0] == made[1]
     assert not {row["instruction"] for row in made[0][0]} & {row["instruction"] for row in made[2][0]}
 
 
 @pytest.mark.parametrize(("broken_at", "in_lists"), [(2, True), (7, True), (70, False)])
-def test_an_interrupted_run_continues_without_repeating_requests(parrot, endpoint, tmp_path, broken_at, in_lists):
+def test_an_interrupted_run_continues_without_repeating_requests(chat_teacher, endpoint, tmp_path, broken_at, in_lists):
     endpoint.answer = imagine
     with opened(tmp_path / "whole") as store:
-        run_recipe(parrot, store)
+        run_recipe(chat_teacher, store)
         whole, asked = rows(store), len(endpoint.requests)
     count = 0
 
@@ -131,21 +131,21 @@ def test_an_interrupted_run_continues_without_repeating_requests(parrot, endpoin
     endpoint.answer = breaking
     with opened(tmp_path / "broken") as store:
         with pytest.raises(RunFailed, match="did not answer a request for new") if in_lists else nullcontext():
-            run_recipe(parrot, store, in_flight=1)
+            run_recipe(chat_teacher, store, in_flight=1)
         done = len(store)
         endpoint.reset()
         endpoint.answer = imagine
-        run_recipe(parrot, store)
+        run_recipe(chat_teacher, store)
         assert rows(store) == whole
     assert done == broken_at
     assert len(endpoint.requests) == asked - done
 
 
-def test_more_instructions_keep_the_earlier_ones(parrot, endpoint, store):
+def test_more_instructions_keep_the_earlier_ones(chat_teacher, endpoint, store):
     endpoint.answer = imagine
-    run_recipe(parrot, store, instructions=20)
+    run_recipe(chat_teacher, store, instructions=20)
     few = rows(store)
-    run_recipe(parrot, store, instructions=40)
+    run_recipe(chat_teacher, store, instructions=40)
     assert {row["instruction"] for row in few} < {row["instruction"] for row in rows(store)}
 
 
@@ -153,56 +153,56 @@ def lists_of(endpoint):
     return [(each.prompt, each.body["seed"]) for each in endpoint.requests if "Continue the list" in each.prompt]
 
 
-def test_requests_for_few_instructions_are_reused_for_more(parrot, endpoint, tmp_path):
+def test_requests_for_few_instructions_are_reused_for_more(chat_teacher, endpoint, tmp_path):
     endpoint.answer = imagine
     for instructions in (16, 20, 40):
         with opened(tmp_path / "growing") as store:
-            run_recipe(parrot, store, instructions=instructions)
+            run_recipe(chat_teacher, store, instructions=instructions)
             grown = rows(store)
     asked = lists_of(endpoint)
     endpoint.reset()
     endpoint.answer = imagine
     with opened(tmp_path / "at once") as store:
-        run_recipe(parrot, store, instructions=40)
+        run_recipe(chat_teacher, store, instructions=40)
         assert rows(store) == grown
     assert sorted(asked) == sorted(lists_of(endpoint))
 
 
-def test_a_refused_list_is_skipped_for_good(parrot, endpoint, tmp_path):
+def test_a_refused_list_is_skipped_for_good(chat_teacher, endpoint, tmp_path):
     endpoint.answer = imagine
     with opened(tmp_path / "whole") as store:
-        run_recipe(parrot, store)
+        run_recipe(chat_teacher, store)
     (_, (second, _), *_) = lists_of(endpoint)
     endpoint.reset()
     endpoint.answer = imagine
     endpoint.replies[second] = [Reply(400, b'{"error": {"message": "too rude"}}')]
     with opened(tmp_path / "refused") as store:
-        run_recipe(parrot, store)
+        run_recipe(chat_teacher, store)
         kept, asked = rows(store), len(endpoint.requests)
         (refusal,) = [row for row in rows(store, "rejected") if row["rejected_by"] == "refused"]
         assert refusal["reason"] == "a list of instructions: 400: too rude"
-        summary = run_recipe(parrot, store)
+        summary = run_recipe(chat_teacher, store)
         assert (rows(store), len(endpoint.requests), summary["unanswered"]) == (kept, asked, 0)
 
 
-def test_a_teacher_that_repeats_itself_ends_the_generation(parrot, endpoint, store):
+def test_a_teacher_that_repeats_itself_ends_the_generation(chat_teacher, endpoint, store):
     def repeat(body):
         if "Continue the list" not in prompt_of(body):
             return imagine(body)
         return completion(body, "\n".join(f"{n}. Describe the weather of the northern coast." for n in range(9, 17)))
 
     endpoint.answer = repeat
-    summary = run_recipe(parrot, store)
+    summary = run_recipe(chat_teacher, store)
     assert summary["kept"] == 1
     assert summary["rejected"]["rouge"] == 3 * 8 * 6 - 1
 
 
-def test_a_teacher_that_generates_no_list_is_reported(parrot, endpoint, store):
+def test_a_teacher_that_generates_no_list_is_reported(chat_teacher, endpoint, store):
     endpoint.answer = lambda body: completion(body, "I would rather not.")
     with pytest.raises(
         RunFailed, match=r"None of the \d+ completions has the form that synthesis 'self_instruct' requested"
     ):
-        run_recipe(parrot, store)
+        run_recipe(chat_teacher, store)
 
 
 def test_prompts_are_generated(tmp_path, tiny_student):
@@ -215,7 +215,7 @@ def test_prompts_are_generated(tmp_path, tiny_student):
         parse_config(values | {"data": {}, "synthesis": values["synthesis"] | {"prompts": rows_file}})
 
 
-def test_self_instruct_in_a_whole_run(tmp_path, tiny_student, parrot, endpoint):
+def test_self_instruct_in_a_whole_run(tmp_path, tiny_student, chat_teacher, endpoint):
     endpoint.answer = imagine
     values = settings(tmp_path, tiny_student, "supervised", steps=2)
     synthesis = {"kind": "self_instruct", "instructions": 12, "batch": 2, "filters": [{"kind": "empty"}]}
@@ -233,7 +233,7 @@ def test_self_instruct_in_a_whole_run(tmp_path, tiny_student, parrot, endpoint):
         synthesize(parse_config(values | {"output": str(tmp_path / "other")}))
 
 
-def test_a_malformed_response_affects_only_its_task(parrot, endpoint, store):
+def test_a_malformed_response_affects_only_its_task(chat_teacher, endpoint, store):
     failed = []
 
     def sometimes(body):
@@ -244,6 +244,6 @@ def test_a_malformed_response_affects_only_its_task(parrot, endpoint, store):
         return imagine(body)
 
     endpoint.answer = sometimes
-    summary = run_recipe(parrot, store, in_flight=1)
+    summary = run_recipe(chat_teacher, store, in_flight=1)
     assert summary["unanswered"] >= 1 and summary["rejected"]["unanswered"] == summary["unanswered"]
-    assert run_recipe(parrot, store)["unanswered"] == 0
+    assert run_recipe(chat_teacher, store)["unanswered"] == 0

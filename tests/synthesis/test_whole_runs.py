@@ -52,7 +52,7 @@ def rows_of(folder):
     return pq.read_table(folder / "run" / "synthesis" / "rows.parquet").to_pylist()
 
 
-def test_responses_are_generated_and_trained_on_in_one_run(tmp_path, tiny_student, parrot, endpoint):
+def test_responses_are_generated_and_trained_on_in_one_run(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses", "samples": 2, "filters": [{"kind": "repetition"}]})
     values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
     numbers = iter(range(1000))
@@ -117,7 +117,9 @@ def test_the_generating_teacher_may_also_give_signals(tmp_path, tiny_student, se
     assert {"forward_kl", "loss"} <= json.loads((result.output / "metrics.jsonl").read_text().splitlines()[0]).keys()
 
 
-def test_an_endpoint_generates_rows_for_another_teachers_signals(tmp_path, tiny_student, served, parrot, endpoint):
+def test_an_endpoint_generates_rows_for_another_teachers_signals(
+    tmp_path, tiny_student, served, chat_teacher, endpoint
+):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, PARROT, "logit_kd", count=8)
     values["teachers"] = [PARROT | {"engine": {"kind": "openai"}}, {"name": "served", "attach": True}]
     values["data"]["evaluation"] = values["data"]["train"] | {"completion_field": "answer"}
@@ -127,7 +129,7 @@ def test_an_endpoint_generates_rows_for_another_teachers_signals(tmp_path, tiny_
     assert result.summary["student"].keys() >= {"forward_kl", "agreement"}
 
 
-def test_a_killed_process_does_not_repeat_stored_requests(tmp_path, tiny_student, parrot, endpoint):
+def test_a_killed_process_does_not_repeat_stored_requests(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses", "in_flight": 4}, count=150)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -163,7 +165,7 @@ def test_a_killed_process_does_not_repeat_stored_requests(tmp_path, tiny_student
     assert [row | path_of for row in rows_of(tmp_path / "whole")] == [row | path_of for row in interrupted]
 
 
-def test_unanswered_requests_are_repeated_until_training_begins(tmp_path, tiny_student, parrot, endpoint):
+def test_unanswered_requests_are_repeated_until_training_begins(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
     busy = [Reply(503, b'{"error": {"message": "busy"}}')] * 2
     endpoint.replies["3 + 3 ="], endpoint.replies["4 + 4 ="] = [*busy], [*busy, *busy]
@@ -179,7 +181,9 @@ def test_unanswered_requests_are_repeated_until_training_begins(tmp_path, tiny_s
         distill(parse_config(values), resume=True)
 
 
-def test_refused_requests_are_repeated_only_after_their_record_is_deleted(tmp_path, tiny_student, parrot, endpoint):
+def test_refused_requests_are_repeated_only_after_their_record_is_deleted(
+    tmp_path, tiny_student, chat_teacher, endpoint
+):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
     endpoint.replies["3 + 3 ="] = [Reply(400, b'{"error": {"message": "too rude"}}')] * 2
     summary = synthesize(parse_config(values))
@@ -194,7 +198,7 @@ def test_refused_requests_are_repeated_only_after_their_record_is_deleted(tmp_pa
         assert len(endpoint.requests) == asked
 
 
-def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_student, parrot, endpoint):
+def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=8)
     assert synthesize(parse_config(values))["kept"] == 8
     asked = len(endpoint.requests)
@@ -211,7 +215,7 @@ def test_other_filters_make_other_rows_of_the_same_completions(tmp_path, tiny_st
         synthesize(parse_config(values))
 
 
-def test_empty_completions_stop_the_run_before_training(tmp_path, tiny_student, parrot, endpoint):
+def test_empty_completions_stop_the_run_before_training(tmp_path, tiny_student, chat_teacher, endpoint):
     endpoint.answer = lambda body: completion(body, "")
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
     with pytest.raises(RunFailed, match="All 3 candidate rows were rejected"):
@@ -223,15 +227,17 @@ def test_empty_completions_stop_the_run_before_training(tmp_path, tiny_student, 
     assert len(endpoint.requests) == asked
 
 
-def test_an_unused_attached_endpoint_is_reported(tmp_path, tiny_student, parrot, scribbler, endpoint):
+def test_an_unused_attached_endpoint_is_reported(tmp_path, tiny_student, chat_teacher, plain_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"}, count=3)
-    values["teachers"] += [PARROT | {"name": scribbler.name}]
-    with pytest.raises(InputError, match=f"'{scribbler.name}' is an endpoint, .* this run generates nothing with it"):
+    values["teachers"] += [PARROT | {"name": plain_teacher.name}]
+    with pytest.raises(
+        InputError, match=f"'{plain_teacher.name}' is an endpoint, .* this run generates nothing with it"
+    ):
         distill(parse_config(values))
     assert not endpoint.requests
 
 
-def test_doctor_checks_the_synthesis(tmp_path, tiny_student, parrot):
+def test_doctor_checks_the_synthesis(tmp_path, tiny_student, chat_teacher):
     values = run_of(tmp_path, tiny_student, {"kind": "responses"})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
