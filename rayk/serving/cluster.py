@@ -13,10 +13,13 @@ import ray
 
 from rayk.config import Resources
 from rayk.environment import THREADING, set_threading
-from rayk.errors import InputError
+from rayk.errors import InputError, RunFailed
 
 CONNECT_SECONDS = 10.0
 """Longest time to wait for the cluster at RAY_ADDRESS to accept a connection."""
+
+LOCAL_START_ATTEMPTS = 2
+"""Number of times that the start of a local cluster is tried."""
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 T = TypeVar("T")
@@ -62,7 +65,10 @@ def start_ray(num_cpus: float = 0) -> None:
         options |= {"runtime_env": {"env_vars": THREADING}}
     own_handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        if local:
+            _start_local_cluster(options)
+        else:
+            ray.init(**options)
     except ConnectionError as error:
         raise InputError(_no_cluster(address)) from error
     if local:
@@ -71,6 +77,29 @@ def start_ray(num_cpus: float = 0) -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray's native handler aborts the process 3 s after SIGTERM, even while applications are being removed.
         signal.signal(signal.SIGTERM, own_handler if callable(own_handler) else signal.getsignal(signal.SIGTERM))
+
+
+def _start_local_cluster(options: dict[str, Any]) -> None:
+    """Call `ray.init` for a local cluster, a second time if the first start times out.
+
+    Ray 2.60 stops a node whose agent is not ready after 15 s (ray-project/ray#65983), which a busy machine exceeds.
+
+    Raises:
+        RunFailed: every start timed out.
+    """
+    for attempt in range(1, LOCAL_START_ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises no narrower type
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == LOCAL_START_ATTEMPTS:
+                raise RunFailed(
+                    f"Ray did not start on this machine in {attempt} attempts, probably because other programs use its "
+                    "CPUs or memory; end some of them and try again. Ray's logs are in /tmp/ray/session_latest/logs."
+                ) from error
 
 
 def check_address(address: str) -> None:
