@@ -119,3 +119,9 @@ def test_settings_and_help_load_neither_torch_nor_ray(code):
         f"{code}\nimport sys\nprint('loaded:', sorted({{'torch', 'ray', 'transformers'}} & set(sys.modules)))"
     )
     assert "loaded: []" in out
+
+
+def test_test_files_have_different_names():
+    """pytest imports test files by their base name, so of two files with one name it cannot collect the second."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -239,7 +239,7 @@ def test_run_trains_a_retriever_once_and_reports_it(tmp_path, tiny_student, enco
     assert set(summary["retriever"]["held_out"]["mean_logprob"]) == {"random", "bm25", "learned"}
     assert AutoModel.from_pretrained(folder).config.hidden_size == 16
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "those of the retriever" in page and "which of 40 demonstrations help" in page
+    assert "those of the retriever" in page and "the helpful ones of 40 demonstrations" in page
 
     weights = (folder / "model.safetensors").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "run" / "model")
