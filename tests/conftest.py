@@ -31,6 +31,9 @@ transformers_logging.disable_progress_bar()
 CLUSTER_FIXTURES = {"ray_cluster", "vllm"}
 """Fixtures that start Ray or vLLM; a test that uses one of them, directly or not, gets the marker `cluster`."""
 
+SUBPROCESS_CLUSTER_FILES = {"test_torch_trainer.py"}
+"""Files whose tests load or start Ray in processes of their own, as those in `tests/integration` do."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects tests by their markers
 def pytest_collection_modifyitems(items):
@@ -40,7 +43,8 @@ def pytest_collection_modifyitems(items):
     end keep all processes busy. The tests of a file stay together and in order.
     """
     for item in items:
-        if CLUSTER_FIXTURES & set(item.fixturenames):
+        starts_ray = item.path.parent.name == "integration" or item.path.name in SUBPROCESS_CLUSTER_FILES
+        if starts_ray or CLUSTER_FIXTURES & set(item.fixturenames):
             item.add_marker("cluster")
     slow = {item.path for item in items if item.get_closest_marker("cluster")}
     items.sort(key=lambda item: item.path not in slow)

@@ -110,7 +110,7 @@ def test_served_teacher_runs_until_it_is_interrupted(head, tmp_path, tiny_studen
     assert len(lines) == 10, lines
     gone = run_rayk("doctor", client, RAY_ADDRESS=printed)
     assert gone.returncode == 2
-    assert "No teacher 'shared' answers on this Ray cluster" in gone.stderr
+    assert "No teacher 'shared' answers on this Ray cluster" in gone.stdout
 
 
 def test_served_teacher_is_removed_at_sigterm(head, tmp_path, tiny_student, tiny_teacher):

@@ -203,7 +203,7 @@ def test_preference_accuracy_on_held_out_pairs_rises(tmp_path, tiny_student):
     assert last["evaluation_preference_margin"] == found["preference_margin"]
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Reward margin" in report
-    assert "Prefers rightly" in report
+    assert "Preference accuracy" in report
 
 
 def _measured_by_hand(model, run):
