@@ -243,10 +243,10 @@ def test_cache_command_fills_and_verifies(tmp_path, tiny_student, served, capsys
 
     code, out, err = rayk()
     assert code == 0
-    assert "bytes an entry" in out and "training rows  topk" in out
+    assert "bytes per entry" in out and "training rows  topk" in out
     assert "row 48/48" in err
     code, _, err = rayk("--verify")
-    assert code == 0 and err.startswith("1 segments hold 48 signals in ")
+    assert code == 0 and err.startswith("1 segments contain 48 signals in ")
     [segment] = (tmp_path / "cache").glob("*.rks")
     segment.write_bytes(segment.read_bytes()[:-3])
     code, _, err = rayk("--verify")
@@ -254,5 +254,5 @@ def test_cache_command_fills_and_verifies(tmp_path, tiny_student, served, capsys
     assert rayk("--verify")[0] == 0
     assert rayk("--set", "cache=null")[::2] == (
         2,
-        "rayk: cache is missing; set cache.path to the folder or URI that holds it.\n",
+        "rayk: cache is missing; set cache.path to a folder or URI.\n",
     )

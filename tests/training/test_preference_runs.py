@@ -225,7 +225,7 @@ def test_any_model_is_evaluated_on_pairs(tmp_path, tiny_student, ray_cluster):
         _measured_by_hand(tiny_student, run), rel=1e-4
     )
     headings = [column.header for column in results_table([summary]).columns]
-    assert {"prefers right", "by nats"} < set(headings)
+    assert {"pref. accuracy", "pref. margin"} < set(headings)
 
 
 def test_rows_without_pairs_are_refused(tmp_path, tiny_student):
