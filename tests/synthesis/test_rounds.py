@@ -151,7 +151,7 @@ def _check_rounds(result, student):
     page = (result.output / "report.html").read_text()
     assert "run-round-1" in page
     assert "pairs whose chosen answer is the longer one" in page
-    assert "the worse answer beside it" in page
+    assert "the rejected completion of the pair" in page
 
 
 def test_resume_refuses_changed_rounds(tmp_path, tiny_student, chat_teacher, endpoint):

@@ -63,7 +63,7 @@ def test_responses_are_generated_and_trained_on_in_one_run(tmp_path, tiny_studen
     assert watching.seen[-1][:2] == (48, 48)
     assert len(endpoint.requests) == 48
     page = (result.output / "report.html").read_text()
-    assert "What the teacher wrote" in page
+    assert "Synthesized training rows" in page
     assert "48 (100.0%)" in page
     # Training is the same as on rows of the user's.
     (tmp_path / "plain").mkdir()

@@ -82,7 +82,7 @@ def test_vllm_teacher_generates_scores_and_is_evaluated_in_one_run(teacher, twin
     student = result.summary["student"]
     assert 0 < student["forward_kl"] < np.inf
     assert {"loss", "accuracy", "agreement"} <= student.keys()
-    assert "What the teacher wrote" in (result.output / "report.html").read_text()
+    assert "Synthesized training rows" in (result.output / "report.html").read_text()
 
 
 def test_vllm_teacher_and_student_synthesize_rows_and_pairs(teacher, folder, tmp_path):
