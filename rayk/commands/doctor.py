@@ -150,7 +150,7 @@ def _check_rows(settings: RunConfig, inputs: Any) -> Iterator[Check]:
             f"training.batch_size is {batch_size}, but data.train has only {len(inputs.train)} rows, so that one step "
             "trains on rows several times; lower it, or give more rows.",
         )
-    if _lacks_chat_template(settings, inputs.tokenizer):
+    if inputs.train is not None and _lacks_chat_template(settings, inputs.tokenizer):
         yield Check(
             "note",
             "The student's tokenizer has a chat template, but data.chat_template is false, so that rows are plain text "

@@ -90,7 +90,7 @@ def test_a_teacher_with_another_tokenizer_generates_and_stops_before_training(tm
     }  # fmt: skip
     watching = Stages()
     result = distill(parse_config(run_of(tmp_path, tiny_student, synthesis, teacher, count=8)), listener=watching)
-    assert "own" in watching.stages[1]
+    assert "own" in watching.stages[2]
     assert not [name for name in watching.applications if name.startswith("own")]
     rows = rows_of(tmp_path)
     assert 0 < len(rows) <= 16
