@@ -54,7 +54,7 @@ class EnsembleConfig(Settings):
     teachers: list[str] = Field(default_factory=list)
     """Names of the members; empty: all of `teachers`."""
     combine: Literal["probabilities", "logits"] = "probabilities"
-    """What is averaged: the probabilities, or the logits as in BabyLlama (arXiv 2308.02019)."""
+    """The averaged quantity: probabilities, or logits as in BabyLlama (arXiv 2308.02019)."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Each member's weight in the average by its name; 1 if not given. Weights need not sum to 1."""
 

@@ -120,7 +120,7 @@ class Method(ABC):
     """One line for `rayk methods`."""
     paper: ClassVar[str] = ""
     needs: ClassVar[str] = ""
-    """What the method requests from a teacher, with the size per token."""
+    """The signals that the method requests from a teacher, with their size per token."""
 
     def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
         self.settings = settings

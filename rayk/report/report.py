@@ -149,7 +149,7 @@ class Section:
     sentence: str
     figures: list[tuple[str, str]]
     examples: list[dict[str, Any]]
-    """Their `rejected_by` is empty if the row was kept."""
+    """Example rows; `rejected_by` is empty for a row that was kept."""
 
 
 def _synthesis(run: Run) -> Section:
