@@ -7,36 +7,25 @@ machine are looked up on the Hugging Face hub; if that fails, it uses common val
 import json
 import os
 import re
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import resources
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from rayk.config import DataConfig, DataSource, StudentConfig, load_config
+from rayk.commands.init_facts import COUNTED_ROWS, DataFacts, ModelFacts, find_endpoint_model, read_data, read_model
+from rayk.config import DataConfig, DataSource, load_config
 from rayk.config.paths import is_local_path
 from rayk.data.row_texts import RowTexts
-from rayk.data.sources import Row, read_rows
 from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
 from rayk.methods import METHODS
-from rayk.models import load_model_config, load_tokenizer, max_positions, real_vocab_size, tokenizer_fingerprint
-from rayk.models.student import count_planned_parameters
+from rayk.models import real_vocab_size, tokenizer_fingerprint
 from rayk.storage.atomic import disk_errors, write_whole
 
-_EXAMPLE_TEACHER, _EXAMPLE_STUDENT, _EXAMPLE_DATA = "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", "./data/train.jsonl"
-_PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "query", "problem")
-_COMPLETION_FIELDS = ("completion", "response", "output", "answer", "solution", "target")
-_EVALUATION_WORDS = ("test", "validation", "valid", "val", "eval", "evaluation", "dev", "held_out")
-_COUNTED_ROWS = 100_000
-_SAMPLED_ROWS = 256
+_EXAMPLE_TEACHER, _EXAMPLE_STUDENT = "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"
 _LONGEST = 4096
-_ENDPOINT_SECONDS = 5.0
 _TEACHER_METHODS = ("logit_kd", "on_policy", "minillm", "in_context")
 _COMMENTS = {
     "supervised": "cross-entropy on the rows' completions",
@@ -46,40 +35,6 @@ _COMMENTS = {
     "in_context": "learn from demonstrations in the context as the teacher does",
     "preference": "DPO: prefer the chosen completion to the rejected one",
 }
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """Facts about the training rows: how to read them, and what they contain."""
-
-    path: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the source that differ from the defaults."""
-    row_format: str = "prompt_completion"
-    """`prompts` if rows have no completion."""
-    rows: list[Row] = field(default_factory=list)
-    """The first rows; empty for example data."""
-    num_rows: int | None = None
-    evaluation: str | None = None
-    """A file of held-out rows beside the training rows."""
-
-    @property
-    def fields(self) -> Mapping[str, Any]:
-        return self.rows[0].fields if self.rows else {}
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model's tokenizer and size; None if they could not be loaded."""
-
-    model: str
-    tokenizer: Any = None
-    parameters: int | None = None
-    positions: float = float("inf")
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
 
 
 def init(teacher: str | None, student: str | None, data: str | None, method: str | None, path: Path) -> list[str]:
@@ -100,14 +55,14 @@ def init(teacher: str | None, student: str | None, data: str | None, method: str
     if method is not None and method not in _COMMENTS:
         raise InputError(f"--method '{method}' is unknown; choose one of {', '.join(_COMMENTS)}.")
     notes: list[str] = []
-    rows = _read_data(data, notes)
-    student_facts = _read_model(student or _EXAMPLE_STUDENT, "student", student is not None, notes)
+    rows = read_data(data, notes)
+    student_facts = read_model(student or _EXAMPLE_STUDENT, "student", student is not None, notes)
     endpoint = teacher if teacher and teacher.startswith(("http://", "https://")) else None
     teacher_facts = None
     if teacher and endpoint is None:
-        teacher_facts = _read_model(teacher, "teacher", True, notes)
+        teacher_facts = read_model(teacher, "teacher", True, notes)
     elif teacher is None and student is None and method != "supervised" and rows.row_format != "preference":
-        teacher_facts = _read_model(_EXAMPLE_TEACHER, "teacher", False, notes)
+        teacher_facts = read_model(_EXAMPLE_TEACHER, "teacher", False, notes)
     kind = _choose_method(method, rows, student_facts, teacher_facts, endpoint, notes)
     text = _render(path, kind, rows, student_facts, teacher_facts, endpoint, notes)
     with disk_errors(path.parent):
@@ -119,83 +74,6 @@ def init(teacher: str | None, student: str | None, data: str | None, method: str
         path.unlink()
         raise
     return notes
-
-
-def _read_data(path: str | None, notes: list[str]) -> DataFacts:
-    """Read the first rows, and determine the source settings with which they can be read."""
-    if path is None:
-        notes.append(f"data.train.path is an example ({_EXAMPLE_DATA}); give your rows with --data, or edit it.")
-        return DataFacts(_EXAMPLE_DATA)
-    source = DataSource(path=path)
-    reader = read_rows(source)
-    rows = list(islice(reader, _SAMPLED_ROWS))
-    num_rows = len(rows) + sum(1 for _ in islice(reader, _COUNTED_ROWS))
-    settings, row_format = _describe_fields(rows[0])
-    return DataFacts(path, settings, row_format, rows, num_rows, _find_evaluation(path))
-
-
-def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
-    """Return the source settings with which rows with the fields of `row` can be read, and their format."""
-    fields = row.fields
-    texts = [name for name, value in fields.items() if isinstance(value, str)]
-    chats = [
-        name for name, value in fields.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
-    ]  # fmt: skip
-    prompt = next((name for name in _PROMPT_FIELDS if name in texts), None)
-    prompt_setting = {"prompt_field": prompt} if prompt and prompt != "prompt" else {}
-    if {"chosen", "rejected"} <= fields.keys():
-        return prompt_setting, "preference"
-    if "messages" in chats or (chats and prompt is None):
-        return ({} if "messages" in chats else {"messages_field": chats[0]}), "messages"
-    completion = next((name for name in _COMPLETION_FIELDS if name in texts and name != prompt), None)
-    if {"instruction", "input"} <= set(texts) and completion:  # the format of Alpaca
-        prompt_setting = {"prompt_template": "{instruction}\n\n{input}"}
-    if prompt and completion:
-        return prompt_setting | ({"completion_field": completion} if completion != "completion" else {}), (
-            "prompt_completion"
-        )
-    if prompt:
-        return prompt_setting, "prompts"
-    if "text" in texts:
-        return {}, "text"
-    raise InputError(
-        f"{row.where} has no field with a prompt, messages or text that is recognized (it has: {', '.join(fields)}); "
-        f"rename one to 'prompt', or write the config by hand with data.train.prompt_field."
-    )
-
-
-def _find_evaluation(path: str) -> str | None:
-    """Return a file beside the training rows whose name is usual for held-out rows; None if there is none."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        return None
-    for word in _EVALUATION_WORDS:
-        for stem in {file.stem.replace("training", word).replace("train", word), word}:
-            other = file.with_name(stem + file.suffix)
-            if other != file and other.is_file():
-                return str(other)
-    return None
-
-
-def _read_model(name: str, role: str, required: bool, notes: list[str]) -> ModelFacts:
-    """Look up a model's tokenizer and size.
-
-    Raises:
-        InputError: `name` is a local model that cannot be read.
-    """
-    if not required:
-        notes.append(f"{role}: {name} is an example; give your model with --{role}, or edit it.")
-        return ModelFacts(name)
-    try:
-        tokenizer, config = load_tokenizer(name), load_model_config(name)
-        parameters = count_planned_parameters(StudentConfig(model=name), tokenizer).total
-        return ModelFacts(name, tokenizer, parameters, max_positions(config))
-    except InputError as error:
-        if is_local_path(name):
-            raise
-        notes.append(f"{role}: {name} could not be looked up, so common values are used. {error}")
-        return ModelFacts(name)
 
 
 def _choose_method(
@@ -313,7 +191,7 @@ def _teacher_values(
     teacher: ModelFacts | None, endpoint: str | None, path: Path, notes: list[str]
 ) -> dict[str, Any] | None:
     if endpoint is not None:
-        model, comment = _endpoint_model(endpoint, notes)
+        model, comment = find_endpoint_model(endpoint, notes)
         local = re.match(r"https?://(localhost|127\.|\[::1\])", endpoint) is not None
         return {
             "endpoint": endpoint, "model": model, "model_comment": comment,
@@ -322,21 +200,6 @@ def _teacher_values(
     if teacher is None:
         return None
     return {"endpoint": None, "model": _path_in_config(teacher.model, path), "size": _format_parameters(teacher)}
-
-
-def _endpoint_model(url: str, notes: list[str]) -> tuple[str, str]:
-    """Return the name of the endpoint's first model, and a comment; a placeholder if it does not list its models."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/models")
-    if key := os.environ.get("OPENAI_API_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request, timeout=_ENDPOINT_SECONDS) as response:
-            names = [str(entry["id"]) for entry in json.load(response)["data"]]
-        others = ", ".join(names[1:6])
-        return names[0], f"also: {others}" if others else ""
-    except (OSError, ValueError, LookupError, TypeError):
-        notes.append(f"The endpoint {url} does not list its models; set teachers.model to the name of one.")
-        return "MODEL", "the endpoint's name of the model"
 
 
 def _chat_template(kind: str, rows: DataFacts, student: ModelFacts) -> tuple[bool, str]:
@@ -457,7 +320,7 @@ def _format_parameters(model: ModelFacts) -> str:
 def _format_num_rows(rows: DataFacts) -> str:
     if rows.num_rows is None:
         return ""
-    return f"more than {_COUNTED_ROWS:,}" if rows.num_rows > _COUNTED_ROWS else f"{rows.num_rows:,}"
+    return f"more than {COUNTED_ROWS:,}" if rows.num_rows > COUNTED_ROWS else f"{rows.num_rows:,}"
 
 
 def _power_of_two(number: int) -> int:
