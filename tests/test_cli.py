@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -263,7 +264,8 @@ def test_evaluate_measures_the_trained_student(rayk, write_config, tmp_path, tin
     assert json.loads((other / "evaluation.json").read_text())["student"]["loss"] > kept["student"]["loss"]
     sentence = the_sentence(rayk("evaluate", path, "--set", f"student.model={tiny_student}"))
     assert f"Give --model {tiny_student} instead" in sentence
-    assert "'./nowhere' does not exist" in the_sentence(rayk("evaluate", path, "--model", "./nowhere"))
+    sentence = the_sentence(rayk("evaluate", path, "--model", "./nowhere"))
+    assert f"The model '{Path('nowhere').absolute()}' does not exist; check the path." in sentence
     assert "data.evaluation is missing" in the_sentence(rayk("evaluate", write_config(data={"train": data["train"]})))
 
 

@@ -44,6 +44,11 @@ class RowViews:
         }
         return cls(prompts, demonstrations)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all models read rows in the same context, so that `apply` changes nothing."""
+        return not self.prompts and self.demonstrations is None
+
     def apply(self, row: Example, seed: int = 0, progress: float = 0.0) -> Example:
         """Return `row` with its contexts; a row that has them already is returned unchanged.
 

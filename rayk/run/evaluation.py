@@ -7,6 +7,7 @@ from typing import Any
 
 from rayk.config import RunConfig
 from rayk.config.loading import with_absolute_paths
+from rayk.config.paths import absolute_path, is_local_path, path_exists
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.retrieval import find_retriever
@@ -35,6 +36,8 @@ def evaluate_model(
     if config.data.evaluation is None:
         raise InputError("data.evaluation is missing; set it to the rows to measure on.")
     path = model or str(config.output_path / "model")
+    if model is not None and is_local_path(model) and not path_exists(model):
+        raise InputError(f"The model '{absolute_path(model)}' does not exist; check the path.")
     if model is None and not Path(path).is_dir():
         raise InputError(f"There is no trained student in '{path}'; run the config first, or give --model.")
     # The model has its own tokenizer, and adapters are merged into its weights.

@@ -227,10 +227,10 @@ class ExperienceSource:
     def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
         """Return this rank's rows of `step`, with the contexts of the models that read them."""
         rows = [table[int(row)] for row in sampler.share(step, self._rank, self._world)]
-        seeds, progress = self._seeds(step, sampler), step / sampler.steps
-        return collate(
-            [self._views.apply(row, seed, progress) for row, seed in zip(rows, seeds, strict=True)], self._pad_id
-        )
+        if not self._views.is_empty:
+            seeds, progress = self._seeds(step, sampler), step / sampler.steps
+            rows = [self._views.apply(row, seed, progress) for row, seed in zip(rows, seeds, strict=True)]
+        return collate(rows, self._pad_id)
 
     def _seeds(self, step: int, sampler: BatchSampler) -> list[int]:
         """Return a seed per row, from the run's seed, the step and the row's position in the step, on any rank."""
@@ -240,9 +240,11 @@ class ExperienceSource:
 
     async def _prepare_usable(self, batch: Batch, prepare: _Prepare) -> _Usable:
         """Return the indices of the rows of `batch` with usable signals, and the experience of these rows."""
-        # Rows that come from a checkpoint have no contexts yet.
-        views = [self._views.apply(row) for row in batch.sequences if isinstance(row, Example)]
-        batch, rows = replace(batch, sequences=list[TokenSequence](views)), list(range(batch.rows))
+        if not self._views.is_empty:
+            # Rows that come from a checkpoint have no contexts yet.
+            sequences = [self._views.apply(row) if isinstance(row, Example) else row for row in batch.sequences]
+            batch = replace(batch, sequences=sequences)
+        rows = list(range(batch.rows))
         while rows:
             try:
                 experience = await prepare(batch if len(rows) == batch.rows else batch.select(rows))

@@ -1,14 +1,19 @@
-"""Rows sampled ahead are restored from a checkpoint if a step is complete, and generated anew otherwise."""
+"""Rows of a step: those that a checkpoint holds, and those that a method returns."""
+
+import asyncio
 
 import numpy as np
 import pytest
 
 from rayk.config import DataConfig, DataSource
-from rayk.data.batches import BatchSampler
+from rayk.data.batches import BatchSampler, collate
 from rayk.data.tokenizing import tokenize
+from rayk.data.views import RowViews
+from rayk.methods import Experience
 from rayk.models import load_tokenizer
 from rayk.rollouts import Rollout
 from rayk.rollouts.packed_rows import pack_row
+from rayk.signals.sequence import TokenSequence
 from rayk.training.experiences import ExperienceSource
 from tests.runs import write_rows
 
@@ -41,3 +46,16 @@ def test_an_incomplete_step_is_generated_anew(stored, lost):
     source, rows = stored
     source.load_state(6, [row for row in rows if (row["step"], row["place"]) != (7, lost)])
     assert sorted(source._sampled) == [6]
+
+
+def test_rows_that_are_no_examples_reach_the_method_unchanged():
+    source = object.__new__(ExperienceSource)
+    source._views = RowViews({"hinted": object()})
+    rows = [TokenSequence(np.arange(n, dtype=np.int32), np.arange(n) > 0) for n in (3, 5)]
+
+    async def prepare(batch):
+        return Experience(batch, None)
+
+    indices, experience = asyncio.run(source._prepare_usable(collate(rows, 0), prepare))
+    assert indices == [0, 1]
+    assert list(experience.batch.sequences) == rows
