@@ -79,7 +79,7 @@ class ExperienceSource:
         self._views = views or RowViews()
         self._stop_request = stop_request
         self._awaited: int | None = None
-        """The step that the training loop is waiting for."""
+        """The step that the training loop is waiting for, or has received last."""
         self._max_staleness = config.rollouts.max_staleness if config.rollouts else 0
         self._sampled: dict[int, Batch] = {}
         """Rows that were already generated for later steps, by step: kept for the next checkpoint, or restored from the
@@ -102,9 +102,8 @@ class ExperienceSource:
         with closing(stream_in_background(steps, ahead)) as results:
             for awaited in range(step, total_steps):
                 self._awaited = awaited
-                prepared = next(results)
-                self._awaited = None
-                yield prepared
+                # No variable holds the result: its memory is freed before the next one arrives.
+                yield next(results)
 
     def finish(self) -> None:
         """Wait until all rows that need the policy's current weights are generated."""

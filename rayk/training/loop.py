@@ -200,8 +200,7 @@ class Trainer:
     def _step(self, step: int, prepared_steps: Iterator[PreparedStep]) -> dict[str, Any]:
         """Train one step; return its row of metrics."""
         started = time.perf_counter()
-        prepared = self._next_experience(prepared_steps)
-        waited = time.perf_counter() - started
+        prepared, waited = self._next_experience(prepared_steps)
         experience = prepared.experience
         if isinstance(self.method, OnPolicyMethod):
             experience = self.method.synchronize(experience, self.ranks.sums)
@@ -238,12 +237,13 @@ class Trainer:
             **(rollout_metrics(prepared.experience, step, self.ranks) if self.config.rollouts else {}),
         }
 
-    def _next_experience(self, prepared_steps: Iterator[PreparedStep]) -> PreparedStep:
-        """Wait for the next experience.
+    def _next_experience(self, prepared_steps: Iterator[PreparedStep]) -> tuple[PreparedStep, float]:
+        """Wait for the next experience; return it and this rank's wait in seconds, without that for other ranks.
 
         Raises:
             AllRanksStop: some rank cannot prepare it, or a stop was requested.
         """
+        started = time.perf_counter()
         prepared, problem = None, None
         try:
             if self._stop_request.exists():
@@ -251,9 +251,10 @@ class Trainer:
             prepared = next(prepared_steps)
         except Exception as error:
             problem = error
+        waited = time.perf_counter() - started
         self.ranks.agree(problem)
         assert prepared is not None
-        return prepared
+        return prepared, waited
 
     def _finish_generation(self, row: dict[str, Any]) -> dict[str, float]:
         """Wait until all rows that need the policy's current weights are generated; return the step's updated times."""
