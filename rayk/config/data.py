@@ -1,8 +1,13 @@
 """Training and evaluation rows: where they are stored and how they are read."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from rayk.config.base import InputPath, Placement, Positive, Settings
+
+SHIPPED_TEMPLATES = ("chatml",)
+"""Names of the chat templates in `rayk/data/templates`."""
 
 RowFormat = Literal["auto", "prompt_completion", "messages", "text", "preference"]
 
@@ -59,6 +64,9 @@ class DataConfig(Settings):
     """Longest row in tokens, prompt and completion together."""
     too_long: Literal["error", "skip", "truncate"] = "error"
     """Handling of longer rows: the run stops, the row is skipped, or the completion (never the prompt) is cut."""
-    chat_template: bool = False
-    """Wrap the prompt and completion of each row in the tokenizer's chat template, as a user's and an assistant's
-    turn."""
+    chat_template: bool | InputPath = False
+    """Wrap the prompt and completion of each row in a chat template, as a user's and an assistant's turn. `true`: the
+    tokenizer's own template; a text: the path of a .jinja file, or `chatml`, for models without a template of their
+    own. Rows of messages always use the template, with `false` the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`."""

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+_FILE_SUFFIXES = (*DATA_SUFFIXES, ".jinja")
 
 
 def is_uri(place: str) -> bool:
@@ -13,9 +14,9 @@ def is_uri(place: str) -> bool:
 
 
 def is_explicit_path(name: str) -> bool:
-    """Return whether `name` can only be a path: it begins with '/', '.' or '~', ends like a data file, or is a glob
-    pattern."""
-    is_path = name.startswith(("/", ".", "~")) or name.endswith(DATA_SUFFIXES) or glob.has_magic(name)
+    """Return whether `name` can only be a path: it begins with '/', '.' or '~', ends like a data file or a template,
+    or is a glob pattern."""
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(_FILE_SUFFIXES) or glob.has_magic(name)
     return is_path and not is_uri(name)
 
 

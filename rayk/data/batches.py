@@ -196,7 +196,8 @@ def make_batches(
     max_prompt_tokens: int = 1024,
     max_tokens: int = 2048,
     too_long: Literal["error", "skip", "truncate"] = "error",
-    chat_template: bool = False,
+    chat_template: bool | str = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     prompts_only: bool = False,
     **source_settings: Any,
 ) -> list[Batch]:
@@ -225,6 +226,7 @@ def make_batches(
             max_tokens=max_tokens,
             too_long=too_long,
             chat_template=chat_template,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
     except ValidationError as error:
         first = error.errors()[0]

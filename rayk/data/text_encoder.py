@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rayk.data.chat_template import ChatTemplate
 from rayk.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
+Tools = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Tokens:
 class TextEncoder:
     """Encode texts with a tokenizer.
 
+    Args:
+        tokenizer: a transformers tokenizer with an EOS token.
+        chat_template: the template of messages; None: the tokenizer's own.
+
     Attributes:
         prefix: token ids that the tokenizer adds before a text (BOS). Ids that it adds after a text (EOS) are not used
             for prompts, because a completion follows.
@@ -45,13 +51,14 @@ class TextEncoder:
         InputError: the tokenizer has no end-of-sequence token, or adds special tokens inside a text.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: ChatTemplate | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "The tokenizer has no end-of-sequence token, so the end of a completion cannot be marked; set "
                 "eos_token in its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
+        self.chat_template = chat_template or ChatTemplate(tokenizer)
         self.eos_id: int = tokenizer.eos_token_id
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = added | set(tokenizer.all_special_ids)
@@ -92,11 +99,11 @@ class TextEncoder:
         ids = prompt + ended
         return Tokens(ids, [(len(prompt), len(ids))], len(prompt))
 
-    def chat_prompt(self, messages: list[dict[str, Any]], where: str) -> list[int]:
+    def chat_prompt(self, messages: list[dict[str, Any]], where: str, tools: Tools = None) -> list[int]:
         """Return the ids of messages followed by the generation prompt."""
-        return self.encode([self.render(messages, where, add_generation_prompt=True)])[0]
+        return self.encode([self.chat_template.render(messages, where, tools=tools, add_generation_prompt=True)])[0]
 
-    def chat(self, messages: list[dict[str, Any]], turns: list[int], where: str) -> Tokens:
+    def chat(self, messages: list[dict[str, Any]], turns: list[int], where: str, tools: Tools = None) -> Tokens:
         """Render messages in the chat template and tokenize them, with the assistant turns at indices `turns` counted.
 
         The span of a turn starts after the generation prompt and ends with the end-of-turn token. Without such a token,
@@ -105,12 +112,12 @@ class TextEncoder:
         Raises:
             InputError: the template fails on these messages or is not prefix-stable.
         """
-        whole = self.render(messages, where)
+        whole = self.chat_template.render(messages, where, tools=tools)
         ids: list[int] = []
         spans: list[Span] = []
         done = 0
         for turn in turns:
-            start, end = self._span(whole, messages, turn, where)
+            start, end = self._span(whole, messages, turn, where, tools)
             ids = self._extend_ids(ids, whole, done, start)
             first = len(ids)
             ids = self._extend_ids(ids, whole, start, end)
@@ -123,10 +130,10 @@ class TextEncoder:
             spans[-1] = (first, end + 1)
         return Tokens(ids, spans, first)
 
-    def _span(self, whole: str, messages: list[dict[str, Any]], turn: int, where: str) -> Span:
+    def _span(self, whole: str, messages: list[dict[str, Any]], turn: int, where: str, tools: Tools) -> Span:
         """Return start and end of the turn at index `turn` in the whole text, in characters."""
-        before = self.render(messages[:turn], where, add_generation_prompt=True)
-        through = self.render(messages[: turn + 1], where)
+        before = self.chat_template.render(messages[:turn], where, tools=tools, add_generation_prompt=True)
+        through = self.chat_template.render(messages[: turn + 1], where, tools=tools)
         if not (through.startswith(before) and whole.startswith(through)):
             raise InputError(
                 f"{where}: the tokenizer's chat template is not prefix-stable (the text of the first {turn + 1} "
@@ -149,24 +156,3 @@ class TextEncoder:
             if ids[i] in self.special_ids:
                 return len(ids) if str(self.tokenizer.decode(ids[i + 1 :])).strip() else i + 1
         return len(ids)
-
-    def render(self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False) -> str:
-        """Render messages in the chat template.
-
-        Raises:
-            InputError: the tokenizer has no template, or the template fails on these messages.
-        """
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                f"{where} requires a chat template, but the tokenizer has none; add one to the tokenizer, or use "
-                f"prompt and completion fields without data.chat_template."
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            return str(text)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InputError(f"{where}: the tokenizer's chat template fails on these messages: {error}") from error

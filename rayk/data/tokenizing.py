@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayk.config import DataConfig, DataSource
+from rayk.data.chat_template import ChatTemplate
 from rayk.data.examples import Example, ExampleTable
 from rayk.data.row_texts import Format, RowTexts
 from rayk.data.sources import Row, read_rows
@@ -51,7 +52,7 @@ class RowTokenizer:
             section = "data.evaluation." if source is data.evaluation else "data.train."
         self.source, self.data, self.prompts_only, self.pairs = source, data, prompts_only, pairs
         self.texts = RowTexts(source, section)
-        self.encoder = TextEncoder(tokenizer)
+        self.encoder = TextEncoder(tokenizer, ChatTemplate.from_settings(data, tokenizer))
         self.format: Format | None = None
         self.skipped: Counter[str] = Counter()
         self.first_skipped: dict[str, str] = {}

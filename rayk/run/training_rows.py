@@ -77,7 +77,7 @@ def synthesize_training_rows(
             config.synthesis, prompts, running[config.synthesis_teacher], store, filters, seed=config.seed,
             progress=partial(listener.progress, unit="completion"),
             context=RecipeContext(
-                round_info.number, round_info.before, student, config.data.chat_template,
+                round_info.number, round_info.before, student, bool(config.data.chat_template),
                 running[config.referee] if config.referee != config.synthesis_teacher else None, running,
             ),
         )  # fmt: skip

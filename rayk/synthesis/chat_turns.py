@@ -77,7 +77,7 @@ def _around(
     found = []
     for mark in _MARKS:
         marked = [*messages[:-1], messages[-1] | {"content": mark}]
-        parts = encoder.render(marked, where, add_generation_prompt=generation).split(mark)
+        parts = encoder.chat_template.render(marked, where, add_generation_prompt=generation).split(mark)
         if len(parts) != 2:
             raise InputError(
                 f"{where}: the chat template contains the {messages[-1]['role']}'s text {len(parts) - 1} times instead "

@@ -143,7 +143,9 @@ class Magpie(PromptGeneratingRecipe[MagpieConfig]):
 
     async def _respond(self, instruction: _Instruction) -> Candidate:
         messages = [{"role": "user", "content": instruction.text}]
-        raw_prompt = self._raw_prompt(self._encoder.render(messages, "synthesis 'magpie'", add_generation_prompt=True))
+        raw_prompt = self._raw_prompt(
+            self._encoder.chat_template.render(messages, "synthesis 'magpie'", add_generation_prompt=True)
+        )
         seed = self.client.seed(_RESPONSE, instruction.position)
         request = CompletionRequest(instruction.text, seed, self._response_parameters, raw_prompt)
         response = await self.client.complete(request)
