@@ -31,6 +31,10 @@ def _check_one_group(pattern: str) -> str:
 
 AnswerPattern = Annotated[str, AfterValidator(_check_one_group)]
 """A regular expression with exactly one group."""
+AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
+"""The forms of answers that `rayk.text.answers` finds in a text."""
+AnswerChoices = Annotated[str, Field(pattern=r"^[A-Z]{2,}$")]
+"""The letters of answers of type `choice`."""
 
 
 @dataclass(frozen=True)

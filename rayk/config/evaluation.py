@@ -1,13 +1,13 @@
 """Measurements on held-out rows."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayk.config.base import FUNCTION_PATTERN, AnswerPattern, Positive, Settings
+from rayk.config.base import FUNCTION_PATTERN, AnswerChoices, AnswerPattern, AnswerType, Positive, Settings
 from rayk.config.support import TopK
 
-Metric = Annotated[str, Field(pattern=rf"^(rouge_l|{FUNCTION_PATTERN[1:-1]})$")]
+Metric = Annotated[str, Field(pattern=rf"^(rouge_l|exact_match|f1|{FUNCTION_PATTERN[1:-1]})$")]
 
 
 class GenerationConfig(Settings):
@@ -19,6 +19,15 @@ class GenerationConfig(Settings):
     """Sampling temperature; 0 is greedy decoding."""
     rows: Positive | None = None
     """Number of evaluation rows to answer, from the beginning; `null`: all."""
+    samples: Positive = 1
+    """Number of answers to each row, with different seeds; metrics are means over all of them. Needs a temperature
+    above 0. MiniLLM reports ROUGE-L over 5 samples at temperature 1."""
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> "GenerationConfig":
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("'samples' is above 1, but at temperature 0 all answers are the same; set a temperature")
+        return self
 
 
 class EvaluationConfig(Settings):
@@ -33,13 +42,22 @@ class EvaluationConfig(Settings):
     generation: GenerationConfig | None = None
     """Generate answers to the evaluation prompts and score them; `null`: only losses and divergences are measured."""
     answer_field: str | None = None
-    """The row's field with the right answer; `null`: the completion."""
+    """The row's field with the right answer, or with a list of right answers (references); `null`: the completion. An
+    answer that equals any of them is correct."""
     answer_pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer, such as '#### (.+)', in the row's text and in the
-    student's; the last match counts. `null`: the whole texts are compared, after normalizing white space."""
+    student's; the last match counts. `null`: the whole texts are searched."""
+    answer_type: Literal["text"] | AnswerType = "text"
+    """The form of an answer in the text that `answer_pattern` finds. `text`: all of it, equal after normalizing white
+    space. `number`: "42.0" equals "42", "1,000" equals "1000" and "$5" equals "5"; `choice`: one of the letters
+    `answer_choices`; `yes_no`; `date`; `free`: the text up to the end of its line, ignoring case. Without a pattern an
+    answer follows "the answer is" or `-->`, else it is the last one of its type."""
+    answer_choices: AnswerChoices = "ABCDE"
+    """The letters of type `choice`."""
     metrics: list[Metric] = Field(default_factory=list)
-    """More metrics of the generated answers; needs `generation`. `rouge_l`: ROUGE-L F between the generated and the
-    right answer. Or your own function 'module:name', called as
+    """More metrics of the generated answers; needs `generation`. `rouge_l`: ROUGE-L F (as rouge-score without
+    stemming) between the generated and the right answer; `exact_match` and `f1`: SQuAD's; with several references, the
+    highest value. Or your own function 'module:name', called as
     `metric(completion: str, row: Mapping[str, Any]) -> float` with the answer's text and the row's fields. The mean
     over the answered rows is reported under the function's name."""
     samples: Annotated[int, Field(ge=0)] = 8

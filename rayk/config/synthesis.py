@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rayk.config.base import FUNCTION_PATTERN, AnswerPattern, ClassPath, InputPath, Positive, Selection, Settings
+from rayk.config.base import (
+    FUNCTION_PATTERN,
+    AnswerChoices,
+    AnswerPattern,
+    AnswerType,
+    ClassPath,
+    InputPath,
+    Positive,
+    Selection,
+    Settings,
+)
 from rayk.config.filters import (
     EndingFilterConfig,
     FilterConfig,
@@ -18,8 +28,6 @@ from rayk.config.filters import (
 from rayk.config.sections import SamplingConfig, ServedStudentConfig, SynthesisSettings
 from rayk.config.teachers import TeacherConfig
 
-AnswerType = Literal["number", "choice", "yes_no", "date", "free"]
-
 
 class AnswerConfig(Settings):
     """The form of answers, and the field of a row that contains the right answer."""
@@ -27,7 +35,7 @@ class AnswerConfig(Settings):
     type: AnswerType = "free"
     """The form of an answer in a completion. `choice`: one of the letters `choices`; `date`: in dates of numbers only,
     the month comes before the day; `free`: text up to the end of its line."""
-    choices: Annotated[str, Field(pattern=r"^[A-Z]{2,}$")] = "ABCDE"
+    choices: AnswerChoices = "ABCDE"
     """The letters of type `choice`."""
     field: str = "answer"
     """The row's field with the right answer."""

@@ -10,7 +10,9 @@ from rayk.config import EvaluationConfig
 from rayk.data.examples import Example
 from rayk.errors import InputError
 from rayk.evaluation.metrics import AnswerMetrics
-from rayk.text.answers import find_last_match
+from rayk.text.answers import answers_match, find_answer, find_last_match
+
+_REFERENCE_SEPARATOR = "\n— or —\n"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Answer:
 
     Attributes:
         where: place of the row, for error messages and the report.
-        truth: the row's completion, or its field `evaluation.answer_field`.
+        prompt: the prompt with its special tokens, as the model reads it, without a BOS token.
+        truth: the row's completion, or its field `evaluation.answer_field`; several references one after the other.
         text: the model's completion.
         tokens: number of generated tokens.
     """
@@ -36,7 +39,8 @@ class Answer:
 
 
 class AnswerScorer:
-    """Score completions: correct ones have the same match of `evaluation.answer_pattern` as the row's truth.
+    """Score completions: correct ones have the same answer, of type `evaluation.answer_type`, as one of the row's
+    references.
 
     Raises:
         InputError: as `AnswerMetrics`.
@@ -51,12 +55,14 @@ class AnswerScorer:
         """Return the scores of a completion of the row.
 
         Raises:
-            InputError: the row's truth is missing or contains no answer, or a metric fails.
+            InputError: the row's references are missing or contain no answer, or a metric fails.
         """
-        prompt, truth = self._tokenizer.decode(example.prompt_ids, skip_special_tokens=True), self._truth(example)
-        correct = self._extract(text) == self.expected_answer(example)
-        metrics = self._metrics.compute(text, truth, example)
-        return Answer(example.where, prompt, truth, text, correct, finish_reason, tokens, metrics)
+        references, found = self._references(example), self._extract(text)
+        expected = self.expected_answers(example)
+        correct = found is not None and any(self._match(found, answer) for answer in expected)
+        metrics = self._metrics.compute(text, references, example)
+        truth = _REFERENCE_SEPARATOR.join(references)
+        return Answer(example.where, self._prompt(example), truth, text, correct, finish_reason, tokens, metrics)
 
     def majority_index(self, texts: Sequence[str]) -> int:
         """Return the index of the first text with the most frequent answer."""
@@ -67,29 +73,59 @@ class AnswerScorer:
         """Return the text of token ids, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def expected_answer(self, example: Example) -> str:
-        """Return the answer that the pattern finds in the row's truth.
+    def expected_answers(self, example: Example) -> list[str]:
+        """Return the answer in each of the row's references.
 
         Raises:
-            InputError: the row's truth is missing or contains no answer.
+            InputError: the row's references are missing or contain no answer.
         """
-        truth = self._truth(example)
-        answer = self._extract(truth)
+        return [self._expected(reference, example) for reference in self._references(example)]
+
+    def _expected(self, reference: str, example: Example) -> str:
+        answer = self._extract(reference)
         if answer is None:
+            settings = self._settings
+            finder = "" if settings.answer_pattern is None else f"evaluation.answer_pattern {settings.answer_pattern!r}"
+            kind = "" if settings.answer_type == "text" else f"evaluation.answer_type '{settings.answer_type}'"
             raise InputError(
-                f"{example.where}: evaluation.answer_pattern {self._settings.answer_pattern!r} finds nothing in the "
-                f"truth {truth[-60:]!r}."
+                f"{example.where}: {' with '.join(filter(None, (finder, kind)))} finds nothing in the truth "
+                f"{reference[-60:]!r}."
             )
         return answer
 
-    def _truth(self, example: Example) -> str:
-        field = self._settings.answer_field
-        if field is None:
-            return self._tokenizer.decode(example.input_ids[example.prompt_tokens :], skip_special_tokens=True)
-        if field not in example.fields:
-            raise InputError(f"{example.where} has no field '{field}'; set evaluation.answer_field.")
-        return str(example.fields[field])
+    def _references(self, example: Example) -> list[str]:
+        name = self._settings.answer_field
+        if name is None:
+            return [self.decode(example.input_ids[example.prompt_tokens :])]
+        if example.fields.get(name) is None:
+            raise InputError(f"{example.where} has no field '{name}'; set evaluation.answer_field.")
+        value = example.fields[name]
+        references = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+        if not references:
+            raise InputError(f"{example.where}: the list '{name}' of right answers is empty; add one.")
+        return references
 
     def _extract(self, text: str) -> str | None:
-        """Return the answer in `text`; None if the pattern does not match."""
-        return find_last_match(text, self._settings.answer_pattern)
+        """Return the answer in `text`; None if there is none."""
+        settings = self._settings
+        if settings.answer_type == "text" or settings.answer_pattern is not None:
+            match = find_last_match(text, settings.answer_pattern)
+            if match is None or settings.answer_type == "text":
+                return match
+            text = match
+        follows = settings.answer_pattern is not None
+        return find_answer(text, settings.answer_type, choices=settings.answer_choices, continues=follows)
+
+    def _match(self, one: str, other: str) -> bool:
+        return (
+            one == other
+            if self._settings.answer_type == "text"
+            else answers_match(one, other, self._settings.answer_type)
+        )
+
+    def _prompt(self, example: Example) -> str:
+        """Return the prompt with its special tokens, which separate the turns of a chat."""
+        ids = example.prompt_ids
+        if len(ids) and ids[0] == self._tokenizer.bos_token_id:
+            ids = ids[1:]
+        return self._tokenizer.decode(ids)

@@ -96,7 +96,7 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, student: Any, answers: bool) -> Evaluation:
-        """Evaluate `student` (which has `.hidden(batch)`, `.head` and `.model`).
+        """Evaluate `student` (which has `.hidden(batch)`, `.head`, `.model` and `.autocast()`).
 
         Args:
             answers: also answer the prompts: by generation if `evaluation.generation` is set, and rows with options by
@@ -111,7 +111,8 @@ class Evaluator:
         ]
         parts += [measure_preferences(student, pairs.to(student.model.device)) for pairs in self._pairs()]
         if answers and self._settings.generation:
-            parts.append(self._generate_answers(student.model))
+            with student.autocast():
+                parts.append(self._generate_answers(student.model))
         if answers and self._option_rows:
             parts.append(self._choose_options(student))
         return Evaluation.merge(parts)
@@ -132,17 +133,22 @@ class Evaluator:
         scorer = AnswerScorer(self._settings, self._tokenizer)
         evaluation = Evaluation()
         vocab_size = real_vocab_size(self._tokenizer)
-        requests = [(number, view) for number, row in self._generation_rows for view in self._draws(row)]
+        requests = [
+            (number + (sample << 32), view)  # the seed depends on neither the batch nor the rank
+            for number, row in self._generation_rows
+            for sample in range(settings.samples)
+            for view in self._draws(row)
+        ]
         answers: dict[int, list[Answer]] = {}
         lengths = [view.prompt_tokens + settings.max_new_tokens for _, view in requests]
         for group in micro_batches(lengths, self._budget):
             seeds, examples = zip(*(requests[index] for index in group), strict=True)
             prompts = [example.prompt_ids for example in examples]
             completions = generate(model, vocab_size, self._tokenizer, prompts, parameters, seeds)
-            for number, example, completion in zip(seeds, examples, completions, strict=True):
+            for seed, example, completion in zip(seeds, examples, completions, strict=True):
                 text = scorer.decode(completion.token_ids).removesuffix(separator)
                 answer = scorer.score(example, text, completion.finish_reason, len(completion.token_ids))
-                answers.setdefault(number, []).append(answer)
+                answers.setdefault(seed, []).append(answer)
         for votes in answers.values():
             evaluation.add_answer(votes[scorer.majority_index([answer.text for answer in votes])])
         return evaluation
@@ -246,6 +252,7 @@ def evaluate_teacher(
     if settings.generation and single is not None:
         rows = select_generation_rows(examples, settings)
         scorer = AnswerScorer(settings, tokenizer)
+        rows = [row for row in rows for _ in range(settings.generation.samples)]
         completions = single.generate(
             [row.prompt_ids for row in rows],
             max_new_tokens=settings.generation.max_new_tokens,

@@ -9,6 +9,7 @@ from rayk.data.examples import Example
 from rayk.errors import InputError
 from rayk.text.functions import describe_error, load_function
 from rayk.text.rouge import rouge_l
+from rayk.text.squad import exact_match, f1
 
 MEAN_METRICS = {
     "loss": ("cross_entropy", "tokens"),
@@ -27,8 +28,8 @@ MEAN_METRICS = {
 """Built-in metrics by name: the sum and the count in `Evaluation.sums` whose quotient is the metric."""
 
 _SETTING = "evaluation.metrics"
-BUILT_IN_METRICS = {"rouge_l": rouge_l}
-"""Built-in metrics of single answers by name, each a function of the completion and the reference text."""
+BUILT_IN_METRICS = {"rouge_l": rouge_l, "exact_match": exact_match, "f1": f1}
+"""Built-in metrics of single answers by name, each a function of the completion and one reference text."""
 
 
 class AnswerMetrics:
@@ -49,13 +50,16 @@ class AnswerMetrics:
             if names.count(name) > 1:
                 raise InputError(f"{_SETTING}: two metrics are named '{name}'; rename the function.")
 
-    def compute(self, completion: str, expected: str, row: Example) -> dict[str, float]:
-        """Return the value of each metric for one completion, by name.
+    def compute(self, completion: str, references: Sequence[str], row: Example) -> dict[str, float]:
+        """Return the value of each metric for one completion, by name; the highest one over the references.
 
         Raises:
             InputError: a function fails or does not return a number.
         """
-        values = {name: metric(completion, expected) for name, metric in self._built_in.items()}
+        values = {
+            name: max(metric(completion, reference) for reference in references)
+            for name, metric in self._built_in.items()
+        }
         for path, function in self._functions.items():
             values[_name(path)] = _call(path, function, completion, row)
         return values

@@ -68,7 +68,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
         scorer = AnswerScorer(config.evaluation, tokenizer)
         generated = select_generation_rows(evaluation, config.evaluation, views)
         for example in (*generated, *select_option_rows(evaluation, views)):
-            scorer.expected_answer(example)
+            scorer.expected_answers(example)
     return Inputs(name, tokenizer, train, evaluation, pretraining, views)
 
 

@@ -54,10 +54,11 @@ def summarize_run(
 def sample_answers(
     config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None
 ) -> list[dict[str, Any]]:
-    """Return the student's first generated answers in the order of the rows, each with the teacher's."""
-    teacher_texts = {answer.where: answer.text for answer in teacher.answers} if teacher else {}
+    """Return the student's answers to the first rows in their order, one for each, with the teacher's."""
+    teacher_texts = {answer.where: answer.text for answer in reversed(teacher.answers)} if teacher else {}
     order = {example.where: index for index, example in enumerate(inputs.evaluation or ())}
-    answers = sorted(student.answers if student else [], key=lambda answer: order[answer.where])
+    first = {answer.where: answer for answer in reversed(student.answers)} if student else {}
+    answers = sorted(first.values(), key=lambda answer: order[answer.where])
     return [
         {**asdict(answer), "teacher": teacher_texts.get(answer.where)}
         for answer in answers[: config.evaluation.samples]

@@ -55,6 +55,55 @@ def test_truth_without_an_answer_is_an_error_that_names_the_row():
         score("#### 4", example(completion=" four"), answer_pattern=r"#### (\d+)")
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "truth", "correct"),
+    [
+        ("number", "42.0", "42", True),
+        ("number", "It sums to 1,000.", 1000, True),
+        ("number", "$5", "5.00", True),
+        ("number", "so the answer is 42, from 6 * 7", "42", True),
+        ("number", "42.5", "42", False),
+        ("number", "no idea", "42", False),
+        ("text", "42.0", "42", False),
+        ("choice", "The answer is (b).", "B", True),
+        ("yes_no", "Yes, it is.", "yes", True),
+        ("date", "May 3, 2021", "2021-05-03", True),
+        ("free", "paris.\nIt is in France.", "Paris", True),
+    ],
+)
+def test_answers_are_compared_by_their_type(kind, text, truth, correct):
+    assert score(text, example(answer=truth), answer_field="answer", answer_type=kind).correct is correct
+
+
+def test_type_is_applied_to_what_the_pattern_finds():
+    settings = {"answer_pattern": "#### (.+)", "answer_type": "number"}
+    assert score("3 and 9\n#### 4.0 apples, not 7", **settings).correct
+    assert not score("4", **settings).correct
+    said = r"answer_pattern '#### \(.\+\)' with evaluation.answer_type 'number' finds nothing in the truth ' #### four'"
+    with pytest.raises(InputError, match=said):
+        score("#### 4", example(completion=" #### four"), **settings)
+
+
+def test_the_best_of_several_references_counts():
+    settings = {"answer_field": "answers", "metrics": ["rouge_l", "exact_match", "f1"], "generation": {}}
+    row = example(answers=["a dog", "the big cat", "a cat"])
+    answer = score("The cat.", row, **settings)
+    assert answer.metrics == {"rouge_l": pytest.approx(2 * 2 / 5), "exact_match": 1, "f1": 1}
+    assert not answer.correct and score("a  cat", row, **settings).correct
+    assert answer.truth == "a dog\n— or —\nthe big cat\n— or —\na cat"
+    for truth in ([], None):
+        with pytest.raises(InputError, match=r"^rows.jsonl, line 1"):
+            score("a cat", example(answers=truth), answer_field="answers")
+
+
+def test_prompt_of_a_chat_shows_where_turns_begin():
+    prompt = TOKENIZER.apply_chat_template(
+        [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
+         {"role": "user", "content": "3 + 3?"}], tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    assert score("6", example(prompt=prompt, completion="6")).prompt == prompt
+
+
 GENERATION = {"max_new_tokens": 4}
 
 
@@ -102,6 +151,11 @@ def test_unusable_metrics_are_errors_in_one_sentence(path, said, monkeypatch, tm
     monkeypatch.delitem(sys.modules, "own_metrics", raising=False)
     with pytest.raises(InputError, match=said):
         score("4", metrics=[path], generation=GENERATION)
+
+
+def test_several_samples_need_a_temperature():
+    with pytest.raises(ValueError, match="at temperature 0 all answers are the same"):
+        EvaluationConfig(generation={"samples": 5})
 
 
 def test_metrics_require_generated_answers():

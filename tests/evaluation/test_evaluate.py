@@ -91,6 +91,30 @@ def test_merged_shares_equal_the_whole(student, examples, tokenizer, temperature
     assert {a.where: a.text for a in merged.answers} == {a.where: a.text for a in whole.answers}
 
 
+def test_samples_of_a_row_differ_and_their_metrics_are_averaged(student, examples, tokenizer):
+    generation = {"max_new_tokens": 6, "rows": 3, "temperature": 1.0}
+    one, four = (
+        Evaluator(EvaluationConfig(generation=generation | more, metrics=["rouge_l"]), examples, tokenizer, None, 99)
+        .run(student, answers=True)
+        for more in ({}, {"samples": 4})
+    )  # fmt: skip
+    by_row = {where: [a.text for a in four.answers if a.where == where] for where in {a.where for a in four.answers}}
+    assert [len(texts) for texts in by_row.values()] == [4] * 3
+    assert all(len(set(texts)) > 1 for texts in by_row.values())
+    assert all(answer.text in by_row[answer.where] for answer in one.answers)
+    assert four.metrics["rouge_l"] == pytest.approx(sum(a.metrics["rouge_l"] for a in four.answers) / 12)
+
+
+def test_answers_are_generated_in_the_precision_of_training(student, examples, tokenizer):
+    dtypes = set()
+    layer = student.model.model.layers[0].mlp.down_proj
+    handle = layer.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    settings = EvaluationConfig(generation={"max_new_tokens": 2, "rows": 1})
+    Evaluator(settings, examples, tokenizer, None, 99).run(Student(student.model, "bfloat16"), answers=True)
+    handle.remove()
+    assert dtypes == {torch.bfloat16}
+
+
 def test_empty_share_has_no_metrics(student, examples, tokenizer):
     assert Evaluator(SETTINGS, examples[:1], tokenizer, None, 100, rank=1, world=2).run(student, True).metrics == {}
 
