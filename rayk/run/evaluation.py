@@ -5,11 +5,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rayk.config import RunConfig
+from rayk.config import RunConfig, StudentConfig
 from rayk.config.loading import with_absolute_paths
 from rayk.config.paths import absolute_path, is_local_path, path_exists
 from rayk.errors import InputError
 from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
+from rayk.models import load_tokenizer, tokenizer_fingerprint
 from rayk.retrieval import find_retriever
 from rayk.run.applications import connect_attached_teachers, required_cpus, serve_teachers, teacher_applications
 from rayk.run.inputs import Inputs, read_inputs
@@ -40,9 +41,8 @@ def evaluate_model(
         raise InputError(f"The model '{absolute_path(model)}' does not exist; check the path.")
     if model is None and not Path(path).is_dir():
         raise InputError(f"There is no trained student in '{path}'; run the config first, or give --model.")
-    # The model has its own tokenizer, and adapters are merged into its weights.
-    changes = {"model": path, "config": None, "tokenizer": None, "lora": None}
-    config = config.model_copy(update={"student": config.student.model_copy(update=changes)})
+    tokenizer = None if model is None else tokenizer_for(model, config.student)
+    config = config.model_copy(update={"student": measured_student(config.student, path, tokenizer)})
     with ExitStack() as stack:
         inputs = read_inputs(config, connect_attached_teachers(config), training=False)
         assert inputs.evaluation is not None
@@ -62,6 +62,25 @@ def evaluate_model(
         "teacher": teacher.metrics if teacher else {},
         "samples": sample_answers(config, inputs, evaluation, teacher),
     }
+
+
+def measured_student(student: StudentConfig, model: str, tokenizer: str | None) -> StudentConfig:
+    """Return the student's settings for a saved model, whose weights and shape are complete: adapters are merged."""
+    return student.model_copy(update={"model": model, "config": None, "tokenizer": tokenizer, "lora": None})
+
+
+def tokenizer_for(model: str, student: StudentConfig) -> str | None:
+    """Return the config's tokenizer, which the student is trained with, if it has the token ids of `model`, or if
+    `model` has no tokenizer; None for the model's own."""
+    configured = student.tokenizer or student.model
+    try:
+        own = load_tokenizer(model, trust_remote_code=student.trust_remote_code)
+    except InputError:
+        return configured
+    if student.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(student.tokenizer, trust_remote_code=student.trust_remote_code)
+    return configured if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own) else None
 
 
 def measure_teacher(config: RunConfig, teachers: Mapping[str, Teacher], inputs: Inputs) -> Evaluation:
