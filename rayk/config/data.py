@@ -9,7 +9,7 @@ from rayk.config.base import InputPath, Placement, Positive, Settings
 SHIPPED_TEMPLATES = ("chatml",)
 """Names of the chat templates in `rayk/data/templates`."""
 
-RowFormat = Literal["auto", "prompt_completion", "messages", "text", "preference"]
+RowFormat = Literal["auto", "prompt_completion", "messages", "sharegpt", "text", "preference"]
 
 
 class DataSource(Settings):
@@ -24,16 +24,21 @@ class DataSource(Settings):
     rows: Positive | None = None
     """Number of rows to read, from the beginning; `null`: all."""
     format: RowFormat = "auto"
-    """The form of a row; `auto` detects it from the fields of the first row."""
+    """The form of a row; `auto` detects it from the fields of the first row. `sharegpt` is `messages` with {from,
+    value}, which `messages` reads too."""
     prompt_field: str = "prompt"
-    """The field with the prompt."""
+    """The field with the prompt: text, or a list of messages (TRL's conversational form)."""
     completion_field: str = "completion"
-    """The field with the completion."""
+    """The field with the completion, likewise text or messages; all assistant turns in it are trained on."""
     messages_field: str = "messages"
-    """The field with the list of chat messages ({role, content})."""
+    """The field with the list of chat messages: {role, content}, or {from, value} as in ShareGPT. Rows without field
+    `messages` may have ShareGPT's `conversations`. A message of `weight: 0` is not trained on."""
+    tools_field: str | None = "tools"
+    """The field of chat rows with the schemas of the tools that the assistant may call: a list, or the JSON text of
+    one. `null`: no tools are read."""
     chosen_field: str = "chosen"
-    """The field with the better answer of a preference pair: text, or a list of messages (as in TRL, with or without
-    the prompt's messages)."""
+    """The field with the better answer of a preference pair: text, a message, or a list of messages (as in TRL, with or
+    without the prompt's messages)."""
     rejected_field: str = "rejected"
     """The field with the worse answer of a preference pair, in the same form."""
     text_field: str = "text"

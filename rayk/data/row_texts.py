@@ -1,17 +1,36 @@
-"""Read the texts of rows: the fields of prompt and completion, templates, and messages."""
+"""Read the texts of rows: the fields of prompt and completion, templates, messages and tools."""
 
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rayk.config import DataSource
-from rayk.data.sources import Row
+from rayk.data.messages import Message, check_unicode, parse_message, parse_messages, parse_tools
+from rayk.data.rows import Row, Unreadable
 from rayk.errors import InputError
 
 Format = Literal["prompt_completion", "messages", "text", "preference"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_FIELD = "conversations"
+"""The field with the messages of ShareGPT's rows."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row as a chat.
+
+    Attributes:
+        messages: {role, content}, with `tool_calls`, `tool_call_id` or `name` where the row has them.
+        prompt_messages: number of leading messages after which the (last) completion is generated.
+        turns: indices of the assistant messages to train on: in messages the last one or all (`train_on`), without
+            those of `weight` 0; in conversational prompt/completion rows all of the completion.
+    """
+
+    messages: list[Message]
+    prompt_messages: int
+    turns: list[int]
 
 
 @dataclass(frozen=True)
@@ -34,25 +53,30 @@ class RowTexts:
                 _check_template(template, self.section + setting)
 
     def format_of(self, row: Row, *, prompts_only: bool = False, pairs: bool = False) -> Format:
-        """Return the source's format. For `auto` it is `preference` with `pairs`, else it is derived from the fields of
-        `row`, the first row.
+        """Return the form in which rows are read, by the source's format and the fields of `row`, the first row.
+
+        `messages` stands for all rows that are chats: messages, ShareGPT, and a conversational prompt and completion.
+        For format `auto` it is `preference` with `pairs`.
 
         Raises:
             InputError: the row lacks the fields of every format.
         """
         source, fields = self.source, row.fields
+        if source.format == "sharegpt":
+            return "messages"
+        if source.format == "prompt_completion":
+            return "messages" if self._is_conversational(row) else "prompt_completion"
         if source.format != "auto":
             return source.format
         if pairs:
             return "preference"
-        prompt = source.prompt_template is not None or source.prompt_field in fields
-        completion = source.completion_template is not None or source.completion_field in fields
+        prompt, completion = self._has(row, "prompt"), self._has(row, "completion")
         if (prompt and completion) or source.prompt_template or source.completion_template:
-            return "prompt_completion"
-        if source.messages_field in fields:
+            return "messages" if self._is_conversational(row) else "prompt_completion"
+        if self._chat_field(row) in fields:
             return "messages"
         if prompt and prompts_only:
-            return "prompt_completion"
+            return "messages" if self._is_conversational(row) else "prompt_completion"
         if source.text_field in fields:
             return "text"
         raise InputError(
@@ -73,40 +97,86 @@ class RowTexts:
         """Return the text of a text row."""
         return self._text(row, "text")
 
-    def messages(self, row: Row) -> list[dict[str, Any]]:
-        """Return the messages of a row without null entries.
+    def messages(self, row: Row) -> list[Message]:
+        """Return the messages of a row, which may be a prompt and a completion; see `conversation`."""
+        return self.conversation(row).messages
+
+    def prompt_messages(self, row: Row, *, pairs: bool = False) -> list[Message]:
+        """Return the messages after which a completion is generated; the completion need not exist.
+
+        A prompt that is text becomes a user's message. With `pairs`, of a preference row: the messages before both
+        answers.
 
         Raises:
-            InputError: they are not a list of messages with a known role and a content.
+            InputError: there is no such message, or a message is malformed.
         """
-        return self._messages(row, self.source.messages_field, "messages_field")
+        if pairs and self.has_conversations(row):
+            return self.conversations(row)[0][:-1]
+        if not pairs and self._is_chat(row):
+            chat = self.conversation(row)
+            return chat.messages[: chat.prompt_messages]
+        return self._without_weights(self._prompt_messages(row))
 
-    def _messages(self, row: Row, field: str, setting: str) -> list[dict[str, Any]]:
-        messages = self._value(row, field, setting)
-        if not isinstance(messages, list) or not messages:
-            raise InputError(f"{row.where}: '{field}' must be a list of at least one message with role and content.")
-        return [_message(message, f"{row.where}: message {i}") for i, message in enumerate(messages, start=1)]
+    def conversation(self, row: Row) -> Conversation:
+        """Return a row of messages, or of a prompt and a completion that are each messages or text, as a chat.
+
+        Raises:
+            InputError: a message is malformed, or no message precedes the completion.
+        """
+        if self._is_chat(row):
+            messages = self._messages(row, self._chat_field(row), "messages_field")
+            prompt_messages = len(messages) - (messages[-1]["role"] == "assistant")
+            first = 1
+        else:
+            messages = self._prompt_messages(row)
+            prompt_messages = first = len(messages)
+            messages = messages + self._answer(row, "completion")
+        if not prompt_messages:
+            raise InputError(f"{row.where} has no message before its assistant turn; add at least one.")
+        turns = [
+            i
+            for i, message in enumerate(messages)
+            if i >= first and message["role"] == "assistant" and message.get("weight", 1)
+        ]
+        if self._is_chat(row) and self.source.train_on == "last":
+            turns = turns[-1:]
+        return Conversation(self._without_weights(messages), prompt_messages, turns)
+
+    def tools(self, row: Row) -> list[dict[str, Any]] | None:
+        """Return the schemas of the tools that a row's assistant may call, as {type, function}; None without tools.
+
+        Raises:
+            InputError: the field is neither a list of schemas nor the JSON text of one.
+        """
+        name = self.source.tools_field
+        if name is None or row.fields.get(name) is None:
+            return None
+        value = self._value(row, name, "tools_field")
+        return parse_tools(value, f"{row.where}: field '{name}'", f"{self.section}tools_field")
 
     def answers(self, row: Row) -> tuple[str, str]:
         """Return the chosen and the rejected answer of a preference row with texts."""
         return self._text(row, "chosen"), self._text(row, "rejected")
 
     def has_conversations(self, row: Row) -> bool:
-        """Return whether the answers of a preference row are lists of messages."""
-        return isinstance(self._value(row, self.source.chosen_field, "chosen_field"), list)
+        """Return whether the prompt or an answer of a preference row are messages."""
+        answers = [
+            self._value(row, getattr(self.source, setting), setting) for setting in ("chosen_field", "rejected_field")
+        ]
+        prompt = None if self.source.prompt_template else row.fields.get(self.source.prompt_field)
+        return any(isinstance(value, list | tuple | Mapping) for value in [prompt, *answers])
 
-    def conversations(self, row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def conversations(self, row: Row) -> tuple[list[Message], list[Message]]:
         """Return the chosen and the rejected conversation of a preference row, which differ in their last message only.
 
-        The answers may start with the prompt's messages, or the prompt has its own field, with messages or text.
+        The answers may start with the prompt's messages, or the prompt has its own field, with messages or text. An
+        answer may be text or one message too.
 
         Raises:
             InputError: the messages are malformed or differ earlier.
         """
         source = self.source
-        chosen, rejected = (
-            self._messages(row, getattr(source, setting), setting) for setting in ("chosen_field", "rejected_field")
-        )
+        chosen, rejected = (self._answer(row, part) for part in ("chosen", "rejected"))
         if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
             prompt = self._prompt_messages(row)
             chosen, rejected = prompt + chosen, prompt + rejected
@@ -116,6 +186,7 @@ class RowTexts:
                     f"{row.where}: '{name}' must end with a message of role assistant after at least one other; "
                     "correct the row."
                 )
+        chosen, rejected = self._without_weights(chosen), self._without_weights(rejected)
         if chosen[:-1] != rejected[:-1]:
             raise InputError(
                 f"{row.where}: '{source.chosen_field}' and '{source.rejected_field}' differ before their last message; "
@@ -123,11 +194,68 @@ class RowTexts:
             )
         return chosen, rejected
 
-    def _prompt_messages(self, row: Row) -> list[dict[str, Any]]:
+    def _is_chat(self, row: Row) -> bool:
+        """Return whether a row is read from its field of messages, not from a prompt and a completion."""
+        if self.source.format != "auto":
+            return self.source.format in ("messages", "sharegpt")
+        template = self.source.prompt_template or self.source.completion_template
+        both = self._has(row, "prompt") and self._has(row, "completion")
+        return not (template or both) and self._chat_field(row) in row.fields
+
+    def _is_conversational(self, row: Row) -> bool:
+        """Return whether the prompt or the completion of a row are messages."""
+        return any(
+            getattr(self.source, f"{part}_template") is None
+            and isinstance(row.fields.get(getattr(self.source, f"{part}_field")), list | tuple)
+            for part in ("prompt", "completion")
+        )
+
+    def _has(self, row: Row, part: str) -> bool:
+        template = getattr(self.source, f"{part}_template")
+        return template is not None or getattr(self.source, f"{part}_field") in row.fields
+
+    def _chat_field(self, row: Row) -> str:
+        """Return the field with a row's messages: `messages_field`, or ShareGPT's if the former is left at its default
+        and missing."""
+        field = self.source.messages_field
+        is_default = field == DataSource.model_fields["messages_field"].default
+        return SHAREGPT_FIELD if is_default and field not in row.fields and SHAREGPT_FIELD in row.fields else field
+
+    def _prompt_messages(self, row: Row) -> list[Message]:
+        """Return the messages of the prompt, with their weights."""
         field = self.source.prompt_field
-        if self.source.prompt_template is None and isinstance(row.fields.get(field), list):
-            return self._messages(row, field, "prompt_field")
-        return [{"role": "user", "content": self.prompt(row)}]
+        if self.source.prompt_template is not None:
+            return [{"role": "user", "content": self.prompt(row)}]
+        if field not in row.fields and self._chat_field(row) in row.fields:
+            field = self._chat_field(row)
+        if not isinstance(row.fields.get(field), list | tuple):
+            return [{"role": "user", "content": self.prompt(row)}]
+        messages = self._messages(row, field, "prompt_field")
+        if messages[-1]["role"] == "assistant":
+            raise InputError(
+                f"{row.where}: '{field}' ends with a message of role assistant, but a prompt ends before the answer; "
+                "move that message to the completion."
+            )
+        return messages
+
+    def _answer(self, row: Row, part: str) -> list[Message]:
+        """Return the messages of a completion, or of a preference pair's answer, that is messages, one message or
+        text."""
+        field = getattr(self.source, f"{part}_field")
+        if getattr(self.source, f"{part}_template", None) is None:
+            value = self._value(row, field, f"{part}_field")
+            if isinstance(value, Mapping):
+                return [parse_message(value, f"{row.where}: '{field}'")]
+            if isinstance(value, list | tuple):
+                return self._messages(row, field, f"{part}_field")
+        return [{"role": "assistant", "content": self._text(row, part)}]
+
+    def _messages(self, row: Row, field: str, setting: str) -> list[Message]:
+        return parse_messages(self._value(row, field, setting), row.where, field)
+
+    @staticmethod
+    def _without_weights(messages: list[Message]) -> list[Message]:
+        return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
     def _text(self, row: Row, part: str) -> str:
         template = getattr(self.source, f"{part}_template", None)
@@ -139,18 +267,23 @@ class RowTexts:
 
     def _string(self, row: Row, field: str, setting: str) -> str:
         value = self._value(row, field, setting)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{row.where} has {value} in field '{field}' where text is needed; correct the row.")
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
             what = "nothing" if value is None else f"a {type(value).__name__}"
             raise InputError(f"{row.where} has {what} in field '{field}' where text is needed; correct the row.")
-        _check_unicode(value, f"{row.where}: field '{field}'")
+        check_unicode(value, f"{row.where}: field '{field}'")
         return value
 
     def _value(self, row: Row, field: str, setting: str) -> Any:
         if field in row.fields:
             self._found_fields.add(field)
-            return row.fields[field]
+            value = row.fields[field]
+            if isinstance(value, Unreadable):
+                raise InputError(f"{row.where}: field '{field}' cannot be read: {value}; correct the row.")
+            return value
         fix = "set " + self.section + setting
         if field in self._found_fields:
             fix = "other rows have it, so correct or remove this row"
@@ -165,28 +298,6 @@ def _check_template(template: str, setting: str) -> None:
     for _, name, options, conversion in parts:
         if name is not None and (not name or name.isdigit() or set(name) & set(".[]") or options or conversion):
             raise InputError(f"{setting} may contain plain {{field}} names only, not '{{{name}}}'.")
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise InputError(f"{where} is a {type(message).__name__}, not an object with role and content.")
-    given = {key: value for key, value in message.items() if value is not None}
-    if given.get("role") not in ROLES:
-        has = f"the role {given['role']!r}" if "role" in given else f"no role (it has: {_names(given)})"
-        raise InputError(f"{where} has {has}; the roles are {', '.join(ROLES)}.")
-    if "content" not in given and given["role"] == "assistant" and given.get("tool_calls"):
-        return given | {"content": ""}
-    if not isinstance(given.get("content"), str):
-        raise InputError(f"{where} has no content that is text; give its content as a string.")
-    _check_unicode(given["content"], where)
-    return given
-
-
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} contains half a Unicode character (a lone surrogate); correct the row.") from error
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -4,27 +4,21 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rayk.config import DataSource
 from rayk.config.paths import DATA_SUFFIXES, is_local_path
+from rayk.data.rows import Row
 from rayk.errors import InputError
+
+__all__ = ["Row", "read_rows"]
 
 _SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 _PARQUET_ROWS = 1000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: its fields, and its place for error messages ("train.jsonl, line 17")."""
-
-    fields: Mapping[str, Any]
-    where: str
 
 
 def read_rows(source: DataSource) -> Iterator[Row]:

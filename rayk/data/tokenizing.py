@@ -12,7 +12,7 @@ import numpy as np
 from rayk.config import DataConfig, DataSource
 from rayk.data.chat_template import ChatTemplate
 from rayk.data.examples import Example, ExampleTable
-from rayk.data.row_texts import Format, RowTexts
+from rayk.data.row_texts import Conversation, Format, RowTexts
 from rayk.data.sources import Row, read_rows
 from rayk.data.text_encoder import TextEncoder, Tokens
 from rayk.errors import InputError
@@ -85,12 +85,12 @@ class RowTokenizer:
             return list(self._encode_prompts(rows))
         form = self._format(rows[0])
         if form == "messages":
-            return [self._encode_messages(row, self.texts.messages(row)) for row in rows]
+            return [self._encode_conversation(row, self.texts.conversation(row)) for row in rows]
         if form == "text":
             texts = [self.texts.text(row) for row in rows]
             return self._skip_empty(rows, texts, "text", self.encoder.texts(texts))
         if self.data.chat_template:
-            return [self._encode_messages(row, self._as_messages(row)) for row in rows]
+            return [self._encode_conversation(row, self.texts.conversation(row)) for row in rows]
         prompts, completions = [self.texts.prompt(row) for row in rows], [self.texts.completion(row) for row in rows]
         return self._skip_empty(rows, completions, "completion", self.encoder.pairs(prompts, completions))
 
@@ -101,12 +101,14 @@ class RowTokenizer:
                 f"{rows[0].where} is plain text, which has no prompt to generate from; give rows with prompts, or set "
                 f"{self.texts.section}format."
             )
-        if form == "messages":
-            prompts = [self._chat_prompt(row, self.texts.messages(row)) for row in rows]
-        elif form == "preference" and self.texts.has_conversations(rows[0]):
-            prompts = [self._chat_prompt(row, self.texts.conversations(row)[0]) for row in rows]
-        elif self.data.chat_template:
-            prompts = [self._chat_prompt(row, [self._user_message(row)]) for row in rows]
+        is_chat = form == "messages" or (form == "preference" and self.texts.has_conversations(rows[0]))
+        if is_chat or self.data.chat_template:
+            prompts = [
+                self.encoder.chat_prompt(
+                    self.texts.prompt_messages(row, pairs=form == "preference"), row.where, self.texts.tools(row)
+                )
+                for row in rows
+            ]
         else:
             prompts = self.encoder.prompts([self.texts.prompt(row) for row in rows])
         return [Tokens(ids, [], len(ids)) for ids in prompts]
@@ -121,14 +123,9 @@ class RowTokenizer:
 
     def _encode_pairs(self, rows: list[Row]) -> list[tuple[Tokens, Tokens] | None]:
         """Return the tokens of each row's chosen and rejected answer after the prompt, None for a skipped row."""
-        if self.texts.has_conversations(rows[0]):
+        if self.data.chat_template or self.texts.has_conversations(rows[0]):
             return [self._conversations(row, *self.texts.conversations(row)) for row in rows]
         answers = [self.texts.answers(row) for row in rows]
-        if self.data.chat_template:
-            return [
-                self._conversations(row, *([self._user_message(row), _assistant_message(text)] for text in pair))
-                for row, pair in zip(rows, answers, strict=True)
-            ]
         prompts = [self.texts.prompt(row) for row in rows]
         sides = (self.encoder.pairs(prompts, [pair[side] for pair in answers]) for side in (0, 1))
         return [
@@ -141,7 +138,8 @@ class RowTokenizer:
     ) -> tuple[Tokens, Tokens] | None:
         if not self._has_both_answers(row, chosen[-1], rejected[-1]):
             return None
-        better, worse = (self.encoder.chat(side, [len(side) - 1], row.where) for side in (chosen, rejected))
+        tools = self.texts.tools(row)
+        better, worse = (self.encoder.chat(side, [len(side) - 1], row.where, tools) for side in (chosen, rejected))
         return better, worse
 
     def _has_both_answers(self, row: Row, chosen: dict[str, Any], rejected: dict[str, Any]) -> bool:
@@ -159,33 +157,21 @@ class RowTokenizer:
             usable.append(row_tokens if text.strip() else None)
         return usable
 
-    def _user_message(self, row: Row) -> dict[str, Any]:
-        return {"role": "user", "content": self.texts.prompt(row)}
-
-    def _as_messages(self, row: Row) -> list[dict[str, Any]]:
-        return [self._user_message(row), _assistant_message(self.texts.completion(row))]
-
-    def _chat_prompt(self, row: Row, messages: list[dict[str, Any]]) -> list[int]:
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if not before:
-            raise InputError(f"{row.where} has no message before its assistant turn; add at least one.")
-        return self.encoder.chat_prompt(before, row.where)
-
-    def _encode_messages(self, row: Row, messages: list[dict[str, Any]]) -> Tokens | None:
+    def _encode_conversation(self, row: Row, chat: Conversation) -> Tokens | None:
+        messages = chat.messages
         if messages[-1]["role"] != "assistant":
             raise InputError(
                 f"{row.where} ends with a message of role {messages[-1]['role']}, so it has no completion to train on; "
                 f"the last message must have role assistant."
             )
-        turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
-        if not turns:
-            raise InputError(f"{row.where} has no message before its assistant turn; add at least one.")
-        trained = turns if self.source.train_on == "all" else turns[-1:]
-        with_content = [i for i in trained if _has_content(messages[i])]
+        if not chat.turns:
+            self._skip(row, "no assistant turn with a weight of 1")
+            return None
+        with_content = [i for i in chat.turns if _has_content(messages[i])]
         if not with_content:
             self._skip(row, "empty completion")
             return None
-        return self.encoder.chat(messages, with_content, row.where)
+        return self.encoder.chat(messages, with_content, row.where, self.texts.tools(row))
 
     def _make_example(self, row: Row, tokens: Tokens | tuple[Tokens, Tokens]) -> Example | None:
         """Return the example of a row, from its tokens or from those of its two answers; None for a skipped row."""

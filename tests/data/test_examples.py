@@ -207,13 +207,13 @@ def test_plain_text_is_counted_from_its_second_token_through_eos(tokenizer, bos_
 
 
 CHAT_ERRORS = {
-    "message 2 has the role 'human'; the roles are system, developer, user": [
+    "message 2 of 'messages' has the role 'narrator'; the roles are system, developer, user, assistant, tool, and": [
         CHAT[1],
-        {"role": "human", "content": ""},
+        {"role": "narrator", "content": ""},
     ],
-    r"message 1 has no role \(it has: from, value\)": [{"from": "human", "value": "x"}],
-    "message 1 has no content that is text": [{"role": "user"}],
-    "message 1 is a str, not an object": ["hello"],
+    r"message 1 of 'messages' has no role \(it has: name, value\)": [{"name": "human", "value": "x"}],
+    "message 1 of 'messages' has no content that is text": [{"role": "user"}],
+    "message 1 of 'messages' is a str, not an object": ["hello"],
     "'messages' must be a list": "hello",
     "ends with a message of role user, so it has no completion to train on": CHAT[:-1],
     "has no message before its assistant turn": [CHAT[2]],

@@ -58,6 +58,13 @@ CONVERSATIONS = {
     "explicit prompt": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     "implicit prompt": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "prompt as text": {"prompt": "how many?", "chosen": [GOOD], "rejected": [BAD]},
+    "answers as text": {"prompt": [USER], "chosen": "24", "rejected": "4 8"},
+    "one answer as text": {"prompt": "how many?", "chosen": [GOOD], "rejected": "4 8"},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "how many?"}],
+        "chosen": {"from": "gpt", "value": "24"},
+        "rejected": {"from": "gpt", "value": "4 8"},
+    },
     "prompt as text beside whole conversations": {"prompt": "how m…", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
 }
 
@@ -130,9 +137,10 @@ WRONG_CONVERSATIONS = {
     },
     "line 2: 'rejected' must end with a message of role assistant": {"chosen": [USER, GOOD], "rejected": [USER, USER]},
     "line 2: 'chosen' must end with a message of role assistant": {"prompt": [], "chosen": [USER], "rejected": [BAD]},
-    "line 2: 'rejected' must be a list of at least one message": {"chosen": [USER, GOOD], "rejected": "4 8"},
-    "line 2: message 1 has the role 'human'": {
-        "chosen": [{"role": "human", "content": "?"}, GOOD], "rejected": [USER, BAD]
+    "line 2: 'rejected' must end with a message of role assistant after": {"chosen": [USER, GOOD], "rejected": "4 8"},
+    "line 2: 'rejected' must be a list of at least one message": {"chosen": [USER, GOOD], "rejected": []},
+    "line 2: message 1 of 'chosen' has the role 'me'": {
+        "chosen": [{"role": "me", "content": "?"}, GOOD], "rejected": [USER, BAD]
     },
 }  # fmt: skip
 
