@@ -8,6 +8,9 @@ from rich.text import Text
 
 _COLUMNS = {
     "accuracy": ("accuracy", "{:.1%}"),
+    "ROUGE-L": ("rouge_l", "{:.3f}"),
+    "exact match": ("exact_match", "{:.1%}"),
+    "F1": ("f1", "{:.3f}"),
     "loss": ("loss", "{:.3f}"),
     "forward KL": ("forward_kl", "{:.4f}"),
     "reverse KL": ("reverse_kl", "{:.4f}"),

@@ -1,11 +1,22 @@
 """Measurements on held-out rows."""
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rayk.config.base import FUNCTION_PATTERN, AnswerChoices, AnswerPattern, AnswerType, Positive, Settings
 from rayk.config.support import TopK
+
+_BEST = {
+    **dict.fromkeys(("loss", "forward_kl", "reverse_kl"), "min"),
+    **dict.fromkeys(("agreement", "accuracy", "preference_margin", "preference_accuracy"), "max"),
+    **dict.fromkeys(("rouge_l", "exact_match", "f1"), "max"),
+}
+"""Whether the lowest or the highest value of a metric is the best one."""
+_DIVERGENCE_METRICS = ("forward_kl", "reverse_kl", "agreement", "student_mass")
+_PAIR_METRICS = ("preference_margin", "preference_accuracy")
+_ANSWER_METRICS = ("accuracy", "answer_tokens", "stopped")
 
 Metric = Annotated[str, Field(pattern=rf"^(rouge_l|exact_match|f1|{FUNCTION_PATTERN[1:-1]})$")]
 
@@ -30,6 +41,36 @@ class GenerationConfig(Settings):
         return self
 
 
+class KeepBestConfig(Settings):
+    """The metric that chooses the best of a run's evaluations."""
+
+    metric: str = "loss"
+    """A metric of the evaluations: `loss`; with a teacher `forward_kl`, `reverse_kl`, `agreement`; with pairs
+    `preference_accuracy`, `preference_margin`; with generated answers `accuracy` and the names in `metrics`. Metrics of
+    answers are then measured at every evaluation."""
+    mode: Literal["min", "max"] | None = None
+    """Whether the lowest or the highest value is the best; `null`: as the metric demands (needed for your own
+    functions)."""
+
+    @property
+    def is_lower_better(self) -> bool:
+        return (self.mode or _BEST[self.metric]) == "min"
+
+    def check(self, measured: Collection[str]) -> None:
+        """Check that the metric will be measured, and that its best value is defined.
+
+        Raises:
+            ValueError: it will not be, or is not.
+        """
+        if self.metric not in measured:
+            raise ValueError(
+                f"evaluation.keep_best.metric '{self.metric}' is not measured in this run; choose one of "
+                f"{', '.join(measured)}"
+            )
+        if self.mode is None and self.metric not in _BEST:
+            raise ValueError(f"evaluation.keep_best.mode is missing for '{self.metric}'; set it to min or max")
+
+
 class EvaluationConfig(Settings):
     """Measurements on held-out rows: the loss, the divergence from the teacher, and the quality of answers."""
 
@@ -37,6 +78,12 @@ class EvaluationConfig(Settings):
     """Number of steps between two measurements of loss and divergences; `null`: only at the end."""
     before_training: bool = True
     """Also measure the student before its first update."""
+    keep_best: KeepBestConfig | None = None
+    """Keep the checkpoint of the best evaluation, whatever `training.keep_checkpoints` is, and save `model/` from it;
+    `null`: the model of the last step is saved."""
+    patience: Positive | None = None
+    """With `keep_best`: end the run after so many evaluations in a row that are not better than the best one; `null`:
+    train to the last step."""
     support: TopK = TopK()
     """The part of the teacher's distribution that the divergences are computed on."""
     generation: GenerationConfig | None = None
@@ -65,6 +112,37 @@ class EvaluationConfig(Settings):
     demonstration_draws: Positive = 1
     """With method `in_context`: number of times that each row is answered, each time with another random draw of
     demonstrations; the most frequent answer counts."""
+
+    @property
+    def answers_every_time(self) -> bool:
+        """Return whether prompts are answered at every evaluation; otherwise only before and after training."""
+        return self.keep_best is not None and self.keep_best.metric in self.answer_metrics
+
+    @property
+    def answer_metrics(self) -> tuple[str, ...]:
+        """The names of the metrics of generated or chosen answers."""
+        return (*_ANSWER_METRICS, *(path.rpartition(":")[2] for path in self.metrics))
+
+    def measured_metrics(self, *, teacher: bool, pairs: bool, options: bool) -> list[str]:
+        """Return the names of the student's metrics that can differ between evaluations.
+
+        Args:
+            teacher: a teacher returns signals for the evaluation rows.
+            pairs: rows are preference pairs.
+            options: rows may be answered by one of their options.
+        """
+        names = ["loss", *(_DIVERGENCE_METRICS if teacher else ()), *(_PAIR_METRICS if pairs else ())]
+        if self.generation is not None:
+            return [*names, *self.answer_metrics]
+        return [*names, "accuracy"] if options else names
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> "EvaluationConfig":
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError(
+                "'patience' waits for a better evaluation; set 'keep_best' to the metric that decides, too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_metrics(self) -> "EvaluationConfig":

@@ -21,6 +21,8 @@ KEY_NAMES = {
     "adam_betas": "training.betas", "save_steps": "training.checkpoint_every_steps",
     "save_total_limit": "training.keep_checkpoints", "bf16": "training.precision", "num_workers": "training.workers",
     "world_size": "training.workers", "eval_steps": "evaluation.every_steps", "eval": "evaluation",
+    "load_best_model_at_end": "evaluation.keep_best", "metric_for_best_model": "evaluation.keep_best.metric",
+    "early_stopping_patience": "evaluation.patience", "early_stopping": "evaluation.patience",
     "model_name": "student.model", "model_name_or_path": "student.model", "tokenizer_name": "student.tokenizer",
     "peft": "student.lora", "teacher": "teachers", "teacher_model": "teachers.model",
     "teacher_model_name_or_path": "teachers.model", "dataset": "data.train", "train_file": "data.train.path",

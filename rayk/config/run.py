@@ -120,6 +120,17 @@ class RunConfig(TeacherRoles, Settings):
     def _check_evaluation(self) -> None:
         if self.evaluation.generation and not self.data.evaluation:
             raise ValueError("evaluation.generation needs rows: set data.evaluation")
+        if self.evaluation.keep_best is None:
+            return
+        if not self.data.evaluation or self.evaluation.every_steps is None:
+            raise ValueError(
+                "evaluation.keep_best compares the evaluations of a run; set data.evaluation and evaluation.every_steps"
+            )
+        measured = self.evaluation.measured_metrics(
+            teacher=bool(self.evaluation_teacher), pairs=self.method.reads_pairs,
+            options=self.method.shown_demonstrations is not None,
+        )  # fmt: skip
+        self.evaluation.keep_best.check(measured)
 
     def _check_teacher(self, teacher: TeacherConfig) -> None:
         if teacher.name in self.signal_teacher_names and not teacher.gives_signals:

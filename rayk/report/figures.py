@@ -150,6 +150,10 @@ def _evaluation_plots(runs: list[Run]) -> list[Plot]:
              _curves(runs, "evaluation_forward_kl"), style="points"),
         Plot("Agreement with teacher", "Share of tokens with the same most likely token.",
              _curves(runs, "evaluation_agreement"), style="points", axis="share"),
+        Plot("Accuracy", "Share of the evaluation prompts answered correctly.",
+             _curves(runs, "evaluation_accuracy"), style="points", axis="share"),
+        Plot("ROUGE-L", "Longest common subsequence of answer and reference, F.",
+             _curves(runs, "evaluation_rouge_l"), style="points"),
         Plot("Preference margin", "Log-prob of the chosen completion minus the rejected one, nats per pair.",
              _curves(runs, "evaluation_preference_margin"), style="points"),
         Plot("Preference accuracy", "Share of pairs whose chosen completion is more likely.",
@@ -218,6 +222,11 @@ def _draw_curve(axes: Axes, curve: Series, style: str) -> None:
         axes.plot(*_downsample(curve.steps, values), color=curve.run.color, linewidth=0.8, alpha=0.22)
         values = _running_mean(values, _window(curve))
     axes.plot(*_downsample(curve.steps, values), **style_options)
+    if style == "points":
+        best = curve.steps == curve.run.best_step
+        axes.plot(
+            curve.steps[best], values[best], "o", markersize=10, markeredgecolor=curve.run.color, fillstyle="none"
+        )
 
 
 def _window(curve: Series) -> int:

@@ -14,14 +14,16 @@ class Column:
     heading: str
     about: str
     form: str
-    best: Callable[[Iterable[float]], float]
-    """`max` where higher is better, `min` where lower is."""
+    best: Callable[[Iterable[float]], float] | None
+    """`max` where higher is better, `min` where lower is; None where that is unknown."""
     value: Callable[[Run], float | None]
     metric: str | None = None
     """The name of the metric; None for numbers that only a training run has."""
 
     @property
     def hint(self) -> str:
+        if self.best is None:
+            return ""
         return "higher is better" if self.best is max else "lower is better"
 
 
@@ -44,7 +46,9 @@ class Line:
     cells: list[Cell]
 
 
-def _metric(name: str, heading: str, about: str, form: str, best: Callable[[Iterable[float]], float]) -> Column:
+def _metric(
+    name: str, heading: str, about: str, form: str, best: Callable[[Iterable[float]], float] | None
+) -> Column:  # fmt: skip
     return Column(heading, about, form, best, lambda run: run.metrics.get(name), name)
 
 
@@ -52,6 +56,18 @@ COLUMNS = (
     _metric(
         "accuracy", "Accuracy", "Share of the evaluation prompts answered correctly. The ± is one standard error: "
         "differences below about three times that may be chance.", "{:.1%}", max,
+    ),
+    _metric(
+        "rouge_l", "ROUGE-L", "Overlap of the generated with the reference answers: F of their longest common "
+        "subsequence of words, from 0 to 1; the mean over the answered prompts.", "{:.3f}", max,
+    ),
+    _metric(
+        "exact_match", "Exact match", "Share of the answers that equal a reference, ignoring case, punctuation and "
+        "articles (SQuAD).", "{:.1%}", max,
+    ),
+    _metric(
+        "f1", "F1", "F1 of the words that answer and reference share, ignoring case, punctuation and articles (SQuAD).",
+        "{:.3f}", max,
     ),
     _metric(
         "loss", "Loss", "Cross-entropy on the reference texts, in nats per token: how surprised the model is by each "
@@ -89,12 +105,21 @@ COLUMNS = (
 
 
 def columns_of(runs: list[Run]) -> list[Column]:
-    """Return the columns that have a value for any student or teacher."""
+    """Return the columns that have a value for any student or teacher; those of users' own metrics after the first."""
     measured = [metrics for _, metrics in measured_teachers(runs)] + [run.metrics_before for run in runs]
+    own = dict.fromkeys(
+        path for run in runs for path in (run.config.get("evaluation") or {}).get("metrics") or [] if ":" in path
+    )
+    columns = [*COLUMNS[:1], *map(_own_metric, own), *COLUMNS[1:]]
     return [
-        column for column in COLUMNS
+        column for column in columns
         if any(column.value(run) is not None for run in runs) or any(column.metric in metrics for metrics in measured)
     ]  # fmt: skip
+
+
+def _own_metric(path: str) -> Column:
+    name = path.rpartition(":")[2]
+    return _metric(name, name, f"Mean of your metric {path} over the answered prompts.", "{:.4g}", None)
 
 
 def result_lines(runs: list[Run]) -> list[Line]:
@@ -121,6 +146,8 @@ def _metric_cells(metrics: Mapping[str, float], columns: list[Column], run: Run)
 def _mark_best(finished: list[Line], columns: list[Column]) -> None:
     """Mark the best value of each column that has at least two different ones."""
     for index, column in enumerate(columns):
+        if column.best is None:
+            continue
         values = {line.cells[index].text: column.value(line.run) for line in finished}
         known = {text: value for text, value in values.items() if value is not None and math.isfinite(value)}
         if len(known) > 1:

@@ -138,6 +138,21 @@ class Run:
         return f"{size['trained']:,} of {size['total']:,} parameters trained ({size['trained'] / size['total']:.2%})"
 
     @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation, whose model was saved; None without `evaluation.keep_best`."""
+        best = (self.summary or {}).get("best")
+        return best["step"] if best else None
+
+    @property
+    def chosen_model(self) -> str | None:
+        """Which step's model was saved, and why; None if it is that of the last step by default."""
+        best = (self.summary or {}).get("best")
+        if not best:
+            return None
+        text = f"model of step {best['step']:,}, the best by {best['metric']} ({best['value']:.4g})"
+        return text + (", stopped early" if best["stopped_early"] else "")
+
+    @property
     def status(self) -> str | None:
         """The progress of an unfinished run; None if it is finished."""
         if self.summary is not None:

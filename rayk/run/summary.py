@@ -42,6 +42,7 @@ def summarize_run(
             "skipped": inputs.train.skipped,
         },
         "parameters": asdict(outcome.size),
+        "best": outcome.best,
         "student": student.metrics if student else {},
         "student_before": read_initial_metrics(config.output_path) or {},
         "teacher": teacher.metrics if teacher else {},

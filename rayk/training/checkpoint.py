@@ -10,6 +10,7 @@ import io
 import json
 import re
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,8 @@ class Checkpoint:
     measured: bool = True
     """False if the evaluation after `step` failed; a resumed run evaluates before it trains, because the method may
     depend on the metrics."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The state of `BestEvaluation`."""
 
 
 class CheckpointStore:
@@ -60,8 +63,8 @@ class CheckpointStore:
             fs.FileSystem.from_uri(location) if is_uri(location) else (fs.LocalFileSystem(), location)
         )
 
-    def save(self, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint, then delete all but the newest `keep`."""
+    def save(self, checkpoint: Checkpoint, keep: int, kept_step: int | None = None) -> None:
+        """Write a checkpoint, then delete all but the newest `keep` and that of `kept_step`."""
         folder = f"{self._folder}/step-{checkpoint.step:08d}"
         self._delete(folder)  # an incomplete checkpoint of the same step
         self._fs.create_dir(folder, recursive=True)
@@ -76,10 +79,13 @@ class CheckpointStore:
         checksums = {name: _checksums(data) for name, data in files.items()}
         manifest = {
             "step": checkpoint.step, "files": checksums, "base": checkpoint.base, "measured": checkpoint.measured,
+            "best": checkpoint.best,
         }  # fmt: skip
         self._write(f"{folder}/{_MANIFEST}.part", json.dumps(manifest).encode())
         self._fs.move(f"{folder}/{_MANIFEST}.part", f"{folder}/{_MANIFEST}")
         for step in self.steps()[:-keep]:
+            if step == kept_step:
+                continue
             # The manifest is deleted first, so that a half-deleted checkpoint is ignored.
             self._fs.delete_file(f"{self._folder}/step-{step:08d}/{_MANIFEST}")
             self._delete(f"{self._folder}/step-{step:08d}")
@@ -104,8 +110,14 @@ class CheckpointStore:
                     _unpack(files["rollouts.pt"]),
                     manifest["base"],
                     manifest["measured"],
+                    manifest["best"],
                 )
         return None
+
+    def model(self, step: int) -> dict[str, Tensor] | None:
+        """Return the trainable weights of a step; None if its checkpoint is missing or damaged."""
+        files = self._read_files(step, only=("model.safetensors",))
+        return None if files is None else load_tensors(files["model.safetensors"])
 
     def base(self) -> str:
         """Return `Checkpoint.base` of the newest checkpoint; "" if there is none."""
@@ -117,20 +129,21 @@ class CheckpointStore:
             return {
                 "base": "",
                 "measured": True,
+                "best": {},
                 **json.loads(self._read(f"{self._folder}/step-{step:08d}/{_MANIFEST}")),
             }
         except (FileNotFoundError, ValueError):
             return {}
 
-    def _read_files(self, step: int) -> dict[str, bytes] | None:
-        """Return the files of a checkpoint; None if it is incomplete or damaged."""
-        manifest = self._manifest(step)
+    def _read_files(self, step: int, only: Collection[str] | None = None) -> dict[str, bytes] | None:
+        """Return the files of a checkpoint, or `only` some; None if it is incomplete or one of them is damaged."""
+        expected = self._manifest(step).get("files", {})
+        names = expected if only is None else only
         try:
-            files = {name: self._read(f"{self._folder}/step-{step:08d}/{name}") for name in manifest["files"]}
-        except (FileNotFoundError, KeyError):
+            files = {name: self._read(f"{self._folder}/step-{step:08d}/{name}") for name in names}
+        except FileNotFoundError:
             return None
-        checksums = {name: _checksums(data) for name, data in files.items()}
-        return files if checksums == manifest["files"] else None
+        return files if files and all(_checksums(data) == expected.get(name) for name, data in files.items()) else None
 
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(path) as stream:

@@ -65,6 +65,9 @@ class Outcome:
     problem: RaykError | None = None
     size: ParameterCount | None = None
     """The number of the student's parameters."""
+    best: dict[str, Any] | None = None
+    """The best evaluation, whose weights were saved (`BestEvaluation.summary`); None without
+    `evaluation.keep_best`."""
 
 
 def fetch(shared: Any) -> Any:

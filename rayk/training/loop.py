@@ -25,6 +25,7 @@ from rayk.models.student import count_parameters, make_model
 from rayk.serving.weights import trainable_state_dict
 from rayk.teachers import Scorer, build_scorer
 from rayk.teachers.cache import open_cache
+from rayk.training.best import BestEvaluation
 from rayk.training.checkpoint import Checkpoint, CheckpointStore
 from rayk.training.experiences import ExperienceSource, PreparedStep
 from rayk.training.interruption import StopRequest
@@ -74,6 +75,7 @@ class Trainer:
         self.step = 0
         self._is_evaluated = True
         """False if an evaluation is due after `step` and not done."""
+        self.best = BestEvaluation(config.evaluation)
         self._restore()
         self._saved_step = self.step
         self.evaluator = self._make_evaluator(job, teacher, views)
@@ -85,7 +87,7 @@ class Trainer:
         )
 
     def run(self) -> Outcome:
-        """Train to the last step.
+        """Train to the last step, or until `evaluation.patience` is over.
 
         Raises:
             AllRanksStop: some rank cannot continue; the last finished step is checkpointed if possible.
@@ -96,6 +98,8 @@ class Trainer:
         prepared = self.experiences.stream(self.step, self.total_steps)
         try:
             for step in range(self.step, self.total_steps):
+                if self.best.patience_is_over:
+                    break
                 row = self._step(step, prepared)
                 self.step = step + 1
                 if self.policy is not None:
@@ -104,7 +108,7 @@ class Trainer:
                     evaluation = self._evaluate_step(row)
                 if self.recorder:
                     self.recorder.record(row)
-                if self.step == self.total_steps or self.step % self.settings.checkpoint_every_steps == 0:
+                if self._is_checkpoint_due():
                     self._checkpoint()
                 if self.policy is not None:
                     self._run_on_all_ranks(lambda: self.experiences.advance(self.step))
@@ -114,11 +118,15 @@ class Trainer:
             raise
         finally:
             prepared.close()
+        if self.best.step not in (None, self.step):
+            self._run_on_all_ranks(self._load_best)
+            evaluation = None
         if self.ranks.rank == 0:
             save_model(self.student.model, self.tokenizer, self.config.output_path / "model")
-        if evaluation is None and self.evaluator:  # resumed after the last step
-            evaluation = self._evaluate(last=True)
-        return Outcome(self.step, self.total_steps, evaluation, size=count_parameters(self.student.model))
+        if evaluation is None and self.evaluator:  # resumed after the last step, or another step is the best
+            evaluation = self._measure(answers=True)
+        size = count_parameters(self.student.model)
+        return Outcome(self.step, self.total_steps, evaluation, size=size, best=self.best.summary())
 
     def close(self) -> None:
         self._resources.close()
@@ -272,6 +280,10 @@ class Trainer:
         every = self.config.evaluation.every_steps or math.inf
         return self.evaluator is not None and (self.step == self.total_steps or self.step % every == 0)
 
+    def _is_checkpoint_due(self) -> bool:
+        is_last = self.step == self.total_steps or self.best.patience_is_over
+        return is_last or self.step == self.best.step or self.step % self.settings.checkpoint_every_steps == 0
+
     def _evaluate_step(self, row: dict[str, Any]) -> Evaluation:
         """Evaluate after a step, and add the metrics to its row; after a failure the row is recorded without them."""
         try:
@@ -290,6 +302,8 @@ class Trainer:
         self._is_evaluated = True
         if self.recorder:
             self.recorder.add_to_last(evaluation_metrics(evaluation))
+        if self.config.evaluation.keep_best is not None:
+            self._checkpoint()  # with the best evaluation
         return evaluation
 
     def _evaluate_initial(self) -> None:
@@ -306,8 +320,10 @@ class Trainer:
         self._run_on_all_ranks(lambda: record_initial_metrics(output, metrics) if writes else None)
 
     def _evaluate(self, last: bool) -> Evaluation:
-        """Evaluate the student on all ranks, with answers if `last`, and pass the metrics to the method."""
-        evaluation = self._measure(answers=last)
+        """Evaluate the student on all ranks, with answers if `last` or if they decide which evaluation is the best, and
+        pass the metrics to the method."""
+        evaluation = self._measure(answers=last or self.config.evaluation.answers_every_time)
+        self._run_on_all_ranks(lambda: self.best.update(self.step, evaluation.metrics))
         self.method.on_evaluation(evaluation.metrics)
         return evaluation
 
@@ -333,10 +349,10 @@ class Trainer:
         if self.ranks.rank == 0:
             state = Checkpoint(
                 self.step, trainable_state_dict(self.learner.module), self.learner.optimizer.state_dict(),
-                method_states, rollouts, self._base, self._is_evaluated,
+                method_states, rollouts, self._base, self._is_evaluated, self.best.state_dict(),
             )  # fmt: skip
             try:
-                self.store.save(state, self.settings.keep_checkpoints)
+                self.store.save(state, self.settings.keep_checkpoints, self.best.step)
             except OSError as error:
                 problem = RunFailed(f"The checkpoint of step {self.step} could not be written: {error}")
         self.ranks.agree(problem)
@@ -354,3 +370,15 @@ class Trainer:
         self.method.load_state_dict(checkpoint.method[self.ranks.rank % len(checkpoint.method)])
         self.experiences.load_state(checkpoint.step, checkpoint.rollouts)
         self.step, self._is_evaluated = checkpoint.step, checkpoint.measured
+        self.best.load_state_dict(checkpoint.best, self.store.steps())
+
+    def _load_best(self) -> None:
+        """Load the weights of the best evaluation."""
+        assert self.best.step is not None
+        weights = self.store.model(self.best.step)
+        if weights is None:
+            raise RunFailed(
+                f"The checkpoint of step {self.best.step}, the best evaluation, is missing or damaged in "
+                f"'{self.store.location}'; to save the student of the last step, resume with evaluation.keep_best null."
+            )
+        self.learner.module.load_state_dict(weights, strict=False)
