@@ -1,13 +1,16 @@
 """Training and evaluation rows: where they are stored and how they are read."""
 
+import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayk.config.base import InputPath, Placement, Positive, Settings
 
 SHIPPED_TEMPLATES = ("chatml",)
 """Names of the chat templates in `rayk/data/templates`."""
+
+_RESERVED_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 
 RowFormat = Literal["auto", "prompt_completion", "messages", "sharegpt", "text", "preference"]
 
@@ -49,7 +52,12 @@ class DataSource(Settings):
     completion_template: str | None = None
     """Template of the completion, in the same form. `null`: the completion is `completion_field`."""
     train_on: Literal["last", "all"] = "last"
-    """The assistant turns of `messages` that are trained on: the last one, or all."""
+    """The assistant turns of `messages` that are trained on: the last one, or all. Where a chat template prints earlier
+    turns differently from the last one (thinking models drop their thoughts), `all` makes one example of each turn with
+    the messages before it, which costs more tokens."""
+    count_template_text: bool = False
+    """Also train on text that the chat template prints between its generation prompt and a row's own text, such as an
+    empty think block. A template with `{% generation %}` marks decides itself."""
 
     def with_default_format(self, row_format: RowFormat) -> "DataSource":
         """Return the source with this format if its own format is 'auto'."""
@@ -64,7 +72,7 @@ class DataConfig(Settings):
     evaluation: Annotated[DataSource | None, Placement()] = None
     """Held-out rows; `null`: nothing is evaluated."""
     max_prompt_tokens: Positive = 1024
-    """Longest prompt in tokens."""
+    """Longest prompt in tokens; with `train_on: all`, longest text before the first turn that is trained on."""
     max_tokens: Positive = 2048
     """Longest row in tokens, prompt and completion together."""
     too_long: Literal["error", "skip", "truncate"] = "error"
@@ -75,3 +83,13 @@ class DataConfig(Settings):
     own. Rows of messages always use the template, with `false` the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`."""
+    chat_template_date: datetime.date | None = None
+    """The date that a chat template with today's date prints; `null`: the day on which the run is started, also when it
+    is resumed."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_chat_template_kwargs(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if reserved := sorted(values.keys() & _RESERVED_VARIABLES):
+            raise ValueError(f"sets {', '.join(reserved)}, which come from the rows; leave them out")
+        return values

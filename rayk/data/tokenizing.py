@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 1000
+_RowTokens = Tokens | tuple[Tokens, Tokens]
 
 
 class RowTokenizer:
@@ -52,10 +53,13 @@ class RowTokenizer:
             section = "data.evaluation." if source is data.evaluation else "data.train."
         self.source, self.data, self.prompts_only, self.pairs = source, data, prompts_only, pairs
         self.texts = RowTexts(source, section)
-        self.encoder = TextEncoder(tokenizer, ChatTemplate.from_settings(data, tokenizer))
+        template = ChatTemplate.from_settings(data, tokenizer)
+        self.encoder = TextEncoder(tokenizer, template, source.count_template_text)
         self.format: Format | None = None
         self.skipped: Counter[str] = Counter()
         self.first_skipped: dict[str, str] = {}
+        self.divided_rows = 0
+        """Number of rows of which each trained turn is an example of its own."""
 
     def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
         """Yield the usable rows as examples, in order.
@@ -65,10 +69,12 @@ class RowTokenizer:
         """
         remaining = iter(rows)
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
-            encoded = self._encode_pairs(chunk) if self._makes_pairs(chunk[0]) else self._encode(chunk)
-            for row, tokens in zip(chunk, encoded, strict=True):
-                if tokens is not None and (example := self._make_example(row, tokens)) is not None:
-                    yield example
+            makes_pairs = self._makes_pairs(chunk[0])
+            encoded: Iterable[Sequence[_RowTokens]] = self._encode_pairs(chunk) if makes_pairs else self._encode(chunk)
+            for row, sequences in zip(chunk, encoded, strict=True):
+                for tokens in sequences:
+                    if (example := self._make_example(row, tokens)) is not None:
+                        yield example
 
     def prompt_of(self, row: Row) -> np.ndarray:
         """Return the token ids from which a model generates the row's (last) completion, int32 [prompt_tokens].
@@ -79,20 +85,28 @@ class RowTokenizer:
         tokens = self._encode_prompts([row])[0]
         return np.asarray(tokens.input_ids, dtype=np.int32)
 
-    def _encode(self, rows: list[Row]) -> list[Tokens | None]:
-        """Return the tokens of each row, None for a skipped row."""
+    def _encode(self, rows: list[Row]) -> list[list[Tokens]]:
+        """Return the tokens of each row: none for a skipped row, several if each of its turns is an example."""
         if self.prompts_only:
-            return list(self._encode_prompts(rows))
+            return [[tokens] for tokens in self._encode_prompts(rows)]
         form = self._format(rows[0])
         if form == "messages":
             return [self._encode_conversation(row, self.texts.conversation(row)) for row in rows]
         if form == "text":
             texts = [self.texts.text(row) for row in rows]
-            return self._skip_empty(rows, texts, "text", self.encoder.texts(texts))
+            tokens = self.encoder.texts(texts)
+            return [
+                [row_tokens] if self._is_filled(row, text, "text") else []
+                for row, text, row_tokens in zip(rows, texts, tokens, strict=True)
+            ]
         if self.data.chat_template:
             return [self._encode_conversation(row, self.texts.conversation(row)) for row in rows]
         prompts, completions = [self.texts.prompt(row) for row in rows], [self.texts.completion(row) for row in rows]
-        return self._skip_empty(rows, completions, "completion", self.encoder.pairs(prompts, completions))
+        tokens = self.encoder.pairs(prompts, completions)
+        return [
+            [pair] if self._has_text(row, prompt, completion) else []
+            for row, prompt, completion, pair in zip(rows, prompts, completions, tokens, strict=True)
+        ]
 
     def _encode_prompts(self, rows: list[Row]) -> list[Tokens]:
         form = self._format(rows[0])
@@ -111,7 +125,7 @@ class RowTokenizer:
             ]
         else:
             prompts = self.encoder.prompts([self.texts.prompt(row) for row in rows])
-        return [Tokens(ids, [], len(ids)) for ids in prompts]
+        return [Tokens(ids, [], (len(ids),)) for ids in prompts]
 
     def _format(self, row: Row) -> Format:
         if self.format is None:
@@ -121,26 +135,26 @@ class RowTokenizer:
     def _makes_pairs(self, row: Row) -> bool:
         return self._format(row) == "preference" and not self.prompts_only
 
-    def _encode_pairs(self, rows: list[Row]) -> list[tuple[Tokens, Tokens] | None]:
-        """Return the tokens of each row's chosen and rejected answer after the prompt, None for a skipped row."""
+    def _encode_pairs(self, rows: list[Row]) -> list[list[tuple[Tokens, Tokens]]]:
+        """Return the tokens of each row's chosen and rejected answer after the prompt, none for a skipped row."""
         if self.data.chat_template or self.texts.has_conversations(rows[0]):
             return [self._conversations(row, *self.texts.conversations(row)) for row in rows]
         answers = [self.texts.answers(row) for row in rows]
         prompts = [self.texts.prompt(row) for row in rows]
         sides = (self.encoder.pairs(prompts, [pair[side] for pair in answers]) for side in (0, 1))
         return [
-            pair if self._has_both_answers(row, *map(_assistant_message, texts)) else None
+            [pair] if self._has_both_answers(row, *map(_assistant_message, texts)) else []
             for row, texts, pair in zip(rows, answers, zip(*sides, strict=True), strict=True)
         ]
 
     def _conversations(
         self, row: Row, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]
-    ) -> tuple[Tokens, Tokens] | None:
+    ) -> list[tuple[Tokens, Tokens]]:
         if not self._has_both_answers(row, chosen[-1], rejected[-1]):
-            return None
+            return []
         tools = self.texts.tools(row)
         better, worse = (self.encoder.chat(side, [len(side) - 1], row.where, tools) for side in (chosen, rejected))
-        return better, worse
+        return [(better, worse)]
 
     def _has_both_answers(self, row: Row, chosen: dict[str, Any], rejected: dict[str, Any]) -> bool:
         for name, message in (("chosen", chosen), ("rejected", rejected)):
@@ -149,15 +163,20 @@ class RowTokenizer:
                 return False
         return True
 
-    def _skip_empty(self, rows: list[Row], texts: list[str], part: str, tokens: list[Tokens]) -> list[Tokens | None]:
-        usable: list[Tokens | None] = []
-        for row, text, row_tokens in zip(rows, texts, tokens, strict=True):
-            if not text.strip():
-                self._skip(row, f"empty {part}")
-            usable.append(row_tokens if text.strip() else None)
-        return usable
+    def _is_filled(self, row: Row, text: str, part: str) -> bool:
+        if not text.strip():
+            self._skip(row, f"empty {part}")
+        return bool(text.strip())
 
-    def _encode_conversation(self, row: Row, chat: Conversation) -> Tokens | None:
+    def _has_text(self, row: Row, prompt: str, completion: str) -> bool:
+        """Skip a row without a completion, or whose completion has no token before it: its first token, at position 0,
+        is predicted from nothing."""
+        if not prompt and not self.encoder.prefix:
+            self._skip(row, "empty prompt, and no BOS token")
+            return False
+        return self._is_filled(row, completion, "completion")
+
+    def _encode_conversation(self, row: Row, chat: Conversation) -> list[Tokens]:
         messages = chat.messages
         if messages[-1]["role"] != "assistant":
             raise InputError(
@@ -166,14 +185,16 @@ class RowTokenizer:
             )
         if not chat.turns:
             self._skip(row, "no assistant turn with a weight of 1")
-            return None
+            return []
         with_content = [i for i in chat.turns if _has_content(messages[i])]
         if not with_content:
             self._skip(row, "empty completion")
-            return None
-        return self.encoder.chat(messages, with_content, row.where, self.texts.tools(row))
+            return []
+        sequences = self.encoder.chats(messages, with_content, row.where, self.texts.tools(row))
+        self.divided_rows += len(sequences) > 1
+        return sequences
 
-    def _make_example(self, row: Row, tokens: Tokens | tuple[Tokens, Tokens]) -> Example | None:
+    def _make_example(self, row: Row, tokens: _RowTokens) -> Example | None:
         """Return the example of a row, from its tokens or from those of its two answers; None for a skipped row."""
         if isinstance(tokens, Tokens):
             return self._make_sequence(row, tokens)
@@ -192,8 +213,9 @@ class RowTokenizer:
         length, limits = len(tokens.input_ids), self.data
         ids = np.asarray(tokens.input_ids[: limits.max_tokens], dtype=np.int32)
         counted = tokens.counted()[: limits.max_tokens]
-        if tokens.prompt_tokens > limits.max_prompt_tokens:
-            self._reject_too_long(row, f"has a prompt of {tokens.prompt_tokens} tokens", "max_prompt_tokens", "skip")
+        prompt = tokens.prompts[0] if tokens.limited_prompt is None else tokens.limited_prompt
+        if prompt > limits.max_prompt_tokens:
+            self._reject_too_long(row, f"has a prompt of {prompt} tokens", "max_prompt_tokens", "skip")
         elif length > limits.max_tokens and limits.too_long != "truncate":
             self._reject_too_long(row, f"has {length} tokens", "max_tokens", "skip or truncate")
         elif self.prompts_only and not length:
@@ -201,7 +223,7 @@ class RowTokenizer:
         elif not self.prompts_only and not counted.any():
             self._skip(row, "no counted token")
         else:
-            return Example(ids, counted, None, tokens.prompt_tokens, row.where, row.fields)
+            return Example(ids, counted, None, tokens.prompt_tokens(len(ids)), row.where, row.fields)
         return None
 
     def _reject_too_long(self, row: Row, problem: str, setting: str, alternatives: str) -> None:
@@ -247,6 +269,12 @@ def build_table(tokenizer: RowTokenizer, rows: Iterable[Row], name: str) -> Exam
         InputError: as `RowTokenizer.examples`, or no row is usable.
     """
     table = ExampleTable.from_examples(tokenizer.examples(rows), tokenizer.skipped)
+    if tokenizer.divided_rows:
+        logger.info(
+            "'%s': the chat template prints earlier assistant turns differently from the last one, so each trained "
+            "turn of %d rows is an example of its own; train_on: last costs fewer tokens.",
+            name, tokenizer.divided_rows,
+        )  # fmt: skip
     reasons = ", ".join(
         f"{reason} ({count}, first {tokenizer.first_skipped[reason]})" for reason, count in tokenizer.skipped.items()
     )

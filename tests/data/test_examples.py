@@ -11,7 +11,7 @@ from rayk.config import DataConfig, DataSource
 from rayk.data.examples import ExampleTable
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
-from tests.tiny import BOS, CHAT_TEMPLATE, END, EOS, tiny_tokenizer
+from tests.tiny import BOS, END, EOS, tiny_tokenizer
 
 PAIR = {"prompt": "Question: how many clips?", "completion": " She sold 24 clips."}
 CHAT = [
@@ -42,13 +42,12 @@ def test_only_completion_and_eos_are_counted(tokenizer, encode):
     assert example.input_ids.dtype == np.int32 and example.counted.dtype == np.bool_
 
 
-@given(prompt=st.text(max_size=30), completion=st.text(min_size=1, max_size=30).filter(str.strip))
+@given(prompt=st.text(min_size=1, max_size=30), completion=st.text(min_size=1, max_size=30).filter(str.strip))
 @settings(max_examples=60, deadline=None)
 def test_counted_tokens_decode_to_the_completion(tokenizer, encode, prompt, completion):
     (example,) = encode(tokenizer, [{"prompt": prompt, "completion": completion}])
     expected = tokenizer(completion)["input_ids"] + [tokenizer.eos_token_id]
-    assert example.targets.tolist() == (expected if prompt else expected[1:])
-    assert not example.counted[0]
+    assert example.targets.tolist() == expected
 
 
 def test_prompt_tokens_are_equal_in_training_and_evaluation(tokenizer, bos_tokenizer, encode):
@@ -141,6 +140,22 @@ def test_turn_is_tokenized_jointly_where_its_boundary_is_a_token_boundary(encode
     assert tokenizer(whole)["input_ids"][: len(example)] == example.input_ids.tolist()
 
 
+def test_tokenizers_that_put_a_space_before_texts_add_none_to_a_completion(encode):
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    tokenizer = tiny_tokenizer(bos=True)  # made to mark and prepend spaces, as Llama 2's
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    for prompt, completion in (("Answer:", " four"), ("Answer:", "four"), ("how many cl", "ips")):
+        row = {"prompt": prompt, "completion": completion}
+        (example,) = encode(tokenizer, [row])
+        assert tokenizer.decode(example.input_ids) == f"{BOS} {prompt}{completion}{EOS}"
+        assert example.prompt_ids.tolist() == tokenizer(prompt)["input_ids"]
+        (pair,) = encode(tokenizer, [{"prompt": prompt, "chosen": completion, "rejected": "no"}], format="preference")
+        assert pair.input_ids.tolist() == example.input_ids.tolist()
+
+
 @given(texts=st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6))
 @settings(max_examples=40, deadline=None)
 def test_each_counted_turn_is_preceded_by_its_generation_prompt(tokenizer, encode, texts):
@@ -174,18 +189,11 @@ def test_template_without_end_token_gets_eos(encode):
     assert counted_text(tokenizer, example) == f"7{END} 2\n" + EOS
 
 
-def test_template_that_is_not_prefix_stable_is_refused(encode):
-    forgetful = (  # as Qwen3 does with thoughts: earlier turns are written differently from the last
-        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}"
-        "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer = tiny_tokenizer(chat_template=forgetful)
-    assert encode(tokenizer, [{"messages": CHAT}])
-    with pytest.raises(InputError, match="rows.jsonl, line 1: the tokenizer's chat template is not prefix-stable"):
-        encode(tokenizer, [{"messages": CHAT}], train_on="all")
-    thinking = CHAT_TEMPLATE.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
-    with pytest.raises(InputError, match="not prefix-stable"):
-        encode(tiny_tokenizer(chat_template=thinking), [{"messages": CHAT}])
+def test_row_without_a_prompt_is_skipped_unless_bos_stands_before_its_completion(tokenizer, bos_tokenizer, encode):
+    row = {"prompt": "", "completion": "24"}
+    assert encode(tokenizer, [row]) == [] and encode.skipped == {"empty prompt, and no BOS token": 1}
+    (example,) = encode(bos_tokenizer, [row])
+    assert counted_text(bos_tokenizer, example) == "24" + EOS and example.prompt_tokens == 1
 
 
 def test_prompt_and_completion_can_be_rendered_in_the_chat_template(tokenizer, encode):
@@ -270,9 +278,7 @@ def test_unsuitable_tokenizers_are_refused(encode):
     with pytest.raises(InputError, match="line 1 requires a chat template, but the tokenizer has none"):
         encode(bare, [{"messages": CHAT}])
     strict = tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(
-        InputError, match="line 1: the tokenizer's chat template fails on these messages: .*roles must alternate"
-    ):
+    with pytest.raises(InputError, match="line 1: the chat template fails on these messages: .*roles must alternate"):
         encode(strict, [{"messages": CHAT}])
 
 
