@@ -4,7 +4,12 @@ import glob
 import os
 from pathlib import Path
 
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+"""Suffixes of data files that are text."""
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+DATA_SUFFIXES = (
+    *TEXT_SUFFIXES, ".parquet", *(text + compressed for compressed in COMPRESSED_SUFFIXES for text in TEXT_SUFFIXES)
+)  # fmt: skip
 _FILE_SUFFIXES = (*DATA_SUFFIXES, ".jinja")
 
 

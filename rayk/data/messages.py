@@ -11,6 +11,8 @@ from rayk.errors import InputError
 
 Message = dict[str, Any]
 
+SHAREGPT_FIELD = "conversations"
+"""The field with the messages of ShareGPT's rows."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OTHER_NAMES = {
     "human": "user",

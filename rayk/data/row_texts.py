@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rayk.config import DataSource
-from rayk.data.messages import Message, check_unicode, parse_message, parse_messages, parse_tools
+from rayk.data.messages import SHAREGPT_FIELD, Message, check_unicode, parse_message, parse_messages, parse_tools
 from rayk.data.rows import Row, Unreadable
 from rayk.errors import InputError
 
 Format = Literal["prompt_completion", "messages", "text", "preference"]
-
-SHAREGPT_FIELD = "conversations"
-"""The field with the messages of ShareGPT's rows."""
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -81,7 +82,12 @@ def test_folder_is_read_by_split(tmp_path):
         (b'{"a": 1}\n\n{"a": \n', r"a\.jsonl, line 3 is not JSON: Expecting value \(column 6\)"),
         (b'{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2 is a list, not an object with fields"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, line 2 is not UTF-8 text; save the file as UTF-8"),
-        (b"[" * 100_000, r"a\.jsonl, line 1 is not JSON"),
+        (b"[" * 100_000, r"row 1 of .*a\.jsonl is not JSON"),
+        (b'{"a": NaN}\n', r"a\.jsonl, line 1 is not JSON: NaN is no number in JSON; write null"),
+        (b'{"a": 1}\n{"a": -Infinity}\n', r"a\.jsonl, line 2 is not JSON: -Infinity is no number in JSON"),
+        (b'{"a": 1}\n{"a": [1e400]}\n', r"a\.jsonl, line 2 is not JSON: the number 1e400 is too large"),
+        (b'{"a": 1}\n{"a": 1, "b": 0, "a": 2}\n', r"a\.jsonl, line 2 is not JSON: the key 'a' occurs twice in one"),
+        (b'{"a": {"b": 1, "b": 1}}\n', r"a\.jsonl, line 1 is not JSON: the key 'b' occurs twice"),
         (b"", r"a\.jsonl' has no rows; give a source"),
         (b"\n \r\n", r"a\.jsonl' has no rows; give a source"),
     ],
@@ -97,11 +103,11 @@ def test_missing_and_unreadable_sources_are_errors_that_name_them(tmp_path):
         read_rows(DataSource(path="/nowhere/a.jsonl"))
     with pytest.raises(InputError, match="No file matches"):
         read_rows(DataSource(path=str(tmp_path / "*.jsonl")))
-    with pytest.raises(InputError, match="contains no .jsonl, .json, .parquet file"):
+    with pytest.raises(InputError, match="contains no data file, such as .jsonl, .json, .csv, .tsv, .parquet .text"):
         read_rows(DataSource(path=str(tmp_path)))
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(InputError, match="not a file type that rayk reads"):
-        read_rows(DataSource(path=str(tmp_path / "a.csv")))
+    (tmp_path / "a.xlsx").write_text("a,b")
+    with pytest.raises(InputError, match="not a file type that rayk reads; give one of .jsonl"):
+        read_rows(DataSource(path=str(tmp_path / "a.xlsx")))
     (tmp_path / "a.parquet").write_text("not parquet")
     with pytest.raises(InputError, match="is not a valid Parquet file"):
         rows_of(tmp_path / "a.parquet")
@@ -113,8 +119,55 @@ def test_missing_and_unreadable_sources_are_errors_that_name_them(tmp_path):
         rows_of(tmp_path / "empty.parquet")
 
 
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("~nosuchuser/a.jsonl", "'~nosuchuser/a.jsonl' does not exist"),
+        ("a" * 300 + ".jsonl", "'a{299}…' does not exist"),
+        ("a\0.jsonl", r"'a.x00.jsonl' contains a zero byte"),
+        ("\0*", "contains a zero byte"),
+        ("s3://bucket/a.jsonl", "is a URI, but rows are read from local files and the hub"),
+    ],
+)
+def test_paths_that_no_file_can_have_are_errors(path, sentence):
+    with pytest.raises(InputError, match=sentence):
+        read_rows(DataSource(path=path))
+
+
+def test_compressed_files_are_read_as_their_content(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", ROWS).read_bytes()
+    contents = {".jsonl": lines, ".json": json.dumps(ROWS).encode(), ".csv": b"prompt,completion\nx,y\n"}
+    for suffix, content in contents.items():
+        # two parts, as of files that were concatenated
+        (tmp_path / f"b{suffix}.gz").write_bytes(gzip.compress(content[:7]) + gzip.compress(content[7:]))
+        zstd = pa.Codec("zstd")
+        parts = (zstd.compress(part, asbytes=True) for part in (content[:7], content[7:]))
+        (tmp_path / f"b{suffix}.zst").write_bytes(b"".join(parts))
+        for compressed in (".gz", ".zst"):
+            rows = rows_of(tmp_path / f"b{suffix}{compressed}")
+            expected = [{"prompt": "x", "completion": "y"}] if suffix == ".csv" else ROWS
+            assert [row.fields for row in rows] == expected
+    assert rows_of(tmp_path / "b.jsonl.zst")[2].where == f"{tmp_path}/b.jsonl.zst, line 3"
+    for name in ("b.jsonl.gz", "b.jsonl.zst"):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (whole[:-4], b"not compressed", whole[:30] + b"damaged" + whole[30:]):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(InputError, match=f"'.*{name}' cannot be read: |{name}, line ."):
+                rows_of(tmp_path / name)
+
+
+def test_folder_is_read_without_tables_beside_its_rows_and_without_copies(tmp_path):
+    (tmp_path / "labels.csv").write_text("label,meaning\n1,cat\n")
+    assert [row.fields for row in rows_of(tmp_path)] == [{"label": "1", "meaning": "cat"}]
+    lines = write_lines(tmp_path / "a.csv.jsonl", ROWS[:3]).read_bytes()
+    (tmp_path / "a.csv.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(write_lines(tmp_path / "c", ROWS[3:]).read_bytes()))
+    assert [row.fields for row in rows_of(tmp_path)] == ROWS
+
+
 def test_unavailable_hub_dataset_is_an_error_in_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="No dataset 'nobody/nothing' .split 'train'. could be loaded") as caught:
         read_rows(DataSource(path="nobody/nothing"))
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("Check the network, or give a local file or a folder saved by `datasets`.")
