@@ -212,7 +212,7 @@ def _chat_template(kind: str, rows: DataFacts, student: ModelFacts) -> tuple[boo
         return False, "true for a chat model"
     if rows.row_format == "text":
         return False, "rows are plain text"
-    if rows.rows and rows.row_format == "preference" and isinstance(rows.fields["chosen"], list):
+    if any(isinstance(rows.fields.get(field), list) for field in ("prompt", "chosen")):
         return False, "rows of messages always use the template"
     if rows.rows:
         prompt = RowTexts(DataSource(path=rows.path, **rows.settings)).prompt(rows.rows[0])

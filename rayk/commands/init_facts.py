@@ -11,6 +11,7 @@ from typing import Any
 
 from rayk.config import DataSource, StudentConfig
 from rayk.config.paths import is_local_path
+from rayk.data.messages import SHAREGPT_FIELD
 from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
 from rayk.models import load_model_config, load_tokenizer, max_positions
@@ -78,14 +79,17 @@ def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
     texts = [name for name, value in fields.items() if isinstance(value, str)]
     chats = [
         name for name, value in fields.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]
+        if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys()
     ]  # fmt: skip
     prompt = next((name for name in _PROMPT_FIELDS if name in texts), None)
     prompt_setting = {"prompt_field": prompt} if prompt and prompt != "prompt" else {}
     if {"chosen", "rejected"} <= fields.keys():
         return prompt_setting, "preference"
+    if "prompt" in chats:
+        return {}, "messages" if "completion" in fields or "messages" in chats else "prompts"
     if "messages" in chats or (chats and prompt is None):
-        return ({} if "messages" in chats else {"messages_field": chats[0]}), "messages"
+        known = "messages" in chats or SHAREGPT_FIELD in chats
+        return ({} if known else {"messages_field": chats[0]}), "messages"
     completion = next((name for name in _COMPLETION_FIELDS if name in texts and name != prompt), None)
     if {"instruction", "input"} <= set(texts) and completion:  # the format of Alpaca
         prompt_setting = {"prompt_template": "{instruction}\n\n{input}"}

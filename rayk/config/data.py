@@ -19,9 +19,11 @@ class DataSource(Settings):
     """Rows: where they are stored and which fields are read."""
 
     path: InputPath
-    """A .jsonl or .parquet file, a glob pattern, a folder saved by `datasets`, or the id of a data set on the hub."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet; text also as .gz or .zst), a glob pattern, a folder of files or one
+    saved by `datasets`, or the id of a data set on the hub. A .json file has a row per line, a list of rows, or an
+    object with such a list; all values of a .csv or .tsv file are text."""
     split: str = "train"
-    """The split of a data set that has several."""
+    """The split of a data set that has several, or the key of a .json file's list of rows if it has several."""
     name: str | None = None
     """The configuration of a data set on the hub; `null`: its default."""
     rows: Positive | None = None

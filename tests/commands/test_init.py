@@ -71,6 +71,11 @@ ROWS = {
         {"chat": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]},
         {"messages_field": "chat"},
     ),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "1 + 1"}, {"from": "gpt", "value": "2"}]}, {}),
+    "conversational": (
+        {"prompt": [{"role": "user", "content": "1 + 1"}], "completion": [{"role": "assistant", "content": "2"}]},
+        {},
+    ),
     "text": ({"text": "1 + 1 = 2"}, {}),
     "pairs": ({"question": "1 + 1", "chosen": "2", "rejected": "3"}, {"prompt_field": "question"}),
 }
@@ -86,11 +91,15 @@ def test_fields_of_the_rows_are_recognized(tmp_path, row, settings):
     values = yaml.safe_load(path.read_text())
     assert {k: v for k, v in values["data"]["train"].items() if k != "path"} == settings
     assert values["method"]["kind"] == ("preference" if "chosen" in row else "supervised")
-    assert values["data"]["chat_template"] is not ("chat" in row or "text" in row)
+    is_chat = any(isinstance(value, list) for value in row.values())
+    assert values["data"]["chat_template"] is not (is_chat or "text" in row)
     assert findings(path, "wrong") == []
 
 
 def test_rows_without_completions_are_generated_by_the_student_or_the_teacher(tmp_path, tiny_teacher, tiny_student):
+    data = rows_file(tmp_path, {"prompt": [{"role": "user", "content": "1 + 1"}]})
+    init(tiny_teacher, tiny_student, str(data), None, tmp_path / "chats.yaml")
+    assert load_config(tmp_path / "chats.yaml").method.kind == "on_policy"
     data = rows_file(tmp_path, {"prompt": "1 + 1"})
     init(tiny_teacher, tiny_student, str(data), None, tmp_path / "policy.yaml")
     assert load_config(tmp_path / "policy.yaml").method.kind == "on_policy"
