@@ -1,11 +1,17 @@
 """Settings of the engines that run a model, with the capabilities of each engine."""
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayk.config.base import ClassPath, Dtype, Placement, Positive, Settings
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, TopK
+
+_BODY_FIELDS = {
+    "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop",
+    "logprobs", "n", "stream",
+}  # fmt: skip
 
 
 class EngineSettings(Settings):
@@ -197,6 +203,9 @@ class OpenAIEngineConfig(EngineSettings):
     """The endpoint's name of the length limit in chat; OpenAI's newer models accept only `max_completion_tokens`."""
     logprobs: bool = False
     """Also request the log-probs of the generated tokens, as the endpoint computes them."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Other fields of each request's body, such as `{chat_template_kwargs: {enable_thinking: false}}` for vLLM's server
+    or `{reasoning_effort: low}`."""
     concurrency: Annotated[Positive, Placement()] = 16
     """Number of prompts that are requested at the same time."""
     requests_per_minute: Annotated[float | None, Placement()] = Field(default=None, gt=0)
@@ -212,6 +221,20 @@ class OpenAIEngineConfig(EngineSettings):
     """Price of a million prompt tokens in any currency; if both prices are set, the cost is reported."""
     price_per_million_completion_tokens: Annotated[float | None, Placement()] = Field(default=None, ge=0)
     """Price of a million completion tokens."""
+
+    @field_validator("extra_body")
+    @classmethod
+    def _check_body(cls, body: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(_BODY_FIELDS & set(body)):
+            raise ValueError(
+                f"has the field{'s' * (len(taken) > 1)} {', '.join(taken)}, which rayk sets from other settings (the "
+                "model's name, the prompts, the sampling); leave out"
+            )
+        try:
+            json.dumps(body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"cannot be sent as JSON: {error}") from error
+        return body
 
     @property
     def gives_signals(self) -> bool:

@@ -6,7 +6,7 @@ called as `MyEngine(model, settings, trust_remote_code=…)`, where `settings` i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from rayk.models import Head
 from rayk.signals.batch import SignalBatch
 from rayk.signals.sequence import TokenSequence
 
-Prompt = str | np.ndarray
-"""Text, or token ids."""
+Prompt = str | np.ndarray | list[dict[str, Any]]
+"""Text, or token ids; for an endpoint with a chat template also messages ({role, content})."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class GeneratedSequence:
         text: the completion without special tokens.
         reason: why an endpoint returned no completion.
         refused: whether the endpoint refused this prompt, so that a retry would not help.
+        thought: the thought of a reasoning model that an endpoint returned apart from the text.
     """
 
     token_ids: np.ndarray
@@ -89,6 +90,7 @@ class GeneratedSequence:
     text: str
     reason: str = ""
     refused: bool = False
+    thought: str = ""
 
 
 @dataclass

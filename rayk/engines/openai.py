@@ -35,6 +35,8 @@ from rayk.models.loading import UNLIMITED
 from rayk.signals.batch import SignalBatch
 from rayk.signals.sequence import TokenSequence
 
+TextPrompt = str | list[dict[str, Any]]
+
 logger = logging.getLogger(__name__)
 
 _RETRYABLE = {408, 409, 425, 429}  # and all server errors, from 500 on
@@ -120,9 +122,18 @@ class OpenAIEngine:
         if parameters.top_k:
             raise InputError("OpenAI-compatible endpoints do not support top_k; leave it out, or use top_p.")
         return await gather(
-            self._generate_one(_check_text(prompt), parameters, seed)
+            self._generate_one(self._check_prompt(prompt), parameters, seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         )
+
+    def _check_prompt(self, prompt: Prompt) -> TextPrompt:
+        if isinstance(prompt, np.ndarray):
+            raise InputError("engine kind 'openai' requires prompts as text, not as token ids; decode them first.")
+        if not isinstance(prompt, str) and not self.settings.chat:
+            raise InputError("Messages need an endpoint with chat completions; set engine.chat: true.")
+        if not prompt:
+            raise InputError("An empty prompt cannot be continued; give it some text.")
+        return prompt
 
     async def warm_up(self) -> None:
         """Do nothing, because each request costs money."""
@@ -130,7 +141,7 @@ class OpenAIEngine:
     async def check_health(self) -> None:
         """Do nothing, because a new replica would not repair an endpoint."""
 
-    async def _generate_one(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
+    async def _generate_one(self, prompt: TextPrompt, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, _NoCompletion) and error.retryable),
             stop=stop_after_attempt(self.settings.attempts), wait=_wait_seconds, reraise=True,
@@ -144,9 +155,9 @@ class OpenAIEngine:
             nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
             return GeneratedSequence(*nothing, "error", "", str(error), error.refused)
 
-    async def _request(self, prompt: str, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
+    async def _request(self, prompt: TextPrompt, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
         """Send one request as soon as the rate limits allow it."""
-        expected = len(prompt) / _CHARACTERS_PER_TOKEN + parameters.max_new_tokens
+        expected = _num_characters(prompt) / _CHARACTERS_PER_TOKEN + parameters.max_new_tokens
         await self._request_limit.acquire(1)
         await self._token_limit.acquire(expected)
         self.usage.requests += 1
@@ -168,8 +179,8 @@ class OpenAIEngine:
         self._count_usage(content, expected)
         return self._parse(content)
 
-    def _body(self, prompt: str, parameters: SamplingParameters, seed: int) -> dict[str, Any]:
-        body: dict[str, Any] = {
+    def _body(self, prompt: TextPrompt, parameters: SamplingParameters, seed: int) -> dict[str, Any]:
+        body: dict[str, Any] = self.settings.extra_body | {
             "model": self.info.model,
             "temperature": parameters.temperature,
             "top_p": parameters.top_p,
@@ -178,7 +189,7 @@ class OpenAIEngine:
         if parameters.stop:
             body["stop"] = list(parameters.stop)
         if self.settings.chat:
-            body["messages"] = [{"role": "user", "content": prompt}]
+            body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             body[self.settings.length_parameter] = parameters.max_new_tokens
             return body | ({"logprobs": True} if self.settings.logprobs else {})
         body |= {"prompt": prompt, "max_tokens": parameters.max_new_tokens}
@@ -249,8 +260,11 @@ class OpenAIEngine:
             choice = content["choices"][0]
             text = choice["message"]["content"] if self.settings.chat else choice["text"]
             finish_reason = choice["finish_reason"]
+            thought = _parse_thought(choice["message"]) if self.settings.chat else ""
         except (KeyError, IndexError, TypeError):
             raise _NoCompletion("the response contains no completion", retryable=True) from None
+        if text is None and thought:  # the thought took all tokens
+            text = ""
         if finish_reason not in ("stop", "length") or not isinstance(text, str):
             is_refusal = self.settings.chat and bool(choice["message"].get("refusal"))
             raise _NoCompletion(
@@ -258,7 +272,7 @@ class OpenAIEngine:
                 retryable=finish_reason is None, refused=finish_reason == "content_filter" or is_refusal,
             )  # fmt: skip
         logprobs = self._parse_logprobs(choice) if self.settings.logprobs and text else np.zeros(0, np.float32)
-        return GeneratedSequence(np.zeros(0, np.int32), logprobs, finish_reason, text)
+        return GeneratedSequence(np.zeros(0, np.int32), logprobs, finish_reason, text, thought=thought)
 
     def _parse_logprobs(self, choice: Any) -> np.ndarray:
         """Return the generated tokens' log-probs, float32 [tokens], in nats."""
@@ -273,12 +287,14 @@ class OpenAIEngine:
             ) from None
 
 
-def _check_text(prompt: Prompt) -> str:
-    if not isinstance(prompt, str):
-        raise InputError("engine kind 'openai' requires prompts as text, not as token ids; decode them first.")
-    if not prompt:
-        raise InputError("An empty prompt cannot be continued; give it some text.")
-    return prompt
+def _parse_thought(message: dict[str, Any]) -> str:
+    """Return the thought that a server returns apart from the answer; its field has two names."""
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return thought.strip() if isinstance(thought, str) else ""
+
+
+def _num_characters(prompt: TextPrompt) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(str(message.get("content"))) for message in prompt)
 
 
 def _wait_seconds(state: RetryCallState) -> float:

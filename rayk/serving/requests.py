@@ -1,6 +1,7 @@
 """Requests to the replicas of teachers and of policies: score sequences, and generate completions."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -59,9 +60,9 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Prompts (text, or token ids) to continue, each with its own seed."""
+    """Prompts (text, token ids, or messages) to continue, each with its own seed."""
 
-    prompts: list[str] | list[np.ndarray]
+    prompts: list[Any]
     seeds: list[int]
     parameters: SamplingParameters = field(default_factory=SamplingParameters)
 

@@ -67,7 +67,8 @@ class Completion:
     """A teacher's completion of one prompt; `logprobs` (nats) are the model's, at temperature 1 and not truncated.
 
     A black-box endpoint (engine kind `openai`) returns no `token_ids`. If it returned no text, `finish_reason` is
-    'error' and `reason` contains its message; `refused` if it rejected this prompt for its content.
+    'error' and `reason` contains its message; `refused` if it rejected this prompt for its content. `thought` is the
+    thought of a reasoning model if the endpoint returned it apart from the text.
     """
 
     text: str
@@ -76,6 +77,7 @@ class Completion:
     finish_reason: str
     reason: str = ""
     refused: bool = False
+    thought: str = ""
 
 
 class Teacher(ServedModel):
@@ -298,7 +300,7 @@ class Teacher(ServedModel):
             self._call("generate", GenerateRequest(prompts[call], seeds[call], parameters), list) for call in calls
         )
         return [
-            Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason, one.refused)
+            Completion(one.text, one.token_ids, one.logprobs, one.finish_reason, one.reason, one.refused, one.thought)
             for part in parts for one in part
         ]  # fmt: skip
 

@@ -76,6 +76,39 @@ def test_the_length_parameter_and_a_missing_key_are_settings(ask, endpoint):
     assert "max_tokens" not in asked.body
 
 
+def test_other_fields_of_the_body_are_sent(ask, endpoint):
+    thinking = {"chat_template_kwargs": {"enable_thinking": False}}
+    ask(["hello"], extra_body=thinking)
+    [asked] = endpoint.requests
+    assert asked.body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert asked.body["model"] == "parrot"
+    with pytest.raises(ValueError, match="has the fields max_tokens, stream, which rayk sets"):
+        OpenAIEngineConfig(extra_body={"max_tokens": 3, "stream": True, "top_k": 2})
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        OpenAIEngineConfig(extra_body={"top_k": float("nan")})
+
+
+def test_conversations_are_sent_as_messages(ask, endpoint):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    ask([messages])
+    assert endpoint.requests[0].body["messages"] == messages
+    with pytest.raises(InputError, match="set engine.chat: true"):
+        ask([messages], chat=False)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thought_returned_apart_is_kept_apart(ask, endpoint, name):
+    def answer(body):
+        cut = body["messages"][0]["content"] == "long"
+        message = {"role": "assistant", "content": None if cut else "4", name: " Two and two.\n"}
+        return completion(body, message=message, finish_reason="length" if cut else "stop")
+
+    endpoint.answer = answer
+    [whole, cut], _ = ask(["short", "long"])
+    assert (whole.text, whole.thought, whole.finish_reason) == ("4", "Two and two.", "stop")
+    assert (cut.text, cut.thought, cut.finish_reason) == ("", "Two and two.", "length")
+
+
 def test_completions_keep_their_order_and_concurrency_is_limited(ask, endpoint):
     prompts = [f"prompt {i}" for i in range(30)]
     for i, prompt in enumerate(prompts):
