@@ -5,7 +5,7 @@ checks a section against the other sections, of which it may read the attributes
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -225,9 +225,16 @@ class SynthesisSettings(Settings):
     prompts: DataSource | None = None
     """The rows whose prompts are completed, instead of `data.train`. Their completions are not trained on. A generated
     row keeps the other fields of its source row."""
-    chat: bool = False
-    """Wrap each request in the chat template of the teacher's tokenizer, as a user's message. For an endpoint (engine
-    kind `openai`), set `engine.chat` instead."""
+    chat: bool | None = None
+    """Wrap each request in the chat template of the teacher's tokenizer, as a user's message; conversations keep their
+    messages. `null`: if the student reads the rows in a chat template (`data.chat_template`, or rows of messages) and
+    the teacher's tokenizer has one; never for kind `self_instruct`. For an endpoint (engine kind `openai`), set
+    `engine.chat` instead."""
+    thoughts: Annotated[Literal["drop", "keep"], Selection()] = "drop"
+    """What becomes of the thought of a reasoning model (`<think>…</think>` before the answer). `drop`: rows contain the
+    answer only, for students that shall not think. `keep`: completions begin with the thought. Filters, scorers, judges
+    and the finding of answers read the answer only, and a completion that ends in its thought is rejected as
+    `truncated`. To switch thinking off, set the teacher's `chat_template_kwargs`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """Sampling of the teacher's completions."""
     filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=_default_filters)
@@ -236,6 +243,11 @@ class SynthesisSettings(Settings):
     `sampling.max_new_tokens`, so that the student does not learn to stop there."""
     in_flight: Annotated[Positive, Placement()] = 64
     """Number of prompts that are requested at the same time."""
+
+    @property
+    def prefers_chat(self) -> bool:
+        """Return whether `chat: null` follows the student, who may read the rows in a chat template."""
+        return True
 
     @property
     def reads_truth(self) -> bool:

@@ -100,6 +100,14 @@ def _template_with(*needed: str):
     return AfterValidator(check)
 
 
+def _refuse_thoughts(settings: SynthesisSettings) -> None:
+    if settings.thoughts == "keep":
+        raise ValueError(
+            f"thoughts: synthesis '{settings.kind}' composes its rows from parts of several replies, so they cannot "
+            "keep the replies' thoughts; leave it out"
+        )
+
+
 class RationaleSamplingConfig(SamplingConfig):
     """Sampling of rationales."""
 
@@ -137,6 +145,11 @@ class ChainOfThoughtConfig(SynthesisSettings):
     @property
     def reads_truth(self) -> bool:
         return self.keep == "correct"
+
+    @model_validator(mode="after")
+    def _check_thoughts(self) -> "ChainOfThoughtConfig":
+        _refuse_thoughts(self)
+        return self
 
 
 class ListSamplingConfig(SamplingConfig):
@@ -177,6 +190,15 @@ class SelfInstructConfig(SynthesisSettings):
     @property
     def makes_prompts(self) -> bool:
         return True
+
+    @property
+    def prefers_chat(self) -> bool:
+        return False  # the recipe is made for base models, whose tokenizers often have a chat template too
+
+    @model_validator(mode="after")
+    def _check_thoughts(self) -> "SelfInstructConfig":
+        _refuse_thoughts(self)
+        return self
 
 
 class InstructionSamplingConfig(SamplingConfig):

@@ -88,6 +88,9 @@ class TeacherConfig(Settings):
     prompt_template: str | None = None
     """The prompt that this teacher reads instead of the student's: text with {field} names of the row, such as its
     right answer. Teacher and student read the same completion. `null`: the student's prompt."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template in which this teacher reads the prompts that it writes after (synthesis, referee,
+    judge) and its `prompt_template`, such as `enable_thinking: false`. For an endpoint, set `engine.extra_body`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     call_tokens: Annotated[Positive, Placement()] = 8192
@@ -112,6 +115,11 @@ class TeacherConfig(Settings):
                 "engine.concurrency"
             )
         self.engine.check_deadline(self.deadline_seconds)
+        if self.chat_template_kwargs and not self.engine.continues_prompts:
+            raise ValueError(
+                "chat_template_kwargs: the endpoint renders its chat template itself; if it accepts the variables, set "
+                "engine.extra_body: {chat_template_kwargs: {…}}"
+            )
         return self
 
     @property

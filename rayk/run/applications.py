@@ -130,7 +130,8 @@ def served_student_config(config: RunConfig) -> TeacherConfig:
     assert served is not None and model is not None
     return TeacherConfig(
         name=f"{_run_hash(config)}-student-{weights_fingerprint(model)[:8] or 'hub'}", model=model,
-        trust_remote_code=config.student.trust_remote_code, **dict(served),
+        trust_remote_code=config.student.trust_remote_code, chat_template_kwargs=config.data.chat_template_kwargs,
+        **dict(served),
     )  # fmt: skip
 
 

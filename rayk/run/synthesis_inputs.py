@@ -1,8 +1,14 @@
 """Read and check the inputs of a synthesis, and locate the rows that it writes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from rayk.config import DataSource, JudgeFilterConfig, RunConfig
+from rayk.config.data import RowFormat
+from rayk.data.sources import Row
+from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
 from rayk.models import load_model_config, load_tokenizer, tokenizer_fingerprint
 from rayk.synthesis import Prompt, PromptGeneratingRecipe, check_chat_template, read_prompts
@@ -27,14 +33,73 @@ def read_synthesis_prompts(config: RunConfig) -> list[Prompt]:
     _check_student_tokenizer(config)
     _check_judges(config)
     if issubclass(recipe, PromptGeneratingRecipe):
-        return recipe.seed_prompts(config.synthesis)
+        prompts = recipe.seed_prompts(config.synthesis)
+        check_student_template(config, [])
+        return prompts
     if config.synthesis.prompts is not None:
         source, section = config.synthesis.prompts, "synthesis.prompts."
     else:
         assert config.data.train is not None
         source, section = config.data.train, "data.train."
     answer = getattr(config.synthesis, "answer", None) if config.synthesis.reads_truth else None
-    return read_prompts(source, section, answer)
+    prompts = read_prompts(source, section, answer)
+    recipe.check_prompts(prompts)
+    _check_conversations(config, prompts)
+    check_student_template(config, prompts)
+    return prompts
+
+
+def check_student_template(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Check that the student's chat template can render the rows to be written: one for each sequence of roles.
+
+    Raises:
+        InputError: there is no template, or it fails.
+    """
+    assert config.synthesis is not None
+    examples = {tuple(message["role"] for message in prompt.messages): prompt for prompt in reversed(prompts)}
+    if not config.data.chat_template and not any(examples):
+        return
+    student = config.student
+    if (name := student.tokenizer or student.model) is None:
+        return
+    tokenizer = load_tokenizer(name, trust_remote_code=student.trust_remote_code)
+    source = DataSource(path="", format="preference" if config.synthesis.writes_pairs else "messages")
+    limits = config.data.model_copy(update={"too_long": "skip"})
+    rows = RowTokenizer(source, limits, tokenizer)
+    for roles, prompt in sorted(examples.items()) or [((), Prompt("What is it?", "a synthesized row", {}))]:
+        messages = prompt.messages if roles else ({"role": "user", "content": prompt.text},)
+        answers = [[{"role": "assistant", "content": text}] for text in ("It is this.", "It is that.")]
+        fields = {"messages": [*messages, *answers[0]]}
+        if config.synthesis.writes_pairs:
+            fields = {"prompt": list(messages), "chosen": answers[0], "rejected": answers[1]}
+        fields |= {"tools": prompt.tools} if prompt.tools else {}
+        list(rows.examples([Row(fields, f"data.chat_template, for the student's form of {prompt.where}")]))
+
+
+def _check_conversations(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """Check that a teacher that is to answer conversations reads a chat.
+
+    Raises:
+        InputError: it does not.
+    """
+    assert config.synthesis is not None
+    long = next((prompt for prompt in prompts if prompt.has_context), None)
+    if long is None:
+        return
+    teacher = next(teacher for teacher in config.teachers if teacher.name == config.synthesis_teacher)
+    if long.tools and teacher.engine.applies_chat_template:
+        raise InputError(
+            f"{long.where} has tools, but calls of tools by teacher '{teacher.name}', an endpoint, would be lost; "
+            "remove such rows, or set tools_field to null to leave the tools out."
+        )
+    problem = f"{long.where} has {len(long.messages)} messages before its last answer, which only a chat can express"
+    if teacher.engine.applies_chat_template:
+        if teacher.engine.continues_prompts:
+            raise InputError(f"{problem}; set engine.chat: true for teacher '{teacher.name}'.")
+    elif config.synthesis.chat is False:
+        raise InputError(f"{problem}; leave out synthesis.chat: false.")
+    elif teacher.model is not None:
+        check_chat_template(load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code), teacher.name)
 
 
 def _check_judges(config: RunConfig) -> None:
@@ -113,5 +178,12 @@ def with_synthesized_rows(config: RunConfig) -> RunConfig:
     path = synthesized_rows_path(config)
     if not path.with_name("summary.json").exists():
         raise InputError(f"The training rows are not synthesized yet ('{path}'); run `rayk synthesize` first.")
-    rows = DataSource(path=str(path), format="preference" if config.synthesis.writes_pairs else "prompt_completion")
+    names = pq.read_schema(path).names
+    form: RowFormat = "prompt_completion" if "completion" in names else "messages"
+    if config.synthesis.writes_pairs:
+        form = "preference"
+    rows = DataSource(path=str(path), format=form)
+    source = config.synthesis.prompts or config.data.train
+    if source is not None and (source.tools_field is None or form == "prompt_completion"):
+        rows = rows.model_copy(update={"tools_field": source.tools_field})
     return config.model_copy(update={"data": config.data.model_copy(update={"train": rows})})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig
+from rayk.data.chat_template import read_template
 from rayk.models import weights_fingerprint
 from rayk.run.applications import serve_teachers, served_student_config, teacher_applications
 from rayk.run.directory import PLACEMENT, SELECTION
@@ -78,6 +79,7 @@ def synthesize_training_rows(
             progress=partial(listener.progress, unit="completion"),
             context=RecipeContext(
                 round_info.number, round_info.before, student, bool(config.data.chat_template),
+                read_template(config.data.chat_template) if isinstance(config.data.chat_template, str) else None,
                 running[config.referee] if config.referee != config.synthesis_teacher else None, running,
             ),
         )  # fmt: skip
@@ -103,10 +105,16 @@ def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: Roun
     assert config.synthesis is not None
     values = config.model_dump(mode="json")
     models = {
-        teacher["name"]: {"model": teacher["model"] or teacher["name"], "engine": teacher["engine"]}
+        teacher["name"]: {
+            "model": teacher["model"] or teacher["name"],
+            "engine": teacher["engine"],
+            **({"chat_template_kwargs": variables} if (variables := teacher["chat_template_kwargs"]) else {}),
+        }
         for teacher in values["teachers"]
     }
     teachers = [models[name] for name in dict.fromkeys([config.synthesis_teacher, config.referee])]
+    if config.synthesis.chat is None:
+        values["synthesis"]["chat"] = bool(config.data.chat_template) and config.synthesis.prefers_chat
     dependencies = {
         "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _LOCATIONS},
         "seed": config.seed,
@@ -121,5 +129,9 @@ def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: Roun
     if config.synthesis.queries_student(round_info.number):
         assert config.student.model is not None
         weights = weights_fingerprint(config.student.model)
-        dependencies["student"] = {"weights": weights or config.student.model, "chat": config.data.chat_template}
+        variables = config.data.chat_template_kwargs
+        dependencies["student"] = {
+            "weights": weights or config.student.model, "chat": config.data.chat_template,
+            **({"chat_template_kwargs": variables} if variables else {}),
+        }  # fmt: skip
     return dependencies

@@ -39,7 +39,7 @@ from types import MappingProxyType
 from rayk.config import AdversarialConfig
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
-from rayk.errors import RunFailed
+from rayk.errors import InputError, RunFailed
 from rayk.synthesis import self_instruct_texts as texts
 from rayk.synthesis.adversarial_texts import (
     NEW_PROMPT_STOP,
@@ -117,6 +117,15 @@ class Adversarial(Recipe[AdversarialConfig]):
         self._instructions: list[_Instruction] = []
         self._num_rejected: Counter[str] = Counter()
         self._pool_sizes: dict[str, int] = {}
+
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            if prompt.has_context:
+                raise InputError(
+                    f"{prompt.where} has {len(prompt.messages)} messages before its last answer, but synthesis "
+                    "'adversarial' generates new instructions from single ones; give rows with one user's message."
+                )
 
     @property
     def max_requests(self) -> int:

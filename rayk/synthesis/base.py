@@ -30,6 +30,8 @@ class Candidate:
         new_prompt: whether the prompt was generated, so that the source row's other fields do not apply to it.
         rejected_by: name of the check that rejected the candidate, with the `reason`; empty while it is accepted.
         worse: for preference pairs, the worse completion of the same prompt.
+        messages: the conversation that the student reads as the prompt; empty: that of the source row if `prompt` is
+            its text, else one user's message. Only used if the source's rows are messages.
     """
 
     prompt: str
@@ -41,6 +43,7 @@ class Candidate:
     rejected_by: str = ""
     reason: str = ""
     worse: str | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
 
     def reject(self, by: str, reason: str) -> "Candidate":
         """Return the candidate as rejected."""
@@ -106,6 +109,14 @@ class Recipe(ABC, Generic[S]):
             InputError: they cannot work.
         """
 
+    @classmethod
+    def check_prompts(cls, prompts: Sequence[Prompt]) -> None:
+        """Check the prompts before the teacher is started.
+
+        Raises:
+            InputError: the recipe cannot use one of them.
+        """
+
     @property
     def max_requests(self) -> int:
         """Largest number of completions that the recipe requests, for the progress; by default one per prompt."""
@@ -166,7 +177,13 @@ MISSING_RESPONSE = ("unanswered", "refused")
 
 
 def missing_response(response: StoredCompletion) -> tuple[str, str] | None:
-    """Return which of `MISSING_RESPONSE` applies, and the reason; None if there is a response."""
+    """Return the check that fails if a response has no answer, and the reason; None if it has one: one of
+    `MISSING_RESPONSE`, or 'truncated' if it ends inside the model's thought."""
+    if response.is_cut_in_thought:
+        return "truncated", (
+            "ends inside the model's thought; allow more tokens, or switch thinking off (often with "
+            "teachers.chat_template_kwargs: {enable_thinking: false})"
+        )
     if response.finish_reason != "error":
         return None
     return MISSING_RESPONSE[response.refused], response.reason

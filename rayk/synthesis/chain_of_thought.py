@@ -3,11 +3,13 @@
 Each rationale takes two requests (zero-shot CoT): "Q: … A: Let's think step by step." returns the rationale; with the
 rationale appended, "Therefore, the answer is" returns the answer, greedily. A rationale is kept if its answer is right.
 With D sampled rationales per question (diverse reasoning) the student sees several solutions. The student learns
-`<question> ###` → `<rationale> --> <answer>` and EOS; the authors' code for OpenAI has END in its place.
+`<question> ###` → `<rationale> --> <answer>` and EOS; the authors' code for OpenAI has END in its place. In a
+conversation, the last message is the question.
 """
 
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Any
 
 from rayk.config import ChainOfThoughtConfig
 from rayk.engines.base import SamplingParameters
@@ -22,7 +24,7 @@ from rayk.synthesis.base import (
     missing_response,
     sampling_parameters,
 )
-from rayk.synthesis.completions import CompletionClient, CompletionRequest
+from rayk.synthesis.completions import CompletionClient
 from rayk.synthesis.prompts import Prompt, is_right
 from rayk.synthesis.store import StoredCompletion
 from rayk.text.answers import find_answer
@@ -50,16 +52,16 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
         return await gather(self._sample(index, prompt, sample) for sample in range(self.settings.rationales))
 
     async def _sample(self, index: int, prompt: Prompt, sample: int) -> Candidate:
-        first = self.settings.rationale_template.format(question=prompt.text)
+        first = self.settings.rationale_template.format(question=prompt.question)
         seed = self.client.seed(_RATIONALE, index, sample)
-        response = await self.client.complete(CompletionRequest(first, seed, self._rationale_parameters))
+        response = await self.client.complete(prompt.with_question(first).request(seed, self._rationale_parameters))
         rationale = completion_text(response, self.settings.sampling.stop).strip()
         if problem := completion_problem(response, rationale):
             self.client.total -= 1  # no answer is requested
-            return Candidate(self._student_prompt(prompt), rationale, index, (response,)).reject(*problem)
+            return self._row(prompt, rationale, index, (response,)).reject(*problem)
         second = self.settings.answer_template.format(asked=first, rationale=rationale)
         seed = self.client.seed(_ANSWER, index, sample)
-        answer = await self.client.complete(CompletionRequest(second, seed, self._answer_parameters))
+        answer = await self.client.complete(prompt.with_question(second).request(seed, self._answer_parameters))
         return self._candidate(index, prompt, rationale, response, answer)
 
     def _candidate(self, index: int, prompt: Prompt, rationale: str, *responses: StoredCompletion) -> Candidate:
@@ -71,7 +73,7 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
         answer = prompt.truth if right else found
         fields = {"rationale": rationale, "teacher_answer": found, "correct": right}
         completion = self._student_completion(rationale, answer)
-        candidate = Candidate(self._student_prompt(prompt), completion, index, responses, fields)
+        candidate = self._row(prompt, completion, index, responses, fields)
         if missing := missing_response(responses[-1]):
             return candidate.reject(*missing)
         if found is None:
@@ -80,8 +82,14 @@ class ChainOfThought(Recipe[ChainOfThoughtConfig]):
             return candidate.reject("wrong_answer", f"{found} instead of {prompt.truth}")
         return candidate
 
-    def _student_prompt(self, prompt: Prompt) -> str:
-        return f"{prompt.text} ###" if self.settings.student_format == "delimiters" else prompt.text
+    def _row(
+        self, prompt: Prompt, completion: str, index: int, responses: tuple[StoredCompletion, ...],
+        fields: dict[str, Any] | None = None,
+    ) -> Candidate:  # fmt: skip
+        """Return a candidate whose prompt is the student's."""
+        if self.settings.student_format == "delimiters":
+            prompt = prompt.with_question(f"{prompt.question} ###")
+        return Candidate(prompt.text, completion, index, responses, fields or {}, messages=prompt.messages)
 
     def _student_completion(self, rationale: str, answer: str | None) -> str:
         if self.settings.student_format == "delimiters":

@@ -11,13 +11,14 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from rayk.config import SynthesisSettings
+from rayk.data.chat_template import ChatTemplate
 from rayk.data.text_encoder import TextEncoder
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
@@ -27,6 +28,7 @@ from rayk.synthesis.store import CompletionStore, StoredCompletion
 from rayk.synthesis.usage import UsageTracker, add_usage
 from rayk.teachers import Teacher
 from rayk.teachers.client import Completion
+from rayk.text.thoughts import mark_separate_thought, mark_thought, split_thought
 from rayk.text.words import whole_characters
 
 _FLUSH_COMPLETIONS = 256
@@ -43,6 +45,9 @@ class CompletionRequest:
 
     Attributes:
         prompt: text that the model is asked to complete or answer.
+        messages: the conversation that the model is asked to continue, if it is more than `prompt` as a user's message;
+            it needs a chat template. See `rayk.synthesis.Prompt.request`.
+        tools: schemas of the tools that the conversation's assistant may call.
         raw_prompt: exact text that the model reads, if the recipe has formatted the prompt itself: neither the chat
             template nor the tokenizer's prefix is added. The store still finds the request by `prompt`, because a
             template may insert the current date.
@@ -52,6 +57,8 @@ class CompletionRequest:
     seed: int
     parameters: SamplingParameters
     raw_prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: list[dict[str, Any]] | None = None
 
 
 class CompletionClient:
@@ -65,6 +72,8 @@ class CompletionClient:
         role: "student", "referee" or "judge"; empty for the teacher that generates the rows. It distinguishes equal
             requests and is part of the provenance.
         chat: overrides `settings.chat`.
+        prefers_chat: whether the chat template is used, if the tokenizer has one and the settings do not decide.
+        template: the text of a chat template, instead of the tokenizer's own.
 
     Attributes:
         teacher: model that is queried.
@@ -76,11 +85,13 @@ class CompletionClient:
 
     def __init__(
         self, teacher: Teacher, store: CompletionStore, settings: SynthesisSettings, seed: int = 0,
-        tracker: UsageTracker | None = None, *, role: str = "", chat: bool | None = None,
+        tracker: UsageTracker | None = None, *, role: str = "", chat: bool | None = None, prefers_chat: bool = False,
+        template: str | None = None,
     ):  # fmt: skip
         self.store, self.tracker = store, tracker or UsageTracker(store.usage)
         self._settings, self._seed, self._role = settings, seed, role
-        self._chat = settings.chat if chat is None else chat
+        chat = settings.chat if chat is None else chat
+        self._chat = bool(chat)
         in_flight = teacher.settings.model_copy(update={"in_flight": settings.in_flight})
         self.teacher = Teacher(teacher.name, teacher.info, in_flight)
         self._encoder = None
@@ -89,11 +100,15 @@ class CompletionClient:
                 f"synthesis.chat: teacher '{teacher.name}' is an endpoint, which has a chat template of its own; "
                 "remove synthesis.chat."
             )
+        self._variables = {**teacher.settings.chat_template_kwargs, **({"template": template} if template else {})}
         if teacher.info.engine != "openai":
-            remote = teacher.settings.trust_remote_code
-            self._encoder = TextEncoder(load_tokenizer(teacher.info.model, trust_remote_code=remote))
-            if self._chat:
-                check_chat_template(self._encoder.tokenizer, teacher.name)
+            tokenizer = load_tokenizer(teacher.info.model, trust_remote_code=teacher.settings.trust_remote_code)
+            chat_template = ChatTemplate(tokenizer, template, teacher.settings.chat_template_kwargs)
+            self._encoder = TextEncoder(tokenizer, chat_template)
+            has_template = bool(template or tokenizer.chat_template)
+            self._chat = has_template and prefers_chat if chat is None else chat
+            if self._chat and not has_template:
+                check_chat_template(tokenizer, teacher.name)
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._closed = asyncio.Event()
         self._occurrences: Counter[str] = Counter()
@@ -173,7 +188,7 @@ class CompletionClient:
             self._store_early_refusals()
         self.tracker.done += 1
         self.tracker.report()
-        return completion
+        return self._without_thought(completion)
 
     def _key(self, request: CompletionRequest) -> str:
         """Key of a request. Equal requests are numbered, so that each gets a completion of its own."""
@@ -181,14 +196,14 @@ class CompletionClient:
         identity = [
             request.prompt, asdict(request.parameters), request.seed, info.engine,
             info.weights_fingerprint or info.model, self._chat if request.raw_prompt is None else "sent",
-            *filter(None, [self._role]),
+            *filter(None, [self._role, request.messages, request.tools, self._endpoint_body or self._variables]),
         ]  # fmt: skip
         digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
         self._occurrences[digest] += 1
         return f"{digest}-{self._occurrences[digest]}"
 
     async def _request(self, key: str, request: CompletionRequest) -> StoredCompletion:
-        text, prompt = self._format_prompt(request)
+        text, prompt, read = self._format_prompt(request)
         if reason := self._length_error(prompt, request.parameters):
             return StoredCompletion(key, "", None, None, "error", reason, refused=True)
         try:
@@ -201,7 +216,7 @@ class CompletionClient:
         self.has_unbilled = True
         if received.finish_reason == "error" and not received.refused:
             return self._record_failure(key, received.reason)
-        completion = _to_stored(key, received)
+        completion = _to_stored(key, received, read)
         provenance = {
             "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
             "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
@@ -217,21 +232,57 @@ class CompletionClient:
             await self._flush()
         return completion
 
-    def _format_prompt(self, request: CompletionRequest) -> tuple[str, str | np.ndarray]:
-        """Return what the model reads: as text for the provenance, and as it is sent (text or token ids [n] int32)."""
-        prompt = request.prompt if request.raw_prompt is None else request.raw_prompt
-        if self._encoder is None:
-            return prompt, prompt
-        if request.raw_prompt is not None:
-            return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32)
-        if not self._chat:
-            return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32)
-        ids = self._encoder.chat_prompt([{"role": "user", "content": prompt}], "synthesis.chat")
-        return self._encoder.tokenizer.decode(ids), np.asarray(ids, np.int32)
+    def _format_prompt(self, request: CompletionRequest) -> tuple[str, Any, str | None]:
+        """Return what the model reads: as text for the provenance, as it is sent (text, messages, or token ids [n]
+        int32), and all of it as text; None if that is unknown, for an endpoint with a chat template.
 
-    def _length_error(self, prompt: str | np.ndarray, parameters: SamplingParameters) -> str:
+        Raises:
+            InputError: the chat template fails, or a conversation is sent to a model that reads no chat.
+        """
+        prompt = request.prompt if request.raw_prompt is None else request.raw_prompt
+        messages = [dict(message) for message in request.messages]
+        if messages and not self.uses_chat:
+            raise InputError(
+                f"A prompt with {len(messages)} messages can only be sent in a chat template, and teacher "
+                f"'{self.teacher.name}' reads plain text; set synthesis.chat: true (for an endpoint: engine.chat)."
+            )
+        if self._encoder is None:
+            if request.tools:
+                raise InputError(
+                    f"Rows with tools cannot be sent to teacher '{self.teacher.name}', an endpoint, whose calls of "
+                    "tools would be lost; remove the rows, or set tools_field to null to leave the tools out."
+                )
+            return prompt, messages or prompt, None if self.uses_chat else prompt
+        if request.raw_prompt is not None:
+            return prompt, np.asarray(self._encoder.encode([prompt])[0], np.int32), prompt
+        if not self._chat:
+            return prompt, np.asarray(self._encoder.prompts([prompt])[0], np.int32), prompt
+        messages = messages or [{"role": "user", "content": prompt}]
+        ids = self._encoder.chat_prompt(messages, "synthesis.chat", request.tools)
+        read = self._encoder.tokenizer.decode(ids)
+        return read, np.asarray(ids, np.int32), read
+
+    @property
+    def _endpoint_body(self) -> dict[str, Any]:
+        """What the settings add to the body of requests to an endpoint."""
+        return getattr(self.teacher.settings.engine, "extra_body", {}) if self._encoder is None else {}
+
+    def _without_thought(self, completion: StoredCompletion) -> StoredCompletion:
+        """Return a completion with its thought apart from its text. One that ends in its thought is truncated."""
+        split = split_thought(completion.text)
+        if split.answer == completion.text and not split.is_cut:
+            return completion
+        tokens = completion.tokens
+        if tokens is not None and self._encoder is not None:
+            tokens = len(self._encoder.encode([split.answer])[0])
+        return replace(
+            completion, text=split.answer, tokens=tokens, thought=split.thought, is_cut_in_thought=split.is_cut,
+            finish_reason="length" if split.is_cut else completion.finish_reason,
+        )  # fmt: skip
+
+    def _length_error(self, prompt: Any, parameters: SamplingParameters) -> str:
         limit = self.teacher.info.max_tokens
-        if isinstance(prompt, str) or len(prompt) + parameters.max_new_tokens <= limit:
+        if not isinstance(prompt, np.ndarray) or len(prompt) + parameters.max_new_tokens <= limit:
             return ""
         return (
             f"the prompt of {len(prompt)} tokens leaves no room for {parameters.max_new_tokens} new tokens: the model "
@@ -351,11 +402,21 @@ async def run_in_order(work: Iterable[Coroutine[Any, Any, T]], limit: int) -> As
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def _to_stored(key: str, completion: Completion) -> StoredCompletion:
+def _to_stored(key: str, completion: Completion, read: str | None) -> StoredCompletion:
+    """Return a completion as it is stored: with its thought, if it has one, between marks before the answer.
+
+    Args:
+        read: the text that the model read; None if unknown.
+    """
+    text = mark_thought(completion.text, read)
+    if completion.thought:
+        text = mark_separate_thought(
+            completion.thought, completion.text, is_truncated=completion.finish_reason == "length"
+        )
     # float32 as in the store, so that new and stored completions are equal.
     logprobs = completion.logprobs
     mean_logprob = float(np.float32(np.mean(logprobs, dtype=np.float64))) if len(logprobs) else None
     return StoredCompletion(
-        key, whole_characters(completion.text), len(completion.token_ids) or None, mean_logprob,
+        key, whole_characters(text), len(completion.token_ids) or None, mean_logprob,
         completion.finish_reason, whole_characters(completion.reason), completion.refused,
     )  # fmt: skip

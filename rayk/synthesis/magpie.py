@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from rayk.config import MagpieConfig, TeacherConfig
+from rayk.data.chat_template import ChatTemplate
 from rayk.data.text_encoder import TextEncoder
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
@@ -186,7 +187,8 @@ def _breaks_off(text: str) -> bool:
 
 
 def _load_encoder(name: str, teacher: TeacherConfig) -> TextEncoder:
-    return TextEncoder(load_tokenizer(name, trust_remote_code=teacher.trust_remote_code))
+    tokenizer = load_tokenizer(name, trust_remote_code=teacher.trust_remote_code)
+    return TextEncoder(tokenizer, ChatTemplate(tokenizer, None, teacher.chat_template_kwargs))
 
 
 def _template_owner(settings: MagpieConfig, teacher: str) -> str:

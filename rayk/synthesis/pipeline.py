@@ -29,7 +29,9 @@ class RecipeContext:
     Attributes:
         number, before: as in `Round`.
         student: the student as it is when the round begins.
-        student_chats: whether the student is queried in its tokenizer's chat template.
+        student_chats: whether the student reads rows in a chat template (`data.chat_template`); then the teachers do
+            too, unless `synthesis.chat` is set.
+        student_template: the text of that template; None: its tokenizer's own.
         referee: None if it is the teacher.
         judges: teachers that `judge` filters name, by name.
     """
@@ -38,6 +40,7 @@ class RecipeContext:
     before: Path | None = None
     student: Teacher | None = None
     student_chats: bool = False
+    student_template: str | None = None
     referee: Teacher | None = None
     judges: Mapping[str, Teacher] = field(default_factory=dict)
 
@@ -64,7 +67,8 @@ def synthesize_rows(
         TeacherUnavailable: as `Teacher.generate`.
     """
     context = context or RecipeContext()
-    clients = _open_clients(settings, teacher, store, seed, progress, context)
+    chats = context.student_chats or any(prompt.messages for prompt in prompts)
+    clients = _open_clients(settings, teacher, store, seed, progress, context, chats)
     recipe = find_recipe(settings)(settings, prompts, clients["teacher"])
     recipe.round = Round(
         context.number, context.before, clients.get("student"), clients.get("referee", clients["teacher"])
@@ -85,9 +89,9 @@ def synthesize_rows(
     names += [each.name for each in pool_filters]
     summary = summarize(recipe, candidates, names)
     store.write_rows(
-        [training_row(candidate, prompts) for candidate in accepted],
-        [training_row(candidate, prompts) for candidate in rejected],
-    )
+        *([training_row(each, prompts, keep_thoughts=settings.thoughts == "keep") for each in candidates]
+          for candidates in (accepted, rejected))
+    )  # fmt: skip
     if not accepted:
         raise RunFailed(why_no_rows(recipe, rejected))
     store.write_summary(summary)
@@ -96,19 +100,24 @@ def synthesize_rows(
 
 def _open_clients(
     settings: SynthesisSettings, teacher: Teacher, store: CompletionStore, seed: int, progress: Progress,
-    context: RecipeContext,
+    context: RecipeContext, chats: bool,
 ) -> dict[str, CompletionClient]:  # fmt: skip
-    """Return the clients by role: 'teacher', and 'student' and 'referee' if the recipe may query them."""
-    tracker = UsageTracker(store.usage, progress)
-    clients = {"teacher": CompletionClient(teacher, store, settings, seed, tracker)}
+    """Return the clients by role: 'teacher', and 'student' and 'referee' if the recipe may query them.
+
+    Args:
+        chats: whether the student reads rows in a chat template.
+    """
+    tracker, prefers_chat = UsageTracker(store.usage, progress), chats and settings.prefers_chat
+    clients = {"teacher": CompletionClient(teacher, store, settings, seed, tracker, prefers_chat=prefers_chat)}
     if context.student is not None:
         clients["student"] = CompletionClient(
-            context.student, store, settings, seed, tracker, role="student", chat=context.student_chats
-        )
+            context.student, store, settings, seed, tracker, role="student",
+            chat=chats and context.student.info.engine != "openai", template=context.student_template,
+        )  # fmt: skip
     if context.referee is not None:
-        chat = settings.chat and context.referee.info.engine != "openai"
+        chat = False if context.referee.info.engine == "openai" else settings.chat
         clients["referee"] = CompletionClient(
-            context.referee, store, settings, seed, tracker, role="referee", chat=chat
+            context.referee, store, settings, seed, tracker, role="referee", chat=chat, prefers_chat=prefers_chat
         )  # fmt: skip
     return clients
 

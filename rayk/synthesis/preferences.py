@@ -32,7 +32,7 @@ from rayk.synthesis.base import (
     completion_text,
     sampling_parameters,
 )
-from rayk.synthesis.completions import CompletionClient, CompletionRequest
+from rayk.synthesis.completions import CompletionClient
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import CompletionScorer
 from rayk.synthesis.store import StoredCompletion
@@ -97,7 +97,7 @@ class Preferences(Recipe[PreferencesConfig]):
     async def _sample(self, model: str, client: CompletionClient, stage: int, index: int, number: int) -> _Sample:
         sampling = self._sampling[model]
         prompt, seed = self.prompts[index], self.client.seed(stage, index, number)
-        response = await client.complete(CompletionRequest(prompt.text, seed, sampling_parameters(sampling)))
+        response = await client.complete(prompt.request(seed, sampling_parameters(sampling)))
         text = completion_text(response, sampling.stop)
         problem = completion_problem(response, text, model)
         if problem or self._score is None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from rayk.config import ResponsesConfig, TeacherConfig
 from rayk.synthesis.base import Candidate, Recipe, completion_problem, completion_text, sampling_parameters
-from rayk.synthesis.completions import CompletionClient, CompletionRequest
+from rayk.synthesis.completions import CompletionClient
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.scoring import CompletionScorer
 from rayk.synthesis.store import StoredCompletion
@@ -40,7 +40,7 @@ class Responses(Recipe[ResponsesConfig]):
 
     async def generate(self, index: int, prompt: Prompt) -> list[Candidate]:
         seeds = [self.client.seed(_SAMPLE, index, sample) for sample in range(self.settings.samples)]
-        requests = (CompletionRequest(prompt.text, seed, self._parameters) for seed in seeds)
+        requests = (prompt.request(seed, self._parameters) for seed in seeds)
         return [self._candidate(index, prompt, response) for response in await self.client.complete_all(requests)]
 
     def _candidate(self, index: int, prompt: Prompt, response: StoredCompletion) -> Candidate:

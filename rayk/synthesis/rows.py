@@ -1,22 +1,42 @@
 """Make training rows and the summary from candidates."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rayk.config import DataSource
 from rayk.synthesis.base import Candidate, Recipe
 from rayk.synthesis.prompts import Prompt
+from rayk.text.thoughts import join_thought
 
+TOOLS_FIELD = DataSource.model_fields["tools_field"].default
 _EXAMPLES = 3
 
 
-def training_row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def training_row(
+    candidate: Candidate, prompts: Sequence[Prompt], *, keep_thoughts: bool = False
+) -> dict[str, Any]:  # fmt: skip
     """Return the row of `rows.parquet` or `rejected.parquet`.
 
     It contains the fields of the source row, so that evaluation, routes and templates find them. The texts, the
-    recipe's fields and the provenance replace fields of the same name.
+    recipe's fields and the provenance replace fields of the same name. If the source's rows are messages, so is the
+    row: `messages`, or for a pair `prompt`, `chosen` and `rejected` with messages.
+
+    Args:
+        keep_thoughts: begin completions with the thoughts of the responses that contain them.
     """
+    row = _text_row(candidate, prompts)
+    if keep_thoughts:
+        names = ("completion",) if candidate.worse is None else ("chosen", "rejected")
+        for name, response in zip(names, candidate.responses, strict=False):
+            row[name] = join_thought(response.thought, row[name])
+    return _with_messages(row, candidate, prompts) if any(prompt.messages for prompt in prompts) else row
+
+
+def _text_row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return a row with its prompt and completions as text."""
     first = candidate.responses[0]
     logprobs = [each.mean_logprob for each in candidate.responses if each.mean_logprob is not None]
     return {
@@ -34,9 +54,36 @@ def training_row(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, A
     }
 
 
+def _with_messages(row: dict[str, Any], candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return a row with messages instead of texts."""
+    source = prompts[candidate.prompt_index]
+    messages: list[Mapping[str, Any]] = [{"role": "user", "content": candidate.prompt}]
+    if candidate.messages or (source.messages and candidate.prompt == source.text):
+        messages = list(candidate.messages or source.messages)
+    answers: dict[str, Any] = {
+        name: [{"role": "assistant", "content": row[name]}]
+        for name in ("completion", "chosen", "rejected")
+        if name in row_texts(candidate)
+    }
+    others = {name: value for name, value in row.items() if name not in ("prompt", "messages", *answers)}
+    if source.tools and not candidate.new_prompt:
+        others[TOOLS_FIELD] = json.dumps(source.tools, ensure_ascii=False)
+    messages = [_storable(message) for message in messages]
+    if candidate.worse is None:
+        return {"messages": [*messages, *answers["completion"]], **others}
+    return {"prompt": messages, **answers, **others}
+
+
+def _storable(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message with its tool calls as JSON, because Parquet gives all arguments of a column the same keys."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": json.dumps(calls, ensure_ascii=False)} if calls else message
+
+
 def filter_fields(candidate: Candidate, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return the fields that filters read: those of the row; for a pair also `completion`, the chosen text."""
-    return training_row(candidate, prompts) | {"completion": candidate.completion}
+    """Return the fields that filters read: those of the row, with its prompt and completions as text; for a pair also
+    `completion`, the chosen text."""
+    return _text_row(candidate, prompts) | {"completion": candidate.completion}
 
 
 def row_texts(candidate: Candidate) -> dict[str, str]:

@@ -122,9 +122,11 @@ class SelfInstruct(PromptGeneratingRecipe[SelfInstructConfig]):
             end = min(start + num_lists * 2**empty_rounds, batch_size)
             indices, requests = zip(*(self._list_request(batch, i, pool) for i in range(start, end)), strict=True)
             for index, response in zip(indices, await self.client.complete_all(requests), strict=True):
-                if response.refused:
-                    refused = Candidate("", "", index, (response,), {"instruction": ""})
-                    yield refused.reject("refused", f"a list of instructions: {response.reason}")
+                missing = missing_response(response)
+                if missing and missing[0] != "unanswered":
+                    by, reason = missing
+                    empty = Candidate("", "", index, (response,), {"instruction": ""})
+                    yield empty.reject(by, f"a list of instructions: {reason}")
                     continue
                 for instruction in self._parse_list(response):
                     rejection = find_rejection({"instruction": instruction}, filters)

@@ -64,6 +64,9 @@ class StoredCompletion:
         mean_logprob: mean log-prob per token, in nats, under the generating model at temperature 1; None if unknown.
         finish_reason: 'stop', 'length', or 'error' if there is no completion; `reason` then says why.
         refused: the request was refused for good, so that repeating it is pointless.
+        thought: the thought of a reasoning model, which the client splits from the text (`rayk.text.thoughts`); the
+            store itself contains both in `text`.
+        is_cut_in_thought: the completion ends inside its thought, so that there is no answer.
     """
 
     key: str
@@ -73,6 +76,8 @@ class StoredCompletion:
     finish_reason: str
     reason: str = ""
     refused: bool = False
+    thought: str = ""
+    is_cut_in_thought: bool = False
 
 
 class CompletionStore:

@@ -1,5 +1,5 @@
 from rayk import Recipe
-from rayk.synthesis import Candidate, CompletionRequest, completion_problem, completion_text, sampling_parameters
+from rayk.synthesis import Candidate, completion_problem, completion_text, sampling_parameters
 
 
 class Shortest(Recipe):
@@ -14,7 +14,7 @@ class Shortest(Recipe):
     async def generate(self, index, prompt):
         sampling = self.settings.sampling
         seeds = [self.client.seed(0, index, i) for i in range(self.settings.options["samples"])]
-        requests = [CompletionRequest(prompt.text, seed, sampling_parameters(sampling)) for seed in seeds]
+        requests = [prompt.request(seed, sampling_parameters(sampling)) for seed in seeds]
         candidates = []
         for response in await self.client.complete_all(requests):
             text = completion_text(response, sampling.stop)

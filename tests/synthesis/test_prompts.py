@@ -6,6 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from rayk.config import AnswerConfig, DataSource, SynthesisConfig
+from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
 from rayk.synthesis import RECIPES, PromptGeneratingRecipe, fingerprint, read_prompts
 from rayk.synthesis.prompts import is_right
@@ -25,6 +26,38 @@ def test_prompts_are_what_the_student_reads(tmp_path):
     assert first.where.endswith("rows.jsonl, line 1")
     said = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     assert [each.text for each in read(tmp_path, said)] == ["Hi"]
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": "2 + 2?"},
+]
+
+
+def test_prompts_may_be_conversations(tmp_path):
+    answer = {"role": "assistant", "content": "4"}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    forms = [
+        {"messages": [*CHAT, answer]},
+        {"messages": CHAT},
+        {"prompt": CHAT, "completion": [answer]},
+        {"prompt": CHAT, "chosen": [answer], "rejected": [{"role": "assistant", "content": "5"}]},
+        {"conversations": [{"from": each["role"], "value": each["content"]} for each in [*CHAT, answer]]},
+    ]
+    for row in forms:
+        form = {"format": "preference"} if "chosen" in row else {}
+        (prompt,) = read(tmp_path, row | {"tools": tools}, **form)
+        assert (list(prompt.messages), prompt.tools, prompt.has_context) == (CHAT, tools, True)
+        assert prompt.text == "System: Be brief.\n\nUser: Hi\n\nAssistant: Ho\n\nUser: 2 + 2?"
+        other = prompt.with_question("Q: 2 + 2?")
+        assert (prompt.question, other.question, other.messages[:3]) == ("2 + 2?", "Q: 2 + 2?", prompt.messages[:3])
+        assert other.text.endswith("Ho\n\nUser: Q: 2 + 2?")
+    (single,) = read(tmp_path, {"messages": CHAT[1:2]})
+    assert (single.text, single.has_context, single.with_question("Ho").text) == ("Hi", False, "Ho")
+    request = single.request(0, SamplingParameters())
+    assert (request.prompt, request.messages) == ("Hi", ())
 
 
 def test_the_right_answer_is_found_by_field_and_pattern(tmp_path):
@@ -55,7 +88,8 @@ def test_yes_and_no_may_be_true_and_false(tmp_path):
         ({"prompt": " "}, {}, "line 1 has an empty prompt"),
         ({"text": "once"}, {}, "is plain text, which has no prompt; set data.train.prompt_field"),
         ({"foo": "bar"}, {}, "has neither 'prompt'"),
-        ({"messages": [{"role": "user", "content": "a"}] * 2}, {}, "exactly one message before the last answer"),
+        ({"messages": [{"role": "system", "content": "a"}]}, {}, "ends with a message of role system, so"),
+        ({"messages": [{"role": "user", "content": ""}]}, {}, "has an empty prompt"),
         ({"prompt": "?"}, {"answer": AnswerConfig()}, "has no field 'answer' with the right answer; set synth"),
         ({"prompt": "?", "answer": "4"}, {"answer": AnswerConfig(pattern="#### (.+)")}, "with its pattern '#### "),
         ({"prompt": "?", "answer": "four"}, {"answer": AnswerConfig(type="number")}, "with its type 'number' in"),
