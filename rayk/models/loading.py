@@ -14,6 +14,7 @@ from torch import Tensor
 from rayk.config.paths import is_local_path
 from rayk.errors import InputError
 from rayk.models.head import Head, check_head, get_head
+from rayk.models.hub import hub_problem
 from rayk.models.packing import enable_packing
 from rayk.models.types import DTYPES, CausalLM
 
@@ -120,14 +121,39 @@ def _from_pretrained(loader, name: str, what: str, **options):
     folder = Path(name).expanduser()
     if is_local_path(name) and not folder.is_dir():
         problem = f"'{name}' is a file, not a folder" if folder.exists() else f"The folder '{name}' does not exist"
-        raise InputError(f"{problem}, so no {what} can be loaded; give a model folder or a hub id.")
+        advice = "give a model folder or a hub id"
+        if folder.suffix == ".gguf":
+            advice = "GGUF files cannot be trained or served; give the folder of the original checkpoint or its hub id"
+        raise InputError(f"{problem}, so no {what} can be loaded; {advice}.")
+    hub = None if folder.is_dir() else hub_problem()
     try:
         with quiet_loading():
-            return loader.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+            return loader.from_pretrained(
+                str(folder) if folder.is_dir() else name, **options, **({"local_files_only": True} if hub else {})
+            )
     except Exception as error:  # transformers, safetensors, tokenizers and the hub each raise their own types
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-        hint = "" if folder.is_dir() else " (there is no such folder, so the name was used as a hub id)"
-        raise InputError(f"No {what} could be loaded from '{name}'{hint}: {reason}") from error
+        raise InputError(_loading_problem(error, name, what, hub)) from error
+
+
+def _loading_problem(error: Exception, name: str, what: str, hub: str | None) -> str:
+    """Return a sentence on why a model, a tokenizer or a configuration could not be loaded.
+
+    Args:
+        hub: why the model hub cannot be reached, if it was needed and cannot.
+    """
+    if hub:
+        return (
+            f"No {what} could be loaded from '{name}': there is no such folder, {hub}, and no download of it is in the "
+            "local cache; check the name and the connection, or give a local folder."
+        )
+    text = str(error) or type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            f"'{name}' comes with Python code of its own, which is needed to load its {what}; read the code, then set "
+            "trust_remote_code: true at the student or teacher to run it."
+        )
+    hint = "" if Path(name).expanduser().is_dir() else " (there is no such folder, so the name was used as a hub id)"
+    return f"No {what} could be loaded from '{name}'{hint}: {textwrap.shorten(text, 300, placeholder=' …')}"
 
 
 def max_positions(config: Any) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 from rayk.config import StudentConfig
 from rayk.errors import InputError
 from rayk.models import DTYPES, check_head, load_model, load_model_config, real_vocab_size, weights_fingerprint
+from rayk.models.checks import check_causal_lm
 from rayk.models.lora import add_adapter
 from rayk.models.packing import enable_packing
 
@@ -90,6 +91,7 @@ def build_model_config(config: StudentConfig, tokenizer) -> Any:
         settings = load_model_config(origin, trust_remote_code=config.trust_remote_code)
     else:
         settings = _config_from_fields(origin or {}, tokenizer)
+    check_causal_lm(settings, origin if isinstance(origin, str) else "student.config")
     model_size, tokenizer_size = settings.get_text_config().vocab_size, real_vocab_size(tokenizer)
     if model_size < tokenizer_size:
         raise InputError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayk.config import RunConfig, check_inputs_exist
+from rayk.config import RunConfig, TeacherConfig, check_inputs_exist
 from rayk.config.support import TopK
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
@@ -18,7 +18,9 @@ from rayk.evaluation.evaluate import select_generation_rows
 from rayk.evaluation.option_ranking import select_option_rows
 from rayk.methods import resolve_method
 from rayk.models import load_model_config, load_tokenizer, real_vocab_size
+from rayk.models.checks import check_causal_lm, check_student_model, check_teacher_model
 from rayk.models.student import build_model_config, count_planned_parameters
+from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
 from rayk.run.checks import check_contexts, check_demonstrated_lengths, check_lengths, check_routes, check_teacher
 from rayk.teachers import Teacher
@@ -90,6 +92,8 @@ def _load_model_configs(
 ) -> dict[str, Any]:
     """Return the transformers configuration of the student and of each teacher, by their names in error messages."""
     models = {"the student": build_model_config(config.student, tokenizer)}
+    if config.student.model is not None:
+        check_student_model(models["the student"], config.student.model)
     if config.student.lora is not None:
         count_planned_parameters(config.student, tokenizer)  # raises if the adapter does not fit the model
     for teacher in config.signal_teachers:
@@ -98,7 +102,22 @@ def _load_model_configs(
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code
             )
+    for teacher in config.teachers:
+        _check_teacher_files(teacher)
     return models
+
+
+def _check_teacher_files(teacher: TeacherConfig) -> None:
+    """Check that a teacher's weights are complete and can be loaded, if this process can know it."""
+    if teacher.model is None or teacher.attach:
+        return
+    if teacher.engine.kind == "vllm":
+        check_weight_files(teacher.model)
+    elif teacher.engine.kind == "transformers":
+        label = f"Teacher '{teacher.name}'"
+        settings = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
+        check_causal_lm(settings, teacher.model)
+        check_teacher_model(settings, teacher.model, label)
 
 
 def _check_support(config: RunConfig, vocab_size: int) -> None:
