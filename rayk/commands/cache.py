@@ -82,6 +82,7 @@ def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> l
     listener.stage("Reading data and models")
     with ExitStack() as stack:
         inputs = read_inputs(config, connect_attached_teachers(config))
+        config = inputs.vocabulary.limit_teachers(config)
         start_ray(required_cpus(config))
         listener.stage("Bringing up teachers")
         cache = stack.enter_context(SignalCache(settings))

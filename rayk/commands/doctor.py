@@ -78,7 +78,7 @@ def _check_run(settings: RunConfig) -> Iterator[Check]:
         yield Check("note", "The training rows are not synthesized yet; the run does this first.")
     settings = with_synthesized_rows(settings) if has_rows else settings
     inputs = read_inputs(settings, attached, training=has_rows)
-    yield Check("ok", f"Tokenizer {inputs.tokenizer_name}: teachers and student agree.")
+    yield from _check_vocabularies(inputs)
     yield from _check_rows(settings, inputs)
     yield from _check_models(settings, inputs)
     yield from _check_signals(settings)
@@ -131,6 +131,18 @@ def _check_synthesis(settings: RunConfig) -> Iterator[Check]:
     yield Check("ok", f"synthesis: teacher '{settings.synthesis_teacher}' generates {settings.synthesis.kind}{rows}.")
     for result in try_functions(settings.synthesis, prompts):
         yield Check("ok", f"{result}.")
+
+
+def _check_vocabularies(inputs: Any) -> Iterator[Check]:
+    for note in inputs.notes:
+        yield Check("note", note)
+    name, vocabulary = inputs.tokenizer_name, inputs.vocabulary
+    if not vocabulary.teacher_sizes:
+        yield Check("ok", f"Tokenizer {name}: {vocabulary.size:,} tokens.")
+    elif inputs.notes:
+        yield Check("ok", f"Tokenizer {name}: teachers and student share {vocabulary.size:,} token ids.")
+    else:
+        yield Check("ok", f"Tokenizer {name}: teachers and student agree on the ids and on sample texts.")
 
 
 def _check_rows(settings: RunConfig, inputs: Any) -> Iterator[Check]:

@@ -93,6 +93,9 @@ class TeacherConfig(Settings):
     judge) and its `prompt_template`, such as `enable_thinking: false`. For an endpoint, set `engine.extra_body`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    vocab_size: Positive | None = None
+    """Number of leading token ids that signals are over; the probability of other tokens is the tail. `null`: all of
+    the teacher's tokens; a run sets it for a teacher that has more tokens than the student."""
     call_tokens: Annotated[Positive, Placement()] = 8192
     """Largest number of tokens that are sent to a replica in one call, and that one requester may have in flight at one
     replica."""

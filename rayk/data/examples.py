@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -120,6 +120,16 @@ class ExampleTable:
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
+
+    def find_token(self, is_wanted: Callable[[np.ndarray], np.ndarray]) -> tuple[str, int] | None:
+        """Return the place of the first row that contains a token id for which `is_wanted` is true, and the id; None if
+        no row contains one."""
+        for ids, offsets in ((self._ids, self._offsets), (self._rejected_ids, self._rejected_offsets)):
+            found = np.flatnonzero(is_wanted(ids))
+            if len(found):
+                row = int(np.searchsorted(offsets, found[0], side="right")) - 1
+                return self.table.column("where")[row].as_py(), int(ids[found[0]])
+        return None
 
     @property
     def skipped(self) -> dict[str, int]:

@@ -28,7 +28,8 @@ class EngineInfo:
     model: str
     """The model's name in messages."""
     vocab_size: int
-    """Number of real tokens, without the padding of the embedding."""
+    """Number of leading token ids that signals are over: real tokens, without the padding of the embedding, and without
+    tokens that the student lacks (`teachers.vocab_size`)."""
     max_tokens: int
     """Longest sequence that the model accepts, in tokens."""
     tokenizer_fingerprint: str

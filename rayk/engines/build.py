@@ -26,7 +26,9 @@ def build_engine(config: TeacherConfig) -> Engine:
     if config.engine.kind == "vllm":
         from rayk.engines.vllm import VLLMEngine
 
-        return VLLMEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+        return VLLMEngine(
+            config.model, config.engine, trust_remote_code=config.trust_remote_code, vocab_size=config.vocab_size
+        )
 
     if config.engine.kind == "openai":
         from rayk.engines.openai import OpenAIEngine
@@ -36,10 +38,18 @@ def build_engine(config: TeacherConfig) -> Engine:
     if config.engine.kind == "simulated":
         from rayk.engines.simulated import SimulatedEngine
 
-        return SimulatedEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+        return SimulatedEngine(
+            config.model, config.engine, trust_remote_code=config.trust_remote_code, vocab_size=config.vocab_size
+        )
 
     if config.engine.kind == "custom":
-        return _build_custom_engine(config.model, config.engine, config.trust_remote_code)
+        engine = _build_custom_engine(config.model, config.engine, config.trust_remote_code)
+        if config.vocab_size is not None and engine.info.vocab_size > config.vocab_size:
+            raise InputError(
+                f"{_SETTING}: '{config.engine.path}' returns signals of {engine.info.vocab_size:,} tokens, but the "
+                f"student has only {config.vocab_size:,} of them; limit info.vocab_size and the ids of its signals."
+            )
+        return engine
 
     import torch
 
@@ -48,7 +58,9 @@ def build_engine(config: TeacherConfig) -> Engine:
     threads = config.engine.threads or max(1, int(config.resources.num_cpus))
     if config.engine.device == "cpu" or not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    return TransformersEngine(config.model, config.engine, trust_remote_code=config.trust_remote_code)
+    return TransformersEngine(
+        config.model, config.engine, trust_remote_code=config.trust_remote_code, vocab_size=config.vocab_size
+    )
 
 
 def load_engine_class(path: str) -> type[Engine]:

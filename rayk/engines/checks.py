@@ -12,6 +12,8 @@ from rayk.engines.speculative import Draft
 from rayk.errors import InputError
 from rayk.signals.sequence import TokenSequence
 
+_PADDING_MASS, _PADDING_FACTOR = 0.01, 4.0
+
 
 def check_request(info: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> None:
     """Check that this model can score `sequences` with `support`.
@@ -55,9 +57,13 @@ def _check_requested(info: EngineInfo, sequence: TokenSequence, first: TokenSequ
 
 
 def tokenize_prompts(
-    info: EngineInfo, tokenizer: Any, prompts: Sequence[Prompt], parameters: SamplingParameters
-) -> list[np.ndarray]:
+    info: EngineInfo, tokenizer: Any, prompts: Sequence[Prompt], parameters: SamplingParameters,
+    tokens: int | None = None,
+) -> list[np.ndarray]:  # fmt: skip
     """Return the prompts' token ids, and check that this model can continue them.
+
+    Args:
+        tokens: number of the model's real tokens, if `info.vocab_size` may be smaller.
 
     Raises:
         InputError: a prompt is empty, has ids out of range, or leaves no room for `max_new_tokens`.
@@ -71,8 +77,14 @@ def tokenize_prompts(
                 f"A prompt of {len(prompt)} tokens plus max_new_tokens ({parameters.max_new_tokens}) exceeds the limit "
                 f"of {info.model} ({info.max_tokens}); lower max_new_tokens or shorten the prompts."
             )
-        _check_ids(info, prompt)
+        _check_ids(info, prompt, tokens)
     return rows
+
+
+def generated_ids(info: EngineInfo, prompts: Sequence[Prompt], tokens: int) -> int:
+    """Return the number of leading ids that completions of these prompts may contain: after a text, all `tokens` of the
+    model; after token ids, which are a student's, only those that the student has."""
+    return tokens if all(isinstance(prompt, str) for prompt in prompts) else info.vocab_size
 
 
 def check_can_verify(info: EngineInfo) -> None:
@@ -104,18 +116,43 @@ def check_drafts(info: EngineInfo, drafts: Sequence[Draft]) -> None:
         _check_ids(info, draft.input_ids)
 
 
-def _check_ids(info: EngineInfo, ids: np.ndarray) -> None:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < info.vocab_size:
+def _check_ids(info: EngineInfo, ids: np.ndarray, tokens: int | None = None) -> None:
+    tokens = info.vocab_size if tokens is None else tokens
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokens:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise InputError(
-            f"Token id {wrong} is outside the vocabulary of {info.model}, which has {info.vocab_size} tokens; student "
-            "and teacher must share a tokenizer."
+            f"Token id {wrong} is outside the vocabulary of {info.model}, which has {tokens} tokens; student and "
+            "teacher must share a tokenizer."
         )
 
 
-def probe_sequence(info: EngineInfo) -> TokenSequence:
+def check_padding(model: str, logprobs: Tensor, tokens: int) -> None:
+    """Check that ids without a token have no probability to speak of.
+
+    An embedding is often padded past the tokenizer's last token. In trained models the padding's probability is far
+    below 1e-4. It counts as part of the tail, so a larger one would be taken from real tokens.
+
+    Args:
+        logprobs: log-probs over all columns of the head at some positions, [positions, columns].
+        tokens: number of real tokens.
+
+    Raises:
+        InputError: the padding has more than 1 % of the probability, and more than four times its share of the columns
+            (models with random weights have flat distributions).
+    """
+    columns = logprobs.shape[1]
+    mass = float(logprobs[:, tokens:].exp().sum(1).mean())
+    if mass > max(_PADDING_MASS, _PADDING_FACTOR * (columns - tokens) / columns):
+        raise InputError(
+            f"The embedding of {model} has {columns:,} rows but its tokenizer only {tokens:,} tokens, and the model "
+            f"gives {mass:.1%} of the probability to the others; save it with the tokenizer that belongs to it, or "
+            f"after model.resize_token_embeddings({tokens})."
+        )
+
+
+def probe_sequence(info: EngineInfo, tokens: int = 64) -> TokenSequence:
     """Return a short sequence that every model can score."""
-    length = min(64, info.max_tokens)
+    length = min(tokens, info.max_tokens)
     return TokenSequence(np.arange(length, dtype=np.int32) % info.vocab_size, np.arange(length) > 0)
 
 

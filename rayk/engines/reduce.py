@@ -16,9 +16,9 @@ def reduce_logits(
 ) -> dict[str, Tensor]:
     """Return the columns of a `SignalBatch` with `support`, computed from float32 logits [tokens, columns].
 
-    The logits are overwritten. Only the first `vocab_size` columns are tokens, and only their ids are returned. The
-    other columns are the embedding's padding: they count in the normalizer and in the tail, as they do in a student
-    with the same padding.
+    The logits are overwritten. Only the first `vocab_size` ids are returned. The other columns are the embedding's
+    padding and tokens that the student lacks: they count in the normalizer and in the tail. Draws (`sampled`) are from
+    the distribution conditioned on the first `vocab_size` tokens.
 
     Args:
         targets: int64 [tokens], the actual next tokens.
@@ -76,11 +76,14 @@ def _sample_columns(
 ) -> dict[str, Tensor]:
     """Return the distinct ids among the draws from p^τ, their weights (count/draws · p/proposal) and p's entropy.
 
-    p and the proposal are normalized over the real tokens, so padding is never drawn.
+    p and the proposal are normalized over the first `vocab_size` tokens, so others are never drawn.
     """
+    if vocab_size < logits.shape[1]:
+        logits = logits[:, :vocab_size]
+        normalizer = logits.logsumexp(1)
     logprobs = logits - normalizer[:, None]
     entropies = -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(1)
-    real = logprobs[:, :vocab_size].double()
+    real = logprobs.double()
     proposal = (support.tau * real).log_softmax(1)
     cumulative = proposal.exp().cumsum(1)
     draws = torch.searchsorted(cumulative, coins * cumulative[:, -1:], right=True).clamp(max=vocab_size - 1)

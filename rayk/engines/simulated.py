@@ -25,13 +25,18 @@ class SimulatedEngine:
     """Implements `rayk.engines.base.Engine`. It computes one request at a time, at the given tokens per second; the
     simulated network latencies of concurrent requests overlap."""
 
-    def __init__(self, model: str, settings: SimulatedEngineConfig, *, trust_remote_code: bool = False):
+    def __init__(
+        self, model: str, settings: SimulatedEngineConfig, *, trust_remote_code: bool = False,
+        vocab_size: int | None = None,
+    ):  # fmt: skip
         self.settings = settings
         self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         architecture = load_model_config(model, trust_remote_code=trust_remote_code).get_text_config()
         self.info = EngineInfo(
             model=model,
-            vocab_size=min(architecture.vocab_size, real_vocab_size(self.tokenizer)),
+            vocab_size=min(
+                vocab_size or architecture.vocab_size, architecture.vocab_size, real_vocab_size(self.tokenizer)
+            ),
             max_tokens=max_positions(architecture),
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype="none",

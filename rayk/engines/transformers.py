@@ -4,6 +4,7 @@ To score sequences, the body runs on whole sequences, but the head only at count
 them at a time, so the logits of a whole batch are never in memory together.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,14 @@ from rayk.config import TransformersEngineConfig
 from rayk.config.support import Hidden, Support, TopK
 from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters
 from rayk.engines.batching import MicroBatcher
-from rayk.engines.checks import check_drafts, check_request, tokenize_prompts
+from rayk.engines.checks import (
+    check_drafts,
+    check_padding,
+    check_request,
+    generated_ids,
+    probe_sequence,
+    tokenize_prompts,
+)
 from rayk.engines.generation import generate
 from rayk.engines.reduce import reduce_logits, stack_position_inputs
 from rayk.engines.speculative import Draft, Verdict
@@ -44,8 +52,13 @@ class TransformersEngine:
     """Implements `rayk.engines.base.VerifyingEngine`."""
 
     def __init__(
-        self, model: str, settings: TransformersEngineConfig | None = None, *, trust_remote_code: bool = False
-    ):
+        self, model: str, settings: TransformersEngineConfig | None = None, *, trust_remote_code: bool = False,
+        vocab_size: int | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            vocab_size: number of leading ids that signals are over; None: all real tokens.
+        """
         settings = settings or TransformersEngineConfig()
         self.device = pick_device(settings.device)
         self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -53,11 +66,12 @@ class TransformersEngine:
             model, dtype=settings.dtype, device=self.device, trust_remote_code=trust_remote_code
         ).requires_grad_(False)
         self._head = get_head(self.model)
+        self._tokens = min(self._head.vocab_size, real_vocab_size(self.tokenizer))
         self._fatal: Exception | None = None
         self._batcher = MicroBatcher(self._run, settings.batch_tokens)
         self.info = EngineInfo(
             model=model,
-            vocab_size=min(self._head.vocab_size, real_vocab_size(self.tokenizer)),
+            vocab_size=min(self._tokens, vocab_size or self._tokens),
             max_tokens=max_positions(self.model.config),
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype=str(self.model.dtype).removeprefix("torch."),
@@ -74,7 +88,7 @@ class TransformersEngine:
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         check_request(self.info, sequences, support)
-        results = await self._batcher.submit(("score", support), sequences, [len(s) for s in sequences])
+        results = await self._batcher.submit(("score", support, 0), sequences, [len(s) for s in sequences])
         batches = list({id(batch): batch for batch, _ in results}.values())
         starts = dict(zip(map(id, batches), np.cumsum([0, *map(len, batches)]), strict=False))
         return concatenate(batches).select([starts[id(batch)] + row for batch, row in results])
@@ -82,17 +96,19 @@ class TransformersEngine:
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[GeneratedSequence]:
-        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters)
+        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters, self._tokens)
         lengths = [len(row) + parameters.max_new_tokens for row in rows]
-        return await self._batcher.submit(("generate", parameters), list(zip(rows, seeds, strict=True)), lengths)
+        limit = generated_ids(self.info, prompts, self._tokens)
+        return await self._batcher.submit(("generate", parameters, limit), list(zip(rows, seeds, strict=True)), lengths)
 
     async def verify(self, drafts: Sequence[Draft]) -> list[Verdict]:
         check_drafts(self.info, drafts)
-        return await self._batcher.submit(("verify", None), drafts, [len(draft) for draft in drafts])
+        return await self._batcher.submit(("verify", None, 0), drafts, [len(draft) for draft in drafts])
 
     async def warm_up(self) -> None:
         length = min(64, self.info.max_tokens)
         await self.score([TokenSequence(np.zeros(length, np.int32), np.arange(length) > 0)], TopK(1))
+        await asyncio.to_thread(self._check_padding)
 
     async def check_health(self) -> None:
         if self._fatal is not None:
@@ -103,11 +119,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _run(self, key, items: list) -> list:
-        kind, parameters = key
+        kind, parameters, limit = key
         try:
             if kind == "generate":
                 prompts, seeds = zip(*items, strict=True)
-                return generate(self.model, self.info.vocab_size, self.tokenizer, prompts, parameters, seeds)
+                return generate(self.model, limit, self.tokenizer, prompts, parameters, seeds)
             if kind == "verify":
                 return self._verifier.verify(items)
             signals = self._score(items, parameters)
@@ -115,6 +131,13 @@ class TransformersEngine:
             self._fatal = error  # a CUDA context does not recover; the failed health check replaces the replica
             raise
         return [(signals, row) for row in range(len(items))]
+
+    @torch.inference_mode()
+    def _check_padding(self) -> None:
+        if self._head.vocab_size > self._tokens:
+            ids = torch.from_numpy(probe_sequence(self.info).input_ids.astype(np.int64))[None].to(self.model.device)
+            logits = self._head.logits(final_hidden(self.model, ids, torch.ones_like(ids))[0])
+            check_padding(self.info.model, logits.log_softmax(1), self._tokens)
 
     @property
     def _chunk(self) -> int:

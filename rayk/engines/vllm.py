@@ -19,7 +19,14 @@ from rayk.config import VLLMEngineConfig
 from rayk.config.support import Hidden, Logprob, Requested, Support, TopK
 from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters
 from rayk.engines.batching import gather
-from rayk.engines.checks import check_request, logprob_mismatch, probe_sequence, tokenize_prompts
+from rayk.engines.checks import (
+    check_padding,
+    check_request,
+    generated_ids,
+    logprob_mismatch,
+    probe_sequence,
+    tokenize_prompts,
+)
 from rayk.engines.vllm_process import start_vllm_engine, vllm_errors
 from rayk.engines.vllm_worker import write_safetensors
 from rayk.errors import EngineDied, InputError
@@ -41,6 +48,7 @@ LEAST_TAIL = 2.0**-23
 # Number of tokens requested in addition to k if the embedding is padded, because padding may be among the likeliest.
 _SPARE = 8
 _HEAD_ROWS = 512
+_PADDING_PROBE = 8
 _HIGHEST_SEED = 2**63 - 1
 
 
@@ -52,7 +60,14 @@ class VLLMEngine:
             to 2^-23.
     """
 
-    def __init__(self, model: str, settings: VLLMEngineConfig | None = None, *, trust_remote_code: bool = False):
+    def __init__(
+        self, model: str, settings: VLLMEngineConfig | None = None, *, trust_remote_code: bool = False,
+        vocab_size: int | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            vocab_size: number of leading ids that signals are over; None: all real tokens.
+        """
         settings = settings or VLLMEngineConfig()
         self.floored_tails = 0
         tokenizer = settings.arguments.get("tokenizer", model)
@@ -60,6 +75,7 @@ class VLLMEngine:
         self._engine = start_vllm_engine(model, settings, trust_remote_code=trust_remote_code)
         config = self._engine.vllm_config
         self._columns = config.model_config.get_vocab_size()
+        self._tokens = min(self._columns, real_vocab_size(self.tokenizer))
         supports = ["topk", "logprob"]
         if config.use_v2_model_runner:
             supports.append("requested")
@@ -71,7 +87,7 @@ class VLLMEngine:
             self._head = head.to(pick_device())
         self.info = EngineInfo(
             model=model,
-            vocab_size=min(self._columns, real_vocab_size(self.tokenizer)),
+            vocab_size=min(self._tokens, vocab_size or self._tokens),
             # To score a sequence, vLLM must also generate a token after it.
             max_tokens=config.model_config.max_model_len - 1,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
@@ -98,13 +114,14 @@ class VLLMEngine:
     async def generate(
         self, prompts: Sequence[Prompt], parameters: SamplingParameters, seeds: Sequence[int]
     ) -> list[GeneratedSequence]:
-        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters)
+        rows = tokenize_prompts(self.info, self.tokenizer, prompts, parameters, self._tokens)
+        limit = generated_ids(self.info, prompts, self._tokens)
         if not (parameters.temperature == 0 or 0.01 <= parameters.temperature <= 2):
             raise InputError(
                 f"vLLM samples at temperatures from 0.01 to 2, or 0 for greedy, not {parameters.temperature:g}."
             )
         return await gather(
-            self._generate_one(prompt, parameters, seed) for prompt, seed in zip(rows, seeds, strict=True)
+            self._generate_one(prompt, parameters, seed, limit) for prompt, seed in zip(rows, seeds, strict=True)
         )
 
     async def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -128,6 +145,7 @@ class VLLMEngine:
 
     async def warm_up(self) -> None:
         reference = (await self.score([probe_sequence(self.info)], TopK(1))).target_logprobs
+        await self._check_padding()
         if self._pooling is not None:
             computed = (await self.score([probe_sequence(self.info)], Hidden())).target_logprobs
             if difference := logprob_mismatch(computed, reference, self.info.dtype):
@@ -136,6 +154,14 @@ class VLLMEngine:
                     f"differ by up to {difference:.2g} nats); leave 'engine.hidden' out, and please report the "
                     "architecture."
                 )
+
+    async def _check_padding(self) -> None:
+        if self._columns > self._tokens:
+            probe = probe_sequence(self.info, _PADDING_PROBE)
+            _, ids, logprobs = await self._request_logprobs(probe, self._columns, None)
+            by_id = np.full((len(ids), self._columns), -np.inf, np.float32)
+            np.put_along_axis(by_id, ids, logprobs, axis=1)
+            check_padding(self.info.model, torch.from_numpy(by_id), self._tokens)
 
     async def check_health(self) -> None:
         if self._engine.errored or (self._pooling is not None and self._pooling.errored):
@@ -247,7 +273,9 @@ class VLLMEngine:
             support, torch.tensor([0, len(at)]), logprobs, self.info.vocab_size, hidden=states.to(DTYPES[support.dtype])
         )
 
-    async def _generate_one(self, prompt: np.ndarray, parameters: SamplingParameters, seed: int) -> GeneratedSequence:
+    async def _generate_one(
+        self, prompt: np.ndarray, parameters: SamplingParameters, seed: int, limit: int
+    ) -> GeneratedSequence:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -257,7 +285,7 @@ class VLLMEngine:
             stop=list(parameters.stop), include_stop_str_in_output=True, skip_special_tokens=False,
             detokenize=bool(parameters.stop), output_kind=RequestOutputKind.FINAL_ONLY,
             # Padding is never sampled. vLLM computes the log-probs before it applies this bias.
-            logit_bias=dict.fromkeys(range(self.info.vocab_size, self._columns), float("-inf")) or None,
+            logit_bias=dict.fromkeys(range(limit, self._columns), float("-inf")) or None,
         )  # fmt: skip
         output = await self._last_output(self._engine.generate(_tokens_prompt(prompt), sampling, uuid.uuid4().hex))
         [completion] = output.outputs

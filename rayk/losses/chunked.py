@@ -19,7 +19,8 @@ from rayk.losses.divergences import (
     check_sampled,
     find_divergence,
     fit_teacher,
-    hidden_logits,
+    has_tail,
+    hidden_outcomes,
     log_probs,
     sampled_forward_kl,
     signal_outcomes,
@@ -110,13 +111,14 @@ def linear_divergence(
         hidden: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         logits = _logits(hidden, student_head)
-        with torch.no_grad():
-            if isinstance(chunk_teacher, SignalBatch):
-                teacher_logits = hidden_logits(chunk_teacher, logits.shape[1])
-            else:
-                teacher_logits = fit_teacher(chunk_teacher, *logits.shape)
-            log_p = log_probs(teacher_logits, temperature)
-        distance = divergence_of(log_p, log_probs(logits, temperature))
+        log_q = log_probs(logits, temperature)
+        if isinstance(chunk_teacher, SignalBatch):
+            log_p, log_q = hidden_outcomes(chunk_teacher, log_q, temperature)
+            distance = divergence_of(log_p, log_q, has_tail=has_tail(chunk_teacher, log_q.shape[1]))
+        else:
+            with torch.no_grad():
+                log_p = log_probs(fit_teacher(chunk_teacher, *logits.shape), temperature)
+            distance = divergence_of(log_p, log_q)
         if chunk_targets is None:
             return distance, None
         return distance, -log_probs(logits).gather(1, chunk_targets[:, None])[:, 0]

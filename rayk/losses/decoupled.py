@@ -120,7 +120,7 @@ def _decoupled_terms(
 ) -> tuple[Tensor, Tensor]:
     """Return (TCKD, NCKD), nats per token, [tokens] each."""
     log_q = log_probs(student_logits, temperature)
-    dense = _dense(teacher, log_q.shape[1])
+    dense = _dense(teacher)
     if dense is None:
         assert isinstance(teacher, SignalBatch)
         log_p, place = _signal_with_gold(teacher, targets, log_q.shape[1], len(log_q), temperature)
@@ -139,13 +139,13 @@ def _decoupled_terms(
     return binary, torch.where(rest_p > LOG_FLOOR / 2, kl(others_p, others_q), 0.0)
 
 
-def _dense(teacher: Teacher, columns: int | None = None) -> Tensor | None:
-    """Return detached logits over the whole vocabulary, or None for signals that contain part of it."""
+def _dense(teacher: Teacher) -> Tensor | None:
+    """Return detached logits over the tokens that the student has too, or None for signals that contain part of it."""
     if not isinstance(teacher, SignalBatch):
         return teacher.detach()
     if not isinstance(teacher.support, Hidden):
         return None
-    return teacher.logits().detach() if columns is None else hidden_logits(teacher, columns)
+    return hidden_logits(teacher)
 
 
 def _split_outcome(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,7 +124,7 @@ def divergence(
         assert teacher.ids is not None
         return sampled_forward_kl(teacher, log_probs(student_logits).gather(1, teacher.ids))
     log_p, log_q = outcomes(student_logits, teacher, temperature)
-    return divergence_of(log_p, log_q, has_tail=isinstance(teacher, SignalBatch) and teacher.ids is not None)
+    return divergence_of(log_p, log_q, has_tail=isinstance(teacher, SignalBatch) and has_tail(teacher, log_p.shape[1]))
 
 
 def find_divergence(name: str | Divergence, **options: float) -> Divergence:
@@ -185,7 +185,7 @@ def outcomes(student_logits: Tensor, teacher: Teacher, temperature: float = 1.0)
     log_q = log_probs(student_logits, temperature)
     if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Hidden):
         check_fit(teacher.tokens, teacher.vocab_size, *student_logits.shape)
-        return log_probs(hidden_logits(teacher, student_logits.shape[1]), temperature), log_q
+        return hidden_outcomes(teacher, log_q, temperature)
     if isinstance(teacher, SignalBatch):
         log_p = signal_outcomes(teacher, student_logits.shape[1], len(student_logits), temperature)
         assert teacher.ids is not None
@@ -226,13 +226,39 @@ def fit_teacher(logits: Tensor, tokens: int, vocab_size: int) -> Tensor:
     return F.pad(logits.detach(), (0, missing), value=-torch.inf) if missing else logits.detach()
 
 
-def hidden_logits(signals: SignalBatch, columns: int) -> Tensor:
-    """Return the logits of a `hidden` signal, detached, with the student's number of columns.
+def hidden_outcomes(signals: SignalBatch, log_q: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return the floored log-probs of teacher and student over the tokens that both have, and, if the student has other
+    columns (padding, or tokens that the teacher lacks), one tail of all other columns; [tokens, outcomes].
 
-    Padding columns that only one of the two models has get probability 0 in the other one.
+    Args:
+        signals: signals with support `hidden`.
+        log_q: the student's log-probs over all its columns, [tokens, columns].
     """
-    logits = signals.logits().detach()[:, :columns]
-    return F.pad(logits, (0, columns - logits.shape[1]), value=-torch.inf)
+    shared, columns = signals.vocab_size, log_q.shape[1]
+    if columns == shared:
+        # The student cannot put probability elsewhere, so the teacher's is conditioned on the shared tokens.
+        return log_probs(hidden_logits(signals), temperature), log_q
+    log_p = log_probs(signals.logits().detach(), temperature)
+    return split_tail(log_p, shared), split_tail(log_q, shared)
+
+
+def hidden_logits(signals: SignalBatch) -> Tensor:
+    """Return the logits of a `hidden` signal over the tokens that the student has too, detached."""
+    return signals.logits().detach()[:, : signals.vocab_size]
+
+
+def split_tail(log_probs: Tensor, shared: int) -> Tensor:
+    """Return the first `shared` columns, and one column with the floored log of the others' total probability."""
+    if log_probs.shape[1] == shared:
+        tail = log_probs.new_full((len(log_probs), 1), LOG_FLOOR)
+    else:
+        tail = log_probs[:, shared:].logsumexp(dim=1, keepdim=True).clamp(min=LOG_FLOOR)
+    return torch.cat([log_probs[:, :shared], tail], dim=1)
+
+
+def has_tail(signals: SignalBatch, columns: int) -> bool:
+    """Return whether the last of `columns` outcomes of a signal is the total of all other tokens."""
+    return signals.ids is not None or columns > signals.vocab_size
 
 
 def check_sampled(name: str | Divergence, temperature: float) -> None:

@@ -103,6 +103,7 @@ def get_head(model: CausalLM) -> Head:
 
 def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Compute the hidden states after the final norm, [rows, length, width], of right-padded rows."""
+    input_ids = input_ids * attention_mask  # the tokenizer's padding id may be past the embedding
     body = getattr(model, model.base_model_prefix)
     if can_pack(model, input_ids.shape[1]) and not attention_mask.all():
         return packed_hidden(body, input_ids, attention_mask)

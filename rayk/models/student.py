@@ -12,6 +12,7 @@ from rayk.models import DTYPES, check_head, load_model, load_model_config, real_
 from rayk.models.checks import check_causal_lm
 from rayk.models.lora import add_adapter
 from rayk.models.packing import enable_packing
+from rayk.models.vocabulary import check_embedding
 
 
 def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu") -> nn.Module:
@@ -92,12 +93,7 @@ def build_model_config(config: StudentConfig, tokenizer) -> Any:
     else:
         settings = _config_from_fields(origin or {}, tokenizer)
     check_causal_lm(settings, origin if isinstance(origin, str) else "student.config")
-    model_size, tokenizer_size = settings.get_text_config().vocab_size, real_vocab_size(tokenizer)
-    if model_size < tokenizer_size:
-        raise InputError(
-            f"The student's vocabulary ({model_size}) is smaller than its tokenizer's ({tokenizer_size}); set "
-            "student.tokenizer to the student's own tokenizer, or set student.config.vocab_size."
-        )
+    check_embedding(tokenizer, settings.get_text_config().vocab_size, str(config.model or "student.config"))
     return settings
 
 

@@ -39,10 +39,10 @@ def _weight_files(folder: Path) -> list[Path]:
                     "the model again."
                 )
             return [folder / name for name in names]
-    others = sorted(folder.glob("*.safetensors"))  # other names can be given to vLLM
-    if not others and not any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf")):
+    found = sorted(folder.glob("*.safetensors"))  # other names can be given to vLLM
+    if not found and not any(any(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf")):
         raise InputError(f"The folder '{folder}' contains no weights (model.safetensors); download the model again.")
-    return others
+    return found
 
 
 def _names_in_index(path: Path) -> list[str]:

@@ -119,7 +119,7 @@ class WorkerPolicy:
 
     def __init__(
         self, learner: CausalLM, tokenizer: Any, settings: RolloutConfig, *, batch_tokens: int,
-        precision: str = "float32", version: int = 0,
+        precision: str = "float32", version: int = 0, vocab_size: int | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -127,12 +127,13 @@ class WorkerPolicy:
             batch_tokens: padded tokens, prompts and completions, of one batch.
             precision: dtype of matrix products, as in training.
             version: the learner's weight version.
+            vocab_size: number of leading ids that completions may contain; None: all real tokens.
         """
         self.parameters = sampling_parameters(settings)
         self.version = version
         self._learner = learner
         on_policy = settings.max_staleness == 0
-        self._model = PolicyModel(learner if on_policy else _copy_model(learner), tokenizer, precision)
+        self._model = PolicyModel(learner if on_policy else _copy_model(learner), tokenizer, precision, vocab_size)
         self._batch_tokens = batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 

@@ -24,13 +24,17 @@ class PolicyModel:
     Call its methods inside `inference_context`, on the same thread.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: Any, precision: str = "float32"):
+    def __init__(
+        self, model: CausalLM, tokenizer: Any, precision: str = "float32", vocab_size: int | None = None
+    ):  # fmt: skip
         """
         Args:
             precision: dtype of matrix products.
+            vocab_size: number of leading ids that completions may contain; None: all real tokens.
         """
         self.model = model
-        self.vocab_size = min(get_head(model).vocab_size, real_vocab_size(tokenizer))
+        tokens = min(get_head(model).vocab_size, real_vocab_size(tokenizer))
+        self.vocab_size = tokens if vocab_size is None else min(tokens, vocab_size)
         self._tokenizer = tokenizer
         self._compute_dtype = DTYPES[precision]
 

@@ -69,7 +69,7 @@ class PolicyReplica:
             torch.set_num_threads(threads or max(1, int(rollouts.resources.num_cpus)))
         tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
         model = make_model(student, tokenizer, settings["seed"], device).eval()
-        policy_model = PolicyModel(model, tokenizer, settings["precision"])
+        policy_model = PolicyModel(model, tokenizer, settings["precision"], settings["vocab_size"])
         self._store = get_store(settings["store"])
         self._demand = Demand()
         self._backend: PolicyBackend

@@ -140,9 +140,14 @@ class ServedPolicy(ServedModel):
 
 
 @contextmanager
-def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterator[PolicyAddress | None]:
+def serve_policy(
+    config: RunConfig, application: str, tokenizer: str, vocab_size: int | None = None
+) -> Iterator[PolicyAddress | None]:
     """Start the policy of `config` on Ray Serve and remove it at the end; yield None if rollouts are generated in the
     workers.
+
+    Args:
+        vocab_size: number of leading ids that completions may contain; None: all real tokens.
 
     Raises:
         InputError: the policy does not start.
@@ -159,6 +164,7 @@ def serve_policy(config: RunConfig, application: str, tokenizer: str) -> Iterato
     settings = {
         "student": config.student.model_dump(mode="json"), "rollouts": rollouts.model_dump(mode="json"),
         "precision": config.training.precision, "seed": config.seed, "tokenizer": tokenizer, "store": address.store,
+        "vocab_size": vocab_size,
     }  # fmt: skip
     try:
         applications.start_application(

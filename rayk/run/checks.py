@@ -1,47 +1,18 @@
-"""Checks of a run's rows against its models: vocabularies, lengths, contexts and routes."""
+"""Checks of a run's rows against its models: lengths, contexts and routes."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rayk.config import RunConfig, TeacherConfig
+from rayk.config import RunConfig
 from rayk.config.support import Hidden
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.views import RowViews
 from rayk.errors import InputError
-from rayk.models import load_model_config, load_tokenizer, max_positions, tokenizer_fingerprint
-from rayk.teachers import Teacher
+from rayk.models import max_positions
 from rayk.teachers.ensemble import check_ensemble, choose_teacher_name
-
-
-def check_teacher(teacher: TeacherConfig, running: Teacher | None, tokenizer: Any, tokenizer_name: str) -> None:
-    """Check that a teacher has the student's vocabulary.
-
-    Args:
-        running: the client of the teacher if it is already running.
-
-    Raises:
-        InputError: the teacher returns no signals, or its tokenizer has other token ids than the student's.
-    """
-    if running is not None:
-        if running.info.engine == "openai":
-            raise InputError(
-                f"Teacher '{teacher.name}' is an endpoint, which generates text and returns no signals, and this run "
-                "generates nothing with it; remove it from 'teachers', or name it in 'synthesis'."
-            )
-        fingerprint = running.info.tokenizer_fingerprint
-    else:
-        assert teacher.model is not None
-        load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
-        teacher_tokenizer = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
-        fingerprint = tokenizer_fingerprint(teacher_tokenizer)
-    if fingerprint != tokenizer_fingerprint(tokenizer):
-        raise InputError(
-            f"Teacher '{teacher.name}' and the student's tokenizer '{tokenizer_name}' give tokens different ids; "
-            "their vocabularies must be the same for methods that compare distributions."
-        )
 
 
 def check_lengths(

@@ -46,6 +46,7 @@ def evaluate_model(
     with ExitStack() as stack:
         inputs = read_inputs(config, connect_attached_teachers(config), training=False)
         assert inputs.evaluation is not None
+        config = inputs.vocabulary.limit_teachers(config)
         retriever = find_retriever(config)
         start_ray(required_cpus(config))
         listener.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")

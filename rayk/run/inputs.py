@@ -17,12 +17,13 @@ from rayk.evaluation.answer_scoring import AnswerScorer
 from rayk.evaluation.evaluate import select_generation_rows
 from rayk.evaluation.option_ranking import select_option_rows
 from rayk.methods import resolve_method
-from rayk.models import load_model_config, load_tokenizer, real_vocab_size
+from rayk.models import load_model_config, load_tokenizer
 from rayk.models.checks import check_causal_lm, check_student_model, check_teacher_model
 from rayk.models.student import build_model_config, count_planned_parameters
 from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
-from rayk.run.checks import check_contexts, check_demonstrated_lengths, check_lengths, check_routes, check_teacher
+from rayk.run.checks import check_contexts, check_demonstrated_lengths, check_lengths, check_routes
+from rayk.run.vocabularies import SharedVocabulary, share_vocabularies
 from rayk.teachers import Teacher
 
 
@@ -32,6 +33,7 @@ class Inputs:
 
     tokenizer_name: str
     tokenizer: Any
+    vocabulary: SharedVocabulary
     train: ExampleTable | None
     """None if nothing is trained."""
     evaluation: ExampleTable | None
@@ -39,6 +41,8 @@ class Inputs:
     """Plain text that is trained on in addition to `train`."""
     views: RowViews = field(default_factory=RowViews)
     """The rows as each model reads them. Demonstrations are not ranked yet."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user on what is allowed, but may not be intended."""
 
 
 def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
@@ -55,10 +59,13 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     resolve_method(config.method)  # raises if the user's code cannot be loaded
     name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
-    models = _load_model_configs(config, attached, tokenizer, name)
-    _check_support(config, real_vocab_size(tokenizer))
+    models = _load_model_configs(config, tokenizer)
+    student_size = models["the student"].get_text_config().vocab_size
+    vocabulary = share_vocabularies(config, attached, tokenizer, name, student_size)
+    _check_support(config, vocabulary.size)
     train, evaluation, pretraining = _read_tables(config, tokenizer, training)
     tables = [table for table in (train, evaluation, pretraining) if table is not None]
+    vocabulary.check_rows(tables, tokenizer)
     demonstrations = _read_demonstrations(config, tokenizer, train, tables)
     views = RowViews.from_config(config, tokenizer, demonstrations)
     check_lengths(models, config, train, evaluation, tables)
@@ -71,7 +78,8 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
         generated = select_generation_rows(evaluation, config.evaluation, views)
         for example in (*generated, *select_option_rows(evaluation, views)):
             scorer.expected_answers(example)
-    return Inputs(name, tokenizer, train, evaluation, pretraining, views)
+    notes = vocabulary.notes + tuple(note for table in tables[:1] for note in vocabulary.describe_rows(table))
+    return Inputs(name, tokenizer, vocabulary, train, evaluation, pretraining, views, notes)
 
 
 def find_tokenizer(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
@@ -87,9 +95,7 @@ def find_tokenizer(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
     raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
 
 
-def _load_model_configs(
-    config: RunConfig, attached: Mapping[str, Teacher], tokenizer: Any, tokenizer_name: str
-) -> dict[str, Any]:
+def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     """Return the transformers configuration of the student and of each teacher, by their names in error messages."""
     models = {"the student": build_model_config(config.student, tokenizer)}
     if config.student.model is not None:
@@ -97,7 +103,6 @@ def _load_model_configs(
     if config.student.lora is not None:
         count_planned_parameters(config.student, tokenizer)  # raises if the adapter does not fit the model
     for teacher in config.signal_teachers:
-        check_teacher(teacher, attached.get(teacher.name), tokenizer, tokenizer_name)
         if teacher.model:
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code

@@ -57,6 +57,9 @@ def run_once(
         prompts = read_synthesis_prompts(config) if config.synthesis else []
         claim_directory(config, resume)
         listener.stage(f"The run directory is {config.output_path}")
+        for note in inputs.notes:
+            listener.stage(note)
+        config = inputs.vocabulary.limit_teachers(config)
         if config.teachers or config.training.workers:
             start_ray(required_cpus(config))
             check_own_cluster(config)
@@ -67,6 +70,7 @@ def run_once(
             )
             config = with_synthesized_rows(config)
             inputs = read_inputs(config, attached)
+            config = inputs.vocabulary.limit_teachers(config)
         assert inputs.train is not None
         claim_training_rows(config, inputs.train.fingerprint)
         base = check_base_weights(config)
@@ -119,14 +123,16 @@ def _train_student(
     assert inputs.train is not None
     if config.rollouts is not None and config.rollouts.is_served:
         listener.stage("Bringing up the student's policy on Ray Serve")
-    policy = stack.enter_context(serve_policy(config, policy_application(config), inputs.tokenizer_name))
+    policy = stack.enter_context(
+        serve_policy(config, policy_application(config), inputs.tokenizer_name, inputs.vocabulary.generated)
+    )
     total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
     listener.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
     job = Job(
         config, inputs.tokenizer_name, teacher_applications(config), inputs.train.table,
         evaluation_table=None if inputs.evaluation is None else inputs.evaluation.table,
         auxiliary_table=None if inputs.pretraining is None else inputs.pretraining.table,
-        policy=policy, views=inputs.views, base=base,
+        policy=policy, views=inputs.views, base=base, generated_ids=inputs.vocabulary.generated,
     )  # fmt: skip
     with follow_metrics(config.output_path, total, listener):
         return train(job)

@@ -43,6 +43,8 @@ class Job:
     """A `RowViews`, which adds contexts to rows; None if all models read rows in the same context."""
     base: str = ""
     """The fingerprint of the frozen weights below an adapter."""
+    generated_ids: int | None = None
+    """Number of leading token ids that rollouts may contain; None for all of the student's tokens."""
     import_paths: list[str] = field(default_factory=_import_paths)
     """Folders in which the driver, and so the workers, find the user's modules."""
 

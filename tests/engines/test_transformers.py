@@ -414,3 +414,43 @@ def test_sampling_settings_in_the_model_folder_are_ignored(tmp_path, tiny_teache
     ours = run(TransformersEngine(str(folder)), prompts, max_new_tokens=20)
     plain = run(TransformersEngine(tiny_teacher), prompts, max_new_tokens=20)
     assert [w.token_ids.tolist() for w in ours] == [w.token_ids.tolist() for w in plain]
+
+
+def test_a_limited_vocabulary_moves_the_probability_of_other_tokens_to_the_tail(tmp_path, reference):
+    reference.save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    limited = TransformersEngine(str(tmp_path), vocab_size=VOCAB - 40)
+    sequences = [TokenSequence(np.arange(4, 44, dtype=np.int32), np.arange(40) > 0)]
+    exact = dense(reference, sequences)
+    signals = score(limited, sequences, TopK(VOCAB - 40, (1.0, 2.0)))
+    assert (signals.vocab_size, int(signals.ids.max())) == (VOCAB - 40, VOCAB - 41)
+    torch.testing.assert_close(signals.logprobs, exact.gather(1, signals.ids), atol=1e-4, rtol=0)
+    for column, temperature in enumerate((1.0, 2.0)):
+        others = (exact[:, VOCAB - 40 :] / temperature).logsumexp(1)
+        torch.testing.assert_close(signals.log_tails[:, column], others, atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match=f"Token id {VOCAB - 1} is outside"):
+        score(limited, [TokenSequence(np.array([4, VOCAB - 1], np.int32), np.array([False, True]))], TopK(2))
+
+
+def test_completions_of_texts_may_contain_tokens_that_those_of_ids_may_not(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB - 4 : VOCAB] *= 20
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    limited = TransformersEngine(str(tmp_path), vocab_size=VOCAB - 4)
+    text = limited.tokenizer.decode([VOCAB - 1]) + " the cat"
+    [of_text] = run(limited, [text], max_new_tokens=30)
+    [of_ids] = run(limited, [np.array([5, 6])], max_new_tokens=30)
+    assert of_text.token_ids.max() >= VOCAB - 4 > of_ids.token_ids.max()
+
+
+def test_padding_with_probability_is_refused_when_the_engine_starts(tmp_path, engine):
+    asyncio.run(engine.warm_up())  # ordinary padding
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] *= 30
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=rf"384 rows .* only {VOCAB} tokens.*resize_token_embeddings\({VOCAB}\)"):
+        asyncio.run(TransformersEngine(str(tmp_path)).warm_up())
