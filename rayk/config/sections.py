@@ -147,7 +147,9 @@ class RolloutSettings(Settings):
     """Sampling of the student's completions during training, wherever they are generated."""
 
     max_new_tokens: Positive = 256
-    """Longest completion in tokens. Longer ones are truncated; their tokens are trained on, with no EOS appended."""
+    """Longest completion in tokens. Longer ones are truncated; their tokens are trained on, with no EOS appended. A
+    completion ends with one of the student's own end tokens (`generation_config.json`) or with the token that ends the
+    training rows' completions."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Sampling temperature; 0 is greedy decoding. GKD's reverse KL is defined for temperature 1 without truncation."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -68,7 +68,9 @@ class StudentConfig(Settings):
 
 
 class TrainingConfig(Settings):
-    """The optimization and where it runs. The trained weights depend on neither `workers` nor `micro_batch_tokens`."""
+    """The optimization and where it runs. The trained weights depend on neither `workers` nor `micro_batch_tokens`,
+    except through dropout, whose masks are drawn for each worker and forward pass. Methods that compare log-probs with
+    those of the same weights use no dropout (`minillm`, `preference`, `on_policy` with `form: policy`)."""
 
     workers: Annotated[int, Placement(), Field(ge=0)] = 1
     """Number of Ray Train workers (data parallel); 0 trains in this process, without a worker group."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -18,6 +18,7 @@ EVERY_TEACHER = "*"
 
 _CHUNK_ROWS = 1000
 _SKIPPED = b"rayk.skipped"
+_ENDS = b"rayk.ends"
 # large lists: the tokens of a corpus overflow the 32-bit offsets of plain lists
 _SCHEMA = pa.schema(
     [
@@ -81,20 +82,24 @@ class ExampleTable:
 
     Columns: input_ids large_list<int32>, counted large_list<bool>, rejected_ids large_list<int32> (empty except for
     preference pairs), prompt_tokens int32, where string, fields string (JSON). The schema's metadata contain the number
-    of skipped rows by reason.
+    of skipped rows by reason, and the ends of the completions.
     """
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
 
     @classmethod
-    def from_examples(cls, examples: Iterable[Example], skipped: Mapping[str, int] | None = None) -> "ExampleTable":
-        """Build a table. `skipped` is read after the last example, so the iterator `examples` may add to it."""
+    def from_examples(
+        cls, examples: Iterable[Example], skipped: Mapping[str, int] | None = None, ends: Collection[int] = ()
+    ) -> "ExampleTable":
+        """Build a table. `skipped` and `ends` are read after the last example, so the iterator `examples` may add to
+        them."""
         remaining, parts = iter(examples), []
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
             parts.append(_record_batch(chunk))
         table = pa.Table.from_batches(parts, _SCHEMA)
-        return cls(table.replace_schema_metadata({_SKIPPED: json.dumps(dict(skipped or {}))}))
+        metadata = {_SKIPPED: json.dumps(dict(skipped or {})), _ENDS: json.dumps(sorted(ends))}
+        return cls(table.replace_schema_metadata(metadata))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ExampleTable, (self.table,)
@@ -135,6 +140,12 @@ class ExampleTable:
     def skipped(self) -> dict[str, int]:
         """Number of skipped rows, by reason."""
         return json.loads((self.table.schema.metadata or {}).get(_SKIPPED, b"{}"))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the special tokens with which the rows' completions end; for rows without completions, those with
+        which a completion would end."""
+        return tuple(json.loads((self.table.schema.metadata or {}).get(_ENDS, b"[]")))
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -194,6 +194,16 @@ class TextEncoder:
             for turn, following in itertools.pairwise(turns)
         )
 
+    def end_of_answer(self, messages: list[Message], where: str) -> int | None:
+        """Return the special token with which the chat template ends an answer to `messages`; None if it ends answers
+        with ordinary text, or cannot render one."""
+        try:
+            answered = self.chat([*messages, {"role": "assistant", "content": "a"}], [len(messages)], where)
+        except InputError:
+            return None
+        last = answered.input_ids[-1]
+        return last if last in self.special_ids else None
+
     def _encode_turns(self, turns: list[Turn]) -> Tokens:
         """Tokenize turns, each of which begins with the text of the one before."""
         ids: list[int] = []

@@ -27,7 +27,8 @@ _RowTokens = Tokens | tuple[Tokens, Tokens]
 
 
 class RowTokenizer:
-    """Tokenize the rows of one source; `skipped` counts the unusable rows by reason.
+    """Tokenize the rows of one source; `skipped` counts the unusable rows by reason, `ends` are the ids of the special
+    tokens that end the completions.
 
     Args:
         source: fields and format.
@@ -60,6 +61,7 @@ class RowTokenizer:
         self.first_skipped: dict[str, str] = {}
         self.divided_rows = 0
         """Number of rows of which each trained turn is an example of its own."""
+        self.ends: set[int] = set()
 
     def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
         """Yield the usable rows as examples, in order.
@@ -117,14 +119,16 @@ class RowTokenizer:
             )
         is_chat = form == "messages" or (form == "preference" and self.texts.has_conversations(rows[0]))
         if is_chat or self.data.chat_template:
+            chats = [self.texts.prompt_messages(row, pairs=form == "preference") for row in rows]
             prompts = [
-                self.encoder.chat_prompt(
-                    self.texts.prompt_messages(row, pairs=form == "preference"), row.where, self.texts.tools(row)
-                )
-                for row in rows
+                self.encoder.chat_prompt(chat, row.where, self.texts.tools(row))
+                for row, chat in zip(rows, chats, strict=True)
             ]
+            if not self.ends and (end := self.encoder.end_of_answer(chats[0], rows[0].where)) is not None:
+                self.ends.add(end)
         else:
             prompts = self.encoder.prompts([self.texts.prompt(row) for row in rows])
+            self.ends.add(self.encoder.eos_id)
         return [Tokens(ids, [], (len(ids),)) for ids in prompts]
 
     def _format(self, row: Row) -> Format:
@@ -223,6 +227,8 @@ class RowTokenizer:
         elif not self.prompts_only and not counted.any():
             self._skip(row, "no counted token")
         else:
+            if length <= limits.max_tokens and counted.any():
+                self.ends |= {int(ids[np.flatnonzero(counted)[-1]])} & self.encoder.special_ids
             return Example(ids, counted, None, tokens.prompt_tokens(len(ids)), row.where, row.fields)
         return None
 
@@ -268,7 +274,7 @@ def build_table(tokenizer: RowTokenizer, rows: Iterable[Row], name: str) -> Exam
     Raises:
         InputError: as `RowTokenizer.examples`, or no row is usable.
     """
-    table = ExampleTable.from_examples(tokenizer.examples(rows), tokenizer.skipped)
+    table = ExampleTable.from_examples(tokenizer.examples(rows), tokenizer.skipped, tokenizer.ends)
     if tokenizer.divided_rows:
         logger.info(
             "'%s': the chat template prints earlier assistant turns differently from the last one, so each trained "

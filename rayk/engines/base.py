@@ -60,6 +60,8 @@ class SamplingParameters:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     """Strings that end a completion; the completion includes the string that ended it."""
+    end_token_ids: tuple[int, ...] = ()
+    """Ids of the tokens that end a completion; empty: the model's own."""
 
     def __post_init__(self) -> None:
         numbers_fit = self.max_new_tokens >= 1 and self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0

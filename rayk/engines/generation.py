@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rayk.engines.base import GeneratedSequence, SamplingParameters
+from rayk.models.ends import end_token_ids
 
 
 def generate(
@@ -29,7 +30,7 @@ def generate(
         ids[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
         mask[row, longest - len(prompt) :] = 1
     model_settings = model.generation_config
-    eos_ids = get_eos_token_ids(model, tokenizer)
+    eos_ids = list(parameters.end_token_ids or end_token_ids(model_settings, tokenizer))
     settings = GenerationConfig(
         max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos_ids or None,
         pad_token_id=eos_ids[0] if eos_ids else 0,
@@ -61,13 +62,6 @@ def generate(
             GeneratedSequence(completion, row_logprobs[:length].astype(np.float32), "stop" if ends else "length", text)
         )
     return generated
-
-
-def get_eos_token_ids(model, tokenizer) -> list[int]:
-    """Return the tokens that end a text, from the model's generation settings or, if unset there, the tokenizer."""
-    model_ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if model_ids is None else model_ids
-    return [int(token) for token in np.atleast_1d([] if ids is None else ids)]
 
 
 class _SeededSampler:

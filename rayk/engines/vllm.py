@@ -281,7 +281,8 @@ class VLLMEngine:
 
         sampling = SamplingParams(
             max_tokens=parameters.max_new_tokens, temperature=parameters.temperature, top_p=parameters.top_p,
-            top_k=parameters.top_k, seed=int(seed) & _HIGHEST_SEED, logprobs=0, flat_logprobs=True,
+            top_k=parameters.top_k, stop_token_ids=list(parameters.end_token_ids) or None,
+            ignore_eos=bool(parameters.end_token_ids), seed=int(seed) & _HIGHEST_SEED, logprobs=0, flat_logprobs=True,
             stop=list(parameters.stop), include_stop_str_in_output=True, skip_special_tokens=False,
             detokenize=bool(parameters.stop), output_kind=RequestOutputKind.FINAL_ONLY,
             # Padding is never sampled. vLLM computes the log-probs before it applies this bias.

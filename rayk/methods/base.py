@@ -121,6 +121,9 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     needs: ClassVar[str] = ""
     """The signals that the method requests from a teacher, with their size per token."""
+    uses_dropout: bool = True
+    """Whether the student is trained with its dropout; false if the loss compares the student's log-probs with others
+    of the same weights, which are computed without dropout."""
 
     def __init__(self, settings: Any, teacher: Scorer | None, policy: Policy | None = None):
         self.settings = settings

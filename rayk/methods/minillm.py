@@ -71,6 +71,7 @@ class MiniLLM(OnPolicyMethod):
 
     settings: MiniLLMConfig
     kind = "minillm"
+    uses_dropout = False  # as in LMOps; the ratios to the rollouts' log-probs are 1 before an update
     summary = "policy gradients of reverse KL over completions that student and teacher sample together"
     paper = "Gu et al. 2024 §2.2"
     needs = "as on_policy, and about 0.1 calls a token to verify the student's drafts (engine kind transformers)"

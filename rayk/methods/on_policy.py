@@ -51,6 +51,7 @@ class OnPolicy(OnPolicyMethod):
         super().__init__(settings, teacher, policy)
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
+        self.uses_dropout = settings.form != "policy"
         self._replaying = False
         """Whether the replay buffer was full at the start of the step."""
 

@@ -65,6 +65,7 @@ class Preference(Method):
 
     settings: PreferenceConfig
     kind = "preference"
+    uses_dropout = False  # the margin is 0 before the first update
     summary = "the student learns to prefer the chosen of two answers to a prompt"
     paper = "Rafailov et al. 2023 (DPO)"
     needs = "no teacher (the initial student is the reference); or, as `reference`, logprob: 4 bytes a token"

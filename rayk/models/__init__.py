@@ -7,6 +7,7 @@ at counted tokens, and only on a limited number of them at a time.
 from rayk.models.fingerprint import real_vocab_size, tokenizer_fingerprint, weights_fingerprint
 from rayk.models.head import Head, check_head, final_hidden, get_head, pack_head, unpack_head
 from rayk.models.loading import (
+    load_generation_config,
     load_head,
     load_model,
     load_model_config,
@@ -24,6 +25,7 @@ __all__ = [
     "check_head",
     "final_hidden",
     "get_head",
+    "load_generation_config",
     "load_head",
     "load_model",
     "load_model_config",

@@ -110,6 +110,16 @@ def load_model_config(name: str, *, trust_remote_code: bool = False):
     return _from_pretrained(AutoConfig, name, "model configuration", trust_remote_code=trust_remote_code)
 
 
+def load_generation_config(name: str, *, trust_remote_code: bool = False):
+    """Load the generation settings of a local folder or a hub id; without any, those that its `config.json` implies."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:
+        return GenerationConfig.from_model_config(load_model_config(name, trust_remote_code=trust_remote_code))
+
+
 def pick_device(device: str = "auto") -> str:
     """Return `device`; for `auto`, the first GPU that this process sees, or the CPU."""
     if device != "auto":

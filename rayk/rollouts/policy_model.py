@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rayk.data.batches import Batch, collate, get_pad_id
 from rayk.engines.base import GeneratedSequence, SamplingParameters
-from rayk.engines.generation import generate, get_eos_token_ids
+from rayk.engines.generation import generate
 from rayk.losses import linear_cross_entropy
 from rayk.models import DTYPES, CausalLM, final_hidden, get_head, real_vocab_size
+from rayk.models.ends import end_token_ids
 from rayk.signals.sequence import TokenSequence
 
 _CHUNK_ELEMENTS = 1 << 23
@@ -39,9 +40,9 @@ class PolicyModel:
         self._compute_dtype = DTYPES[precision]
 
     @property
-    def eos_token_ids(self) -> list[int]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end a completion."""
-        return get_eos_token_ids(self.model, self._tokenizer)
+        return end_token_ids(self.model.generation_config, self._tokenizer)
 
     def generate(
         self, prompts: Sequence[np.ndarray], parameters: SamplingParameters, seeds: Sequence[int],
@@ -80,13 +81,14 @@ class PolicyModel:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Disable dropout; restore the model's mode at the end."""
-        training = self.model.training
+        """Disable dropout; restore the mode of each of the model's modules at the end."""
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Use the training step's dtype for matrix products, on the current thread."""

@@ -17,6 +17,7 @@ from rayk.config.support import TopK
 from rayk.engines.base import GeneratedSequence, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.models import load_tokenizer, pick_device
+from rayk.models.ends import set_end_token_ids
 from rayk.models.student import make_model
 from rayk.rollouts.policy_model import PolicyModel
 from rayk.serving.autoscaling import METRIC, Demand, Requester
@@ -69,6 +70,7 @@ class PolicyReplica:
             torch.set_num_threads(threads or max(1, int(rollouts.resources.num_cpus)))
         tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
         model = make_model(student, tokenizer, settings["seed"], device).eval()
+        set_end_token_ids(model, tokenizer, settings["trained_ends"])
         policy_model = PolicyModel(model, tokenizer, settings["precision"], settings["vocab_size"])
         self._store = get_store(settings["store"])
         self._demand = Demand()

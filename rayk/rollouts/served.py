@@ -141,13 +141,15 @@ class ServedPolicy(ServedModel):
 
 @contextmanager
 def serve_policy(
-    config: RunConfig, application: str, tokenizer: str, vocab_size: int | None = None
-) -> Iterator[PolicyAddress | None]:
+    config: RunConfig, application: str, tokenizer: str, vocab_size: int | None = None, *,
+    trained_ends: Sequence[int] = (),
+) -> Iterator[PolicyAddress | None]:  # fmt: skip
     """Start the policy of `config` on Ray Serve and remove it at the end; yield None if rollouts are generated in the
     workers.
 
     Args:
         vocab_size: number of leading ids that completions may contain; None: all real tokens.
+        trained_ends: ids of the tokens that end a completion in addition to the model's own ends.
 
     Raises:
         InputError: the policy does not start.
@@ -165,6 +167,7 @@ def serve_policy(
         "student": config.student.model_dump(mode="json"), "rollouts": rollouts.model_dump(mode="json"),
         "precision": config.training.precision, "seed": config.seed, "tokenizer": tokenizer, "store": address.store,
         "vocab_size": vocab_size,
+        "trained_ends": list(trained_ends),
     }  # fmt: skip
     try:
         applications.start_application(

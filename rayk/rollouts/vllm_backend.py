@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class VLLMBackend:
         async with self._lock.hold(version, published):
             if isinstance(mode, SamplingParameters):
                 prompts, seeds = zip(*items, strict=True)
-                return await self._engine.generate(prompts, mode, seeds)
+                parameters = replace(mode, end_token_ids=self._model.eos_token_ids)
+                return await self._engine.generate(prompts, parameters, seeds)
             support = TopK(min(mode.k, self._engine.info.vocab_size)) if isinstance(mode, TopK) else Logprob()
             signals = await self._engine.score(items, support)
             values = signals.target_logprobs.numpy() if signals.ids is None else signals.ids.numpy().astype(np.int32)

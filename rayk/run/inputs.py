@@ -44,6 +44,12 @@ class Inputs:
     notes: tuple[str, ...] = ()
     """Sentences for the user on what is allowed, but may not be intended."""
 
+    @property
+    def trained_ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end the completions that are trained on."""
+        tables = [table for table in (self.train, self.pretraining) if table is not None]
+        return tuple(sorted({token for table in tables for token in table.ends}))
+
 
 def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training: bool = True) -> Inputs:
     """Load the tokenizer and the rows, and check them.

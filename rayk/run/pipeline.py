@@ -124,7 +124,10 @@ def _train_student(
     if config.rollouts is not None and config.rollouts.is_served:
         listener.stage("Bringing up the student's policy on Ray Serve")
     policy = stack.enter_context(
-        serve_policy(config, policy_application(config), inputs.tokenizer_name, inputs.vocabulary.generated)
+        serve_policy(
+            config, policy_application(config), inputs.tokenizer_name, inputs.vocabulary.generated,
+            trained_ends=inputs.trained_ends,
+        )  # fmt: skip
     )
     total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
     listener.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
@@ -133,6 +136,7 @@ def _train_student(
         evaluation_table=None if inputs.evaluation is None else inputs.evaluation.table,
         auxiliary_table=None if inputs.pretraining is None else inputs.pretraining.table,
         policy=policy, views=inputs.views, base=base, generated_ids=inputs.vocabulary.generated,
+        trained_ends=inputs.trained_ends,
     )  # fmt: skip
     with follow_metrics(config.output_path, total, listener):
         return train(job)

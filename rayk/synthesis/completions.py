@@ -23,7 +23,8 @@ from rayk.data.text_encoder import TextEncoder
 from rayk.engines.base import SamplingParameters
 from rayk.engines.batching import gather
 from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
-from rayk.models import load_tokenizer
+from rayk.models import load_generation_config, load_tokenizer
+from rayk.models.ends import end_token_ids
 from rayk.synthesis.store import CompletionStore, StoredCompletion
 from rayk.synthesis.usage import UsageTracker, add_usage
 from rayk.teachers import Teacher
@@ -109,6 +110,7 @@ class CompletionClient:
             self._chat = has_template and prefers_chat if chat is None else chat
             if self._chat and not has_template:
                 check_chat_template(tokenizer, teacher.name)
+        self._end_token_ids = self._find_ends(self._encoder) if role == "student" and self._encoder else ()
         self._slots = asyncio.Semaphore(settings.in_flight)
         self._closed = asyncio.Event()
         self._occurrences: Counter[str] = Counter()
@@ -194,7 +196,7 @@ class CompletionClient:
         """Key of a request. Equal requests are numbered, so that each gets a completion of its own."""
         info = self.teacher.info
         identity = [
-            request.prompt, asdict(request.parameters), request.seed, info.engine,
+            request.prompt, _to_dict(request.parameters), request.seed, info.engine,
             info.weights_fingerprint or info.model, self._chat if request.raw_prompt is None else "sent",
             *filter(None, [self._role, request.messages, request.tools, self._endpoint_body or self._variables]),
         ]  # fmt: skip
@@ -207,7 +209,8 @@ class CompletionClient:
         if reason := self._length_error(prompt, request.parameters):
             return StoredCompletion(key, "", None, None, "error", reason, refused=True)
         try:
-            received = (await self.teacher.agenerate([prompt], request.parameters, [request.seed]))[0]
+            parameters = replace(request.parameters, end_token_ids=self._end_token_ids)
+            received = (await self.teacher.agenerate([prompt], parameters, [request.seed]))[0]
         except TeacherUnavailable as error:
             if self.teacher.info.engine != "openai":
                 raise
@@ -218,7 +221,7 @@ class CompletionClient:
             return self._record_failure(key, received.reason)
         completion = _to_stored(key, received, read)
         provenance = {
-            "prompt": text, "parameters": json.dumps(asdict(request.parameters)), "seed": request.seed,
+            "prompt": text, "parameters": json.dumps(_to_dict(request.parameters)), "seed": request.seed,
             "teacher": self._role or self.teacher.name, "model": self.teacher.info.model,
             "weights": self.teacher.info.weights_fingerprint, "written_at_seconds": time.time(),
         }  # fmt: skip
@@ -279,6 +282,15 @@ class CompletionClient:
             completion, text=split.answer, tokens=tokens, thought=split.thought, is_cut_in_thought=split.is_cut,
             finish_reason="length" if split.is_cut else completion.finish_reason,
         )  # fmt: skip
+
+    def _find_ends(self, encoder: TextEncoder) -> tuple[int, ...]:
+        """Return the ids that end the student's completions: its own, and the one that its training teaches."""
+        question = {"role": "user", "content": "a"}
+        end = encoder.end_of_answer([question], "synthesis") if self._chat else encoder.eos_id
+        settings = load_generation_config(
+            self.teacher.info.model, trust_remote_code=self.teacher.settings.trust_remote_code
+        )
+        return end_token_ids(settings, encoder.tokenizer, () if end is None else (end,))
 
     def _length_error(self, prompt: Any, parameters: SamplingParameters) -> str:
         limit = self.teacher.info.max_tokens
@@ -400,6 +412,11 @@ async def run_in_order(work: Iterable[Coroutine[Any, Any, T]], limit: int) -> As
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+def _to_dict(parameters: SamplingParameters) -> dict[str, Any]:
+    """Return the parameters of a request; the ends follow from the model that is queried."""
+    return {name: value for name, value in asdict(parameters).items() if name != "end_token_ids"}
 
 
 def _to_stored(key: str, completion: Completion, read: str | None) -> StoredCompletion:

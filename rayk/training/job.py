@@ -45,6 +45,8 @@ class Job:
     """The fingerprint of the frozen weights below an adapter."""
     generated_ids: int | None = None
     """Number of leading token ids that rollouts may contain; None for all of the student's tokens."""
+    trained_ends: tuple[int, ...] = ()
+    """Ids of the tokens that end the completions that are trained on."""
     import_paths: list[str] = field(default_factory=_import_paths)
     """Folders in which the driver, and so the workers, find the user's modules."""
 

@@ -21,6 +21,7 @@ from rayk.evaluation.evaluate import Evaluation, Evaluator
 from rayk.evaluation.initial import read_initial_metrics, record_initial_metrics
 from rayk.methods import Method, OnPolicyMethod, resolve_method
 from rayk.models import load_tokenizer
+from rayk.models.ends import set_end_token_ids
 from rayk.models.student import count_parameters, make_model
 from rayk.serving.weights import trainable_state_dict
 from rayk.teachers import Scorer, build_scorer
@@ -57,9 +58,10 @@ class Trainer:
         self._cached_tokens = 0
         teacher = build_scorer(config, self.teachers)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
+        set_end_token_ids(model, self.tokenizer, job.trained_ends)
         self.policy = make_policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
         self.method: Method = resolve_method(config.method)(config.method, teacher, self.policy)
-        self.student = Student(model, self.settings.precision)
+        self.student = Student(model, self.settings.precision, uses_dropout=self.method.uses_dropout)
         module = LossModule(self.student, self.method).to(self.device).train()
         self.learner = Learner(module, self.settings, ranks, self.device)
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))

@@ -1,8 +1,9 @@
 """The student in training: body and head of a causal LM, the loss inside its forward pass, and the saved model."""
 
 import contextlib
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from rayk.data.batches import Batch
 from rayk.methods import Experience, Loss, Method
 from rayk.models import DTYPES, Head, final_hidden, get_head
+from rayk.models.dropout import disable_dropout
+from rayk.models.ends import repair_generation_config
 from rayk.models.lora import has_adapter, merged_state_dict, save_adapter
 from rayk.storage.atomic import replace_folder
+
+logger = logging.getLogger(__name__)
 
 UNUSABLE = "unusable_share"
 """Name of the metric: the share of units that are marked in `Loss.unusable`."""
@@ -21,10 +26,23 @@ UNUSABLE = "unusable_share"
 class Student(nn.Module):
     """A causal LM split into body and head (`rayk.methods.base.Student`)."""
 
-    def __init__(self, model: Any, precision: str = "float32"):
+    def __init__(self, model: Any, precision: str = "float32", *, uses_dropout: bool = True):
+        """
+        Args:
+            precision: dtype of matrix products.
+            uses_dropout: whether training mode includes dropout.
+        """
         super().__init__()
         self.model: Any = model
         self._compute_dtype = DTYPES[precision]
+        self._uses_dropout = uses_dropout
+
+    def train(self, mode: bool = True) -> Self:
+        """Enable training mode; without dropout if the student was created so."""
+        super().train(mode)
+        if mode and not self._uses_dropout:
+            disable_dropout(self.model)
+        return self
 
     @property
     def head(self) -> Head:
@@ -74,8 +92,10 @@ def save_model(model: Any, tokenizer, folder: Path) -> None:
     """Save a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it.
 
     A LoRA adapter is merged into the model, and also saved in peft's format in the sibling folder `adapter`. Each
-    folder appears complete or not at all.
+    folder appears complete or not at all. Generation settings that transformers refuses to save are repaired.
     """
+    if problem := repair_generation_config(model.generation_config):
+        logger.warning("The student's generation_config.json was repaired, because it is not valid: %s", problem)
     if has_adapter(model):
         with replace_folder(folder.with_name("adapter")) as unfinished:
             save_adapter(model, unfinished)

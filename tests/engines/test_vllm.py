@@ -247,6 +247,18 @@ def test_eos_ends_a_row_and_is_included(engine, on_loop):
         assert one.finish_reason == "stop" or len(ids) == 40
 
 
+def test_given_ends_replace_the_models_own(engine, on_loop):
+    prompts, parameters = prompts_of(*range(3, 53)), {"max_new_tokens": 40, "temperature": 2.0}
+    free = generate_with(engine, on_loop, prompts, **parameters, end_token_ids=(VOCAB - 1,))
+    assert any(1 in one.token_ids for one in free), "choose another seed"
+    end = int(free[0].token_ids[5])
+    ended = generate_with(engine, on_loop, prompts, **parameters, end_token_ids=(end, VOCAB - 1))
+    assert ended[0].finish_reason == "stop"
+    for one, whole in zip(ended, free, strict=True):
+        ids = whole.token_ids.tolist()
+        assert one.token_ids.tolist() == (ids[: ids.index(end) + 1] if end in ids else ids)
+
+
 def test_a_stop_string_ends_a_row_with_the_token_that_completes_it(engine, on_loop):
     prompts = prompts_of(5, 9, 14, 3)
     free = generate_with(engine, on_loop, prompts, max_new_tokens=30)

@@ -15,6 +15,7 @@ from rayk.config import parse_config
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError, PolicyUnavailable, RaykError
 from rayk.models import load_model
+from rayk.models.ends import set_end_token_ids
 from rayk.rollouts import ServedPolicy, WorkerPolicy, serve_policy
 from rayk.serving.weight_store import NAMESPACE, PublishedWeights, WeightVersion
 from rayk.serving.weights import checksum, pack_weights
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.cluster
 
 APPLICATION = "_policy-tests"
 PARAMETERS = SamplingParameters(max_new_tokens=8)
+ENDS = range(10, 30)
+"""Ends that training teaches; the student's own end is 1."""
 
 
 def run_config(folder, student, **rollouts):
@@ -38,7 +41,7 @@ def run_config(folder, student, **rollouts):
 @pytest.fixture(scope="module")
 def address(ray_cluster, tiny_student, tmp_path_factory):
     config = run_config(tmp_path_factory.mktemp("run"), tiny_student, deadline_seconds=120)
-    with serve_policy(config, APPLICATION, tiny_student) as address:
+    with serve_policy(config, APPLICATION, tiny_student, trained_ends=ENDS) as address:
         yield address
 
 
@@ -46,6 +49,7 @@ def address(ray_cluster, tiny_student, tmp_path_factory):
 def started(address, tiny_student, request):
     """A learner, its policy in a new attempt, and a function that makes policies of other workers."""
     learner = load_model(tiny_student).train()
+    set_end_token_ids(learner, tiny_tokenizer(), ENDS)
     config = run_config_of(tiny_student)
 
     def policy(publishes=False):
@@ -99,6 +103,8 @@ def test_served_policy_equals_the_worker_policy_at_each_version(started):
         there = worker_policy(learner)
         rollouts, expected = generate(policy), generate(there)
         assert_same(rollouts, expected, version)
+        stopped = [each for each in rollouts if each.finish_reason == "stop"]
+        assert any(each.input_ids[-1] in ENDS for each in stopped)
         seen.append([each.input_ids.tolist() for each in rollouts])
         mine, theirs = (asyncio.run(each.logprobs(rollouts)) for each in (policy, there))
         for one, other in zip(mine, theirs, strict=True):

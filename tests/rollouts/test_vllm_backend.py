@@ -131,6 +131,15 @@ def test_each_version_generates_and_scores_with_its_weights(vllm, versions, on_l
     assert wide[0].shape[1] == VOCABULARY
 
 
+def test_trained_ends_end_completions(vllm, versions, on_loop, monkeypatch):
+    free = token_ids(on_loop(generate(vllm, versions, 0)))
+    end = free[0][2]
+    monkeypatch.setattr(vllm._model.model.generation_config, "eos_token_id", [1, end])
+    ended = on_loop(generate(vllm, versions, 0))
+    assert ended[0].finish_reason == "stop"
+    assert token_ids(ended) == [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
+
+
 def test_concurrent_versions_do_not_mix(vllm, versions, on_loop):
     separate = {number: on_loop(generate(vllm, versions, number)) for number in (1, 2)}
 

@@ -55,6 +55,13 @@ def test_completions_of_a_served_teacher_are_requested_once_and_equal_direct_one
     assert (repeated, client.tracker.requested) == (written, 0)
 
 
+@pytest.mark.parametrize(("chat", "ends"), [(False, (1,)), (True, (1, 3))])
+def test_the_students_completions_end_where_its_training_ends(served, store, chat, ends):
+    student = CompletionClient(served, store, ResponsesConfig(), role="student", chat=chat)
+    assert student._end_token_ids == ends  # EOS, and the template's end of a turn
+    assert CompletionClient(served, store, ResponsesConfig(), chat=chat)._end_token_ids == ()
+
+
 def test_rows_have_their_provenance(served, store):
     written, _, _ = request(served, store, requests(1))
     (part,) = (store.folder / "completions").glob("*.parquet")
