@@ -22,6 +22,9 @@ class WorkerRollouts(RolloutSettings):
 
     kind: Annotated[Literal["worker"], Placement()] = "worker"
     """The place where completions are generated."""
+    batch_tokens: Annotated[Positive, Placement()] = 32_768
+    """Tokens of prompts and longest completions that a worker generates as one group, padding included. A group's
+    memory is that of its keys and values. The teacher scores a group while the next one is generated."""
 
     @property
     def served(self) -> None:

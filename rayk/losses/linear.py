@@ -16,6 +16,7 @@ from rayk.errors import InputError
 from rayk.losses.divergences import LOG_FLOOR
 from rayk.losses.precision import compute_dtype
 from rayk.models import Head
+from rayk.models.product import keeps_float32_sums, linear_float32
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # Up to this size, exponentials of the first chunks are stored for the backward pass, which then skips the product with
@@ -43,7 +44,8 @@ def linear_log_probs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the student's log-probs at chosen ids, of all other tokens together, and of the targets; differentiable.
 
-    The product with the head runs in the dtype of `hidden` (or of autocast, if on), everything after it in float32.
+    The product with the head runs in the dtype of `hidden` (or of autocast, if on; `linear_float32`), everything after
+    it in float32.
 
     Args:
         hidden: [tokens, width].
@@ -194,15 +196,18 @@ class _Product:
         self.bias = None if bias is None else bias.detach().to(plan.product_dtype)
 
     def scores(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """Return the product in `product_dtype` (in newly allocated memory if `keep`), and the logits in at least
-        float32, which may share this memory."""
+        """Return memory for a chunk in `product_dtype` (newly allocated if `keep`), and the logits in at least float32,
+        which may share this memory."""
         memory = self._empty(len(hidden), self.plan.product_dtype) if keep else self._narrow[: len(hidden)]
         hidden = hidden.detach().to(self.plan.product_dtype)
-        if self.bias is None:
-            torch.mm(hidden, self.weight.t(), out=memory)
+        if keeps_float32_sums(hidden):
+            logits = linear_float32(hidden, self.weight, self.bias)
         else:
-            torch.addmm(self.bias, hidden, self.weight.t(), out=memory)
-        logits = self.widen(memory)
+            if self.bias is None:
+                torch.mm(hidden, self.weight.t(), out=memory)
+            else:
+                torch.addmm(self.bias, hidden, self.weight.t(), out=memory)
+            logits = self.widen(memory)
         if self.plan.scale != 1.0:
             logits.mul_(self.plan.scale)
         if self.plan.softcap is not None:

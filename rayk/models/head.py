@@ -1,15 +1,16 @@
 """The `Head` of a causal language model, which maps final hidden states to logits."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayk.errors import InputError
 from rayk.models.packing import can_pack, packed_hidden
+from rayk.models.product import linear_float32
 from rayk.models.types import DTYPES, CausalLM
 
 
@@ -28,14 +29,19 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    _copies: dict[str, "Head"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
     def to(self, device: torch.device | str) -> "Head":
-        """Return the same head on `device`."""
-        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+        """Return the same head on `device`. The copy is kept and returned again, so do not call this for weights that
+        change."""
+        if (key := str(device)) not in self._copies:
+            bias = None if self.bias is None else self.bias.to(device)
+            self._copies[key] = replace(self, weight=self.weight.to(device), bias=bias)
+        return self._copies[key]
 
     def select(self, ids: Tensor) -> "Head":
         """Return the head of the tokens `ids` only, in their order."""
@@ -47,9 +53,9 @@ class Head:
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in their dtype."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        """Compute float32 logits [tokens, vocab] of hidden states [tokens, width]; the product runs in their dtype
+        (`linear_float32`)."""
+        logits = linear_float32(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -119,12 +119,15 @@ class WorkerPolicy:
 
     def __init__(
         self, learner: CausalLM, tokenizer: Any, settings: RolloutConfig, *, batch_tokens: int,
-        precision: str = "float32", version: int = 0, vocab_size: int | None = None,
+        generated_tokens: int | None = None, precision: str = "float32", version: int = 0,
+        vocab_size: int | None = None,
     ):  # fmt: skip
         """
         Args:
             learner: the model that is trained.
-            batch_tokens: padded tokens, prompts and completions, of one batch.
+            batch_tokens: padded tokens of a batch whose log-probs are computed.
+            generated_tokens: padded tokens, prompts and longest completions, of a batch that is generated; by default
+                `batch_tokens`.
             precision: dtype of matrix products, as in training.
             version: the learner's weight version.
             vocab_size: number of leading ids that completions may contain; None: all real tokens.
@@ -134,12 +137,12 @@ class WorkerPolicy:
         self._learner = learner
         on_policy = settings.max_staleness == 0
         self._model = PolicyModel(learner if on_policy else _copy_model(learner), tokenizer, precision, vocab_size)
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._generated_tokens = batch_tokens, generated_tokens or batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """See `Policy`."""
-        return micro_batches(maximum_lengths(prompts, self.parameters), self._batch_tokens)
+        return micro_batches(maximum_lengths(prompts, self.parameters), self._generated_tokens)
 
     async def generate(
         self, prompts: Sequence[Example], parameters: SamplingParameters, seeds: Sequence[int]
@@ -153,7 +156,8 @@ class WorkerPolicy:
 
         lengths = maximum_lengths(prompts, parameters)
         try:
-            return to_rollouts(prompts, await self._in_batches(lengths, generate_rows), self.version)
+            generated = await self._in_batches(lengths, generate_rows, self._generated_tokens)
+            return to_rollouts(prompts, generated, self.version)
         finally:
             cancelled.set()  # a cancelled caller does not wait for the thread, which must end by itself
 
@@ -183,13 +187,11 @@ class WorkerPolicy:
 
     async def top_ids(self, sequences: Sequence[TokenSequence], k: int) -> list[np.ndarray]:
         """See `Policy`."""
-        lengths = [len(sequence) for sequence in sequences]
-        return await self._in_batches(lengths, lambda rows: self._model.top_ids([sequences[row] for row in rows], k))
+        return await self._read(sequences, lambda some: self._model.top_ids(some, k))
 
     async def logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
         """See `Policy`."""
-        lengths = [len(sequence) for sequence in sequences]
-        return await self._in_batches(lengths, lambda rows: self._model.logprobs([sequences[row] for row in rows]))
+        return await self._read(sequences, self._model.logprobs)
 
     def begin(self, attempt: str) -> None:
         """See `Policy`. Do nothing, because the weights do not leave the worker."""
@@ -200,13 +202,20 @@ class WorkerPolicy:
             self._model.model.load_state_dict(trainable_state_dict(self._learner), strict=False)
         self.version = version
 
-    async def _in_batches(self, lengths: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-        """Run `work` on batches of rows with these lengths, on the policy's thread; return its results in order."""
+    async def _read(
+        self, sequences: Sequence[TokenSequence], work: Callable[[list[TokenSequence]], list[T]]
+    ) -> list[T]:
+        lengths = [len(sequence) for sequence in sequences]
+        return await self._in_batches(lengths, lambda rows: work([sequences[row] for row in rows]), self._batch_tokens)
+
+    async def _in_batches(self, lengths: list[int], work: Callable[[list[int]], list[T]], batch_tokens: int) -> list[T]:
+        """Run `work` on batches of rows with these lengths and at most `batch_tokens` padded tokens, on the policy's
+        thread; return its results in order."""
 
         def run() -> list[T]:
             results = dict[int, T]()
             with self._model.inference_context():
-                for rows in micro_batches(lengths, self._batch_tokens):
+                for rows in micro_batches(lengths, batch_tokens):
                     results |= zip(rows, work(rows), strict=True)
             return [results[row] for row in range(len(lengths))]
 

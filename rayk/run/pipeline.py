@@ -125,9 +125,12 @@ def _train_student(
         listener.stage("Bringing up the student's policy on Ray Serve")
     policy = stack.enter_context(
         serve_policy(
-            config, policy_application(config), inputs.tokenizer_name, inputs.vocabulary.generated,
+            config,
+            policy_application(config),
+            inputs.tokenizer_name,
+            inputs.vocabulary.generated,
             trained_ends=inputs.trained_ends,
-        )  # fmt: skip
+        )
     )
     total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
     listener.stage(f"Training {config.name}: {config.method.kind}, {total} steps")

@@ -39,6 +39,7 @@ class Ensemble:
         self.teachers = list(teachers)
         self.weights = [weight / sum(weights) for weight in weights]
         self.combine = combine
+        self._joint: tuple[list[Head], Head] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +94,21 @@ class Ensemble:
         heads = [one.head for one in signals if one.head is not None]
         if any(head.softcap is not None for head in heads):
             raise InputError("The logits of teachers with a soft-cap cannot be averaged exactly; use support 'topk'.")
+        joint = replace(
+            signals[0], hidden=torch.cat([_get_column(one, "hidden") for one in signals], dim=1),
+            head=self._joint_head(heads),
+        )  # fmt: skip
+        targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64))
+        logprobs = [
+            joint.slice_tokens(slice(start, start + 256)).logits().log_softmax(1).gather(1, part[:, None])[:, 0]
+            for start, part in zip(range(0, len(targets), 256), targets.split(256), strict=True)
+        ]
+        return replace(joint, target_logprobs=torch.cat(logprobs)) if logprobs else joint
+
+    def _joint_head(self, heads: list[Head]) -> Head:
+        """Return the head of the weighted mean of the members' logits. It is kept for later calls with these heads."""
+        if self._joint is not None and all(one is other for one, other in zip(self._joint[0], heads, strict=True)):
+            return self._joint[1]
         columns = min(head.vocab_size for head in heads)
         parts = list(zip(heads, self.weights, strict=True))
         biases = [head.bias[:columns].float() * head.scale * weight for head, weight in parts if head.bias is not None]
@@ -100,14 +116,8 @@ class Ensemble:
             torch.cat([head.weight[:columns].float() * head.scale * weight for head, weight in parts], dim=1),
             sum(biases, torch.zeros(columns)) if biases else None,
         )
-        hidden = torch.cat([_get_column(one, "hidden") for one in signals], dim=1)
-        joint = replace(signals[0], hidden=hidden, head=head)
-        targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64))
-        logprobs = [
-            joint.slice_tokens(slice(start, start + 256)).logits().log_softmax(1).gather(1, part[:, None])[:, 0]
-            for start, part in zip(range(0, len(targets), 256), targets.split(256), strict=True)
-        ]
-        return replace(joint, target_logprobs=torch.cat(logprobs)) if logprobs else joint
+        self._joint = heads, head
+        return head
 
 
 class Route:

@@ -21,6 +21,7 @@ def make_policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> P
     if rollouts is None:
         return None
     return WorkerPolicy(
-        model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens, precision=training.precision,
+        model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens,
+        generated_tokens=rollouts.batch_tokens, precision=training.precision,
         vocab_size=job.generated_ids,
     )  # fmt: skip

@@ -358,7 +358,7 @@ def test_teachers_score_one_group_while_the_next_is_generated(monkeypatch, tmp_p
     one = distill(changed(tmp_path / "one", tiny_student, steps=2))
     assert happened == [(what, 8) for _ in range(2) for what in ("written", "asked", "answered")]
     happened.clear()
-    several = distill(changed(tmp_path / "several", tiny_student, steps=2, micro_batch_tokens=120))
+    several = distill(changed(tmp_path / "several", tiny_student, steps=2, rollouts={"batch_tokens": 120}))
     assert sum(rows for what, rows in happened if what == "written") == 16
     kinds = [what for what, _ in happened]
     assert kinds.count("written") > 4
@@ -384,7 +384,9 @@ def test_rows_with_unusable_signals_are_left_out_of_their_group(monkeypatch, tmp
     monkeypatch.setitem(METHODS, "on_policy", Refusing)
     runs = {
         tokens: distill(
-            changed(tmp_path / str(tokens), tiny_student, steps=3, unusable_rows="skip", micro_batch_tokens=tokens)
+            changed(
+                tmp_path / str(tokens), tiny_student, rollouts={"batch_tokens": tokens}, steps=3, unusable_rows="skip"
+            )
         )
         for tokens in (8192, 120)
     }  # fmt: skip

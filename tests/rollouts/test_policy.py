@@ -81,6 +81,16 @@ def test_completion_depends_on_its_seed_and_not_on_its_batch(learner):
     assert [each.input_ids.tolist() for each in together] != [each.input_ids.tolist() for each in others]
 
 
+def test_completions_are_grouped_by_their_own_budget(learner):
+    rows = prompts()
+    policy = WorkerPolicy(
+        learner, TOKENIZER, WorkerRollouts(max_new_tokens=8), batch_tokens=30, generated_tokens=10_000
+    )
+    assert len(policy.groups(rows)) == 1 < len(make_policy(learner, batch_tokens=30).groups(rows))
+    together, apart = generate(policy), generate(make_policy(learner, batch_tokens=30))
+    assert [one.input_ids.tolist() for one in together] == [one.input_ids.tolist() for one in apart]
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1])
 def test_generation_does_not_change_the_learner(learner, max_staleness):
     policy = make_policy(learner, max_staleness=max_staleness)

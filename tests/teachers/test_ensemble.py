@@ -18,6 +18,7 @@ from rayk.data.views import RowViews
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.run import distill
+from rayk.serving.event_loop import run_until_complete
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Route, serve_teacher
 from tests.runs import curve, metrics, settings
@@ -108,6 +109,12 @@ def test_concatenated_hidden_states_are_the_mean_of_logits(teachers, logits):
     assert losses.forward_kl(mean, signals).abs().max() < 1e-5
     expected = mean.log_softmax(1).gather(1, targets())[:, 0]
     torch.testing.assert_close(signals.target_logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_the_joint_head_is_built_once(teachers):
+    ensemble = Ensemble(teachers, WEIGHTS, "logits")
+    first, second = (run_until_complete(ensemble.ascore(SEQUENCES, Hidden("float32"))) for _ in range(2))
+    assert first.head is second.head
 
 
 def test_ensemble_of_equal_teachers_equals_one_of_them(teachers):
