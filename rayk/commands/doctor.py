@@ -210,10 +210,17 @@ def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
                 f"Teacher '{teacher.name}' has {total:,} parameters and the student {size.total:,}; if they were "
                 "swapped, exchange teachers.model and student.model.",
             )
-    if settings.training.learning_rate >= _HIGH_LEARNING_RATE:
+    training = settings.training
+    assert training.learning_rate is not None  # `RunConfig` sets it
+    yield Check(
+        "ok",
+        f"Optimization: learning rate {training.learning_rate:g} ({training.schedule}, {training.warmup_steps} warm-up "
+        f"steps), precision {training.precision}.",
+    )
+    if training.learning_rate >= _HIGH_LEARNING_RATE:
         yield Check(
             "note",
-            f"training.learning_rate is {settings.training.learning_rate:g}, at which training diverges with AdamW; "
+            f"training.learning_rate is {training.learning_rate:g}, at which training diverges with AdamW; "
             "usual values are 1e-6 to 1e-3.",
         )
     if (retriever := settings.retriever) is not None:

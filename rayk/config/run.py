@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -74,10 +74,23 @@ class RunConfig(TeacherRoles, Settings):
             rows = {"train": self.data.train, "evaluation": self.data.evaluation}
             typed = {name: rows and rows.with_default_format(self.method.row_format) for name, rows in rows.items()}
             object.__setattr__(self, "data", self.data.model_copy(update=typed))
+        self._complete_training()
         for checks in (self._name_checks, self._section_checks):
             if errors := [str(error) for check in checks() if (error := _error_of(check)) is not None]:
                 raise ValueError("\n".join(errors))
         return self
+
+    def _complete_training(self) -> None:
+        """Set the learning rate and the precision that follow from the method and the student."""
+        changes: dict[str, Any] = {}
+        lora = self.student.lora
+        if self.training.learning_rate is None:
+            method = self.method
+            changes["learning_rate"] = method.default_adapter_learning_rate if lora else method.default_learning_rate
+        if self.student.dtype == "bfloat16" and (lora is None or lora.modules_to_save):
+            changes["precision"] = "bfloat16"
+        if changes:
+            object.__setattr__(self, "training", self.training.model_copy(update=changes))
 
     def _name_checks(self) -> Iterator[Callable[[], None]]:
         """Yield the checks that must pass before `_section_checks`."""

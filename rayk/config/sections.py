@@ -43,6 +43,10 @@ class MethodSettings(Settings):
     """The key that names the teacher to query."""
     row_format: ClassVar[RowFormat | None] = None
     """The format that rows must have; None for any."""
+    default_learning_rate: ClassVar[float] = 1e-4
+    """The learning rate if the settings give none, for a student whose weights are all trained."""
+    default_adapter_learning_rate: ClassVar[float] = 1e-4
+    """The learning rate if the settings give none, for an adapter (`student.lora`)."""
 
     kind: str
     """The method's kind."""

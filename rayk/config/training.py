@@ -28,7 +28,7 @@ class LoraConfig(Settings):
     """The modules that get an adapter, by the last part of their names (`[q_proj, v_proj]`); `all-linear`: all linear
     layers except the head."""
     modules_to_save: list[str] = Field(default_factory=list)
-    """Modules that are trained in full, by the last part of their names, in the student's `dtype`."""
+    """Modules that are trained in full, by the last part of their names."""
 
     @model_validator(mode="after")
     def _check_disjoint(self) -> "LoraConfig":
@@ -50,7 +50,12 @@ class StudentConfig(Settings):
     """Folder or hub id of the tokenizer; `null`: the tokenizer of `model`, or with `config` that of the first
     teacher."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of the weights; `training.precision` is the type of the computation."""
+    """The type of the frozen weights of a student with `lora`. Trained weights are always float32, because updates
+    smaller than the rounding of bfloat16 would be lost: without `lora`, or with `lora.modules_to_save`, `bfloat16` sets
+    `training.precision`, the type of the computation, to `bfloat16`."""
+    save_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Placement()] = "auto"
+    """The type of the weights in OUTPUT/model; `auto`: that of the checkpoint in `model`, or `dtype` with `config`.
+    Checkpoints of the run and an adapter's own folder contain float32."""
     lora: LoraConfig | None = None
     """Train only an adapter on the loaded weights; `null`: all weights are trained."""
     gradient_checkpointing: Annotated[bool, Placement()] = False
@@ -86,8 +91,9 @@ class TrainingConfig(Settings):
     """Rows per optimizer step, over all workers."""
     micro_batch_tokens: Annotated[Positive, Placement()] = 8192
     """Tokens per forward pass of one worker, padding included; gradients are accumulated."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of AdamW; `null`: the method's default, which is 1e-6 for `preference` (1e-5 with
+    `student.lora`), 5e-6 for `minillm` (5e-5 with `student.lora`), and 1e-4 for other methods."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """The shape of the learning rate after the warmup."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

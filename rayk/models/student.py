@@ -31,9 +31,22 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
         enable_packing(model)
     if config.lora is not None:
         add_adapter(model, config.lora, seed, str(config.model))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # updates would be lost in the rounding of bfloat16
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def saved_dtype(config: StudentConfig) -> torch.dtype:
+    """Return the type in which the trained student is saved: as set, or that of the checkpoint it started from."""
+    if config.save_dtype != "auto":
+        return DTYPES[config.save_dtype]
+    if config.model is None:
+        return DTYPES[config.dtype]
+    dtype = load_model_config(config.model, trust_remote_code=config.trust_remote_code).dtype
+    return dtype if dtype in DTYPES.values() else torch.float32
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rayk.evaluation.initial import read_initial_metrics, record_initial_metrics
 from rayk.methods import Method, OnPolicyMethod, resolve_method
 from rayk.models import load_tokenizer
 from rayk.models.ends import set_end_token_ids
-from rayk.models.student import count_parameters, make_model
+from rayk.models.student import count_parameters, make_model, saved_dtype
 from rayk.serving.weights import trainable_state_dict
 from rayk.teachers import Scorer, build_scorer
 from rayk.teachers.cache import open_cache
@@ -58,6 +58,7 @@ class Trainer:
         self._cached_tokens = 0
         teacher = build_scorer(config, self.teachers)
         model = make_model(config.student, self.tokenizer, config.seed, self.device)
+        self._saved_dtype = saved_dtype(config.student)
         set_end_token_ids(model, self.tokenizer, job.trained_ends)
         self.policy = make_policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
         self.method: Method = resolve_method(config.method)(config.method, teacher, self.policy)
@@ -124,7 +125,7 @@ class Trainer:
             self._run_on_all_ranks(self._load_best)
             evaluation = None
         if self.ranks.rank == 0:
-            save_model(self.student.model, self.tokenizer, self.config.output_path / "model")
+            save_model(self.student.model, self.tokenizer, self.config.output_path / "model", self._saved_dtype)
         if evaluation is None and self.evaluator:  # resumed after the last step, or another step is the best
             evaluation = self._measure(answers=True)
         size = count_parameters(self.student.model)

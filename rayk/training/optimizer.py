@@ -12,6 +12,7 @@ from rayk.config import TrainingConfig
 
 def make_optimizer(parameters: Sequence[Tensor], settings: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW on `parameters`; the loop sets its learning rate at every step."""
+    assert settings.learning_rate is not None  # `RunConfig` sets it
     return torch.optim.AdamW(
         _decay_groups(parameters, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas, fused=True
     )
@@ -25,6 +26,7 @@ def steps_of_epochs(settings: TrainingConfig, rows: int) -> int:
 
 def learning_rate_at(step: int, total_steps: int, settings: TrainingConfig) -> float:
     """Return the rate of step `step` (from 0): linear warm-up, then the schedule down to `final_learning_rate`."""
+    assert settings.learning_rate is not None
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)

@@ -1,6 +1,7 @@
 """The student in training: body and head of a causal LM, the loss inside its forward pass, and the saved model."""
 
 import contextlib
+import copy
 import logging
 from pathlib import Path
 from typing import Any, Self
@@ -88,8 +89,9 @@ def wrap_for_ddp(module: LossModule) -> nn.Module:
     return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def save_model(model: Any, tokenizer, folder: Path) -> None:
-    """Save a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it.
+def save_model(model: Any, tokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Save a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it, with weights in `dtype` (None: as
+    they are).
 
     A LoRA adapter is merged into the model, and also saved in peft's format in the sibling folder `adapter`. Each
     folder appears complete or not at all. Generation settings that transformers refuses to save are repaired.
@@ -100,5 +102,24 @@ def save_model(model: Any, tokenizer, folder: Path) -> None:
         with replace_folder(folder.with_name("adapter")) as unfinished:
             save_adapter(model, unfinished)
     with replace_folder(folder) as unfinished:
-        model.save_pretrained(unfinished, state_dict=merged_state_dict(model) if has_adapter(model) else None)
+        state = merged_state_dict(model) if has_adapter(model) else model.state_dict()
+        model.save_pretrained(unfinished, state_dict=state if dtype is None else _cast(model, state, dtype))
+        if dtype is not None:
+            config = copy.deepcopy(model.config)  # save_pretrained writes the type that the model was trained in
+            config.dtype = dtype
+            config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+
+
+def _cast(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return `state` in `dtype`, except for tensors that the architecture keeps in float32. Tied tensors stay tied."""
+    in_float32 = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        in_float32 |= set(model._keep_in_fp32_modules or ())
+    copies: dict[Any, Tensor] = {}
+    for tensor in state.values():
+        copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return {
+        name: tensor if in_float32 & set(name.split(".")) else copies[tensor.data_ptr(), tensor.shape]
+        for name, tensor in state.items()
+    }

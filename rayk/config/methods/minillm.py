@@ -1,6 +1,6 @@
 """Settings of `minillm`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,9 @@ from rayk.config.support import Logprob, Sampled
 class MiniLLMConfig(TeacherMethodConfig):
     """Policy gradients of the reverse KL over whole completions, which student and teacher sample together
     (`rollouts`)."""
+
+    default_learning_rate: ClassVar[float] = 5e-6  # of LMOps' scripts
+    default_adapter_learning_rate: ClassVar[float] = 5e-5
 
     kind: Literal["minillm"] = "minillm"
     """The method's kind."""

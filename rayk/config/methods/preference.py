@@ -12,6 +12,8 @@ class PreferenceConfig(MethodSettings):
     """The student learns to prefer the chosen of two answers to a prompt (DPO)."""
 
     teacher_key: ClassVar[str] = "reference"
+    default_learning_rate: ClassVar[float] = 1e-6  # of the DPO paper's code and of TRL's DPOTrainer
+    default_adapter_learning_rate: ClassVar[float] = 1e-5
 
     kind: Literal["preference"] = "preference"
     """The method's kind."""
