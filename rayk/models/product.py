@@ -45,7 +45,7 @@ class _Float32Product(torch.autograd.Function):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
         grad = grad.to(hidden.dtype)
         return (

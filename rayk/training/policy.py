@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rayk.config import ServedRollouts
+from rayk.config import ServedRollouts, WorkerRollouts
 from rayk.models import CausalLM
 from rayk.rollouts import Policy, ServedPolicy, WorkerPolicy
 from rayk.training.job import Job
@@ -20,6 +20,7 @@ def make_policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> P
         return ServedPolicy(model, rollouts, job.policy, publishes=publishes)
     if rollouts is None:
         return None
+    assert isinstance(rollouts, WorkerRollouts)
     return WorkerPolicy(
         model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens,
         generated_tokens=rollouts.batch_tokens, precision=training.precision,
