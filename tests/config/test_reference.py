@@ -41,7 +41,7 @@ def test_the_page_is_current():
     ("section", "texts"),
     [
         (None, ["seed: integer ≥ 0, default 0", "student: section, required", "rayk settings SECTION"]),
-        ("training", ["learning_rate: number > 0, default 0.0001", "Peak learning rate", "training.resources"]),
+        ("training", ["learning_rate: number > 0 or null, default null", "Peak learning rate", "training.resources"]),
         ("method", ["method (kind: logit_kd)", "method (kind: custom)", "method.support (kind: hidden)"]),
         ("method.on_policy", ["student_fraction: number ≥ 0, ≤ 1, default 1.0"]),
         ("data.evaluation", ["prompt_field: text, default prompt"]),
