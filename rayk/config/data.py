@@ -38,6 +38,9 @@ class DataSource(Settings):
     messages_field: str = "messages"
     """The field with the list of chat messages: {role, content}, or {from, value} as in ShareGPT. Rows without field
     `messages` may have ShareGPT's `conversations`. A message of `weight: 0` is not trained on."""
+    system_field: str | None = None
+    """The field of chat rows with the system prompt, where it is no message. `null`: none, but `system` beside
+    ShareGPT's `conversations`."""
     tools_field: str | None = "tools"
     """The field of chat rows with the schemas of the tools that the assistant may call: a list, or the JSON text of
     one. `null`: no tools are read."""

@@ -23,7 +23,7 @@ _TEXT_KINDS = ("text", "input_text", "output_text")
 
 
 def parse_messages(value: Any, where: str, field: str) -> list[Message]:
-    """Return the messages of a row's field, without null entries.
+    """Return the messages of a row's field, which may be the JSON text of a list, without null entries.
 
     Roles have the names in `ROLES`, `content` is text, arguments of tool calls are objects. A message may have a
     `weight` of 0 or 1.
@@ -31,6 +31,8 @@ def parse_messages(value: Any, where: str, field: str) -> list[Message]:
     Raises:
         InputError: `value` is not a list of such messages.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # as in tables
+        value = parse_json(value, f"{where}: field '{field}'")
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f"{where}: '{field}' must be a list of at least one message with role and content.")
     return [parse_message(message, f"{where}: message {i} of '{field}'") for i, message in enumerate(value, start=1)]

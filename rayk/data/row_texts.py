@@ -11,6 +11,8 @@ from rayk.data.messages import SHAREGPT_FIELD, Message, check_unicode, parse_mes
 from rayk.data.rows import Row, Unreadable
 from rayk.errors import InputError
 
+_SHAREGPT_SYSTEM_FIELD = "system"
+
 Format = Literal["prompt_completion", "messages", "text", "preference"]
 
 
@@ -112,7 +114,7 @@ class RowTexts:
         if not pairs and self._is_chat(row):
             chat = self.conversation(row)
             return chat.messages[: chat.prompt_messages]
-        return self._without_weights(self._prompt_messages(row))
+        return self._without_weights(self._with_system(row, self._prompt_messages(row)))
 
     def conversation(self, row: Row) -> Conversation:
         """Return a row of messages, or of a prompt and a completion that are each messages or text, as a chat.
@@ -121,11 +123,11 @@ class RowTexts:
             InputError: a message is malformed, or no message precedes the completion.
         """
         if self._is_chat(row):
-            messages = self._messages(row, self._chat_field(row), "messages_field")
+            messages = self._with_system(row, self._messages(row, self._chat_field(row), "messages_field"))
             prompt_messages = len(messages) - (messages[-1]["role"] == "assistant")
             first = 1
         else:
-            messages = self._prompt_messages(row)
+            messages = self._with_system(row, self._prompt_messages(row))
             prompt_messages = first = len(messages)
             messages = messages + self._answer(row, "completion")
         if not prompt_messages:
@@ -183,7 +185,7 @@ class RowTexts:
                     f"{row.where}: '{name}' must end with a message of role assistant after at least one other; "
                     "correct the row."
                 )
-        chosen, rejected = self._without_weights(chosen), self._without_weights(rejected)
+        chosen, rejected = (self._without_weights(self._with_system(row, side)) for side in (chosen, rejected))
         if chosen[:-1] != rejected[:-1]:
             raise InputError(
                 f"{row.where}: '{source.chosen_field}' and '{source.rejected_field}' differ before their last message; "
@@ -232,6 +234,22 @@ class RowTexts:
             raise InputError(
                 f"{row.where}: '{field}' ends with a message of role assistant, but a prompt ends before the answer; "
                 "move that message to the completion."
+            )
+        return messages
+
+    def _with_system(self, row: Row, messages: list[Message]) -> list[Message]:
+        """Return the messages after the row's system prompt, if it has one in a field of its own."""
+        field = self.source.system_field
+        if field is None and self._chat_field(row) == SHAREGPT_FIELD:
+            field = _SHAREGPT_SYSTEM_FIELD
+        if field is None or row.fields.get(field) in (None, ""):
+            return messages
+        system = {"role": "system", "content": self._string(row, field, "system_field")}
+        if messages[0]["role"] not in ("system", "developer"):
+            return [system, *messages]
+        if messages[0]["content"] != system["content"]:
+            raise InputError(
+                f"{row.where} has one system prompt in field '{field}' and another as its first message; remove one."
             )
         return messages
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayk.config import RunConfig, TeacherConfig, check_inputs_exist
+from rayk.config.demonstrations import ROW_FORMAT
 from rayk.config.support import TopK
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.nearest import check_encoder
+from rayk.data.row_texts import RowTexts
 from rayk.data.sources import read_rows
 from rayk.data.tokenizing import RowTokenizer, build_table, tokenize
 from rayk.data.views import RowViews
@@ -165,6 +167,14 @@ def _read_demonstrations(
     settings = config.method.shown_demonstrations
     if settings is None:
         return None
+    sources = (settings.pool, config.data.evaluation, None if train is None else config.data.train)
+    for source in filter(None, sources):
+        first = next(read_rows(source))
+        if RowTexts(source).format_of(first) != ROW_FORMAT:
+            raise InputError(
+                f"{first.where} is a chat, but method '{config.method.kind}' formats rows itself; give rows with text "
+                "in their prompt and completion."
+            )
     if settings.pool is not None:
         rows = RowTokenizer(settings.pool, config.data, tokenizer, section="method.demonstrations.pool.")
         pool_table = build_table(rows, read_rows(settings.pool), settings.pool.path)

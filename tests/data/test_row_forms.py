@@ -1,5 +1,6 @@
 """Rows in the shape of well-known data sets are read as the same chats, whatever form they come in."""
 
+import csv
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from rayk.config import DataSource
 from rayk.data.batches import make_batches
 from rayk.data.row_texts import RowTexts
-from rayk.data.sources import Row
+from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
 from tests.tiny import CHAT_TEMPLATE, END, tiny_tokenizer
 
@@ -98,6 +99,37 @@ def test_row_with_a_conversational_prompt_only(tokenizer, encode):
     assert tokenizer.decode(prompt.input_ids) == rendered
     assert texts_of().prompt_messages(row_of({"prompt": [SYSTEM, QUESTION]})) == [SYSTEM, QUESTION]
     assert texts_of().prompt_messages(row_of({"prompt": "how many?"})) == [QUESTION]
+
+
+def test_system_prompt_in_a_field_of_its_own_is_the_first_message(tokenizer, encode):
+    expected = [SYSTEM, QUESTION, ANSWER]
+    turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": "24 clips"}]
+    assert chat_of({"conversations": turns, "system": "be brief"}).messages == expected
+    assert chat_of({"conversations": turns, "system": ""}).messages == expected[1:]
+    assert chat_of({"messages": expected[1:], "system": "linux"}).messages == expected[1:]
+    named = {"system_field": "instruction"}
+    for fields in (
+        {"messages": expected[1:]}, {"messages": expected}, {"prompt": [QUESTION], "completion": [ANSWER]},
+    ):  # fmt: skip
+        assert chat_of(fields | {"instruction": "be brief"}, **named).messages == expected
+    pair = row_of({"prompt": "how many?", "chosen": "24 clips", "rejected": [LAST], "instruction": "be brief"})
+    assert texts_of(**named).conversations(pair) == (expected, [SYSTEM, QUESTION, LAST])
+    text = {"prompt": "how many?", "completion": "24 clips", "instruction": "be brief"}
+    for prompts_only in (False, True):
+        (example,) = encode(tokenizer, [text], chat_template=True, prompts_only=prompts_only, **named)
+        rendered = tokenizer.apply_chat_template(expected[:2], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(example.prompt_ids) == rendered
+    with pytest.raises(InputError, match="line 1 has one system prompt in field 'instruction' and another as its"):
+        chat_of({"messages": expected, "instruction": "be verbose"}, **named)
+
+
+def test_messages_in_a_table_are_json_text(tmp_path):
+    path = tmp_path / "a.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("messages", "tools"), (json.dumps([QUESTION, ANSWER]), json.dumps([TOOL]))])
+    (row,) = read_rows(DataSource(path=str(path)))
+    assert texts_of().messages(row) == [QUESTION, ANSWER]
+    assert texts_of().tools(row) == [TOOL]
 
 
 def test_formats_can_be_chosen():

@@ -2,6 +2,7 @@
 teacher and student."""
 
 import asyncio
+import json
 import shutil
 from dataclasses import replace
 
@@ -247,6 +248,16 @@ def test_too_long_demonstrations_are_refused_before_the_run(tmp_path, tiny_stude
     values["data"]["evaluation"] = {"path": str(tmp_path / "rows.jsonl")}
     values["evaluation"] = {"generation": {"max_new_tokens": 400}}
     with pytest.raises(InputError, match=r"may have \d+ tokens, but the student takes 512; .*demonstrations.k"):
+        read_inputs(parse_config(values), {})
+
+
+def test_chats_are_refused(tmp_path, tiny_student):
+    write_tasks(tmp_path)
+    values = settings(tmp_path, tiny_student, method_of(hard_label_weight=1.0, text_weight=0.0)) | {"teachers": []}
+    chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    values["data"]["evaluation"] = {"path": str(tmp_path / "chats.jsonl")}
+    with pytest.raises(InputError, match="chats.jsonl, line 1 is a chat, but method 'in_context' formats rows itself"):
         read_inputs(parse_config(values), {})
 
 
