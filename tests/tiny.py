@@ -1,10 +1,11 @@
 """Tiny tokenizers and models for the tests, generated from a seed and never downloaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS, BOS, END = "<pad>", "<eos>", "<bos>", "<|end|>"
@@ -58,6 +59,48 @@ def tiny_tokenizer(
         pad_token=EOS if pad_is_eos else PAD,
         bos_token=BOS if bos else None,
     )
+    fast.chat_template = chat_template
+    if folder is not None:
+        fast.save_pretrained(folder)
+    return fast
+
+
+def tiny_sentencepiece(
+    folder: Path | str | None = None, *, vocab_size: int = 420, sentences: tuple[str, ...] = SENTENCES,
+    unigram: bool = False, prefix_space: bool = False, chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:  # fmt: skip
+    """Train a tokenizer as SentencePiece has them (▁ for a space, byte tokens for unknown characters), and save it.
+
+    With `prefix_space`, a space is put before each text, as in Llama 2; otherwise the tokenizer is like Gemma's.
+    """
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<unk>", PAD, EOS, BOS, "<turn>"]
+    if unigram:
+        words = sorted({part for text in sentences for word in text.split() for part in ("▁" + word, *"▁", *word)})
+        pieces = [(token, 0.0) for token in special] + [(token, -9.0) for token in byte_tokens]
+        tokenizer = Tokenizer(models.Unigram([*pieces, *((word, -5.0) for word in words)], 0, byte_fallback=True))
+        tokenizer.add_special_tokens(special)
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] if prefix_space else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    strip = [decoders.Strip(" ", 1, 0)] if prefix_space else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    if not unigram:
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[*special, *byte_tokens], show_progress=False
+        )
+        tokenizer.train_from_iterator(sentences, trainer)
+    # Byte tokens are found in text only by the model's fallback, so they must not be added tokens.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in byte_tokens]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), unk_token="<unk>", pad_token=PAD, eos_token=EOS,
+        bos_token=BOS, extra_special_tokens=["<turn>"],
+    )  # fmt: skip
     fast.chat_template = chat_template
     if folder is not None:
         fast.save_pretrained(folder)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from rayk.config import CacheConfig, RunConfig
 from rayk.config.support import Logprob, Requested, Support, TopK
+from rayk.data.alignment import UnalignableRow
 from rayk.data.batches import micro_batches
 from rayk.data.examples import Example, ExampleTable
 from rayk.errors import InputError, UnusableSignal
@@ -114,11 +115,20 @@ def _requests(
 ) -> Iterable[tuple[str, Teacher, Support, list[Example]]]:
     """Yield, for each group of requests, the kind of rows, the teacher, the support and the rows."""
 
+    def views_of(table: ExampleTable) -> Iterable[Example]:
+        for row in table:
+            try:
+                yield inputs.views.align(inputs.views.apply(row))
+            except UnalignableRow as error:
+                if config.training.unusable_rows == "stop":
+                    raise
+                logger.warning("%s Skipped.", error)
+
     def by_teacher(table: ExampleTable) -> Iterable[tuple[Teacher, list[Example]]]:
         if config.route is None:
-            return [(teachers[config.evaluation_teacher], list(map(inputs.views.apply, table)))]
+            return [(teachers[config.evaluation_teacher], list(views_of(table)))]
         rows: dict[str, list[Example]] = {}
-        for example in map(inputs.views.apply, table):
+        for example in views_of(table):
             rows.setdefault(choose_teacher_name(example, config.route), []).append(example)
         return [(teachers[name], examples) for name, examples in rows.items()]
 
@@ -127,7 +137,7 @@ def _requests(
         assert inputs.train is not None
         for teacher, examples in by_teacher(inputs.train):
             yield "training rows", teacher, support, [answer for row in examples for answer in row.answers]
-    if inputs.evaluation is not None:
+    if inputs.evaluation is not None and config.compares_teacher:
         for teacher, examples in by_teacher(inputs.evaluation):
             yield "evaluation rows", teacher, limit_support(config.evaluation.support, teacher.vocab_size), examples
             if config.route is None:

@@ -137,6 +137,11 @@ def _check_vocabularies(inputs: Any) -> Iterator[Check]:
     for note in inputs.notes:
         yield Check("note", note)
     name, vocabulary = inputs.tokenizer_name, inputs.vocabulary
+    for teacher, aligner in inputs.views.aligners.items():
+        shared = f"{aligner.shared_tokens:,} of the student's {aligner.student_tokens:,} tokens"
+        yield Check(
+            "ok", f"Teacher '{teacher}' has another tokenizer, which contains {shared}; rows are aligned by bytes."
+        )
     if not vocabulary.teacher_sizes:
         yield Check("ok", f"Tokenizer {name}: {vocabulary.size:,} tokens.")
     elif inputs.notes:

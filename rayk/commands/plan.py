@@ -14,6 +14,7 @@ from rayk.commands.console import two_columns
 from rayk.config import RunConfig
 from rayk.config.support import Support, bytes_per_token
 from rayk.data.examples import ExampleTable
+from rayk.data.views import RowViews
 from rayk.errors import InputError
 from rayk.models import load_model_config
 from rayk.models.student import ParameterCount, count_planned_parameters
@@ -94,7 +95,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     if teacher_rate is None:
         one = teacher.model_copy(update={"name": f"{teacher.name}-plan", "replicas": type(teacher.replicas)()})
         with serve_teacher(one) as served:
-            teacher_rate = _measure_rate(served, table, support)
+            teacher_rate = _measure_rate(served, table, support, inputs.views, teacher.name)
     model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()
     steps = config.training.steps or steps_of_epochs(config.training, len(table))
     return Plan(
@@ -121,11 +122,15 @@ def _student_rate(config: RunConfig) -> float:
     return sum(row["tokens"] for row in rows) / busy
 
 
-def _measure_rate(teacher: Teacher, table: ExampleTable, support: Support) -> float:
-    """Return the tokens per second that one replica scores after a warm-up request."""
+def _measure_rate(teacher: Teacher, table: ExampleTable, support: Support, views: RowViews, name: str) -> float:
+    """Return the student's tokens per second that one replica scores after a warm-up request.
+
+    Args:
+        name: the teacher's name in the settings; its rows may be in another tokenizer's tokens.
+    """
     rows, tokens = [], 0
     for row in table:
-        rows.append(row)
+        rows.append(views.align(row).view(name))
         tokens += len(row)
         if tokens >= _PROBE_TOKENS:
             break

@@ -41,6 +41,7 @@ from rayk.config.marks import difference
 from rayk.config.methods import (
     DIVERGENCE_OPTIONS,
     AdaptiveConfig,
+    AlignmentConfig,
     CustomMethodConfig,
     Divergence,
     DivergenceMethodConfig,
@@ -90,6 +91,7 @@ __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
     "AdversarialConfig",
+    "AlignmentConfig",
     "AnswerConfig",
     "AnswerType",
     "CacheConfig",

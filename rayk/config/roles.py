@@ -82,3 +82,13 @@ class TeacherRoles:
         """The teacher that evaluation compares the student with: the method's, else the first that returns signals; ""
         if there is none."""
         return self.method.teacher_name or next((each.name for each in self.signal_teachers), "")
+
+    @property
+    def compares_teacher(self: Run) -> bool:
+        """Return whether evaluation compares the student with a teacher, which then has the student's tokens."""
+        return bool(self.evaluation_teacher) and not self.aligned_teacher
+
+    @property
+    def aligned_teacher(self: Run) -> str:
+        """The teacher that has another tokenizer than the student (`method.alignment`); "" without one."""
+        return self.evaluation_teacher if self.method.aligns_tokens else ""

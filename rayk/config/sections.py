@@ -5,9 +5,9 @@ checks a section against the other sections, of which it may read the attributes
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayk.config.base import Placement, Positive, Selection, Settings, Share, default_kind
 from rayk.config.data import DataConfig, DataSource, RowFormat
@@ -51,10 +51,26 @@ class MethodSettings(Settings):
     kind: str
     """The method's kind."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_alignment(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("alignment") is not None and "alignment" not in cls.model_fields:
+            raise ValueError(
+                f"method '{given.get('kind')}' needs a teacher with the student's tokenizer; only 'logit_kd' and "
+                "'on_policy' have 'alignment'. To learn from another teacher's text, use 'supervised' with synthesis "
+                "'responses'"
+            )
+        return given
+
     @property
     def signal_support(self) -> Support | None:
         """The support that the method requests of its teacher; None if it queries none."""
         return None
+
+    @property
+    def aligns_tokens(self) -> bool:
+        """Return whether the teacher may have another tokenizer than the student."""
+        return False
 
     @property
     def teacher_name(self) -> str | None:
@@ -401,6 +417,10 @@ class Run(Protocol):
     def retriever(self) -> RetrieverConfig | None: ...
     @property
     def evaluation_teacher(self) -> str: ...
+    @property
+    def aligned_teacher(self) -> str: ...
+    @property
+    def compares_teacher(self) -> bool: ...
     @property
     def retriever_teacher(self) -> str: ...
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayk.signals.alignment import AlignedView
 from rayk.signals.sequence import TokenSequence
 
 EVERY_TEACHER = "*"
@@ -45,6 +46,8 @@ class Example(TokenSequence):
         rejected: for a preference row, the rejected answer after the same prompt; the row itself is the chosen one.
         contexts: token ids that teachers read instead of the prompt, int32 [length] each, by the teacher's name or
             `EVERY_TEACHER`. Not stored in `ExampleTable`; see `rayk.data.views`.
+        aligned: the row in the tokens of teachers with another tokenizer, by the teacher's name. Not stored either; see
+            `rayk.data.alignment`.
     """
 
     prompt_tokens: int = 0
@@ -52,13 +55,17 @@ class Example(TokenSequence):
     fields: Mapping[str, Any] = field(default_factory=dict)
     rejected: "Example | None" = None
     contexts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    aligned: Mapping[str, AlignedView] = field(default_factory=dict)
 
-    def view(self, reader: str) -> "Example":
-        """Return the row as the teacher `reader` reads it: with the teacher's context instead of the prompt, or
-        unchanged without such a context.
+    def view(self, reader: str) -> TokenSequence:
+        """Return the row as the teacher `reader` reads it: in the teacher's tokens if it has another tokenizer, with
+        the teacher's context instead of the prompt, or unchanged.
 
-        Views align by counted index: the tokens after the prompt, which include all counted ones, are the same in all.
+        Views align by counted index: the tokens after the prompt, which include all counted ones, are the same in all
+        views but aligned ones, whose `AlignedView.groups` relate both counted indices.
         """
+        if reader in self.aligned:
+            return self.aligned[reader].sequence
         context = self.contexts.get(reader, self.contexts.get(EVERY_TEACHER))
         if context is None:
             return self

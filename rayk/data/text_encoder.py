@@ -121,12 +121,12 @@ class TextEncoder:
             texts = zip(prompts, completions, strict=True)
             joint = self.prompts([prompt + completion for prompt, completion in texts])
             completion_ids = [
-                whole[len(ids) :] if whole[: len(ids)] == ids else self._continuation(completion)
+                whole[len(ids) :] if whole[: len(ids)] == ids else self.continuation(completion)
                 for ids, whole, completion in zip(prompt_ids, joint, completions, strict=True)
             ]
         return [self._append_eos(*ids) for ids in zip(prompt_ids, completion_ids, strict=True)]
 
-    def _continuation(self, text: str) -> list[int]:
+    def continuation(self, text: str) -> list[int]:
         """Return the ids of a text that continues another, without the space that the tokenizer puts before texts."""
         if self._adds_space:
             anchor, anchored = self.encode([_ANCHOR, _ANCHOR + text])
@@ -228,4 +228,4 @@ class TextEncoder:
         If a token would cross the boundary, both sides are tokenized separately, as in generation.
         """
         joint = self.encode([text + part])[0]
-        return joint if joint[: len(ids)] == ids else ids + self._continuation(part)
+        return joint if joint[: len(ids)] == ids else ids + self.continuation(part)

@@ -2,14 +2,16 @@
 
 A teacher may read another context than the student does: a hint with the right answer (`teachers.prompt_template`,
 context distillation, arXiv 2209.15189), or more demonstrations (method `in_context`). Every view ends with the same
-counted tokens, so student and teacher align by counted index.
+counted tokens, so student and teacher align by counted index. A teacher with another tokenizer reads the row in its own
+tokens (`rayk.data.alignment`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rayk.config import DataConfig, DataSource, RunConfig
+from rayk.data.alignment import RowAligner
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import Example
 from rayk.data.sources import Row
@@ -19,6 +21,8 @@ from rayk.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AnyExample = TypeVar("AnyExample", bound=Example)
+
 
 @dataclass(frozen=True)
 class RowViews:
@@ -27,10 +31,12 @@ class RowViews:
     Attributes:
         prompts: tokenizers of the prompts of teachers with a `prompt_template`, by the teacher's name.
         demonstrations: the pool of method `in_context`.
+        aligners: by the name of each teacher with another tokenizer (`method.alignment`).
     """
 
     prompts: Mapping[str, RowTokenizer] = field(default_factory=dict)
     demonstrations: DemonstrationPool | None = None
+    aligners: Mapping[str, RowAligner] = field(default_factory=dict)
 
     @classmethod
     def from_config(
@@ -46,8 +52,8 @@ class RowViews:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all models read rows in the same context, so that `apply` changes nothing."""
-        return not self.prompts and self.demonstrations is None
+        """Whether all models read rows in the same context and tokens, so that `apply` and `align` change nothing."""
+        return not self.prompts and self.demonstrations is None and not self.aligners
 
     def apply(self, row: Example, seed: int = 0, progress: float = 0.0) -> Example:
         """Return `row` with its contexts; a row that has them already is returned unchanged.
@@ -70,9 +76,19 @@ class RowViews:
             return self.demonstrations.add_evaluation_demonstrations(row, draw)
         return self._with_prompts(row)
 
+    def align(self, row: AnyExample) -> AnyExample:
+        """Return `row`, whose completion is final, with its views in the tokens of other tokenizers.
+
+        Raises:
+            UnalignableRow: a teacher's tokenizer cannot represent the row.
+        """
+        if not self.aligners or row.aligned:
+            return row
+        return replace(row, aligned={name: aligner.align(row) for name, aligner in self.aligners.items()})
+
     def has_view(self, teacher: str) -> bool:
         """Return whether a teacher reads rows in another context than the student."""
-        return self.demonstrations is not None or teacher in self.prompts
+        return self.demonstrations is not None or teacher in self.prompts or teacher in self.aligners
 
     def _with_prompts(self, row: Example) -> Example:
         if all(name in row.contexts for name in self.prompts):

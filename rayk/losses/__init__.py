@@ -7,7 +7,7 @@ preference losses (DPO) in `preference`, and retriever losses in `retrieval`.
 """
 
 from rayk.losses.chunked import linear_divergence, linear_outcomes
-from rayk.losses.cross_tokenizer import universal_logit_distance
+from rayk.losses.cross_tokenizer import AlignedLoss, aligned_divergence, universal_logit_distance
 from rayk.losses.decoupled import adaptive_teaching, decoupled_kl, gold_uncertainty
 from rayk.losses.divergences import (
     DIVERGENCES,
@@ -44,8 +44,10 @@ from rayk.losses.retrieval import full_contrastive_loss, no_negatives, reward_di
 __all__ = [
     "DIVERGENCES",
     "LOG_FLOOR",
+    "AlignedLoss",
     "adaptive_kl",
     "adaptive_teaching",
+    "aligned_divergence",
     "cumulative_log_weights",
     "decoupled_kl",
     "divergence",

@@ -110,7 +110,7 @@ def linear_divergence(
     def chunk_loss(
         hidden: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        logits = _logits(hidden, student_head)
+        logits = student_logits(hidden, student_head)
         log_q = log_probs(logits, temperature)
         if isinstance(chunk_teacher, SignalBatch):
             log_p, log_q = hidden_outcomes(chunk_teacher, log_q, temperature)
@@ -171,7 +171,7 @@ def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalB
     return teacher.slice_tokens(chosen) if isinstance(teacher, SignalBatch) else teacher[chosen]
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
+def student_logits(hidden: Tensor, head: Head) -> Tensor:
     """Return `head.logits(hidden)`, in float64 if `hidden` is float64."""
     if hidden.dtype != torch.float64:
         return head.logits(hidden)

@@ -3,14 +3,17 @@
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from rayk.config import DivergenceMethodConfig
+from rayk.config import AlignmentConfig, DivergenceMethodConfig
 from rayk.config.support import Hidden, Sampled
-from rayk.losses import find_divergence, linear_divergence, linear_outcomes
+from rayk.data.examples import Example
+from rayk.losses import AlignedLoss, aligned_divergence, find_divergence, linear_divergence, linear_outcomes
 from rayk.losses.divergences import Divergence
 from rayk.methods.base import Experience, Student
 from rayk.models import Head
+from rayk.signals.alignment import TokenGroups, VocabularyMap
 from rayk.text.functions import load_function
 
 
@@ -21,6 +24,8 @@ def soft_loss(
     terms for the metrics: D, the cross-entropy on the rows' tokens at temperature 1, and the masses that
     `divergence_with_masses` returns."""
     assert experience.signals is not None
+    if (alignment := getattr(settings, "alignment", None)) is not None:
+        return _aligned_soft_loss(settings, alignment, student, experience)
     divergence, cross_entropy, masses = divergence_with_masses(
         load_divergence(settings), student, student.head, experience, temperature=settings.temperature,
         **settings.divergence.options,
@@ -28,6 +33,41 @@ def soft_loss(
     soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
     name = settings.divergence.name.rpartition(":")[2]
     return soft, {"cross_entropy": cross_entropy, name: divergence, **masses}
+
+
+def _aligned_soft_loss(
+    settings: DivergenceMethodConfig, alignment: AlignmentConfig, student: Student, experience: Experience
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Like `soft_loss`, from a teacher with another tokenizer. With `unmatched: sorted`, the weighted sorted distance
+    is added. The terms `aligned` and `compared` are the shares of tokens in groups, and of compared distributions."""
+    batch, signals = experience.batch, experience.signals
+    assert signals is not None
+    is_sorted = alignment.unmatched == "sorted" and alignment.unmatched_weight > 0
+    groups, vocabulary = _batch_groups(experience)
+    loss: AlignedLoss = aligned_divergence(
+        student.hidden(batch), student.head, signals, groups, vocabulary, batch.targets, load_divergence(settings),
+        temperature=settings.temperature, unmatched=is_sorted, **settings.divergence.options,
+    )  # fmt: skip
+    soft = loss.divergence * settings.temperature**2 if settings.temperature_squared else loss.divergence
+    name = settings.divergence.name.rpartition(":")[2]
+    terms = {"cross_entropy": loss.cross_entropy, name: loss.divergence}
+    if is_sorted:
+        soft = soft + alignment.unmatched_weight * loss.unmatched
+        terms["unmatched"] = loss.unmatched
+    return soft, {**terms, "aligned": loss.is_aligned, "compared": loss.is_compared}
+
+
+def _batch_groups(experience: Experience) -> tuple[TokenGroups, VocabularyMap]:
+    """Return the groups of all rows, by index among the counted tokens of the batch and of its signals."""
+    assert experience.signals is not None
+    views = [next(iter(row.aligned.values())) for row in experience.batch.sequences if isinstance(row, Example)]
+    starts = experience.batch.offsets.tolist(), experience.signals.offsets.tolist()
+    groups = TokenGroups(
+        np.concatenate([view.groups.student + start for view, start in zip(views, starts[0], strict=False)]),
+        np.concatenate([view.groups.teacher + start for view, start in zip(views, starts[1], strict=False)]),
+        np.concatenate([view.groups.is_single for view in views]),
+    )
+    return groups, views[0].vocabulary
 
 
 def divergence_with_masses(

@@ -13,7 +13,7 @@ from rayk.data.examples import Example
 from rayk.rollouts.policy import Rollout
 from rayk.signals.sequence import TokenSequence
 
-_NOT_PACKED = ("where", "fields", "rejected", "contexts")
+_NOT_PACKED = ("where", "fields", "rejected", "contexts", "aligned")
 
 
 def pack_row(row: TokenSequence) -> dict[str, Any]:

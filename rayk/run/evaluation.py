@@ -56,7 +56,7 @@ def evaluate_model(
         rank_demonstrations(inputs, listener, retriever)
         job = Job(config, inputs.tokenizer_name, applications, None, inputs.evaluation.table, views=inputs.views)
         evaluation = evaluate_remotely(job)
-        teacher = measure_teacher(config, teachers, inputs) if config.evaluation_teacher else None
+        teacher = measure_teacher(config, teachers, inputs) if config.compares_teacher else None
     return {
         "name": Path(path).name if model else config.name,
         "student": evaluation.metrics,

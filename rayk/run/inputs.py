@@ -1,7 +1,7 @@
 """Read a run's tokenizer and rows, and check that they fit the models and the settings, before anything is started."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayk.config import RunConfig, TeacherConfig, check_inputs_exist
@@ -24,6 +24,7 @@ from rayk.models.checks import check_causal_lm, check_student_model, check_teach
 from rayk.models.student import build_model_config, count_planned_parameters
 from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
+from rayk.run.alignment import check_aligned_rows, make_aligners
 from rayk.run.checks import check_contexts, check_demonstrated_lengths, check_lengths, check_routes
 from rayk.run.vocabularies import SharedVocabulary, share_vocabularies
 from rayk.teachers import Teacher
@@ -76,6 +77,9 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     vocabulary.check_rows(tables, tokenizer)
     demonstrations = _read_demonstrations(config, tokenizer, train, tables)
     views = RowViews.from_config(config, tokenizer, demonstrations)
+    views = replace(views, aligners=make_aligners(config, attached, tokenizer))
+    if train is not None:
+        check_aligned_rows(config, views, train)
     check_lengths(models, config, train, evaluation, tables)
     if demonstrations is not None:
         check_demonstrated_lengths(models, config, demonstrations, tables)
@@ -111,7 +115,7 @@ def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     if config.student.lora is not None:
         count_planned_parameters(config.student, tokenizer)  # raises if the adapter does not fit the model
     for teacher in config.signal_teachers:
-        if teacher.model:
+        if teacher.model and teacher.name != config.aligned_teacher:  # it has its own tokens: `rayk.run.alignment`
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code
             )
@@ -135,7 +139,7 @@ def _check_teacher_files(teacher: TeacherConfig) -> None:
 
 def _check_support(config: RunConfig, vocab_size: int) -> None:
     support = config.signal_support
-    if isinstance(support, TopK) and support.k > vocab_size:
+    if isinstance(support, TopK) and support.k > vocab_size and not config.method.aligns_tokens:
         raise InputError(
             f"method.support.k is {support.k}, but the vocabulary has {vocab_size} tokens; lower it to {vocab_size} at "
             "most."

@@ -81,7 +81,7 @@ def run_once(
             rank_demonstrations(inputs, listener, _train_retriever(config, inputs, teachers, listener))
         started = time.time()
         teacher_evaluation = None
-        if config.evaluation_teacher and inputs.evaluation is not None:
+        if config.compares_teacher and inputs.evaluation is not None:
             listener.stage("Measuring the teacher")
             teacher_evaluation = measure_teacher(config, teachers, inputs)
         outcome = _train_student(config, inputs, stack, listener, base)

@@ -106,6 +106,8 @@ def share_vocabularies(
     sizes: dict[str, int] = {}
     notes: list[str] = []
     for teacher in config.signal_teachers:
+        if teacher.name == config.aligned_teacher:
+            continue
         vocabulary, teacher_tokenizer = _read_teacher(teacher, attached.get(teacher.name), tokenizer, student)
         try:
             difference = compare_vocabularies(student, vocabulary)

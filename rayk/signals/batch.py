@@ -96,6 +96,10 @@ class SignalBatch:
         length = len(range(*chosen.indices(self.tokens)))
         return self._map(lambda column: column[chosen], torch.tensor([0, length]))
 
+    def select_tokens(self, positions: Tensor) -> "SignalBatch":
+        """Return the given positions, in the given order, as one row."""
+        return self._map(lambda column: column[positions], torch.tensor([0, len(positions)]))
+
     def at_temperature(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the teacher's coarse-grained distribution: log-probs of `ids` [tokens, k] and of the tail [tokens].
 

@@ -51,5 +51,6 @@ class TokenSequence:
         return self.input_ids[self.counted]
 
     def view(self, reader: str) -> "TokenSequence":
-        """Return the sequence as the model named `reader` reads it. All views have the same counted tokens."""
+        """Return the sequence as the model named `reader` reads it. All views have the same counted tokens, except
+        those of readers with another tokenizer (`rayk.signals.alignment`)."""
         return self

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rayk.config import RunConfig
+from rayk.data.alignment import UnalignableRow
 from rayk.data.batches import Batch, BatchSampler, collate
 from rayk.data.examples import Example, ExampleTable
 from rayk.data.views import RowViews
@@ -239,14 +240,11 @@ class ExperienceSource:
 
     async def _prepare_usable(self, batch: Batch, prepare: _Prepare) -> _Usable:
         """Return the indices of the rows of `batch` with usable signals, and the experience of these rows."""
-        if not self._views.is_empty:
-            # Rows that come from a checkpoint have no contexts yet.
-            sequences = [self._views.apply(row) if isinstance(row, Example) else row for row in batch.sequences]
-            batch = replace(batch, sequences=sequences)
         rows = list(range(batch.rows))
         while rows:
             try:
-                experience = await prepare(batch if len(rows) == batch.rows else batch.select(rows))
+                chosen = batch if len(rows) == batch.rows else batch.select(rows)
+                experience = await prepare(self._with_views(chosen))
             except UnusableSignal as error:
                 if self._config.training.unusable_rows == "stop":
                     raise RunFailed(f"{error} Set training.unusable_rows to skip to leave such rows out.") from error
@@ -260,6 +258,26 @@ class ExperienceSource:
                     )
                 return rows, experience
         return rows, None
+
+    def _with_views(self, batch: Batch) -> Batch:
+        """Return `batch`, whose completions are final, with all views of its rows.
+
+        Raises:
+            UnusableSignal: some rows cannot be aligned with the teacher's tokens.
+        """
+        if self._views.is_empty:
+            return batch
+        sequences, problems = list(batch.sequences), dict[int, UnalignableRow]()
+        for place, row in enumerate(sequences):
+            if isinstance(row, Example):
+                try:
+                    # Rows that come from a checkpoint have no contexts yet.
+                    sequences[place] = self._views.align(self._views.apply(row))
+                except UnalignableRow as error:
+                    problems[place] = error
+        if problems:
+            raise UnusableSignal(str(next(iter(problems.values()))), [*problems])
+        return replace(batch, sequences=sequences)
 
     def _concatenate(self, count: int, parts: Iterable[tuple[list[int], _Usable]]) -> Experience:
         """Concatenate the experiences of `parts` in the order of the step's rows.

@@ -150,7 +150,8 @@ class Trainer:
         if job.evaluation_table is None:
             return None
         return Evaluator(
-            self.config.evaluation, ExampleTable(fetch(job.evaluation_table)), self.tokenizer, teacher,
+            self.config.evaluation, ExampleTable(fetch(job.evaluation_table)), self.tokenizer,
+            teacher if self.config.compares_teacher else None,
             self.settings.micro_batch_tokens, self.ranks.rank, self.ranks.world, views,
         )  # fmt: skip
 

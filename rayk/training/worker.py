@@ -50,7 +50,7 @@ def evaluate_worker(job: Job) -> Evaluation:
     model = make_model(config.student, tokenizer, config.seed, pick_device())
     examples = list(ExampleTable(fetch(job.evaluation_table)))
     with open_cache(config.cache) as cache:
-        teacher = build_scorer(config, job.connect_teachers(cache))
+        teacher = build_scorer(config, job.connect_teachers(cache)) if config.compares_teacher else None
         evaluator = Evaluator(
             config.evaluation, examples, tokenizer, teacher, config.training.micro_batch_tokens, views=fetch(job.views)
         )

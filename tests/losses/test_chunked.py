@@ -288,7 +288,7 @@ def test_the_logits_are_the_heads_own():
         head = random_head(V, D, dtype=torch.float32, **parts)
         ours = losses.linear_log_probs(hidden, head, torch.arange(V).repeat(N, 1))[0]
         torch.testing.assert_close(ours, head.logits(hidden).log_softmax(1))
-        torch.testing.assert_close(chunked._logits(hidden.double(), head).float(), head.logits(hidden))
+        torch.testing.assert_close(chunked.student_logits(hidden.double(), head).float(), head.logits(hidden))
 
 
 def test_full_logits_are_never_stored(monkeypatch):

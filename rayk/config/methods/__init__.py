@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from rayk.config.methods.alignment import AlignmentConfig
 from rayk.config.methods.custom import CustomMethodConfig
 from rayk.config.methods.divergence import DIVERGENCE_OPTIONS, Divergence, DivergenceMethodConfig
 from rayk.config.methods.in_context import InContextConfig
@@ -17,6 +18,7 @@ from rayk.config.methods.teacher import TeacherMethodConfig
 __all__ = [
     "DIVERGENCE_OPTIONS",
     "AdaptiveConfig",
+    "AlignmentConfig",
     "CustomMethodConfig",
     "Divergence",
     "DivergenceMethodConfig",

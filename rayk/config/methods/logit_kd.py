@@ -5,7 +5,9 @@ from typing import Literal
 from pydantic import model_validator
 
 from rayk.config.base import Share
+from rayk.config.methods.alignment import AlignmentConfig, check_alignment
 from rayk.config.methods.divergence import DivergenceMethodConfig
+from rayk.config.sections import Run
 from rayk.config.support import Requested
 
 
@@ -16,9 +18,20 @@ class LogitKDConfig(DivergenceMethodConfig):
     """The method's kind."""
     hard_label_weight: Share = 0.0
     """Weight α in α·cross-entropy + (1−α)·divergence."""
+    alignment: AlignmentConfig | None = None
+    """Align the tokens of a teacher with another tokenizer; `null`: the teacher has the student's vocabulary."""
 
     @model_validator(mode="after")
     def _check_ids(self) -> "LogitKDConfig":
         if isinstance(self.support, Requested):
             raise ValueError("logit_kd cannot learn from support 'requested'; use 'topk' or 'hidden'")
         return self
+
+    @property
+    def aligns_tokens(self) -> bool:
+        return self.alignment is not None
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if self.alignment is not None:
+            check_alignment(self, run)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rayk.config.base import Positive, Settings, Share
+from rayk.config.methods.alignment import AlignmentConfig, check_alignment
 from rayk.config.methods.divergence import Divergence, DivergenceConfig, DivergenceMethodConfig
 from rayk.config.sections import Run
 
@@ -50,6 +51,8 @@ class OnPolicyConfig(DivergenceMethodConfig):
     requested_ids: Positive = 64
     """With support `requested`: number of the student's own most likely ids per position at which the teacher returns
     log-probs, besides the teacher's own `support.k`."""
+    alignment: AlignmentConfig | None = None
+    """As in method `logit_kd`; for form `divergence`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +67,10 @@ class OnPolicyConfig(DivergenceMethodConfig):
             raise ValueError("form 'policy' learns only from new completions of the student; leave out "
                              "student_fraction and adaptive, or use form 'divergence'")  # fmt: skip
         return self
+
+    @property
+    def aligns_tokens(self) -> bool:
+        return self.alignment is not None
 
     @property
     def uses_divergence(self) -> bool:
@@ -83,6 +90,8 @@ class OnPolicyConfig(DivergenceMethodConfig):
 
     def check(self, run: Run) -> None:
         super().check(run)
+        if self.alignment is not None:
+            self._check_tokens(run)
         if self.adaptive and not (run.data.evaluation and run.evaluation.every_steps):
             raise ValueError(
                 "method.adaptive needs the evaluation loss; set data.evaluation and evaluation.every_steps"
@@ -99,3 +108,15 @@ class OnPolicyConfig(DivergenceMethodConfig):
                 f"method.teacher_written: teacher '{teacher.name}' has a prompt_template, but its completions would "
                 "follow the student's prompt; leave one of the two out"
             )
+
+    def _check_tokens(self, run: Run) -> None:
+        if self.form == "policy":
+            raise ValueError(
+                "method.alignment compares distributions, which form 'policy' does not; use form 'divergence'"
+            )
+        if self.teacher_written:
+            raise ValueError(
+                "method.teacher_written trains on the teacher's tokens, but with method.alignment it has another "
+                "tokenizer; set it to 0, and let the teacher generate rows with synthesis 'responses' instead"
+            )
+        check_alignment(self, run)
