@@ -98,6 +98,11 @@ class MethodSettings(Settings):
         return False
 
     @property
+    def averages_sequences(self) -> bool:
+        """Return whether each sequence, instead of each counted token, has the same weight in the mean loss."""
+        return False
+
+    @property
     def weighs_rollout_logprobs(self) -> bool:
         """Return whether the loss divides by the log-probs under which the completions were sampled."""
         return False

@@ -19,15 +19,17 @@ def token_mean(per_token: Tensor, count: float | Tensor) -> Tensor:
     return per_token.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
-def sequence_mean(per_token: Tensor, offsets: Tensor) -> Tensor:
+def sequence_mean(per_token: Tensor, offsets: Tensor, count: float | None = None) -> Tensor:
     """Return the mean over sequences of their token means, as in GKD (arXiv 2306.13649); empty sequences are skipped.
 
     Args:
         per_token: [tokens], sequence after sequence.
         offsets: int64 [sequences + 1], as in `SignalBatch`.
+        count: number of sequences with tokens in the *global* batch, as in `token_mean`; None for the number of these.
     """
     lengths = offsets.diff()
-    weights = 1.0 / (lengths.clamp(min=1) * (lengths > 0).sum().clamp(min=1))
+    sequences = (lengths > 0).sum().clamp(min=1) if count is None else max(count, 1)
+    weights = 1.0 / (lengths.clamp(min=1) * sequences)
     return (per_token * weights.to(per_token.dtype).repeat_interleave(lengths)).sum()
 
 

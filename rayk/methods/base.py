@@ -57,6 +57,11 @@ class Experience:
         return self.batch.counted_tokens
 
     @property
+    def offsets(self) -> Tensor:
+        """int64 [sequences + 1]; sequence i has the units offsets[i]:offsets[i + 1]."""
+        return self.batch.offsets
+
+    @property
     def lengths(self) -> list[int]:
         """Number of tokens with padding of each unit that `select` can choose (here rows)."""
         return [len(sequence) for sequence in self.batch.sequences]

@@ -4,9 +4,9 @@ tokens (generalized knowledge distillation, GKD; Agarwal et al. 2024, arXiv 2306
     L = (1/N) Σ_t T^s·D(p_T ‖ q_T)(y_<t, x),   y ~ q(·|x) with probability λ, else from the data or the teacher
 
 p is the teacher, q the student, N the number of counted tokens of all rows (the paper takes the mean over sequences of
-their means). No gradient flows through the sampling. λ is `student_fraction`, drawn for each row (TRL draws once per
-batch). With λ = 0 and the data's rows this is `logit_kd`; with forward KL and λ in between it is ImitKD (Lin et al.
-2020).
+their means: `normalize: sequences`). No gradient flows through the sampling. λ is `student_fraction`, drawn for each
+row (TRL draws once per batch). With λ = 0 and the data's rows this is `logit_kd`; with forward KL and λ in between it
+is ImitKD (Lin et al. 2020).
 
 Reverse KL and Jensen–Shannon weigh tokens where the student has mass. Support `requested` therefore contains the
 student's most likely ids as well as the teacher's, and `hidden` the whole vocabulary.

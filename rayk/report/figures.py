@@ -135,7 +135,8 @@ def _objective(run: Run) -> str:
     parts = [
         f"{name.removesuffix('.name').replace('_', ' ').replace('.', ' ')} "
         f"{format(value, 'g') if isinstance(value, float) else value}"
-        for name, value in settings.items() if value is not None and value is not False
+        for name, value in settings.items()
+        if value is not None and value is not False and (name, value) != ("normalize", "tokens")
     ]  # fmt: skip
     return f"The loss of {run.method}" + (f" ({', '.join(parts)})" if parts else "")
 

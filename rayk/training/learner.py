@@ -11,7 +11,7 @@ from torch import Tensor
 from rayk.config import TrainingConfig
 from rayk.data.batches import micro_batches
 from rayk.errors import InputError, RunFailed
-from rayk.losses import token_mean
+from rayk.losses import sequence_mean, token_mean
 from rayk.methods import Experience
 from rayk.training.optimizer import make_optimizer
 from rayk.training.ranks import Ranks
@@ -23,10 +23,14 @@ class Learner:
 
     Args:
         module: student and loss, on `device`.
+        averages_sequences: give each sequence, instead of each unit, the same weight.
     """
 
-    def __init__(self, module: LossModule, settings: TrainingConfig, ranks: Ranks, device: str):
+    def __init__(
+        self, module: LossModule, settings: TrainingConfig, ranks: Ranks, device: str, averages_sequences: bool = False
+    ):  # fmt: skip
         self.module, self._settings, self._ranks, self._device = module, settings, ranks, device
+        self._averages_sequences = averages_sequences
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self._parameters, settings)
         self._wrapped: Any = module
@@ -51,13 +55,13 @@ class Learner:
         return _weighted_means(updates)
 
     def _update(self, experience: Experience, step: int) -> tuple[float, dict[str, float]]:
-        """Make one optimizer update; return its number of units and the means over them.
+        """Make one optimizer update; return its number of units (or sequences) and the means over them.
 
         The mean loss of the auxiliary experience, over its own units, is added.
         """
         means: dict[str, float] = {}
         parts = [part for part in (experience, experience.auxiliary) if part is not None]
-        counts = self._ranks.sums([part.count for part in parts])
+        counts = self._ranks.sums([self._count(part) for part in parts])
         for part, count in zip(parts, counts, strict=True):
             sums = self._backward(part, count, is_auxiliary=part is not experience)
             names = sorted(sums)
@@ -84,7 +88,8 @@ class Learner:
         return counts[0], {**means, "gradient_norm": float(norm)}
 
     def _backward(self, experience: Experience, count: float, is_auxiliary: bool) -> dict[str, float]:
-        """Compute the gradients of the loss; return sums of the loss and its terms over this rank's units."""
+        """Compute the gradients of the loss; return sums of the loss and its terms over this rank's units (or of their
+        means over its sequences)."""
         groups = micro_batches(experience.lengths, self._settings.micro_batch_tokens)
         sums: dict[str, Tensor] = {}
         for number, rows in enumerate(groups, start=1):
@@ -93,10 +98,20 @@ class Learner:
             with nullcontext() if is_last else self._wrapped.no_sync():
                 per_token, terms = self._forward(part, is_auxiliary)
                 # DDP averages gradients over ranks, but the loss is summed over them.
-                (token_mean(per_token, count) * self._ranks.world).backward()
+                (self._mean(per_token, part, count) * self._ranks.world).backward()
             for name, term in {"loss": per_token.detach(), **terms}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self._device)) + term.sum()
+                sums[name] = sums.get(name, torch.zeros((), device=self._device)) + self._mean(term, part, 1)
         return {name: float(value) for name, value in sums.items()}
+
+    def _count(self, experience: Experience) -> int:
+        """Return what the mean loss is divided by: the number of units, or of sequences with units."""
+        return int((experience.offsets.diff() > 0).sum()) if self._averages_sequences else experience.count
+
+    def _mean(self, values: Tensor, part: Experience, count: float) -> Tensor:
+        """Return the share of a micro-batch's units in the mean over `count` units, or sequences."""
+        if self._averages_sequences:
+            return sequence_mean(values, part.offsets, count)
+        return token_mean(values, count)
 
     def _forward(self, part: Experience, is_auxiliary: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its terms. All ranks together check the first loss of each kind of experience."""

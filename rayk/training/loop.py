@@ -64,7 +64,7 @@ class Trainer:
         self.method: Method = resolve_method(config.method)(config.method, teacher, self.policy)
         self.student = Student(model, self.settings.precision, uses_dropout=self.method.uses_dropout)
         module = LossModule(self.student, self.method).to(self.device).train()
-        self.learner = Learner(module, self.settings, ranks, self.device)
+        self.learner = Learner(module, self.settings, ranks, self.device, config.method.averages_sequences)
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))
         self.sampler = BatchSampler(self.table.lengths, self.settings.batch_size, config.seed, self.total_steps)
         self._stop_request = StopRequest(config.output_path)

@@ -24,6 +24,11 @@ def test_nothing_counted_is_zero_and_not_nan():
 def test_the_sequence_mean_weighs_sequences_alike_and_skips_empty_ones():
     values = torch.tensor([1.0, 3.0, 10.0])
     assert losses.sequence_mean(values, torch.tensor([0, 2, 2, 3])).item() == pytest.approx((2 + 10) / 2)
+    parts = (
+        losses.sequence_mean(values[:2], torch.tensor([0, 2, 2]), 2),
+        losses.sequence_mean(values[2:], torch.tensor([0, 1]), 2),
+    )
+    assert sum(parts).item() == pytest.approx((2 + 10) / 2)
 
 
 def test_padding_changes_nothing_since_only_counted_tokens_are_given():

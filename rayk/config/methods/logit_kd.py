@@ -7,11 +7,12 @@ from pydantic import model_validator
 from rayk.config.base import Share
 from rayk.config.methods.alignment import AlignmentConfig, check_alignment
 from rayk.config.methods.divergence import DivergenceMethodConfig
+from rayk.config.methods.normalization import TokenLossConfig
 from rayk.config.sections import Run
 from rayk.config.support import Requested
 
 
-class LogitKDConfig(DivergenceMethodConfig):
+class LogitKDConfig(DivergenceMethodConfig, TokenLossConfig):
     """The student matches the teacher's distribution at every counted token of the rows."""
 
     kind: Literal["logit_kd"] = "logit_kd"

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rayk.config.base import Positive, Settings, Share
 from rayk.config.methods.alignment import AlignmentConfig, check_alignment
 from rayk.config.methods.divergence import Divergence, DivergenceConfig, DivergenceMethodConfig
+from rayk.config.methods.normalization import TokenLossConfig
 from rayk.config.sections import Run
 
 
@@ -23,7 +24,7 @@ class AdaptiveConfig(Settings):
     """Number of rollouts in each worker's replay buffer; until it is full, no rollout is trained on again."""
 
 
-class OnPolicyConfig(DivergenceMethodConfig):
+class OnPolicyConfig(DivergenceMethodConfig, TokenLossConfig):
     """The student matches the teacher's distribution on completions that the student generates (`rollouts`)."""
 
     kind: Literal["on_policy"] = "on_policy"

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from rayk.config.sections import MethodSettings
+from rayk.config.methods.normalization import TokenLossConfig
 
 
-class SupervisedConfig(MethodSettings):
+class SupervisedConfig(TokenLossConfig):
     """Cross-entropy on the rows' own tokens."""
 
     kind: Literal["supervised"] = "supervised"
