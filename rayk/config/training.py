@@ -90,7 +90,8 @@ class TrainingConfig(Settings):
     batch_size: Positive = 32
     """Rows per optimizer step, over all workers."""
     micro_batch_tokens: Annotated[Positive, Placement()] = 8192
-    """Tokens per forward pass of one worker, padding included; gradients are accumulated."""
+    """Tokens per forward pass of one worker, padding included; gradients are accumulated. The rows of one pair, or the
+    options of one query, are computed in parts if they have more together."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of AdamW; `null`: the method's default, which is 1e-6 for `preference` (1e-5 with
     `student.lora`), 5e-6 for `minillm` (5e-5 with `student.lora`), and 1e-4 for other methods."""

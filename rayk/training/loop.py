@@ -62,7 +62,9 @@ class Trainer:
         set_end_token_ids(model, self.tokenizer, job.trained_ends)
         self.policy = make_policy(job, model, self.tokenizer, publishes=ranks.rank == 0)
         self.method: Method = resolve_method(config.method)(config.method, teacher, self.policy)
-        self.student = Student(model, self.settings.precision, uses_dropout=self.method.uses_dropout)
+        self.student = Student(
+            model, self.settings.precision, self.settings.micro_batch_tokens, uses_dropout=self.method.uses_dropout
+        )
         module = LossModule(self.student, self.method).to(self.device).train()
         self.learner = Learner(module, self.settings, ranks, self.device, config.method.averages_sequences)
         self.total_steps = self.settings.steps or steps_of_epochs(self.settings, len(self.table))

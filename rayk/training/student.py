@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from rayk.data.batches import Batch
+from rayk.data.batches import Batch, micro_batches
 from rayk.methods import Experience, Loss, Method
 from rayk.models import DTYPES, Head, final_hidden, get_head
 from rayk.models.dropout import disable_dropout
@@ -25,17 +26,22 @@ UNUSABLE = "unusable_share"
 
 
 class Student(nn.Module):
-    """A causal LM split into body and head (`rayk.methods.base.Student`)."""
+    """A causal LM split into body and head (`rayk.methods.base.Student`).
 
-    def __init__(self, model: Any, precision: str = "float32", *, uses_dropout: bool = True):
-        """
-        Args:
-            precision: dtype of matrix products.
-            uses_dropout: whether training mode includes dropout.
-        """
+    Args:
+        precision: dtype of matrix products.
+        max_tokens: tokens per forward pass of the body, padding included. A batch with more, such as the options of one
+            query, is computed in parts, whose activations are recomputed in the backward pass. None: no limit.
+        uses_dropout: whether training mode includes dropout.
+    """
+
+    def __init__(
+        self, model: Any, precision: str = "float32", max_tokens: int | None = None, *, uses_dropout: bool = True
+    ):  # fmt: skip
         super().__init__()
         self.model: Any = model
         self._compute_dtype = DTYPES[precision]
+        self._max_tokens = max_tokens
         self._uses_dropout = uses_dropout
 
     def train(self, mode: bool = True) -> Self:
@@ -55,6 +61,15 @@ class Student(nn.Module):
         return torch.autocast(device, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
 
     def hidden(self, batch: Batch) -> Tensor:
+        if self._max_tokens is None or batch.rows == 1 or batch.input_ids.numel() <= self._max_tokens:
+            return self._hidden(batch)
+        groups = micro_batches([len(row) for row in batch.sequences], self._max_tokens)
+        parts = [checkpoint(self._hidden, batch.select(rows), use_reentrant=False) for rows in groups]
+        bounds = batch.offsets.tolist()
+        order = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for rows in groups for row in rows])
+        return torch.cat(parts)[order.argsort().to(batch.offsets.device)]
+
+    def _hidden(self, batch: Batch) -> Tensor:
         with self.autocast():
             states = final_hidden(self.model, batch.input_ids, batch.attention_mask)
         return batch.counted(states).to(self._compute_dtype)
