@@ -124,8 +124,8 @@ class AnswerScorer:
         )
 
     def _prompt(self, example: Example) -> str:
-        """Return the prompt with its special tokens, which separate the turns of a chat."""
-        ids = example.prompt_ids
-        if len(ids) and ids[0] == self._tokenizer.bos_token_id:
-            ids = ids[1:]
-        return self._tokenizer.decode(ids)
+        """Return the prompt with its special tokens, which separate the turns of a chat, but without a BOS token that
+        only marks its beginning."""
+        ids, bos = example.prompt_ids, self._tokenizer.bos_token_id
+        is_mark = bos in ids[:1] and bos not in ids[1:]
+        return self._tokenizer.decode(ids[1:] if is_mark else ids)

@@ -70,6 +70,10 @@ COLUMNS = (
         "{:.3f}", max,
     ),
     _metric(
+        "stopped", "Ended", "Share of the answers that ended by themselves; the others were cut at "
+        "evaluation.generation.max_new_tokens.", "{:.1%}", max,
+    ),
+    _metric(
         "loss", "Loss", "Cross-entropy on the reference texts, in nats per token: how surprised the model is by each "
         "token. 0 is perfect prediction; 0.69 is a coin toss between two tokens.", "{:.3f}", min,
     ),

@@ -10,7 +10,7 @@ from rayk.data.examples import Example
 from rayk.errors import InputError
 from rayk.evaluation.answer_scoring import AnswerScorer
 from rayk.evaluation.evaluate import Evaluation
-from tests.tiny import tiny_tokenizer
+from tests.tiny import BOS, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -102,6 +102,14 @@ def test_prompt_of_a_chat_shows_where_turns_begin():
          {"role": "user", "content": "3 + 3?"}], tokenize=False, add_generation_prompt=True,
     )  # fmt: skip
     assert score("6", example(prompt=prompt, completion="6")).prompt == prompt
+
+
+def test_prompt_is_shown_without_a_bos_token_that_is_no_mark_of_a_turn():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = BOS  # as SmolLM2's <|im_start|>, which also begins each turn
+    scorer = AnswerScorer(EvaluationConfig(), tokenizer)
+    for prompt, shown in ((f"{BOS}2 + 2?", "2 + 2?"), (f"{BOS}user 2?{BOS}assistant", f"{BOS}user 2?{BOS}assistant")):
+        assert scorer.score(example(prompt=prompt, completion=" 4"), "4", "stop", 1).prompt == shown
 
 
 GENERATION = {"max_new_tokens": 4}

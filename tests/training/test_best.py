@@ -167,6 +167,18 @@ def test_metric_must_be_measured(evaluation, said, tmp_path, tiny_student):
         prepared(tmp_path, tiny_student, evaluation=evaluation)
 
 
+def test_run_that_generates_ahead_ends_early(tmp_path, tiny_student, served):
+    method = {"kind": "on_policy", "support": {"kind": "topk", "k": 8}}
+    values = settings(tmp_path, tiny_student, method, steps=30, workers=1)
+    values["data"]["evaluation"] = values["data"]["train"]
+    values["rollouts"] |= {"max_staleness": 2}
+    # The loss falls, so the first evaluation remains the best one of mode max.
+    values["evaluation"] = {"every_steps": 2, "keep_best": {"metric": "forward_kl", "mode": "max"}, "patience": 2}
+    summary = distill(parse_config(values)).summary
+    assert (summary["best"]["step"], summary["steps"]) == (2, 6)
+    assert summary["student"]["forward_kl"] == pytest.approx(summary["best"]["value"], rel=1e-3)
+
+
 def test_workers_stop_together_with_the_model_of_one(tmp_path, tiny_student, ray_cluster):
     evaluation = {"patience": 2}
     alone = prepared(tmp_path / "alone", tiny_student, evaluation=evaluation, steps=20)
