@@ -1,13 +1,17 @@
 """Rows in the shape of well-known data sets are read as the same chats, whatever form they come in."""
 
+import contextlib
 import csv
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rayk.config import DataSource
 from rayk.data.batches import make_batches
+from rayk.data.messages import ROLES
 from rayk.data.row_texts import RowTexts
 from rayk.data.sources import Row, read_rows
 from rayk.errors import InputError
@@ -309,3 +313,55 @@ def test_make_batches_reads_all_forms(tokenizer):
         [{"turns": CHATS["OpenHermes"]["conversations"]}], tokenizer, 1, messages_field="turns", train_on="all"
     )
     assert tokenizer.decode(batch.targets) == "24 clips" + END + "72" + END
+
+
+words = st.sampled_from(
+    ["user", "assistant", "tool", "human", "function_call", "text", "f", "", "[", '[{"name": "f"}]']
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | words | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "from",
+                    "value",
+                    "type",
+                    "text",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "arguments",
+                    "weight",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+names = ["prompt", "completion", "messages", "conversations", "chosen", "rejected", "text", "tools", "system"]
+
+
+@given(fields=st.dictionaries(st.sampled_from(names), anything, min_size=1), pairs=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_any_fields_are_read_or_refused_in_one_sentence(fields, pairs):
+    texts, row = texts_of(), row_of(fields)
+    with contextlib.suppress(InputError):
+        texts.tools(row)
+    with contextlib.suppress(InputError):
+        texts.prompt_messages(row, pairs=pairs)
+    with contextlib.suppress(InputError):
+        if texts.format_of(row, pairs=pairs) == "preference":
+            chosen, rejected = texts.conversations(row)
+            assert chosen[:-1] == rejected[:-1]
+        else:
+            chat = texts.conversation(row)
+            assert 0 < chat.prompt_messages <= len(chat.messages)
+            for message in chat.messages:
+                assert message["role"] in ROLES and isinstance(message["content"], str)
+            assert all(chat.messages[turn]["role"] == "assistant" for turn in chat.turns)
