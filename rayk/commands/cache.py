@@ -23,6 +23,7 @@ from rayk.run import (
     teacher_applications,
     with_absolute_paths,
 )
+from rayk.run.directory import with_pinned_date
 from rayk.run.inputs import Inputs, read_inputs
 from rayk.run.synthesis_inputs import with_synthesized_rows
 from rayk.serving.cluster import start_ray
@@ -61,7 +62,8 @@ def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> l
         InputError: the cache or the teachers are missing, or the inputs are wrong.
         UnusableSignal: a row's signal contains NaN or infinities, and `training.unusable_rows` is "stop".
     """
-    config, listener = with_synthesized_rows(next_round(with_absolute_paths(config))[0]), listener or ProgressListener()
+    config, _ = next_round(with_pinned_date(with_absolute_paths(config)))
+    config, listener = with_synthesized_rows(config), listener or ProgressListener()
     settings = _settings(config)
     if not config.teachers:
         raise InputError("teachers is missing; add the teacher that the cache is filled from.")

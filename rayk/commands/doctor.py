@@ -144,7 +144,7 @@ def _check_vocabularies(inputs: Any) -> Iterator[Check]:
         )
     if not vocabulary.teacher_sizes:
         yield Check("ok", f"Tokenizer {name}: {vocabulary.size:,} tokens.")
-    elif inputs.notes:
+    elif vocabulary.notes:
         yield Check("ok", f"Tokenizer {name}: teachers and student share {vocabulary.size:,} token ids.")
     else:
         yield Check("ok", f"Tokenizer {name}: teachers and student agree on the ids and on sample texts.")

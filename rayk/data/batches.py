@@ -208,6 +208,7 @@ def make_batches(
         tokenizer: the student's tokenizer.
         batch_size: rows per batch.
         shuffle_seed: seed of the order of the rows; None keeps their order.
+        chat_template, chat_template_kwargs: see `DataConfig`.
         source_settings: fields of `DataSource`, such as `prompt_field="question"`; not allowed with a `DataSource`.
 
     Raises:

@@ -50,7 +50,7 @@ class ChatTemplate:
         Raises:
             InputError: the file of the template cannot be read.
         """
-        template = read_template(data.chat_template) if isinstance(data.chat_template, str) else None
+        template = read_template(data.chat_template, tokenizer) if isinstance(data.chat_template, str) else None
         return cls(tokenizer, template, data.chat_template_kwargs, data.chat_template_date)
 
     @property
@@ -205,17 +205,20 @@ def _with_call_form(message: Message, form: tuple[Any, bool]) -> Message:
     return message | {"content": message.get("content") or content, "tool_calls": calls}
 
 
-def read_template(name: str) -> str:
-    """Return the text of a shipped template, or of a file.
+def read_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the text of a shipped template, which prints BOS if the tokenizer puts it before texts, or of a file.
 
     Raises:
-        InputError: there is no such template, or the file cannot be read.
+        InputError: there is no such template, or it cannot be read.
     """
-    path = Path(__file__).parent / "templates" / f"{name}.jinja" if name in SHIPPED_TEMPLATES else Path(name)
+    is_shipped = name in SHIPPED_TEMPLATES
+    path = Path(__file__).parent / "templates" / f"{name}.jinja" if is_shipped else Path(name)
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"data.chat_template '{name}' is neither a file with a template nor one of: "
             f"{', '.join(SHIPPED_TEMPLATES)}; give the path of a .jinja file or one of these names."
         ) from error
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return "{{- bos_token }}" + text if is_shipped and adds_bos else text

@@ -1,5 +1,6 @@
 """Refuse to resume a run directory whose settings or training rows have changed."""
 
+import datetime
 from pathlib import Path
 
 from rayk.config import RunConfig, difference, load_config
@@ -20,6 +21,20 @@ _DURATION = ("training.steps", "training.epochs")
 """Settings on which the learning rate of every step depends."""
 _CONFIG = "config.yaml"
 _ROWS = "data.fingerprint"
+
+
+def with_pinned_date(config: RunConfig) -> RunConfig:
+    """Return `config` with the date that chat templates with today's date print: the one with which the run in its
+    directory was started, or today for a new run. Without it tomorrow's rows would differ from today's.
+
+    Raises:
+        InputError: the directory's `config.yaml` cannot be read.
+    """
+    if config.data.chat_template_date is not None:
+        return config
+    file = config.output_path / _CONFIG
+    date = load_config(file).data.chat_template_date if file.exists() else datetime.date.today()
+    return config.model_copy(update={"data": config.data.model_copy(update={"chat_template_date": date})})
 
 
 def claim_directory(config: RunConfig, resume: bool) -> None:

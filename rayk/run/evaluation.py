@@ -13,6 +13,7 @@ from rayk.evaluation.evaluate import Evaluation, evaluate_teacher
 from rayk.models import load_tokenizer, tokenizer_fingerprint
 from rayk.retrieval import find_retriever
 from rayk.run.applications import connect_attached_teachers, required_cpus, serve_teachers, teacher_applications
+from rayk.run.directory import with_pinned_date
 from rayk.run.inputs import Inputs, read_inputs
 from rayk.run.progress import ProgressListener
 from rayk.run.summary import sample_answers
@@ -33,7 +34,7 @@ def evaluate_model(
     Raises:
         InputError: there are no evaluation rows, or there is no such model.
     """
-    config, listener = with_absolute_paths(config), listener or ProgressListener()
+    config, listener = with_pinned_date(with_absolute_paths(config)), listener or ProgressListener()
     if config.data.evaluation is None:
         raise InputError("data.evaluation is missing; set it to the rows to measure on.")
     path = model or str(config.output_path / "model")

@@ -7,6 +7,7 @@ from typing import Any
 from rayk.config import RunConfig, TeacherConfig, check_inputs_exist
 from rayk.config.demonstrations import ROW_FORMAT
 from rayk.config.support import TopK
+from rayk.data.chat_template import ChatTemplate
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.nearest import check_encoder
@@ -26,6 +27,7 @@ from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
 from rayk.run.alignment import check_aligned_rows, make_aligners
 from rayk.run.checks import check_contexts, check_demonstrated_lengths, check_lengths, check_routes
+from rayk.run.template_checks import chat_template_notes
 from rayk.run.vocabularies import SharedVocabulary, share_vocabularies
 from rayk.teachers import Teacher
 
@@ -44,6 +46,8 @@ class Inputs:
     """Plain text that is trained on in addition to `train`."""
     views: RowViews = field(default_factory=RowViews)
     """The rows as each model reads them. Demonstrations are not ranked yet."""
+    chat_template: str | None = None
+    """The text of the template given as `data.chat_template`, which is saved with the student's tokenizer."""
     notes: tuple[str, ...] = ()
     """Sentences for the user on what is allowed, but may not be intended."""
 
@@ -90,8 +94,10 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
         generated = select_generation_rows(evaluation, config.evaluation, views)
         for example in (*generated, *select_option_rows(evaluation, views)):
             scorer.expected_answers(example)
+    template = ChatTemplate.from_settings(config.data, tokenizer).template
     notes = vocabulary.notes + tuple(note for table in tables[:1] for note in vocabulary.describe_rows(table))
-    return Inputs(name, tokenizer, vocabulary, train, evaluation, pretraining, views, notes)
+    notes += tuple(chat_template_notes(config, tokenizer))
+    return Inputs(name, tokenizer, vocabulary, train, evaluation, pretraining, views, template, notes)
 
 
 def find_tokenizer(config: RunConfig, attached: Mapping[str, Teacher]) -> str:

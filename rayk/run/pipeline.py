@@ -139,7 +139,7 @@ def _train_student(
         evaluation_table=None if inputs.evaluation is None else inputs.evaluation.table,
         auxiliary_table=None if inputs.pretraining is None else inputs.pretraining.table,
         policy=policy, views=inputs.views, base=base, generated_ids=inputs.vocabulary.generated,
-        trained_ends=inputs.trained_ends,
+        trained_ends=inputs.trained_ends, chat_template=inputs.chat_template,
     )  # fmt: skip
     with follow_metrics(config.output_path, total, listener):
         return train(job)

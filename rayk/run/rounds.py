@@ -18,7 +18,7 @@ from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
 from rayk.run.applications import required_cpus
-from rayk.run.directory import ROUNDS, check_directory, claim_directory, write_config
+from rayk.run.directory import ROUNDS, check_directory, claim_directory, with_pinned_date, write_config
 from rayk.run.pipeline import Result, run_once
 from rayk.run.progress import ProgressListener
 from rayk.run.summary import training_speed, write_json
@@ -52,7 +52,7 @@ def distill(
         listener = watcher
     if not isinstance(config, RunConfig):
         config = load_config(config, output=output)
-    config, listener = with_absolute_paths(config, output), listener or ProgressListener()
+    config, listener = with_pinned_date(with_absolute_paths(config, output)), listener or ProgressListener()
     if config.rounds == 1:
         return run_once(config, listener, resume=resume)
     check_directory(config, resume)
@@ -83,7 +83,7 @@ def synthesize(
         InputError: there is no `synthesis`, or the settings, data or models are wrong.
         RunFailed, TeacherUnavailable: as in `distill`.
     """
-    config, listener = with_absolute_paths(config, output), listener or ProgressListener()
+    config, listener = with_pinned_date(with_absolute_paths(config, output)), listener or ProgressListener()
     if config.synthesis is None:
         raise InputError("synthesis is missing; set synthesis.kind to the way in which rows are generated.")
     config, round_info = next_round(config)

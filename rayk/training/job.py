@@ -47,6 +47,8 @@ class Job:
     """Number of leading token ids that rollouts may contain; None for all of the student's tokens."""
     trained_ends: tuple[int, ...] = ()
     """Ids of the tokens that end the completions that are trained on."""
+    chat_template: str | None = None
+    """The template saved with the student's tokenizer; None: the tokenizer's own."""
     import_paths: list[str] = field(default_factory=_import_paths)
     """Folders in which the driver, and so the workers, find the user's modules."""
 

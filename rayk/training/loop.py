@@ -51,6 +51,7 @@ class Trainer:
         self.config, self.settings, self.ranks = config, config.training, ranks
         self.device = worker_device()
         self.tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=config.student.trust_remote_code)
+        self.tokenizer.chat_template = job.chat_template or self.tokenizer.chat_template
         self._pad_id = get_pad_id(self.tokenizer)
         self.table = ExampleTable(fetch(job.train_table))
         self._resources = ExitStack()
