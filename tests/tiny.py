@@ -107,6 +107,15 @@ def tiny_sentencepiece(
     return fast
 
 
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with BOS that puts a space before each text, as Llama 2's."""
+    tokenizer = tiny_tokenizer(bos=True)
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.normalizer = normalizers.Prepend(" ")
+    return tokenizer
+
+
 def tiny_model(
     folder: Path | str | None = None,
     *,

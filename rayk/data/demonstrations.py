@@ -87,7 +87,7 @@ class DemonstrationPool:
         self._method = settings
         self._encoder = TextEncoder(tokenizer)
         self._output_separator, self._separator = map(
-            _array, self._encoder.encode([self.settings.output_separator, self.settings.separator])
+            _array, self._encoder.continuations([self.settings.output_separator, self.settings.separator])
         )
         self._by_task: dict[str, list[int]] = defaultdict(list)
         self._by_input: dict[bytes, list[int]] = defaultdict(list)
@@ -189,7 +189,7 @@ class DemonstrationPool:
                 "method.targets 'label_words' compares; correct the row, set method.demonstrations.options_field, or "
                 "set method.targets to 'tokens'."
             )
-        return [_array(ids) for ids in self._encoder.encode(options)]
+        return [_array(ids) for ids in self._encoder.continuations(options)]
 
     def select(self, row: Example, seed: int) -> list[int]:
         """Return the indices of the pool's rows to place before `row`, in this order."""

@@ -2,12 +2,12 @@
 
 from itertools import takewhile
 
-from rayk.data.chat_template import MARK, ChatTemplate, Message
+from rayk.data.chat_template import ChatTemplate, Message
 from rayk.errors import InputError
 
 _SHOWN = 40
 _USER: Message = {"role": "user", "content": "What is 2 + 2?"}
-_ANSWER: Message = {"role": "assistant", "content": f"{MARK}."}
+_ANSWER: Message = {"role": "assistant", "content": "It is 4."}
 _PROBES: dict[str, tuple[list[Message], bool]] = {
     "a question with its generation prompt": ([_USER], True),
     "a question and its answer": ([_USER, _ANSWER], False),

@@ -128,11 +128,17 @@ class TextEncoder:
 
     def continuation(self, text: str) -> list[int]:
         """Return the ids of a text that continues another, without the space that the tokenizer puts before texts."""
-        if self._adds_space:
-            anchor, anchored = self.encode([_ANCHOR, _ANCHOR + text])
-            if anchored[: len(anchor)] == anchor:
-                return anchored[len(anchor) :]
-        return self.encode([text])[0]
+        return self.continuations([text])[0]
+
+    def continuations(self, texts: list[str]) -> list[list[int]]:
+        """Return `continuation` of each text."""
+        if not self._adds_space:
+            return self.encode(texts)
+        anchor, *anchored = self.encode([_ANCHOR, *(_ANCHOR + text for text in texts)])
+        return [
+            ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode([text])[0]
+            for text, ids in zip(texts, anchored, strict=True)
+        ]
 
     def texts(self, texts: list[str]) -> list[Tokens]:
         """Tokenize plain texts; all tokens from position 1 through EOS are counted."""

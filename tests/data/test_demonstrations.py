@@ -12,7 +12,7 @@ from rayk.data.nearest import Embedder, bm25_scores, top_indices
 from rayk.data.sources import Row
 from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
-from tests.tiny import BOS, EOS, tiny_model, tiny_tokenizer
+from tests.tiny import BOS, EOS, spaced_tokenizer, tiny_model, tiny_tokenizer
 
 OPTIONS = ["the log", "no"]
 
@@ -58,6 +58,14 @@ def test_layout_is_that_of_metaicl(make_pool, tokenizer):
     for answer, option in zip(query.alternatives, OPTIONS, strict=True):
         assert tokenizer.decode(answer.input_ids) == expected.removesuffix("no") + option
         assert tokenizer.decode(answer.targets) == tokenizer.decode(answer.view("any").targets) == option
+
+
+def test_outputs_and_options_have_no_space_from_the_tokenizer_before_them(make_pool):
+    tokenizer = spaced_tokenizer()
+    pool, rows = make_pool(tasks(), tokenizer=tokenizer)
+    query = pool.add_demonstrations(rows[0], seed=5)
+    assert query.gold == 1 and [tokenizer.decode(option) for option in query.options] == OPTIONS
+    assert tokenizer.decode(query.input_ids).endswith(" cat 0 sat\nno")
 
 
 def test_separators_can_be_set_and_row_without_options_ends_with_eos(make_pool, tokenizer):

@@ -11,7 +11,7 @@ from rayk.config import DataConfig, DataSource
 from rayk.data.examples import ExampleTable
 from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError
-from tests.tiny import BOS, END, EOS, tiny_tokenizer
+from tests.tiny import BOS, END, EOS, spaced_tokenizer, tiny_tokenizer
 
 PAIR = {"prompt": "Question: how many clips?", "completion": " She sold 24 clips."}
 CHAT = [
@@ -141,12 +141,7 @@ def test_turn_is_tokenized_jointly_where_its_boundary_is_a_token_boundary(encode
 
 
 def test_tokenizers_that_put_a_space_before_texts_add_none_to_a_completion(encode):
-    from tokenizers import decoders, normalizers, pre_tokenizers
-
-    tokenizer = tiny_tokenizer(bos=True)  # made to mark and prepend spaces, as Llama 2's
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
-    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer = spaced_tokenizer()
     for prompt, completion in (("Answer:", " four"), ("Answer:", "four"), ("how many cl", "ips")):
         row = {"prompt": prompt, "completion": completion}
         (example,) = encode(tokenizer, [row])
