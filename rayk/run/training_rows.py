@@ -9,7 +9,7 @@ from typing import Any
 
 from rayk.config import RunConfig
 from rayk.data.chat_template import read_template
-from rayk.models import weights_fingerprint
+from rayk.models import load_tokenizer, weights_fingerprint
 from rayk.run.applications import serve_teachers, served_student_config, teacher_applications
 from rayk.run.directory import PLACEMENT, SELECTION
 from rayk.run.progress import ProgressListener
@@ -79,13 +79,23 @@ def synthesize_training_rows(
             progress=partial(listener.progress, unit="completion"),
             context=RecipeContext(
                 round_info.number, round_info.before, student, bool(config.data.chat_template),
-                read_template(config.data.chat_template) if isinstance(config.data.chat_template, str) else None,
+                _student_template(config),
                 running[config.referee] if config.referee != config.synthesis_teacher else None, running,
             ),
         )  # fmt: skip
         listener.stage(_describe_rows(summary))
         stack.enter_context(training_teachers.pop_all())
         return kept
+
+
+def _student_template(config: RunConfig) -> str | None:
+    """Return the text of the template given as `data.chat_template`, in which the student generates."""
+    name = config.student.tokenizer or config.student.model
+    if not isinstance(config.data.chat_template, str) or name is None:
+        return None
+    return read_template(
+        config.data.chat_template, load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
+    )
 
 
 def _describe_rows(summary: Mapping[str, Any]) -> str:
