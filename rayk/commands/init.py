@@ -21,7 +21,8 @@ from rayk.data.row_texts import RowTexts
 from rayk.data.tokenizing import RowTokenizer
 from rayk.errors import InputError
 from rayk.methods import METHODS
-from rayk.models import real_vocab_size, tokenizer_fingerprint
+from rayk.models import real_vocab_size
+from rayk.models.vocabulary import compare_vocabularies, read_vocabulary
 from rayk.storage.atomic import disk_errors, write_whole
 
 _EXAMPLE_TEACHER, _EXAMPLE_STUDENT = "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"
@@ -126,9 +127,14 @@ def _default_method(rows: DataFacts, has_distributions: bool) -> str:
 
 
 def _tokenizers_differ(student: ModelFacts, teacher: ModelFacts) -> bool:
+    """Return whether the tokenizers give tokens different ids; one may have more tokens than the other."""
     if student.tokenizer is None or teacher.tokenizer is None:
         return False
-    return tokenizer_fingerprint(student.tokenizer) != tokenizer_fingerprint(teacher.tokenizer)
+    try:
+        compare_vocabularies(read_vocabulary(student.tokenizer), read_vocabulary(teacher.tokenizer))
+    except InputError:
+        return True
+    return False
 
 
 def _render(

@@ -33,7 +33,7 @@ class EngineInfo:
     max_tokens: int
     """Longest sequence that the model accepts, in tokens."""
     tokenizer_fingerprint: str
-    """Result of `rayk.models.tokenizer_fingerprint`; student and teacher must have the same."""
+    """Result of `rayk.models.tokenizer_fingerprint`: equal for tokenizers with the same ids for all tokens."""
     dtype: str
     device: str
     supports: tuple[str, ...]

@@ -100,7 +100,7 @@ def compare_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Vocabulary
     """
     ids_of_student = {token: number for number, token in student.tokens.items()}
     renamed: dict[int, tuple[str, str]] = {}
-    for number, token in teacher.tokens.items():
+    for number, token in sorted(teacher.tokens.items()):
         own = ids_of_student.get(token)
         if own == number:
             continue

@@ -185,3 +185,13 @@ def test_cancellation_ends_generation(learner):
     [rollout] = asyncio.run(cancelled_then_next())
     assert len(rollout.completion_ids) == 8
     assert len(forwards) < 300
+
+
+def test_rollouts_and_their_log_probs_are_over_the_given_number_of_ids(learner):
+    settings = WorkerRollouts(max_new_tokens=8)
+    policy = WorkerPolicy(learner, TOKENIZER, settings, batch_tokens=10_000, vocab_size=200)
+    rollouts = generate(policy, [row for row in prompts() if row.input_ids.max() < 200])
+    assert max(rollout.completion_ids.max() for rollout in rollouts) < 200
+    assert max(ids.max() for ids in asyncio.run(policy.top_ids(rollouts, 5))) < 200
+    [own, *_], [whole, *_] = (asyncio.run(one.logprobs(rollouts)) for one in (policy, make_policy(learner)))
+    assert (own > whole).all()  # the same logits, with a smaller normalizer
