@@ -40,7 +40,7 @@ def model():
     """A model whose likeliest token is often padding of the embedding; vLLM's CPU kernels require wide heads."""
     model = tiny_model(seed=1, hidden=128, peaked=2.0)
     with torch.no_grad():
-        model.lm_head.weight[VOCAB:] *= 2
+        model.lm_head.weight[VOCAB:] *= 1.1
     return model
 
 
@@ -76,6 +76,13 @@ def test_top_k_equals_the_dense_log_probs_without_padding(engine, on_loop, model
     signals = on_loop(engine.score(sequences, TopK(k)))
     assert_correct(signals, model, sequences, atol=1e-3)
     assert int(signals.ids.max()) < VOCAB
+
+
+def test_the_probability_of_padding_is_measured(engine, on_loop, twin, monkeypatch):
+    monkeypatch.setattr("rayk.engines.checks._PADDING_FACTOR", 0.0)
+    for one in (engine, twin):
+        with pytest.raises(InputError, match=rf"384 rows .* only {VOCAB} tokens.*[1-9][0-9]\.[0-9]% of the prob"):
+            on_loop(one.warm_up())
 
 
 def test_signals_equal_the_transformers_engines(engine, on_loop, twin):
