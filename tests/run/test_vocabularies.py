@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rayk.commands.doctor import examine
 from rayk.config import StudentConfig, parse_config
+from rayk.engines.build import build_engine
 from rayk.errors import InputError
 from rayk.models import final_hidden, real_vocab_size
 from rayk.models.student import build_model_config
@@ -69,7 +70,9 @@ def test_a_teacher_with_more_tokens_is_limited_to_the_students(tmp_path):
     config = config_of(tmp_path, teacher, save(tmp_path / "s", tiny_tokenizer()))
     inputs = read(config)
     assert "has 2 tokens that the student lacks (<think>, </think>)" in inputs.notes[0]
-    assert inputs.vocabulary.limit_teachers(config).teachers[0].vocab_size == BASE
+    [limited] = inputs.vocabulary.limit_teachers(config).teachers
+    assert limited.vocab_size == BASE
+    assert [build_engine(one).info.vocab_size for one in (config.teachers[0], limited)] == [BASE + 2, BASE]
     assert inputs.vocabulary.generated is None
 
 
