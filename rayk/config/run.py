@@ -140,7 +140,7 @@ class RunConfig(TeacherRoles, Settings):
                 "evaluation.keep_best compares the evaluations of a run; set data.evaluation and evaluation.every_steps"
             )
         measured = self.evaluation.measured_metrics(
-            teacher=bool(self.evaluation_teacher), pairs=self.method.reads_pairs,
+            teacher=self.compares_teacher, pairs=self.method.reads_pairs,
             options=self.method.shown_demonstrations is not None,
         )  # fmt: skip
         self.evaluation.keep_best.check(measured)

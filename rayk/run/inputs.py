@@ -92,8 +92,15 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     if evaluation is not None:
         scorer = AnswerScorer(config.evaluation, tokenizer)
         generated = select_generation_rows(evaluation, config.evaluation, views)
-        for example in (*generated, *select_option_rows(evaluation, views)):
+        answered = (*generated, *select_option_rows(evaluation, views))
+        for example in answered:
             scorer.expected_answers(example)
+        if config.evaluation.answers_every_time and not answered:
+            assert config.evaluation.keep_best is not None
+            raise InputError(
+                f"evaluation.keep_best.metric '{config.evaluation.keep_best.metric}' needs answers, but no row of "
+                "data.evaluation has a prompt; give rows with prompts, or choose the metric loss."
+            )
     template = ChatTemplate.from_settings(config.data, tokenizer).template
     notes = vocabulary.notes + tuple(note for table in tables[:1] for note in vocabulary.describe_rows(table))
     notes += tuple(chat_template_notes(config, tokenizer))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk.config import EvaluationConfig, parse_config
-from rayk.errors import RaykError, RunFailed
+from rayk.errors import InputError, RaykError, RunFailed
 from rayk.methods import METHODS, Supervised
 from rayk.report.report import write_report
 from rayk.run import distill
@@ -165,6 +165,23 @@ def test_weights_of_a_methods_modules_are_those_of_the_best_evaluation(tmp_path,
 def test_metric_must_be_measured(evaluation, said, tmp_path, tiny_student):
     with pytest.raises(RaykError, match=said):
         prepared(tmp_path, tiny_student, evaluation=evaluation)
+
+
+def test_metric_of_answers_needs_rows_with_prompts(tmp_path, tiny_student):
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sat"}\n')
+    values = prepared(tmp_path, tiny_student).model_dump(mode="json")
+    values["data"]["evaluation"] = {"path": str(tmp_path / "texts.jsonl"), "format": "text"}
+    values["evaluation"] |= {"keep_best": {"metric": "accuracy"}, "generation": {"max_new_tokens": 2}}
+    with pytest.raises(InputError, match="'accuracy' needs answers, but no row of data.evaluation has a prompt"):
+        distill(parse_config(values))
+
+
+def test_divergences_from_a_teacher_with_other_tokens_are_not_measured(tmp_path, tiny_student):
+    values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "alignment": {"kind": "bytes"}})
+    values["data"]["evaluation"] = values["data"]["train"]
+    values["evaluation"] = {"every_steps": 1, "keep_best": {"metric": "forward_kl"}}
+    with pytest.raises(InputError, match="'forward_kl' is not measured in this run; choose one of loss"):
+        parse_config(values)
 
 
 def test_run_that_generates_ahead_ends_early(tmp_path, tiny_student, served):
