@@ -1,4 +1,4 @@
-"""`rayk evaluate` loads a model as the run does: its tokenizer, code and dtype."""
+"""`rayk evaluate` loads a model as the run does: its tokenizer, code and precision."""
 
 import json
 import shutil
@@ -28,15 +28,16 @@ class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 
     def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
         with open(self.config.note, "w") as file:
-            file.write(str(self.lm_head.weight.dtype))
-        return super().forward(*args, **kwargs)
+            file.write(str(output.logits.dtype))
+        return output
 """
 
 
 @pytest.fixture
 def own_model(tmp_path):
-    """The folder of a model with code of its own, which writes the dtype of its weights to the file `note`."""
+    """The folder of a model with code of its own, which writes the dtype of its last logits to the file `note`."""
     folder = tmp_path / "own"
     tiny_model(folder, hidden=16, layers=1, tokenizer=tiny_tokenizer())
     values = json.loads((folder / "config.json").read_text())
@@ -49,7 +50,7 @@ def own_model(tmp_path):
     return str(folder)
 
 
-def test_model_is_measured_with_the_students_code_and_dtype(own_model, tmp_path):
+def test_model_is_measured_with_the_students_code_and_precision(own_model, tmp_path):
     values = runs.settings(tmp_path, own_model)
     values["student"] |= {"trust_remote_code": True, "dtype": "bfloat16"}
     values["data"]["evaluation"] = values["data"]["train"]
