@@ -158,10 +158,10 @@ class RunConfig(TeacherRoles, Settings):
                 teacher.engine.check_support(self.signal_support)
             except ValueError as error:
                 raise ValueError(f"teacher '{teacher.name}': {error}") from error
-        if teacher.chat_template_kwargs and not self._reads_chat(teacher):
+        if teacher.chat_template_kwargs and teacher.name not in self.synthesis_teachers:
             raise ValueError(
                 f"teacher '{teacher.name}': chat_template_kwargs has no effect, because this teacher generates no "
-                "training rows and has no prompt_template; set data.chat_template_kwargs, with which rows are rendered"
+                "training rows; set data.chat_template_kwargs, with which rows are rendered"
             )
         limit = self.training.collective_timeout_seconds
         if teacher.deadline_seconds >= limit:
@@ -169,12 +169,6 @@ class RunConfig(TeacherRoles, Settings):
                 f"teacher '{teacher.name}': deadline_seconds must be below training.collective_timeout_seconds "
                 f"({limit:g})"
             )
-
-    def _reads_chat(self, teacher: TeacherConfig) -> bool:
-        """Return whether prompts may be rendered in a chat template for this teacher alone."""
-        if teacher.prompt_template is not None or self.synthesis is None:
-            return teacher.prompt_template is not None
-        return teacher.name in self.synthesis_teachers
 
     @property
     def output_path(self) -> Path:

@@ -87,10 +87,13 @@ class TeacherConfig(Settings):
     """Resources of one replica."""
     prompt_template: str | None = None
     """The prompt that this teacher reads instead of the student's: text with {field} names of the row, such as its
-    right answer. Teacher and student read the same completion. `null`: the student's prompt."""
+    right answer. Teacher and student read the same completion. If the student reads the row in a chat template, the
+    text replaces the last user's message, which is {prompt}; system prompt and earlier turns stay. `null`: the
+    student's prompt."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template in which this teacher reads the prompts that it writes after (synthesis, referee,
-    judge) and its `prompt_template`, such as `enable_thinking: false`. For an endpoint, set `engine.extra_body`."""
+    judge), such as `enable_thinking: false`. For an endpoint, set `engine.extra_body`. Rows whose tokens it scores are
+    rendered with `data.chat_template_kwargs`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     vocab_size: Positive | None = None

@@ -7,15 +7,20 @@ tokens (`rayk.data.alignment`).
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from rayk.config import DataConfig, DataSource, RunConfig
 from rayk.data.alignment import RowAligner
+from rayk.data.chat_template import ChatTemplate, Message
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import Example
+from rayk.data.row_texts import RowTexts
 from rayk.data.sources import Row
-from rayk.data.tokenizing import RowTokenizer
+from rayk.data.text_encoder import TextEncoder
 from rayk.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,17 +29,80 @@ if TYPE_CHECKING:
 AnyExample = TypeVar("AnyExample", bound=Example)
 
 
+class TeacherPrompt:
+    """Encodes the prompt of a teacher with a `prompt_template`.
+
+    If the student reads a row in a chat template, so does the teacher: the template's text replaces the last user's
+    message, {prompt} is that message, and the system prompt, earlier turns and tools stay. Otherwise the template's
+    text is the prompt.
+    """
+
+    def __init__(self, template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._template = RowTexts(
+            DataSource(path="", prompt_template=template, format="prompt_completion"), "teachers."
+        )  # fmt: skip
+        sources = [source for source in (data.train, data.evaluation) if source is not None]
+        self._texts = [RowTexts(source) for source in sources or [DataSource(path="")]]
+        self._in_chat = bool(data.chat_template)
+        self._encoder = TextEncoder(tokenizer, ChatTemplate.from_settings(data, tokenizer))
+
+    def encode(self, row: Row, *, is_pair: bool = False) -> np.ndarray:
+        """Return the token ids of a row's prompt as the teacher reads it, int32 [length].
+
+        Raises:
+            InputError: the row lacks a field of the template, or has no user's message to replace.
+        """
+        texts, messages = self._messages(row, is_pair)
+        if messages is None:
+            return np.asarray(self._encoder.prompts([self._template.prompt(row)])[0], np.int32)
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None:
+            raise InputError(f"{row.where} has no user's message, which teachers.prompt_template could replace.")
+        content = self._template.prompt(replace(row, fields={**row.fields, "prompt": messages[last]["content"]}))
+        messages = [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
+        return np.asarray(self._encoder.chat_prompt(messages, row.where, texts.tools(row)), np.int32)
+
+    def _messages(self, row: Row, is_pair: bool) -> tuple[RowTexts, list[Message] | None]:
+        """Return the messages after which the student reads the completion, None if it reads no chat, with the settings
+        of the source that the row fits: training rows, or else evaluation rows."""
+        problem = None
+        for texts in self._texts:
+            try:
+                form = texts.format_of(row, prompts_only=True, pairs=is_pair)
+                is_chat = form == "messages" or (form == "preference" and texts.has_conversations(row))
+                if is_chat or self._in_chat:
+                    _check_one_turn(texts, row, is_pair)
+                    return texts, texts.prompt_messages(row, pairs=form == "preference")
+                return texts, None
+            except InputError as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+
+def _check_one_turn(texts: RowTexts, row: Row, is_pair: bool) -> None:
+    turns = []
+    if not is_pair:
+        with suppress(InputError):  # a prompt without a completion
+            turns = texts.conversation(row).turns
+    if len(turns) > 1:
+        raise InputError(
+            f"{row.where} has {len(turns)} trained turns, but teachers.prompt_template replaces the prompt of one; set "
+            "data.train.train_on: last, or leave prompt_template out."
+        )
+
+
 @dataclass(frozen=True)
 class RowViews:
     """Add to rows the contexts that the models of a run read.
 
     Attributes:
-        prompts: tokenizers of the prompts of teachers with a `prompt_template`, by the teacher's name.
+        prompts: the prompts of teachers with a `prompt_template`, by the teacher's name.
         demonstrations: the pool of method `in_context`.
         aligners: by the name of each teacher with another tokenizer (`method.alignment`).
     """
 
-    prompts: Mapping[str, RowTokenizer] = field(default_factory=dict)
+    prompts: Mapping[str, TeacherPrompt] = field(default_factory=dict)
     demonstrations: DemonstrationPool | None = None
     aligners: Mapping[str, RowAligner] = field(default_factory=dict)
 
@@ -44,7 +112,7 @@ class RowViews:
     ) -> "RowViews":
         """Return the views that the settings define."""
         prompts = {
-            teacher.name: _prompt_tokenizer(teacher.prompt_template, config.data, tokenizer)
+            teacher.name: TeacherPrompt(teacher.prompt_template, config.data, tokenizer)
             for teacher in config.teachers
             if teacher.prompt_template is not None
         }
@@ -98,12 +166,9 @@ class RowViews:
                 f"{row.where or 'A row'} is not a prompt with one completion, so teachers.prompt_template cannot "
                 "replace its prompt; leave it out."
             )
-        contexts = {name: prompt.prompt_of(Row(row.fields, row.where)) for name, prompt in self.prompts.items()}
+        source = Row(row.fields, row.where)
+        contexts = {
+            name: prompt.encode(source, is_pair=row.rejected is not None) for name, prompt in self.prompts.items()
+        }
         rejected = None if row.rejected is None else replace(row.rejected, contexts=contexts)
         return replace(row, contexts=contexts, rejected=rejected)
-
-
-def _prompt_tokenizer(template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:
-    """Return the tokenizer of prompts made from `template`, in the chat template if `data.chat_template` is set."""
-    source = DataSource(path="", prompt_template=template, format="prompt_completion")
-    return RowTokenizer(source, data, tokenizer, prompts_only=True, section="teachers.")

@@ -93,3 +93,71 @@ def test_row_without_a_replaceable_prompt_is_an_error(views, tokenizer):
     with pytest.raises(InputError, match="no field 'answer'.*set teachers.prompt_template"):
         views.apply(row)
     assert isinstance(RowViews().apply(text), Example)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat"},
+]
+BEFORE = "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nHo<|end|>\n"
+
+
+def chat_views(tokenizer, template="the {answer} is on: {prompt}", **data):
+    values = {
+        "teachers": [{"name": "hinted", "model": "m", "prompt_template": template}],
+        "student": {"model": "m"}, "data": {"train": {"path": "p"}} | data, "method": {"kind": "logit_kd"},
+    }  # fmt: skip
+    config = parse_config(values)
+    return config, RowViews.from_config(config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT}, {"prompt": CHAT[:4], "completion": CHAT[4:]},
+        {"conversations": [{"from": each["role"], "value": each["content"]} for each in CHAT]},
+        {"prompt": CHAT[:4], "chosen": CHAT[4:], "rejected": [{"role": "assistant", "content": "ran"}]},
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_last_user_message_of_a_chat_is_replaced(tokenizer, row):
+    config, views = chat_views(tokenizer)
+    rows = RowTokenizer(config.data.train, config.data, tokenizer, pairs="chosen" in row)
+    (example,) = rows.examples([Row(row | {"answer": "mat"}, "rows.jsonl, line 1")])
+    viewed = views.apply(example)
+    for answer in viewed.answers:
+        hinted = answer.view("hinted")
+        expected = BEFORE + "<|user|>\nthe mat is on: the cat<|end|>\n<|assistant|>\n"
+        assert tokenizer.decode(hinted.prompt_ids) == expected
+        assert np.array_equal(hinted.targets, answer.targets)
+
+
+def test_prompts_that_a_template_wraps_are_replaced_inside_it(tokenizer):
+    source = {"path": "p", "prompt_template": "Q: {question}", "completion_field": "solution"}
+    config, views = chat_views(tokenizer, train=source, chat_template=True)
+    row = {"question": "the cat", "solution": "sat", "answer": "mat"}
+    (example,) = RowTokenizer(config.data.train, config.data, tokenizer).examples([Row(row, "rows.jsonl, line 1")])
+    hinted = views.apply(example).view("hinted")
+    assert tokenizer.decode(hinted.prompt_ids) == "<|user|>\nthe mat is on: Q: the cat<|end|>\n<|assistant|>\n"
+
+
+def test_evaluation_rows_of_another_form_are_replaced_too(tokenizer):
+    config, views = chat_views(tokenizer, evaluation={"path": "e", "messages_field": "turns"})
+    (example,) = RowTokenizer(config.data.evaluation, config.data, tokenizer).examples(
+        [Row({"turns": CHAT, "answer": "mat"}, "held_out.jsonl, line 1")]
+    )
+    assert "the mat is on: the cat" in tokenizer.decode(views.apply_draw(example).view("hinted").prompt_ids)
+
+
+def test_a_chat_with_several_trained_turns_has_no_single_prompt(tokenizer):
+    config, views = chat_views(tokenizer, train={"path": "p", "train_on": "all"})
+    rows = list(
+        RowTokenizer(config.data.train, config.data, tokenizer).examples(
+            [Row({"messages": CHAT, "answer": "mat"}, "r")]
+        )
+    )
+    with pytest.raises(InputError, match="is not a prompt with one completion|has 2 trained turns"):
+        views.apply(rows[-1])

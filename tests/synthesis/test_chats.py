@@ -38,6 +38,7 @@ CHAT = [
     {"role": "assistant", "content": "Ho"},
     {"role": "user", "content": "2 + 2?"},
 ]
+TOOLS = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
 THINKING = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>{% endif %}"
 
 
@@ -149,6 +150,21 @@ def test_composed_rows_keep_no_thoughts(kind):
         })  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("teacher", "changed", "problem"),
+    [
+        ({"engine": {"kind": "openai"}}, {"synthesis": {"kind": "responses"}}, "set engine.extra_body: {chat_templ"),
+        ({}, {}, "generates no training rows"),
+    ],
+)
+def test_template_variables_without_effect_are_refused(teacher, changed, problem):
+    teacher = {"model": "m", "chat_template_kwargs": {"enable_thinking": False}} | teacher
+    values = {"teachers": [teacher], "student": {"model": "m"}, "method": {"kind": "supervised"}}
+    with pytest.raises(InputError) as caught:
+        parse_config(values | {"data": {"train": {"path": "p"}}} | changed)
+    assert problem in " ".join(str(caught.value).split())
+
+
 @pytest.fixture(scope="module")
 def thinker(ray_cluster, tmp_path_factory):
     """A teacher whose chat template opens a thought, unless `enable_thinking` is false."""
@@ -189,6 +205,14 @@ def test_the_teacher_reads_a_chat_if_the_student_does(thinker, store):
         assert client.uses_chat is expected
 
 
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """A model whose chat template prints tools."""
+    folder = tmp_path_factory.mktemp("models") / "caller"
+    tiny_model(folder, seed=4, tokenizer=tiny_tokenizer(chat_template=TOOLS + CHAT_TEMPLATE))
+    return str(folder)
+
+
 def run_config(tmp_path, student, row, **changed):
     values = settings(tmp_path, student, {"kind": "supervised"})
     values["teachers"] = [{"name": "writer", "model": student}]
@@ -197,12 +221,14 @@ def run_config(tmp_path, student, row, **changed):
     return parse_config(values)
 
 
-def test_problems_with_chats_are_found_before_the_teacher_writes(tmp_path, tiny_student):
+def test_problems_with_chats_are_found_before_the_teacher_writes(tmp_path, tiny_student, caller):
     row = {"messages": CHAT, "tools": [{"name": "add"}]}
-    assert read_synthesis_prompts(run_config(tmp_path, tiny_student, row))[0].has_context
+    assert read_synthesis_prompts(run_config(tmp_path, caller, row))[0].has_context
     with pytest.raises(InputError, match=r"has 4 messages before .* leave out synthesis.chat: false"):
-        read_synthesis_prompts(run_config(tmp_path, tiny_student, row, chat=False))
-    config = run_config(tmp_path, tiny_student, row)
+        read_synthesis_prompts(run_config(tmp_path, caller, row, chat=False))
+    with pytest.raises(InputError, match="tools"):
+        read_synthesis_prompts(run_config(tmp_path, tiny_student, row))
+    config = run_config(tmp_path, caller, row)
     api = TeacherConfig(name="writer", model="m", engine={"kind": "openai"})
     with pytest.raises(InputError, match=r"has tools, but calls of tools by teacher 'writer', an endpoint"):
         read_synthesis_prompts(config.model_copy(update={"teachers": [api]}))
@@ -229,13 +255,13 @@ def test_the_students_template_is_tried_before_the_teacher_writes(tmp_path, tiny
 
 
 @pytest.mark.cluster
-def test_written_conversations_are_trained_on_as_chats(tmp_path, ray_cluster, tiny_student):
+def test_written_conversations_are_trained_on_as_chats(tmp_path, ray_cluster, caller):
     schema = {"type": "function", "function": {"name": "add", "parameters": {}}}
-    config = run_config(tmp_path, tiny_student, {"messages": CHAT, "tools": [schema], "domain": "math"})
+    config = run_config(tmp_path, caller, {"messages": CHAT, "tools": [schema], "domain": "math"})
     synthesize(config)
     trained = with_synthesized_rows(config)
     (row,) = read_rows(trained.data.train)
-    tokenizer = load_tokenizer(tiny_student)
+    tokenizer = load_tokenizer(caller)
     (example,) = tokenize(trained.data.train, config.data, tokenizer)
     prompt = ChatTemplate(tokenizer).render(CHAT, "", tools=[schema], add_generation_prompt=True)
     assert tokenizer.decode(example.prompt_ids) == prompt

@@ -248,3 +248,26 @@ def test_teacher_reads_its_own_prompt(tmp_path, tiny_student, served):
         values["teachers"] = [{"name": "served", "attach": True, "model": tiny_student, "prompt_template": prompt}]
         with pytest.raises(InputError, match=message):
             distill(parse_config(values | {"output": str(tmp_path / "wrong")}))
+
+
+def test_each_member_of_an_ensemble_or_route_reads_its_own_prompt(tmp_path, tiny_student, served, second_served):
+    """In training and in evaluation."""
+    template = "The answer is {answer}.\n{prompt} ="
+    names = ("served", "another")
+    values = settings(tmp_path, tiny_student, {"kind": "logit_kd", "support": {"kind": "topk", "k": 8}})
+    values["data"]["evaluation"] = {"path": str(tmp_path / "rows.jsonl"), "rows": 4}
+    found = []
+    for name, hinted, many in (
+        ("plain", (), {"ensemble": {}}),
+        ("one", ("served",), {"ensemble": {}}),
+        ("both", names, {"ensemble": {}}),
+        ("route", ("served",), {"route": {"field": "nothing", "teachers": {}, "default": "served"}}),
+    ):
+        values["teachers"] = [
+            {"name": each, "attach": True, **({"prompt_template": template} if each in hinted else {})}
+            for each in names
+        ]
+        summary = distill(parse_config(values | many | {"output": str(tmp_path / name)})).summary
+        found.append((curve(tmp_path / name)[0], summary["teacher"]["loss"]))
+    for compared in zip(*found, strict=True):
+        assert len({round(each, 4) for each in compared}) == 4
