@@ -19,10 +19,19 @@ _DOING_ING = (
     r"(?:assisting|helping|fulfil?ling|complying|providing|answering|responding|engaging|generating|creating|writing"
     r"|producing|doing that|supporting|participating|discussing|offering|completing|performing|accessing|browsing)"
 )
+_SYSTEM_DOING = (
+    r"(?:handle|process|make|recommend|advise|diagnose|predict|verify|interpret|analy[sz]e|understand|feel|experience"
+    r"|have|hold|express|judge|execute|run|send|book|order|translate|tell you|take|carry out|deal with|address)"
+)
+"""What only a system says that it is not equipped to do; a person says the same of "I cannot"."""
+_LACKING = r"(?:knowledge|information|abilit|capabilit|tools?\b|data\b|expertise|skills?\b|means\b|resources?\b)"
 _MADE = r"(?:allowed|permitted|programmed|designed|equipped|authori[sz]ed|qualified|trained|built|intended|set up)"
 _MEANS = r"(?:the (?:ability|capability|capacity|tools|means)|access|enough information|real-?time)"
 _UNABLE = r"(?:cannot|can't|can not|am not able to|'m not able to|am unable to|'m unable to)"
-_MODEL = r"(?:ai|artificial intelligence|large language model|language model)"
+_MODEL = (
+    r"(?:ai|artificial intelligence|large language model|language model|machine learning model|chatbot"
+    r"|(?:digital|virtual|text-based) assistant|computer program)"
+)
 
 REFUSALS: tuple[str, ...] = (
     # English
@@ -33,6 +42,10 @@ REFUSALS: tuple[str, ...] = (
     rf"\bi (?:do not|don't) have (?:{_MEANS}|personal)\b",
     r"\bi (?:must|have to) (?:decline|refuse)\b",
     rf"\bi(?:'m| am)(?: just| simply| currently)? (?:not |un)(?:\w+ly )?{_MADE} to {_DOING}\b",
+    rf"\bi(?:'m| am)(?: just| simply| currently)? (?:not |un|ill-)(?:\w+ly )?(?:equipped|programmed|designed|set up)"
+    rf" to (?:\w+ly )?(?:{_DOING}|{_SYSTEM_DOING})\b",
+    rf"\bi(?:'m| am) (?:not |un|ill-)(?:\w+ly )?equipped"
+    rf" (?:with (?:the |any )?(?:\w+ )?{_LACKING}|for (?:this|that|such)\b)",
     rf"\bi (?:was not|wasn't|have not been|haven't been) {_MADE} to {_DOING}\b",
     rf"\bi(?:'m| am) (?:not comfortable (?:with )?|not capable of |incapable of ){_DOING_ING}\b",
     rf"\bi(?:'m| am) not in (?:a|any) position to {_DOING}\b",
