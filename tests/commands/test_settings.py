@@ -22,7 +22,7 @@ def test_settings_are_printed(rayk):
     code, out, err = rayk("settings", "training")
     assert (code, err) == (0, "")
     assert out.startswith("training\n")
-    assert "  learning_rate: number > 0, default 0.0001\n" in out
+    assert "  learning_rate: number > 0 or null, default null\n" in out
 
 
 def test_all_settings_are_one_page(rayk):
