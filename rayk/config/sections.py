@@ -103,6 +103,11 @@ class MethodSettings(Settings):
         return False
 
     @property
+    def samples_with_teacher(self) -> bool:
+        """Return whether completions are sampled from a mixture of the student's and the teacher's distributions."""
+        return False
+
+    @property
     def weighs_rollout_logprobs(self) -> bool:
         """Return whether the loss divides by the log-probs under which the completions were sampled."""
         return False
@@ -382,6 +387,11 @@ class SynthesisSettings(Settings):
             raise ValueError(
                 f"synthesis '{self.kind}' requests answers of the student before training, but 'student.config' "
                 "creates one with random weights; give student.model"
+            )
+        if self.queries_student(0) and run.student.layers is not None:
+            raise ValueError(
+                f"synthesis '{self.kind}' requests answers of the student before training, but 'student.layers' cuts "
+                "it then; train the cut student first, and give the result as student.model"
             )
 
 

@@ -26,7 +26,8 @@ class LoraConfig(Settings):
     """Dropout probability of the adapter's input during training."""
     target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_check_modules)] = "all-linear"
     """The modules that get an adapter, by the last part of their names (`[q_proj, v_proj]`); `all-linear`: all linear
-    layers except the head."""
+    layers except the head, the experts of a mixture (with layers of the same names, such as shared experts), and those
+    of a Mamba layer whose weights its kernel reads directly."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained in full, by the last part of their names."""
 
@@ -46,6 +47,9 @@ class StudentConfig(Settings):
     config: InputPath | dict[str, Any] | None = None
     """The architecture of a student with random weights, drawn from the run's seed: a folder or hub id whose
     `config.json` is used, or its content (with `model_type`). `vocab_size` is the tokenizer's if not given."""
+    layers: Positive | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Cut the student from `model`: keep that many of its layers, spread evenly with the first and the last, or the
+    listed ones (numbered from 0), in this order. `null`: all layers."""
     tokenizer: InputPath | None = None
     """Folder or hub id of the tokenizer; `null`: the tokenizer of `model`, or with `config` that of the first
     teacher."""
@@ -58,6 +62,9 @@ class StudentConfig(Settings):
     Checkpoints of the run and an adapter's own folder contain float32."""
     lora: LoraConfig | None = None
     """Train only an adapter on the loaded weights; `null`: all weights are trained."""
+    attention: Annotated[str | None, Placement()] = None
+    """transformers' `attn_implementation`, such as `flash_attention_2`; `null`: `sdpa`, or `eager` for models with a
+    soft-cap on attention scores (Gemma 2). Rows of different lengths are packed with `null` only."""
     gradient_checkpointing: Annotated[bool, Placement()] = False
     """Recompute activations in the backward pass, to save memory."""
     trust_remote_code: bool = False
@@ -69,6 +76,10 @@ class StudentConfig(Settings):
             raise ValueError("needs exactly one of 'model' (load weights) and 'config' (start from random weights)")
         if self.lora is not None and self.model is None:
             raise ValueError("'lora' adapts trained weights, but 'config' starts from random ones; leave one out")
+        if self.layers is not None and self.model is None:
+            raise ValueError("'layers' cuts a trained model, but 'config' starts from random weights; leave one out")
+        if isinstance(self.layers, list) and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"'layers' lists a layer twice ({self.layers}); list each once")
         return self
 
 

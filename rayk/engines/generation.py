@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rayk.engines.base import GeneratedSequence, SamplingParameters
+from rayk.engines.row_groups import generation_groups
 from rayk.models.ends import end_token_ids
 
 
@@ -15,12 +16,28 @@ def generate(
     model, vocab_size: int, tokenizer, prompts: Sequence[np.ndarray], parameters: SamplingParameters,
     seeds: Sequence[int], is_cancelled: Callable[[], bool] = lambda: False,
 ) -> list[GeneratedSequence]:  # fmt: skip
-    """Continue `prompts` (token ids) in one left-padded batch; see `Engine.generate`.
+    """Continue `prompts` (token ids) in one left-padded batch, or in several if the model requires it; see
+    `Engine.generate`.
 
     Args:
         vocab_size: the number of real tokens; the embedding's padding after them is never sampled.
         is_cancelled: called after each token; once it returns true, all rows are truncated there.
     """
+    groups = generation_groups(model, [len(prompt) for prompt in prompts], parameters.max_new_tokens)
+    generated: dict[int, GeneratedSequence] = {}
+    for group in groups:
+        group_prompts, group_seeds = [prompts[row] for row in group.rows], [seeds[row] for row in group.rows]
+        results = _generate_batch(
+            model, vocab_size, tokenizer, group_prompts, parameters, group_seeds, is_cancelled, group.use_cache
+        )
+        generated |= zip(group.rows, results, strict=True)
+    return [generated[row] for row in range(len(prompts))]
+
+
+def _generate_batch(
+    model, vocab_size: int, tokenizer, prompts: Sequence[np.ndarray], parameters: SamplingParameters,
+    seeds: Sequence[int], is_cancelled: Callable[[], bool], use_cache: bool,
+) -> list[GeneratedSequence]:  # fmt: skip
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     longest = max(map(len, prompts))
@@ -33,7 +50,7 @@ def generate(
     eos_ids = list(parameters.end_token_ids or end_token_ids(model_settings, tokenizer))
     settings = GenerationConfig(
         max_new_tokens=parameters.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=eos_ids or None,
-        pad_token_id=eos_ids[0] if eos_ids else 0,
+        pad_token_id=eos_ids[0] if eos_ids else 0, use_cache=use_cache,
     )  # fmt: skip
     sampler = _SeededSampler(parameters, seeds, vocab_size)
     stops = _StopStrings(parameters.stop, tokenizer, longest) if parameters.stop else None

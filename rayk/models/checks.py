@@ -6,25 +6,6 @@ from rayk.errors import InputError
 from rayk.models.weight_files import check_weight_files
 
 
-def check_causal_lm(settings: Any, name: str) -> None:
-    """Check that a transformers configuration describes a causal language model, or contains one (vision-language
-    models).
-
-    Raises:
-        InputError: it does not.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    parts = {type(settings), type(settings.get_text_config(decoder=True))}
-    has_own_code = "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
-    if not has_own_code and not any(part in MODEL_FOR_CAUSAL_LM_MAPPING for part in parts):
-        architecture = (getattr(settings, "architectures", None) or [settings.model_type])[0]
-        raise InputError(
-            f"'{name}' is a {architecture}, not a causal language model; rayk needs a decoder that predicts the next "
-            "token, such as a llama, qwen3 or gemma3 model."
-        )
-
-
 def check_student_model(settings: Any, name: str) -> None:
     """Check that the student's weights are complete and can be trained.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayk.errors import InputError
+from rayk.models.body import get_body, long_rope_start
 from rayk.models.packing import can_pack, packed_hidden
 from rayk.models.product import linear_float32
 from rayk.models.types import DTYPES, CausalLM
@@ -110,10 +111,28 @@ def get_head(model: CausalLM) -> Head:
 def final_hidden(model: CausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Compute the hidden states after the final norm, [rows, length, width], of right-padded rows."""
     input_ids = input_ids * attention_mask  # the tokenizer's padding id may be past the embedding
-    body = getattr(model, model.base_model_prefix)
+    start = long_rope_start(model.config)
+    if start is not None and input_ids.shape[1] > start:
+        is_long = attention_mask.sum(dim=1) > start
+        if not is_long.all():
+            return _hidden_by_length(model, input_ids, attention_mask, is_long)
+    body = get_body(model)
     if can_pack(model, input_ids.shape[1]) and not attention_mask.all():
         return packed_hidden(body, input_ids, attention_mask)
     return body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def _hidden_by_length(model: CausalLM, input_ids: Tensor, attention_mask: Tensor, is_long: Tensor) -> Tensor:
+    """Compute long and short rows separately, because the longest row of a batch decides the rotary embeddings of all;
+    zeros at the padding."""
+    parts: dict[int, Tensor] = {}
+    for rows in (is_long.nonzero()[:, 0], (~is_long).nonzero()[:, 0]):
+        if len(rows):
+            longest = int(attention_mask[rows].sum(dim=1).max())
+            states = final_hidden(model, input_ids[rows, :longest], attention_mask[rows, :longest])
+            padded = nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - longest))
+            parts |= dict(zip(rows.tolist(), padded, strict=True))
+    return torch.stack([parts[row] for row in range(len(input_ids))])
 
 
 @torch.no_grad()

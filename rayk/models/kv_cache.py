@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayk.models import CausalLM
+from rayk.models.body import get_body, long_rope_start
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class KeyValues:
 
 def can_continue(model: CausalLM) -> bool:
     """Return whether the model can continue a sequence from the keys and values of any number of its first tokens.
-    Models with state-space layers cannot, because these keep a single state of all tokens."""
+    Models with state-space layers cannot, because these keep a single state of all tokens, and neither can models whose
+    rotary embeddings change with the sequence's length."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    if long_rope_start(model.config) is not None:
+        return False
     layers = DynamicCache(config=model.config).layers
-    takes_positions = "position_ids" in inspect.signature(_body(model).forward).parameters
+    takes_positions = "position_ids" in inspect.signature(get_body(model).forward).parameters
     return takes_positions and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
@@ -79,7 +83,7 @@ class CachedBatch:
         self._mask = torch.cat([self._mask, steps < counts[:, None]], dim=1)
         positions = self._lengths[:, None] + torch.minimum(steps, counts[:, None] - 1)
         self._lengths = self._lengths + counts
-        return _body(self._model)(
+        return get_body(self._model)(
             input_ids=input_ids, attention_mask=self._mask.long(), position_ids=positions,
             past_key_values=self._cache, use_cache=True,
         ).last_hidden_state  # fmt: skip

@@ -12,27 +12,40 @@ import torch
 from torch import Tensor
 
 from rayk.config.paths import is_local_path
-from rayk.errors import InputError
+from rayk.errors import InputError, RunFailed
 from rayk.models.head import Head, check_head, get_head
 from rayk.models.hub import hub_problem
 from rayk.models.packing import enable_packing
+from rayk.models.text_model import causal_config, is_text_part, take_text_model
 from rayk.models.types import DTYPES, CausalLM
 
 UNLIMITED = 1 << 30
 """Length limit of a model whose configuration has none."""
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> CausalLM:
-    """Load a causal LM from a local folder or a hub id to `device`, and check its head.
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> CausalLM:  # fmt: skip
+    """Load a causal LM from a local folder or a hub id to `device`, and check its head. Of a model that also reads
+    images or audio, only the text model is returned.
+
+    Args:
+        attention: transformers' `attn_implementation`; None: the fastest that computes what the configuration says.
 
     Raises:
         InputError: the folder or id contains no causal language model, or not all of its weights.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+    settings = load_model_config(name, trust_remote_code=trust_remote_code)
+    text = causal_config(settings, name)
+    options = attention_options(text, attention)
+    is_part = is_text_part(settings, text)
     model, report = _from_pretrained(
-        AutoModelForCausalLM, name, "model", dtype="auto" if dtype == "auto" else DTYPES[dtype],
-        trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+        AutoModelForMultimodalLM if is_part else AutoModelForCausalLM, name, "model",
+        dtype="auto" if dtype == "auto" else DTYPES[dtype], trust_remote_code=trust_remote_code,
+        output_loading_info=True, ignore_mismatched_sizes=True, **options,
     )  # fmt: skip
     # transformers would initialize these at random and continue.
     unloaded = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
@@ -41,10 +54,49 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "cpu", trust_rem
             f"The weights in '{name}' do not match the {type(model).__name__} that its config.json describes: "
             f"{len(unloaded)} tensors are missing or have another shape, such as {unloaded[0]}."
         )
+    if is_part:
+        model = take_text_model(model, text, name, options)
     model = model.to(device)
     check_head(model.eval())
     enable_packing(model)
     return model
+
+
+def check_saved(model: CausalLM, folder: Path) -> None:
+    """Check that a saved model loads completely, by the names and shapes of its tensors; no weights are read.
+
+    Raises:
+        RunFailed: tensors are missing, have another shape, or would be ignored.
+    """
+    with quiet_loading():
+        _, report = type(model).from_pretrained(folder, device_map="meta", output_loading_info=True)
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if wrong:
+        raise RunFailed(
+            f"The saved {type(model).__name__} would not load: {len(wrong)} of its tensors are missing or unknown, or "
+            f"have another shape, such as {min(wrong)}; please report the architecture. The checkpoints are complete."
+        )
+
+
+def attention_options(settings: Any, attention: str | None = None) -> dict[str, Any]:
+    """Return the arguments with which transformers builds a model's attention.
+
+    Args:
+        settings: the causal LM's configuration.
+        attention: the implementation that the user names; None: transformers' choice, or `eager` for a soft-cap on
+            attention scores (Gemma 2), which `sdpa` ignores.
+
+    Raises:
+        InputError: the implementation ignores the soft-cap.
+    """
+    if getattr(settings, "attn_logit_softcapping", None) is None:
+        return {} if attention is None else {"attn_implementation": attention}
+    if attention == "sdpa":
+        raise InputError(
+            "attention is 'sdpa', which ignores this model's soft-cap on attention scores (attn_logit_softcapping); "
+            "leave it out, or name 'eager' or 'flash_attention_2'."
+        )
+    return {"attn_implementation": attention or "eager"}
 
 
 def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Head:
@@ -53,11 +105,12 @@ def load_head(name: str, *, dtype: torch.dtype, trust_remote_code: bool = False)
     Raises:
         InputError: no safetensors file contains the output embedding under the name that the architecture uses.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     config = load_model_config(name, trust_remote_code=trust_remote_code)
+    loader = AutoModelForMultimodalLM if is_text_part(config, causal_config(config, name)) else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = loader.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     head = get_head(model)
     named = list(model.named_parameters(remove_duplicate=False))
@@ -78,14 +131,18 @@ def _read_tensor(model: str, names: list[str]) -> Tensor:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    files = json.loads(Path(index).read_text())["weight_map"] if index else dict.fromkeys(names, SAFE_WEIGHTS_NAME)
-    for name in names:
-        path = cached_file(model, files[name], _raise_exceptions_for_missing_entries=False) if name in files else None
-        if path is None:
-            continue
+    files: dict[str, str] = {}
+    if index:
+        files = json.loads(Path(index).read_text())["weight_map"]
+    elif single := cached_file(model, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False):
+        with safe_open(single, "pt") as tensors:
+            files = dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
+    # A model that also reads images may be saved under other names than its class has: language_model.lm_head.weight.
+    endings = tuple(f".{name.removeprefix('model.').removeprefix('language_model.')}" for name in names)
+    found = [name for name in names if name in files] or [name for name in files if name.endswith(endings)]
+    if found and (path := cached_file(model, files[found[0]], _raise_exceptions_for_missing_entries=False)):
         with safe_open(path, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (not a dict)
-                return tensors.get_tensor(name)
+            return tensors.get_tensor(found[0])
     raise InputError(
         f"The safetensors of '{model}' contain none of {', '.join(names)}, so its head cannot be read; leave "
         "'engine.hidden' out."

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from rayk.config import LoraConfig
 from rayk.errors import InputError
+from rayk.models.lora_targets import adaptable_layers, unsuitable_reason
 
 _NAME = "default"
 _TRAINED_COPY = f".modules_to_save.{_NAME}."
 
 
-def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
+def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str | None) -> None:
     """Freeze `model` (a transformers causal LM) and add an adapter to it, with A sampled from `seed`.
 
     Args:
-        base: the model's folder or hub id, which is written to peft's adapter config.
+        base: the model's folder or hub id, which is written to peft's adapter config; None if it is not saved as it is.
 
     Raises:
         InputError: peft is not installed, or the settings name modules that do not exist or cannot be adapted.
@@ -36,9 +37,12 @@ def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
     peft = _peft()
     _check_names(model, "target_modules", settings.target_modules)
     _check_names(model, "modules_to_save", settings.modules_to_save)
+    targets = adaptable_layers(model) if settings.target_modules == "all-linear" else settings.target_modules
+    if not targets:
+        raise InputError(f"student.lora: {type(model).__name__} has no linear layers to adapt; leave it out.")
     config = peft.LoraConfig(
         r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, task_type="CAUSAL_LM",
-        target_modules=settings.target_modules, modules_to_save=settings.modules_to_save or None,
+        target_modules=targets, modules_to_save=settings.modules_to_save or None,
         base_model_name_or_path=base,
     )  # fmt: skip
     model.requires_grad_(False)
@@ -58,6 +62,11 @@ def add_adapter(model: Any, settings: LoraConfig, seed: int, base: str) -> None:
 def has_adapter(model: Any) -> bool:
     """Return whether `model` has an adapter from `add_adapter`."""
     return hasattr(model, "peft_config")
+
+
+def has_saved_base(model: Any) -> bool:
+    """Return whether the adapter belongs to a saved model, as it is in its folder or on the hub."""
+    return bool(model.peft_config[_NAME].base_model_name_or_path)
 
 
 @torch.no_grad()
@@ -104,6 +113,8 @@ def _check_names(model: Any, field: str, names: str | list[str]) -> None:
             raise InputError(f"{setting}, which contains other modules; name those.")
         if tied and any(module is head or module is embeddings for module in matches):
             raise InputError(f"{setting}, but the student's embeddings and head are one tensor; leave it out.")
+        if field == "target_modules" and (reason := unsuitable_reason(model, name)):
+            raise InputError(f"{setting}, {reason}, so leave it out.")
         if field == "target_modules" and any(module is head for module in matches):
             raise InputError(
                 f"{setting}, the student's head; name it in student.lora.modules_to_save, or leave it out."

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayk.models.body import get_body
+
 _NAME = "rayk_packed"
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
@@ -33,7 +35,7 @@ def can_pack(model: Any, longest: int) -> bool:
     if model.config._attn_implementation != _NAME:
         return False
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return window is None or longest <= window
+    return not window or longest <= window
 
 
 def packed_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ def _packs_correctly(model: Any) -> bool:
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.arange(1, 25, device=model.device).reshape(3, 8) % vocab_size
     mask = (torch.arange(8, device=model.device) < torch.tensor([[5], [8], [2]], device=model.device)).long()
-    body = getattr(model, model.base_model_prefix)
     try:
+        body = get_body(model)
         packed = packed_hidden(body, ids, mask)
     except Exception:  # a body that does not support such a mask can raise anything
         return False

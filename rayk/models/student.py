@@ -9,9 +9,12 @@ from torch import nn
 from rayk.config import StudentConfig
 from rayk.errors import InputError
 from rayk.models import DTYPES, check_head, load_model, load_model_config, real_vocab_size, weights_fingerprint
-from rayk.models.checks import check_causal_lm
+from rayk.models.kv_cache import can_continue
+from rayk.models.layers import cut_config, cut_model
+from rayk.models.loading import attention_options
 from rayk.models.lora import add_adapter
 from rayk.models.packing import enable_packing
+from rayk.models.text_model import causal_config
 from rayk.models.vocabulary import check_embedding
 
 
@@ -23,14 +26,22 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
     """
     settings = build_model_config(config, tokenizer)
     model: Any
+    base = None
     if config.model is not None:
-        model = load_model(config.model, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+        model = load_model(
+            config.model, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code,
+            attention=config.attention,
+        )  # fmt: skip
+        if config.layers is not None:
+            cut_model(model, config.layers, config.model)
+        elif type(load_model_config(config.model, trust_remote_code=config.trust_remote_code)) is type(settings):
+            base = config.model
     else:
         model = _random_model(settings, config, seed).to(device)
         check_head(model)
         enable_packing(model)
     if config.lora is not None:
-        add_adapter(model, config.lora, seed, str(config.model))
+        add_adapter(model, config.lora, seed, base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # updates would be lost in the rounding of bfloat16
@@ -73,17 +84,52 @@ def count_planned_parameters(config: StudentConfig, tokenizer) -> ParameterCount
     """Count the parameters of the model that `make_model` would return, without loading weights.
 
     Raises:
-        InputError: the model cannot be built.
+        InputError: the model cannot be built or cut.
     """
+    return count_parameters(_plan_model(config, tokenizer))
+
+
+def check_student(config: StudentConfig, tokenizer, *, continues: bool) -> None:
+    """Check that the student can be built, without loading weights.
+
+    Args:
+        continues: whether the student must continue sequences after the removal of their last tokens
+            (`rayk.models.kv_cache`).
+
+    Raises:
+        InputError: it cannot.
+    """
+    if config.lora is None and config.layers is None and config.attention is None and not continues:
+        return
+    model = _plan_model(config, tokenizer)
+    if continues and not can_continue(model):
+        raise InputError(
+            f"method.teacher_share samples from student and teacher together, for which {type(model).__name__} cannot "
+            "remove tokens from its cache; set it to 0, or choose a student with attention layers only."
+        )
+
+
+def _plan_model(config: StudentConfig, tokenizer) -> nn.Module:
+    """Return the model that `make_model` would return, with parameters of any value and without memory."""
     from transformers import AutoModelForCausalLM
 
-    settings = build_model_config(config, tokenizer)
+    settings = build_model_config(config.model_copy(update={"layers": None}), tokenizer)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                settings, trust_remote_code=config.trust_remote_code, **attention_options(settings, config.attention)
+            )
+        except (ValueError, ImportError) as error:
+            if config.attention is None:
+                raise
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"student.attention '{config.attention}' cannot be used: {reason}.") from error
         model.tie_weights()
+        if config.layers is not None:
+            cut_model(model, config.layers, str(config.model))
         if config.lora is not None:
-            add_adapter(model, config.lora, 0, str(config.model))
-    return count_parameters(model)
+            add_adapter(model, config.lora, 0, None)
+    return model
 
 
 def base_fingerprint(config: StudentConfig) -> str:
@@ -98,14 +144,16 @@ def build_model_config(config: StudentConfig, tokenizer) -> Any:
     """Return the student's transformers configuration.
 
     Raises:
-        InputError: it cannot be loaded, or its vocabulary is smaller than the tokenizer's.
+        InputError: it cannot be loaded, describes no causal LM, or its vocabulary is smaller than the tokenizer's.
     """
     origin = config.model or config.config
     if isinstance(origin, str):
         settings = load_model_config(origin, trust_remote_code=config.trust_remote_code)
+        settings = causal_config(settings, origin)
+        if config.layers is not None:
+            settings, _ = cut_config(settings, config.layers)
     else:
         settings = _config_from_fields(origin or {}, tokenizer)
-    check_causal_lm(settings, origin if isinstance(origin, str) else "student.config")
     check_embedding(tokenizer, settings.get_text_config().vocab_size, str(config.model or "student.config"))
     return settings
 
@@ -118,7 +166,7 @@ def _config_from_fields(fields: dict[str, Any], tokenizer) -> Any:
     if "model_type" not in values:
         raise InputError("student.config needs a 'model_type', such as 'llama' or 'qwen3'.")
     try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        return causal_config(AutoConfig.for_model(values.pop("model_type"), **values), "student.config")
     except (ValueError, TypeError) as error:
         raise InputError(f"student.config does not describe a model: {str(error).splitlines()[0]}") from error
 
@@ -128,5 +176,7 @@ def _random_model(settings: Any, config: StudentConfig, seed: int) -> nn.Module:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            settings, trust_remote_code=config.trust_remote_code, **attention_options(settings, config.attention)
+        )
     return model.to(DTYPES[config.dtype]).eval()

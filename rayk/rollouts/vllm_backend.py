@@ -26,6 +26,7 @@ from rayk.engines.checks import logprob_mismatch, probe_sequence
 from rayk.engines.vllm import VLLMEngine
 from rayk.engines.vllm_worker import WORKER_EXTENSION
 from rayk.errors import EngineDied, InputError
+from rayk.models import load_model_config
 from rayk.models.lora import has_adapter, merged_state_dict
 from rayk.rollouts.policy_model import PolicyModel
 from rayk.serving.weight_store import PublishedWeights, WeightVersion
@@ -142,8 +143,8 @@ async def start_vllm(
         tensor_parallel_size=engine.tensor_parallel_size, max_model_len=engine.max_model_len,
         gpu_memory_utilization=engine.gpu_memory_utilization, arguments=engine.arguments | arguments,
     )  # fmt: skip
-    origin = student.model or student.config
-    with nullcontext(origin) if isinstance(origin, str) else tempfile.TemporaryDirectory() as folder:
+    origin = _own_checkpoint(policy_model, student)
+    with nullcontext(origin) if origin is not None else tempfile.TemporaryDirectory() as folder:
         if folder is not origin:
             config = copy.copy(policy_model.model.config)
             config.architectures = [type(policy_model.model).__name__]  # otherwise vLLM would guess it
@@ -151,6 +152,16 @@ async def start_vllm(
         started = VLLMEngine(str(folder), settings, trust_remote_code=student.trust_remote_code)
     await _load_and_compare(started, policy_model)
     return VLLMBackend(started, policy_model)
+
+
+def _own_checkpoint(policy_model: PolicyModel, student: StudentConfig) -> str | None:
+    """Return the folder or hub id whose configuration describes the student's model; None if it is only a part of that
+    model, or has none."""
+    origin = student.model or student.config
+    if not isinstance(origin, str) or student.layers is not None:
+        return None
+    described = load_model_config(origin, trust_remote_code=student.trust_remote_code)
+    return origin if type(described) is type(policy_model.model.config) else None
 
 
 def full_state_dict(policy_model: PolicyModel) -> dict[str, Tensor]:

@@ -67,8 +67,10 @@ def evaluate_model(
 
 
 def measured_student(student: StudentConfig, model: str, tokenizer: str | None) -> StudentConfig:
-    """Return the student's settings for a saved model, whose weights and shape are complete: adapters are merged."""
-    return student.model_copy(update={"model": model, "config": None, "tokenizer": tokenizer, "lora": None})
+    """Return the student's settings for a saved model, whose weights and shape are complete: adapters are merged, and
+    layers are cut out."""
+    changes = {"model": model, "config": None, "tokenizer": tokenizer, "lora": None, "layers": None}
+    return student.model_copy(update=changes)
 
 
 def tokenizer_for(model: str, student: StudentConfig) -> str | None:

@@ -21,8 +21,9 @@ from rayk.evaluation.evaluate import select_generation_rows
 from rayk.evaluation.option_ranking import select_option_rows
 from rayk.methods import resolve_method
 from rayk.models import load_model_config, load_tokenizer
-from rayk.models.checks import check_causal_lm, check_student_model, check_teacher_model
-from rayk.models.student import build_model_config, count_planned_parameters
+from rayk.models.checks import check_student_model, check_teacher_model
+from rayk.models.student import build_model_config, check_student
+from rayk.models.text_model import causal_config
 from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
 from rayk.run.alignment import check_aligned_rows, make_aligners
@@ -125,8 +126,7 @@ def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     models = {"the student": build_model_config(config.student, tokenizer)}
     if config.student.model is not None:
         check_student_model(models["the student"], config.student.model)
-    if config.student.lora is not None:
-        count_planned_parameters(config.student, tokenizer)  # raises if the adapter does not fit the model
+    check_student(config.student, tokenizer, continues=config.method.samples_with_teacher)
     for teacher in config.signal_teachers:
         if teacher.model and teacher.name != config.aligned_teacher:  # it has its own tokens: `rayk.run.alignment`
             models[f"teacher '{teacher.name}'"] = load_model_config(
@@ -146,7 +146,7 @@ def _check_teacher_files(teacher: TeacherConfig) -> None:
     elif teacher.engine.kind == "transformers":
         label = f"Teacher '{teacher.name}'"
         settings = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
-        check_causal_lm(settings, teacher.model)
+        causal_config(settings, teacher.model)
         check_teacher_model(settings, teacher.model, label)
 
 

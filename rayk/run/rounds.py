@@ -117,7 +117,7 @@ def round_config(config: RunConfig, number: int) -> tuple[RunConfig, RoundInfo]:
     if number == 0:
         return parse_config(values), FIRST_ROUND
     before = _folder(config, number - 1)
-    values["student"] |= {"model": str(before / "model"), "config": None}
+    values["student"] |= {"model": str(before / "model"), "config": None, "layers": None}
     return parse_config(values), RoundInfo(number, before / "synthesis")
 
 

@@ -16,7 +16,8 @@ from rayk.methods import Experience, Loss, Method
 from rayk.models import DTYPES, Head, final_hidden, get_head
 from rayk.models.dropout import disable_dropout
 from rayk.models.ends import repair_generation_config
-from rayk.models.lora import has_adapter, merged_state_dict, save_adapter
+from rayk.models.loading import check_saved
+from rayk.models.lora import has_adapter, has_saved_base, merged_state_dict, save_adapter
 from rayk.storage.atomic import replace_folder
 
 logger = logging.getLogger(__name__)
@@ -106,14 +107,18 @@ def wrap_for_ddp(module: LossModule) -> nn.Module:
 
 def save_model(model: Any, tokenizer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Save a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it, with weights in `dtype` (None: as
-    they are).
+    they are), and check that.
 
-    A LoRA adapter is merged into the model, and also saved in peft's format in the sibling folder `adapter`. Each
-    folder appears complete or not at all. Generation settings that transformers refuses to save are repaired.
+    A LoRA adapter is merged into the model, and also saved in peft's format in the sibling folder `adapter`, unless the
+    model is only a part of `student.model`, on which the adapter could not be loaded. Each folder appears complete or
+    not at all. Generation settings that transformers refuses to save are repaired.
+
+    Raises:
+        RunFailed: the saved model would not load completely.
     """
     if problem := repair_generation_config(model.generation_config):
         logger.warning("The student's generation_config.json was repaired, because it is not valid: %s", problem)
-    if has_adapter(model):
+    if has_adapter(model) and has_saved_base(model):
         with replace_folder(folder.with_name("adapter")) as unfinished:
             save_adapter(model, unfinished)
     with replace_folder(folder) as unfinished:
@@ -124,6 +129,7 @@ def save_model(model: Any, tokenizer, folder: Path, dtype: torch.dtype | None = 
             config.dtype = dtype
             config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        check_saved(model, unfinished)
 
 
 def _cast(model: Any, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -56,6 +56,10 @@ class MiniLLMConfig(TeacherMethodConfig):
         return True
 
     @property
+    def samples_with_teacher(self) -> bool:
+        return self.teacher_share > 0
+
+    @property
     def weighs_rollout_logprobs(self) -> bool:
         return True
 
