@@ -97,7 +97,7 @@ def newcomer(tmp_path, tiny_teacher, tiny_student):
 
 
 def on_tiny_models(settings: dict, folder: Path) -> dict:
-    settings["student"]["model"] = str(folder / "student")
+    settings["student"] = settings["student"] | {"model": str(folder / "student"), "layers": None}
     for part, rows in settings["data"].items():
         if part in ("train", "evaluation"):
             rows["path"] = str(folder / "train.jsonl")
@@ -254,7 +254,7 @@ def test_the_page_of_jobs_has_every_job_and_filter():
     assert table_kinds(page, "filter") == kinds(FilterConfig)
 
 
-JOBS_OF_SETTINGS = {"other_tokenizer": "logit_kd"}
+JOBS_OF_SETTINGS = {"other_tokenizer": "logit_kd", "cut_student": "logit_kd"}
 """Jobs that show a setting, and their method."""
 
 
