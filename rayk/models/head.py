@@ -130,7 +130,7 @@ def _hidden_by_length(model: CausalLM, input_ids: Tensor, attention_mask: Tensor
         if len(rows):
             longest = int(attention_mask[rows].sum(dim=1).max())
             states = final_hidden(model, input_ids[rows, :longest], attention_mask[rows, :longest])
-            padded = nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - longest))
+            padded = torch.nn.functional.pad(states, (0, 0, 0, input_ids.shape[1] - longest))
             parts |= dict(zip(rows.tolist(), padded, strict=True))
     return torch.stack([parts[row] for row in range(len(input_ids))])
 
