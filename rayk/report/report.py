@@ -41,6 +41,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 
 
 def _render(runs: list[Run]) -> str:
+    samples = _samples(runs)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["duration"] = duration
     source = resources.files("rayk.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -57,7 +58,8 @@ def _render(runs: list[Run]) -> str:
         measured=any(run.metrics.keys() & {column.metric for column in COLUMNS} for run in runs),
         figures=draw_figures(runs) + draw_timelines(runs),
         smoothed=f"{SMOOTHED_SHARE:.0%}",
-        samples=_samples(runs),
+        samples=samples,
+        marked=_marks_answers(runs, samples),
         rollouts=[(run, _select_rollouts(run)) for run in runs if run.rollouts],
         syntheses=[_synthesis(run) for run in runs if run.synthesis is not None],
         retrievers=[_retrieval(run) for run in runs if run.retriever is not None],
@@ -118,6 +120,8 @@ class Sample:
     prompt: str
     truth: str
     teacher: str | None
+    before: str | None
+    """Completion of the student before training; None if it was not stored, or if runs have different ones."""
     answers: list[dict[str, Any] | None]
 
 
@@ -129,8 +133,26 @@ def _samples(runs: list[Run]) -> list[Sample]:
         answers = [answers.get(where) for answers in kept]
         found = [answer for answer in answers if answer is not None]
         teacher = next((answer["teacher"] for answer in found if answer.get("teacher") is not None), None)
-        samples.append(Sample(where, found[0]["prompt"], found[0]["truth"], teacher, answers))
+        before = {answer.get("before") for answer in found}
+        samples.append(
+            Sample(
+                where,
+                found[0]["prompt"],
+                found[0]["truth"],
+                teacher,
+                before.pop() if len(before) == 1 else None,
+                answers,
+            )
+        )
     return samples
+
+
+def _marks_answers(runs: list[Run], samples: list[Sample]) -> bool:
+    """Return whether answers are right or wrong; free text that only has a reference is neither."""
+    settings = [run.config.get("evaluation") or {} for run in runs]
+    if any(setting.get("answer_field") or setting.get("answer_pattern") for setting in settings):
+        return True
+    return any(answer is not None and answer["correct"] for sample in samples for answer in sample.answers)
 
 
 def _select_rollouts(run: Run) -> list[dict[str, Any]]:

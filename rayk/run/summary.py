@@ -10,7 +10,7 @@ from typing import Any
 
 from rayk.config import RunConfig
 from rayk.evaluation.evaluate import Evaluation
-from rayk.evaluation.initial import read_initial_metrics
+from rayk.evaluation.initial import read_initial_answers, read_initial_metrics
 from rayk.methods import resolve_method
 from rayk.report.run_directory import read_lines, wait_seconds
 from rayk.retrieval import retriever_summary
@@ -47,21 +47,26 @@ def summarize_run(
         "student_before": read_initial_metrics(config.output_path) or {},
         "teacher": teacher.metrics if teacher else {},
         "retriever": retriever_summary(config),
-        "samples": sample_answers(config, inputs, student, teacher),
+        "samples": sample_answers(config, inputs, student, teacher, read_initial_answers(config.output_path)),
         "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
     }
 
 
 def sample_answers(
-    config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None
-) -> list[dict[str, Any]]:
-    """Return the student's answers to the first rows in their order, one for each, with the teacher's."""
+    config: RunConfig, inputs: Inputs, student: Evaluation | None, teacher: Evaluation | None,
+    before: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the student's answers to the first rows in their order, one for each, with the teacher's.
+
+    Args:
+        before: the untrained student's answers, by the place of the row.
+    """
     teacher_texts = {answer.where: answer.text for answer in reversed(teacher.answers)} if teacher else {}
     order = {example.where: index for index, example in enumerate(inputs.evaluation or ())}
     first = {answer.where: answer for answer in reversed(student.answers)} if student else {}
     answers = sorted(first.values(), key=lambda answer: order[answer.where])
     return [
-        {**asdict(answer), "teacher": teacher_texts.get(answer.where)}
+        {**asdict(answer), "teacher": teacher_texts.get(answer.where), "before": (before or {}).get(answer.where)}
         for answer in answers[: config.evaluation.samples]
     ]
 

@@ -18,7 +18,7 @@ from rayk.data.batches import Batch, BatchSampler, collate, get_pad_id, micro_ba
 from rayk.data.examples import ExampleTable
 from rayk.errors import Interrupted, RaykError, RunFailed
 from rayk.evaluation.evaluate import Evaluation, Evaluator
-from rayk.evaluation.initial import read_initial_metrics, record_initial_metrics
+from rayk.evaluation.initial import read_initial_metrics, record_initial_evaluation
 from rayk.methods import Method, OnPolicyMethod, resolve_method
 from rayk.models import load_tokenizer
 from rayk.models.ends import set_end_token_ids
@@ -321,10 +321,10 @@ class Trainer:
         output = self.config.output_path
         if any(self.ranks.gather(read_initial_metrics(output) is not None)):
             return
-        metrics = self._measure(answers=True).metrics
+        evaluation = self._measure(answers=True)
         self._new_cached_tokens()  # so that the first step does not count those of this evaluation
         writes = self.ranks.rank == 0
-        self._run_on_all_ranks(lambda: record_initial_metrics(output, metrics) if writes else None)
+        self._run_on_all_ranks(lambda: record_initial_evaluation(output, evaluation) if writes else None)
 
     def _evaluate(self, last: bool) -> Evaluation:
         """Evaluate the student on all ranks, with answers if `last` or if they decide which evaluation is the best, and

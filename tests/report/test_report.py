@@ -298,6 +298,21 @@ def test_synthesis_is_described_with_kept_and_rejected_candidates(tmp_path):
     assert "Synthesized training rows" not in report_of(tmp_path, tmp_path / "plain")
 
 
+def test_samples_show_the_student_before_training(tmp_path):
+    answer = {
+        "where": "line 1", "prompt": "Say hello", "truth": "Hello!", "text": "Hello there", "correct": False,
+        "finish_reason": "stop", "tokens": 3, "teacher": "Hello!",
+    }  # fmt: skip
+    one = make_run(tmp_path / "one", samples=[answer | {"before": "lo lo lo"}])
+    other = make_run(tmp_path / "other", samples=[answer | {"before": "another"}])
+    text = text_of(report_of(tmp_path, one))
+    assert "Reference Hello! Teacher Hello! Student before training lo lo lo one Hello there" in text
+    assert (
+        "wrong" not in text.split("Sample completions")[1]
+    )  # free text has a reference, but is neither right nor wrong
+    assert "before training" not in text_of(report_of(tmp_path, one, other)).split("Sample completions")[1]
+
+
 def test_student_before_training_has_a_row(tmp_path):
     run = make_run(tmp_path / "small", kd=True)
     (run / "student_before.json").write_text(json.dumps({"loss": 4.5, "accuracy": 0.01}))
