@@ -307,9 +307,7 @@ def test_samples_show_the_student_before_training(tmp_path):
     other = make_run(tmp_path / "other", samples=[answer | {"before": "another"}])
     text = text_of(report_of(tmp_path, one))
     assert "Reference Hello! Teacher Hello! Student before training lo lo lo one Hello there" in text
-    assert (
-        "wrong" not in text.split("Sample completions")[1]
-    )  # free text has a reference, but is neither right nor wrong
+    assert "wrong" not in text.split("Sample completions")[1]
     assert "before training" not in text_of(report_of(tmp_path, one, other)).split("Sample completions")[1]
 
 
