@@ -86,12 +86,27 @@ def quickstart(
     output: Annotated[
         str, typer.Option("--output", help="The folder of the run directories and the report.")
     ] = "runs/quickstart",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="A chat model's name or folder: it teaches a copy with fewer layers."
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="With --model: layers of the copy; by default a third.")
+    ] = None,
 ) -> None:
     """Watch a small model learn from a larger one on Ray Serve; needs nothing but this machine."""
     from rayk.commands.quickstart import run_quickstart
+    from rayk.commands.quickstart_model import run_model_quickstart
     from rayk.commands.results import results_table
 
-    result = run_quickstart(Path(output), listener())
+    if model is None and layers is not None:
+        raise InputError("--layers needs --model; the built-in task has students of its own.")
+    if model is None:
+        result = run_quickstart(Path(output), listener())
+    else:
+        result = run_model_quickstart(model, Path(output), listener(), layers=layers)
     print_table(results_table(result.summaries))
     console.print(f"\nThe report: {result.report}")
 

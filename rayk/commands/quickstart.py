@@ -48,8 +48,8 @@ def run_quickstart(
         steps: number of steps per student; by default the task's.
     """
     for method in METHODS:
-        _clear(output / method)
-    home = cache_folder()
+        clear_run(output / method)
+    home = task_folder()
     model = teacher_model(home, listener)
     start_ray(num_cpus=4)
     listener.stage("Bringing up the teacher on Ray Serve, 2 replicas")
@@ -63,11 +63,15 @@ def run_quickstart(
     return QuickstartResult([result.summary for result in results], report)
 
 
-def cache_folder() -> Path:
-    """Return the folder of the cached teacher; each version of the task has its own."""
+def task_folder() -> Path:
+    """Return the folder of the teacher and the rows of the built-in task."""
+    return cache_folder(inspect.getsource(quickstart_task))
+
+
+def cache_folder(version: str) -> Path:
+    """Return the folder for what quickstarts reuse; each version of a task, a text that differs, has its own."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    version = hashlib.sha256(inspect.getsource(quickstart_task).encode()).hexdigest()[:12]
-    return base / "rayk" / f"quickstart-{version}"
+    return base / "rayk" / f"quickstart-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
 
 
 def teacher_model(home: Path, listener: ProgressListener) -> Path:
@@ -151,7 +155,7 @@ def _training(settings: dict[str, Any]) -> dict[str, Any]:
     return values | {"micro_batch_tokens": 4096, "checkpoint_every_steps": 250}
 
 
-def _clear(folder: Path) -> None:
+def clear_run(folder: Path) -> None:
     """Remove the run directory of an earlier quickstart.
 
     Raises:

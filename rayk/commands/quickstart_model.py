@@ -1,19 +1,18 @@
 """`rayk quickstart --model`: a chat model teaches a copy of itself with fewer layers, on this machine alone.
 
-The teacher answers the built-in prompts (once per model; the answers are cached). The student has a third of the
-teacher's layers: what is left of the weights writes nonsense at first. It learns from the teacher's distributions on
-the teacher's own answers (logit KD on a SeqKD corpus). The report shows the same prompts answered by the teacher, by
-the student before, and by the student after training.
+The teacher answers the built-in prompts once; its answers are cached. The student keeps a third of the teacher's
+layers, so at first it writes nonsense. It learns from the teacher's distributions on the teacher's answers. The report
+shows the same prompts answered by the teacher, by the student before training, and by the student after it.
 """
 
-import hashlib
 import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from rayk.commands.quickstart import QuickstartResult, cache_folder_of, clear_run
-from rayk.config import RunConfig, TeacherConfig, parse_config
+from rayk.commands.quickstart import QuickstartResult, cache_folder, clear_run
+from rayk.config import Resources, RunConfig, TeacherConfig, parse_config
+from rayk.config.paths import absolute_path, path_exists
 from rayk.data import quickstart_prompts
 from rayk.data.text_encoder import TextEncoder
 from rayk.errors import InputError
@@ -25,8 +24,86 @@ from rayk.storage.atomic import replace_folder
 from rayk.teachers import Teacher, serve_teacher
 
 _TEACHER = "quickstart-teacher"
-_NEW_TOKENS = 40
-_TRAINING = {
+_MAX_NEW_TOKENS = 48
+_TRAINING: dict[str, Any] = {
     "epochs": 4, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 20, "micro_batch_tokens": 2048,
-    "checkpoint_every_steps": 100,
 }  # fmt: skip
+
+
+def run_model_quickstart(
+    model: str, output: Path, listener: ProgressListener, *, layers: int | None = None, rows: int | None = None
+) -> QuickstartResult:
+    """Distill `model` into a copy with fewer layers, and write the report to OUTPUT/report.html.
+
+    Args:
+        model: folder or hub id of a chat model.
+        layers: number of the student's layers; by default a third of the teacher's.
+        rows: number of training prompts; by default all.
+
+    Raises:
+        InputError: the model cannot be loaded, or its tokenizer has no chat template.
+    """
+    name = absolute_path(model) if path_exists(model) else model
+    tokenizer, settings = load_tokenizer(name), load_model_config(name).get_text_config()
+    if not tokenizer.chat_template:
+        raise InputError(f"The tokenizer of '{model}' has no chat template; give --model a chat model.")
+    layers = layers or max(1, settings.num_hidden_layers // 3)
+    run = output / "student"
+    clear_run(run)
+    start_ray(num_cpus=4)
+    listener.stage("Bringing up the teacher on Ray Serve")
+    teacher_settings = TeacherConfig(name=_TEACHER, model=name, resources=Resources(num_cpus=0.5))
+    with serve_teacher(teacher_settings) as teacher:
+        data = _write_answers(teacher, TextEncoder(tokenizer), name, rows, listener)
+        result = distill(student_config(name, data, run, layers), listener=listener)
+    report = output / "report.html"
+    write_report([result.output], report)
+    return QuickstartResult([result.summary], report)
+
+
+def student_config(model: str, data: Path, output: Path, layers: int) -> RunConfig:
+    """Return the config of the student's run."""
+    return parse_config(
+        {
+            "name": f"student, {layers} layers",
+            "output": str(output),
+            "teachers": [{"name": _TEACHER, "attach": True}],
+            "student": {"model": model, "layers": layers},
+            "data": {
+                "train": {"path": str(data / "train.jsonl")},
+                "evaluation": {"path": str(data / "evaluation.jsonl")},
+                "chat_template": True,
+            },
+            "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": 64}},
+            "cache": {"path": str(data / "signals")},
+            "training": _TRAINING | {"resources": {"num_cpus": 1}},
+            "evaluation": {"generation": {"max_new_tokens": _MAX_NEW_TOKENS}, "samples": 24},
+        }
+    )
+
+
+def _write_answers(
+    teacher: Teacher, encoder: TextEncoder, model: str, rows: int | None, listener: ProgressListener
+) -> Path:
+    """Return the folder of the teacher's answers; let the teacher write them first unless they are cached."""
+    version = [inspect.getsource(quickstart_prompts), model, weights_fingerprint(model), str(rows)]
+    home = cache_folder("\n".join(map(str, version)))
+    if home.is_dir():
+        listener.stage(f"The teacher's answers are cached in {home}")
+        return home
+    with replace_folder(home) as unfinished:
+        for split in ("train", "evaluation"):
+            prompts = quickstart_prompts.prompts(split)[: rows if split == "train" else None]
+            listener.stage(f"The teacher answers {len(prompts)} {split} prompts")
+            ids = [encoder.chat_prompt([{"role": "user", "content": prompt}], "--model") for prompt in prompts]
+            answers = teacher.generate(ids, max_new_tokens=_MAX_NEW_TOKENS, temperature=0.0)
+            written = [
+                {"prompt": prompt, "completion": answer.text.strip()}
+                for prompt, answer in zip(prompts, answers, strict=True)
+                if answer.finish_reason == "stop" and answer.text.strip()
+            ]
+            if not written:
+                raise InputError(f"'{model}' answered no prompt within {_MAX_NEW_TOKENS} tokens; give another --model.")
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+            (unfinished / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return home

@@ -47,7 +47,7 @@ def test_quickstart_compares_two_students_of_one_served_teacher(small, ray_clust
 
     # The second time the teacher comes from the cache, and the earlier runs give way.
     again = Recording()
-    model = quickstart.teacher_model(quickstart.cache_folder(), again)
+    model = quickstart.teacher_model(quickstart.task_folder(), again)
     assert (model / "config.json").exists()
     assert not any(stage.startswith("Training") for stage in again.stages)
 

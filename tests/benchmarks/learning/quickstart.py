@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from rayk.commands.quickstart import METHODS, cache_folder, student_config, teacher_config, teacher_model
+from rayk.commands.quickstart import METHODS, student_config, task_folder, teacher_config, teacher_model
 from rayk.environment import set_threading
 from rayk.run import ProgressListener, distill
 from rayk.serving.cluster import start_ray
@@ -29,7 +29,7 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     set_threading()
     print(machine())
-    home = cache_folder()
+    home = task_folder()
     model = teacher_model(home, ProgressListener())
     start_ray(num_cpus=4)
     results: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
