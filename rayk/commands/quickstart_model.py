@@ -21,24 +21,27 @@ from rayk.report.report import write_report
 from rayk.run import ProgressListener, distill
 from rayk.serving.cluster import start_ray
 from rayk.storage.atomic import replace_folder
-from rayk.teachers import Teacher, serve_teacher
+from rayk.teachers import Completion, Teacher, serve_teacher
 
 _TEACHER = "quickstart-teacher"
 _MAX_NEW_TOKENS = 48
+_GROUP = 64
+"""Number of prompts that the teacher answers between two reports of progress."""
+_ROWS = 300
 _TRAINING: dict[str, Any] = {
-    "epochs": 4, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 20, "micro_batch_tokens": 2048,
+    "epochs": 8, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 20, "micro_batch_tokens": 2048,
 }  # fmt: skip
 
 
 def run_model_quickstart(
-    model: str, output: Path, listener: ProgressListener, *, layers: int | None = None, rows: int | None = None
+    model: str, output: Path, listener: ProgressListener, *, layers: int | None = None, rows: int = _ROWS
 ) -> QuickstartResult:
     """Distill `model` into a copy with fewer layers, and write the report to OUTPUT/report.html.
 
     Args:
         model: folder or hub id of a chat model.
         layers: number of the student's layers; by default a third of the teacher's.
-        rows: number of training prompts; by default all.
+        rows: number of training prompts.
 
     Raises:
         InputError: the model cannot be loaded, or its tokenizer has no chat template.
@@ -48,14 +51,18 @@ def run_model_quickstart(
     if not tokenizer.chat_template:
         raise InputError(f"The tokenizer of '{model}' has no chat template; give --model a chat model.")
     layers = layers or max(1, settings.num_hidden_layers // 3)
-    run = output / "student"
+    run, data = output / "student", _answers_folder(name, rows)
+    config = student_config(name, data, run, layers)
     clear_run(run)
     start_ray(num_cpus=4)
     listener.stage("Bringing up the teacher on Ray Serve")
     teacher_settings = TeacherConfig(name=_TEACHER, model=name, resources=Resources(num_cpus=0.5))
     with serve_teacher(teacher_settings) as teacher:
-        data = _write_answers(teacher, TextEncoder(tokenizer), name, rows, listener)
-        result = distill(student_config(name, data, run, layers), listener=listener)
+        if data.is_dir():
+            listener.stage(f"The teacher's answers are cached in {data}")
+        else:
+            _write_answers(teacher, TextEncoder(tokenizer), data, rows, listener)
+        result = distill(config, listener=listener)
     report = output / "report.html"
     write_report([result.output], report)
     return QuickstartResult([result.summary], report)
@@ -65,7 +72,7 @@ def student_config(model: str, data: Path, output: Path, layers: int) -> RunConf
     """Return the config of the student's run."""
     return parse_config(
         {
-            "name": f"student, {layers} layers",
+            "name": f"student-of-{layers}-layers",
             "output": str(output),
             "teachers": [{"name": _TEACHER, "attach": True}],
             "student": {"model": model, "layers": layers},
@@ -82,28 +89,33 @@ def student_config(model: str, data: Path, output: Path, layers: int) -> RunConf
     )
 
 
-def _write_answers(
-    teacher: Teacher, encoder: TextEncoder, model: str, rows: int | None, listener: ProgressListener
-) -> Path:
-    """Return the folder of the teacher's answers; let the teacher write them first unless they are cached."""
-    version = [inspect.getsource(quickstart_prompts), model, weights_fingerprint(model), str(rows)]
-    home = cache_folder("\n".join(map(str, version)))
-    if home.is_dir():
-        listener.stage(f"The teacher's answers are cached in {home}")
-        return home
-    with replace_folder(home) as unfinished:
+def _answers_folder(model: str, rows: int) -> Path:
+    """Return the folder of the teacher's answers; other weights or prompts have another folder."""
+    commit = getattr(load_model_config(model), "_commit_hash", None)
+    version = [inspect.getsource(quickstart_prompts), model, weights_fingerprint(model, commit), str(rows)]
+    return cache_folder("\n".join(version))
+
+
+def _write_answers(teacher: Teacher, encoder: TextEncoder, folder: Path, rows: int, listener: ProgressListener) -> None:
+    """Let the teacher answer the prompts of both splits; answers that are not finished in time are left out."""
+    with replace_folder(folder) as unfinished:
         for split in ("train", "evaluation"):
             prompts = quickstart_prompts.prompts(split)[: rows if split == "train" else None]
             listener.stage(f"The teacher answers {len(prompts)} {split} prompts")
             ids = [encoder.chat_prompt([{"role": "user", "content": prompt}], "--model") for prompt in prompts]
-            answers = teacher.generate(ids, max_new_tokens=_MAX_NEW_TOKENS, temperature=0.0)
+            answers: list[Completion] = []
+            for start in range(0, len(ids), _GROUP):
+                listener.progress(start, len(ids), "answers")
+                group = ids[start : start + _GROUP]
+                answers += teacher.generate(group, max_new_tokens=_MAX_NEW_TOKENS, temperature=0.0)
             written = [
                 {"prompt": prompt, "completion": answer.text.strip()}
                 for prompt, answer in zip(prompts, answers, strict=True)
                 if answer.finish_reason == "stop" and answer.text.strip()
             ]
             if not written:
-                raise InputError(f"'{model}' answered no prompt within {_MAX_NEW_TOKENS} tokens; give another --model.")
+                raise InputError(
+                    f"The model ended none of its answers within {_MAX_NEW_TOKENS} tokens; give another --model."
+                )
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
             (unfinished / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    return home
