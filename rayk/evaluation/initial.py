@@ -11,14 +11,14 @@ _METRICS, _ANSWERS = "student_before.json", "answers_before.json"
 
 
 def record_initial_evaluation(output: Path, evaluation: Evaluation) -> None:
-    """Write the metrics and the answers of the untrained student; the metrics last, so that they imply the answers.
+    """Write the metrics and the first answer to each row; the metrics last, so that they imply the answers.
 
     Raises:
         RunFailed: the disk is full.
         InputError: the folder cannot be written.
     """
     if evaluation.answers:
-        answers = {answer.where: answer.text for answer in reversed(evaluation.answers)}  # the first sample
+        answers = {answer.where: answer.text for answer in reversed(evaluation.answers)}
         write_whole(output / _ANSWERS, json.dumps(answers, ensure_ascii=False).encode())
     write_whole(output / _METRICS, json.dumps(evaluation.metrics).encode())
 
