@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rayk.commands.quickstart import QuickstartResult, cache_folder, clear_run
 from rayk.config import Resources, RunConfig, TeacherConfig, parse_config
 from rayk.config.paths import absolute_path, path_exists
@@ -102,7 +104,7 @@ def _write_answers(teacher: Teacher, encoder: TextEncoder, folder: Path, rows: i
         for split in ("train", "evaluation"):
             prompts = quickstart_prompts.prompts(split)[: rows if split == "train" else None]
             listener.stage(f"The teacher answers {len(prompts)} {split} prompts")
-            ids = [encoder.chat_prompt([{"role": "user", "content": prompt}], "--model") for prompt in prompts]
+            ids = [np.array(encoder.chat_prompt([_message(prompt)], "--model"), np.int32) for prompt in prompts]
             answers: list[Completion] = []
             for start in range(0, len(ids), _GROUP):
                 listener.progress(start, len(ids), "answers")
@@ -119,3 +121,7 @@ def _write_answers(teacher: Teacher, encoder: TextEncoder, folder: Path, rows: i
                 )
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
             (unfinished / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _message(prompt: str) -> dict[str, Any]:
+    return {"role": "user", "content": prompt}
