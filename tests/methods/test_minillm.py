@@ -164,6 +164,11 @@ def test_returns_are_whitened_over_all_workers():
     torch.testing.assert_close(whiten(returns, torch.tensor(whole)), found)
 
 
+def merged(logprobs, vocab_size):
+    """Return log-probs with the padding of the embedding as one outcome."""
+    return torch.cat([logprobs[:vocab_size], logprobs[vocab_size:].logsumexp(0, keepdim=True)])
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_pretraining_loss_is_averaged_over_its_own_tokens(share, watched, tmp_path, tiny_student, tiny_teacher, served):
     text = tmp_path / "text.jsonl"
@@ -180,7 +185,8 @@ def test_pretraining_loss_is_averaged_over_its_own_tokens(share, watched, tmp_pa
         with torch.no_grad():
             log_q, log_p = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (student, teacher))
         for t in np.flatnonzero(row.counted):
-            forward_kl = float((log_p[t - 1].exp() * (log_p[t - 1] - log_q[t - 1])).sum())
+            p, q = (merged(logprobs[t - 1], served.info.vocab_size) for logprobs in (log_p, log_q))
+            forward_kl = float((p.exp() * (p - q)).sum())
             values.append(share * forward_kl - (1 - share) * float(log_q[t - 1, ids[0, t]]))
     [row] = metrics(run.output_path)
     assert plain.batch.rows == 3 and row["pretraining"] == pytest.approx(np.mean(values), rel=5e-3)
