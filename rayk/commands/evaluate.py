@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def evaluate(config: RunConfig, model: str | None, listener: ProgressListener) -
         folder or the folder cannot be written.
     """
     summary = evaluate_model(config, model, listener)
-    folder = with_absolute_paths(config).output_path if model is None else Path(model).expanduser()
+    folder = with_absolute_paths(config).output_path if model is None else Path(os.path.expanduser(model))
     if not folder.is_dir():
         return summary, None
     path = folder / "evaluation.json"

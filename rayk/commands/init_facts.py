@@ -109,7 +109,7 @@ def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
 
 def _find_evaluation(path: str) -> str | None:
     """Return a file beside the training rows whose name is usual for held-out rows; None if there is none."""
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     if not file.is_file():
         return None
     for word in _EVALUATION_WORDS:

@@ -202,6 +202,8 @@ def _override_value(override: str, key: str, text: str) -> Any:
         ) from error
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, bool) and any(field.accepts_truth_values for field in fields):
+        return value
     return text if is_text or (is_template and isinstance(value, dict)) else value
 
 

@@ -87,6 +87,7 @@ class FieldTypes:
     """The types that a field accepts."""
 
     accepts_text: bool
+    accepts_truth_values: bool
     accepts_sections: bool
     """The field accepts a mapping or a list."""
     accepts_anything: bool
@@ -103,9 +104,9 @@ def fields_at(section: type[Settings], place: str) -> list[FieldTypes]:
     if not rest:
         containers = [get_origin(part) or part for part in parts]
         mappings = any(part in (dict, list, tuple) for part in containers) or bool(sections_in(field))
-        return [FieldTypes(str in parts, mappings, Any in parts)]
+        return [FieldTypes(str in parts, bool in parts, mappings, Any in parts)]
     found = [types for inner in sections_in(field) for types in fields_at(inner, rest)]
-    return found or ([FieldTypes(True, True, True)] if dict in [get_origin(part) for part in parts] else [])
+    return found or ([FieldTypes(True, True, True, True)] if dict in [get_origin(part) for part in parts] else [])
 
 
 def support_keys(section: type[Settings], place: str, kinds: Collection[Any]) -> list[str]:

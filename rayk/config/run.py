@@ -12,6 +12,7 @@ from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
 from rayk.config.methods import MethodConfig
+from rayk.config.paths import absolute_path
 from rayk.config.roles import TeacherRoles
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.sections import check_teacher_name
@@ -173,7 +174,7 @@ class RunConfig(TeacherRoles, Settings):
     @property
     def output_path(self) -> Path:
         """The run directory as an absolute path."""
-        return Path(self.output or f"runs/{self.name}").expanduser().absolute()
+        return Path(absolute_path(self.output or f"runs/{self.name}"))
 
     @property
     def checkpoints(self) -> str:

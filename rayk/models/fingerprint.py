@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ def weights_fingerprint(name: str, commit: str | None = None) -> str:
     reading tens of gigabytes would delay the first replica. Training any tensor changes the fingerprint, but a manual
     edit of a few elements may not.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         return commit or ""
     whole = hashlib.blake2b(digest_size=16)

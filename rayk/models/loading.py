@@ -1,6 +1,7 @@
 """Load causal language models, tokenizers and model configurations from a local folder or a hub id."""
 
 import json
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -185,7 +186,7 @@ def pick_device(device: str = "auto") -> str:
 
 
 def _from_pretrained(loader, name: str, what: str, **options):
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if is_local_path(name) and not folder.is_dir():
         problem = f"'{name}' is a file, not a folder" if folder.exists() else f"The folder '{name}' does not exist"
         advice = "give a model folder or a hub id"
@@ -219,7 +220,11 @@ def _loading_problem(error: Exception, name: str, what: str, hub: str | None) ->
             f"'{name}' comes with Python code of its own, which is needed to load its {what}; read the code, then set "
             "trust_remote_code: true at the student or teacher to run it."
         )
-    hint = "" if Path(name).expanduser().is_dir() else " (there is no such folder, so the name was used as a hub id)"
+    hint = (
+        ""
+        if Path(os.path.expanduser(name)).is_dir()
+        else " (there is no such folder, so the name was used as a hub id)"
+    )
     return f"No {what} could be loaded from '{name}'{hint}: {textwrap.shorten(text, 300, placeholder=' …')}"
 
 

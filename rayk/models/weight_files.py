@@ -1,6 +1,7 @@
 """Check that the weight files of a local model are there and complete, without reading the weights."""
 
 import json
+import os
 from pathlib import Path
 
 from rayk.errors import InputError
@@ -18,7 +19,7 @@ def check_weight_files(name: str) -> None:
     Raises:
         InputError: there are no weights, or a file is missing, cut off, or a Git LFS pointer instead of its content.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         return
     for path in _weight_files(folder):

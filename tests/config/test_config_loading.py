@@ -126,6 +126,12 @@ def test_overrides_of_text_are_taken_as_text(tmp_path, override, value):
     assert config.teachers[0].prompt_template == value
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("chatml", "chatml"), ("12", "12")])
+def test_an_override_is_a_truth_value_where_the_setting_takes_one(tmp_path, text, value):
+    config = load_config(write(tmp_path, MINIMAL), [f"data.chat_template={text}"])
+    assert config.data.chat_template == value
+
+
 def test_overrides_inside_free_options_may_be_templates(tmp_path):
     values = MINIMAL | {"method": {"kind": "custom", "path": "a:B"}}
     overrides = ["method.options.ask=Q: {prompt}", "method.options.both={a} {b}", "method.options.numbers={x: 1}"]
@@ -219,3 +225,9 @@ def test_the_model_of_an_endpoint_is_not_looked_up(tmp_path, monkeypatch):
     config = with_absolute_paths(parse_config(values))
     assert config.teachers[0].model == endpoint["model"]
     check_inputs_exist(config)
+
+
+def test_an_unknown_users_home_is_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(write(tmp_path, MINIMAL), ["output=~nosuchuser/run"])
+    assert config.output_path == tmp_path / "~nosuchuser" / "run"
