@@ -188,3 +188,9 @@ def perturb(model: torch.nn.Module) -> torch.nn.Module:
             waves = torch.arange(parameter.numel(), dtype=torch.float32).add(number).sin()
             parameter.add_(0.1 * waves.reshape(parameter.shape))
     return model
+
+
+def merge_padding(logprobs, vocab_size):
+    """Return log-probs, [..., columns], with the padding of the embedding as one outcome, the last one."""
+    padding = logprobs[..., vocab_size:].logsumexp(-1, keepdim=True)
+    return torch.cat([logprobs[..., :vocab_size], padding], -1)

@@ -23,6 +23,7 @@ from rayk.run import distill, evaluate_model
 from rayk.run.inputs import read_inputs
 from rayk.training.student import Student
 from tests.runs import assert_same_learning, config, curve, metrics, settings, weights, write_tasks
+from tests.tiny import merge_padding
 
 ALPHA = 0.25
 
@@ -97,10 +98,11 @@ def dense(model, teacher, pool, rows, students, tokenizer, vocabulary):
         gold = row.fields["options"].index(row.fields["completion"])
         of_words.append(ALPHA * -q[gold] + (1 - ALPHA) * (p.exp() * (p - q)).sum())
         output = tokenizer(row.fields["completion"]).input_ids
-        # Hidden states give all columns of the teacher's embedding; the student's has the same number.
+        # With hidden states the padding of the embedding is one outcome of both models.
         theirs, _ = log_probs(teacher, contexts["teacher"] + output, None)
         ours, actual = log_probs(model, contexts["student"] + output, None)
         theirs = theirs[-len(ours) :]
+        theirs, ours = (merge_padding(logprobs, vocabulary) for logprobs in (theirs, ours))
         distance = (theirs.exp() * (theirs - ours)).sum(1)
         tokens = ALPHA * -actual + (1 - ALPHA) * distance
         of_text.append(tokens)

@@ -17,7 +17,7 @@ from rayk.run import distill
 from rayk.teachers import serve_teacher
 from tests.runs import assert_same_learning, curve, metrics, settings
 from tests.teachers.helpers import teacher_config
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import merge_padding, tiny_model, tiny_tokenizer
 
 EXACT = {"kind": "minillm", "support": {"kind": "hidden", "dtype": "float32"}}
 
@@ -164,11 +164,6 @@ def test_returns_are_whitened_over_all_workers():
     torch.testing.assert_close(whiten(returns, torch.tensor(whole)), found)
 
 
-def merged(logprobs, vocab_size):
-    """Return log-probs with the padding of the embedding as one outcome."""
-    return torch.cat([logprobs[:vocab_size], logprobs[vocab_size:].logsumexp(0, keepdim=True)])
-
-
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_pretraining_loss_is_averaged_over_its_own_tokens(share, watched, tmp_path, tiny_student, tiny_teacher, served):
     text = tmp_path / "text.jsonl"
@@ -185,7 +180,7 @@ def test_pretraining_loss_is_averaged_over_its_own_tokens(share, watched, tmp_pa
         with torch.no_grad():
             log_q, log_p = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (student, teacher))
         for t in np.flatnonzero(row.counted):
-            p, q = (merged(logprobs[t - 1], served.info.vocab_size) for logprobs in (log_p, log_q))
+            p, q = (merge_padding(logprobs[t - 1], served.info.vocab_size) for logprobs in (log_p, log_q))
             forward_kl = float((p.exp() * (p - q)).sum())
             values.append(share * forward_kl - (1 - share) * float(log_q[t - 1, ids[0, t]]))
     [row] = metrics(run.output_path)
