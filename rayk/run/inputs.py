@@ -104,7 +104,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
             )
     template = ChatTemplate.from_settings(config.data, tokenizer).template
     notes = vocabulary.notes + tuple(note for table in tables[:1] for note in vocabulary.describe_rows(table))
-    notes += tuple(chat_template_notes(config, tokenizer))
+    notes += tuple(chat_template_notes(config, tokenizer, training))
     return Inputs(name, tokenizer, vocabulary, train, evaluation, pretraining, views, template, notes)
 
 

@@ -14,28 +14,34 @@ _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "
 """Names that every template may read."""
 
 
-def renders_chats(config: RunConfig) -> bool:
-    """Return whether the training rows, or without them the evaluation rows, are rendered in a chat template."""
-    source = config.data.train or config.data.evaluation
+def renders_chats(config: RunConfig, training: bool) -> bool:
+    """Return whether the training rows, or without them the evaluation rows, are rendered in a chat template.
+
+    Args:
+        training: the run reads the training rows; those of a synthesis are prompts, which it reads in any case.
+    """
+    synthesizes = config.synthesis is not None
+    source = (config.data.train if training or synthesizes else None) or config.data.evaluation
     if config.data.chat_template or source is None:
         return bool(config.data.chat_template)
-    texts, row = RowTexts(source), next(iter(read_rows(source)), None)
-    if row is None:
-        return False
-    reads_completions, pairs = config.method.reads_completions, config.method.reads_pairs
-    form = texts.format_of(row, prompts_only=not reads_completions, pairs=pairs)
+    texts, row = RowTexts(source), next(iter(read_rows(source)))
+    prompts_only, pairs = not config.method.reads_completions, config.method.reads_pairs
+    if synthesizes and source is config.data.train:
+        prompts_only, pairs = True, False
+    form = texts.format_of(row, prompts_only=prompts_only, pairs=pairs)
     return form == "messages" or (form == "preference" and texts.has_conversations(row))
 
 
-def chat_template_notes(config: RunConfig, tokenizer: Any) -> Iterator[str]:
+def chat_template_notes(config: RunConfig, tokenizer: Any, training: bool = True) -> Iterator[str]:
     """Yield a sentence for each variable that the template does not read, for each teacher with another template, and
     if a synthesis leaves out the template in which its rows are trained on.
 
     Args:
         tokenizer: the student's.
+        training: as `renders_chats`.
     """
     template = ChatTemplate.from_settings(config.data, tokenizer)
-    if not template.exists or not renders_chats(config):
+    if not template.exists or not renders_chats(config, training):
         return
     for name in config.data.chat_template_kwargs:
         if name not in template.variables:

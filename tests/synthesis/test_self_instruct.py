@@ -229,7 +229,7 @@ def test_self_instruct_in_a_whole_run(tmp_path, tiny_student, chat_teacher, endp
     seeds = tmp_path / "broken.jsonl"
     seeds.write_text('{"instruction": "x"\n')
     values["synthesis"]["seed_tasks"] = str(seeds)
-    with pytest.raises(InputError, match=r"broken\.jsonl, line 1 is not JSON"):
+    with pytest.raises(InputError, match=r"broken\.jsonl is not JSON"):
         synthesize(parse_config(values | {"output": str(tmp_path / "other")}))
 
 
