@@ -387,8 +387,9 @@ def test_doctor_notes_settings_that_are_probably_wrong(rayk, write_config, tmp_p
     assert "training.learning_rate is 10000, at which training diverges" in out
     assert "tokenizer has a chat template, but data.chat_template is false" in out
     assert re.search(r"Teacher 'teacher' has [\d,]+ parameters and the student [\d,]+; if they were swapped", out)
-    out = rayk("doctor", path, "--set", "data.chat_template=true")[1]
-    assert "chat template" not in out
+    code, out, _ = rayk("doctor", path, "--set", "data.chat_template=true")
+    assert (code, "data.chat_template is false" in out) == (0, False)
+    assert "Teacher 'teacher' was trained on another chat template" in out
 
 
 def test_doctor_compares_requirements_with_the_machine(rayk, write_config, tiny_teacher):
