@@ -263,10 +263,10 @@ class SynthesisSettings(Settings):
     the teacher's tokenizer has one; never for kind `self_instruct`. For an endpoint (engine kind `openai`), set
     `engine.chat` instead."""
     thoughts: Annotated[Literal["drop", "keep"], Selection()] = "drop"
-    """What becomes of the thought of a reasoning model (`<think>…</think>` before the answer). `drop`: rows contain the
-    answer only, for students that shall not think. `keep`: completions begin with the thought. Filters, scorers, judges
-    and the finding of answers read the answer only, and a completion that ends in its thought is rejected as
-    `truncated`. To switch thinking off, set the teacher's `chat_template_kwargs`."""
+    """Handling of a reasoning model's thought (`<think>…</think>` before the answer). `drop`: rows contain the answer
+    only, for students that answer without thinking. `keep`: completions begin with the thought. Filters, scorers and
+    judges always read the answer only, and a completion that ends inside its thought is rejected as `truncated`. To
+    switch thinking off, set the teacher's `chat_template_kwargs`."""
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     """Sampling of the teacher's completions."""
     filters: Annotated[list[FilterConfig], Selection()] = Field(default_factory=_default_filters)

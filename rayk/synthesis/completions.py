@@ -267,7 +267,7 @@ class CompletionClient:
 
     @property
     def _endpoint_body(self) -> dict[str, Any]:
-        """What the settings add to the body of requests to an endpoint."""
+        """The fields that the settings add to the body of requests to an endpoint."""
         return getattr(self.teacher.settings.engine, "extra_body", {}) if self._encoder is None else {}
 
     def _without_thought(self, completion: StoredCompletion) -> StoredCompletion:

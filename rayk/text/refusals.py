@@ -23,7 +23,7 @@ _SYSTEM_DOING = (
     r"(?:handle|process|make|recommend|advise|diagnose|predict|verify|interpret|analy[sz]e|understand|feel|experience"
     r"|have|hold|express|judge|execute|run|send|book|order|translate|tell you|take|carry out|deal with|address)"
 )
-"""What only a system says that it is not equipped to do; a person says the same of "I cannot"."""
+"""Tasks that only an assistant says it is not equipped for; a person writes "I cannot" about them."""
 _LACKING = r"(?:knowledge|information|abilit|capabilit|tools?\b|data\b|expertise|skills?\b|means\b|resources?\b)"
 _MADE = r"(?:allowed|permitted|programmed|designed|equipped|authori[sz]ed|qualified|trained|built|intended|set up)"
 _MEANS = r"(?:the (?:ability|capability|capacity|tools|means)|access|enough information|real-?time)"
