@@ -20,22 +20,37 @@ def write_whole(path: Path, content: bytes) -> None:
         RunFailed: the disk is full.
         InputError: the folder cannot be written.
     """
-    unfinished = path.with_name(path.name + _UNFINISHED)
     with disk_errors(path.parent):
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
+        with replace_file(path) as unfinished, unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, writer: str = "") -> Iterator[Path]:
+    """Yield the path of a file to write; at the end of the block it replaces `path`.
+
+    If the block raises an exception, the new file is removed and an existing `path` is unchanged.
+
+    Args:
+        writer: a text of this process's own, if several processes may write the file at the same time.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}{writer}{_UNFINISHED}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

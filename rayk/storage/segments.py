@@ -1,10 +1,11 @@
 """A key-value store in a folder that many processes of many runs read and write at the same time, without locks.
 
 A writer collects entries and writes them as a *segment*: a file that never changes and is named after a hash of its
-content. It contains the entries back to back, then an index (key, offset, length, checksum), then the index's length
-and checksum. A reader gets the keys from the end of a segment; each entry is then one ranged read, both on a disk and
-in an object store. A segment appears as a whole (renamed from a temporary file, or uploaded at once), so a killed
-writer loses only the entries of the last seconds, which it has not written yet. A damaged entry counts as missing.
+content. It contains the entries back to back, then an index (key, offset, length, and the checksum of key and entry),
+then the index's length and checksum. A reader gets the keys from the end of a segment; each entry is then one ranged
+read, both on a disk and in an object store. A segment appears as a whole (renamed from a temporary file, or uploaded at
+once), so a killed writer loses only the entries of the last seconds, which it has not written yet. A damaged entry
+counts as missing. No number in a segment is trusted: it must fit into the file before anything is read or allocated.
 
 With a size limit, the least recently used segments are deleted: each segment that is read has an empty file `NAME.used`
 beside it, rewritten once an hour, whose modification time is the time of use.
@@ -13,7 +14,6 @@ beside it, rewritten once an hour, whose modification time is the time of use.
 import contextlib
 import hashlib
 import logging
-import os
 import threading
 import time
 import uuid
@@ -28,8 +28,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from rayk.config.paths import is_uri
+from rayk.config.secrets import hide
 from rayk.errors import InputError
+from rayk.storage.places import first_line, open_place
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ _SUFFIX, _USED, _PART = ".rks", ".used", ".part"
 _INDEX = np.dtype([("key", f"V{KEY_BYTES}"), ("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")])
 INDEX_BYTES = _INDEX.itemsize
 _FOOTER = np.dtype([("entries", "<u8"), ("checksum", "<u4"), ("magic", "S4")])
-_MAGIC = b"RKC1"
+_MAGIC, _MAGIC_WITHOUT_KEYS = b"RKC2", b"RKC1"
+"""The format, and that of rayk 0.1, whose checksums cover the entries only."""
 _SEGMENT_BYTES = 32 << 20
 _FLUSH_SECONDS = 15.0
 _REFRESH_SECONDS = 3.0
@@ -56,6 +58,8 @@ class _Place(NamedTuple):
     offset: int
     length: int
     checksum: int
+    seed: int
+    """The CRC-32 of what the checksum covers before the entry: its key."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,12 @@ class SegmentStore:
     """
 
     def __init__(self, place: str, max_bytes: int | None = None):
-        self.place = place
-        self._fs: fs.FileSystem
-        self._folder: str
+        self.place = hide(place)
         try:
-            if is_uri(place):
-                self._fs, self._folder = fs.FileSystem.from_uri(place)
-            else:
-                self._fs, self._folder = fs.LocalFileSystem(), os.path.abspath(place)
+            self._fs, self._folder = open_place(place)
             self._fs.create_dir(self._folder, recursive=True)
         except (OSError, ValueError) as error:
-            raise InputError(f"The cache '{place}' cannot be used: {str(error).splitlines()[0]}") from error
+            raise InputError(f"The cache '{self.place}' cannot be used: {first_line(error)}.") from error
         self._max_bytes = max_bytes
         self._segment_bytes = min(_SEGMENT_BYTES, max_bytes // 8) if max_bytes else _SEGMENT_BYTES
         self._lock = threading.Lock()
@@ -142,7 +141,11 @@ class SegmentStore:
             self._write()
 
     def verify(self) -> CacheStatistics:
-        """Read all segments completely; delete damaged ones and the temporary files of killed writers."""
+        """Read all segments completely; delete damaged ones and the temporary files of killed writers.
+
+        Raises:
+            InputError: a segment cannot be read, which does not mean that it is damaged.
+        """
         segments = entries = size = 0
         damaged = []
         infos = {info.base_name: info for info in self._list()}
@@ -163,6 +166,10 @@ class SegmentStore:
                 damaged.append(name)
                 self._delete(name)
                 continue
+            except OSError as error:
+                raise InputError(
+                    f"Segment {name} of the cache '{self.place}' cannot be read: {first_line(error)}; make it readable."
+                ) from error
             segments, entries, size = segments + 1, entries + len(places), size + info.size
         return CacheStatistics(segments, entries, size, damaged)
 
@@ -205,12 +212,14 @@ class SegmentStore:
             size = file.size()
             footer = _read_records(file, size - _FOOTER.itemsize, 1, _FOOTER)[0]
             start = size - _FOOTER.itemsize - int(footer["entries"]) * _INDEX.itemsize
-            if footer["magic"] != _MAGIC or start < 0:
+            if footer["magic"] not in (_MAGIC, _MAGIC_WITHOUT_KEYS) or start < 0:
                 raise DamagedSegment("it has no index")
             index = _read_records(file, start, int(footer["entries"]), _INDEX)
         if zlib.crc32(index.tobytes()) != footer["checksum"]:
             raise DamagedSegment("its index does not match the checksum")
-        return _index_places(name, index)
+        if (index["offset"] > start).any() or (index["length"] > start - index["offset"]).any():
+            raise DamagedSegment("its index names places outside of it")
+        return _index_places(name, index, covers_keys=footer["magic"] == _MAGIC)
 
     def _write(self) -> None:
         if not self._unwritten:
@@ -220,14 +229,14 @@ class SegmentStore:
         index["key"] = np.array([key for key, _ in entries], f"V{KEY_BYTES}")
         index["length"] = [len(entry) for _, entry in entries]
         index["offset"] = np.cumsum(index["length"], dtype=np.uint64) - index["length"]
-        index["checksum"] = [zlib.crc32(entry) for _, entry in entries]
+        index["checksum"] = [zlib.crc32(entry, zlib.crc32(key)) for key, entry in entries]
         footer = np.array([(len(entries), zlib.crc32(index.tobytes()), _MAGIC)], _FOOTER)
         data = b"".join([*(entry for _, entry in entries), index.tobytes(), footer.tobytes()])
         name = hashlib.blake2b(data, digest_size=16).hexdigest() + _SUFFIX
         try:
             self._put(name, data)
             self._known.add(name)
-            self._places |= _index_places(name, index)
+            self._places |= _index_places(name, index, covers_keys=True)
             if self._max_bytes is not None:
                 self._evict(self._max_bytes)
         except OSError as error:
@@ -298,13 +307,16 @@ class SegmentStore:
         return f"{self._folder}/{name}"
 
 
-def _index_places(name: str, index: np.ndarray) -> dict[bytes, _Place]:
-    return {key: _Place(name, *place) for key, *place in index.tolist()}
+def _index_places(name: str, index: np.ndarray, *, covers_keys: bool) -> dict[bytes, _Place]:
+    return {
+        key: _Place(name, offset, length, checksum, zlib.crc32(key) if covers_keys else 0)
+        for key, offset, length, checksum in index.tolist()
+    }
 
 
 def _read_entry(file: pa.NativeFile, place: _Place) -> bytes:
     entry = file.read_at(place.length, place.offset)
-    if zlib.crc32(entry) != place.checksum:
+    if zlib.crc32(entry, place.seed) != place.checksum:
         raise DamagedSegment("an entry does not match its checksum")
     return entry
 

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rayk.errors import InputError
+from rayk.storage import segments as store_module
 from rayk.storage.segments import KEY_BYTES, SegmentStore
+from tests.fuzz.limits import bounded_memory
 from tests.runs import environment, wait_until
 
 
@@ -180,6 +183,52 @@ def test_unwritable_disk_is_a_warning(filled, caplog):
     store.flush()
     assert "cannot be listed" in caplog.text and "cannot be written" in caplog.text
     assert store.read(entries_of(0, 40)) == {}
+
+
+def rewrite_index(path: Path, change, magic: bytes = b"RKC2") -> None:
+    """Change the records of a segment's index (key, offset, length, checksum), and renew the index's checksum."""
+    data = path.read_bytes()
+    count = int.from_bytes(data[-16:-8], "little")
+    index = np.frombuffer(data[-16 - 36 * count : -16], store_module._INDEX).copy()
+    change(index, data)
+    footer = data[-16:-8] + zlib.crc32(index.tobytes()).to_bytes(4, "little") + magic
+    path.write_bytes(data[: -16 - 36 * count] + index.tobytes() + footer)
+
+
+def exchange_keys(index, _data):
+    index["key"][:2] = index["key"][[1, 0]]
+
+
+def empty_entry(index, _data):
+    index["length"][0], index["checksum"][0] = 0, 0
+
+
+@pytest.mark.parametrize("change", [exchange_keys, empty_entry])
+def test_an_entry_under_another_key_is_a_miss(filled, change):
+    rewrite_index(segments(filled)[0], change)
+    entries = entries_of(*range(20))
+    assert SegmentStore(str(filled)).read(entries).items() <= entries.items()
+    assert len(SegmentStore(str(filled)).verify().damaged) == 1
+
+
+@pytest.mark.parametrize(("field", "number"), [("offset", 2**64 - 1), ("offset", 2**63), ("length", 2**32 - 1)])
+def test_places_outside_of_a_segment_are_damage(filled, field, number):
+    def move(index, _data):
+        index[field][3] = number
+
+    rewrite_index(segments(filled)[0], move)
+    with bounded_memory():
+        assert SegmentStore(str(filled)).read(entries_of(3, 4)) == {}
+        assert len(SegmentStore(str(filled)).verify().damaged) == 1
+
+
+def test_segments_of_rayk_0_1_are_read(filled):
+    def without_keys(index, data):
+        for record in index:
+            record["checksum"] = zlib.crc32(data[record["offset"] : record["offset"] + record["length"]])
+
+    rewrite_index(segments(filled)[0], without_keys, magic=b"RKC1")
+    assert SegmentStore(str(filled)).read(entries_of(*range(20))) == entries_of(*range(20))
 
 
 WRITER = """

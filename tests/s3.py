@@ -1,0 +1,52 @@
+"""A local S3 server (moto), and its objects as pyarrow sees them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+USER, PASSWORD = "AKIAEXAMPLE", "Zq81/Secret+99"
+"""Credentials in URIs; the server accepts any."""
+
+
+class Bucket:
+    """One bucket of a running server."""
+
+    def __init__(self, host: str):
+        self._query = f"scheme=http&endpoint_override={host}&region=us-east-1"
+        self.files = fs.S3FileSystem(
+            access_key=USER, secret_key=PASSWORD, scheme="http", endpoint_override=host, region="us-east-1",
+            allow_bucket_creation=True,
+        )  # fmt: skip
+        self.files.create_dir("bucket")
+
+    def uri(self, path: str) -> str:
+        """Return a URI with credentials in it."""
+        return f"s3://{USER}:{PASSWORD.replace('/', '%2F').replace('+', '%2B')}@bucket/{path}?{self._query}"
+
+    def names(self, path: str) -> list[str]:
+        """Return the names of all objects below a path, relative to it."""
+        selector = fs.FileSelector(f"bucket/{path}", recursive=True, allow_not_found=True)
+        found = [info.path for info in self.files.get_file_info(selector) if info.is_file]
+        return sorted(name.removeprefix(f"bucket/{path}/") for name in found)
+
+    def read(self, path: str) -> bytes:
+        with self.files.open_input_stream(f"bucket/{path}") as stream:
+            return stream.read()
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.files.open_output_stream(f"bucket/{path}") as stream:
+            stream.write(data)
+
+
+@contextmanager
+def serve_bucket() -> Iterator[Bucket]:
+    """Run a server on a free port of this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield Bucket(f"{host}:{port}")
+    finally:
+        server.stop()
