@@ -56,3 +56,7 @@ class Interrupted(RaykError):
 
 class RunFailed(RaykError):
     """A run failed after it had started; the last step was checkpointed if possible."""
+
+
+class Overtaken(RunFailed):
+    """Another process has continued the run, so this one has stopped and must not be resumed."""

@@ -4,7 +4,7 @@ A run's YAML file is one `RunConfig`. Each section checks itself; `load_config` 
 sentence. Every key is listed in `rayk/config/README.md`.
 """
 
-from rayk.config.base import Settings
+from rayk.config.base import AnswerType, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig, DataSource
 from rayk.config.demonstrations import DemonstrationsConfig
@@ -44,16 +44,21 @@ from rayk.config.methods import (
     AlignmentConfig,
     CustomMethodConfig,
     Divergence,
+    DivergenceLossConfig,
     DivergenceMethodConfig,
     InContextConfig,
+    LayerFiltersConfig,
+    LayerwiseConfig,
     LogitKDConfig,
     MethodConfig,
     MiniLLMConfig,
     OnPolicyConfig,
     PreferenceConfig,
+    RewardConfig,
     SupervisedConfig,
     TeacherMethodConfig,
 )
+from rayk.config.pretraining import PretrainingConfig
 from rayk.config.retriever import EncoderTraining, RetrieverConfig, RewardModelConfig
 from rayk.config.rollouts import (
     PolicyEngineConfig,
@@ -63,18 +68,11 @@ from rayk.config.rollouts import (
     WorkerRollouts,
 )
 from rayk.config.run import RunConfig, TrackingConfig
-from rayk.config.sections import (
-    MethodSettings,
-    PretrainingConfig,
-    RolloutSettings,
-    SamplingConfig,
-    ServedStudentConfig,
-    SynthesisSettings,
-)
-from rayk.config.synthesis import (
+from rayk.config.sampling import SamplingConfig, ServedStudentConfig
+from rayk.config.sections import MethodSettings, Normalization, RolloutSettings, SynthesisSettings
+from rayk.config.syntheses import (
     AdversarialConfig,
     AnswerConfig,
-    AnswerType,
     ChainOfThoughtConfig,
     CustomSynthesisConfig,
     MagpieConfig,
@@ -105,6 +103,7 @@ __all__ = [
     "DataSource",
     "DemonstrationsConfig",
     "Divergence",
+    "DivergenceLossConfig",
     "DivergenceMethodConfig",
     "EmptyFilterConfig",
     "EncoderTraining",
@@ -119,6 +118,8 @@ __all__ = [
     "JudgeFilterConfig",
     "KeywordsFilterConfig",
     "LanguageFilterConfig",
+    "LayerFiltersConfig",
+    "LayerwiseConfig",
     "LengthFilterConfig",
     "LocalEngineConfig",
     "LogitKDConfig",
@@ -128,6 +129,7 @@ __all__ = [
     "MethodSettings",
     "MiniLLMConfig",
     "NearDuplicatesFilterConfig",
+    "Normalization",
     "OnPolicyConfig",
     "OpenAIEngineConfig",
     "PolicyEngineConfig",
@@ -140,6 +142,7 @@ __all__ = [
     "Resources",
     "ResponsesConfig",
     "RetrieverConfig",
+    "RewardConfig",
     "RewardModelConfig",
     "RolloutConfig",
     "RolloutSettings",

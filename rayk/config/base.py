@@ -22,7 +22,7 @@ ClassPath = Annotated[str, Field(pattern=rf"{FUNCTION_PATTERN}|^[A-Za-z_][\w.-]*
 def _check_one_group(pattern: str) -> str:
     try:
         groups = re.compile(pattern).groups
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a regular expression: {error}") from error
     if groups != 1:
         raise ValueError(f"needs exactly one group, it has {groups}")

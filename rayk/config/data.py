@@ -3,7 +3,7 @@
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayk.config.base import InputPath, Placement, Positive, Settings
 
@@ -51,6 +51,11 @@ class DataSource(Settings):
     """The field with the worse answer of a preference pair, in the same form."""
     text_field: str = "text"
     """The field with plain text; every token of it is trained on."""
+    chunk_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Cut plain text into rows of so many tokens: all texts, one after the other with EOS between them, are one
+    sequence, and texts may have any length. `null`: each text is a row."""
+    random_offset: bool = False
+    """With `chunk_tokens`, begin the chunks of each pass over the training rows at another random token."""
     prompt_template: str | None = None
     """Template of the prompt: text with names of the row's fields in braces, such as {question}. `null`: the prompt is
     `prompt_field`."""
@@ -59,10 +64,17 @@ class DataSource(Settings):
     train_on: Literal["last", "all"] = "last"
     """The assistant turns of `messages` that are trained on: the last one, or all. Where a chat template prints earlier
     turns differently from the last one (thinking models drop their thoughts), `all` makes one example of each turn with
-    the messages before it, which costs more tokens."""
+    the messages before it, which costs more tokens. Methods whose student generates the completions generate an answer
+    after the messages before each of these turns."""
     count_template_text: bool = False
     """Also train on text that the chat template prints between its generation prompt and a row's own text, such as an
     empty think block. A template with `{% generation %}` marks decides itself."""
+
+    @model_validator(mode="after")
+    def _check_offset(self) -> "DataSource":
+        if self.random_offset and self.chunk_tokens is None:
+            raise ValueError("'random_offset' moves the chunks of 'chunk_tokens'; set that too")
+        return self
 
     def with_default_format(self, row_format: RowFormat) -> "DataSource":
         """Return the source with this format if its own format is 'auto'."""
@@ -91,6 +103,12 @@ class DataConfig(Settings):
     chat_template_date: datetime.date | None = None
     """The date that a chat template with today's date prints; `null`: the day on which the run is started, also when it
     is resumed."""
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "DataConfig":
+        if self.evaluation is not None and self.evaluation.random_offset:
+            raise ValueError("evaluation.random_offset would evaluate other rows each time; leave it out")
+        return self
 
     @field_validator("chat_template_kwargs")
     @classmethod

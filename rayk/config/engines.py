@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayk.config.base import ClassPath, Dtype, Placement, Positive, Settings
-from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, TopK
+from rayk.config.support import Layers, Logprob, Support, TopK
 
 _BODY_FIELDS = {
     "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop",
@@ -91,65 +91,113 @@ class TransformersEngineConfig(LocalEngineConfig):
     """The engine's kind."""
     dtype: Dtype = "auto"
     """The type of weights and computation; `auto`: the type that the checkpoint was saved in."""
+    device_map: Annotated[Literal["auto", "balanced", "balanced_low_0", "sequential"] | None, Placement()] = None
+    """Spread the layers over the `resources.num_gpus` GPUs of the replica, which compute one after another: for models
+    that do not fit on one GPU. The names are transformers'; `null`: all layers on `device`."""
+    stall_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
+    """Longest time of one forward pass in seconds; then the replica hangs and is replaced."""
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> "TransformersEngineConfig":
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("'device_map' chooses the device of each layer; leave 'device' out")
+        return self
 
 
 class VLLMSettings(EngineSettings):
     """Base of the vLLM engines: vLLM's asynchronous engine in one or more processes of its own.
 
-    A replica requests `tensor_parallel_size` GPUs of one node from Ray, unless `resources.num_gpus` is set; vLLM runs
-    one process on each GPU.
+    A replica requests `tensor_parallel_size` · `pipeline_parallel_size` · `data_parallel_size` GPUs of one node from
+    Ray, unless `resources.num_gpus` is set; vLLM runs one process on each GPU.
     """
 
     kind: Literal["vllm"] = "vllm"
     """The engine's kind."""
     tensor_parallel_size: Annotated[Positive, Placement()] = 1
-    """Number of GPUs that share one copy of the model."""
+    """Number of GPUs that share each layer of the model."""
+    pipeline_parallel_size: Annotated[Positive, Placement()] = 1
+    """Number of groups of GPUs that each have some of the layers."""
+    data_parallel_size: Annotated[Positive, Placement()] = 1
+    """Number of copies of the attention layers in one replica, for a mixture of experts whose experts are spread over
+    all GPUs (`expert_parallel`). Copies of a whole model are `replicas`."""
+    expert_parallel: Annotated[bool, Placement()] = False
+    """Give each GPU some of the experts of a mixture of experts, instead of a part of every expert."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest sequence in tokens, prompt and completion together; `null`: the model's own limit. The KV cache must have
     room for one such sequence."""
     gpu_memory_utilization: Annotated[float | None, Placement()] = Field(default=None, gt=0, le=1)
     """Share of each GPU's memory that one engine takes; `null`: vLLM's default. On a CPU it is a share of the machine's
     memory, and `null` gives the KV cache 1 GiB."""
+    stall_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
+    """Longest time in seconds in which vLLM's processes do not react between two steps; then they hang, and the replica
+    is replaced."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Other arguments of vLLM's `AsyncEngineArgs`, by name."""
 
+    def check_support(self, support: Support) -> None:
+        if isinstance(support, Layers):
+            raise ValueError("the vLLM engine returns no states of layers; use engine kind 'transformers'")
+
     @property
     def gpus(self) -> float:
-        return float(self.tensor_parallel_size)
+        return float(self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size)
+
+    @model_validator(mode="after")
+    def _check_parallelism(self) -> "VLLMSettings":
+        if "worker_extension_cls" in self.arguments:
+            raise ValueError("'worker_extension_cls' in 'arguments' is set by rayk; leave it out")
+        if "trust_remote_code" in self.arguments:
+            raise ValueError(
+                "'trust_remote_code' in 'arguments' would overrule the setting of that name at the teacher or student; "
+                "set that one instead"
+            )
+        for argument, setting in _PARALLEL_ARGUMENTS.items():
+            if argument in self.arguments:
+                raise ValueError(
+                    f"'{argument}' in 'arguments' is not counted in the GPUs of a replica; set '{setting}' instead"
+                )
+        if self.expert_parallel and self.tensor_parallel_size * self.data_parallel_size == 1:
+            raise ValueError(
+                "'expert_parallel' spreads the experts over tensor_parallel_size · data_parallel_size GPUs, which is "
+                "1; raise one of them"
+            )
+        return self
+
+
+_PARALLEL_ARGUMENTS = {
+    "tensor_parallel_size": "tensor_parallel_size", "pipeline_parallel_size": "pipeline_parallel_size",
+    "data_parallel_size": "data_parallel_size", "enable_expert_parallel": "expert_parallel",
+}  # fmt: skip
 
 
 class VLLMEngineConfig(VLLMSettings):
-    """vLLM: fast, on one or more GPUs of a node; top-k signals at temperature 1."""
+    """vLLM: fast, on one or more GPUs. Signals are computed in vLLM's own processes."""
 
     dtype: Dtype = "auto"
     """The type of weights and computation; `auto`: the type of the checkpoint, or a 16-bit type if that is float32."""
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] | None = None
+    """vLLM's name of the way in which weights are quantized, such as `fp8`, which also quantizes the weights of a
+    16-bit checkpoint; `null`: as the checkpoint says."""
+    batch_tokens: Annotated[Positive | None, Placement()] = None
+    """Tokens in one forward pass; `null`: 16,384 on a GPU, vLLM's default on a CPU."""
+    max_sequences: Annotated[Positive | None, Placement()] = None
+    """Sequences in one forward pass; `null`: 1,024 on a GPU, vLLM's default on a CPU."""
     across_nodes: Annotated[bool, Placement()] = False
     """Allow the GPUs of one copy to be on several nodes, for models that do not fit on one. A replica then requests a
     placement group with one GPU per bundle on as few nodes as possible, and Ray starts vLLM's processes."""
-    hidden: bool = False
-    """Also return support `hidden`. vLLM needs a second engine for it, which loads the model once more: keep
-    `gpu_memory_utilization` below 0.5, with room for the head."""
 
     @property
     def spans_nodes(self) -> bool:
         return self.across_nodes
 
     @model_validator(mode="after")
-    def _check_second_engine(self) -> "VLLMEngineConfig":
-        if self.across_nodes and self.hidden:
-            raise ValueError("'across_nodes' has GPUs for one engine only, but 'hidden' needs two; leave one out")
-        return self
-
-    def check_support(self, support: Support) -> None:
-        if isinstance(support, Hidden) and not self.hidden:
-            raise ValueError("support 'hidden' on vLLM needs a second engine; set 'engine.hidden: true'")
-        if isinstance(support, Sampled):
-            raise ValueError("vLLM cannot sample at the positions of a prompt; use 'topk', or engine kind "
-                             "'transformers'")  # fmt: skip
-        if isinstance(support, TopK | Requested) and set(support.temperatures) != {1.0}:
+    def _check_nodes(self) -> "VLLMEngineConfig":
+        if self.across_nodes and self.data_parallel_size > 1:
             raise ValueError(
-                "vLLM returns log-probs at temperature 1 only; use support 'hidden', or engine kind 'transformers'"
+                "'data_parallel_size' needs all GPUs of a replica on one node; leave 'across_nodes' out, or use "
+                "tensor_parallel_size and pipeline_parallel_size"
             )
+        return self
 
 
 class SimulatedEngineConfig(EngineSettings):

@@ -16,7 +16,7 @@ _BEST = {
 """Whether the lowest or the highest value of a metric is the best one."""
 _DIVERGENCE_METRICS = ("forward_kl", "reverse_kl", "agreement", "student_mass")
 _PAIR_METRICS = ("preference_margin", "preference_accuracy")
-_ANSWER_METRICS = ("accuracy", "answer_tokens", "stopped")
+_ANSWER_METRICS = ("answer_tokens", "stopped")
 
 Metric = Annotated[str, Field(pattern=rf"^(rouge_l|exact_match|f1|{FUNCTION_PATTERN[1:-1]})$")]
 
@@ -94,11 +94,13 @@ class EvaluationConfig(Settings):
     answer_pattern: AnswerPattern | None = None
     """A regular expression with one group that finds the answer, such as '#### (.+)', in the row's text and in the
     student's; the last match counts. `null`: the whole texts are searched."""
-    answer_type: Literal["text"] | AnswerType = "text"
+    answer_type: Literal["text", "open"] | AnswerType | None = None
     """The form of an answer in the text that `answer_pattern` finds. `text`: all of it, equal after normalizing white
-    space. `number`: "42.0" equals "42", "1,000" equals "1000" and "$5" equals "5"; `choice`: one of the letters
-    `answer_choices`; `yes_no`; `date`; `free`: the text up to the end of its line, ignoring case. Without a pattern an
-    answer follows "the answer is" or `-->`, else it is the last one of its type."""
+    space. `open`: a long text that can be worded in many ways; `rouge_l` is measured instead of `accuracy`. `null`:
+    `open` if there is no pattern and the right answers have more than 20 words on average, else `text`. `number`:
+    "42.0" equals "42", "1,000" equals "1000" and "$5" equals "5"; `choice`: one of the letters `answer_choices`;
+    `yes_no`; `date`; `free`: the text up to the end of its line, ignoring case. Without a pattern an answer follows
+    "the answer is" or `-->`, else it is the last one of its type."""
     answer_choices: AnswerChoices = "ABCDE"
     """The letters of type `choice`."""
     metrics: list[Metric] = Field(default_factory=list)
@@ -121,7 +123,14 @@ class EvaluationConfig(Settings):
     @property
     def answer_metrics(self) -> tuple[str, ...]:
         """The names of the metrics of generated or chosen answers."""
-        return (*_ANSWER_METRICS, *(path.rpartition(":")[2] for path in self.metrics))
+        accuracy = () if self.answer_type == "open" else ("accuracy",)
+        return (*accuracy, *_ANSWER_METRICS, *(path.rpartition(":")[2] for path in self.scored_metrics))
+
+    @property
+    def scored_metrics(self) -> tuple[str, ...]:
+        """The values of `metrics`, with `rouge_l` for answers of type `open`."""
+        missing = self.answer_type == "open" and "rouge_l" not in self.metrics
+        return (*(["rouge_l"] if missing else []), *self.metrics)
 
     def measured_metrics(self, *, teacher: bool, pairs: bool, options: bool) -> list[str]:
         """Return the names of the student's metrics that can differ between evaluations.
@@ -148,4 +157,8 @@ class EvaluationConfig(Settings):
     def _check_metrics(self) -> "EvaluationConfig":
         if self.metrics and self.generation is None:
             raise ValueError("'metrics' are computed on generated answers; set 'generation' too, or leave them out")
+        if self.answer_type == "open" and self.answer_pattern is not None:
+            raise ValueError(
+                "answer_type 'open' compares whole texts, so 'answer_pattern' has no effect; leave one of them out"
+            )
         return self

@@ -112,7 +112,7 @@ class RefusalFilterConfig(FieldFilterConfig):
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from error
         return patterns
 

@@ -9,22 +9,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rayk.config.base import FUNCTION_PATTERN, UNKNOWN_KEY, LocalPath, Settings, StoragePath, closest, shorten
 from rayk.config.hints import KIND_NAMES, key_hint
 from rayk.config.marks import all_places, fields_at, map_places, marked_fields, sections_below, support_keys
-from rayk.config.paths import absolute_path, is_explicit_path, is_local_path, is_uri, path_exists, resolve_path
+from rayk.config.paths import (
+    absolute_path,
+    expand_user,
+    is_explicit_path,
+    is_local_path,
+    is_uri,
+    path_exists,
+    resolve_path,
+)
 from rayk.config.run import RunConfig
+from rayk.config.secrets import MASK, hide, hide_named, masked_places, redact, remember_secrets
 from rayk.config.support import SUPPORTS
 from rayk.config.teachers import TeacherConfig
+from rayk.config.yaml_text import parse_yaml
 from rayk.errors import InputError, SettingsError
 
 logger = logging.getLogger(__name__)
 
 _BRANCH = re.compile(r"\[|^(str|int|float|bool|constrained-str)$")
 """Names that pydantic gives to the branches of a union in the location of an error."""
+
+_NO_SECTION = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
+"""pydantic's names for values in place of a section."""
+
+_TYPES = {
+    "int_parsing": "an integer", "int_type": "an integer", "int_from_float": "an integer", "float_parsing": "a number",
+    "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "text",
+    "list_type": "a list", "dict_type": "a mapping",
+}  # fmt: skip
+"""Types of values in words, by pydantic's name of the error."""
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
@@ -50,6 +69,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None, **f
 
 def parse_config(values: dict[str, Any], where: str = "The config") -> RunConfig:
     """Check settings given as a dict; errors as `load_config`."""
+    remember_secrets(values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -66,6 +86,7 @@ def load_teachers(path: str | os.PathLike, overrides: list[str] | None = None) -
         InputError: see `load_config`; also if there is no teacher, or two have the same name.
     """
     section = {"teachers": _read_values(path, overrides).get("teachers") or []}
+    remember_secrets(section)
     try:
         teachers = TypeAdapter(dict[str, list[TeacherConfig]]).validate_python(section)["teachers"]
     except ValidationError as error:
@@ -85,7 +106,7 @@ def with_absolute_paths(config: RunConfig, output: str | None = None) -> RunConf
         output: the run directory, instead of the config's.
     """
     values = config.model_dump(mode="json")
-    values["output"] = absolute_path(output or str(config.output_path))
+    values["output"] = output if output and is_uri(output) else absolute_path(output or str(config.output_path))
     inputs, storage = marked_fields(RunConfig, LocalPath), marked_fields(RunConfig, StoragePath)
     values = map_places(values, inputs.keys(), lambda _, name: resolve_path(name))
     values = map_places(values, storage.keys(), lambda _, name: name if is_uri(name) else absolute_path(name))
@@ -102,9 +123,12 @@ def check_inputs_exist(config: RunConfig, *, training: bool = True) -> None:
         InputError: a file or folder does not exist; the message names the setting and the absolute path.
     """
     values = config.model_dump(mode="json")
-    # An attached teacher has loaded its model already, and an endpoint's name for its model is not a path.
-    loaded = [teacher.model for teacher in config.teachers if teacher.gives_signals and not teacher.attach]
-    values["teachers"] = [{"model": model} for model in loaded]
+    if masked := masked_places(values):
+        raise InputError(
+            f"{masked[0]} is '{MASK}', which stands for a secret that a run directory does not store; set it, or use "
+            "the config that the run was started with."
+        )
+    del values["teachers"]
     if not training:
         values["data"]["train"] = values["synthesis"] = values["method"] = None
 
@@ -113,25 +137,37 @@ def check_inputs_exist(config: RunConfig, *, training: bool = True) -> None:
             raise InputError(f"{place}: '{absolute_path(name)}' does not exist; check the path.")
         return name
 
+    for number, teacher in enumerate(config.teachers):
+        # An attached teacher has loaded its model already, and an endpoint's name for its model is not a path.
+        if teacher.model is not None and teacher.gives_signals and not teacher.attach:
+            check(f"teachers.{number}.model", teacher.model)
     map_places(values, marked_fields(RunConfig, LocalPath).keys(), check)
 
 
 def _read_values(path: str | os.PathLike, overrides: list[str] | None) -> dict[str, Any]:
     """Read a YAML file and apply overrides; see `load_config`."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise InputError(f"The config file '{path}' is nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"The config file '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise InputError(f"The config file '{path}' is not YAML that rayk reads: {error}.") from error
     if not isinstance(values, dict):
         raise InputError(f"The config file '{path}' is empty or contains no settings; see jobs/ for examples.")
     values = _relative_to_file(values, Path(path))
     for override in overrides or []:
         _apply_override(values, override)
+    _drop_replaced(values, {override.partition("=")[0] for override in overrides or []})
     return values
+
+
+def _drop_replaced(values: dict[str, Any], overridden: set[str]) -> None:
+    """Drop the file's `training.epochs` if `training.steps` is overridden, and the like: a run takes one of them."""
+    pairs = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
+    for given, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        training = values.get("training")
+        if f"training.{given}" in overridden and f"training.{other}" not in overridden and isinstance(training, dict):
+            training.pop(other, None)
 
 
 def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -143,7 +179,7 @@ def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
         sys.path.append(folder)  # so that settings may name modules next to the file
 
     def resolve(place: str, name: str) -> str:
-        if is_uri(name) or os.path.isabs(os.path.expanduser(name)):
+        if is_uri(name) or os.path.isabs(expand_user(name)):
             return name
         in_folder = absolute_path(name, folder)
         if path_exists(in_folder):
@@ -163,10 +199,13 @@ def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise InputError(f"--set {override}: write it as a.b=value.")
+        raise InputError(f"--set {hide(override)}: write it as a.b=value.")
     *parents, last = key.split(".")
     place: Any = values
+    remember_secrets({last: text})
     value = _override_value(override, key, text)
+    remember_secrets(value)
+    override = hide_named(override)
     try:
         for part in parents:
             if isinstance(place, list):
@@ -181,8 +220,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             place[int(last)] = value
         else:
             place[last] = value
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"--set {override}: there is no such place in the config.") from error
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        hint = " Items of a list are numbered, as in teachers.0.model." if isinstance(place, list) else ""
+        raise InputError(f"--set {override}: there is no such place in the config.{hint}") from error
 
 
 def _override_value(override: str, key: str, text: str) -> Any:
@@ -192,13 +232,13 @@ def _override_value(override: str, key: str, text: str) -> Any:
     is_text = bool(fields) and all(field.accepts_text and not field.accepts_sections for field in fields)
     is_template = re.search(r"\{\w+\}", text) is not None and not text.lstrip().startswith("{")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         if is_text or is_template or any(field.accepts_anything for field in fields):
             return text
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(
-            f"--set {override}: '{shorten(text)}' is not a YAML value ({reason}); quote it, or check its brackets."
+            f"--set {hide_named(override)}: '{shorten(hide_named(text))}' is not a YAML value ({error}); quote it, or "
+            "check its brackets."
         ) from error
     if value is None or isinstance(value, str):
         return value
@@ -219,8 +259,10 @@ def _keys(location: tuple[str | int, ...]) -> list[str]:
     keys: list[str] = []
     for part in location:
         place = ".".join(key for key in [*keys, str(part)] if not key.isdigit())
-        is_unknown = place.rpartition(".")[0] in places and place not in places
-        is_branch = part in kinds or (is_unknown and _BRANCH.search(str(part)) is not None and part != "[key]")
+        parent = place.rpartition(".")[0]
+        is_unknown = parent in places and place not in places
+        is_kind = part in kinds and (f"{parent}.kind" in places or place not in places)  # a key may be named as a kind
+        is_branch = is_kind or (is_unknown and _BRANCH.search(str(part)) is not None and part != "[key]")
         if not is_branch:
             keys.append(str(part))
     return keys
@@ -251,14 +293,32 @@ def _explain(line: Any) -> Iterator[str]:
     elif keys and keys[-1] == "[key]":
         message, keys = f"the key {keys[-2]} is not text; put it in quotes", keys[:-2]
     elif kind == "string_pattern_mismatch" and FUNCTION_PATTERN[1:-1] in line["ctx"]["pattern"]:
-        message = f"is {_REPR.repr(line['input'])}; write it as 'module:name', such as my_file:my_name"
+        message = f"is {_shown(keys, line['input'])}; write it as 'module:name', such as my_file:my_name"
+    elif kind in _NO_SECTION and (example := _example_of_section(keys, line["input"])):
+        message = f"is {_shown(keys, line['input'])}, but must be a section, such as {{{example}}}"
+    elif kind in _TYPES:
+        message = f"is {_shown(keys, line['input'])}, but must be {_TYPES[kind]}"
     elif kind != "value_error":  # pydantic's own words, not ours
-        message = f"{message[0].lower()}{message[1:]} (it is {_REPR.repr(line['input'])})"
+        message = f"{message[0].lower()}{message[1:]} (it is {_shown(keys, line['input'])})"
     place = ".".join(keys)
     for part in message.splitlines():
         joint = " " if part.startswith(("is ", "needs ", "takes ")) else ": "
         sentence = f"{place}{joint}{part}" if place else part
         yield sentence if sentence.endswith((".", "?")) else f"{sentence}."
+
+
+def _example_of_section(keys: list[str], value: Any) -> str:
+    """Return what could stand in place of a value that is no section; empty if the place has no keys of rayk's."""
+    if isinstance(value, str) and value in _kinds():
+        return f"kind: {value}"
+    section = ".".join(key for key in keys if not key.isdigit())
+    parents = (place.rpartition(".") for place in all_places(RunConfig))
+    return next((f"{name}: …" for parent, _, name in parents if parent == section), "")
+
+
+def _shown(keys: list[str], value: Any) -> str:
+    """Return a wrong value as an error shows it."""
+    return _REPR.repr(next(iter(redact({keys[-1] if keys else "": value}).values())))
 
 
 def _unknown_kind(tag: str, known: list[str]) -> str:

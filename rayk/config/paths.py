@@ -33,7 +33,15 @@ def is_local_path(name: str) -> bool:
 
 def absolute_path(name: str, folder: str | os.PathLike | None = None) -> str:
     """Return `name` as an absolute path; a relative one is taken from `folder`, by default the current folder."""
-    return os.path.abspath(Path(folder or os.getcwd(), os.path.expanduser(name)))
+    return os.path.abspath(Path(folder or os.getcwd(), expand_user(name)))
+
+
+def expand_user(name: str) -> str:
+    """Return `name` with the home folder for `~` or `~user`; unchanged if it is no name of a file at all."""
+    try:
+        return os.path.expanduser(name)
+    except ValueError:  # a zero byte, or half of a surrogate pair
+        return name
 
 
 def resolve_path(name: str) -> str:
@@ -44,5 +52,33 @@ def resolve_path(name: str) -> str:
 
 def path_exists(name: str) -> bool:
     """Return whether a file or folder of this name exists; for a glob pattern, whether any file matches."""
-    name = os.path.expanduser(name)
-    return os.path.exists(name) or (glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None)
+    name = expand_user(name)
+    try:
+        return os.path.exists(name) or (
+            glob.has_magic(name) and next(glob.iglob(name, recursive=True), None) is not None
+        )
+    except ValueError:  # a pattern with a zero byte
+        return False
+
+
+def cache_folder() -> Path:
+    """Return the folder for what later runs reuse: `RAYK_CACHE`, by default `~/.cache/rayk`."""
+    own = os.environ.get("RAYK_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(own).expanduser() if own else base / "rayk"
+
+
+def place_below(place: str, name: str) -> str:
+    """Return the folder `name` in a folder or at a URI, whose query stays at its end."""
+    head, mark, query = _split_query(place)
+    return f"{head.rstrip('/')}/{name}{mark}{query}"
+
+
+def place_beside(place: str, suffix: str) -> str:
+    """Return the folder or URI whose name is that of `place` with `suffix`; the query of a URI stays at its end."""
+    head, mark, query = _split_query(place)
+    return f"{head.rstrip('/')}{suffix}{mark}{query}"
+
+
+def _split_query(place: str) -> tuple[str, str, str]:
+    return place.partition("?") if is_uri(place) else (place, "", "")

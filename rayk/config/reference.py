@@ -154,4 +154,5 @@ def _type(schema: dict[str, Any]) -> str:
 
 def _others(schema: dict[str, Any]) -> list[str]:
     """Return the types other than sections that a value may have."""
-    return [_type(part) for part in schema.get("anyOf", ()) if not _references(part)]
+    parts = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    return [_type(part) for part in parts if not _references(part)]

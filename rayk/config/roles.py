@@ -21,7 +21,7 @@ class TeacherRoles:
         if self.ensemble is not None:
             names += self.ensemble.teachers or [teacher.name for teacher in self.teachers]
         if self.route is not None:
-            names += [*self.route.teachers.values(), *filter(None, [self.route.default])]
+            names += self.route.names
         if self.signal_support is not None and self.teachers and not names:
             able = [t.name for t in self.teachers if t.name not in self.synthesis_teachers or t.gives_signals]
             names = [self.method.teacher_name or [*able, self.teachers[0].name][0]]
@@ -92,3 +92,21 @@ class TeacherRoles:
     def aligned_teacher(self: Run) -> str:
         """The teacher that has another tokenizer than the student (`method.alignment`); "" without one."""
         return self.evaluation_teacher if self.method.aligns_tokens else ""
+
+
+def find_continuing_teachers(run: Run, key: str) -> list[TeacherConfig]:
+    """Return the teachers that write after prompts of the training rows: each row's own teacher.
+
+    Args:
+        key: the setting that needs them, which 0 switches off.
+
+    Raises:
+        ValueError: some rows have an ensemble, which cannot write.
+    """
+    names = run.route.names if run.route else ["ensemble" if run.ensemble else run.evaluation_teacher]
+    if run.ensemble and "ensemble" in names:
+        raise ValueError(
+            f"{key} needs one teacher that generates for each row, but an ensemble only returns signals; set it to 0, "
+            "or give each row one of 'teachers' with 'route'"
+        )
+    return [teacher for teacher in run.teachers if teacher.name in names]

@@ -105,7 +105,7 @@ class ServedRollouts(RolloutSettings):
     in_flight: Annotated[Positive, Placement()] = 4
     """Number of calls that one worker may have open per running replica."""
     deadline_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
-    """Longest time of one call in seconds, retries and replica restarts included; then the run stops."""
+    """Longest time in seconds in which the policy answers none of a worker's calls; then the run stops."""
 
     @property
     def served(self) -> "ServedRollouts":

@@ -11,13 +11,14 @@ from rayk.config.base import Placement, Positive, Settings
 from rayk.config.cache import CacheConfig
 from rayk.config.data import DataConfig
 from rayk.config.evaluation import EvaluationConfig
+from rayk.config.following import check_following
 from rayk.config.methods import MethodConfig
-from rayk.config.paths import absolute_path
+from rayk.config.paths import absolute_path, is_uri
 from rayk.config.roles import TeacherRoles
 from rayk.config.rollouts import RolloutConfig, WorkerRollouts
-from rayk.config.sections import check_teacher_name
-from rayk.config.synthesis import SynthesisConfig
-from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig
+from rayk.config.secrets import hide, redact, remember_secrets
+from rayk.config.syntheses import SynthesisConfig
+from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_teacher_name
 from rayk.config.training import StudentConfig, TrainingConfig
 
 
@@ -35,7 +36,7 @@ class RunConfig(TeacherRoles, Settings):
     """The run's name in reports."""
     output: Annotated[str | None, Placement()] = None
     """The run directory, relative to the current folder; `null`: runs/NAME. On several nodes it must be a path that all
-    of them share."""
+    of them share. It cannot be a URI; `training.checkpoints` and `student.save_to` can."""
     seed: Annotated[int, Field(ge=0)] = 0
     """The seed of all random numbers."""
     teachers: list[TeacherConfig] = Field(default_factory=list)
@@ -69,6 +70,7 @@ class RunConfig(TeacherRoles, Settings):
 
     @model_validator(mode="after")
     def _complete_and_check(self) -> "RunConfig":
+        remember_secrets(self.model_dump(mode="json"))
         if self.method.samples_rollouts and self.rollouts is None:
             object.__setattr__(self, "rollouts", WorkerRollouts())
         if self.method.row_format is not None:
@@ -82,12 +84,14 @@ class RunConfig(TeacherRoles, Settings):
         return self
 
     def _complete_training(self) -> None:
-        """Set the learning rate and the precision that follow from the method and the student."""
+        """Set the learning rate, its warmup and the precision that follow from the method and the student."""
         changes: dict[str, Any] = {}
         lora = self.student.lora
         if self.training.learning_rate is None:
             method = self.method
             changes["learning_rate"] = method.default_adapter_learning_rate if lora else method.default_learning_rate
+        if self.training.warmup_steps is None and self.training.warmup_share is None:
+            changes["warmup_share"] = self.method.default_warmup_share
         if self.student.dtype == "bfloat16" and (lora is None or lora.modules_to_save):
             changes["precision"] = "bfloat16"
         if changes:
@@ -95,6 +99,7 @@ class RunConfig(TeacherRoles, Settings):
 
     def _name_checks(self) -> Iterator[Callable[[], None]]:
         """Yield the checks that must pass before `_section_checks`."""
+        yield self._check_output
         yield self._check_names
         yield self._check_rows
 
@@ -110,6 +115,13 @@ class RunConfig(TeacherRoles, Settings):
         for teacher in self.teachers:
             yield lambda teacher=teacher: self._check_teacher(teacher)  # type: ignore[misc]
 
+    def _check_output(self) -> None:
+        if self.output is not None and is_uri(self.output):
+            raise ValueError(
+                f"output is '{hide(self.output)}', but a run directory is a folder; give one that all nodes share, and "
+                "set training.checkpoints and student.save_to to URIs"
+            )
+
     def _check_names(self) -> None:
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
@@ -122,8 +134,9 @@ class RunConfig(TeacherRoles, Settings):
                 check_teacher_name("ensemble:", name, names)
         if self.route is not None:
             known = [*names, "ensemble"] if self.ensemble else names
-            for name in [*self.route.teachers.values(), *filter(None, [self.route.default])]:
-                check_teacher_name("route:", name, known)
+            for value, name in self.route.teachers.items():
+                check_teacher_name(f"route.teachers.{value}:", name, known)
+            check_teacher_name("route.default:", self.route.default, known)
 
     def _check_rows(self) -> None:
         if self.synthesis is None and self.data.train is None:
@@ -147,6 +160,8 @@ class RunConfig(TeacherRoles, Settings):
         self.evaluation.keep_best.check(measured)
 
     def _check_teacher(self, teacher: TeacherConfig) -> None:
+        if teacher.follows is not None:
+            check_following(teacher, self)
         if teacher.name in self.signal_teacher_names and not teacher.gives_signals:
             raise ValueError(
                 f"teacher '{teacher.name}': engine kind '{teacher.engine.kind}' generates text and gives no signals, "
@@ -182,8 +197,8 @@ class RunConfig(TeacherRoles, Settings):
         return self.training.checkpoints or str(self.output_path / "checkpoints")
 
     def to_yaml(self) -> str:
-        """Return the resolved settings as YAML, which `rayk run` can read."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Return the resolved settings as YAML. Secrets are masked; `rayk run` can read settings without any."""
+        return yaml.safe_dump(redact(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def _error_of(check: Callable[[], None]) -> ValueError | None:

@@ -9,31 +9,20 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from rayk.config.base import Placement, Positive, Selection, Settings, Share, default_kind
+from rayk.config.base import Placement, Positive, Selection, Settings
 from rayk.config.data import DataConfig, DataSource, RowFormat
 from rayk.config.demonstrations import DemonstrationsConfig
-from rayk.config.engines import TransformersEngineConfig, VLLMEngineConfig
 from rayk.config.evaluation import EvaluationConfig
 from rayk.config.filters import FilterConfig, FilterSettings, TruncatedFilterConfig
+from rayk.config.pretraining import PretrainingConfig
 from rayk.config.retriever import RetrieverConfig
+from rayk.config.sampling import SamplingConfig, ServedStudentConfig
+from rayk.config.stages import Stage
 from rayk.config.support import Support
-from rayk.config.teachers import EnsembleConfig, Replicas, ReplicasConfig, Resources, RouteConfig, TeacherConfig
+from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_teacher_name
 from rayk.config.training import StudentConfig, TrainingConfig
 
-
-class PretrainingConfig(Settings):
-    """Plain text that is trained on in the same updates as the method's rows, so that the student forgets less
-    (MiniLLM's L_PT)."""
-
-    data: DataSource
-    """The rows of text."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the text's mean loss per token, which is added to the method's loss."""
-    batch_size: Positive | None = None
-    """Rows of text per step; `null`: `training.batch_size`."""
-    teacher_share: Share = 0.5
-    """Share r in (1−r)·cross-entropy + r·forward KL to the teacher. 0 queries no teacher for the text (the paper's
-    form); LMOps uses 0.5."""
+Normalization = Literal["tokens", "sequences", "teachers"]
 
 
 class MethodSettings(Settings):
@@ -47,6 +36,8 @@ class MethodSettings(Settings):
     """The learning rate if the settings give none, for a student whose weights are all trained."""
     default_adapter_learning_rate: ClassVar[float] = 1e-4
     """The learning rate if the settings give none, for an adapter (`student.lora`)."""
+    default_warmup_share: ClassVar[float] = 0.03  # of the training of Alpaca and Vicuna; MiniLLM's is 0.02
+    """The warmup if the settings give none, as a share of the run's steps."""
 
     kind: str
     """The method's kind."""
@@ -98,9 +89,9 @@ class MethodSettings(Settings):
         return False
 
     @property
-    def averages_sequences(self) -> bool:
-        """Return whether each sequence, instead of each counted token, has the same weight in the mean loss."""
-        return False
+    def normalization(self) -> Normalization:
+        """The units over which a step's loss is a mean."""
+        return "tokens"
 
     @property
     def samples_with_teacher(self) -> bool:
@@ -139,6 +130,27 @@ class MethodSettings(Settings):
     def auxiliary_data(self) -> PretrainingConfig | None:
         """Plain text that is trained on in the same updates; None if there is none."""
         return None
+
+    @property
+    def student_layers(self) -> int | list[int] | None:
+        """The student's layers whose states the method reads, by number, or how many of them; None: none."""
+        return None
+
+    def check_steps(self, steps: int) -> None:
+        """Check the number of the run's steps, which is known once the rows are read.
+
+        Raises:
+            InputError: the run is too short for the method.
+        """
+
+    def stage(self, step: int, steps: int) -> Stage:
+        """Return the place of a step in its stage; by default the run is one stage.
+
+        Args:
+            step: the step's number, from 0.
+            steps: number of steps of the run.
+        """
+        return Stage(step, steps)
 
     def check(self, run: "Run") -> None:
         """Check the method against the run's other sections.
@@ -186,6 +198,9 @@ class RolloutSettings(Settings):
     """Sample from the most likely tokens with this total probability; 1: from all."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Number of most likely tokens to sample from; 0: all."""
+    samples: Positive = 1
+    """Number of completions of each prompt in a step. `training.batch_size` counts completions, so a step has
+    `batch_size / samples` prompts."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Age of the weights that generate, in optimizer steps: step i (from 0) trains on completions sampled with exactly
     the weights after i − `max_staleness` steps (the first steps: with the initial weights). 0 alternates generation and
@@ -210,36 +225,16 @@ class RolloutSettings(Settings):
         for name in ("timeout_seconds", "deadline_seconds"):
             if (getattr(self, name, None) or 0) >= limit:
                 raise ValueError(f"rollouts.{name} must be below training.collective_timeout_seconds ({limit:g})")
-
-
-class SamplingConfig(Settings):
-    """Sampling of completions."""
-
-    max_new_tokens: Positive = 256
-    """Longest completion in tokens; longer ones are cut."""
-    temperature: Annotated[float, Field(ge=0)] = 0.7
-    """Sampling temperature; 0 is greedy decoding."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the most likely tokens with this total probability; 1: from all."""
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    """Texts that end a completion and are not part of it, such as "\\nQ:", so that a base model does not continue with
-    another question."""
-
-
-class ServedStudentConfig(Settings):
-    """Serving of the student while it generates answers for a synthesis. The replicas are stopped before training."""
-
-    engine: Annotated[
-        Annotated[TransformersEngineConfig | VLLMEngineConfig, Field(discriminator="kind")],
-        default_kind("transformers"),
-    ] = Field(default_factory=TransformersEngineConfig)
-    """The engine that runs the student; by default `kind: transformers`."""
-    replicas: Annotated[ReplicasConfig, Placement()] = Field(default_factory=Replicas)
-    """Number of copies; a single number is the fixed number of copies."""
-    resources: Annotated[Resources, Placement()] = Field(default_factory=Resources)
-    """Resources of one replica."""
-    deadline_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
-    """Longest time of one request in seconds, retries and replica restarts included; then the run stops."""
+        if run.training.batch_size % self.samples:
+            raise ValueError(
+                f"training.batch_size ({run.training.batch_size}) must be a multiple of rollouts.samples "
+                f"({self.samples}): it counts completions"
+            )
+        if self.samples > 1 and run.method.reads_completions:
+            raise ValueError(
+                f"rollouts.samples is {self.samples}, but not all completions are generated, so a row's own one would "
+                "be trained on as often; set method.student_fraction to 1, and leave 'adaptive' out"
+            )
 
 
 def _default_filters() -> list[FilterConfig]:
@@ -371,6 +366,11 @@ class SynthesisSettings(Settings):
             raise ValueError(
                 f"synthesis '{self.kind}' makes its own prompts; leave out data.train and synthesis.prompts"
             )
+        if any(source is not None and source.chunk_tokens for source in (run.data.train, self.prompts)):
+            raise ValueError(
+                f"chunk_tokens cuts text that is trained on as it is, but synthesis '{self.kind}' generates from "
+                "prompts; leave it out"
+            )
         if not self.makes_prompts and sum(has_rows) != 1:
             raise ValueError(
                 f"synthesis '{self.kind}' completes the prompts of data.train or of synthesis.prompts; set one of the "
@@ -448,13 +448,3 @@ class Run(Protocol):
     def synthesis_only_teachers(self) -> Sequence[str]: ...
     @property
     def judges(self) -> Sequence[str]: ...
-
-
-def check_teacher_name(place: str, name: str | None, names: Sequence[str]) -> None:
-    """Check that `name`, the value of the setting at `place`, is None or one of the teachers' `names`.
-
-    Raises:
-        ValueError: there is no such teacher.
-    """
-    if name is not None and name not in names:
-        raise ValueError(f"{place} '{name}' is none of the teachers ({', '.join(names) or 'there are none'})")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_ITEM_BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _Temperatures = tuple[Annotated[float, Field(gt=0)], ...]
 
 
@@ -86,10 +87,45 @@ class Logprob:
     """The support's kind."""
 
 
-SUPPORTS = (TopK, Requested, Sampled, Hidden, Logprob)
+@dataclass(frozen=True)
+class Layers:
+    """Hidden states of some of the teacher's layers: the output of each layer, before the final norm. For feature
+    distillation."""
 
-Support = Annotated[TopK | Requested | Sampled | Hidden | Logprob, Field(discriminator="kind")]
+    __pydantic_config__ = _STRICT
+
+    layers: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = 4
+    """The numbers of the layers, from 0; or N for that many layers, spread evenly, of which the last layer is one."""
+    dtype: Literal["int8", "float16", "bfloat16", "float32"] = "int8"
+    """The type in which states are sent. `int8`: each block of 32 numbers has a scale, so that a number's error is at
+    most 0.4 % of the largest one of its block. `float16` cannot represent states above 65,504, which are refused."""
+    final: Literal["float16", "bfloat16", "float32"] | None = None
+    """The type in which the final hidden states are sent too, as by support `hidden`, so that a loss can use the
+    teacher's distribution; `null`: they are not sent."""
+    kind: Literal["layers"] = "layers"
+    """The support's kind."""
+
+    @property
+    def count(self) -> int:
+        """Number of layers."""
+        return self.layers if isinstance(self.layers, int) else len(self.layers)
+
+
+SUPPORTS = (TopK, Requested, Sampled, Hidden, Logprob, Layers)
+
+Support = Annotated[TopK | Requested | Sampled | Hidden | Logprob | Layers, Field(discriminator="kind")]
 """Any support, distinguished by `kind`."""
+
+
+STATE_BLOCK = 32
+"""Numbers of a layer's state that share one scale in type `int8`."""
+
+
+def final_dtype(support: Support | None) -> Literal["float16", "bfloat16", "float32"] | None:
+    """Return the type of the final hidden states in a signal of this support; None if it has none."""
+    if isinstance(support, Hidden):
+        return support.dtype
+    return support.final if isinstance(support, Layers) else None
 
 
 def bytes_per_token(support: Support, vocab_size: int, width: int, requested: int = 0) -> float:
@@ -107,6 +143,10 @@ def bytes_per_token(support: Support, vocab_size: int, width: int, requested: in
             # 50 draws from a language model have about 12 different ids (arXiv 2503.16870).
             return 0.25 * support.draws * (id_bytes + (1 if support.tau == 1.0 else 4)) + 9
         case Hidden():
-            return width * (4 if support.dtype == "float32" else 2) + 4
+            return width * _ITEM_BYTES[support.dtype] + 4
+        case Layers():
+            scales = 2 * -(-width // STATE_BLOCK) if support.dtype == "int8" else 0
+            final = width * _ITEM_BYTES[support.final] if support.final else 0
+            return support.count * (width * _ITEM_BYTES[support.dtype] + scales) + final + 4
         case Logprob():
             return 4

@@ -1,5 +1,6 @@
 """Teachers: the model, its engine and the number of copies; and the combination of several teachers."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -38,6 +39,9 @@ class Resources(Settings):
     """Number of GPUs; `null`: what the engine needs if the cluster has GPUs, else none."""
     custom: dict[str, float] = Field(default_factory=dict)
     """Amounts of Ray's custom resources by name, for example to choose the nodes."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node must have, by name (`ray start --labels`, `labels` of a KubeRay worker group), such as
+    `{rayk/group: teacher}`. Ray's autoscaler starts nodes of a group with these labels, from zero too."""
 
 
 def _expand_number(value: Any) -> Any:
@@ -67,7 +71,12 @@ class RouteConfig(Settings):
     teachers: dict[str, str]
     """The teacher's name (or 'ensemble') for each value of the field."""
     default: str | None = None
-    """The teacher of rows with any other value; `null`: such a row is an error."""
+    """The teacher of rows with any other value, and of rows without the field; `null`: such a row is an error."""
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the teachers that rows may have, each once."""
+        return list(dict.fromkeys([*self.teachers.values(), *filter(None, [self.default])]))
 
 
 class TeacherConfig(Settings):
@@ -77,6 +86,14 @@ class TeacherConfig(Settings):
     """The name by which other settings refer to the teacher."""
     model: InputPath | None = None
     """A local model folder or a hub id; with engine kind `openai` the endpoint's name for the model."""
+    follows: Literal["student"] | None = None
+    """`student`: the teacher is the student, with weights that follow the training (self-distillation). `model` is left
+    out, the engine is `transformers`, and its `dtype: auto` is `training.precision`. `null`: the weights are fixed."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """With `follows`: the decay d in θ_T ← d·θ_T + (1−d)·θ, by which the teacher's weights θ_T follow the student's
+    weights θ; 0 copies them."""
+    every: Positive = 1
+    """With `follows`: number of optimizer steps from one update of the teacher's weights to the next."""
     attach: Annotated[bool, Placement()] = False
     """Use the Serve application `name` that is already running (`rayk serve`), and do not stop it at the end."""
     engine: Annotated[EngineConfig, default_kind("transformers")] = Field(default_factory=TransformersEngineConfig)
@@ -86,10 +103,10 @@ class TeacherConfig(Settings):
     resources: Annotated[Resources, Placement()] = Field(default_factory=Resources)
     """Resources of one replica."""
     prompt_template: str | None = None
-    """The prompt that this teacher reads instead of the student's: text with {field} names of the row, such as its
-    right answer. Teacher and student read the same completion. If the student reads the row in a chat template, the
-    text replaces the last user's message, which is {prompt}; system prompt and earlier turns stay. `null`: the
-    student's prompt."""
+    """The prompt that this teacher reads instead of the student's, with privileged context: text with {field} names of
+    the row, such as its right answer, demonstrations or a document; {prompt} is the student's prompt. Teacher and
+    student read the same completion. If the student reads the row in a chat template, the text replaces the last user's
+    message, which is {prompt}; system prompt and earlier turns stay. `null`: the student's prompt."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables of the chat template in which this teacher reads the prompts that it writes after (synthesis, referee,
     judge), such as `enable_thinking: false`. For an endpoint, set `engine.extra_body`. Rows whose tokens it scores are
@@ -105,13 +122,27 @@ class TeacherConfig(Settings):
     in_flight: Annotated[Positive, Placement()] = 4
     """Number of calls that one requester may have open per running replica."""
     deadline_seconds: Annotated[float, Placement(), Field(gt=0)] = 300.0
-    """Longest time of one request in seconds, retries and replica restarts included; then the run stops."""
+    """Longest time in seconds in which the teacher answers none of a requester's requests; then the run stops. While
+    the only replica is replaced, twice the time that it took to load is added."""
 
     @model_validator(mode="after")
     def _check_model(self) -> "TeacherConfig":
-        if self.model is None and not self.attach:
+        if self.follows is not None:
+            self._check_following()
+        elif self.ema or self.every > 1:
+            raise ValueError("'ema' and 'every' update the weights of a teacher with 'follows: student'; set it")
+        elif self.model is None and not self.attach:
             raise ValueError("needs 'model' (a folder or hub id), or 'attach: true' for a teacher that already runs")
         return self
+
+    def _check_following(self) -> None:
+        if self.model is not None or self.attach:
+            raise ValueError("'follows: student' gives the teacher the student's model; leave out 'model' and 'attach'")
+        if not isinstance(self.engine, TransformersEngineConfig) or self.engine.device_map is not None:
+            raise ValueError(
+                "'follows: student' needs engine kind 'transformers' without 'device_map', whose weights can be "
+                "replaced during training"
+            )
 
     @model_validator(mode="after")
     def _check_engine(self) -> "TeacherConfig":
@@ -121,6 +152,11 @@ class TeacherConfig(Settings):
                 "engine.concurrency"
             )
         self.engine.check_deadline(self.deadline_seconds)
+        spread = isinstance(self.engine, TransformersEngineConfig) and self.engine.device_map is not None
+        if spread and self.resources.num_gpus is None:
+            raise ValueError(
+                "engine.device_map spreads the model over resources.num_gpus GPUs; set resources.num_gpus (0: the CPU)"
+            )
         if self.chat_template_kwargs and not self.engine.continues_prompts:
             raise ValueError(
                 "chat_template_kwargs: the endpoint renders its chat template itself; if it accepts the variables, set "
@@ -132,3 +168,13 @@ class TeacherConfig(Settings):
     def gives_signals(self) -> bool:
         """Return whether the teacher returns signals; otherwise it only generates text."""
         return self.engine.gives_signals
+
+
+def check_teacher_name(place: str, name: str | None, names: Sequence[str]) -> None:
+    """Check that `name`, the value of the setting at `place`, is None or one of the teachers' `names`.
+
+    Raises:
+        ValueError: there is no such teacher.
+    """
+    if name is not None and name not in names:
+        raise ValueError(f"{place} '{name}' is none of the teachers ({', '.join(names) or 'there are none'})")

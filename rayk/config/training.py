@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from rayk.config.base import InputPath, Placement, Positive, Settings, Share, StoragePath
 from rayk.config.teachers import Resources
@@ -60,6 +60,9 @@ class StudentConfig(Settings):
     save_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Placement()] = "auto"
     """The type of the weights in OUTPUT/model; `auto`: that of the checkpoint in `model`, or `dtype` with `config`.
     Checkpoints of the run and an adapter's own folder contain float32."""
+    save_to: Annotated[str | None, StoragePath(), Placement()] = None
+    """Folder or URI (s3://…, gs://…) to which OUTPUT/model is copied at the end of the run, and an adapter to the same
+    name with `-adapter`; it must be empty at the start. `null`: no copy."""
     lora: LoraConfig | None = None
     """Train only an adapter on the loaded weights; `null`: all weights are trained."""
     attention: Annotated[str | None, Placement()] = None
@@ -83,13 +86,38 @@ class StudentConfig(Settings):
         return self
 
 
+class WorkerRange(Settings):
+    """A number of workers that follows the cluster: as many as it has room for."""
+
+    min: Positive
+    """Smallest number of workers; with fewer, the run waits."""
+    max: Positive
+    """Largest number of workers."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is larger than max ({self.max})")
+        return self
+
+
+Workers = Annotated[
+    Annotated[int, Field(ge=0), Tag("int")] | Annotated[WorkerRange, Tag("[range]")],
+    Discriminator(
+        lambda value: "[range]" if isinstance(value, dict | WorkerRange) else "int"
+    ),  # for one error, not two
+]
+
+
 class TrainingConfig(Settings):
     """The optimization and where it runs. The trained weights depend on neither `workers` nor `micro_batch_tokens`,
     except through dropout, whose masks are drawn for each worker and forward pass. Methods that compare log-probs with
     those of the same weights use no dropout (`minillm`, `preference`, `on_policy` with `form: policy`)."""
 
-    workers: Annotated[int, Placement(), Field(ge=0)] = 1
-    """Number of Ray Train workers (data parallel); 0 trains in this process, without a worker group."""
+    workers: Annotated[Workers, Placement()] = 1
+    """Number of Ray Train workers (data parallel); 0 trains in this process, without a worker group. With
+    `{min: 2, max: 8}` there are as many as the cluster has room for. When nodes come or go, the workers start again
+    from the latest checkpoint in their new number, and learn the same."""
     resources: Annotated[Resources, Placement()] = Field(default_factory=Resources)
     """Resources of one worker."""
     threads: Annotated[Positive | None, Placement()] = None
@@ -108,8 +136,11 @@ class TrainingConfig(Settings):
     `student.lora`), 5e-6 for `minillm` (5e-5 with `student.lora`), and 1e-4 for other methods."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """The shape of the learning rate after the warmup."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Number of steps over which the learning rate rises linearly from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Number of steps over which the learning rate rises linearly from 0; `null`: given by `warmup_share`."""
+    warmup_share: Share | None = None
+    """The warmup as a share of the run's steps, instead of `warmup_steps`; `null`: the method's default, which is 0.1
+    for `preference` and 0.03 for other methods."""
     final_learning_rate: Share = 0.0
     """Learning rate at the end of the schedule, as a share of `learning_rate`."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -127,21 +158,70 @@ class TrainingConfig(Settings):
     the run stops and names the row, or the row is named, skipped and counted."""
     checkpoint_every_steps: Annotated[Positive, Placement()] = 100
     """Number of steps between two checkpoints."""
+    checkpoint_every_minutes: Annotated[float | None, Placement(), Field(gt=0)] = None
+    """Longest time between two checkpoints, beside `checkpoint_every_steps`; `null`: no limit. The run is also
+    checkpointed when Ray announces that a worker's node goes away."""
     keep_checkpoints: Annotated[Positive, Placement()] = 2
     """Number of latest checkpoints to keep."""
     checkpoints: Annotated[str | None, StoragePath(), Placement()] = None
     """Folder or URI (s3://…, gs://…) of the checkpoints; `null`: OUTPUT/checkpoints."""
     max_failures: Annotated[int, Placement(), Field(ge=-1)] = 3
-    """Number of restarts of failed workers before the run stops; -1: no limit."""
+    """Number of restarts of failed workers before the run stops; -1: no limit. After a new checkpoint they are counted
+    anew, so that only failures without progress stop a long run."""
     collective_timeout_seconds: Annotated[float, Placement(), Field(gt=0)] = 1800.0
     """Longest time in seconds that workers wait for each other; it must be above every teacher's deadline."""
+    sharding: Annotated[Literal["none", "fsdp", "hsdp"], Placement()] = "none"
+    """Division of the student's weights, gradients and optimizer state among the workers: `none` (each worker has all
+    of them: DDP), `fsdp` (among all workers), or `hsdp` (among `shards` workers, with a copy in each such group)."""
+    shards: Annotated[Positive | None, Placement()] = None
+    """With `sharding: hsdp`, the number of workers that share one copy of the weights; `null`: those of a node."""
+    reshard: Annotated[Literal["last", "always"], Placement()] = "last"
+    """With `sharding`, when a worker frees the weights of other workers: after the `last` micro-batch of a step, or
+    `always` after each use, which needs the least memory and communicates for each micro-batch."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """The optimizer: AdamW with moments in float32 (8 bytes a trained weight), or torchao's AdamW with moments in 8
+    bits (2 bytes), which needs `pip install 'rayk[torchao]'`. Weights are float32 with both."""
+    compile: Annotated[bool, Placement()] = False
+    """Compile the student's layers with `torch.compile` for training. The first steps then take longer, by minutes on a
+    CPU; results differ by rounding. Attention of packed rows, head and loss are not compiled."""
 
     @model_validator(mode="after")
     def _check_length(self) -> "TrainingConfig":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give 'steps' or 'epochs', not both; set the other to null")
+        if self.warmup_steps is not None and self.warmup_share is not None:
+            raise ValueError("give 'warmup_steps' or 'warmup_share', not both; set the other to null")
         if self.steps is None and self.epochs is None:
             object.__setattr__(self, "epochs", 1.0)
-        if self.batch_size < self.workers:
-            raise ValueError(f"'batch_size' ({self.batch_size}) is below 'workers' ({self.workers})")
+        if self.batch_size < self.most_workers:
+            raise ValueError(f"'batch_size' ({self.batch_size}) is below 'workers' ({self.most_workers})")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        """The smallest number of workers; 0 if the run trains in its own process."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        """The largest number of workers; 0 if the run trains in its own process."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @model_validator(mode="after")
+    def _check_sharding(self) -> "TrainingConfig":
+        if self.sharding != "none" and self.workers == 0:
+            raise ValueError("'sharding' divides the weights among workers, but 'workers' is 0; set it to 1 or more")
+        if self.shards is not None and self.sharding != "hsdp":
+            raise ValueError("'shards' is the size of a group with 'sharding: hsdp'; leave it out")
+        if self.sharding == "hsdp" and self.least_workers < self.most_workers:
+            raise ValueError("'sharding: hsdp' needs a fixed number of 'workers'; set it, or use 'fsdp'")
+        if self.shards is not None and self.most_workers % self.shards:
+            raise ValueError(f"'workers' ({self.most_workers}) is not a multiple of 'shards' ({self.shards})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_unsharded(self) -> "TrainingConfig":
+        for name, value in (("compile", self.compile), ("optimizer: adamw_8bit", self.optimizer == "adamw_8bit")):
+            if value and self.sharding != "none":
+                raise ValueError(f"'{name}' has not been tested with 'sharding'; leave one out")
         return self

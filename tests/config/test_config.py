@@ -108,6 +108,12 @@ def test_an_override_without_a_place_is_named_in_the_error(tmp_path, override):
     assert "\n" not in str(caught.value)
 
 
+def test_an_override_of_a_list_says_that_its_items_are_numbered(tmp_path):
+    path = write(tmp_path / "run.yaml", changed(teachers=[{"model": "m"}]))
+    with pytest.raises(InputError, match=r"--set teachers\.model=x: .*are numbered, as in teachers\.0\.model\.$"):
+        load_config(path, ["teachers.model=x"])
+
+
 WRONG = {
     "misspelt key": (changed(trainng={}), "unknown key 'trainng'; did you mean 'training'?"),
     "misspelt key inside": (changed(training__step=1), "training: unknown key 'step'; did you mean 'steps'?"),
@@ -120,7 +126,7 @@ WRONG = {
     "unknown divergence": (changed(method__divergence="forward"), "'forward'; did you mean 'forward_kl'?"),
     "divergence option": (changed(method__divergence={"name": "forward_kl", "beta": 0.5}), "takes no 'beta'"),
     "missing": (changed(data={}), "data.train is missing; set it."),
-    "wrong type": (changed(training__steps="many"), "training.steps: input should be a valid integer"),
+    "wrong type": (changed(training__steps="many"), "training.steps is 'many', but must be an integer"),
     "out of range": (changed(training__learning_rate=0), "training.learning_rate: input should be greater than 0"),
     "no teacher": (changed(teachers=[]), "'logit_kd' needs a teacher"),
     "on_policy without teacher": (changed(teachers=[], method={"kind": "on_policy"}), "'on_policy' needs a teacher"),
@@ -155,6 +161,17 @@ WRONG = {
         ),
         "use rollouts.engine.kind 'transformers', or training.precision and student.dtype 'float32'",
     ),
+    "range of workers": (
+        changed(training__workers={"min": 3, "max": 2}), "run.yaml: training.workers: min (3) is larger than max (2)"
+    ),
+    "number of workers": (changed(training__workers="two"), "training.workers is 'two', but must be an integer"),
+    "batch that is no multiple of the samples": (
+        changed(method={"kind": "on_policy"}, rollouts={"samples": 3}), "must be a multiple of rollouts.samples (3)"
+    ),
+    "samples of rows with their own completion": (
+        changed(method={"kind": "on_policy", "student_fraction": 0.5}, rollouts={"samples": 2}),
+        "set method.student_fraction to 1",
+    ),
     "deadline of the rollouts": (
         changed(method={"kind": "on_policy"}, rollouts={"kind": "served", "deadline_seconds": 1800}),
         "rollouts.deadline_seconds must be below training.collective_timeout_seconds (1800)",
@@ -173,12 +190,6 @@ WRONG = {
             method={"kind": "on_policy", "teacher_written": 0.5},
         ),
         "method.teacher_written needs one teacher that generates",
-    ),
-    "a teacher with its own prompt that generates": (
-        changed(
-            teachers=[{"model": "a", "prompt_template": "{answer}"}], method={"kind": "on_policy", "teacher_written": 1}
-        ),
-        "method.teacher_written: teacher 'teacher' has a prompt_template",
     ),
     "reference that is no teacher": (
         changed(teachers=[], method={"kind": "preference", "reference": "big"}),
@@ -225,12 +236,18 @@ WRONG = {
         changed(teachers=[{"model": "a", "engine": {"dtpe": 1}}]), "engine: unknown key 'dtpe'; did"
     ),
     "key of another engine": (
-        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "batch_tokens": 1}}]), "unknown key 'batch_tokens'"
+        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "threads": 1}}]), "unknown key 'threads'"
     ),
     "value of an engine": (
         changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "max_model_len": 1}}]), "max_model_len: input"
     ),
-    "list in place of a section": (changed(training=[1]), "training: input should be a valid dictionary"),
+    "list in place of a section": (changed(training=[1]), "training is [1], but must be a section, such as {"),
+    "kind in place of a section": (changed(method__alignment="bytes"), "is 'bytes', but must be a section, such as"),
+    "kind in place of a support": (changed(method__support="topk"), "is 'topk', but must be a section, such as {kind"),
+    "text in place of options": (
+        changed(teachers=[{"model": "a", "engine": {"kind": "vllm", "arguments": "x"}}]),
+        "arguments is 'x', but must be a mapping",
+    ),
 }  # fmt: skip
 
 
@@ -291,6 +308,36 @@ def test_the_default_engine_is_transformers():
     assert TeacherConfig.model_validate(config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        ({"arguments": {"pipeline_parallel_size": 2}}, "not counted in the GPUs of a replica; set 'pipeline_parallel"),
+        ({"arguments": {"enable_expert_parallel": True}}, "set 'expert_parallel' instead"),
+        ({"arguments": {"worker_extension_cls": "a.B"}}, "'worker_extension_cls' in 'arguments' is set by rayk"),
+        ({"expert_parallel": True}, "'expert_parallel' spreads the experts over"),
+        ({"data_parallel_size": 2, "across_nodes": True}, "leave 'across_nodes' out"),
+        ({"quantization": "FP 8"}, "quantization"),
+        ({"hidden": True}, "hidden"),
+    ],
+)
+def test_unusable_settings_of_vllm_are_rejected(engine, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TeacherConfig(model="m", engine={"kind": "vllm"} | engine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"engine": {"device_map": "auto"}}, "over resources.num_gpus GPUs; set resources.num_gpus"),
+        ({"engine": {"device_map": "auto", "device": "cpu"}, "resources": {"num_gpus": 2}}, "leave 'device' out"),
+        ({"engine": {"device_map": "cuda"}, "resources": {"num_gpus": 2}}, "device_map"),
+    ],
+)
+def test_unusable_device_maps_are_rejected(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TeacherConfig(model="m", **settings)
+
+
 def test_a_policy_may_run_on_vllm():
     method = {"kind": "on_policy", "form": "policy"}
     settings = parse_config(changed(method=method, rollouts=on_vllm(tensor_parallel_size=2)))
@@ -316,9 +363,6 @@ def test_the_old_names_of_engine_settings_work_with_a_warning(old):
 @pytest.mark.parametrize(
     ("engine", "method", "sentence"),
     [
-        ({"kind": "vllm"}, {"temperature": 2.0}, "teacher 'teacher': vLLM returns log-probs at temperature 1 only"),
-        ({"kind": "vllm"}, {"support": {"kind": "hidden"}}, "set 'engine.hidden: true'"),
-        ({"kind": "vllm"}, {"support": {"kind": "sampled"}}, "vLLM cannot sample at the positions of a prompt"),
         ({"kind": "simulated"}, {"support": {"kind": "hidden"}}, "the simulated engine has no support 'hidden'"),
     ],
 )

@@ -10,6 +10,7 @@ import yaml
 
 from rayk.config import check_inputs_exist, load_config, parse_config, with_absolute_paths
 from rayk.errors import InputError, SettingsError
+from tests.fuzz.limits import bounded_memory
 
 MINIMAL = {
     "teachers": [{"model": "m"}],
@@ -41,7 +42,7 @@ def test_all_errors_are_shown_at_once():
     assert len(sentences) == 5
     for start in (
         "teachers.0 needs 'model'", "data.train: unknown key 'x'", "training: unknown key 'lr'",
-        "training.steps: input should be a valid integer", "unknown key 'trainng'",
+        "training.steps is 'many', but", "unknown key 'trainng'",
     ):  # fmt: skip
         assert any(sentence.startswith(start) for sentence in sentences), start
     assert all(sentence.endswith((".", "?")) and "\n" not in sentence for sentence in sentences)
@@ -110,6 +111,40 @@ def test_values_that_yaml_cannot_build_are_one_sentence(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def bomb(form: str, levels: int = 9) -> str:
+    """Nine aliases on each of nine levels: 400 million values in 500 bytes."""
+    lines = [form.format(f"a{level}", ", ".join([f"*a{level - 1}"] * 9), level) for level in range(1, levels + 1)]
+    return "\n".join(["a0: &a0 {k0: 1}", *lines, f"seed: *a{levels}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (bomb("{0}: &{0} [{1}]"), "more than 100,000 values"),
+        (bomb("{0}: &{0} {{k{2}: [{1}]}}"), "more than 100,000 values"),
+        (bomb("{0}: &{0} {{<<: [{1}], k{2}: 1}}"), "too many keys"),
+        ("name: &a [*a]", "contains it"), ("seed: " + "[" * 60 + "]" * 60, "more than 50 levels"),
+        ("seed: 0x" + "f" * 5000, "more than 64 bits"), ("name: !!timestamp x", "the form that its tag requires"),
+        ("seed: !!int ''", "the form that its tag requires"), ('name: "\\ud800"', "surrogate pair"),
+        ("name: " + "x" * 1_100_000, "more than 1,048,576 characters"),
+    ],
+)  # fmt: skip
+def test_traps_of_yaml_are_one_sentence(tmp_path, text, reason):
+    (tmp_path / "run.yaml").write_text(text)
+    with bounded_memory(), pytest.raises(InputError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert "is not YAML that rayk reads: " in str(caught.value) and reason in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "overrides", [["training.steps=3", "training=5"], ["training.betas=[0.9, 1]", "training.betas.0.x=1"]]
+)
+def test_overrides_that_contradict_each_other_are_one_sentence(tmp_path, overrides):
+    with pytest.raises(InputError):
+        load_config(write(tmp_path, MINIMAL | {"training": {"epochs": 1}}), overrides)
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -130,6 +165,15 @@ def test_overrides_of_text_are_taken_as_text(tmp_path, override, value):
 def test_an_override_is_a_truth_value_where_the_setting_takes_one(tmp_path, text, value):
     config = load_config(write(tmp_path, MINIMAL), [f"data.chat_template={text}"])
     assert config.data.chat_template == value
+
+
+@pytest.mark.parametrize(("given", "other"), [("steps", "epochs"), ("epochs", "steps")])
+def test_an_override_of_steps_replaces_the_files_epochs(tmp_path, given, other):
+    path = write(tmp_path, MINIMAL | {"training": {other: 3, "batch_size": 4}})
+    training = load_config(path, [f"training.{given}=7"]).training
+    assert (getattr(training, given), getattr(training, other), training.batch_size) == (7, None, 4)
+    with pytest.raises(InputError, match="give 'steps' or 'epochs', not both"):
+        load_config(path, [f"training.{given}=7", f"training.{other}=2"])
 
 
 def test_overrides_inside_free_options_may_be_templates(tmp_path):
@@ -202,7 +246,7 @@ def test_workers_get_absolute_paths(tmp_path, monkeypatch):
     ("changes", "place", "name"),
     [
         ({"student": {"model": "./nowhere"}}, "student.model", "nowhere"),
-        ({"teachers": [{"model": "models/big/last"}]}, "teachers.model", "models/big/last"),
+        ({"teachers": [{"model": "models/big/last"}]}, "teachers.0.model", "models/big/last"),
         ({"data": {"train": {"path": "rows.jsonl"}}}, "data.train.path", "rows.jsonl"),
         ({"data": {"train": {"path": "org/rows"}, "evaluation": {"path": "*.parquet"}}}, "data.evaluation.path",
          "*.parquet"),

@@ -9,8 +9,9 @@ from rayk.config.data import RowFormat
 from rayk.config.demonstrations import ROW_FORMAT, DemonstrationsConfig
 from rayk.config.methods.teacher import TeacherMethodConfig
 from rayk.config.retriever import RetrieverConfig
-from rayk.config.sections import Run, check_teacher_name
-from rayk.config.support import Logprob, Requested, Support
+from rayk.config.sections import Run
+from rayk.config.support import Layers, Logprob, Requested, Support
+from rayk.config.teachers import check_teacher_name
 
 
 class InContextConfig(TeacherMethodConfig):
@@ -69,7 +70,7 @@ class InContextConfig(TeacherMethodConfig):
             )
         if self.targets == "label_words" and not self.text_weight:
             object.__setattr__(self, "support", Logprob())  # label words need only the log-probs of the options
-        elif self.queries_teacher and isinstance(self.support, Logprob | Requested):
+        elif self.queries_teacher and isinstance(self.support, Logprob | Requested | Layers):
             raise ValueError(f"in_context cannot compare tokens by support '{self.support.kind}'; use 'topk' or "
                              "'hidden'")  # fmt: skip
         return self

@@ -5,12 +5,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rayk.config.base import Positive
+from rayk.config.methods.normalization import TokenLossConfig
 from rayk.config.methods.teacher import TeacherMethodConfig
-from rayk.config.sections import PretrainingConfig, Run
-from rayk.config.support import Logprob, Sampled
+from rayk.config.pretraining import PretrainingConfig
+from rayk.config.roles import find_continuing_teachers
+from rayk.config.sections import Run
+from rayk.config.support import Layers, Logprob, Sampled
+from rayk.config.teachers import TeacherConfig
 
 
-class MiniLLMConfig(TeacherMethodConfig):
+class MiniLLMConfig(TeacherMethodConfig, TokenLossConfig):
     """Policy gradients of the reverse KL over whole completions, which student and teacher sample together
     (`rollouts`)."""
 
@@ -69,7 +73,8 @@ class MiniLLMConfig(TeacherMethodConfig):
 
     @model_validator(mode="after")
     def _check_form(self) -> "MiniLLMConfig":
-        if isinstance(self.support, Sampled) or (isinstance(self.support, Logprob) and self.single_step):
+        is_logprob = isinstance(self.support, Logprob) and self.single_step
+        if isinstance(self.support, Sampled | Layers) or is_logprob:
             raise ValueError(
                 f"minillm cannot compute its single-step part, a reverse KL, from support '{self.support.kind}'; use "
                 "'topk', 'requested' or 'hidden'"
@@ -80,7 +85,7 @@ class MiniLLMConfig(TeacherMethodConfig):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        workers = run.training.workers
+        workers = run.training.most_workers
         smallest = self.minibatches * max(1, workers)
         if smallest > run.training.batch_size:
             raise ValueError(
@@ -95,16 +100,15 @@ class MiniLLMConfig(TeacherMethodConfig):
             )
         if not self.teacher_share:
             return
-        if run.ensemble or run.route:
-            raise ValueError(
-                "method.teacher_share needs one teacher to sample with, but 'ensemble' or 'route' is set; set it to 0"
-            )
         if run.rollouts is not None and run.rollouts.is_served:
             raise ValueError(
                 "method.teacher_share samples from student and teacher together, which only the training workers can "
                 "do; use rollouts.kind 'worker', or set method.teacher_share to 0"
             )
-        teacher = next(teacher for teacher in run.teachers if teacher.name == run.evaluation_teacher)
+        for teacher in find_continuing_teachers(run, "method.teacher_share"):
+            self._check_sampling_teacher(teacher)
+
+    def _check_sampling_teacher(self, teacher: TeacherConfig) -> None:
         if teacher.prompt_template is not None or not (teacher.engine.verifies_drafts or teacher.attach):
             raise ValueError(
                 f"method.teacher_share: teacher '{teacher.name}' cannot sample together with the student; it needs "

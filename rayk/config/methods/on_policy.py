@@ -8,6 +8,8 @@ from rayk.config.base import Positive, Settings, Share
 from rayk.config.methods.alignment import AlignmentConfig, check_alignment
 from rayk.config.methods.divergence import Divergence, DivergenceConfig, DivergenceMethodConfig
 from rayk.config.methods.normalization import TokenLossConfig
+from rayk.config.methods.reward import RewardConfig
+from rayk.config.roles import find_continuing_teachers
 from rayk.config.sections import Run
 
 
@@ -35,18 +37,23 @@ class OnPolicyConfig(DivergenceMethodConfig, TokenLossConfig):
     too, with noisier gradients."""
     ratio_clip: Annotated[float, Field(gt=0)] | None = None
     """ε of PPO's clipping, for form `policy`; `null`: no clipping."""
+    reward: RewardConfig | None = None
+    """A task reward beside distillation, for form `policy` with `rollouts.samples` of 2 or more; `null`: none."""
     reward_limit: Annotated[float, Field(gt=0)] = 1000.0
     """As in method `minillm`; for form `policy`."""
     ratio_limit: Annotated[float, Field(gt=1)] = 1000.0
     """As in method `minillm`; for form `policy`."""
     divergence: DivergenceConfig = Divergence(name="reverse_kl")
     """The divergence of the student's distribution from the teacher's: its name, or `{name, <options>}`."""
+    hard_label_weight: Share = 0.0
+    """Weight α in α·cross-entropy + (1−α)·divergence, in rows whose completion the student did not generate: with
+    `student_fraction` below 1, or with `adaptive`."""
     student_fraction: Share = 1.0
     """λ: the probability that the student generates a row's completion, drawn for each row. 0 is supervised KD, 1 is
     on-policy KD; GKD's mixture (arXiv 2306.13649) is 0.5."""
     teacher_written: Share = 0.0
     """Share of the other rows whose completion the teacher generates (sequence-level KD), with the sampling settings of
-    `rollouts`; the remaining rows keep their own completion."""
+    `rollouts`, after its own prompt if it has a `prompt_template`; the remaining rows keep their own completion."""
     adaptive: AdaptiveConfig | None = None
     """Adapt the share of rollouts to the evaluation loss, up to `student_fraction`; `null`: the share is constant."""
     requested_ids: Positive = 64
@@ -67,6 +74,15 @@ class OnPolicyConfig(DivergenceMethodConfig, TokenLossConfig):
         if self.form == "policy" and (self.student_fraction < 1 or self.adaptive):
             raise ValueError("form 'policy' learns only from new completions of the student; leave out "
                              "student_fraction and adaptive, or use form 'divergence'")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _check_hard_labels(self) -> "OnPolicyConfig":
+        if self.hard_label_weight and self.student_fraction == 1 and self.adaptive is None:
+            raise ValueError(
+                "hard_label_weight is set, but the student generates the completion of every row, so there are no hard "
+                "labels; set student_fraction below 1, or leave hard_label_weight out"
+            )
         return self
 
     @property
@@ -97,18 +113,13 @@ class OnPolicyConfig(DivergenceMethodConfig, TokenLossConfig):
             raise ValueError(
                 "method.adaptive needs the evaluation loss; set data.evaluation and evaluation.every_steps"
             )
-        if not self.teacher_written:
-            return
-        if run.ensemble or run.route:
+        if self.reward is not None and (run.rollouts is None or run.rollouts.samples == 1 or self.form != "policy"):
             raise ValueError(
-                "method.teacher_written needs one teacher that generates, but 'ensemble' or 'route' is set; set it to 0"
+                "method.reward compares the completions of one prompt, by policy gradient; set method.form to 'policy' "
+                "and rollouts.samples to 2 or more"
             )
-        teacher = next(teacher for teacher in run.teachers if teacher.name == run.evaluation_teacher)
-        if teacher.prompt_template is not None:
-            raise ValueError(
-                f"method.teacher_written: teacher '{teacher.name}' has a prompt_template, but its completions would "
-                "follow the student's prompt; leave one of the two out"
-            )
+        if self.teacher_written:
+            find_continuing_teachers(run, "method.teacher_written")
 
     def _check_tokens(self, run: Run) -> None:
         if self.form == "policy":

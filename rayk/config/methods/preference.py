@@ -14,6 +14,7 @@ class PreferenceConfig(MethodSettings):
     teacher_key: ClassVar[str] = "reference"
     default_learning_rate: ClassVar[float] = 1e-6  # of the DPO paper's code and of TRL's DPOTrainer
     default_adapter_learning_rate: ClassVar[float] = 1e-5
+    default_warmup_share: ClassVar[float] = 0.1  # of Zephyr's training
 
     kind: Literal["preference"] = "preference"
     """The method's kind."""
