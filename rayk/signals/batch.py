@@ -1,40 +1,27 @@
-"""The teacher's output for sequences: `SignalBatch` in memory, `encode` and `decode` for the network.
+"""The teacher's output for sequences: `SignalBatch`. `rayk.signals.wire` encodes it for the network.
 
 A signal covers the *counted* tokens of a sequence. Position i of a row is the teacher's distribution of the i-th
 counted token given all tokens before it. A row contains counted tokens only, so the teacher may read another context
 than the student.
-
-The wire format is one flat byte array: a fixed header and the columns, little-endian. Token ids take 2 bytes if the
-vocabulary allows it, else 4; log-probs are float16, the tail and the actual token's log-prob float32. The tail is
-computed before rounding and sent as a separate number, because a tail derived from rounded log-probs would be negative
-on peaked rows.
 """
 
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from rayk.config.support import Hidden, Logprob, Requested, Sampled, Support, TopK
+from rayk.config.support import Hidden, Requested, Support, TopK, final_dtype
 from rayk.errors import InputError
-from rayk.models import DTYPES, Head
+from rayk.models import Head
+from rayk.signals.layer_states import expand_states
 
-_MAGIC = b"RKS1"
-_SEAL = struct.Struct("<4sI")  # magic, CRC-32 of all bytes after it
-_HEADER = struct.Struct("<IIIIIIdQ")  # support code, rows, tokens, width, vocabulary, temperatures, tau, seed or dtype
-_SUPPORTS: tuple[type, ...] = (TopK, Logprob, Requested, Sampled, Hidden)  # a support's code is its index here
-_HIDDEN_DTYPES: tuple[Literal["float16", "bfloat16", "float32"], ...] = ("float16", "bfloat16", "float32")
-_SHORT_ID_VOCAB = 1 << 16
-COLUMNS = ("target_logprobs", "ids", "logprobs", "log_tails", "weights", "entropies", "hidden")
-
-
-class CorruptSignal(ValueError):
-    """Bytes that are not a valid signal."""
+COLUMNS = (
+    "target_logprobs", "ids", "logprobs", "log_tails", "weights", "entropies", "hidden", "head_of", "layers",
+    "layer_scales",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,8 +40,14 @@ class SignalBatch:
         weights: float32 [tokens, k], unbiased estimates of p at `ids`; 0 marks an id that only fills the row
             (`sampled`).
         entropies: float32 [tokens], the teacher's entropy in nats (`sampled`).
-        hidden: [tokens, width] in the support's dtype, final hidden states (`hidden`).
+        hidden: [tokens, width] in the support's dtype, final hidden states (`hidden`; `layers` with `final`).
         head: the map from `hidden` to logits. It is not part of the wire format; the client adds it.
+        heads: instead of `head`, the heads of several teachers that scored different rows; `hidden` is then padded to
+            the largest width.
+        head_of: int64 [tokens], the index in `heads` of each position's head; None with a single head.
+        layers: [tokens, layers, width], the layers' states in the support's dtype (`layers`).
+        layer_scales: bfloat16 [tokens, layers, blocks], the scales of `layers` in dtype `int8`
+            (`rayk.signals.layer_states`).
     """
 
     support: Support
@@ -68,6 +61,10 @@ class SignalBatch:
     entropies: Tensor | None = None
     hidden: Tensor | None = None
     head: Head | None = None
+    heads: tuple[Head, ...] = ()
+    head_of: Tensor | None = None
+    layers: Tensor | None = None
+    layer_scales: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -80,13 +77,14 @@ class SignalBatch:
     def to(self, device: torch.device | str) -> "SignalBatch":
         """Return the same signals on `device`."""
         head = None if self.head is None else self.head.to(device)
-        return replace(self._map(lambda column: column.to(device), self.offsets), head=head)
+        heads = tuple(one.to(device) for one in self.heads)
+        return replace(self._map(lambda column: column.to(device), self.offsets), head=head, heads=heads)
 
     def select(self, rows: Sequence[int]) -> "SignalBatch":
         """Return the given rows, in the given order."""
         starts, lengths = self.offsets[:-1], self.offsets.diff()
         chosen = torch.as_tensor(rows, dtype=torch.long, device=self.offsets.device)
-        offsets = _to_offsets(lengths[chosen])
+        offsets = to_offsets(lengths[chosen])
         within = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths[chosen])
         positions = starts[chosen].repeat_interleave(lengths[chosen]) + within
         return self._map(lambda column: column[positions], offsets)
@@ -113,6 +111,7 @@ class SignalBatch:
                 "sampled": "it estimates forward KL and cross-entropy only",
                 "hidden": "use its logits()",
                 "logprob": "kl_estimate needs only the actual tokens' log-probs",
+                "layers": "with 'final', use logits() of its as_hidden()",
             }[self.support.kind]
             raise InputError(
                 f"A '{self.support.kind}' signal has no top-k distribution ({advice}); request support 'topk' or "
@@ -129,15 +128,54 @@ class SignalBatch:
         outcomes = outcomes - outcomes.logsumexp(dim=1, keepdim=True)
         return outcomes[:, :-1], outcomes[:, -1]
 
+    def keep_likeliest(self, k: int) -> "SignalBatch":
+        """Return the signals with the first `k` ids only; the others join the tail (`topk`)."""
+        if not isinstance(self.support, TopK) or self.logprobs is None or self.support.k <= k:
+            return self
+        assert self.ids is not None and self.log_tails is not None
+        dropped = [(self.logprobs[:, k:] / temperature).logsumexp(dim=1) for temperature in self.support.temperatures]
+        return replace(
+            self, support=replace(self.support, k=k), ids=self.ids[:, :k], logprobs=self.logprobs[:, :k],
+            log_tails=torch.logaddexp(self.log_tails, torch.stack(dropped, dim=1)),
+        )  # fmt: skip
+
     def logits(self) -> Tensor:
         """Return the teacher's logits over its whole vocabulary, float32 [tokens, columns of its head] (`hidden`).
 
+        With several heads, columns that a head lacks are -inf.
+
         Raises:
-            InputError: the signal contains no hidden states, or `head` is not set.
+            InputError: the signal contains no hidden states, or neither `head` nor `heads` is set.
         """
-        if self.hidden is None or self.head is None:
+        if self.hidden is None or not (self.head or self.heads):
             raise InputError("Only a 'hidden' signal with its teacher's head has logits; request support 'hidden'.")
-        return self.head.logits(self.hidden.to(self.head.weight.dtype))
+        if self.head is not None:
+            return self.head.logits(self.hidden.to(self.head.weight.dtype))
+        assert self.head_of is not None
+        columns = max(head.vocab_size for head in self.heads)
+        logits = self.hidden.new_full((self.tokens, columns), -torch.inf, dtype=torch.float32)
+        for number, head in enumerate(self.heads):
+            positions = (self.head_of == number).nonzero()[:, 0]
+            states = self.hidden[positions, : head.width].to(head.weight.dtype)
+            logits[positions, : head.vocab_size] = head.logits(states)
+        return logits
+
+    def layer_states(self, number: int) -> Tensor:
+        """Return the states of the layer at place `number` of the support's layers, float32 [tokens, width]."""
+        if self.layers is None:
+            raise InputError(f"A '{self.support.kind}' signal has no states of layers; request support 'layers'.")
+        scales = None if self.layer_scales is None else self.layer_scales[:, number]
+        return expand_states(self.layers[:, number], scales)
+
+    def as_hidden(self) -> "SignalBatch":
+        """Return the final hidden states of a 'layers' signal as a 'hidden' signal.
+
+        Raises:
+            InputError: the signal has none.
+        """
+        if (dtype := final_dtype(self.support)) is None:
+            raise InputError("The signal has no final hidden states; request support 'layers' with 'final'.")
+        return replace(self, support=Hidden(dtype), layers=None, layer_scales=None)
 
     def invalid_rows(self) -> dict[int, str]:
         """Return the index of each row that cannot be trained on, with the reason: NaN, infinite values, a log-prob
@@ -157,8 +195,14 @@ class SignalBatch:
             wrong["a weight that is negative or not finite"] = ~((self.weights >= 0) & self.weights.isfinite()).all(1)
         if self.hidden is not None:
             wrong["a hidden state of NaN or inf"] = ~self.hidden.isfinite().all(1)
+        for column in (self.layers, self.layer_scales):
+            if column is not None and column.is_floating_point():
+                is_broken = ~column.isfinite().flatten(1).all(1)
+                wrong["a layer's state of NaN, inf, or above the range of support.dtype"] = is_broken
         found: dict[int, str] = {}
         for reason, positions in wrong.items():
+            if not positions.any():  # as nearly always, and in each row of a cache
+                continue
             for row in torch.searchsorted(self.offsets, positions.nonzero()[:, 0], right=True).sub(1).tolist():
                 found.setdefault(row, reason)
         return found
@@ -171,14 +215,33 @@ class SignalBatch:
 
 
 def concatenate(batches: Sequence[SignalBatch]) -> SignalBatch:
-    """Concatenate the rows of all `batches`, which must have the same support."""
+    """Concatenate the rows of all `batches`, which must have the same support; their heads may differ."""
+    batches = _with_all_heads(batches)
     first = batches[0]
     columns: dict[str, Any] = {
         name: torch.cat([getattr(batch, name) for batch in batches])
         for name in COLUMNS
         if getattr(first, name) is not None
     }
-    return replace(first, offsets=_to_offsets(torch.cat([batch.offsets.diff() for batch in batches])), **columns)
+    return replace(first, offsets=to_offsets(torch.cat([batch.offsets.diff() for batch in batches])), **columns)
+
+
+def _with_all_heads(batches: Sequence[SignalBatch]) -> Sequence[SignalBatch]:
+    """Return the batches with the heads of all of them, and hidden states of one width, if there are several heads."""
+    heads_of = [(batch.head,) if batch.head is not None else batch.heads for batch in batches]
+    heads = list({id(head): head for heads in heads_of for head in heads}.values())
+    if len(heads) < 2:
+        return batches
+    number = {id(head): i for i, head in enumerate(heads)}
+    width = max(head.width for head in heads)
+    changed = []
+    for batch, own in zip(batches, heads_of, strict=True):
+        assert batch.hidden is not None
+        numbers = torch.tensor([number[id(head)] for head in own])
+        head_of = numbers.expand(batch.tokens) if batch.head_of is None else numbers[batch.head_of]
+        hidden = F.pad(batch.hidden, (0, width - batch.hidden.shape[1]))
+        changed.append(replace(batch, hidden=hidden, head=None, heads=tuple(heads), head_of=head_of))
+    return changed
 
 
 def fill_distinct(ids: Tensor, used: Tensor) -> Tensor:
@@ -195,98 +258,6 @@ def fill_distinct(ids: Tensor, used: Tensor) -> Tensor:
     return torch.where(used, ids, free.gather(1, rank))
 
 
-def encode(signals: SignalBatch) -> np.ndarray:
-    """Return the wire format, uint8 [bytes].
-
-    `topk` takes 4·k + 8 bytes per token for vocabularies up to 65,536, else 6·k + 8, plus 4 per row; `sampled` takes 3
-    (5) bytes per distinct id + 9, `hidden` 2·width + 4.
-    """
-    support = signals.support
-    width, temperatures, tau, extra = 0, np.zeros(0, "<f8"), 0.0, 0
-    columns = [signals.offsets.diff().numpy().astype("<u4"), signals.target_logprobs.numpy().astype("<f4")]
-    id_type = "<u2" if signals.vocab_size <= _SHORT_ID_VOCAB else "<u4"
-    match support:
-        case TopK() | Requested():
-            ids, logprobs, log_tails = _columns_as_numpy(signals, "ids", "logprobs", "log_tails")
-            width, temperatures = ids.shape[1], np.asarray(support.temperatures, "<f8")
-            extra = support.k
-            columns += [
-                temperatures, log_tails.astype("<f4"), logprobs.clip(min=-65504).astype("<f2"), ids.astype(id_type),
-            ]  # fmt: skip
-        case Sampled():
-            ids, weights, entropies = _columns_as_numpy(signals, "ids", "weights", "entropies")
-            width, tau, extra = support.draws, support.tau, support.seed
-            used = weights > 0
-            values = np.rint(weights[used] * width).astype("u1") if tau == 1.0 else weights[used].astype("<f4")
-            columns += [entropies.astype("<f4"), used.sum(1).astype("u1"), values, ids[used].astype(id_type)]
-        case Hidden():
-            assert signals.hidden is not None
-            width, extra = signals.hidden.shape[1], _HIDDEN_DTYPES.index(support.dtype)
-            columns.append(signals.hidden.contiguous().view(torch.uint8).numpy())
-    header = _HEADER.pack(
-        _SUPPORTS.index(type(support)), len(signals), signals.tokens, width, signals.vocab_size, len(temperatures), tau,
-        extra,
-    )  # fmt: skip
-    body = b"".join([header, *(column.tobytes() for column in columns)])
-    return np.frombuffer(_SEAL.pack(_MAGIC, zlib.crc32(body)) + body, np.uint8)
-
-
-def decode(wire: np.ndarray | bytes) -> SignalBatch:
-    """Decode `wire` to signals on the CPU.
-
-    Raises:
-        CorruptSignal: `wire` has another format version, is truncated, or does not match its CRC-32.
-    """
-    data = memoryview(wire.data if isinstance(wire, np.ndarray) else wire).cast("B")
-    if len(data) < _SEAL.size + _HEADER.size or bytes(data[:4]) != _MAGIC:
-        raise CorruptSignal("These bytes are not a rayk signal of wire version 1.")
-    _, checksum = _SEAL.unpack_from(data)
-    if zlib.crc32(data[_SEAL.size :]) != checksum:
-        raise CorruptSignal("A signal was damaged: its checksum does not match.")
-    code, rows, tokens, width, vocab_size, n_temperatures, tau, extra = _HEADER.unpack_from(data, _SEAL.size)
-    position = _SEAL.size + _HEADER.size
-
-    def read_column(dtype: str, *shape: int) -> np.ndarray:
-        nonlocal position
-        count = int(np.prod(shape))
-        column = np.frombuffer(data, dtype, count, position).reshape(shape)
-        position += column.nbytes
-        return column
-
-    id_type = "<u2" if vocab_size <= _SHORT_ID_VOCAB else "<u4"
-    offsets = _to_offsets(torch.from_numpy(read_column("<u4", rows).astype(np.int64)))
-    signals = SignalBatch(Logprob(), offsets, torch.tensor(read_column("<f4", tokens)), vocab_size)
-    kind = _SUPPORTS[code]
-    if kind is Sampled:
-        entropies, counts = torch.tensor(read_column("<f4", tokens)), read_column("u1", tokens)
-        used = np.arange(width) < counts[:, None]
-        weights, ids = np.zeros((tokens, width), np.float32), np.zeros((tokens, width), np.int64)
-        total = int(counts.sum(dtype=np.int64))
-        weights[used] = read_column("u1", total).astype(np.float32) / width if tau == 1.0 else read_column("<f4", total)
-        ids[used] = read_column(id_type, total)
-        return replace(
-            signals, support=Sampled(width, tau, extra), weights=torch.from_numpy(weights),
-            ids=fill_distinct(torch.from_numpy(ids), torch.from_numpy(used)),
-            entropies=entropies,
-        )  # fmt: skip
-    if kind is Hidden:
-        dtype = _HIDDEN_DTYPES[extra]
-        raw = torch.tensor(read_column("u1", tokens, width * DTYPES[dtype].itemsize))
-        return replace(signals, support=Hidden(dtype), hidden=raw.view(DTYPES[dtype]))
-    if kind is Logprob:
-        return signals
-    temperatures = tuple(float(t) for t in read_column("<f8", n_temperatures))
-    log_tails = torch.tensor(read_column("<f4", tokens, n_temperatures))
-    logprobs = torch.from_numpy(read_column("<f2", tokens, width).astype(np.float32))
-    return replace(
-        signals, support=kind(extra, temperatures), logprobs=logprobs, log_tails=log_tails,
-        ids=torch.from_numpy(read_column(id_type, tokens, width).astype(np.int64)),
-    )  # fmt: skip
-
-
-def _columns_as_numpy(signals: SignalBatch, *names: str) -> list[np.ndarray]:
-    return [getattr(signals, name).numpy() for name in names]
-
-
-def _to_offsets(lengths: Tensor) -> Tensor:
+def to_offsets(lengths: Tensor) -> Tensor:
+    """Return the offsets of rows with these lengths, [rows + 1]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])

@@ -10,14 +10,16 @@ zstd on its own.
 All other supports store the wire format, compressed by zstd.
 """
 
+import math
 import struct
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from rayk.config.support import Support, TopK
-from rayk.signals.batch import CorruptSignal, SignalBatch, decode, encode
+from rayk.config.support import Sampled, Support, TopK, bytes_per_token
+from rayk.signals.batch import SignalBatch
+from rayk.signals.wire import LOWEST_LOGPROB, CorruptSignal, decode, encode
 
 CODEC_VERSION = 1
 """Part of every cache key, so that entries of another codec version are never found and decoded wrongly."""
@@ -27,7 +29,8 @@ _LENGTH = struct.Struct("<I")
 _OFFSET = np.float32(8.0)
 _DROPPED_BITS = 17  # of float32's 23 bits of mantissa; 6 are kept
 _FIRST = int(_OFFSET.view(np.uint32)) >> _DROPPED_BITS
-_LOWEST = -65504.0  # float16's lowest number, which the wire format uses for impossible tokens
+_WIDEST = 1 << 16  # hidden states of a model that does not say how wide they are
+_LARGEST_HEADER = 1 << 10
 
 
 def pack(signals: SignalBatch) -> list[bytes]:
@@ -41,25 +44,46 @@ def pack(signals: SignalBatch) -> list[bytes]:
     return [_LENGTH.pack(len(wire)) + _compress(wire) for wire in (encode(row).tobytes() for row in rows)]
 
 
-def unpack(entry: bytes, support: Support) -> SignalBatch:
+def unpack(entry: bytes, support: Support, tokens: int, hidden_size: int = 0) -> SignalBatch:
     """Decode the row in `entry`, which was stored with `support`.
 
+    Sizes that the entry declares are compared with those that `tokens` allows before anything is allocated, because
+    compressed bytes can declare and become any number of bytes.
+
+    Args:
+        tokens: number of counted tokens of the row.
+        hidden_size: width of the teacher's hidden states; 0 if unknown.
+
     Raises:
-        CorruptSignal: the entry does not contain a signal with this support. Damaged bytes are not detected here but by
-            the checksum of the entry in its segment.
+        CorruptSignal: the entry does not contain a signal with this support and these tokens, or one that cannot be
+            used. Damaged bytes are not detected here but by the checksum of the entry in its segment.
     """
     try:
         if isinstance(support, TopK):
-            return _unpack_topk(entry, support)
-        (size,) = _LENGTH.unpack_from(entry)
-        signals = decode(_decompress(entry[_LENGTH.size :], size))
+            signals = _unpack_topk(entry, support, tokens)
+        else:
+            (size,) = _LENGTH.unpack_from(entry)
+            if size > _largest_wire(support, tokens, hidden_size):
+                raise ValueError("it declares too many bytes")
+            signals = decode(_decompress(entry[_LENGTH.size :], size))
     except (struct.error, pa.ArrowException, OSError, ValueError) as error:
         raise CorruptSignal(
             f"An entry does not contain a '{support.kind}' signal of codec version {CODEC_VERSION}."
         ) from error
     if signals.support != support:
         raise CorruptSignal(f"An entry requested as {support} contains {signals.support}.")
+    if len(signals) != 1 or signals.tokens != tokens:
+        raise CorruptSignal(f"An entry of a row with {tokens} counted tokens contains {signals.tokens}.")
+    if unusable := signals.invalid_rows():
+        raise CorruptSignal(f"An entry contains {unusable[0]}.")
     return signals
+
+
+def _largest_wire(support: Support, tokens: int, hidden_size: int) -> int:
+    """Return the largest size in bytes of a row in the wire format."""
+    if isinstance(support, Sampled):
+        return _LARGEST_HEADER + tokens * (9 + 8 * support.draws)
+    return _LARGEST_HEADER + math.ceil(tokens * bytes_per_token(support, 1, hidden_size or _WIDEST))
 
 
 def _pack_topk(row: SignalBatch) -> bytes:
@@ -78,10 +102,10 @@ def _pack_topk(row: SignalBatch) -> bytes:
     )
 
 
-def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
+def _unpack_topk(entry: bytes, support: TopK, expected_tokens: int) -> SignalBatch:
     tokens, k, vocab_size = _HEADER.unpack_from(entry)
-    if k != support.k:
-        raise ValueError(f"k is {k}")
+    if (tokens, k) != (expected_tokens, support.k):
+        raise ValueError(f"it has {tokens} tokens and k={k}")
     position = _HEADER.size
 
     def read_planes(count: int, dtype: str, *shape: int) -> np.ndarray:
@@ -98,6 +122,8 @@ def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
     floats = read_planes(4, "<f4", tokens, 1 + len(support.temperatures))
     ids = read_planes(_id_bytes(vocab_size), "<u4", tokens, k)
     steps = read_planes(2, "<u2", k, tokens).T
+    if position != len(entry):
+        raise ValueError("it is longer than it declares")
     levels = _FIRST + np.cumsum(steps, axis=1, dtype=np.int64)
     logprobs = _OFFSET - (levels.astype(np.uint32) << _DROPPED_BITS).view(np.float32)
     return SignalBatch(
@@ -109,7 +135,7 @@ def _unpack_topk(entry: bytes, support: TopK) -> SignalBatch:
 
 def _levels(logprobs: np.ndarray) -> np.ndarray:
     """Return the index of the step nearest to each log-prob, int64; a log-prob above 0 (by rounding) counts as 0."""
-    bits = (_OFFSET - logprobs.clip(_LOWEST, 0.0)).view(np.uint32).astype(np.int64)
+    bits = (_OFFSET - logprobs.clip(LOWEST_LOGPROB, 0.0)).view(np.uint32).astype(np.int64)
     return (bits + (1 << (_DROPPED_BITS - 1))) >> _DROPPED_BITS
 
 

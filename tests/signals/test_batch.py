@@ -5,12 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines.reduce import reduce_logits
 from rayk.errors import InputError
-from rayk.models import DTYPES
-from rayk.signals.batch import COLUMNS, CorruptSignal, SignalBatch, concatenate, decode, encode
+from rayk.models import DTYPES, Head
+from rayk.signals.batch import COLUMNS, SignalBatch, concatenate
+from rayk.signals.wire import CorruptSignal, decode, encode
 
 SPREADS = {"flat": 0.02, "moderate": 2.0, "peaked": 8.0, "one-hot": 60.0}
 
@@ -219,3 +221,28 @@ def test_impossible_tokens_stay_finite_in_the_wire_format():
     assert not back.invalid_rows()
     assert bool(back.logprobs.isfinite().all())
     assert bool((back.at_temperature()[0].exp().sum(1) - 1 < 1e-5).all())
+
+
+class CountCopies(TorchDispatchMode):
+    """Counts the tensors of a shape that are copied to another device or type."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        result = function(*arguments, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and result.shape == self.shape:
+            self.count += 1
+        return result
+
+
+def test_the_head_is_copied_to_a_device_once_for_all_steps_and_micro_batches():
+    head = Head(torch.randn(50, 5, dtype=torch.bfloat16))
+    steps = [signals_of(logits_of(8, 50, 2.0, seed), Hidden(dtype="bfloat16"), [3, 4, 1]) for seed in (0, 1)]
+    with CountCopies(head.weight.shape) as copies:
+        for signals in steps:
+            for rows in ([0], [1], [2]):
+                part = replace(signals, head=head).select(rows).to("meta")
+                assert part.head.weight.device.type == "meta"
+    assert copies.count == 1

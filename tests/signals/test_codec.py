@@ -9,13 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayk.config.support import Hidden, Logprob, Sampled, TopK
-from rayk.signals.batch import CorruptSignal, SignalBatch, concatenate, decode, encode
+from rayk.signals.batch import SignalBatch, concatenate
 from rayk.signals.codec import pack, unpack
+from rayk.signals.wire import CorruptSignal, decode, encode
+from tests.fuzz.limits import bounded_memory
 from tests.signals.test_batch import SPREADS, coarse, logits_of, signals_of
 
 
 def stored(signals: SignalBatch) -> SignalBatch:
-    return concatenate([unpack(entry, signals.support) for entry in pack(signals)])
+    lengths = signals.offsets.diff().tolist()
+    return concatenate([
+        unpack(entry, signals.support, tokens) for entry, tokens in zip(pack(signals), lengths, strict=True)
+    ])  # fmt: skip
 
 
 def assert_equal(one: SignalBatch, other: SignalBatch) -> None:
@@ -70,7 +75,7 @@ def test_bytes_and_error_of_an_entry(vocab_size, spread):
     signals = decode(encode(signals_of(logits, TopK(64))))
     entries = pack(signals)
     assert sum(map(len, entries)) / signals.logprobs.numel() <= 2.5
-    back = unpack(entries[0], TopK(64))
+    back = unpack(entries[0], TopK(64), 128)
     ours = torch.cat([back.at_temperature()[0], back.at_temperature()[1][:, None]], dim=1).double()
     exact = coarse(logits.double().log_softmax(1), back.ids)
     assert -1e-6 < (exact.exp() * (exact - ours)).sum(1).mean() < 1e-3
@@ -102,4 +107,24 @@ def test_an_entry_of_another_kind_is_refused():
     topk, logprob = (pack(signals_of(logits_of(5, 30, 1.0), support))[0] for support in (TopK(4), Logprob()))
     for entry, support in [(topk, TopK(5)), (topk, Logprob()), (logprob, TopK(4)), (logprob, Hidden()), (b"", TopK(4))]:
         with pytest.raises(CorruptSignal):
-            unpack(entry, support)
+            unpack(entry, support, 5)
+
+
+def test_an_entry_that_declares_other_sizes_is_refused_without_memory():
+    topk, hidden = (pack(signals_of(logits_of(5, 30, 1.0), support))[0] for support in (TopK(4), Hidden()))
+    most = b"\xff\xff\xff\xff"
+    hostile = [(most + topk[4:], TopK(4)), (topk[:4] + most + topk[8:], TopK(4)), (most + hidden[4:], Hidden())]
+    for entry, support in hostile:
+        with bounded_memory(), pytest.raises(CorruptSignal):
+            unpack(entry, support, 5, hidden_size=5)
+    with pytest.raises(CorruptSignal):
+        unpack(topk, TopK(4), 4)
+    with pytest.raises(CorruptSignal):
+        unpack(topk + b"\0", TopK(4), 5)
+
+
+def test_an_entry_with_unusable_numbers_is_refused():
+    signals = signals_of(logits_of(5, 30, 1.0), Logprob())
+    signals.target_logprobs[2] = float("nan")
+    with pytest.raises(CorruptSignal, match="log-prob of NaN"):
+        unpack(pack(signals)[0], Logprob(), 5)
