@@ -5,27 +5,28 @@ For signals with ids, `linear_log_probs` returns every log-prob that is needed. 
 checkpointed: autograd recomputes its logits in the backward pass.
 """
 
-from typing import overload
+from collections.abc import Callable
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rayk.config.support import Hidden, Sampled
+from rayk.config.support import Hidden, Requested, Sampled, TopK
+from rayk.losses.comparison import compare_outcomes, compare_vocabulary
 from rayk.losses.divergences import (
     Divergence,
     check_fit,
     check_sampled,
     find_divergence,
     fit_teacher,
-    has_tail,
     hidden_outcomes,
     log_probs,
     sampled_forward_kl,
     signal_outcomes,
 )
-from rayk.losses.linear import chunk_size, linear_log_probs
+from rayk.losses.linear import chunk_size, linear_chosen_log_probs, linear_log_probs
 from rayk.models import Head
 from rayk.signals.batch import SignalBatch
 
@@ -87,56 +88,145 @@ def linear_divergence(
     Raises:
         InputError: as `forward_kl`; or the divergence or option is unknown.
     """
+    match = linear_match(
+        student_hidden, student_head, teacher, divergence, temperature=temperature, targets=targets,
+        chunk_tokens=chunk_tokens, compared=0, **options,
+    )  # fmt: skip
+    return match.divergence if match.cross_entropy is None else (match.divergence, match.cross_entropy)
+
+
+class Match(NamedTuple):
+    """The results of `linear_match`."""
+
+    divergence: Tensor
+    """Nats per token, [tokens]."""
+    cross_entropy: Tensor | None
+    """On the targets at temperature 1, [tokens]; None without targets."""
+    terms: dict[str, Tensor]
+    """For the metrics, [tokens] each, without gradient."""
+
+
+def linear_match(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher: Tensor | SignalBatch,
+    divergence: str | Divergence,
+    *,
+    temperature: float = 1.0,
+    targets: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    compared: int = 0,
+    **options: float,
+) -> Match:
+    """Like `linear_divergence`, with terms for the metrics.
+
+    These are for signals with ids `teacher_mass` and `student_mass`, the probability on these ids (the divergence does
+    not see where the remaining mass goes), and the comparison of the `compared` most likely tokens
+    (`compare_outcomes`; 0: none), of which a `sampled` signal has the teacher's entropy only.
+    """
     divergence_of = find_divergence(divergence, **options)
-    if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Sampled):
+    if not isinstance(teacher, SignalBatch) or isinstance(teacher.support, Hidden):
+        return _match_distributions(
+            student_hidden, student_head, teacher, divergence_of, temperature, targets, chunk_tokens, compared
+        )
+    if isinstance(teacher.support, Sampled):
         check_sampled(divergence, temperature)
         check_fit(teacher.tokens, teacher.vocab_size, len(student_hidden), student_head.vocab_size)
-        assert teacher.ids is not None
+        assert teacher.ids is not None and teacher.entropies is not None
         chosen, _, target = linear_log_probs(student_hidden, student_head, teacher.ids, targets, 1.0, chunk_tokens)
-        distance = sampled_forward_kl(teacher, chosen)
-        return distance if target is None else (distance, -target)
-    if isinstance(teacher, SignalBatch) and not isinstance(teacher.support, Hidden):
-        log_p, log_q, target = linear_outcomes(
-            student_hidden, student_head, teacher, targets, temperature, chunk_tokens
-        )
-        distance = divergence_of(log_p, log_q, has_tail=True)
-        return distance if target is None else (distance, -target)
+        terms = {"teacher_entropy": teacher.entropies} if compared else {}
+        return Match(sampled_forward_kl(teacher, chosen), _negated(target), terms)
+    top_count = min(compared, own_id_count(teacher))
+    log_p, log_q, target, top = _outcomes(
+        student_hidden, student_head, teacher, targets, temperature, chunk_tokens, top_count
+    )
+    with torch.no_grad():
+        terms = {"teacher_mass": 1 - log_p[:, -1].exp(), "student_mass": 1 - log_q[:, -1].exp()}
+    if top is not None:
+        terms |= compare_outcomes(log_p, log_q, top, log_p.shape[1] - 1)
+    return Match(divergence_of(log_p, log_q, has_tail=True), _negated(target), terms)
 
+
+def _match_distributions(
+    student_hidden: Tensor, student_head: Head, teacher: Tensor | SignalBatch, divergence_of: Divergence,
+    temperature: float, targets: Tensor | None, chunk_tokens: int | None, compared: int,
+) -> Match:  # fmt: skip
+    """Return the match with a teacher's distributions over its whole vocabulary."""
     teacher_tokens, teacher_vocab = (
         (teacher.tokens, teacher.vocab_size) if isinstance(teacher, SignalBatch) else teacher.shape
     )
     check_fit(teacher_tokens, teacher_vocab, len(student_hidden), student_head.vocab_size)
+    names: list[str] = []
 
     def chunk_loss(
         hidden: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, ...]:
         logits = student_logits(hidden, student_head)
         log_q = log_probs(logits, temperature)
         if isinstance(chunk_teacher, SignalBatch):
             log_p, log_q = hidden_outcomes(chunk_teacher, log_q, temperature)
-            distance = divergence_of(log_p, log_q, has_tail=has_tail(chunk_teacher, log_q.shape[1]))
+            named = chunk_teacher.vocab_size
         else:
             with torch.no_grad():
                 log_p = log_probs(fit_teacher(chunk_teacher, *logits.shape), temperature)
-            distance = divergence_of(log_p, log_q)
-        if chunk_targets is None:
-            return distance, None
-        return distance, -log_probs(logits).gather(1, chunk_targets[:, None])[:, 0]
+            named = log_q.shape[1]
+        results = [divergence_of(log_p, log_q, has_tail=named < log_q.shape[1])]
+        if chunk_targets is not None:
+            results.append(-log_probs(logits).gather(1, chunk_targets[:, None])[:, 0])
+        if compared:
+            # Last, so that the recomputation for the backward pass ends before it.
+            terms = compare_vocabulary(log_p, log_q, named, compared)
+            names[:] = terms
+            results += terms.values()
+        return tuple(results)
 
-    size = chunk_size(student_hidden, student_head, chunk_tokens)
+    distance, *others = map_chunks(chunk_loss, student_hidden, student_head, teacher, targets, chunk_tokens)
+    cross_entropy = None if targets is None else others.pop(0)
+    return Match(distance, cross_entropy, dict(zip(names, others, strict=True)))
+
+
+def own_id_count(signals: SignalBatch) -> int:
+    """Return how many of the teacher's own most likely ids a signal surely contains."""
+    own = signals.support.k if isinstance(signals.support, TopK | Requested) else 0
+    return 0 if signals.ids is None else min(own, signals.ids.shape[1])
+
+
+def _negated(log_q: Tensor | None) -> Tensor | None:
+    return None if log_q is None else -log_q
+
+
+def map_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    hidden: Tensor,
+    head: Head,
+    teacher: Tensor | SignalBatch,
+    targets: Tensor | None,
+    chunk_tokens: int | None = None,
+) -> list[Tensor]:
+    """Return the results of `function(hidden, teacher, targets)`, called for one chunk of positions at a time.
+
+    Autograd recomputes each chunk in the backward pass, so that its logits are not stored.
+
+    Args:
+        function: returns one or several tensors [tokens of the chunk].
+        chunk_tokens: positions in a chunk; by default chosen from the vocabulary size of `head`.
+
+    Returns:
+        Each result for all positions, [tokens].
+    """
+    size = chunk_size(hidden, head, chunk_tokens)
     parts = [
         checkpoint(
-            chunk_loss,
-            student_hidden[start : start + size],
+            function,
+            hidden[start : start + size],
             _positions(teacher, slice(start, start + size)),
             None if targets is None else targets[start : start + size],
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for start in range(0, max(len(student_hidden), 1), size)
+        for start in range(0, max(len(hidden), 1), size)
     ]
-    distance = torch.cat([part[0] for part in parts])
-    return distance if targets is None else (distance, torch.cat([part[1] for part in parts]))
+    return [torch.cat(results) for results in zip(*parts, strict=True)]
 
 
 def linear_outcomes(
@@ -159,12 +249,18 @@ def linear_outcomes(
     Raises:
         InputError: as `linear_log_probs`; or the signals have another number of positions or another vocabulary.
     """
-    log_p = signal_outcomes(signals, student_head.vocab_size, len(student_hidden), temperature)
+    return _outcomes(student_hidden, student_head, signals, targets, temperature, chunk_tokens)[:3]
+
+
+def _outcomes(
+    hidden: Tensor, head: Head, signals: SignalBatch, targets: Tensor | None, temperature: float,
+    chunk_tokens: int | None, top: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Like `linear_outcomes`, with log q of the student's `top` most likely tokens; None for 0."""
+    log_p = signal_outcomes(signals, head.vocab_size, len(hidden), temperature)
     assert signals.ids is not None
-    chosen, others, target = linear_log_probs(
-        student_hidden, student_head, signals.ids, targets, temperature, chunk_tokens
-    )
-    return log_p, torch.cat([chosen, others[:, None]], dim=1), target
+    found = linear_chosen_log_probs(hidden, head, signals.ids, targets, temperature, chunk_tokens, top=top)
+    return log_p, torch.cat([found.chosen, found.others[:, None]], dim=1), found.targets, found.top
 
 
 def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalBatch:

@@ -21,8 +21,9 @@ from rayk.losses.divergences import (
     EXCLUDED,
     LOG_FLOOR,
     Teacher,
+    check_fit,
     fit_teacher,
-    hidden_logits,
+    hidden_outcomes,
     log_probs,
     signal_outcomes,
 )
@@ -55,7 +56,7 @@ def decoupled_kl(
     Raises:
         InputError: as `forward_kl`; temperature ≠ 1 with a gold token outside the signal's ids.
     """
-    gold, others = _decoupled_terms(student_logits, teacher, targets, temperature)
+    gold, others = _dense_terms(student_logits, teacher, targets, temperature)
     return alpha * gold + beta * others
 
 
@@ -88,7 +89,7 @@ def adaptive_teaching(
     Raises:
         InputError: as `forward_kl`.
     """
-    gold, others = _decoupled_terms(student_logits, teacher, targets, 1.0)
+    gold, others = _dense_terms(student_logits, teacher, targets, 1.0)
     uncertainty = gold_uncertainty(teacher, targets)
     if threshold is None:
         threshold = uncertainty.median() if len(uncertainty) else 0.0
@@ -101,29 +102,28 @@ def adaptive_teaching(
 def gold_uncertainty(teacher: Teacher, targets: Tensor) -> Tensor:
     """UNC = 1 − p(gold) at temperature 1, [tokens], of logits [tokens, vocab] or any signal; no gradient.
 
-    Computed as the sum over the other tokens: 1 − p(gold) in float32 would be 0 for all confident tokens, and their
-    median meaningless.
+    Logits and signals with ids give it as the sum over the other tokens: 1 − p(gold) in float32 is 0 for very confident
+    tokens, so that they have no order. Other signals, `hidden` included, give it from the gold token's log-prob.
     """
-    dense = _dense(teacher)
-    if dense is not None:
-        log_p = log_probs(dense)
-        return _split_outcome(log_p, targets)[1].exp()
-    assert isinstance(teacher, SignalBatch)
+    if not isinstance(teacher, SignalBatch):
+        return _split_outcome(log_probs(teacher.detach()), targets)[1].exp()
     if not isinstance(teacher.support, TopK | Requested) or 1.0 not in teacher.support.temperatures:
         return -teacher.target_logprobs.detach().expm1().clamp(max=0.0)
-    log_p, place = _signal_with_gold(teacher, targets, teacher.vocab_size, len(targets), 1.0)
+    log_p, place = signal_with_gold(teacher, targets, teacher.vocab_size, len(targets), 1.0)
     return _split_outcome(log_p, place)[1].exp()
 
 
-def _decoupled_terms(
+def _dense_terms(
     student_logits: Tensor, teacher: Teacher, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return (TCKD, NCKD), nats per token, [tokens] each."""
     log_q = log_probs(student_logits, temperature)
-    dense = _dense(teacher)
-    if dense is None:
-        assert isinstance(teacher, SignalBatch)
-        log_p, place = _signal_with_gold(teacher, targets, log_q.shape[1], len(log_q), temperature)
+    if isinstance(teacher, SignalBatch) and isinstance(teacher.support, Hidden):
+        check_fit(teacher.tokens, teacher.vocab_size, *student_logits.shape)
+        log_p, log_q = hidden_outcomes(teacher, log_q, temperature)
+        place = targets
+    elif isinstance(teacher, SignalBatch):
+        log_p, place = signal_with_gold(teacher, targets, log_q.shape[1], len(log_q), temperature)
         assert teacher.ids is not None
         gold = log_q.gather(1, targets[:, None])
         rest = log_q.scatter(1, teacher.ids, EXCLUDED).scatter(1, targets[:, None], EXCLUDED)
@@ -131,21 +131,23 @@ def _decoupled_terms(
         own_column = (place == teacher.ids.shape[1])[:, None]
         log_q = torch.cat([log_q.gather(1, teacher.ids), torch.where(own_column, gold, LOG_FLOOR), tail], dim=1)
     else:
-        log_p, place = log_probs(fit_teacher(dense, *student_logits.shape), temperature), targets
+        log_p, place = log_probs(fit_teacher(teacher, *student_logits.shape), temperature), targets
+    return decoupled_terms(log_p, log_q, place)
+
+
+def decoupled_terms(log_p: Tensor, log_q: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (TCKD, NCKD), nats per token, [tokens] each.
+
+    Args:
+        log_p: log-probs of the teacher, [tokens, outcomes], without gradient.
+        log_q: log-probs of the student over the same outcomes.
+        place: int64 [tokens], the column of the gold token.
+    """
     kl = DIVERGENCES["forward_kl"]
     gold_p, rest_p, others_p = _split_outcome(log_p, place)
     gold_q, rest_q, others_q = _split_outcome(log_q, place)
     binary = kl(torch.stack([gold_p, rest_p], dim=1), torch.stack([gold_q, rest_q], dim=1))
     return binary, torch.where(rest_p > LOG_FLOOR / 2, kl(others_p, others_q), 0.0)
-
-
-def _dense(teacher: Teacher) -> Tensor | None:
-    """Return detached logits over the tokens that the student has too, or None for signals that contain part of it."""
-    if not isinstance(teacher, SignalBatch):
-        return teacher.detach()
-    if not isinstance(teacher.support, Hidden):
-        return None
-    return hidden_logits(teacher)
 
 
 def _split_outcome(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +159,7 @@ def _split_outcome(log_probs: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Te
     return one, rest.clamp(min=LOG_FLOOR), (others - rest[:, None]).clamp(min=LOG_FLOOR)
 
 
-def _signal_with_gold(
+def signal_with_gold(
     signals: SignalBatch, targets: Tensor, vocab_size: int, tokens: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return the teacher's log-probs over (ids, gold if it is not among the ids, tail) [tokens, k + 2], and the column

@@ -11,6 +11,7 @@ T². `p` is the teacher's distribution, `q` the student's, and `M` a mixture of 
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -22,6 +23,8 @@ from rayk.config.support import Hidden, Sampled
 from rayk.errors import InputError
 from rayk.losses.precision import upcast
 from rayk.signals.batch import SignalBatch
+
+logger = logging.getLogger(__name__)
 
 LOG_FLOOR = -1e4
 """Log-probs are at least this value, without gradient below it: a token masked with -inf costs at most 10,000 nats.
@@ -175,6 +178,26 @@ def _wrap_function(function: Divergence, options: Mapping[str, float]) -> Diverg
         return nats
 
     return divergence_of_outcomes
+
+
+def try_divergence(function: Divergence, **options: float) -> None:
+    """Call the user's `function` once, on log-probs of 2 tokens and 128 outcomes.
+
+    An error that may be due to these sizes is left to the run.
+
+    Raises:
+        InputError: the function does not take `(log_p, log_q)`, or its result has another shape than [tokens].
+    """
+    label = getattr(function, "__name__", str(function))
+    log_p, log_q = torch.randn(2, 2, 128, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    try:
+        find_divergence(function, **options)(log_p, log_q, has_tail=True)
+    except InputError:
+        raise
+    except TypeError as error:
+        raise InputError(f"The divergence '{label}' cannot be called with (log_p, log_q): {error}.") from error
+    except Exception as error:  # the user's code raises anything
+        logger.debug("The divergence '%s' failed on 128 outcomes: %s", label, error)
 
 
 def outcomes(student_logits: Tensor, teacher: Teacher, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ pass writes it into the memory of the chunk and multiplies it into the gradients
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from rayk.losses.precision import compute_dtype
 from rayk.models import Head
 from rayk.models.product import keeps_float32_sums, linear_float32
 
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-# Up to this size, exponentials of the first chunks are stored for the backward pass, which then skips the product with
-# the head.
-_KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Size of a chunk of float32 logits by type of device."""
+KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
+"""Up to this size, exponentials of the first chunks are stored for the backward pass, which then skips the product with
+the head."""
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
@@ -62,6 +64,30 @@ def linear_log_probs(
     Raises:
         InputError: the temperature or the chunk size is not positive.
     """
+    found = linear_chosen_log_probs(hidden, head, ids, targets, temperature, chunk_tokens)
+    return found.chosen, found.others, found.targets
+
+
+class ChosenLogProbs(NamedTuple):
+    """The results of `linear_chosen_log_probs`."""
+
+    chosen: Tensor
+    """log q of the ids, [tokens, k]."""
+    others: Tensor
+    """log of the mass of all other tokens, [tokens]."""
+    targets: Tensor | None
+    """log q of the targets at temperature 1, [tokens]; None without targets."""
+    top: Tensor | None
+    """log q of the student's own most likely tokens, in descending order, [tokens, count], without gradient; None if
+    none were requested."""
+
+
+def linear_chosen_log_probs(
+    hidden: Tensor, head: Head, ids: Tensor, targets: Tensor | None = None, temperature: float = 1.0,
+    chunk_tokens: int | None = None, *, top: int = 0,
+) -> ChosenLogProbs:  # fmt: skip
+    """Like `linear_log_probs`, and also return the log-probs of the student's `top` most likely tokens (fewer if the
+    vocabulary is smaller), from the same logits."""
     if not temperature > 0:
         raise InputError(f"The temperature is {temperature:g}; give a number above 0.")
     learns = any(part is not None and part.requires_grad for part in (hidden, head.weight, head.bias))
@@ -71,11 +97,15 @@ def linear_log_probs(
         temperature=temperature,
         chunk_tokens=chunk_size(hidden, head, chunk_tokens),
         product_dtype=_product_dtype(hidden),
-        kept_bytes=_KEPT_BYTES.get(hidden.device.type, 0) if learns and torch.is_grad_enabled() else 0,
+        kept_bytes=KEPT_BYTES.get(hidden.device.type, 0) if learns and torch.is_grad_enabled() else 0,
+        top=min(top, head.vocab_size),
     )
-    log_q, log_tail, target_log_q = _LinearLogProbs.apply(hidden, head.weight, head.bias, ids, targets, plan)
-    floored = log_q.clamp(min=LOG_FLOOR), log_tail.clamp(min=LOG_FLOOR)
-    return *floored, None if target_log_q is None else target_log_q.clamp(min=LOG_FLOOR)
+    log_q, log_tail, target_log_q, top_log_q = _LinearLogProbs.apply(hidden, head.weight, head.bias, ids, targets, plan)
+    return ChosenLogProbs(
+        log_q.clamp(min=LOG_FLOOR), log_tail.clamp(min=LOG_FLOOR),
+        None if target_log_q is None else target_log_q.clamp(min=LOG_FLOOR),
+        None if top_log_q is None else top_log_q.clamp(min=LOG_FLOOR),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +116,7 @@ class _Plan:
     chunk_tokens: int
     product_dtype: torch.dtype
     kept_bytes: int
+    top: int
 
     def chunks(self, tokens: int) -> list[slice]:
         return [slice(start, start + self.chunk_tokens) for start in range(0, tokens, self.chunk_tokens)]
@@ -107,6 +138,7 @@ class _LinearLogProbs(torch.autograd.Function):
         tokens, k = ids.shape
         log_q, log_tail = hidden.new_empty(tokens, k, dtype=wide), hidden.new_empty(tokens, dtype=wide)
         target_log_q = None if targets is None else torch.empty_like(log_tail)
+        top_log_q = hidden.new_empty(tokens, plan.top, dtype=wide) if plan.top else None
         top, total, target_lse = torch.empty_like(log_tail), torch.empty_like(log_tail), torch.empty_like(log_tail)
         two_temperatures = targets is not None and plan.temperature != 1.0
         ctx.kept, kept_bytes = {}, 0
@@ -123,6 +155,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 if plan.temperature != 1.0:
                     scores.div_(plan.temperature)
                 chosen = scores.gather(1, ids[chunk])
+                if top_log_q is not None:
+                    top_log_q[chunk] = scores.topk(plan.top, dim=1).values
                 if k:
                     scores.scatter_(1, ids[chunk], -torch.inf)
                 # If the ids are the whole vocabulary, any finite maximum gives exp(-inf) = 0 instead of NaN.
@@ -132,6 +166,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 lse_rest = top[chunk] + total[chunk].log()
                 lse = torch.logaddexp(chosen.logsumexp(dim=1), lse_rest) if k else lse_rest
                 log_q[chunk], log_tail[chunk] = chosen - lse[:, None], lse_rest - lse
+                if top_log_q is not None:
+                    top_log_q[chunk] -= lse[:, None]
                 if targets is not None:
                     assert target_log_q is not None
                     if not two_temperatures:
@@ -141,11 +177,13 @@ class _LinearLogProbs(torch.autograd.Function):
                     ctx.kept[chunk.start] = product.narrow(rest, memory)
         ctx.plan, ctx.two_temperatures = plan, two_temperatures
         ctx.save_for_backward(hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse)
-        return log_q, log_tail, target_log_q
+        if top_log_q is not None:
+            ctx.mark_non_differentiable(top_log_q)
+        return log_q, log_tail, target_log_q, top_log_q
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_log_q, grad_tail, grad_target):
+    def backward(ctx, grad_log_q, grad_tail, grad_target, _grad_top):
         hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse = ctx.saved_tensors
         plan = ctx.plan
         # Factors per row and per id, for all chunks at once; they include the scale and 1/T.
@@ -289,7 +327,7 @@ def chunk_size(hidden: Tensor, head: Head, chunk_tokens: int | None) -> int:
         InputError: `chunk_tokens` is not positive.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(16, _CHUNK_BYTES.get(hidden.device.type, 32 << 20) // (4 * head.vocab_size))
+        chunk_tokens = max(16, CHUNK_BYTES.get(hidden.device.type, 32 << 20) // (4 * head.vocab_size))
     if chunk_tokens < 1:
         raise InputError(f"chunk_tokens is {chunk_tokens}; give a number of positions, at least 1.")
     return min(chunk_tokens, max(len(hidden), 1))

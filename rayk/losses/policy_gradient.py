@@ -213,8 +213,9 @@ def log_ratio_policy_loss(
     *,
     coefficient: float = 1.0,
     clip: float | None = None,
+    rewards: Tensor | None = None,
 ) -> Tensor:
-    """On-policy distillation by per-token log-ratios: `policy_loss` with A_t = −c·(log q_rollout(y_t) − log p(y_t)).
+    """Distillation by per-token log-ratios: `policy_loss` with A_t = R_t − c·(log q_rollout(y_t) − log p(y_t)).
 
     As in tinker-cookbook (Thinking Machines, `distillation/train_on_policy.py`): no return-to-go (discount 0), no clip
     by default. On fresh rollouts, the expected gradient at each token, given the prefix, is c times the gradient of its
@@ -226,6 +227,7 @@ def log_ratio_policy_loss(
         teacher_logprobs: log p of the same tokens.
         coefficient: c, `kl_penalty_coef` in tinker-cookbook.
         clip: as in `policy_loss`.
+        rewards: R_t, further advantages of the same tokens, such as a task's reward; None: 0.
 
     Returns:
         One value per token, same shape as the inputs.
@@ -234,6 +236,8 @@ def log_ratio_policy_loss(
         InputError: as `policy_loss`.
     """
     advantages = coefficient * token_rewards(rollout_logprobs, teacher_logprobs)
+    if rewards is not None:
+        advantages = advantages + rewards
     return policy_loss(student_logprobs, rollout_logprobs, advantages, clip=clip)
 
 

@@ -33,6 +33,21 @@ def sequence_mean(per_token: Tensor, offsets: Tensor, count: float | None = None
     return (per_token * weights.to(per_token.dtype).repeat_interleave(lengths)).sum()
 
 
+def group_mean(per_token: Tensor, groups: Tensor, sizes: Tensor, count: float | None = None) -> Tensor:
+    """Return the mean over groups of tokens of their token means, such as the tokens of each teacher; empty groups are
+    skipped.
+
+    Args:
+        per_token: [tokens].
+        groups: int64 [tokens], the index of each token's group.
+        sizes: [groups], the number of tokens of each group in the *global* batch, as in `token_mean`.
+        count: number of groups with tokens in the global batch; None for that of `sizes`.
+    """
+    present = (sizes > 0).sum().clamp(min=1) if count is None else max(count, 1)
+    weights = 1.0 / (sizes.clamp(min=1) * present)
+    return (per_token * weights.to(per_token.dtype)[groups]).sum()
+
+
 def sequence_sum(per_token: Tensor, offsets: Tensor) -> Tensor:
     """Return the sum over each sequence's tokens, [sequences]; for log-probs, the log-prob of the whole sequence.
 

@@ -56,7 +56,7 @@ def inputs_of(hidden, head):
 def memory(request, monkeypatch):
     """The amount of the forward pass that is kept for the backward pass."""
     kept = {"kept": 1 << 20, "recomputed": 0, "partly kept": 4 * V * 8}[request.param]
-    monkeypatch.setitem(linear._KEPT_BYTES, "cpu", kept)
+    monkeypatch.setitem(linear.KEPT_BYTES, "cpu", kept)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -306,7 +306,7 @@ def test_full_logits_are_never_stored(monkeypatch):
                     largest = max(largest, tensor.numel())
             return result
 
-    monkeypatch.setitem(linear._KEPT_BYTES, "cpu", 0)
+    monkeypatch.setitem(linear.KEPT_BYTES, "cpu", 0)
     tokens, vocab = 64, 50
     hidden, head = random_logits(tokens, D).requires_grad_(), random_head(vocab, D)
     teacher = random_logits(tokens, vocab, 3)

@@ -97,8 +97,10 @@ def test_decoupled_losses_read_hidden_signals():
             losses.decoupled_kl(student, teacher, targets, temperature=temperature),
             losses.decoupled_kl(student, teacher.logits(), targets, temperature=temperature),
         )
+    logprobs = teacher.logits().log_softmax(1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(
-        losses.gold_uncertainty(teacher, targets), losses.gold_uncertainty(teacher.logits(), targets)
+        losses.gold_uncertainty(replace(teacher, target_logprobs=logprobs), targets),
+        losses.gold_uncertainty(teacher.logits(), targets),
     )
 
 

@@ -31,6 +31,15 @@ def test_the_sequence_mean_weighs_sequences_alike_and_skips_empty_ones():
     assert sum(parts).item() == pytest.approx((2 + 10) / 2)
 
 
+def test_the_group_mean_weighs_groups_alike_and_skips_empty_ones():
+    values, groups = torch.tensor([1.0, 3.0, 10.0, 2.0]), torch.tensor([0, 0, 2, 0])
+    sizes = torch.tensor([3, 0, 1])
+    assert losses.group_mean(values, groups, sizes).item() == pytest.approx((2 + 10) / 2)
+    parts = [losses.group_mean(values[part], groups[part], sizes, 2) for part in (slice(1), slice(1, 4))]
+    assert sum(parts).item() == pytest.approx((2 + 10) / 2)
+    assert losses.group_mean(values[:0], groups[:0], torch.zeros(3)).item() == 0
+
+
 def test_padding_changes_nothing_since_only_counted_tokens_are_given():
     student, teacher = random_logits(5, 7, 1), random_logits(5, 7, 2)
     alone = losses.token_mean(losses.forward_kl(student[:3], teacher[:3]), 3)
