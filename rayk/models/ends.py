@@ -39,17 +39,20 @@ def repair_generation_config(generation_config: Any) -> str | None:
     transformers loads generation settings that contradict each other, but refuses to save them. Where options of
     sampling are set, `do_sample` is meant. Otherwise only the special tokens remain.
     """
-    problem = None if generation_config is None else _problem(generation_config)
+    problem = generation_problem(generation_config)
     if problem is None:
         return None
     generation_config.do_sample = True
-    if _problem(generation_config) is not None:
+    if generation_problem(generation_config) is not None:
         kept = {name: getattr(generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation_config.__init__(**kept)
     return problem
 
 
-def _problem(generation_config: Any) -> str | None:
+def generation_problem(generation_config: Any) -> str | None:
+    """Return why transformers would refuse to save generation settings; None if it would not."""
+    if generation_config is None:
+        return None
     try:
         generation_config.validate(strict=True)
     except ValueError as error:

@@ -36,6 +36,11 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def width(self) -> int:
+        """The size of hidden states."""
+        return self.weight.shape[1]
+
     def to(self, device: torch.device | str) -> "Head":
         """Return the same head on `device`. The copy is kept and returned again, so do not call this for weights that
         change."""

@@ -101,6 +101,15 @@ def cut_model(model: CausalLM, layers: int | Sequence[int], name: str) -> None:
 
 def _layer_list(model: CausalLM, count: int, name: str) -> tuple[nn.Module, str, nn.ModuleList]:
     """Return the list of the model's layers, with the module and the attribute that contain it."""
+    found = find_layers(model, count)
+    if found is None:
+        raise InputError(f"student.layers cannot cut {name}: {type(model).__name__} has no list of its layers.")
+    return found
+
+
+def find_layers(model: CausalLM, count: int) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """Return the list of the model's `count` layers, with the module and the attribute that contain it; None if there
+    is no such list."""
     body = get_body(model)
     lists = [
         (key.count("."), key)
@@ -108,9 +117,8 @@ def _layer_list(model: CausalLM, count: int, name: str) -> tuple[nn.Module, str,
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        raise InputError(f"student.layers cannot cut {name}: {type(model).__name__} has no list of its layers.")
-    key = min(lists)[1]
-    parent, _, attribute = key.rpartition(".")
+        return None
+    parent, _, attribute = min(lists)[1].rpartition(".")
     container = body.get_submodule(parent)
     return container, attribute, getattr(container, attribute)
 

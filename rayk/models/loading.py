@@ -26,13 +26,14 @@ UNLIMITED = 1 << 30
 
 def load_model(
     name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False,
-    attention: str | None = None,
+    attention: str | None = None, device_map: str | None = None,
 ) -> CausalLM:  # fmt: skip
     """Load a causal LM from a local folder or a hub id to `device`, and check its head. Of a model that also reads
     images or audio, only the text model is returned.
 
     Args:
         attention: transformers' `attn_implementation`; None: the fastest that computes what the configuration says.
+        device_map: transformers' way to spread the layers over all GPUs that this process sees; None: all on `device`.
 
     Raises:
         InputError: the folder or id contains no causal language model, or not all of its weights.
@@ -42,6 +43,8 @@ def load_model(
     settings = load_model_config(name, trust_remote_code=trust_remote_code)
     text = causal_config(settings, name)
     options = attention_options(text, attention)
+    if device_map is not None:
+        options["device_map"] = device_map
     is_part = is_text_part(settings, text)
     model, report = _from_pretrained(
         AutoModelForMultimodalLM if is_part else AutoModelForCausalLM, name, "model",
@@ -57,9 +60,17 @@ def load_model(
         )
     if is_part:
         model = take_text_model(model, text, name, options)
-    model = model.to(device)
+    if device_map is None:
+        model = model.to(device)
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if torch.cuda.is_available() and device_map is not None and places & {"cpu", "disk"}:
+        raise InputError(
+            f"'{name}' does not fit on {torch.cuda.device_count()} GPUs, so device_map would compute some layers from "
+            "the host's memory; raise resources.num_gpus."
+        )
     check_head(model.eval())
-    enable_packing(model)
+    if len(places) <= 1:  # packed rows are read with tensors on one device
+        enable_packing(model)
     return model
 
 
@@ -145,8 +156,8 @@ def _read_tensor(model: str, names: list[str]) -> Tensor:
         with safe_open(path, "pt") as tensors:
             return tensors.get_tensor(found[0])
     raise InputError(
-        f"The safetensors of '{model}' contain none of {', '.join(names)}, so its head cannot be read; leave "
-        "'engine.hidden' out."
+        f"The safetensors of '{model}' contain none of {', '.join(names)}, so its head cannot be read; use "
+        "support 'topk' instead of 'hidden'."
     )
 
 

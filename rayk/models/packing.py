@@ -30,12 +30,28 @@ def enable_packing(model: Any) -> None:
         model.set_attn_implementation("sdpa")
 
 
+def adopt_attention(model: Any, implementation: str) -> None:
+    """Let `model` use the implementation that another process has chosen for it (`enable_packing`)."""
+    if implementation == _NAME:
+        _register()
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)
+
+
 def can_pack(model: Any, longest: int) -> bool:
     """Return whether `packed_hidden` equals the body's own result for rows of up to `longest` tokens."""
     if model.config._attn_implementation != _NAME:
         return False
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return not window or longest <= window
+
+
+def call_attention_uncompiled() -> None:
+    """Keep the attention of packed rows out of compiled code, which would be compiled again for each set of lengths."""
+    from transformers import AttentionInterface
+
+    _register()
+    AttentionInterface.register(_NAME, torch.compiler.disable(_attention))
 
 
 def packed_hidden(body: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

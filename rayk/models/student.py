@@ -50,6 +50,22 @@ def make_model(config: StudentConfig, tokenizer, seed: int, device: str = "cpu")
     return model
 
 
+def make_structure(config: StudentConfig, tokenizer) -> nn.Module:
+    """Return the model of `make_model` with parameters without memory, on the meta device; its buffers are computed.
+
+    Raises:
+        InputError: the model cannot be built or cut.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model: Any = _build_structure(config, tokenizer)
+    model.tie_weights()  # in that context each name got a parameter of its own
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.eval()
+
+
 def saved_dtype(config: StudentConfig) -> torch.dtype:
     """Return the type in which the trained student is saved: as set, or that of the checkpoint it started from."""
     if config.save_dtype != "auto":
@@ -86,7 +102,7 @@ def count_planned_parameters(config: StudentConfig, tokenizer) -> ParameterCount
     Raises:
         InputError: the model cannot be built or cut.
     """
-    return count_parameters(_plan_model(config, tokenizer))
+    return count_parameters(plan_model(config, tokenizer))
 
 
 def check_student(config: StudentConfig, tokenizer, *, continues: bool) -> None:
@@ -101,7 +117,7 @@ def check_student(config: StudentConfig, tokenizer, *, continues: bool) -> None:
     """
     if config.lora is None and config.layers is None and config.attention is None and not continues:
         return
-    model = _plan_model(config, tokenizer)
+    model = plan_model(config, tokenizer)
     if continues and not can_continue(model):
         raise InputError(
             f"method.teacher_share samples from student and teacher together, for which {type(model).__name__} cannot "
@@ -109,26 +125,34 @@ def check_student(config: StudentConfig, tokenizer, *, continues: bool) -> None:
         )
 
 
-def _plan_model(config: StudentConfig, tokenizer) -> nn.Module:
-    """Return the model that `make_model` would return, with parameters of any value and without memory."""
+def plan_model(config: StudentConfig, tokenizer) -> nn.Module:
+    """Return the model that `make_model` would return, with parameters of any value and without memory.
+
+    Args:
+        tokenizer: the run's tokenizer; None: the vocabulary is not compared with it.
+    """
+    with torch.device("meta"):
+        return _build_structure(config, tokenizer)
+
+
+def _build_structure(config: StudentConfig, tokenizer) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     settings = build_model_config(config.model_copy(update={"layers": None}), tokenizer)
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                settings, trust_remote_code=config.trust_remote_code, **attention_options(settings, config.attention)
-            )
-        except (ValueError, ImportError) as error:
-            if config.attention is None:
-                raise
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"student.attention '{config.attention}' cannot be used: {reason}.") from error
-        model.tie_weights()
-        if config.layers is not None:
-            cut_model(model, config.layers, str(config.model))
-        if config.lora is not None:
-            add_adapter(model, config.lora, 0, None)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            settings, trust_remote_code=config.trust_remote_code, **attention_options(settings, config.attention)
+        )
+    except (ValueError, ImportError) as error:
+        if config.attention is None:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"student.attention '{config.attention}' cannot be used: {reason}.") from error
+    model.tie_weights()
+    if config.layers is not None:
+        cut_model(model, config.layers, str(config.model))
+    if config.lora is not None:
+        add_adapter(model, config.lora, 0, None)
     return model
 
 
@@ -154,15 +178,19 @@ def build_model_config(config: StudentConfig, tokenizer) -> Any:
             settings, _ = cut_config(settings, config.layers)
     else:
         settings = _config_from_fields(origin or {}, tokenizer)
-    check_embedding(tokenizer, settings.get_text_config().vocab_size, str(config.model or "student.config"))
+    if tokenizer is not None:
+        check_embedding(tokenizer, settings.get_text_config().vocab_size, str(config.model or "student.config"))
     return settings
 
 
 def _config_from_fields(fields: dict[str, Any], tokenizer) -> Any:
     from transformers import AutoConfig
 
-    values = {"vocab_size": real_vocab_size(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    values |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id} | fields
+    values: dict[str, Any] = {}
+    if tokenizer is not None:
+        values |= {"vocab_size": real_vocab_size(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        values |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    values |= fields
     if "model_type" not in values:
         raise InputError("student.config needs a 'model_type', such as 'llama' or 'qwen3'.")
     try:

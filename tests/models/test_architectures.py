@@ -30,7 +30,19 @@ from tests.tiny import perturb, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LENGTHS = (17, 4, 9)  # longer than the sliding windows, and on both sides of the start of long rotary embeddings
-PACKED = {"llama", "qwen2", "qwen3", "qwen3_moe", "phi3", "phi3_longrope", "gpt2", "opt", "mixtral", "deepseek_v3"}
+PACKED = {
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "phi3",
+    "phi3_longrope",
+    "gpt2",
+    "opt",
+    "mixtral",
+    "olmoe",
+    "deepseek_v3",
+}
 """The architectures whose rows are packed at these lengths; the others are padded."""
 RECURRENT = {"falcon_h1", "qwen3_next", "jamba", "mamba", "rwkv"}
 

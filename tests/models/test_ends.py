@@ -12,6 +12,7 @@ from rayk.engines.base import SamplingParameters
 from rayk.engines.generation import generate
 from rayk.models.ends import end_token_ids, repair_generation_config
 from rayk.run import distill
+from rayk.run.inputs import read_inputs
 from rayk.training.student import save_model
 from tests.runs import settings
 from tests.tiny import END, EOS, tiny_model, tiny_tokenizer
@@ -111,6 +112,17 @@ def test_generation_settings_that_transformers_refuses_to_save_lose_no_student(t
     save_model(model, tokenizer, tmp_path / "model")
     saved = GenerationConfig.from_pretrained(tmp_path / "model")
     assert (saved.do_sample, saved.temperature, saved.top_p, saved.eos_token_id) == (True, 0.6, 0.9, 1)
+
+
+def test_generation_settings_that_will_be_repaired_are_noted_before_training(tmp_path):
+    values = settings(tmp_path, str(tmp_path / "student"))
+    tiny_model(tmp_path / "student", hidden=16, layers=1, tokenizer=tiny_tokenizer())
+    assert read_inputs(parse_config(values), {}).notes == ()
+    file = tmp_path / "student" / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}))
+    (note,) = read_inputs(parse_config(values), {}).notes
+    assert note.startswith("generation_config.json of student.model") and "do_sample" in note
+    assert "\n" not in note
 
 
 def test_generation_settings_that_cannot_be_repaired_are_reduced_to_the_special_tokens():

@@ -239,5 +239,5 @@ def test_a_head_is_loaded_without_its_body(tmp_path, architecture, tie, shard):
 def test_a_head_missing_in_the_safetensors_is_one_sentence(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"contain none of lm_head.weight.*leave 'engine.hidden' out"):
+    with pytest.raises(InputError, match=r"contain none of lm_head.weight.*use support 'topk' instead of 'hidden'"):
         load_head(str(tmp_path), dtype=torch.float32)
