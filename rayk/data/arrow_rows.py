@@ -10,6 +10,7 @@ from rayk.data.rows import Row, Unreadable
 from rayk.errors import InputError
 
 _JSON_TYPE = "arrow.json"
+_UNREADABLE = (ValueError, OverflowError, LookupError, pa.ArrowException)  # LookupError: of an unknown time zone
 _Convert = Callable[[Any], Any]
 
 
@@ -38,7 +39,7 @@ def _column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     try:
         values = column.to_pylist()
         return values if convert is None else [None if value is None else convert(value) for value in values]
-    except (ValueError, OverflowError, pa.ArrowException):
+    except _UNREADABLE:
         return [_readable_value(scalar, convert) for scalar in column]
 
 
@@ -46,7 +47,7 @@ def _readable_value(scalar: pa.Scalar, convert: _Convert | None) -> Any:
     try:
         value = scalar.as_py()
         return value if value is None or convert is None else convert(value)
-    except (ValueError, OverflowError, pa.ArrowException) as error:
+    except _UNREADABLE as error:
         return Unreadable(f"{scalar.type}: {error}")
 
 

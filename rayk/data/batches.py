@@ -1,7 +1,8 @@
 """Batches as padded tensors, sampling of the rows of each step and rank, and grouping of rows into micro-batches."""
 
+import datetime
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ class Batch:
         positions: int64 [tokens], the position that predicts each counted token, in the flattened [rows * length].
         sequences: the rows without padding, as teachers score them.
         pad_id: the token id after the end of shorter rows.
+        tokenizer: the tokenizer of the ids, with which teachers compare their own; None where a run has compared them.
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class Batch:
     positions: Tensor
     sequences: list[TokenSequence]
     pad_id: int
+    tokenizer: Any = field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -67,7 +70,8 @@ class Batch:
 
     def select(self, rows: Sequence[int]) -> "Batch":
         """Return the given rows, in the given order, padded to the longest of them."""
-        return collate([self.sequences[row] for row in rows], self.pad_id).to(self.input_ids.device)
+        chosen = collate([self.sequences[row] for row in rows], self.pad_id, self.tokenizer)
+        return chosen.to(self.input_ids.device)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on `device`."""
@@ -75,8 +79,8 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def collate(examples: Iterable[TokenSequence], pad_id: int) -> Batch:
-    """Return a batch of at least one example, on the CPU."""
+def collate(examples: Iterable[TokenSequence], pad_id: int, tokenizer: Any = None) -> Batch:
+    """Return a batch of at least one example, on the CPU; `tokenizer` is that of its ids (`Batch.tokenizer`)."""
     sequences = list(examples)
     assert sequences, "a batch needs at least one row"
     lengths = np.array([len(sequence) for sequence in sequences])
@@ -94,6 +98,7 @@ def collate(examples: Iterable[TokenSequence], pad_id: int) -> Batch:
         positions=torch.from_numpy(np.flatnonzero(counted) - 1),  # never -1: position 0 is not counted
         sequences=sequences,
         pad_id=pad_id,
+        tokenizer=tokenizer,
     )
 
 
@@ -108,13 +113,25 @@ class BatchSampler:
         batch_size: rows of a step, over all ranks.
         seed: a non-negative number.
         steps: number of batches.
+        samples: how often a step contains each of its rows; `batch_size` must be a multiple of it.
+        renews: whether each epoch has other rows: row r of epoch e has the number e · len(lengths) + r.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, steps: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        *,
+        samples: int = 1,
+        renews: bool = False,
+    ) -> None:
         if len(lengths) == 0:
             raise InputError("The data has no rows to make batches of; give at least one.")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.steps = batch_size, seed, steps
+        self._samples, self._renews = samples, renews
         self._permutations: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -123,13 +140,17 @@ class BatchSampler:
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.rows(step) for step in range(self.steps))
 
+    def epochs(self, steps: int) -> float:
+        """Return the number of passes over the data in `steps` steps."""
+        return steps * self.batch_size / self._samples / len(self.lengths)
+
     def rows(self, step: int) -> np.ndarray:
         """Return the rows of step `step` (from 0), int64 [batch_size]."""
         total = len(self.lengths)
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size) // self._samples
         epochs, within = np.divmod(positions, total)
         parts = [self._permutation(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
-        return np.concatenate(parts)
+        return np.concatenate(parts) + (epochs * total if self._renews else 0)
 
     def share(self, step: int, rank: int, world: int) -> np.ndarray:
         """Return the rows of `step` for rank `rank` of `world`, int64, longest first.
@@ -153,7 +174,7 @@ class BatchSampler:
                 f"training.batch_size is {self.batch_size}, but there are {world} workers and each requires a "
                 f"row; raise the batch size or lower training.workers."
             )
-        by_length = np.argsort(-self.lengths[self.rows(step)], kind="stable")
+        by_length = np.argsort(-self.lengths[self.rows(step) % len(self.lengths)], kind="stable")
         pass_number, position = np.divmod(np.arange(len(by_length)), world)
         return by_length[np.where(pass_number % 2 == 0, position, world - 1 - position) == rank]
 
@@ -198,6 +219,7 @@ def make_batches(
     too_long: Literal["error", "skip", "truncate"] = "error",
     chat_template: bool | str = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_date: datetime.date | None = None,
     prompts_only: bool = False,
     **source_settings: Any,
 ) -> list[Batch]:
@@ -208,7 +230,8 @@ def make_batches(
         tokenizer: the student's tokenizer.
         batch_size: rows per batch.
         shuffle_seed: seed of the order of the rows; None keeps their order.
-        chat_template, chat_template_kwargs: see `DataConfig`.
+        max_prompt_tokens, max_tokens, too_long, chat_template, chat_template_kwargs: see `DataConfig`.
+        chat_template_date: the date that a chat template with today's date prints; None: today.
         source_settings: fields of `DataSource`, such as `prompt_field="question"`; not allowed with a `DataSource`.
 
     Raises:
@@ -228,18 +251,22 @@ def make_batches(
             too_long=too_long,
             chat_template=chat_template,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
+            chat_template_date=chat_template_date,
         )
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{'.'.join(map(str, first['loc'])) or 'make_batches'}: {first['msg']}.") from error
     source_rows = read_rows(source) if isinstance(rows, DataSource | str) else _number_rows(rows)
     row_tokenizer = RowTokenizer(source, data, tokenizer, prompts_only=prompts_only, section="")
+    if source.random_offset:
+        raise InputError("random_offset changes the rows of each pass of a run; leave it out.")
     table = build_table(row_tokenizer, source_rows, source.path)
     order = np.arange(len(table))
     if shuffle_seed is not None:
         order = BatchSampler(table.lengths, len(table), shuffle_seed, 1).rows(0)
     starts = range(0, len(order), batch_size)
-    return [collate([table[i] for i in order[start : start + batch_size]], get_pad_id(tokenizer)) for start in starts]
+    pad_id = get_pad_id(tokenizer)
+    return [collate([table[i] for i in order[start : start + batch_size]], pad_id, tokenizer) for start in starts]
 
 
 def _number_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:

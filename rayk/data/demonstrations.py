@@ -5,11 +5,13 @@ The layout is MetaICL's (Min et al. 2022, arXiv 2110.15943; `metaicl/data.py`), 
     input_1 ⏎ output_1 ⏎⏎⏎ … input_k ⏎ output_k ⏎⏎⏎ input ⏎ | output
 
 Inputs, outputs and separators are tokenized separately, so an output has the same tokens in a demonstration as where it
-is trained on. A context that is too long is truncated at its beginning. The output of a row with options is counted
-without an end-of-sequence token, as in MetaICL; the output of any other row is counted with it.
+is trained on. A tokenizer that puts a space before each text (Llama 2) puts it before the first input only. A context
+that is too long is truncated at its beginning. The output of a row with options is counted without an end-of-sequence
+token, as in MetaICL; the output of any other row is counted with it.
 
 Teacher and student may read different numbers of demonstrations: the student reads the last ones of the teacher's. The
-student's text is then the end of the teacher's text, so any token of it can be counted for both.
+student's text is then the end of the teacher's text, so any token of it can be counted for both
+(`DemonstratedRow.full_text`).
 """
 
 import hashlib
@@ -40,12 +42,14 @@ class DemonstratedRow(Example):
         options: the token ids of each possible output, int32 [length] each; empty if the output is free text.
         gold: the index of the row's output among the options.
         prefix_tokens: number of leading special tokens (BOS).
+        teacher_prefix: what teachers read before the student's text, int32 [length].
         hard_label_weight: α of the step that trains on the row.
     """
 
     options: tuple[np.ndarray, ...] = ()
     gold: int = 0
     prefix_tokens: int = 0
+    teacher_prefix: np.ndarray | None = None
     hard_label_weight: float = 1.0
 
     @property
@@ -56,8 +60,9 @@ class DemonstratedRow(Example):
     @property
     def full_text(self) -> Example:
         """The row with all tokens that the student reads counted, including demonstrations and input."""
-        first, teacher = max(1, self.prefix_tokens), self.view(EVERY_TEACHER)
-        context = teacher.input_ids[: len(teacher) - (len(self) - first)]
+        first = max(1, self.prefix_tokens)
+        prefix = np.empty(0, np.int32) if self.teacher_prefix is None else self.teacher_prefix
+        context = np.concatenate([prefix, self.input_ids[self.prefix_tokens : first]])
         counted = np.arange(len(self)) >= first
         return Example(self.input_ids, counted, None, first, self.where, self.fields, contexts={EVERY_TEACHER: context})
 
@@ -124,10 +129,10 @@ class DemonstrationPool:
         Raises:
             InputError: as `check`.
         """
-        return self._lay_out(row, [self._demonstration(self.rows[index]) for index in indices], hard_label_weight)
+        return self._lay_out(row, [self.rows[index] for index in indices], hard_label_weight)
 
     def _lay_out(
-        self, row: Example, demonstrations: list[np.ndarray], hard_label_weight: float = 1.0
+        self, row: Example, demonstrations: Sequence[Example], hard_label_weight: float = 1.0
     ) -> DemonstratedRow:
         options = self.option_ids(row)
         output = self._output(row, with_eos=not options)
@@ -138,14 +143,17 @@ class DemonstrationPool:
                 "the row."
             )
         room = self.max_tokens - max(len(ids) for ids in (output, *options))
-        teacher_context, student_context = (
-            self._context(demonstrations[-count:] if count else [], row, room)
-            for count in (self.settings.k, self.num_student_demonstrations)
-        )
+        prefix = _array(self._encoder.prefix)
+        room -= len(prefix)
+        shown = demonstrations[-self.settings.k :] if self.settings.k else []
+        split = max(0, len(shown) - self.num_student_demonstrations)
+        student_text = self._context(shown[split:], row, room)
+        teacher_context = np.concatenate([prefix, self._context(shown, row, room)])
+        before = _last(self._demonstrations(shown[:split]), room - len(student_text))
         return DemonstratedRow(
-            **vars(_with_output(row, student_context, output, {EVERY_TEACHER: teacher_context})),
-            options=tuple(options), gold=gold or 0, prefix_tokens=len(self._encoder.prefix),
-            hard_label_weight=hard_label_weight,
+            **vars(_with_output(row, np.concatenate([prefix, student_text]), output, {EVERY_TEACHER: teacher_context})),
+            options=tuple(options), gold=gold or 0, prefix_tokens=len(prefix),
+            teacher_prefix=np.concatenate([prefix, before]), hard_label_weight=hard_label_weight,
         )  # fmt: skip
 
     def check(self, row: Example) -> None:
@@ -272,7 +280,7 @@ class DemonstrationPool:
     def max_length(self, rows: Sequence[Example]) -> int:
         """Return an upper bound on the number of tokens of any of `rows` with its demonstrations."""
         demonstrations = {
-            task: sum(nlargest(self.settings.k, (len(self._demonstration(self.rows[index])) for index in indices)))
+            task: sum(nlargest(self.settings.k, (self._max_demonstration(self.rows[index]) for index in indices)))
             for task, indices in self._by_task.items()
         }
         longest = 0
@@ -292,32 +300,41 @@ class DemonstrationPool:
             unique[self.task(row)].setdefault(self.input_key(row), row)
         return {task: list(inputs.values()) for task, inputs in unique.items()}
 
-    def _context(self, demonstrations: list[np.ndarray], row: Example, room: int) -> np.ndarray:
-        """Return the tokens before the output, int32 [length], at most `room` of them."""
-        prefix = _array(self._encoder.prefix)
-        query = np.concatenate([self._input(row), self._output_separator])
-        room -= len(prefix)
+    def _context(self, demonstrations: Sequence[Example], row: Example, room: int) -> np.ndarray:
+        """Return the tokens between the prefix and the output, int32 [length], at most `room` of them."""
+        row_input = self._input(row, continues=bool(demonstrations))
+        query = np.concatenate([row_input, self._output_separator])
         if len(query) > room:
             raise InputError(
                 f"{row.where} has no room for its output within data.max_tokens ({self.max_tokens}); raise it."
             )
-        return np.concatenate([prefix, np.concatenate([*demonstrations, query])[-room:]])
+        return _last(np.concatenate([self._demonstrations(demonstrations), query]), room)
 
-    def _demonstration(self, row: Example) -> np.ndarray:
-        return np.concatenate([self._input_and_output(row), self._separator])
+    def _demonstrations(self, rows: Sequence[Example]) -> np.ndarray:
+        """Return the tokens of demonstrations, int32 [length]."""
+        parts = [np.empty(0, np.int32)]
+        for number, row in enumerate(rows):
+            parts += [self._input_and_output(row, continues=number > 0), self._separator]
+        return np.concatenate(parts)
 
-    def _input_and_output(self, row: Example) -> np.ndarray:
+    def _max_demonstration(self, row: Example) -> int:
+        """Return the number of tokens of a demonstration, wherever it is shown."""
+        return len(self._separator) + max(len(self._input_and_output(row, continues=c)) for c in (False, True))
+
+    def _input_and_output(self, row: Example, *, continues: bool = False) -> np.ndarray:
         output = self._output(row, with_eos=False)[: self.settings.max_tokens]
-        shortened = self._input(row)[: self.settings.max_tokens - len(output)]
+        shortened = self._input(row, continues=continues)[: self.settings.max_tokens - len(output)]
         return np.concatenate([shortened, self._output_separator, output])
 
-    def _input(self, row: Example) -> np.ndarray:
+    def _input(self, row: Example, *, continues: bool = False) -> np.ndarray:
+        """Return the tokens of a row's input; with `continues`, as they are after other text."""
         if not row.prompt_tokens:
             raise InputError(
                 f"{row.where} has no input separate from its output; method 'in_context' requires prompt and "
                 "completion."
             )
-        return row.prompt_ids[len(self._encoder.prefix) :]
+        ids = row.prompt_ids[len(self._encoder.prefix) :]
+        return _array(self._encoder.as_continuation(ids.tolist())) if continues else ids
 
     def _output(self, row: Example, *, with_eos: bool) -> np.ndarray:
         ids = row.input_ids[row.prompt_tokens :]
@@ -329,6 +346,10 @@ def _with_output(row: Example, context: np.ndarray, output: np.ndarray, contexts
     ids = np.concatenate([context, output]).astype(np.int32)
     counted = np.arange(len(ids)) >= len(context)
     return Example(ids, counted, None, len(context), row.where, row.fields, contexts=contexts)
+
+
+def _last(ids: np.ndarray, count: int) -> np.ndarray:
+    return ids[max(0, len(ids) - count) :]
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from rayk.errors import InputError
 from rayk.signals.alignment import AlignedView
 from rayk.signals.sequence import TokenSequence
 
@@ -63,12 +64,20 @@ class Example(TokenSequence):
 
         Views align by counted index: the tokens after the prompt, which include all counted ones, are the same in all
         views but aligned ones, whose `AlignedView.groups` relate both counted indices.
+
+        Raises:
+            InputError: a token of the prompt is counted, which the teacher's context would replace.
         """
         if reader in self.aligned:
             return self.aligned[reader].sequence
         context = self.contexts.get(reader, self.contexts.get(EVERY_TEACHER))
         if context is None:
             return self
+        if self.counted[: self.prompt_tokens].any():
+            raise InputError(
+                f"{self.where or 'A row'} has counted tokens in its prompt, which teacher '{reader}' does not read, so "
+                "its signals would belong to other tokens; count tokens of the completion only."
+            )
         ids = np.concatenate([context, self.input_ids[self.prompt_tokens :]])
         counted = np.concatenate([np.zeros(len(context), bool), self.counted[self.prompt_tokens :]])
         return Example(ids, counted, self.requested, len(context), self.where, self.fields)
@@ -104,8 +113,12 @@ class ExampleTable:
         remaining, parts = iter(examples), []
         while chunk := list(islice(remaining, _CHUNK_ROWS)):
             parts.append(_record_batch(chunk))
-        table = pa.Table.from_batches(parts, _SCHEMA)
-        metadata = {_SKIPPED: json.dumps(dict(skipped or {})), _ENDS: json.dumps(sorted(ends))}
+        return cls.from_table(pa.Table.from_batches(parts, _SCHEMA), skipped or {}, ends)
+
+    @classmethod
+    def from_table(cls, table: pa.Table, skipped: Mapping[str, int], ends: Collection[int]) -> "ExampleTable":
+        """Return the examples of an Arrow table with the class's columns, with the given metadata."""
+        metadata = {_SKIPPED: json.dumps(dict(skipped)), _ENDS: json.dumps(sorted(ends))}
         return cls(table.replace_schema_metadata(metadata))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -142,6 +155,16 @@ class ExampleTable:
                 row = int(np.searchsorted(offsets, found[0], side="right")) - 1
                 return self.table.column("where")[row].as_py(), int(ids[found[0]])
         return None
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """The ids of all examples, one after the other (of pairs, of the chosen answers), int32 [tokens]."""
+        return self._ids
+
+    @property
+    def has_pairs(self) -> bool:
+        """Return whether the examples are preference pairs."""
+        return len(self._rejected_ids) > 0
 
     @property
     def skipped(self) -> dict[str, int]:

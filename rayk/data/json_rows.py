@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, BinaryIO
 
 from rayk.data.json_text import STRICT, parse_json
-from rayk.data.rows import Row
+from rayk.data.rows import LONGEST_ROW_BYTES, Row, read_lines, too_long
 from rayk.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
@@ -100,7 +100,7 @@ def _read_list(stream: "_JsonStream") -> Iterator[Row]:
 
 def _read_lines(file: BinaryIO, name: str) -> Iterator[Row]:
     # Read as bytes: text mode also splits lines at a single carriage return.
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(read_lines(file, name), start=1):
         where = f"{name}, line {number}"
         if number == 1:
             line = line.removeprefix(_BYTE_ORDER_MARK)
@@ -187,6 +187,8 @@ class _JsonStream:
     def _read(self) -> None:
         """Forget the text before the position, and read at least as much as remains."""
         done, rest = self._text[: self._position], self._text[self._position :]
+        if len(rest) > LONGEST_ROW_BYTES:
+            raise too_long(self._where())
         self._lines += done.count("\n")
         self._column = len(done) - done.rfind("\n") - 1 if "\n" in done else self._column + len(done)
         if self._undecodable is not None:

@@ -116,6 +116,16 @@ class RowTexts:
             return chat.messages[: chat.prompt_messages]
         return self._without_weights(self._with_system(row, self._prompt_messages(row)))
 
+    def prompts(self, row: Row, *, pairs: bool = False) -> list[list[Message]]:
+        """Return the messages before each completion that is generated: before each turn of a conversation with
+        `train_on: all`, else `prompt_messages` only. Errors as `prompt_messages`."""
+        if pairs or self.source.train_on == "last" or not self._is_chat(row):
+            return [self.prompt_messages(row, pairs=pairs)]
+        chat = self.conversation(row)
+        is_open = chat.prompt_messages == len(chat.messages)  # ends with a message that is not answered yet
+        ends = [*chat.turns, *([chat.prompt_messages] if is_open or not chat.turns else [])]
+        return [chat.messages[:end] for end in ends]
+
     def conversation(self, row: Row) -> Conversation:
         """Return a row of messages, or of a prompt and a completion that are each messages or text, as a chat.
 

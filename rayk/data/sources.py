@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from rayk.config import DataSource
 from rayk.config.base import shorten
-from rayk.config.paths import COMPRESSED_SUFFIXES, DATA_SUFFIXES, TEXT_SUFFIXES, is_local_path, is_uri
+from rayk.config.paths import COMPRESSED_SUFFIXES, DATA_SUFFIXES, TEXT_SUFFIXES, expand_user, is_local_path, is_uri
 from rayk.data.json_rows import read_json
 from rayk.data.messages import SHAREGPT_FIELD
 from rayk.data.rows import Row
@@ -41,7 +41,7 @@ def read_rows(source: DataSource) -> Iterator[Row]:
 
 
 def _open(source: DataSource) -> Iterator[Row]:
-    name, shown = os.path.expanduser(source.path), shorten(source.path, _LONGEST_REASON)
+    name, shown = expand_user(source.path), shorten(source.path, _LONGEST_REASON)
     if "\0" in name:
         raise InputError(f"The data path {shown!r} contains a zero byte; correct it.")
     if os.path.isfile(name):  # unlike Path's method, False for names that the file system refuses
@@ -60,6 +60,20 @@ def _open(source: DataSource) -> Iterator[Row]:
     if is_local_path(source.path):
         raise InputError(f"The data file or folder '{shown}' does not exist; check the path.")
     return _read_hub(source)
+
+
+def local_files(source: DataSource) -> list[Path]:
+    """Return the files that `read_rows` would read; [] for a data set on the hub or a missing source."""
+    name = expand_user(source.path)
+    if "\0" in name:
+        return []
+    if os.path.isfile(name):
+        return [Path(name)]
+    if os.path.isdir(name):
+        if any(os.path.isfile(os.path.join(name, marker)) for marker in _SAVED_BY_DATASETS):
+            return sorted(path for path in Path(name).rglob("*") if path.is_file())
+        return _files_of_folder(Path(name), source)
+    return sorted(Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match))
 
 
 def _require_rows(rows: Iterator[Row], source: DataSource) -> Iterator[Row]:

@@ -2,11 +2,10 @@
 
 import csv
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from rayk.data.rows import Row
+from rayk.data.rows import LONGEST_ROW_BYTES, Row, read_lines
 from rayk.errors import InputError
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -52,7 +51,7 @@ def _num_fields(line: str, delimiter: str) -> int:
 
 def _read_values(texts: Iterable[str], lines: "_Lines", name: str, delimiter: str) -> Iterator[tuple[list[str], str]]:
     """Yield the values of each row that is not blank, and its place."""
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long chat
+    csv.field_size_limit(LONGEST_ROW_BYTES)  # the default of 128 KiB is less than a long chat
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     first = lines.number
     while True:
@@ -74,13 +73,13 @@ class _Lines:
     """The lines of a UTF-8 file as text, and the number of the last one."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name, self.number = file, name, 0
+        self._lines, self._name, self.number = read_lines(file, name), name, 0
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        line = next(self._file)
+        line = next(self._lines)
         self.number += 1
         try:
             return line.decode("utf-8-sig" if self.number == 1 else "utf-8")

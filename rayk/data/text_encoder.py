@@ -140,6 +140,14 @@ class TextEncoder:
             for text, ids in zip(texts, anchored, strict=True)
         ]
 
+    def as_continuation(self, ids: list[int]) -> list[int]:
+        """Return the ids of a text that is to follow other text, from `ids`, its ids as a text of its own."""
+        if not self._adds_space:
+            return ids
+        text = self.tokenizer.decode(ids)
+        text = text if self.encode([text])[0] == ids else text.removeprefix(" ")
+        return self.continuation(text) if self.encode([text])[0] == ids else ids
+
     def texts(self, texts: list[str]) -> list[Tokens]:
         """Tokenize plain texts; all tokens from position 1 through EOS are counted."""
         tokens = [self._append_eos([], self.prefix + ids) for ids in self.encode(texts)]

@@ -1,16 +1,18 @@
 """Tokenize rows into examples, once per run, on the driver."""
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from rayk.config import DataConfig, DataSource
 from rayk.data.chat_template import ChatTemplate
+from rayk.data.chunks import cut_into_chunks
 from rayk.data.examples import Example, ExampleTable
 from rayk.data.row_texts import Conversation, Format, RowTexts
 from rayk.data.sources import Row, read_rows
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_ROWS = 1000
+CHUNK_ROWS = 1000
+"""Rows that are tokenized together."""
 _RowTokens = Tokens | tuple[Tokens, Tokens]
 
 
@@ -52,6 +55,8 @@ class RowTokenizer:
     ) -> None:
         if section is None:
             section = "data.evaluation." if source is data.evaluation else "data.train."
+        if source.chunk_tokens is not None:  # texts are cut afterwards
+            data = data.model_copy(update={"max_tokens": sys.maxsize})
         self.source, self.data, self.prompts_only, self.pairs = source, data, prompts_only, pairs
         self.texts = RowTexts(source, section)
         template = ChatTemplate.from_settings(data, tokenizer)
@@ -70,7 +75,7 @@ class RowTokenizer:
             InputError: a row lacks required fields, is malformed, or is too long while `too_long` is `error`.
         """
         remaining = iter(rows)
-        while chunk := list(islice(remaining, _CHUNK_ROWS)):
+        while chunk := list(islice(remaining, CHUNK_ROWS)):
             makes_pairs = self._makes_pairs(chunk[0])
             encoded: Iterable[Sequence[_RowTokens]] = self._encode_pairs(chunk) if makes_pairs else self._encode(chunk)
             for row, sequences in zip(chunk, encoded, strict=True):
@@ -84,13 +89,13 @@ class RowTokenizer:
         Raises:
             InputError: the row is plain text, which has no prompt, or lacks required fields.
         """
-        tokens = self._encode_prompts([row])[0]
+        tokens = self._encode_prompts([row])[0][-1]
         return np.asarray(tokens.input_ids, dtype=np.int32)
 
     def _encode(self, rows: list[Row]) -> list[list[Tokens]]:
         """Return the tokens of each row: none for a skipped row, several if each of its turns is an example."""
         if self.prompts_only:
-            return [[tokens] for tokens in self._encode_prompts(rows)]
+            return self._encode_prompts(rows)
         form = self._format(rows[0])
         if form == "messages":
             return [self._encode_conversation(row, self.texts.conversation(row)) for row in rows]
@@ -110,7 +115,8 @@ class RowTokenizer:
             for row, prompt, completion, pair in zip(rows, prompts, completions, tokens, strict=True)
         ]
 
-    def _encode_prompts(self, rows: list[Row]) -> list[Tokens]:
+    def _encode_prompts(self, rows: list[Row]) -> list[list[Tokens]]:
+        """Return the tokens of each row's prompts: several if each of its turns is an example."""
         form = self._format(rows[0])
         if form == "text":
             raise InputError(
@@ -119,22 +125,26 @@ class RowTokenizer:
             )
         is_chat = form == "messages" or (form == "preference" and self.texts.has_conversations(rows[0]))
         if is_chat or self.data.chat_template:
-            chats = [self.texts.prompt_messages(row, pairs=form == "preference") for row in rows]
+            chats = [self.texts.prompts(row, pairs=form == "preference") for row in rows]
             prompts = [
-                self.encoder.chat_prompt(chat, row.where, self.texts.tools(row))
-                for row, chat in zip(rows, chats, strict=True)
+                [self.encoder.chat_prompt(chat, row.where, self.texts.tools(row)) for chat in chats_of_row]
+                for row, chats_of_row in zip(rows, chats, strict=True)
             ]
-            if not self.ends and (end := self.encoder.end_of_answer(chats[0], rows[0].where)) is not None:
+            if not self.ends and (end := self.encoder.end_of_answer(chats[0][-1], rows[0].where)) is not None:
                 self.ends.add(end)
         else:
-            prompts = self.encoder.prompts([self.texts.prompt(row) for row in rows])
+            prompts = [[ids] for ids in self.encoder.prompts([self.texts.prompt(row) for row in rows])]
             self.ends.add(self.encoder.eos_id)
-        return [Tokens(ids, [], (len(ids),)) for ids in prompts]
+        return [[Tokens(ids, [], (len(ids),)) for ids in prompts_of_row] for prompts_of_row in prompts]
 
     def _format(self, row: Row) -> Format:
         if self.format is None:
             self.format = self.texts.format_of(row, prompts_only=self.prompts_only, pairs=self.pairs)
         return self.format
+
+    def detect_format(self, first: Row) -> None:
+        """Take the format of the source from its first row, if another row is tokenized first."""
+        self._format(first)
 
     def _makes_pairs(self, row: Row) -> bool:
         return self._format(row) == "preference" and not self.prompts_only
@@ -275,17 +285,36 @@ def build_table(tokenizer: RowTokenizer, rows: Iterable[Row], name: str) -> Exam
         InputError: as `RowTokenizer.examples`, or no row is usable.
     """
     table = ExampleTable.from_examples(tokenizer.examples(rows), tokenizer.skipped, tokenizer.ends)
-    if tokenizer.divided_rows:
+    report_rows(name, len(table), tokenizer)
+    return cut_into_chunks(table, tokenizer.source, tokenizer.texts.section)
+
+
+class Counts(Protocol):
+    """Counts of a source's rows: `skipped` ones by reason, the first one of each, and those made into several."""
+
+    skipped: Any
+    first_skipped: dict[str, str]
+    divided_rows: int
+
+
+def report_rows(name: str, usable: int, counts: Counts) -> None:
+    """Log the rows of the source `name` that were skipped or divided.
+
+    Raises:
+        InputError: no row is usable.
+    """
+    if counts.divided_rows:
         logger.info(
             "'%s': the chat template prints earlier assistant turns differently from the last one, so each trained "
             "turn of %d rows is an example of its own; train_on: last costs fewer tokens.",
-            name, tokenizer.divided_rows,
+            name, counts.divided_rows,
         )  # fmt: skip
     reasons = ", ".join(
-        f"{reason} ({count}, first {tokenizer.first_skipped[reason]})" for reason, count in tokenizer.skipped.items()
+        f"{reason} ({count:,} {'row' if count == 1 else 'rows'}, first {counts.first_skipped[reason]})"
+        for reason, count in counts.skipped.items()
     )
-    if not len(table):
-        raise InputError(f"'{name}' has no usable row: {reasons or 'it is empty'}.")
+    if not usable:
+        fix = "change the rows, or the limits in section 'data'" if reasons else "add rows, or change the path"
+        raise InputError(f"'{name}' has no usable row: {reasons or 'it is empty'}; {fix}.")
     if reasons:
-        logger.warning("'%s': %d rows skipped: %s", name, sum(tokenizer.skipped.values()), reasons)
-    return table
+        logger.warning("'%s': %d rows skipped: %s", name, sum(counts.skipped.values()), reasons)

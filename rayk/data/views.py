@@ -1,9 +1,9 @@
 """Views: a row as each model of a run reads it (`rayk.data.Example.view`).
 
-A teacher may read another context than the student does: a hint with the right answer (`teachers.prompt_template`,
-context distillation, arXiv 2209.15189), or more demonstrations (method `in_context`). Every view ends with the same
-counted tokens, so student and teacher align by counted index. A teacher with another tokenizer reads the row in its own
-tokens (`rayk.data.alignment`).
+A teacher may read another context than the student does: privileged information such as the right answer
+(`teachers.prompt_template`; context distillation, arXiv 2209.15189), or more demonstrations (method `in_context`).
+Every view ends with the same counted tokens, so student and teacher align by counted index. A teacher with another
+tokenizer reads the row in its own tokens (`rayk.data.alignment`).
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class TeacherPrompt:
 
     If the student reads a row in a chat template, so does the teacher: the template's text replaces the last user's
     message, {prompt} is that message, and the system prompt, earlier turns and tools stay. Otherwise the template's
-    text is the prompt.
+    text is the prompt, and {prompt} is the prompt that the student reads.
     """
 
     def __init__(self, template: str, data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -53,18 +53,22 @@ class TeacherPrompt:
             InputError: the row lacks a field of the template, or has no user's message to replace.
         """
         texts, messages = self._messages(row, is_pair)
-        if messages is None:
-            return np.asarray(self._encoder.prompts([self._template.prompt(row)])[0], np.int32)
+        if isinstance(messages, str):
+            return np.asarray(self._encoder.prompts([self._fill(row, messages)])[0], np.int32)
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if last is None:
             raise InputError(f"{row.where} has no user's message, which teachers.prompt_template could replace.")
-        content = self._template.prompt(replace(row, fields={**row.fields, "prompt": messages[last]["content"]}))
+        content = self._fill(row, messages[last]["content"])
         messages = [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
         return np.asarray(self._encoder.chat_prompt(messages, row.where, texts.tools(row)), np.int32)
 
-    def _messages(self, row: Row, is_pair: bool) -> tuple[RowTexts, list[Message] | None]:
-        """Return the messages after which the student reads the completion, None if it reads no chat, with the settings
-        of the source that the row fits: training rows, or else evaluation rows."""
+    def _fill(self, row: Row, prompt: str) -> str:
+        """Return the template's text, in which {prompt} is the student's `prompt`."""
+        return self._template.prompt(replace(row, fields={**row.fields, "prompt": prompt}))
+
+    def _messages(self, row: Row, is_pair: bool) -> tuple[RowTexts, list[Message] | str]:
+        """Return the messages after which the student reads the completion, or its prompt's text if it reads no chat,
+        with the settings of the source that the row fits: training rows, or else evaluation rows."""
         problem = None
         for texts in self._texts:
             try:
@@ -73,7 +77,7 @@ class TeacherPrompt:
                 if is_chat or self._in_chat:
                     _check_one_turn(texts, row, is_pair)
                     return texts, texts.prompt_messages(row, pairs=form == "preference")
-                return texts, None
+                return texts, texts.prompt(row)
             except InputError as error:
                 problem = problem or error
         assert problem is not None
@@ -154,9 +158,10 @@ class RowViews:
             return row
         return replace(row, aligned={name: aligner.align(row) for name, aligner in self.aligners.items()})
 
-    def has_view(self, teacher: str) -> bool:
-        """Return whether a teacher reads rows in another context than the student."""
-        return self.demonstrations is not None or teacher in self.prompts or teacher in self.aligners
+    def reads_prompts(self, teacher: str) -> bool:
+        """Return whether a teacher reads a prompt before each completion, the student's or its own, without
+        demonstrations and in the student's tokens."""
+        return self.demonstrations is None and teacher not in self.aligners
 
     def _with_prompts(self, row: Example) -> Example:
         if all(name in row.contexts for name in self.prompts):

@@ -1,3 +1,5 @@
+import datetime
+import inspect
 import pickle
 
 import numpy as np
@@ -6,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayk.config import DataSource
+from rayk.config import DataConfig, DataSource
 from rayk.data.batches import BatchSampler, collate, get_pad_id, make_batches, micro_batches
 from rayk.errors import InputError
 from rayk.signals.sequence import TokenSequence
-from tests.tiny import EOS, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, EOS, tiny_tokenizer
 
 
 def sequence(ids, counted):
@@ -92,6 +94,15 @@ def test_every_epoch_has_every_row_once(lengths, batch_size, seed):
         assert sorted(stream[epoch * total : (epoch + 1) * total]) == list(range(total))
 
 
+@given(lengths=lengths_lists, prompts=st.integers(1, 9), samples=st.integers(1, 4))
+def test_each_row_of_a_step_occurs_as_often_as_there_are_samples(lengths, prompts, samples):
+    one = BatchSampler(lengths, prompts, 3, 20)
+    several = BatchSampler(lengths, prompts * samples, 3, 20, samples=samples)
+    for step in (0, 7, 19):
+        assert several.rows(step).tolist() == np.repeat(one.rows(step), samples).tolist()
+    assert several.epochs(4) == one.epochs(4) == 4 * prompts / len(lengths)
+
+
 @given(lengths=lengths_lists, seed=st.integers(0, 9), step=st.integers(0, 1000))
 def test_step_depends_on_seed_and_step_only(lengths, seed, step):
     warmed = BatchSampler(lengths, 8, seed, 1)
@@ -166,6 +177,15 @@ def test_make_batches_gives_the_same_for_dicts_files_and_sources(tmp_path, pad_i
             assert all(text.count(EOS) == 1 and text.endswith(EOS) for text in texts)
     shuffled = make_batches(rows, tokenizer, 5, shuffle_seed=1, **fields)[0]
     assert sorted(len(each) for each in shuffled.sequences) == sorted(len(e) for b in batches for e in b.sequences)
+
+
+def test_make_batches_takes_all_settings_of_data_and_pins_dates():
+    names = set(inspect.signature(make_batches).parameters)
+    assert set(DataConfig.model_fields) - {"train", "evaluation"} <= names
+    tokenizer = tiny_tokenizer(chat_template="{{ strftime_now('%Y-%m-%d') }}\n" + CHAT_TEMPLATE)
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (pinned,) = make_batches(rows, tokenizer, 1, chat_template_date=datetime.date(2025, 3, 9))
+    assert tokenizer.decode(pinned.input_ids[0]).startswith("2025-03-09\n<|user|>")
 
 
 def test_make_batches_refuses_wrong_arguments(tokenizer):

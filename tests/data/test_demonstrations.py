@@ -65,7 +65,23 @@ def test_outputs_and_options_have_no_space_from_the_tokenizer_before_them(make_p
     pool, rows = make_pool(tasks(), tokenizer=tokenizer)
     query = pool.add_demonstrations(rows[0], seed=5)
     assert query.gold == 1 and [tokenizer.decode(option) for option in query.options] == OPTIONS
-    assert tokenizer.decode(query.input_ids).endswith(" cat 0 sat\nno")
+    assert tokenizer.decode(query.input_ids).endswith("\ncat 0 sat\nno")
+
+
+@pytest.mark.parametrize("student", [0, 1, 2])
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_one_before_the_first_input_only(make_pool, student):
+    tokenizer = spaced_tokenizer()
+    pool, rows = make_pool(tasks(), tokenizer=tokenizer, student_demonstrations=student)
+    query = pool.add_demonstrations(rows[0], seed=5)
+    parts = [rows[place].fields for place in pool.select(rows[0], 5)]
+    texts = [f"{part['prompt']}\n{part['completion']}\n\n\n" for part in parts] + ["cat 0 sat\n"]
+    assert tokenizer.decode(query.view("any").input_ids) == f"{BOS} {''.join(texts)}no"
+    assert tokenizer.decode(query.prompt_ids) == f"{BOS} {''.join(texts[3 - student :])}"
+    whole = query.full_text
+    assert whole.view("any").targets.tolist() == whole.targets.tolist() == query.input_ids[1:].tolist()
+    before = whole.view("any").input_ids[: -len(whole.targets)]
+    assert tokenizer.decode(before) == f"{BOS} {''.join(texts[: 3 - student])}"
+    assert pool.max_length(rows) >= max(len(pool.add_demonstrations(row, 5).view("any")) for row in rows)
 
 
 def test_separators_can_be_set_and_row_without_options_ends_with_eos(make_pool, tokenizer):

@@ -332,7 +332,7 @@ def table_of(path, tokenizer, **settings):
 def test_table_returns_the_examples(written, tokenizer, caplog):
     table = table_of(written, tokenizer)
     assert len(table) == 2500 - 358 and table.skipped == {"empty completion": 358}
-    assert f"empty completion (358, first {written}, line 1)" in caplog.text
+    assert f"empty completion (358 rows, first {written}, line 1)" in caplog.text
     for index, row in ((0, 1), (1500, 1751), (-1, 2498)):
         example = table[index]
         assert example.where == f"{written}, line {row + 1}" and example.fields["answer"] == row
@@ -368,7 +368,7 @@ def test_fingerprint_differs_for_other_data_and_order(written, tokenizer, bos_to
 
 def test_source_without_usable_rows_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x", "completion": ""}\n')
-    with pytest.raises(InputError, match="a.jsonl' has no usable row: empty completion .1, first "):
+    with pytest.raises(InputError, match="a.jsonl' has no usable row: empty completion .1 row, first "):
         table_of(tmp_path / "a.jsonl", tokenizer)
 
 

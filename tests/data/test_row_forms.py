@@ -166,6 +166,24 @@ def test_turns_to_train_on(tokenizer, encode):
     assert encode.skipped == {"no assistant turn with a weight of 1": 1}
 
 
+def test_completions_are_generated_after_the_messages_before_each_trained_turn(tokenizer, encode):
+    def prompts(*messages, **settings):
+        rows = encode(tokenizer, [{"messages": list(messages)}], prompts_only=True, **settings)
+        assert not any(row.counted.any() for row in rows)
+        return [tokenizer.decode(row.input_ids) for row in rows]
+
+    def rendered(*messages):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    first, last, open_end = rendered(QUESTION), rendered(QUESTION, ANSWER, SECOND), (QUESTION, ANSWER, SECOND)
+    assert prompts(QUESTION, ANSWER, SECOND, LAST) == [last]
+    assert prompts(QUESTION, ANSWER, SECOND, LAST, train_on="all") == [first, last]
+    assert prompts(*open_end) == [last]
+    assert prompts(*open_end, train_on="all") == [first, last]
+    assert prompts(QUESTION, ANSWER | {"weight": 0}, SECOND, LAST, train_on="all") == [last]
+    assert prompts(QUESTION, ANSWER, SECOND, LAST | {"weight": 0}, train_on="all") == [first]
+
+
 def test_tool_calls_of_all_forms_are_the_same():
     question, reply = {"role": "user", "content": "Weather in Bern?"}, {"role": "assistant", "content": "Sunny."}
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayk.config import DataSource
+from rayk.data import json_rows, table_rows
+from rayk.data import rows as row_module
 from rayk.data.sources import read_rows
 from rayk.errors import InputError
 
@@ -154,6 +156,20 @@ def test_compressed_files_are_read_as_their_content(tmp_path):
             (tmp_path / name).write_bytes(damaged)
             with pytest.raises(InputError, match=f"'.*{name}' cannot be read: |{name}, line ."):
                 rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_row_longer_than_the_limit_is_refused(tmp_path, monkeypatch, suffix):
+    """A compressed file of a few kilobytes can contain a row that fills any memory."""
+    for module in (row_module, json_rows, table_rows):
+        monkeypatch.setattr(module, "LONGEST_ROW_BYTES", 3 << 20)
+    start = {".jsonl": b'{"prompt": "', ".json": b'[{"prompt": "', ".csv": b'prompt\n"'}[suffix]
+    with gzip.open(tmp_path / f"a{suffix}.gz", "wb") as file:
+        file.write(start)
+        for _ in range(64):
+            file.write(b"x" * (1 << 20) + (b"\n" if suffix == ".csv" else b""))
+    with pytest.raises(InputError, match=r"is longer than 3 MB|field larger than field limit"):
+        rows_of(tmp_path / f"a{suffix}.gz")
 
 
 def test_folder_is_read_without_tables_beside_its_rows_and_without_copies(tmp_path):

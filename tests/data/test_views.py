@@ -46,7 +46,6 @@ def test_each_reader_has_its_context_and_the_same_counted_tokens(views, tokenize
     assert tokenizer.decode(hinted.prompt_ids) == "the mat is on: the cat"
     assert np.array_equal(hinted.targets, row.targets) and hinted.where == row.where
     assert plain is viewed
-    assert views.has_view("hinted") and not views.has_view("plain")
 
 
 def test_context_of_one_teacher_precedes_that_of_every_teacher(tokenizer):
@@ -56,6 +55,26 @@ def test_context_of_one_teacher_precedes_that_of_every_teacher(tokenizer):
     assert np.array_equal(viewed.view("one").prompt_ids, own)
     assert np.array_equal(viewed.view("two").prompt_ids, shared)
     assert np.array_equal(viewed.view("two").targets, row.targets)
+
+
+def test_view_that_would_replace_counted_tokens_is_refused(tokenizer):
+    (row,) = make_rows(tokenizer, ROW)
+    counted = row.counted.copy()
+    counted[row.prompt_tokens - 1] = True
+    with pytest.raises(InputError, match=r"^rows.jsonl, line 1 has counted tokens in its prompt.*of the completion"):
+        replace(row, counted=counted, contexts={"one": np.arange(3, dtype=np.int32)}).view("one")
+
+
+def test_prompt_in_a_template_is_the_prompt_that_the_student_reads(tokenizer):
+    source = {"path": "p", "prompt_template": "Q: {question}\nA:", "completion_field": "solution"}
+    config, views = chat_views(tokenizer, "{hint}{prompt}", train=source)
+    rows = RowTokenizer(config.data.train, config.data, tokenizer)
+    fields = {"question": "the cat", "solution": " sat", "prompt": "another field"}
+    for hint in ("", "the mat. "):
+        (example,) = rows.examples([Row(fields | {"hint": hint}, "rows.jsonl, line 1")])
+        read = views.apply(example).view("hinted")
+        assert tokenizer.decode(read.prompt_ids) == f"{hint}Q: the cat\nA:"
+        assert hint or np.array_equal(read.input_ids, example.input_ids)
 
 
 def test_views_are_applied_once_and_a_view_is_its_own_view(views, tokenizer):
