@@ -1,6 +1,7 @@
 """Merge concurrent requests into batches of similar length, and run coroutines concurrently."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -36,6 +37,18 @@ class MicroBatcher:
         self._waiting: list[_Job] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._worker: asyncio.Task | None = None
+        self._progress_at: float | None = None
+
+    def note_progress(self) -> None:
+        """Record that the running batch has advanced; callable from any thread."""
+        if self._progress_at is not None:
+            self._progress_at = time.monotonic()
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Seconds since the running batch has advanced; 0 if none is running."""
+        since = self._progress_at
+        return 0.0 if since is None else time.monotonic() - since
 
     async def submit(self, key: Hashable, items: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
         """Return the items' results, in order; raise the first error of any of their batches."""
@@ -55,6 +68,7 @@ class MicroBatcher:
         loop = asyncio.get_running_loop()
         while self._waiting:
             jobs = self._next_batch()
+            self._progress_at = time.monotonic()
             try:
                 results = await loop.run_in_executor(self._thread, self._run, jobs[0].key, [job.item for job in jobs])
             except Exception as error:
@@ -66,6 +80,8 @@ class MicroBatcher:
                 for job, result in zip(jobs, results, strict=True):
                     if not job.done.done():
                         job.done.set_result(result)
+            finally:
+                self._progress_at = None
 
     def _next_batch(self) -> list[_Job]:
         oldest = self._waiting[0]

@@ -51,16 +51,22 @@ def build_engine(config: TeacherConfig) -> Engine:
             )
         return engine
 
-    import torch
-
     from rayk.engines.transformers import TransformersEngine
 
-    threads = config.engine.threads or max(1, int(config.resources.num_cpus))
-    if config.engine.device == "cpu" or not torch.cuda.is_available():
-        torch.set_num_threads(threads)
+    set_threads(config)
     return TransformersEngine(
         config.model, config.engine, trust_remote_code=config.trust_remote_code, vocab_size=config.vocab_size
     )
+
+
+def set_threads(config: TeacherConfig) -> None:
+    """Set the threads of this process, which computes on CPUs: `engine.threads`, or the replica's CPUs."""
+    import torch
+
+    engine = config.engine
+    assert engine.kind == "transformers"
+    if engine.device == "cpu" or not torch.cuda.is_available():
+        torch.set_num_threads(engine.threads or max(1, int(config.resources.num_cpus)))
 
 
 def load_engine_class(path: str) -> type[Engine]:

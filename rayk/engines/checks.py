@@ -12,8 +12,6 @@ from rayk.engines.speculative import Draft
 from rayk.errors import InputError
 from rayk.signals.sequence import TokenSequence
 
-_PADDING_MASS, _PADDING_FACTOR = 0.01, 4.0
-
 
 def check_request(info: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> None:
     """Check that this model can score `sequences` with `support`.
@@ -123,30 +121,6 @@ def _check_ids(info: EngineInfo, ids: np.ndarray, tokens: int | None = None) -> 
         raise InputError(
             f"Token id {wrong} is outside the vocabulary of {info.model}, which has {tokens} tokens; student and "
             "teacher must share a tokenizer."
-        )
-
-
-def check_padding(model: str, logprobs: Tensor, tokens: int) -> None:
-    """Check that ids without a token have no probability to speak of.
-
-    An embedding is often padded past the tokenizer's last token. In trained models the padding's probability is far
-    below 1e-4. It counts as part of the tail, so a larger one would be taken from real tokens.
-
-    Args:
-        logprobs: log-probs over all columns of the head at some positions, [positions, columns].
-        tokens: number of real tokens.
-
-    Raises:
-        InputError: the padding has more than 1 % of the probability, and more than four times its share of the columns
-            (models with random weights have flat distributions).
-    """
-    columns = logprobs.shape[1]
-    mass = float(logprobs[:, tokens:].exp().sum(1).mean())
-    if mass > max(_PADDING_MASS, _PADDING_FACTOR * (columns - tokens) / columns):
-        raise InputError(
-            f"The embedding of {model} has {columns:,} rows but its tokenizer only {tokens:,} tokens, and the model "
-            f"gives {mass:.1%} of the probability to the others; save it with the tokenizer that belongs to it, or "
-            f"after model.resize_token_embeddings({tokens})."
         )
 
 

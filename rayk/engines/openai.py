@@ -25,6 +25,7 @@ from tenacity import (
 )
 
 from rayk.config import OpenAIEngineConfig
+from rayk.config.secrets import hide, remember_secret
 from rayk.config.support import Support
 from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters, Usage
 from rayk.engines.batching import gather
@@ -82,6 +83,7 @@ class OpenAIEngine:
     def __init__(self, model: str, settings: OpenAIEngineConfig | None = None):
         self.settings = settings = settings or OpenAIEngineConfig()
         self._key = _read_key(settings.api_key_variable)
+        remember_secret(self._key)
         self._url = f"{settings.base_url.rstrip('/')}/{'chat/' if settings.chat else ''}completions"
         self._client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -228,9 +230,7 @@ class OpenAIEngine:
             text, code = str(error["message"]), str(error.get("code"))
         except (ValueError, KeyError, TypeError, AttributeError):
             text, code = response.text or response.reason_phrase, ""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return textwrap.shorten(text, 300, placeholder=" …"), code
+        return textwrap.shorten(hide(text), 300, placeholder=" …"), code
 
     def _count_usage(self, content: Any, expected: float) -> None:
         """Add a response's usage, and correct the rate limit of tokens, from which `expected` tokens were acquired."""

@@ -10,27 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rayk.config import TransformersEngineConfig
-from rayk.config.support import Hidden, Support, TopK
+from rayk.config.support import Layers, Support, TopK, final_dtype
 from rayk.engines.base import EngineInfo, GeneratedSequence, Prompt, SamplingParameters
 from rayk.engines.batching import MicroBatcher
 from rayk.engines.checks import (
     check_drafts,
-    check_padding,
     check_request,
     generated_ids,
-    probe_sequence,
     tokenize_prompts,
 )
 from rayk.engines.generation import generate
-from rayk.engines.reduce import reduce_logits, stack_position_inputs
+from rayk.engines.padding import check_padding
+from rayk.engines.reduce import logits_rows, reduce_logits, stack_position_inputs
 from rayk.engines.speculative import Draft, Verdict
 from rayk.engines.verification import Verifier
 from rayk.models import (
     DTYPES,
+    CausalLM,
     Head,
-    final_hidden,
     get_head,
     load_model,
     load_tokenizer,
@@ -40,11 +40,12 @@ from rayk.models import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from rayk.models.body import get_body
+from rayk.models.layer_states import layer_numbers, layer_states
 from rayk.signals.batch import SignalBatch, concatenate
+from rayk.signals.layer_states import compress_states
 from rayk.signals.sequence import TokenSequence
 
-LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Memory for the logits that are computed at the same time, by kind of device."""
 _PREFIX_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 
 
@@ -53,22 +54,30 @@ class TransformersEngine:
 
     def __init__(
         self, model: str, settings: TransformersEngineConfig | None = None, *, trust_remote_code: bool = False,
-        vocab_size: int | None = None,
+        vocab_size: int | None = None, loaded: tuple[CausalLM, Any] | None = None,
     ):  # fmt: skip
         """
         Args:
             vocab_size: number of leading ids that signals are over; None: all real tokens.
+            loaded: a model, on its device and in its type, and its tokenizer, instead of those of the folder or hub id
+                `model`, which is then only a name. Its weights may be replaced while the engine computes nothing.
         """
         settings = settings or TransformersEngineConfig()
         self.device = pick_device(settings.device)
-        self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        self.model = load_model(
-            model, dtype=settings.dtype, device=self.device, trust_remote_code=trust_remote_code
-        ).requires_grad_(False)
+        if loaded is not None:
+            self.model, self.tokenizer = loaded
+        else:
+            self.tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            self.model = load_model(
+                model, dtype=settings.dtype, device=self.device, trust_remote_code=trust_remote_code,
+                device_map=settings.device_map,
+            ).requires_grad_(False)  # fmt: skip
         self._head = get_head(self.model)
         self._tokens = min(self._head.vocab_size, real_vocab_size(self.tokenizer))
         self._fatal: Exception | None = None
+        self._stall_seconds = settings.stall_seconds
         self._batcher = MicroBatcher(self._run, settings.batch_tokens)
+        get_body(self.model).register_forward_pre_hook(lambda *_: self._batcher.note_progress())
         self.info = EngineInfo(
             model=model,
             vocab_size=min(self._tokens, vocab_size or self._tokens),
@@ -76,10 +85,13 @@ class TransformersEngine:
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=self.device,
-            supports=("topk", "requested", "sampled", "hidden", "logprob"),
+            supports=("topk", "requested", "sampled", "hidden", "logprob", "layers"),
             hidden_size=self._head.weight.shape[1],
-            weights_fingerprint=weights_fingerprint(model, getattr(self.model.config, "_commit_hash", None)),
-            can_verify=True,
+            # A loaded model's weights may change, which keys of caches and of attention caches do not know.
+            weights_fingerprint=""
+            if loaded
+            else weights_fingerprint(model, getattr(self.model.config, "_commit_hash", None)),
+            can_verify=loaded is None,
         )
         self._verifier = Verifier(
             self.model, self._head, self.info.vocab_size,
@@ -88,6 +100,7 @@ class TransformersEngine:
 
     async def score(self, sequences: Sequence[TokenSequence], support: Support) -> SignalBatch:
         check_request(self.info, sequences, support)
+        self._layer_numbers(support)  # raises before the request joins others in a batch
         results = await self._batcher.submit(("score", support, 0), sequences, [len(s) for s in sequences])
         batches = list({id(batch): batch for batch, _ in results}.values())
         starts = dict(zip(map(id, batches), np.cumsum([0, *map(len, batches)]), strict=False))
@@ -108,11 +121,13 @@ class TransformersEngine:
     async def warm_up(self) -> None:
         length = min(64, self.info.max_tokens)
         await self.score([TokenSequence(np.zeros(length, np.int32), np.arange(length) > 0)], TopK(1))
-        await asyncio.to_thread(self._check_padding)
+        await asyncio.to_thread(check_padding, self.model, self.tokenizer, self.info.model)
 
     async def check_health(self) -> None:
         if self._fatal is not None:
             raise RuntimeError(f"The device failed: {self._fatal}")
+        if (stalled := self._batcher.stalled_seconds) > self._stall_seconds:
+            raise RuntimeError(f"The model has computed one forward pass for {stalled:.0f} s.")
 
     def head(self) -> Head:
         return self._head
@@ -132,17 +147,28 @@ class TransformersEngine:
             raise
         return [(signals, row) for row in range(len(items))]
 
-    @torch.inference_mode()
-    def _check_padding(self) -> None:
-        if self._head.vocab_size > self._tokens:
-            ids = torch.from_numpy(probe_sequence(self.info).input_ids.astype(np.int64))[None].to(self.model.device)
-            logits = self._head.logits(final_hidden(self.model, ids, torch.ones_like(ids))[0])
-            check_padding(self.info.model, logits.log_softmax(1), self._tokens)
-
     @property
     def _chunk(self) -> int:
         """Number of positions whose logits are in memory at the same time."""
-        return max(16, LOGITS_BYTES["cpu" if self.device == "cpu" else "cuda"] // (4 * self._head.vocab_size))
+        return logits_rows(self.device, self._head.vocab_size)
+
+    def _layer_numbers(self, support: Support) -> list[int]:
+        """Return the numbers of the layers whose states a signal of this support contains; none for other supports.
+
+        Raises:
+            InputError: the model lacks one.
+        """
+        return layer_numbers(support.layers, self.model.config, self.info.model) if isinstance(support, Layers) else []
+
+    def _counted_states(self, ids: Tensor, mask: Tensor, counted: Tensor, support: Support) -> list[Tensor]:
+        """Return the final hidden states that predict the counted tokens, and those of the support's layers, [tokens,
+        width] each, on the device of the head."""
+        device = self._head.weight.device
+        rows, columns = (place.to(device) for place in counted.nonzero(as_tuple=True))
+        final, states = layer_states(
+            self.model, ids.to(self.model.device), mask.to(self.model.device), self._layer_numbers(support)
+        )
+        return [each.to(device)[rows, columns - 1] for each in (final, *states)]
 
     def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         longest = max(map(len, sequences))
@@ -153,11 +179,9 @@ class TransformersEngine:
             ids[row, : len(sequence)] = torch.from_numpy(sequence.input_ids.astype(np.int64))
             counted[row, : len(sequence)] = torch.from_numpy(np.array(sequence.counted))
             mask[row, : len(sequence)] = 1
-        device = self.model.device
-        hidden = final_hidden(self.model, ids.to(device), mask.to(device))
-        rows, columns = counted.nonzero(as_tuple=True)
-        hidden = hidden[rows.to(device), columns.to(device) - 1]
-        targets = ids[rows, columns].to(device)
+        hidden, *layers = self._counted_states(ids, mask, counted, support)
+        device = self._head.weight.device
+        targets = ids[counted].to(device)
         inputs = stack_position_inputs(sequences, support)
         inputs = None if inputs is None else inputs.to(device)
         parts = []
@@ -168,6 +192,9 @@ class TransformersEngine:
             parts.append(reduce_logits(logits, targets[at], support, self.info.vocab_size, chunk_inputs))
         offsets = torch.cat([torch.zeros(1, dtype=torch.long), counted.sum(1).cumsum(0)])
         signal: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-        if isinstance(support, Hidden):
-            signal["hidden"] = hidden.to(DTYPES[support.dtype]).cpu()
+        if (dtype := final_dtype(support)) is not None:
+            signal["hidden"] = hidden.to(DTYPES[dtype]).cpu()
+        if isinstance(support, Layers):
+            stored, scales = compress_states(torch.stack(layers, dim=1), support.dtype)
+            signal |= {"layers": stored.cpu(), "layer_scales": None if scales is None else scales.cpu()}
         return SignalBatch(support, offsets, vocab_size=self.info.vocab_size, **signal)

@@ -1,5 +1,5 @@
-"""Replace the weights in vLLM's worker processes: write the file of the weights, and load it in each worker. vLLM
-imports this module by its name in each worker."""
+"""rayk's methods of vLLM's worker processes: score prompts, and replace the weights. vLLM imports this module by its
+name in each worker."""
 
 import json
 from collections.abc import Mapping
@@ -9,21 +9,32 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-WORKER_EXTENSION = "rayk.engines.vllm_worker.WeightUpdateExtension"
-"""For vLLM's argument `worker_extension_cls`; `VLLMEngine.load_weights` requires it."""
+from rayk.engines.vllm_scorer import attach_scorer
+
+WORKER_EXTENSION = "rayk.engines.vllm_worker.WorkerExtension"
+"""For vLLM's argument `worker_extension_cls`."""
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
-class WeightUpdateExtension:
+class WorkerExtension:
     """Mixed into vLLM's worker class by `worker_extension_cls`."""
 
+    model_runner: Any
+    """An attribute of the worker."""
     reload_weights: Any
     """A method of the worker."""
     get_model: Any
     """A method of the worker."""
+
+    def ping(self) -> None:
+        """Return at once: vLLM's processes react, and each has finished its last step."""
+
+    def start_scoring(self) -> None:
+        """Return the signals that requests ask for (`rayk.engines.vllm_task`) with their outputs."""
+        attach_scorer(self.model_runner)
 
     def load_weights_file(self, path: str) -> None:
         """Replace the model's weights by those of the safetensors file `path`; each worker loads its own shard.

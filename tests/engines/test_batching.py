@@ -196,3 +196,25 @@ def test_an_idle_batcher_works_on_another_event_loop():
     batcher = MicroBatcher(Recorder(), budget_tokens=10)
     for _ in range(2):
         assert asyncio.run(batcher.submit("a", [1, 2], [1, 1])) == [2, 4]
+
+
+def test_a_batch_that_does_not_advance_is_noticed():
+    async def main():
+        recorder = Recorder()
+        recorder.gate.clear()
+        batcher = MicroBatcher(recorder, budget_tokens=10)
+        assert batcher.stalled_seconds == 0
+        waiting = asyncio.create_task(batcher.submit("a", [1], [1]))
+        await wait_for_batch(recorder)
+        await asyncio.sleep(0.05)
+        stalled = batcher.stalled_seconds
+        assert stalled > 0.04
+        batcher.note_progress()
+        assert batcher.stalled_seconds < stalled
+        recorder.gate.set()
+        assert await waiting == [2]
+        assert batcher.stalled_seconds == 0
+        batcher.note_progress()  # after the batch
+        assert batcher.stalled_seconds == 0
+
+    asyncio.run(main())

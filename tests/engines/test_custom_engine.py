@@ -1,6 +1,7 @@
 """An engine of one's own: named by path or entry point, served by Ray Serve, and refused in one sentence."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -72,8 +73,10 @@ def test_errors_of_its_constructor_name_the_line(tiny_teacher):
 
 
 @pytest.mark.cluster
-def test_a_custom_engine_is_served(ray_cluster, tiny_teacher):
+def test_a_custom_engine_is_served(ray_cluster, tiny_teacher, monkeypatch, caplog):
     from rayk.teachers import serve_teacher
+
+    monkeypatch.setattr("rayk.serving.application._LOADING_REPORT_SECONDS", 0.2)
 
     sequences = [sequence(20, 1), sequence(30, 2)]
     engine = build_engine(config_of(tiny_teacher))
@@ -86,6 +89,7 @@ def test_a_custom_engine_is_served(ray_cluster, tiny_teacher):
     torch.testing.assert_close(signals.logprobs[:count], likeliest.values, atol=2e-3, rtol=1e-3)
     assert len(completion.token_ids) == 6
     assert completion.text and completion.finish_reason == "length"
+    assert re.search(r"eacher.*: 0 of 1 replicas are ready after \d+ s. The model is", caplog.text)
 
 
 @pytest.mark.cluster

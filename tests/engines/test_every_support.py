@@ -10,12 +10,12 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from rayk import losses
-from rayk.config.support import Hidden, Requested, Sampled, TopK
+from rayk.config.support import Hidden, Layers, Requested, Sampled, TopK
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.models import pack_head, unpack_head
 from rayk.signals.sequence import TokenSequence
-from tests.engines.reference import VOCAB, dense, sequence
+from tests.engines.reference import VOCAB, dense, sequence, with_requested_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -25,18 +25,6 @@ def score(engine, sequences, support):
 
 
 SEQUENCES = [sequence(length, seed) for seed, length in enumerate((9, 40, 3, 17))]
-
-
-def with_requested_ids(sequences, m, seed=0):
-    """Return the sequences with `m` requested ids per position: some duplicate, some -1, one position with only -1."""
-    random, result = np.random.default_rng(seed), []
-    for one in sequences:
-        ids = random.integers(0, VOCAB, (one.counted_tokens, m)).astype(np.int32)
-        ids[:, -1] = ids[:, 0]
-        ids[random.random(ids.shape) < 0.2] = -1
-        ids[0] = -1
-        result.append(TokenSequence(one.input_ids, one.counted, ids))
-    return result
 
 
 @pytest.mark.parametrize("k", [0, 5, VOCAB])
@@ -157,3 +145,30 @@ def test_sampled_signals_contain_the_teachers_entropy(engine, reference):
     exact = dense(reference, SEQUENCES)[:, :VOCAB].log_softmax(1)  # padding is never drawn
     signals = score(engine, SEQUENCES, Sampled(10))
     torch.testing.assert_close(signals.entropies, -(exact.exp() * exact).sum(1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_states_of_layers_are_the_models_own(engine, reference, dtype):
+    signals = score(engine, SEQUENCES, Layers((0, 1), dtype, "float32"))
+    exact = []
+    for one in SEQUENCES:
+        ids = torch.from_numpy(one.input_ids.astype(np.int64))[None]
+        found = reference(input_ids=ids, output_hidden_states=True)
+        before = torch.from_numpy(np.flatnonzero(one.counted)) - 1
+        exact.append([found.hidden_states[place][0, before] for place in (1, 2)])
+    first, last = (torch.cat(states) for states in zip(*exact, strict=True))
+    close = (
+        {"atol": 1e-4, "rtol": 0}
+        if dtype == "float32"
+        else {"atol": 0.004 * float(first.detach().abs().max()), "rtol": 0}
+    )
+    torch.testing.assert_close(signals.layer_states(0), first, **close)
+    normed = reference.model.norm(signals.layer_states(1))
+    torch.testing.assert_close(normed, last, atol=1e-4 if dtype == "float32" else 0.02, rtol=0)
+    whole = replace(signals, head=engine.head()).as_hidden()
+    torch.testing.assert_close(whole.logits().log_softmax(1), dense(reference, SEQUENCES), atol=1e-4, rtol=0)
+    spread = score(engine, SEQUENCES, Layers(1, dtype))
+    assert torch.equal(spread.layers[:, 0], signals.layers[:, 1])
+    assert spread.hidden is None
+    with pytest.raises(InputError, match="has only layers 0 to 1"):
+        score(engine, SEQUENCES, Layers((2,)))

@@ -1,6 +1,7 @@
 """The openai engine with a local endpoint that fails on purpose, and with vLLM's own server."""
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -224,10 +225,11 @@ def test_problems_of_every_prompt_raise_an_error_without_the_key(ask, endpoint, 
 def test_the_key_is_in_no_reason_log_or_setting(ask, endpoint, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     endpoint.replies["echo"] = [error_reply(400, "x" * 290 + f" {KEY}")]
-    endpoint.replies["again"] = [error_reply(500, f"key {KEY} overloaded")] * 9
+    encoded = base64.b64encode(f"Bearer {KEY}".encode()).decode()
+    endpoint.replies["again"] = [error_reply(500, f"key {KEY}, {encoded} overloaded")] * 9
     written, engine = ask(["echo", "again", "good"])
     assert "***" in written[1].reason
-    assert not any(piece in one.reason for one in written for piece in (KEY, KEY[:10]))
+    assert not any(piece in one.reason for one in written for piece in (KEY, KEY[:10], encoded[12:]))
     assert KEY not in caplog.text and caplog.records
     assert KEY not in repr(engine.settings) + repr(engine.info) + repr(engine.usage)
     config = run_config(method={"kind": "supervised"})
@@ -400,6 +402,7 @@ def answers(url):
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 @pytest.mark.parametrize("chat", [False, True])
 def test_vllms_server_generates_the_same_as_the_transformers_engine(server, folder, chat):
     tokenizer, twin = tiny_tokenizer(), TransformersEngine(folder)
@@ -430,6 +433,7 @@ def test_vllms_server_generates_the_same_as_the_transformers_engine(server, fold
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_vllms_server_returns_equal_text_for_equal_seeds(server, folder):
     settings = OpenAIEngineConfig(base_url=server, model_name="tiny", api_key_variable=None, chat=False)
 
@@ -444,6 +448,7 @@ def test_vllms_server_returns_equal_text_for_equal_seeds(server, folder):
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_vllms_server_reports_a_wrong_model_name(server, folder):
     engine = OpenAIEngine(folder, OpenAIEngineConfig(base_url=server, model_name="other", api_key_variable=None))
     with pytest.raises(InputError, match="does not know 'other' .*engine.model_name"):

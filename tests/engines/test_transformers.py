@@ -1,6 +1,7 @@
 import asyncio
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from rayk import losses
 from rayk.config import TransformersEngineConfig
 from rayk.config.support import Logprob, TopK
-from rayk.engines import transformers as engine_module
+from rayk.engines import reduce
 from rayk.engines.base import SamplingParameters
 from rayk.engines.generation import generate
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.models import tokenizer_fingerprint
+from rayk.models.body import get_body
 from rayk.signals.sequence import TokenSequence
 from tests.engines.reference import (
     VOCAB,
@@ -116,7 +118,7 @@ def test_signals_at_a_temperature_equal_the_dense_softmax(engine, reference, tem
 def test_chunks_of_the_head_do_not_change_the_signals(engine, monkeypatch):
     sequences = [sequence(50, i, counted=True) for i in range(3)]
     whole = score(engine, sequences, TopK(8, (1.0, 2.0)))
-    monkeypatch.setattr(engine_module, "LOGITS_BYTES", {"cpu": 1})  # chunks of 16 positions
+    monkeypatch.setattr(reduce, "LOGITS_BYTES", {"cpu": 1})  # chunks of 16 positions
     chunked = score(engine, sequences, TopK(8, (1.0, 2.0)))
     for name in ("offsets", "target_logprobs", "logprobs", "log_tails"):
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
@@ -452,5 +454,43 @@ def test_padding_with_probability_is_refused_when_the_engine_starts(tmp_path, en
         model.lm_head.weight[VOCAB:] *= 30
     model.save_pretrained(tmp_path)
     tiny_tokenizer(tmp_path)
-    with pytest.raises(InputError, match=rf"384 rows .* only {VOCAB} tokens.*resize_token_embeddings\({VOCAB}\)"):
+    with pytest.raises(InputError, match=rf"384 rows .* only {VOCAB} tokens.*set the rows without a token to zero"):
         asyncio.run(TransformersEngine(str(tmp_path)).warm_up())
+
+
+def test_a_model_that_computes_no_further_is_unhealthy(tiny_teacher):
+    engine = TransformersEngine(tiny_teacher, TransformersEngineConfig(stall_seconds=0.2))
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hang(*_):
+        entered.set()
+        assert go_on.wait(60)
+
+    hook = get_body(engine.model).layers[1].register_forward_pre_hook(hang)
+
+    async def main():
+        scoring = asyncio.create_task(engine.score([sequence(9)], TopK(2)))
+        await asyncio.to_thread(entered.wait, 60)
+        await asyncio.sleep(0.3)
+        with pytest.raises(RuntimeError, match="has computed one forward pass for"):
+            await engine.check_health()
+        hook.remove()
+        go_on.set()
+        await scoring
+        await engine.check_health()
+
+    asyncio.run(main())
+
+
+def test_a_device_map_changes_no_signal(engine, tiny_teacher):
+    spread = TransformersEngine(tiny_teacher, TransformersEngineConfig(device_map="auto"))
+    assert spread.model.device.type == "cpu"
+    sequences = [sequence(9, 1), sequence(40, 2)]
+    ours, theirs = (score(one, sequences, TopK(8)) for one in (spread, engine))
+    assert torch.equal(ours.logprobs, theirs.logprobs)
+    prompts = prompts_of(3, 9)
+    generated = [
+        [row.token_ids.tolist() for row in asyncio.run(one.generate(prompts, SamplingParameters(8, 0.0), [0, 0]))]
+        for one in (spread, engine)
+    ]
+    assert generated[0] == generated[1]
