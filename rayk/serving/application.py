@@ -1,6 +1,10 @@
 """Start, place, inspect and remove Ray Serve applications, each with the replicas of one model."""
 
 import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -8,9 +12,8 @@ from ray import serve
 from ray.serve.schema import ReplicaState
 
 from rayk.config import Replicas, Resources
-from rayk.environment import THREADING
 from rayk.errors import InputError
-from rayk.serving.cluster import gpus_per_worker, is_own_cluster
+from rayk.serving.cluster import gpus_per_worker, is_own_cluster, threading_variables
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +24,13 @@ DEPLOYMENT = "teacher"
 # polls replicas that are at the limit: 200 concurrent calls took ten times longer than the same calls in sequence.
 _MAX_ONGOING_REQUESTS = 1000
 
-_HEALTH_CHECK_SECONDS = 5.0  # Serve replaces a replica after three failed checks
+# Serve replaces a replica after three failed checks, so one that hangs after a minute.
+_HEALTH_CHECK_SECONDS = 5.0
+_HEALTH_CHECK_TIMEOUT_SECONDS = 15.0
 
 _START_ATTEMPTS = 2
+
+_LOADING_REPORT_SECONDS = 30.0
 
 _REPORT_SECONDS = 10.0  # interval at which replicas report their load to Serve's autoscaler
 
@@ -47,11 +54,53 @@ def start_application(
     """
     serve.start(proxy_location="Disabled")
     gpus = gpus_per_worker(resources.num_gpus, gpus)
+    _warn_of_missing_resources(label, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
+    application = bind_application(replica, settings, replicas, resources, gpus=gpus, across_nodes=across_nodes)
+    try:
+        with _reports_of_loading(name, label, max(1, replicas.min)):
+            serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
+    except RuntimeError as error:
+        reason = failure_reason(name) or str(error)
+        raise InputError(f"{label} did not start: {reason}") from error
+
+
+@contextmanager
+def _reports_of_loading(name: str, label: str, replicas: int) -> Iterator[None]:
+    """Log regularly how many of the `replicas` are ready, while the block waits for them: large models take minutes."""
+    ready, started = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not ready.wait(_LOADING_REPORT_SECONDS):
+            with suppress(ray.exceptions.RayError):  # Serve is busy or gone; `serve.run` says so
+                logger.warning(
+                    "%s: %d of %d replicas are ready after %.0f s. %s",
+                    label, count_replicas(name), replicas, time.monotonic() - started, _progress_message(name),
+                )  # fmt: skip
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        ready.set()
+        reporter.join()
+
+
+def bind_application(
+    replica: type, settings: dict, replicas: Replicas, resources: Resources, *, gpus: float, across_nodes: bool = False
+) -> serve.Application:
+    """Return the application with replicas `replica(settings)`, which is not started yet.
+
+    Args:
+        gpus: GPUs of each replica.
+        across_nodes: allow the GPUs of one replica to be on several nodes.
+    """
     options: dict[str, Any] = {
         **placement_options(resources, gpus, across_nodes),
         "name": DEPLOYMENT,
         "max_ongoing_requests": _MAX_ONGOING_REQUESTS,
         "health_check_period_s": _HEALTH_CHECK_SECONDS,
+        "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_SECONDS,
         "graceful_shutdown_timeout_s": 5,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_constructor_retry_count": _START_ATTEMPTS,
@@ -72,13 +121,7 @@ def start_application(
                 "policy_kwargs": {"tokens_per_replica": replicas.waiting_tokens},
             },
         }
-    _warn_of_missing_resources(label, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
-    application = serve.deployment(replica).options(**options).bind(settings)
-    try:
-        serve.run(application, name=name, route_prefix=None, logging_config={"log_level": "WARNING"})
-    except RuntimeError as error:
-        reason = failure_reason(name) or str(error)
-        raise InputError(f"{label} did not start: {reason}") from error
+    return serve.deployment(replica).options(**options).bind(settings)
 
 
 def placement_options(resources: Resources, gpus: float, across_nodes: bool) -> dict[str, Any]:
@@ -92,13 +135,16 @@ def placement_options(resources: Resources, gpus: float, across_nodes: bool) -> 
     grouped = across_nodes and gpus >= 1
     actor = {
         "num_cpus": resources.num_cpus, "num_gpus": 0.0 if grouped else gpus, "resources": resources.custom,
-        "runtime_env": {} if is_own_cluster() else {"env_vars": THREADING},
+        "runtime_env": {} if is_own_cluster() else {"env_vars": threading_variables()},
     }  # fmt: skip
+    if resources.labels and not grouped:
+        actor["label_selector"] = resources.labels
     if not grouped:
         return {"ray_actor_options": actor}
     first = {"CPU": resources.num_cpus, "GPU": 1.0, **resources.custom}
     bundles = [first, *({"GPU": 1.0} for _ in range(int(gpus) - 1))]
-    return {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
+    placed = {"ray_actor_options": actor, "placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
+    return placed | ({"placement_group_bundle_label_selector": [resources.labels]} if resources.labels else {})
 
 
 def _warn_of_missing_resources(label: str, replicas: int, needs: dict[str, float]) -> None:
@@ -118,6 +164,13 @@ def _warn_of_missing_resources(label: str, replicas: int, needs: dict[str, float
             )  # fmt: skip
 
 
+def _progress_message(name: str) -> str:
+    """Return why replicas of application `name` are not ready, as far as Serve says so."""
+    application = serve.status().applications.get(name)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    return " ".join(" ".join(messages).split()) or "The model is loading."
+
+
 def failure_reason(name: str) -> str:
     """Return the message of the exception with which replicas of application `name` failed; empty if there is none."""
     application = serve.status().applications.get(name)
@@ -131,11 +184,16 @@ def failure_reason(name: str) -> str:
     return ""
 
 
-def count_replicas(name: str) -> int:
-    """Return the number of running replicas of application `name`."""
+def count_replicas(name: str, state: ReplicaState = ReplicaState.RUNNING) -> int:
+    """Return the number of replicas of application `name` in `state`."""
     application = serve.status().applications.get(name)
     deployments = application.deployments if application else {}
-    return sum(d.replica_states.get(ReplicaState.RUNNING, 0) for d in deployments.values())
+    return sum(d.replica_states.get(state, 0) for d in deployments.values())
+
+
+def is_loading(name: str) -> bool:
+    """Return whether application `name` has no running replica, but one that is starting."""
+    return count_replicas(name) == 0 and count_replicas(name, ReplicaState.STARTING) > 0
 
 
 def remove_application(name: str) -> None:

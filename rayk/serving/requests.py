@@ -7,6 +7,7 @@ import numpy as np
 
 from rayk.config.support import Requested, Support
 from rayk.engines.base import SamplingParameters
+from rayk.serving.weight_store import WeightVersion
 from rayk.signals.sequence import TokenSequence
 
 
@@ -70,3 +71,16 @@ class GenerateRequest:
     def tokens(self) -> int:
         """Largest number of tokens that the replica generates."""
         return len(self.prompts) * self.parameters.max_new_tokens
+
+
+@dataclass(frozen=True)
+class VersionedRequest:
+    """A request, and the weight version with which it must be answered."""
+
+    version: WeightVersion
+    request: GenerateRequest | ScoreRequest | None
+    """None: a request without content."""
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.request is None else self.request.tokens

@@ -5,16 +5,19 @@ This module does not import torch, so that the actor's process starts four times
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayk.errors import RaykError
 
 NAMESPACE = "rayk"
+_DEAD_STORE = "The store of the student's weights has died."
 # When rank 0 publishes a version, another worker may still request the previous one, but never an older one: a training
 # step requires all workers.
-_KEPT_VERSIONS = 2
+KEPT_VERSIONS = 2
 
 
 class UnusableWeights(RaykError):
@@ -45,12 +48,13 @@ class WeightStore:
     """Actor that stores the location and checksum of the newest weight versions of the current attempt. The weights
     themselves are in Ray's object store."""
 
-    def __init__(self, wait_seconds: float):
+    def __init__(self, wait_seconds: float, kept_versions: int = KEPT_VERSIONS):
         """
         Args:
             wait_seconds: longest time that `find` waits for a version.
+            kept_versions: number of newest versions that are kept.
         """
-        self._wait_seconds = wait_seconds
+        self._wait_seconds, self._kept_versions = wait_seconds, kept_versions
         self._attempt = ""
         self._ended: set[str] = set()
         self._newest = -1
@@ -78,7 +82,7 @@ class WeightStore:
                 )
             self._newest = version.number
             self._kept[version] = published
-            while len(self._kept) > _KEPT_VERSIONS:
+            while len(self._kept) > self._kept_versions:
                 del self._kept[next(iter(self._kept))]
             self._changed.notify_all()
 
@@ -107,14 +111,14 @@ class WeightStore:
             return self._kept[version]
 
 
-def start_store(name: str, wait_seconds: float) -> ray.actor.ActorHandle:
+def start_store(name: str, wait_seconds: float, kept_versions: int = KEPT_VERSIONS) -> ray.actor.ActorHandle:
     """Start the actor on this node. It ends when the returned handle is garbage-collected or this process ends."""
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {
         "name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": this_node,
         "max_concurrency": 1 << 16,  # callers that wait for a version must not block the one that publishes it
     }  # fmt: skip
-    return ray.remote(WeightStore).options(**options).remote(wait_seconds)
+    return ray.remote(WeightStore).options(**options).remote(wait_seconds, kept_versions)
 
 
 def get_store(name: str) -> ray.actor.ActorHandle:
@@ -127,3 +131,27 @@ def get_store(name: str) -> ray.actor.ActorHandle:
         return ray.get_actor(name, NAMESPACE)
     except ValueError as error:
         raise UnusableWeights(f"The store of the student's weights ('{name}') does not exist any more.") from error
+
+
+async def find_weights(store: ray.actor.ActorHandle, version: WeightVersion) -> PublishedWeights:
+    """Wait until `version` is published and return its location; errors as `WeightStore.find`."""
+    try:
+        return await store.find.remote(version)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayActorError:
+        raise UnusableWeights(_DEAD_STORE) from None
+
+
+def call_store(store: ray.actor.ActorHandle, method: str, *arguments: Any) -> None:
+    """Call `begin` or `publish` of the store, and wait.
+
+    Raises:
+        UnusableWeights: the store has died, or refuses the version.
+    """
+    try:
+        ray.get(getattr(store, method).remote(*arguments))
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayActorError as error:
+        raise UnusableWeights(_DEAD_STORE) from error

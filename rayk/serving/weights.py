@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rayk.models import CausalLM
+from rayk.models.shards import whole_tensor
 from rayk.serving.weight_store import UnusableWeights, WeightVersion
 
 
@@ -43,12 +44,30 @@ def trainable_state_dict(model: CausalLM) -> dict[str, Tensor]:
     return state
 
 
-def pack_weights(model: CausalLM) -> dict[str, PackedTensor]:
-    """Return `trainable_state_dict(model)` as packed tensors; they share the model's memory on a CPU."""
+def pack_weights(model: CausalLM, dtype: torch.dtype | None = None, *, keep: bool = True) -> dict[str, PackedTensor]:
+    """Return `trainable_state_dict(model)` as packed tensors; see `pack_tensors`."""
+    return pack_tensors(trainable_state_dict(model), dtype, keep=keep)
+
+
+def pack_tensors(
+    state: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, keep: bool = True
+) -> dict[str, PackedTensor]:
+    """Return the tensors of `state` as packed tensors; they share the memory of tensors on a CPU.
+
+    If the tensors are sharded, all ranks must call this; each tensor is gathered after the other.
+
+    Args:
+        dtype: type in which the replicas compute, to which floating-point tensors are rounded; None: their own.
+        keep: whether this rank needs the tensors; else it only takes part in gathering them.
+    """
     packed = {}
-    for name, tensor in trainable_state_dict(model).items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        packed[name] = PackedTensor(str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy())
+    for name, tensor in state.items():
+        whole = whole_tensor(tensor.detach())
+        if not keep:
+            continue
+        sent = whole.to(dtype if dtype is not None and whole.is_floating_point() else whole.dtype)
+        flat = sent.cpu().contiguous().reshape(-1)
+        packed[name] = PackedTensor(str(sent.dtype), tuple(sent.shape), flat.view(torch.uint8).numpy())
     return packed
 
 
@@ -65,7 +84,7 @@ def checksum(weights: Mapping[str, PackedTensor]) -> int:
 def load_weights(
     model: CausalLM, weights: Mapping[str, PackedTensor], expected_checksum: int, version: WeightVersion
 ) -> None:
-    """Copy `weights` into `model`; on an error the model is unchanged.
+    """Copy `weights` into `model`, whose floating-point type may be another one; on an error the model is unchanged.
 
     Raises:
         UnusableWeights: the weights are damaged, or belong to another model.
@@ -73,8 +92,8 @@ def load_weights(
     if checksum(weights) != expected_checksum:
         raise UnusableWeights(f"The student's weights of {version} were damaged on the way: the checksum differs.")
     state = trainable_state_dict(model)
-    same = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()} == {
-        name: (packed.dtype, packed.shape) for name, packed in weights.items()
+    same = {name: (tensor.is_floating_point(), tuple(tensor.shape)) for name, tensor in state.items()} == {
+        name: (_dtype_of(packed).is_floating_point, packed.shape) for name, packed in weights.items()
     }
     if not same:
         raise UnusableWeights(f"The student's weights of {version} belong to another model than the replica's.")
@@ -82,5 +101,9 @@ def load_weights(
         packed = weights[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the array is read-only
-            flat = torch.from_numpy(packed.data).view(tensor.dtype)
+            flat = torch.from_numpy(packed.data).view(_dtype_of(packed))
         tensor.copy_(flat.reshape(packed.shape))
+
+
+def _dtype_of(packed: PackedTensor) -> torch.dtype:
+    return getattr(torch, packed.dtype.removeprefix("torch."))

@@ -9,6 +9,7 @@ cache bit for bit.
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -23,7 +24,10 @@ from rayk.errors import InputError
 from rayk.signals.batch import SignalBatch
 from rayk.signals.codec import CODEC_VERSION, pack, unpack
 from rayk.signals.sequence import TokenSequence
+from rayk.signals.wire import CorruptSignal
 from rayk.storage.segments import INDEX_BYTES, KEY_BYTES, CacheStatistics, SegmentStore
+
+logger = logging.getLogger(__name__)
 
 
 class SignalCache:
@@ -48,11 +52,22 @@ class SignalCache:
         self.flush()
 
     def find(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> dict[int, SignalBatch]:
-        """Return the cached signals, by the index of their sequence in `sequences`."""
+        """Return the cached signals, by the index of their sequence in `sequences`. An entry without a usable signal of
+        its sequence counts as missing."""
         keys = _keys(teacher, sequences, support)
         entries = self._store.read(keys)
         self.bytes += sum(len(entry) + INDEX_BYTES for entry in entries.values())
-        return {row: unpack(entries[key], support) for row, key in enumerate(keys) if key in entries}
+        found = {}
+        for row, key in enumerate(keys):
+            if key in entries:
+                try:
+                    found[row] = _unpack(entries[key], support, teacher, sequences[row])
+                except CorruptSignal as error:
+                    logger.warning(
+                        "A signal in the cache '%s' is requested again: %s If this is not the only one, delete the "
+                        "cache; someone else may have written to it.", self._store.place, error,
+                    )  # fmt: skip
+        return found
 
     def add(self, teacher: EngineInfo, sequences: Sequence[TokenSequence], signals: SignalBatch) -> list[SignalBatch]:
         """Store the `signals` of `sequences`.
@@ -61,9 +76,17 @@ class SignalCache:
             The stored signals of each sequence, as `find` returns them.
         """
         keys = _keys(teacher, sequences, signals.support)
-        stored = self._store.add(dict(zip(keys, pack(signals), strict=True)))
+        new = dict(zip(keys, pack(signals), strict=True))
+        stored = self._store.add(new)
         self.bytes += sum(len(entry) + INDEX_BYTES for entry in stored.values())
-        return [unpack(stored[key], signals.support) for key in keys]
+
+        def unpack_stored(key: bytes, sequence: TokenSequence) -> SignalBatch:
+            try:
+                return _unpack(stored[key], signals.support, teacher, sequence)
+            except CorruptSignal:  # `find` has warned of it
+                return _unpack(new[key], signals.support, teacher, sequence)
+
+        return [unpack_stored(key, sequence) for key, sequence in zip(keys, sequences, strict=True)]
 
     def flush(self) -> None:
         """Write the signals that are only in memory."""
@@ -90,6 +113,18 @@ def check_cacheable(teacher: EngineInfo) -> None:
             f"The signals of '{teacher.model}' cannot be cached, because its weights are unknown; remove "
             "'cache', or give the teacher's model as a local folder."
         )
+
+
+def _unpack(entry: bytes, support: Support, teacher: EngineInfo, sequence: TokenSequence) -> SignalBatch:
+    """Return the signal in an entry.
+
+    Raises:
+        CorruptSignal: it contains none of this teacher for this sequence.
+    """
+    signals = unpack(entry, support, sequence.counted_tokens, teacher.hidden_size)
+    if signals.vocab_size != teacher.vocab_size:
+        raise CorruptSignal(f"An entry has a vocabulary of {signals.vocab_size}, the teacher of {teacher.vocab_size}.")
+    return signals
 
 
 def _keys(teacher: EngineInfo, sequences: Sequence[TokenSequence], support: Support) -> list[bytes]:

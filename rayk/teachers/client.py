@@ -11,33 +11,32 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import ray
 import torch
-from ray.serve.exceptions import RayServeException
 
 from rayk.config import TeacherConfig
-from rayk.config.support import Hidden, Requested, Support, TopK
+from rayk.config.support import Requested, Support, TopK
 from rayk.engines.base import EngineInfo, SamplingParameters, Usage
 from rayk.engines.batching import gather
 from rayk.engines.checks import check_can_verify
 from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError, RaykError, TeacherUnavailable, UnusableSignal
 from rayk.models import Head, unpack_head
-from rayk.serving import application as applications
+from rayk.serving.busy_time import BusyTime
 from rayk.serving.client import ServedModel
-from rayk.serving.cluster import start_ray
 from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
 from rayk.serving.requests import GenerateRequest, ScoreRequest
-from rayk.signals.batch import SignalBatch, concatenate, decode
+from rayk.signals.batch import SignalBatch, concatenate
 from rayk.signals.sequence import TokenSequence
-from rayk.teachers import deployment
+from rayk.signals.wire import decode
 from rayk.teachers.cache import SignalCache, check_cacheable
 from rayk.teachers.deployment import VerifyRequest
+from rayk.teachers.token_ids import TokenIdCheck
 
 _PROMPTS_PER_CALL = 32
 _CHECKED_POSITIONS = 8
@@ -95,16 +94,24 @@ class Teacher(ServedModel):
     section = "teachers"
     unavailable = TeacherUnavailable
 
-    def __init__(self, name: str, info: EngineInfo, settings: TeacherConfig, cache: SignalCache | None = None):
+    def __init__(
+        self, name: str, info: EngineInfo, settings: TeacherConfig, cache: SignalCache | None = None,
+        load_seconds: float = 0.0,
+    ):  # fmt: skip
         if cache is not None:
             check_cacheable(info)
-        super().__init__(name, in_flight=settings.in_flight, deadline_seconds=settings.deadline_seconds)
+        super().__init__(
+            name, in_flight=settings.in_flight, deadline_seconds=settings.deadline_seconds, load_seconds=load_seconds
+        )
         self.label = f"Teacher '{name}'"
         self.name = name
         self.cache = cache
         self.info = info
         self.settings = settings
+        self.scoring = BusyTime()
+        """The time in which requests for signals were open; signals from the cache take none."""
         self._head: Future[Head] | None = None
+        self._token_ids = TokenIdCheck(name, info, settings.trust_remote_code)
 
     @property
     def vocab_size(self) -> int:
@@ -114,17 +121,17 @@ class Teacher(ServedModel):
         """Return the teacher's signals at the counted tokens, one row per sequence, in order.
 
         Raises:
-            InputError: the teacher cannot answer this request.
+            InputError: the teacher cannot answer this request, or the batch's tokenizer gives tokens other ids.
             TeacherUnavailable: no answer before the deadline.
             UnusableSignal: a row's signal contains NaN or infinite values; the error names the rows.
         """
-        return self._timed(run_in_background(self._score(sequences_of(batch), support or TopK())))
+        return self._timed(run_in_background(self._score(self._sequences_of(batch), support or TopK())))
 
     async def ascore(
         self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
     ) -> SignalBatch:
         """Like `score`, awaitable on any event loop."""
-        return await asyncio.wrap_future(run_in_background(self._score(sequences_of(batch), support or TopK())))
+        return await asyncio.wrap_future(run_in_background(self._score(self._sequences_of(batch), support or TopK())))
 
     def stream(
         self, batches: Iterable[Any], support: Support | None = None, prefetch: int = 4
@@ -135,7 +142,7 @@ class Teacher(ServedModel):
         def requests() -> Iterator[Coroutine[Any, Any, SignalBatch]]:
             for batch in batches:
                 pending.append(batch)
-                yield self._score(sequences_of(batch), support or TopK())
+                yield self._score(self._sequences_of(batch), support or TopK())
 
         with closing(stream_in_background(requests(), prefetch)) as results:
             while True:
@@ -145,7 +152,7 @@ class Teacher(ServedModel):
                 except StopIteration:
                     return
                 finally:
-                    self.statistics.wait_seconds += time.perf_counter() - began
+                    self.statistics.add(wait_seconds=time.perf_counter() - began)
                 yield pending.popleft(), signals
 
     def generate(
@@ -198,7 +205,11 @@ class Teacher(ServedModel):
         try:
             return wait_for(future)
         finally:
-            self.statistics.wait_seconds += time.perf_counter() - began
+            self.statistics.add(wait_seconds=time.perf_counter() - began)
+
+    def _sequences_of(self, batch: HasSequences | Sequence[TokenSequence]) -> list[TokenSequence]:
+        self._token_ids.check(batch)
+        return sequences_of(batch)
 
     async def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:
         sequences = [sequence.view(self.settings.name) for sequence in sequences]
@@ -206,10 +217,10 @@ class Teacher(ServedModel):
             signals = await self._score_with_cache(self.cache, sequences, support)
         else:
             signals = await self._request_signals(sequences, range(len(sequences)), support)
-        if isinstance(support, Hidden):
+        if signals.hidden is not None:
             signals = replace(signals, head=await self._get_head())
             self._check_head(signals, np.concatenate([sequence.targets for sequence in sequences]))
-        self.statistics.tokens += signals.tokens
+        self.statistics.add(tokens=signals.tokens)
         return signals
 
     async def _score_with_cache(
@@ -220,7 +231,7 @@ class Teacher(ServedModel):
         File access and compression run in threads, so that they do not block other requests on the event loop.
         """
         rows = await asyncio.to_thread(cache.find, self.info, sequences, support)
-        self.statistics.cached_tokens += sum(signals.tokens for signals in rows.values())
+        self.statistics.add(cached_tokens=sum(signals.tokens for signals in rows.values()))
         missing = [row for row in range(len(sequences)) if row not in rows]
         if missing:
             received = await self._request_signals(sequences, missing, support)
@@ -236,10 +247,13 @@ class Teacher(ServedModel):
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row]))
         calls = _split([len(sequences[row]) for row in order], self.settings.call_tokens)
         rows_of_calls = [[order[i] for i in call] for call in calls]
-        parts = await gather(
-            self._call("score", ScoreRequest.from_sequences([sequences[row] for row in rows], support), self._decode)
-            for rows in rows_of_calls
-        )
+        with self.scoring:
+            parts = await gather(
+                self._call(
+                    "score", ScoreRequest.from_sequences([sequences[row] for row in rows], support), self._decode
+                )
+                for rows in rows_of_calls
+            )
         position = {row: i for i, row in enumerate(row for rows in rows_of_calls for row in rows)}
         signals = concatenate(parts).select([position[row] for row in range(len(sequences))])
         expected = np.asarray([sequence.counted_tokens for sequence in sequences])
@@ -256,7 +270,7 @@ class Teacher(ServedModel):
     async def _get_head(self) -> Head:
         """Return the teacher's head, requested once per process; processes of a node share its memory."""
         if self._head is None:
-            self._head = run_in_background(self._call("head", None, _read_head))
+            self._head = run_in_background(self._call("head", None, read_head))
         return await asyncio.wrap_future(self._head)
 
     def _check_head(self, signals: SignalBatch, targets: np.ndarray) -> None:
@@ -267,16 +281,15 @@ class Teacher(ServedModel):
         Raises:
             RaykError: the log-probs differ.
         """
-        assert signals.head is not None
-        assert isinstance(signals.support, Hidden)
+        assert signals.head is not None and signals.hidden is not None
         some = torch.arange(0, signals.tokens, max(1, signals.tokens // _CHECKED_POSITIONS))[:_CHECKED_POSITIONS]
         if not len(some):
             return
-        probe = replace(signals, hidden=signals.hidden[some])  # type: ignore[index]
+        probe = replace(signals, hidden=signals.hidden[some])
         target_ids = torch.from_numpy(targets[some.numpy()].astype(np.int64))[:, None]
         computed = probe.logits().log_softmax(1).gather(1, target_ids)[:, 0]
         returned = signals.target_logprobs[some]
-        coarse = "bfloat16" in (signals.support.dtype, self.info.dtype)
+        coarse = signals.hidden.dtype == torch.bfloat16 or self.info.dtype == "bfloat16"
         tolerance = (0.3 if coarse else 0.05) + 0.02 * returned.abs()
         if bool(((computed - returned).abs() > tolerance).any()):
             raise RaykError(
@@ -286,7 +299,7 @@ class Teacher(ServedModel):
             )
 
     def _decode(self, wire: np.ndarray) -> SignalBatch:
-        self.statistics.bytes += wire.nbytes
+        self.statistics.add(bytes=wire.nbytes)
         return decode(wire)
 
     async def _generate(
@@ -314,7 +327,8 @@ class Teacher(ServedModel):
         return [verdicts[row] for row in range(len(drafts))]
 
 
-async def _read_head(references: list[ray.ObjectRef]) -> Head:
+async def read_head(references: list[ray.ObjectRef]) -> Head:
+    """Return the head that a replica's `head` refers to."""
     return unpack_head(await references[0])
 
 
@@ -341,58 +355,3 @@ def _split(lengths: list[int], budget: int) -> list[list[int]]:
         groups[-1].append(position)
         total += length
     return groups
-
-
-def connect_teacher(name: str, settings: TeacherConfig | None = None, cache: SignalCache | None = None) -> Teacher:
-    """Connect to the teacher that runs as Serve application `name` (started by `rayk serve` or another process).
-
-    Args:
-        settings: settings of this client, such as `in_flight` and `deadline_seconds`; by default those with which the
-            teacher was deployed.
-        cache: stores the signals; by default none.
-
-    Raises:
-        InputError: there is no such teacher on this cluster, or no cluster at RAY_ADDRESS.
-    """
-    start_ray()
-    try:
-        info, deployed = deployment.call_replica(name, "describe")
-    except (KeyError, RayServeException, ray.exceptions.RayError, TimeoutError) as error:
-        raise InputError(
-            f"No teacher '{name}' answers on this Ray cluster; start it with `rayk serve` and set the RAY_ADDRESS that "
-            "it prints, or give the teacher's model instead of 'attach: true'."
-        ) from error
-    return Teacher(name, info, settings or TeacherConfig.model_validate(deployed), cache)
-
-
-@contextmanager
-def serve_teacher(
-    config: TeacherConfig, cache: SignalCache | None = None, *, application: str | None = None
-) -> Iterator[Teacher]:
-    """Start a teacher on Ray Serve (and Ray, if it does not run), yield its client, and remove the teacher at the end.
-
-    A teacher that another process serves is used and not removed: with `attach: true` it must be running already;
-    otherwise one that runs as the same application with the same settings is used instead of a new one. If the process
-    that deployed it has been killed, this process removes it at the end.
-
-    Args:
-        cache: stores the signals; by default none.
-        application: name of the Serve application; by default the teacher's name.
-
-    Raises:
-        InputError: the teacher cannot be started or reached, or another teacher runs under its name.
-    """
-    application = application or config.name
-    start_ray(num_cpus=config.resources.num_cpus * config.replicas.max + 1)
-    if config.attach:
-        yield connect_teacher(application, config, cache)
-        return
-    running = deployment.is_running(config, application)
-    owned = not running or deployment.is_abandoned(application)
-    try:
-        if not running:
-            deployment.deploy(config, application)
-        yield connect_teacher(application, config, cache)
-    finally:
-        if owned:
-            applications.remove_application(application)

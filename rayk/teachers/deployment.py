@@ -1,6 +1,8 @@
 """The Ray Serve application of a teacher: the class of its replicas, deploying it, and querying its state."""
 
 import asyncio
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,18 +13,19 @@ from ray.serve.schema import ApplicationStatus
 
 from rayk.config import TeacherConfig
 from rayk.config.paths import resolve_path
-from rayk.engines.base import EngineInfo, GeneratedSequence, Usage, VerifyingEngine
+from rayk.engines.base import Engine, EngineInfo, GeneratedSequence, Usage, VerifyingEngine
 from rayk.engines.build import build_engine
 from rayk.engines.checks import check_can_verify
 from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError
 from rayk.models import pack_head
-from rayk.serving.application import DEPLOYMENT, start_application
-from rayk.serving.autoscaling import METRIC, Demand, Requester
-from rayk.serving.cluster import is_job_running
+from rayk.serving.application import DEPLOYMENT, bind_application, start_application
+from rayk.serving.autoscaling import METRIC, Requester
 from rayk.serving.event_loop import run_in_background, wait_for
+from rayk.serving.metrics import MeasuredDemand
+from rayk.serving.ownership import is_being_removed, owned_by_nobody, owned_by_this_job, watch_owner
 from rayk.serving.requests import GenerateRequest, ScoreRequest
-from rayk.signals.batch import encode
+from rayk.signals.wire import encode
 
 _CALL_SECONDS = 60.0
 
@@ -47,35 +50,47 @@ class TeacherReplica:
     """
 
     async def __init__(self, settings: dict):  # type: ignore[misc]  # Serve awaits it
+        began = time.monotonic()
         self._settings, self._owner = settings["teacher"], settings["owner"]
-        self._engine = build_engine(TeacherConfig.model_validate(self._settings))
+        self._engine = self._build_engine(settings)
         self._head: ray.ObjectRef | None = None
-        self._demand = Demand()
+        self._demand = MeasuredDemand()
         await self._engine.warm_up()
+        self._load_seconds = time.monotonic() - began
+        self._watch = watch_owner(settings)
 
-    async def describe(self) -> tuple[EngineInfo, dict]:
-        """Return the engine's properties, and the settings with which the teacher was deployed."""
-        return self._engine.info, self._settings
+    def _build_engine(self, settings: Mapping[str, Any]) -> Engine:
+        return build_engine(TeacherConfig.model_validate(settings["teacher"]))
+
+    async def describe(self) -> tuple[EngineInfo, dict, float]:
+        """Return the engine's properties, the settings with which the teacher was deployed, and the seconds that this
+        replica took to load."""
+        return self._engine.info, self._settings, self._load_seconds
 
     async def owner(self) -> str:
         """Return the id of the Ray job that deployed this teacher."""
         return self._owner
 
     async def score(self, request: ScoreRequest, requester: Requester | None = None) -> np.ndarray:
-        """Return the signals in wire format (`rayk.signals.batch.decode`)."""
+        """Return the signals in wire format (`rayk.signals.wire.decode`)."""
         with self._demand.track_request(requester, request.tokens):
-            return encode(await self._engine.score(request.sequences(), request.support))
+            signals = await self._engine.score(request.sequences(), request.support)
+            self._demand.count(scored=request.tokens)
+            return encode(signals)
 
     async def head(self, _request: None = None, _requester: Requester | None = None) -> list[ray.ObjectRef]:
         """Return the teacher's head as a reference into the object store; processes of a node share one copy."""
         if self._head is None:
-            self._head = ray.put(pack_head(self._engine.head()))
+            head = await asyncio.to_thread(self._engine.head)  # it may have to be read from disk
+            self._head = ray.put(pack_head(head))
         return [self._head]
 
     async def generate(self, request: GenerateRequest, requester: Requester | None = None) -> list[GeneratedSequence]:
         """Return one completion per prompt."""
         with self._demand.track_request(requester, request.tokens):
-            return await self._engine.generate(request.prompts, request.parameters, request.seeds)
+            completions = await self._engine.generate(request.prompts, request.parameters, request.seeds)
+            self._demand.count(generated=sum(len(completion.token_ids) for completion in completions))
+            return completions
 
     async def verify(self, request: VerifyRequest, requester: Requester | None = None) -> list[Verdict]:
         """Return one verdict per draft."""
@@ -95,23 +110,46 @@ class TeacherReplica:
         return {METRIC: float(self._demand.waiting_tokens())}
 
 
-def deploy(config: TeacherConfig, application: str) -> None:
+def deploy(config: TeacherConfig, application: str, *, detached: bool = False) -> None:
     """Start Serve application `application` for a teacher and wait until all replicas have warmed up.
+
+    Args:
+        detached: it stays after the end of this job.
 
     Raises:
         InputError: the replicas do not start, for example because the model cannot be loaded.
     """
-    owner = ray.get_runtime_context().get_job_id()
+    owned = owned_by_nobody() if detached else owned_by_this_job()
     start_application(
-        application, TeacherReplica, {"teacher": _replica_settings(config, application), "owner": owner},
-        config.replicas, config.resources, gpus=config.engine.gpus, label=f"Teacher '{application}'",
+        application, TeacherReplica, {"teacher": _replica_settings(config, application), **owned}, config.replicas,
+        config.resources, gpus=config.engine.gpus, label=f"Teacher '{application}'",
         across_nodes=config.engine.spans_nodes,
     )  # fmt: skip
 
 
+def build_application(teacher: dict[str, Any]) -> serve.Application:
+    """Return the application of a teacher for Serve's config files, such as `serveConfigV2` of a KubeRay RayService:
+
+        applications: [{name: NAME, route_prefix: null, import_path: "rayk.teachers.deployment:build_application",
+                        args: {name: NAME, model: …, engine: …, resources: …}}]
+
+    Runs on its cluster use it with `teachers: [{name: NAME, attach: true}]`.
+
+    Args:
+        teacher: the teacher's settings, as in a run's config; without `resources.num_gpus` a replica takes the GPUs
+            that its engine needs.
+    """
+    config = TeacherConfig.model_validate(teacher)
+    needed = config.resources.num_gpus
+    return bind_application(
+        TeacherReplica, {"teacher": _replica_settings(config, config.name), **owned_by_nobody()}, config.replicas,
+        config.resources, gpus=config.engine.gpus if needed is None else needed, across_nodes=config.engine.spans_nodes,
+    )  # fmt: skip
+
+
 def is_running(config: TeacherConfig, application: str) -> bool:
-    """Return whether this teacher already runs with the same settings; False also if its application is still starting
-    or has failed.
+    """Return whether this teacher already runs with the same settings; False also if its application is still starting,
+    has failed or is being removed.
 
     Raises:
         InputError: the application runs with other settings.
@@ -125,12 +163,12 @@ def is_running(config: TeacherConfig, application: str) -> bool:
             f"A teacher '{application}' with other settings runs on this cluster; choose another name, or use that one "
             "with 'attach: true'."
         )
-    return True
+    return not is_being_removed(application, deployer(application))
 
 
-def is_abandoned(application: str) -> bool:
-    """Return whether the Ray job that deployed this running teacher has ended without removing it, as after a kill."""
-    return not is_job_running(call_replica(application, "owner"))
+def deployer(application: str) -> str:
+    """Return the id of the Ray job that deployed this running teacher."""
+    return call_replica(application, "owner")
 
 
 def call_replica(application: str, method: str) -> Any:

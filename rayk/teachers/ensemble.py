@@ -1,23 +1,22 @@
-"""Average several teachers (`Ensemble`), or choose a teacher for each row (`Route`).
-
-Both have the interface of a single teacher, and both query their teachers at the same time.
-"""
+"""Average several teachers: `Ensemble`, with the interface of a single teacher."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayk.config import RouteConfig, RunConfig
 from rayk.config.support import Hidden, Requested, Support, TopK
 from rayk.errors import InputError
 from rayk.models import Head
-from rayk.signals.batch import SignalBatch, concatenate, fill_distinct
+from rayk.signals.batch import SignalBatch, fill_distinct
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers.client import HasSequences, Scorer, Teacher, sequences_of
+
+_HEAD_ROWS = 256
 
 
 class Ensemble:
@@ -40,6 +39,9 @@ class Ensemble:
         self.weights = [weight / sum(weights) for weight in weights]
         self.combine = combine
         self._joint: tuple[list[Head], Head] | None = None
+        self._building = threading.Lock()
+        # The device of this thread, which computes the losses: the joint head is copied to it once, for both.
+        self._device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
     @property
     def vocab_size(self) -> int:
@@ -56,7 +58,9 @@ class Ensemble:
         sequences, support = sequences_of(batch), support or TopK()
         check_ensemble(support, self.combine)
         if isinstance(support, Hidden):
-            return self._concatenate_heads(await self._score_all(sequences, support), sequences)
+            signals = await self._score_all(sequences, support)
+            # In a thread, because the event loop is shared by all requests of the process.
+            return await asyncio.to_thread(self._concatenate_heads, signals, sequences)
         assert isinstance(support, TopK)
         if support.k * len(self.teachers) >= self.vocab_size:
             full = TopK(self.vocab_size, support.temperatures)
@@ -99,88 +103,30 @@ class Ensemble:
             head=self._joint_head(heads),
         )  # fmt: skip
         targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64))
-        logprobs = [
-            joint.slice_tokens(slice(start, start + 256)).logits().log_softmax(1).gather(1, part[:, None])[:, 0]
-            for start, part in zip(range(0, len(targets), 256), targets.split(256), strict=True)
-        ]
-        return replace(joint, target_logprobs=torch.cat(logprobs)) if logprobs else joint
+        assert joint.head is not None and joint.hidden is not None
+        head = joint.head.to(self._device)
+        logprobs = []
+        for states, ids in zip(joint.hidden.split(_HEAD_ROWS), targets.split(_HEAD_ROWS), strict=True):
+            logits = head.logits(states.to(self._device, head.weight.dtype))
+            logprobs.append(logits.gather(1, ids[:, None].to(self._device))[:, 0] - logits.logsumexp(1))
+        return replace(joint, target_logprobs=torch.cat(logprobs).cpu()) if logprobs else joint
 
     def _joint_head(self, heads: list[Head]) -> Head:
-        """Return the head of the weighted mean of the members' logits. It is kept for later calls with these heads."""
-        if self._joint is not None and all(one is other for one, other in zip(self._joint[0], heads, strict=True)):
+        """Return the head of the weighted mean of the members' logits. It is built once and kept for later calls with
+        these heads."""
+        with self._building:
+            if self._joint is None or any(one is not other for one, other in zip(self._joint[0], heads, strict=True)):
+                self._joint = heads, self._build_joint_head(heads)
             return self._joint[1]
+
+    def _build_joint_head(self, heads: list[Head]) -> Head:
         columns = min(head.vocab_size for head in heads)
         parts = list(zip(heads, self.weights, strict=True))
         biases = [head.bias[:columns].float() * head.scale * weight for head, weight in parts if head.bias is not None]
-        head = Head(
+        return Head(
             torch.cat([head.weight[:columns].float() * head.scale * weight for head, weight in parts], dim=1),
             sum(biases, torch.zeros(columns)) if biases else None,
         )
-        self._joint = heads, head
-        return head
-
-
-class Route:
-    """Scores each row with one of several teachers, chosen by a field of the row."""
-
-    def __init__(self, settings: RouteConfig, teachers: Mapping[str, Scorer]):
-        self.settings = settings
-        self.teachers = teachers
-
-    @property
-    def vocab_size(self) -> int:
-        return next(iter(self.teachers.values())).vocab_size
-
-    async def ascore(
-        self, batch: HasSequences | Sequence[TokenSequence], support: Support | None = None
-    ) -> SignalBatch:
-        """Like `Teacher.ascore`; the signals are in the order of the rows."""
-        sequences = sequences_of(batch)
-        rows_by_name: dict[str, list[int]] = {}
-        for row, sequence in enumerate(sequences):
-            rows_by_name.setdefault(choose_teacher_name(sequence, self.settings), []).append(row)
-        parts = await asyncio.gather(
-            *(
-                self.teachers[name].ascore([sequences[row] for row in rows], support)
-                for name, rows in rows_by_name.items()
-            )
-        )
-        place = {row: i for i, row in enumerate(row for rows in rows_by_name.values() for row in rows)}
-        return concatenate(parts).select([place[row] for row in range(len(sequences))])
-
-
-def build_scorer(config: RunConfig, teachers: Mapping[str, Teacher]) -> Scorer | None:
-    """Return the route, the ensemble or the single teacher that gives the run's signals; None without a teacher.
-
-    Raises:
-        InputError: a member of the ensemble does not support the ensemble's requests.
-    """
-    known: dict[str, Scorer] = dict(teachers)
-    if config.ensemble is not None:
-        names = config.ensemble.teachers or list(teachers)
-        if isinstance(config.signal_support, TopK):
-            _check_members([teachers[name] for name in names])
-        weights = [config.ensemble.weights.get(name, 1.0) for name in names]
-        known["ensemble"] = Ensemble([known[name] for name in names], weights, config.ensemble.combine)
-    if config.route is not None:
-        return Route(config.route, known)
-    return known.get("ensemble") or known.get(config.evaluation_teacher)
-
-
-def choose_teacher_name(row: TokenSequence, route: RouteConfig) -> str:
-    """Return the name of the teacher that a route selects for a row by one of its fields (`rayk.data.Example.fields`).
-
-    Raises:
-        InputError: `route.teachers` does not contain the field's value, and there is no default.
-    """
-    value = str(getattr(row, "fields", {}).get(route.field))
-    name = route.teachers.get(value, route.default)
-    if name is None:
-        raise InputError(
-            f"{getattr(row, 'where', '') or 'A row'} has '{value}' in its field '{route.field}', which chooses no "
-            "teacher; add the value to route.teachers, or set route.default."
-        )
-    return name
 
 
 def check_ensemble(support: Support, combine: str) -> None:
@@ -203,7 +149,12 @@ def check_ensemble(support: Support, combine: str) -> None:
         )
 
 
-def _check_members(teachers: Sequence[Teacher]) -> None:
+def check_members(teachers: Sequence[Teacher]) -> None:
+    """Check that each member can answer the requests of an ensemble on support `topk`.
+
+    Raises:
+        InputError: one cannot.
+    """
     for teacher in teachers:
         if "requested" not in teacher.info.supports:
             raise InputError(

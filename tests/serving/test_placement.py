@@ -1,5 +1,6 @@
 """Placement options of a replica, and the nodes on which Ray places it; the GPUs are declared, not real."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,13 @@ def engine_of(**engine):
 
 @pytest.mark.parametrize(
     ("engine", "gpus"),
-    [({}, 1), ({"kind": "vllm"}, 1), ({"kind": "vllm", "tensor_parallel_size": 4, "across_nodes": True}, 4)],
+    [
+        ({}, 1),
+        ({"kind": "vllm"}, 1),
+        ({"kind": "vllm", "tensor_parallel_size": 4, "across_nodes": True}, 4),
+        ({"kind": "vllm", "tensor_parallel_size": 4, "pipeline_parallel_size": 2}, 8),
+        ({"kind": "vllm", "tensor_parallel_size": 2, "data_parallel_size": 4, "expert_parallel": True}, 8),
+    ],
 )
 def test_replica_has_a_gpu_per_engine_process(engine, gpus):
     assert engine_of(**engine).gpus == gpus
@@ -42,7 +49,27 @@ def test_replica_across_nodes_leaves_the_gpus_to_the_engine():
     assert "placement_group_bundles" not in without_gpus
 
 
+def test_labels_choose_the_node_of_the_replica_or_the_nodes_of_its_bundles():
+    labeled = Resources(labels={"rayk/group": "teacher"})
+    assert placement_options(labeled, 1.0, across_nodes=False)["ray_actor_options"]["label_selector"] == labeled.labels
+    spread = placement_options(labeled, 2.0, across_nodes=True)
+    assert spread["placement_group_bundle_label_selector"] == [labeled.labels]
+    assert "label_selector" not in spread["ray_actor_options"]
+    assert "label_selector" not in placement_options(Resources(), 1.0, across_nodes=False)["ray_actor_options"]
+
+
+def test_replicas_keep_the_variables_that_a_job_sets(monkeypatch):
+    # A test before this one may have left the cluster that rayk started for it.
+    monkeypatch.setattr("rayk.serving.application.is_own_cluster", lambda: False)
+    job = {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "true"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    variables = placement_options(Resources(), 0.0, across_nodes=False)["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert "TOKENIZERS_PARALLELISM" not in variables
+    assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
 @pytest.mark.cluster
+@pytest.mark.long
 def test_ray_places_a_replica_on_several_nodes():
     """A separate cluster in a separate process, with three nodes that declare GPUs."""
     code = """

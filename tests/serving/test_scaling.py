@@ -17,7 +17,7 @@ from rayk.errors import InputError
 from rayk.serving import application
 from rayk.serving.application import count_replicas
 from rayk.serving.autoscaling import METRIC, Demand, Requester, WaitingTokensPolicy
-from rayk.signals.batch import decode, encode
+from rayk.signals.wire import decode, encode
 from rayk.teachers import serve_teacher
 from tests.runs import wait_until
 from tests.teachers.helpers import random_sequences, teacher_config
@@ -89,6 +89,7 @@ def test_more_waiting_tokens_never_need_fewer_replicas(current, waiting, tokens)
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_replicas_scale_up_with_demand_and_down_to_zero(ray_cluster, tiny_teacher, monkeypatch):
     monkeypatch.setattr(application, "_REPORT_SECONDS", 1.0)
     monkeypatch.setattr(application, "_LOOK_BACK_SECONDS", 1.5)

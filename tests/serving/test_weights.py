@@ -36,6 +36,15 @@ def test_weights_are_copied_to_another_model(dtype, tie):
     assert all(torch.equal(value, learner.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_weights_are_sent_in_the_type_in_which_replicas_compute():
+    learner, model = (tiny_model(seed=seed) for seed in (1, 2))
+    whole, weights = pack_weights(learner), copy_weights(pack_weights(learner, torch.bfloat16))
+    assert 2 * sum(map(count_parameters, weights.values())) == sum(map(count_parameters, whole.values()))
+    load_weights(model, weights, checksum(weights), FIRST)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, learner.state_dict()[name].bfloat16().float())
+
+
 def test_frozen_weights_are_not_transferred():
     learner, model = tiny_model(seed=1), tiny_model(seed=2)
     for each in (learner, model):

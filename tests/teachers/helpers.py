@@ -1,9 +1,13 @@
 """Requests for tests of served models, and access to their replicas."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from rayk.config import TeacherConfig
+from rayk.config.support import Hidden
+from rayk.engines.transformers import TransformersEngine
 from rayk.signals.sequence import TokenSequence
 from tests.runs import actor_processes
 
@@ -36,3 +40,16 @@ def assert_signals_close(signals, expected):
 def replica_processes(name):
     """Return the processes of an application's replicas that this test session started, oldest first."""
     return sorted(actor_processes(f"ServeReplica:{name}:"), key=lambda process: process.create_time())
+
+
+class EngineScorer:
+    """An engine as a scorer, without Ray Serve."""
+
+    def __init__(self, model):
+        self.engine = TransformersEngine(model)
+        self.vocab_size = self.engine.info.vocab_size
+        self.head = self.engine.head()
+
+    async def ascore(self, batch, support=None):
+        signals = await self.engine.score(batch, support)
+        return replace(signals, head=self.head) if isinstance(support, Hidden) else signals

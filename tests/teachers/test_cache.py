@@ -172,6 +172,7 @@ def test_other_divergence_or_temperature_sends_no_requests(tmp_path, tiny_studen
     assert curve(tmp_path / "one") != curve(tmp_path / "two")
 
 
+@pytest.mark.long
 def test_worker_reads_the_filled_cache(tmp_path, tiny_student, served):
     seen = []
 

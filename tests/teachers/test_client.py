@@ -12,6 +12,7 @@ import pytest
 import torch
 from ray import serve
 
+from rayk import make_batches
 from rayk.config import TeacherConfig
 from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines.base import SamplingParameters
@@ -22,7 +23,7 @@ from rayk.signals.sequence import TokenSequence
 from rayk.teachers import connect_teacher, serve_teacher
 from tests.runs import wait_until
 from tests.teachers.helpers import assert_signals_close, random_sequences, teacher_config
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_sentencepiece, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
 
@@ -100,6 +101,17 @@ def test_score_accepts_batches_and_splits_calls(watched, engine):
     assert watched.statistics.calls > 5
     assert watched.statistics.tokens == signals.tokens == sum(s.counted_tokens for s in sequences)
     assert_signals_close(signals, asyncio.run(engine.score(sequences, TopK(8))))
+
+
+def test_batches_of_another_tokenizer_are_refused(served, on_loop):
+    batches = make_batches([{"prompt": "2 + 2?", "completion": "4"}], tiny_sentencepiece(), 1)
+    for request in (
+        lambda: served.score(batches[0]),
+        lambda: on_loop(served.ascore(batches[0])),
+        lambda: list(served.stream(batches)),
+    ):
+        with pytest.raises(InputError, match="Teacher 'served' and the tokenizer of the batches give tokens different"):
+            request()
 
 
 def test_in_flight_is_reached_and_never_exceeded(watched):
@@ -401,6 +413,7 @@ print("done")
 """
 
 
+@pytest.mark.long
 def test_serving_prints_nothing(tiny_teacher):
     """No INFO lines of Ray Serve, no progress bars of transformers, no tracebacks of replicas."""
     ended = subprocess.run([sys.executable, "-c", SCRIPT, tiny_teacher], capture_output=True, text=True, timeout=300)

@@ -1,8 +1,8 @@
-"""Ensembles, compared with the dense mean of their models; and the choice of a teacher per row."""
+"""Ensembles, compared with the dense mean of their models, and runs with several teachers."""
 
 import asyncio
 import json
-from dataclasses import replace
+import threading
 
 import numpy as np
 import pytest
@@ -10,42 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayk import losses
-from rayk.config import RouteConfig, parse_config
+from rayk.config import parse_config
 from rayk.config.support import Hidden, Logprob, TopK
-from rayk.data.examples import Example
 from rayk.data.tokenizing import tokenize
 from rayk.data.views import RowViews
-from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
 from rayk.run import distill
 from rayk.serving.event_loop import run_until_complete
 from rayk.signals.sequence import TokenSequence
-from rayk.teachers import Ensemble, Route, serve_teacher
+from rayk.teachers import Ensemble, serve_teacher
 from tests.runs import curve, metrics, settings
-from tests.teachers.helpers import random_sequences, teacher_config
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.teachers.helpers import EngineScorer, random_sequences, teacher_config
 
 WEIGHTS = [1.0, 3.0]
 SEQUENCES = random_sequences(6)
-
-
-class EngineScorer:
-    """An engine as a scorer, without Ray Serve."""
-
-    def __init__(self, model):
-        self.engine = TransformersEngine(model)
-        self.vocab_size = self.engine.info.vocab_size
-
-    async def ascore(self, batch, support=None):
-        signals = await self.engine.score(batch, support)
-        return replace(signals, head=self.engine.head()) if isinstance(support, Hidden) else signals
-
-
-@pytest.fixture(scope="module")
-def second(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "second"
-    tiny_model(folder, seed=5, hidden=16, peaked=3.0, tokenizer=tiny_tokenizer())
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +89,25 @@ def test_concatenated_hidden_states_are_the_mean_of_logits(teachers, logits):
     torch.testing.assert_close(signals.target_logprobs, expected, atol=1e-4, rtol=0)
 
 
-def test_the_joint_head_is_built_once(teachers):
+def test_the_joint_head_is_built_once_and_off_the_event_loop(teachers, monkeypatch):
+    built, build = [], Ensemble._build_joint_head
+
+    def record(ensemble, heads):
+        built.append(threading.current_thread())
+        return build(ensemble, heads)
+
+    monkeypatch.setattr(Ensemble, "_build_joint_head", record)
     ensemble = Ensemble(teachers, WEIGHTS, "logits")
-    first, second = (run_until_complete(ensemble.ascore(SEQUENCES, Hidden("float32"))) for _ in range(2))
-    assert first.head is second.head
+
+    async def main():
+        calls = [ensemble.ascore(SEQUENCES[i % 2 :], Hidden("float32")) for i in range(6)]
+        return await asyncio.gather(*calls), threading.current_thread()
+
+    (first, *others), loop = run_until_complete(main())
+    assert len(built) == 1
+    assert built[0] is not loop
+    assert all(one.head is first.head for one in others)
+    torch.testing.assert_close(others[0].target_logprobs, first.target_logprobs[len(SEQUENCES[0].targets) :])
 
 
 def test_ensemble_of_equal_teachers_equals_one_of_them(teachers):
@@ -134,28 +127,6 @@ def test_ensemble_of_equal_teachers_equals_one_of_them(teachers):
 def test_unsupported_means_are_rejected(teachers, combine, support):
     with pytest.raises(InputError, match="ensemble|mean of probabilities|average the"):
         ensemble_signals(teachers, combine, support)
-
-
-def row(sequence, **fields):
-    return Example(sequence.input_ids, sequence.counted, None, 0, "rows.jsonl, line 7", fields)
-
-
-def test_field_of_a_row_chooses_its_teacher(teachers):
-    rows = [row(one, domain=["math", "code", None][i % 3]) for i, one in enumerate(SEQUENCES)]
-    route = RouteConfig(field="domain", teachers={"math": "one", "code": "two"}, default="one")
-    signals = asyncio.run(Route(route, {"one": teachers[0], "two": teachers[1]}).ascore(rows, TopK(5)))
-    for i, one in enumerate(rows):
-        single = asyncio.run(teachers[1 if i % 3 == 1 else 0].ascore([one], TopK(5)))
-        torch.testing.assert_close(signals.select([i]).logprobs, single.logprobs, atol=1e-4, rtol=0)
-    route = route.model_copy(update={"default": None})
-    with pytest.raises(InputError, match="rows.jsonl, line 7 has 'None' in its field 'domain', which chooses no"):
-        asyncio.run(Route(route, {}).ascore(rows[2:3], TopK(5)))
-
-
-@pytest.fixture(scope="module")
-def second_served(ray_cluster, second):
-    with serve_teacher(teacher_config("another", second)) as teacher:
-        yield teacher
 
 
 def test_runs_with_several_teachers(tmp_path, tiny_student, served, second_served):
@@ -202,8 +173,8 @@ def test_ensemble_member_without_requested_support_is_rejected(tmp_path, tiny_st
         ({"ensemble": {"teachers": ["one"]}}, "ensemble needs at least two teachers"),
         ({"ensemble": {"weights": {"tow": 1}}}, "'tow' is none of the teachers"),
         ({"ensemble": {"weights": {"two": 0}}}, "ensemble.weights.two"),
-        ({"route": {"field": "a", "teachers": {"x": "nobody"}}}, "route: 'nobody' is none of the teachers (one, two)"),
-        ({"route": {"field": "a", "teachers": {"x": "ensemble"}}}, "route: 'ensemble' is none of the teachers"),
+        ({"route": {"field": "a", "teachers": {"x": "nobody"}}}, "route.teachers.x: 'nobody' is none of the teachers"),
+        ({"route": {"field": "a", "teachers": {"x": "ensemble"}}}, "route.teachers.x: 'ensemble' is none of the"),
         ({"ensemble": {}, "method": {"kind": "logit_kd", "teacher": "one"}}, "method.teacher names one teacher, but"),
     ],
 )

@@ -32,6 +32,7 @@ def teacher(served):
     wait_until(is_complete, seconds=120)
 
 
+@pytest.mark.long
 def test_replica_death_loses_no_batch(teacher, tiny_teacher):
     requested, received = [], []
     kills, before, next_kill = 0, None, 5

@@ -42,6 +42,7 @@ def test_teachers_are_served_and_queried_in_a_running_loop(ray_cluster, tiny_tea
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.long
 def test_a_run_with_its_own_teacher_works_in_a_running_loop(workers, ray_cluster, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd", workers=workers, steps=2)
     values["teachers"] = [{"name": "own", "model": tiny_teacher, "resources": {"num_cpus": 0.25}}]
@@ -62,6 +63,7 @@ asyncio.run(main())
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_process_with_a_running_loop_starts_ray(tiny_teacher):
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, tiny_teacher], capture_output=True, text=True, env=environment(),

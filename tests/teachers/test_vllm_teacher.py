@@ -54,7 +54,7 @@ def teacher(ray_cluster, folder):
 
 def test_vllm_teacher_equals_transformers(teacher, twin, expected):
     generated = asyncio.run(twin.generate(PROMPTS, SamplingParameters(12, 0.0), [0, 0]))
-    assert teacher.info.supports == ("topk", "logprob")
+    assert teacher.info.supports == ("topk", "requested", "sampled", "hidden", "logprob")
     assert_signals_close(teacher.score(SEQUENCES, TopK(16)), expected)
     completions = teacher.generate(PROMPTS, max_new_tokens=12, temperature=0.0)
     assert [one.token_ids.tolist() for one in completions] == [one.token_ids.tolist() for one in generated]
