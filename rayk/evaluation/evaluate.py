@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from rayk.losses import linear_cross_entropy, linear_divergence, linear_log_prob
 from rayk.models import Head, real_vocab_size
 from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
 from rayk.signals.batch import SignalBatch
+from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, Scorer, Teacher
 
 _ARGMAX_CHUNK_ELEMENTS = 1 << 23
@@ -49,7 +51,9 @@ class Evaluation:
     def add_answer(self, answer: Answer) -> None:
         """Append an answer and add its scores to the sums."""
         self.answers.append(answer)
-        self.add(answers=1, correct=answer.correct, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop")
+        self.add(answers=1, answer_tokens=answer.tokens, stopped=answer.finish_reason == "stop")
+        if answer.correct is not None:
+            self.add(judged=1, correct=answer.correct)
         self.add(**{_ANSWER_METRIC + name: value for name, value in answer.metrics.items()})
 
     @property
@@ -236,7 +240,7 @@ def evaluate_teacher(
 ) -> Evaluation:  # fmt: skip
     """Evaluate the served teacher's own loss and answers, for comparison with the student's.
 
-    Only a single teacher that reads rows in the same context as the student generates answers; an ensemble, a route or
+    Only a single teacher that reads no demonstrations generates answers, after its own prompt; an ensemble, a route or
     any other teacher has a loss only. Rows with options are answered by any teacher but an ensemble.
     """
     views = views or RowViews()
@@ -244,8 +248,7 @@ def evaluate_teacher(
     groups = micro_batches([len(example) for example in examples], batch_tokens)
     batches = [collate([examples[row] for row in group], get_pad_id(tokenizer)) for group in groups]
     evaluation = Evaluation()
-    # A single teacher that reads rows as the student does.
-    single = teacher if isinstance(teacher, Teacher) and not views.has_view(teacher.settings.name) else None
+    single = teacher if isinstance(teacher, Teacher) and views.reads_prompts(teacher.settings.name) else None
     support = settings.support if single is None else Logprob()
     for batch, signals in zip(batches, _stream_signals(teacher, batches, support), strict=True):
         evaluation.add(tokens=batch.counted_tokens, cross_entropy=-float(signals.target_logprobs.sum()))
@@ -254,7 +257,7 @@ def evaluate_teacher(
         scorer = AnswerScorer(settings, tokenizer)
         rows = [row for row in rows for _ in range(settings.generation.samples)]
         completions = single.generate(
-            [row.prompt_ids for row in rows],
+            [_prompt_ids(row.view(single.settings.name)) for row in rows],
             max_new_tokens=settings.generation.max_new_tokens,
             temperature=settings.generation.temperature,
         )
@@ -266,6 +269,11 @@ def evaluate_teacher(
         for answer in _teacher_options(teacher, settings, option_rows, tokenizer, views.demonstrations):
             evaluation.add_answer(answer)
     return evaluation
+
+
+def _prompt_ids(view: TokenSequence) -> np.ndarray:
+    assert isinstance(view, Example)
+    return view.prompt_ids
 
 
 def _teacher_options(

@@ -19,7 +19,7 @@ MEAN_METRICS = {
     "teacher_entropy": ("teacher_entropy", "signal_tokens"),
     "teacher_mass": ("teacher_mass", "signal_tokens"),
     "student_mass": ("student_mass", "signal_tokens"),
-    "accuracy": ("correct", "answers"),
+    "accuracy": ("correct", "judged"),
     "answer_tokens": ("answer_tokens", "answers"),
     "stopped": ("stopped", "answers"),
     "preference_margin": ("preference_margin", "pairs"),

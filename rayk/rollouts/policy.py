@@ -20,6 +20,9 @@ from rayk.engines.base import GeneratedSequence, SamplingParameters
 from rayk.engines.speculative import MixedSampling
 from rayk.losses import importance_log_weights
 from rayk.models import CausalLM
+from rayk.models.packing import adopt_attention
+from rayk.models.shards import whole_tensor
+from rayk.models.structure import assign_state, copy_structure, gather_state
 from rayk.rollouts.policy_model import PolicyModel
 from rayk.rollouts.teacher_mixed import MixedRollout, Verify, sample_teacher_mixed
 from rayk.serving.weights import trainable_state_dict
@@ -43,6 +46,8 @@ class Rollout(Example):
             was sampled from; None if the policy sampled alone.
         teacher_calls: number of teacher calls while sampling.
         acceptance: share of the policy's proposed tokens that the teacher accepted; 1 if the policy sampled alone.
+        text: the completion without special tokens; "" if the policy did not sample alone.
+        reward: the completion's task reward; None without one.
     """
 
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -51,6 +56,8 @@ class Rollout(Example):
     log_weights: np.ndarray | None = None
     teacher_calls: int = 0
     acceptance: float = 1.0
+    text: str = ""
+    reward: float | None = None
 
     @property
     def completion_ids(self) -> np.ndarray:
@@ -70,6 +77,8 @@ class Policy(Protocol):
 
     parameters: SamplingParameters
     """Sampling parameters of the run's settings; a method may use others."""
+    uses_learner: bool
+    """Whether the learner itself generates, so that its weights must be on every worker meanwhile."""
 
     def groups(self, prompts: Sequence[TokenSequence]) -> list[list[int]]:
         """Group the indices of `prompts` by the batches in which the policy generates; each index is in one group."""
@@ -109,7 +118,11 @@ class Policy(Protocol):
         ...
 
     def update(self, version: int) -> None:
-        """Load the learner's weights, of `version` optimizer steps."""
+        """Load the learner's weights, of `version` optimizer steps. A collective if these are sharded."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until nothing that was cancelled still uses the learner."""
         ...
 
 
@@ -120,23 +133,26 @@ class WorkerPolicy:
     def __init__(
         self, learner: CausalLM, tokenizer: Any, settings: RolloutConfig, *, batch_tokens: int,
         generated_tokens: int | None = None, precision: str = "float32", version: int = 0,
-        vocab_size: int | None = None,
+        vocab_size: int | None = None, is_sharded: bool = False,
     ):  # fmt: skip
         """
         Args:
-            learner: the model that is trained.
+            learner: the model that is trained; if it will be sharded, it is not yet.
             batch_tokens: padded tokens of a batch whose log-probs are computed.
             generated_tokens: padded tokens, prompts and longest completions, of a batch that is generated; by default
                 `batch_tokens`.
             precision: dtype of matrix products, as in training.
             version: the learner's weight version.
             vocab_size: number of leading ids that completions may contain; None: all real tokens.
+            is_sharded: whether the learner's weights are divided among the workers.
         """
         self.parameters = sampling_parameters(settings)
         self.version = version
         self._learner = learner
-        on_policy = settings.max_staleness == 0
-        self._model = PolicyModel(learner if on_policy else _copy_model(learner), tokenizer, precision, vocab_size)
+        self.uses_learner = settings.max_staleness == 0
+        copy_learner = copy_structure if is_sharded else _copy_model
+        model = learner if self.uses_learner else copy_learner(learner).eval()
+        self._model = PolicyModel(model, tokenizer, precision, vocab_size)
         self._batch_tokens, self._generated_tokens = batch_tokens, generated_tokens or batch_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
@@ -198,9 +214,20 @@ class WorkerPolicy:
 
     def update(self, version: int) -> None:
         """See `Policy`. Must not be called during generation."""
-        if self._model.model is not self._learner:
-            self._model.model.load_state_dict(trainable_state_dict(self._learner), strict=False)
+        model: Any = self._model.model
+        if not self.uses_learner and model.device.type == "meta":
+            device = next(self._learner.buffers(), torch.empty(0)).device
+            assign_state(model, gather_state(self._learner, device, keep=True))
+            adopt_attention(model, self._learner.config._attn_implementation)
+            model.generation_config = self._learner.generation_config
+        elif not self.uses_learner:
+            state = {name: whole_tensor(t.detach()) for name, t in trainable_state_dict(self._learner).items()}
+            model.load_state_dict(state, strict=False)
         self.version = version
+
+    def wait(self) -> None:
+        """See `Policy`."""
+        self._thread.submit(lambda: None).result()
 
     async def _read(
         self, sequences: Sequence[TokenSequence], work: Callable[[list[TokenSequence]], list[T]]
@@ -246,7 +273,7 @@ def to_rollouts(prompts: Sequence[Example], generated: Sequence[GeneratedSequenc
     return [
         Rollout(
             **vars(with_completion(prompt, one.token_ids)), logprobs=one.logprobs, finish_reason=one.finish_reason,
-            version=version,
+            version=version, text=one.text,
         )
         for prompt, one in zip(prompts, generated, strict=True)
     ]  # fmt: skip
@@ -276,6 +303,7 @@ def summarize_rollouts(rollouts: Sequence[Rollout], version: int) -> dict[str, f
         "rollout_staleness": sum(version - rollout.version for rollout in rollouts),
         "rollout_teacher_calls": sum(rollout.teacher_calls for rollout in rollouts),
         "rollout_acceptance": sum(rollout.acceptance for rollout in rollouts),
+        "rollout_reward": sum(rollout.reward or 0.0 for rollout in rollouts),
     }
 
 

@@ -4,13 +4,11 @@ A `PolicyBackend` computes: transformers in this process (`TransformersBackend`)
 (`rayk.rollouts.vllm_backend`).
 """
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
 
 from rayk.config import ServedRollouts, StudentConfig
 from rayk.config.support import TopK
@@ -20,22 +18,12 @@ from rayk.models import load_tokenizer, pick_device
 from rayk.models.ends import set_end_token_ids
 from rayk.models.student import make_model
 from rayk.rollouts.policy_model import PolicyModel
-from rayk.serving.autoscaling import METRIC, Demand, Requester
-from rayk.serving.requests import GenerateRequest, ScoreRequest
-from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion, get_store
+from rayk.serving.autoscaling import METRIC, Requester
+from rayk.serving.metrics import MeasuredDemand
+from rayk.serving.ownership import watch_owner
+from rayk.serving.requests import GenerateRequest, ScoreRequest, VersionedRequest
+from rayk.serving.weight_store import PublishedWeights, WeightVersion, find_weights, get_store
 from rayk.serving.weights import load_weights
-
-
-@dataclass(frozen=True)
-class VersionedRequest:
-    """A request, and the weight version with which it must be answered."""
-
-    version: WeightVersion
-    request: GenerateRequest | ScoreRequest
-
-    @property
-    def tokens(self) -> int:
-        return self.request.tokens
 
 
 class PolicyBackend(Protocol):
@@ -73,7 +61,7 @@ class PolicyReplica:
         set_end_token_ids(model, tokenizer, settings["trained_ends"])
         policy_model = PolicyModel(model, tokenizer, settings["precision"], settings["vocab_size"])
         self._store = get_store(settings["store"])
-        self._demand = Demand()
+        self._demand = MeasuredDemand()
         self._backend: PolicyBackend
         if engine.kind == "vllm":
             from rayk.rollouts.vllm_backend import start_vllm
@@ -83,6 +71,7 @@ class PolicyReplica:
             )
         else:
             self._backend = TransformersBackend(policy_model, engine.batch_tokens)
+        self._watch = watch_owner(settings)
 
     async def generate(
         self, versioned: VersionedRequest, requester: Requester | None = None
@@ -92,7 +81,9 @@ class PolicyReplica:
         assert isinstance(request, GenerateRequest)
         lengths = [len(prompt) + request.parameters.max_new_tokens for prompt in request.prompts]
         items = list(zip(request.prompts, request.seeds, strict=True))
-        return await self._answer(versioned, requester, request.parameters, items, lengths)
+        completions = await self._answer(versioned, requester, request.parameters, items, lengths)
+        self._demand.count(generated=sum(len(completion.token_ids) for completion in completions))
+        return completions
 
     async def read(self, versioned: VersionedRequest, requester: Requester | None = None) -> list[np.ndarray]:
         """Return, at each sequence's counted tokens, the most likely ids (support `topk`) or the token's log-prob
@@ -101,7 +92,9 @@ class PolicyReplica:
         assert isinstance(request, ScoreRequest)
         sequences = request.sequences()
         lengths = [len(sequence) for sequence in sequences]
-        return await self._answer(versioned, requester, request.support, sequences, lengths)
+        results = await self._answer(versioned, requester, request.support, sequences, lengths)
+        self._demand.count(scored=request.tokens)
+        return results
 
     async def check_health(self) -> None:
         await self._backend.check_health()
@@ -115,17 +108,8 @@ class PolicyReplica:
     ) -> list[Any]:
         with self._demand.track_request(requester, versioned.tokens):
             # Wait for the version here and not in the backend, which may still be computing with an older version.
-            published = await self._find(versioned.version)
+            published = await find_weights(self._store, versioned.version)
             return await self._backend.answer(versioned.version, published, mode, items, lengths)
-
-    async def _find(self, version: WeightVersion) -> PublishedWeights:
-        """Wait until `version` is published and return its location; errors as `WeightStore.find`."""
-        try:
-            return await self._store.find.remote(version)
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayActorError:
-            raise UnusableWeights("The store of the student's weights has died.") from None
 
 
 class TransformersBackend:

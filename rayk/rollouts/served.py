@@ -15,8 +15,8 @@ from uuid import uuid4
 
 import numpy as np
 import ray
+import torch
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
 
 from rayk.config import RunConfig, ServedRollouts
 from rayk.config.support import Logprob, TopK
@@ -28,13 +28,14 @@ from rayk.engines.speculative import MixedSampling
 from rayk.errors import InputError, PolicyUnavailable
 from rayk.models import CausalLM
 from rayk.rollouts.policy import Rollout, maximum_lengths, sampling_parameters, to_rollouts
-from rayk.rollouts.replica import PolicyReplica, VersionedRequest
+from rayk.rollouts.replica import PolicyReplica
 from rayk.rollouts.teacher_mixed import Verify
 from rayk.serving import application as applications
 from rayk.serving.client import ServedModel
 from rayk.serving.event_loop import run_in_background
-from rayk.serving.requests import GenerateRequest, ScoreRequest
-from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion, get_store, start_store
+from rayk.serving.ownership import owned_by_this_job
+from rayk.serving.requests import GenerateRequest, ScoreRequest, VersionedRequest
+from rayk.serving.weight_store import PublishedWeights, WeightVersion, call_store, get_store, start_store
 from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
 
@@ -54,16 +55,21 @@ class ServedPolicy(ServedModel):
 
     Args:
         publishes: whether this worker publishes its learner's weights for the replicas; true on one worker.
+        dtype: type in which weights are published; None: the learner's own.
     """
 
     label = "The served policy"
     section = "rollouts"
+    uses_learner = False
     unavailable = PolicyUnavailable
 
-    def __init__(self, learner: CausalLM, settings: ServedRollouts, address: PolicyAddress, *, publishes: bool):
+    def __init__(
+        self, learner: CausalLM, settings: ServedRollouts, address: PolicyAddress, *, publishes: bool,
+        dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__(address.application, in_flight=settings.in_flight, deadline_seconds=settings.deadline_seconds)
         self.parameters = sampling_parameters(settings)
-        self._learner, self._publishes = learner, publishes
+        self._learner, self._publishes, self._dtype = learner, publishes, dtype
         self._group_tokens = settings.engine.batch_tokens * settings.replicas.max
         self._store = get_store(address.store)
         self._version = WeightVersion("", 0)
@@ -105,23 +111,18 @@ class ServedPolicy(ServedModel):
         """See `Policy`."""
         self._version = WeightVersion(attempt, 0)
         if self._publishes:
-            self._call_store("begin", attempt)
+            call_store(self._store, "begin", attempt)
 
     def update(self, version: int) -> None:
-        """See `Policy`. Only the worker that publishes reads the learner's weights."""
+        """See `Policy`. Only the worker that publishes keeps the learner's weights."""
         self._version = WeightVersion(self._version.attempt, version)
+        weights = pack_weights(self._learner, self._dtype, keep=self._publishes)
         if self._publishes:
-            weights = pack_weights(self._learner)
             published = PublishedWeights(checksum(weights), ray.put(weights))
-            self._call_store("publish", self._version, published)
+            call_store(self._store, "publish", self._version, published)
 
-    def _call_store(self, method: str, *arguments: Any) -> None:
-        try:
-            ray.get(getattr(self._store, method).remote(*arguments))
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayActorError as error:
-            raise UnusableWeights("The store of the student's weights has died.") from error
+    def wait(self) -> None:
+        """See `Policy`. Do nothing, because replicas have weights of their own."""
 
     async def _read(self, sequences: Sequence[TokenSequence], support: TopK | Logprob) -> list[np.ndarray]:
         version = self._version
@@ -168,6 +169,7 @@ def serve_policy(
         "precision": config.training.precision, "seed": config.seed, "tokenizer": tokenizer, "store": address.store,
         "vocab_size": vocab_size,
         "trained_ends": list(trained_ends),
+        **owned_by_this_job(),
     }  # fmt: skip
     try:
         applications.start_application(

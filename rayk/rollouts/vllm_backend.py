@@ -24,7 +24,6 @@ from rayk.config.support import Logprob, TopK
 from rayk.engines.base import SamplingParameters
 from rayk.engines.checks import logprob_mismatch, probe_sequence
 from rayk.engines.vllm import VLLMEngine
-from rayk.engines.vllm_worker import WORKER_EXTENSION
 from rayk.errors import EngineDied, InputError
 from rayk.models import load_model_config
 from rayk.models.lora import has_adapter, merged_state_dict
@@ -132,16 +131,16 @@ async def start_vllm(
     Raises:
         InputError: vLLM does not start, or its log-probs differ from those of transformers.
     """
-    arguments: dict[str, Any] = {
-        "tokenizer": tokenizer, "load_format": "dummy", "worker_extension_cls": WORKER_EXTENSION
-    }  # fmt: skip
+    arguments: dict[str, Any] = {"tokenizer": tokenizer, "load_format": "dummy"}
     if _has_padded_vocabulary(policy_model):
         overrides = engine.arguments.get("hf_overrides", {})
         arguments["hf_overrides"] = overrides | {"vocab_size": policy_model.vocab_size}
     settings = VLLMEngineConfig(
         dtype="bfloat16" if "bfloat16" in (precision, student.dtype) else "float32",
-        tensor_parallel_size=engine.tensor_parallel_size, max_model_len=engine.max_model_len,
-        gpu_memory_utilization=engine.gpu_memory_utilization, arguments=engine.arguments | arguments,
+        tensor_parallel_size=engine.tensor_parallel_size, pipeline_parallel_size=engine.pipeline_parallel_size,
+        data_parallel_size=engine.data_parallel_size, expert_parallel=engine.expert_parallel,
+        max_model_len=engine.max_model_len, gpu_memory_utilization=engine.gpu_memory_utilization,
+        arguments=engine.arguments | arguments,
     )  # fmt: skip
     origin = _own_checkpoint(policy_model, student)
     with nullcontext(origin) if origin is not None else tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import pytest
 from rayk.config import EvaluationConfig
 from rayk.data.examples import Example
 from rayk.errors import InputError
-from rayk.evaluation.answer_scoring import AnswerScorer
+from rayk.evaluation.answer_scoring import AnswerScorer, settle_answer_type
 from rayk.evaluation.evaluate import Evaluation
 from tests.tiny import BOS, tiny_tokenizer
 
@@ -169,3 +169,46 @@ def test_several_samples_need_a_temperature():
 def test_metrics_require_generated_answers():
     with pytest.raises(ValueError, match="set 'generation' too"):
         EvaluationConfig(metrics=["rouge_l"])
+
+
+LONG = " and".join(f" word {number}" for number in range(20))
+"""A right answer of 59 words."""
+
+
+def settle(*completions, **settings):
+    rows = [example(completion=completion, note="a b") for completion in completions]
+    return settle_answer_type(EvaluationConfig(**settings), rows, TOKENIZER).answer_type
+
+
+@pytest.mark.parametrize(
+    ("completions", "settings", "expected"),
+    [
+        ([" four"], {}, "text"),
+        ([LONG, LONG, " four"], {}, "open"),
+        ([" four", " five", " six", " seven", LONG], {}, "text"),  # on average 12.6 words
+        ([LONG], {"answer_field": "note"}, "text"),
+        ([LONG], {"answer_pattern": "word (.+)"}, "text"),
+        ([LONG], {"answer_type": "free"}, "free"),
+        ([" four"], {"answer_type": "open"}, "open"),
+        ([LONG], {"keep_best": {"metric": "accuracy"}}, "text"),
+        ([], {}, "text"),
+    ],
+)
+def test_answers_are_open_if_nothing_says_what_is_right_in_long_texts(completions, settings, expected):
+    assert settle(*completions, **settings) == expected
+
+
+def test_open_answers_have_rouge_l_and_no_accuracy():
+    evaluation = Evaluation()
+    for text in ("so it is #### 4", "no"):
+        evaluation.add_answer(score(text, answer_type="open", generation=GENERATION))
+    assert [answer.correct for answer in evaluation.answers] == [None, None]
+    assert "accuracy" not in evaluation.metrics
+    assert evaluation.metrics["rouge_l"] == 0.5
+    measured = EvaluationConfig(answer_type="open", generation=GENERATION).answer_metrics
+    assert measured == ("answer_tokens", "stopped", "rouge_l")
+
+
+def test_open_answers_have_no_pattern():
+    with pytest.raises(ValueError, match="'answer_pattern' has no effect"):
+        EvaluationConfig(answer_type="open", answer_pattern="(.+)")

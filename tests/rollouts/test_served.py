@@ -242,6 +242,7 @@ def named_actors():
     return [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == NAMESPACE]
 
 
+@pytest.mark.long
 def test_missing_version_and_removed_policy_are_errors_at_the_deadline(ray_cluster, tiny_student, tmp_path):
     config = run_config(tmp_path, tiny_student, replicas=1, deadline_seconds=2)
     learner = load_model(tiny_student)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rayk.config import StudentConfig, VLLMPolicyEngineConfig
-from rayk.config.support import Logprob, TopK
+from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
 from rayk.engines.base import SamplingParameters
+from rayk.engines.transformers import TransformersEngine
 from rayk.errors import EngineDied
 from rayk.models import load_model, real_vocab_size
 from rayk.models.student import make_model
@@ -20,6 +21,7 @@ from rayk.rollouts.vllm_backend import VersionLock, full_state_dict, start_vllm
 from rayk.serving.weight_store import PublishedWeights, UnusableWeights, WeightVersion
 from rayk.serving.weights import checksum, pack_weights
 from rayk.signals.sequence import TokenSequence
+from tests.engines.reference import assert_equal_signals, sequence, with_requested_ids
 from tests.rollouts.test_policy import VOCABULARY
 from tests.tiny import perturb, tiny_model, tiny_tokenizer
 
@@ -129,6 +131,21 @@ def test_each_version_generates_and_scores_with_its_weights(vllm, versions, on_l
     assert seen[0] != seen[1] != seen[3] != seen[0]
     wide = on_loop(vllm.answer(*versions.published(0), TopK(1000), sequences, [0, 0, 0]))
     assert wide[0].shape[1] == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "support", [TopK(16, (1.0, 2.0)), Requested(4), Sampled(20), Logprob(), Hidden("float32")], ids=str
+)
+def test_signals_of_a_head_in_two_parts_equal_those_of_the_whole_one(vllm, versions, on_loop, support, tmp_path):
+    versions.model(1).save_pretrained(tmp_path)
+    tiny_tokenizer(tmp_path)
+    on_loop(generate(vllm, versions, 1))  # loads the version
+    sequences = [sequence(length, length) for length in (40, 3, 120)]
+    sequences = with_requested_ids(sequences, 6) if isinstance(support, Requested) else sequences
+    whole = TransformersEngine(str(tmp_path))
+    # The policy's embedding has no padding, which counts in the normalizer.
+    whole._head = whole._head.truncate(VOCABULARY)
+    assert_equal_signals(*(on_loop(engine.score(sequences, support)) for engine in (vllm._engine, whole)))
 
 
 def test_trained_ends_end_completions(vllm, versions, on_loop, monkeypatch):
