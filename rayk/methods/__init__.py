@@ -6,6 +6,7 @@ from rayk.config import CustomMethodConfig
 from rayk.errors import InputError
 from rayk.methods.base import Experience, Loss, Method, OnPolicyMethod, Student
 from rayk.methods.in_context import InContext
+from rayk.methods.layerwise import Layerwise
 from rayk.methods.logit_kd import LogitKD
 from rayk.methods.matching import load_divergence
 from rayk.methods.minillm import MiniLLM
@@ -15,7 +16,7 @@ from rayk.methods.supervised import Supervised
 from rayk.text.functions import load_class
 
 METHODS: dict[str, type[Method]] = {
-    method.kind: method for method in (Supervised, LogitKD, OnPolicy, MiniLLM, InContext, Preference)
+    method.kind: method for method in (Supervised, LogitKD, OnPolicy, MiniLLM, Layerwise, InContext, Preference)
 }
 """The built-in methods by `method.kind`."""
 
@@ -26,6 +27,7 @@ __all__ = [
     "METHODS",
     "Experience",
     "InContext",
+    "Layerwise",
     "LogitKD",
     "Loss",
     "Method",

@@ -20,8 +20,8 @@ from rayk.signals.batch import SignalBatch
 from rayk.teachers import Scorer
 
 
-class Student(Protocol):
-    """The student as a method uses it: body and head of a causal LM, in training."""
+class StudentOutput(Protocol):
+    """The head and the hidden states of the student, from which a loss on its distribution is computed."""
 
     @property
     def head(self) -> Head:
@@ -30,6 +30,36 @@ class Student(Protocol):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the final hidden states that predict the counted tokens, [tokens, width], with gradient."""
+        ...
+
+
+class Student(StudentOutput, Protocol):
+    """The student as a method uses it: body and head of a causal LM, in training."""
+
+    @property
+    def layer_width(self) -> int:
+        """Size of the states of a layer."""
+        ...
+
+    def layer_numbers(self, layers: int | Sequence[int]) -> list[int]:
+        """Return the numbers of the layers, from 0: `layers` itself, or that many, spread evenly up to the last one."""
+        ...
+
+    def layer_states(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Return what `hidden` returns, and the outputs of `layers` at the same positions, [tokens, width] each, with
+        gradient."""
+        ...
+
+
+class Workers(Protocol):
+    """Collectives over the training workers; each must be called equally often on every worker."""
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Return each number summed over the workers."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every worker."""
         ...
 
 
@@ -55,6 +85,11 @@ class Experience:
         """Number of units in this experience (here counted tokens). The loss is averaged over the units of all
         workers."""
         return self.batch.counted_tokens
+
+    @property
+    def has_token_units(self) -> bool:
+        """Whether the units are the counted tokens, row by row."""
+        return type(self).count is Experience.count
 
     @property
     def offsets(self) -> Tensor:
@@ -134,6 +169,17 @@ class Method(ABC):
         self.settings = settings
         self.teacher = teacher
 
+    @property
+    def trains_in_stages(self) -> bool:
+        """Return whether some trained weights have no part in the loss of some steps."""
+        return False
+
+    def start(self, student: Student) -> None:  # noqa: B027
+        """Create what depends on the student, such as `modules` of its width; by default nothing.
+
+        Runs once on every worker, before `modules`, with torch's random numbers seeded by the run's seed.
+        """
+
     def precompute(  # noqa: B027
         self, student: Student, batches: Iterable[Batch], gather: Callable[[Any], list[Any]]
     ) -> None:  # fmt: skip
@@ -157,6 +203,16 @@ class Method(ABC):
             UnusableSignal: signals of some rows are unusable. With `training.unusable_rows: skip` the caller removes
                 these rows and prepares the remaining ones.
         """
+
+    def synchronize(self, experience: Experience, workers: Workers, step: int) -> Experience:
+        """Add columns that need all workers or the step, e.g. global reward moments; by default none.
+
+        Runs in the training loop, before the loss, on every worker.
+
+        Args:
+            step: number of finished optimizer steps.
+        """
+        return experience
 
     async def prepare_auxiliary(self, batch: Batch) -> Experience:
         """Return the experience of a batch of `settings.auxiliary_data`; by default as `prepare`."""
@@ -204,6 +260,12 @@ class OnPolicyMethod(Method):
         return self._policy
 
     @property
+    def distance(self) -> str:
+        """The term of the loss that measures the student's distance from the teacher; the metrics contain its mean over
+        each quarter of the completions. By default the loss itself."""
+        return "loss"
+
+    @property
     def minimum_rows(self) -> int:
         """Number of rows that each worker needs in a step, after rows with unusable signals are removed."""
         return 1
@@ -226,15 +288,6 @@ class OnPolicyMethod(Method):
         """
         prompts = [row for row in batch.sequences if isinstance(row, Example)]
         return collate(await self.policy.generate(prompts, self.policy.parameters, seeds), batch.pad_id)
-
-    def synchronize(self, experience: Experience, sums: Callable[[list[float]], list[float]]) -> Experience:
-        """Add statistics that need all workers, e.g. global reward moments; by default none.
-
-        Args:
-            sums: returns each number summed over the workers; a collective, so call it the same number of times on
-                every worker.
-        """
-        return experience
 
     def updates(self, experience: Experience, seed: int) -> Iterable[Experience]:
         """Return the experience of each optimizer update of the step; by default one update with all rows. Every worker

@@ -6,37 +6,41 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rayk.config import AlignmentConfig, DivergenceMethodConfig
-from rayk.config.support import Hidden, Sampled
+from rayk.config import AlignmentConfig, DivergenceLossConfig, MethodSettings
 from rayk.data.examples import Example
-from rayk.losses import AlignedLoss, aligned_divergence, find_divergence, linear_divergence, linear_outcomes
-from rayk.losses.divergences import Divergence
-from rayk.methods.base import Experience, Student
+from rayk.losses import AlignedLoss, Match, aligned_divergence, linear_match
+from rayk.losses.comparison import OVERLAP_TOKENS
+from rayk.losses.divergences import Divergence, try_divergence
+from rayk.methods.base import Experience, StudentOutput
+from rayk.methods.decoupled import decoupled_loss
 from rayk.models import Head
 from rayk.signals.alignment import TokenGroups, VocabularyMap
 from rayk.text.functions import load_function
 
 
 def soft_loss(
-    settings: DivergenceMethodConfig, student: Student, experience: Experience
+    settings: DivergenceLossConfig, student: StudentOutput, experience: Experience
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return T^s·D(p_T ‖ q_T) at each counted token, nats [tokens] (s = 2 with `temperature_squared`, else 0), and
-    terms for the metrics: D, the cross-entropy on the rows' tokens at temperature 1, and the masses that
-    `divergence_with_masses` returns."""
+    terms for the metrics: D, the cross-entropy on the rows' tokens at temperature 1, and those of `linear_match`."""
     assert experience.signals is not None
     if (alignment := getattr(settings, "alignment", None)) is not None:
         return _aligned_soft_loss(settings, alignment, student, experience)
-    divergence, cross_entropy, masses = divergence_with_masses(
+    if settings.divergence.reads_targets:
+        return decoupled_loss(settings, student, experience, compared_tokens(settings))
+    match = match_teacher(
         load_divergence(settings), student, student.head, experience, temperature=settings.temperature,
-        **settings.divergence.options,
+        compared=compared_tokens(settings), **settings.divergence.options,
     )  # fmt: skip
+    divergence, cross_entropy = match.divergence, match.cross_entropy
+    assert cross_entropy is not None
     soft = divergence * settings.temperature**2 if settings.temperature_squared else divergence
     name = settings.divergence.name.rpartition(":")[2]
-    return soft, {"cross_entropy": cross_entropy, name: divergence, **masses}
+    return soft, {"cross_entropy": cross_entropy, name: divergence, **match.terms}
 
 
 def _aligned_soft_loss(
-    settings: DivergenceMethodConfig, alignment: AlignmentConfig, student: Student, experience: Experience
+    settings: DivergenceLossConfig, alignment: AlignmentConfig, student: StudentOutput, experience: Experience
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Like `soft_loss`, from a teacher with another tokenizer. With `unmatched: sorted`, the weighted sorted distance
     is added. The terms `aligned` and `compared` are the shares of tokens in groups, and of compared distributions."""
@@ -70,41 +74,41 @@ def _batch_groups(experience: Experience) -> tuple[TokenGroups, VocabularyMap]:
     return groups, views[0].vocabulary
 
 
-def divergence_with_masses(
-    divergence: str | Divergence, student: Student, head: Head, experience: Experience, temperature: float = 1.0,
-    **options: Any,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Return a divergence and the cross-entropy at each counted token, nats [tokens], and, for signals with ids, the
-    mass of teacher and student on these ids, [tokens] each (the divergence does not see where the remaining mass
-    goes)."""
-    batch, signals, hidden = experience.batch, experience.signals, student.hidden(experience.batch)
+def match_teacher(
+    divergence: str | Divergence, student: StudentOutput, head: Head, experience: Experience, temperature: float = 1.0,
+    compared: int = 0, **options: Any,
+) -> Match:  # fmt: skip
+    """Return a divergence, the cross-entropy and terms for the metrics at each counted token (`linear_match`)."""
+    batch, signals = experience.batch, experience.signals
     assert signals is not None
-    if isinstance(signals.support, Hidden | Sampled):
-        distance, cross_entropy = linear_divergence(
-            hidden, head, signals, divergence, temperature=temperature, targets=batch.targets, **options
-        )
-        return distance, cross_entropy, {}
-    log_p, log_q, target = linear_outcomes(hidden, head, signals, batch.targets, temperature)
-    assert target is not None
-    masses = {"teacher_mass": 1 - log_p[:, -1].exp(), "student_mass": 1 - log_q[:, -1].exp()}
-    return find_divergence(divergence, **options)(log_p, log_q, has_tail=True), -target, masses
+    return linear_match(
+        student.hidden(batch), head, signals, divergence, temperature=temperature, targets=batch.targets,
+        compared=compared, **options,
+    )  # fmt: skip
+
+
+def compared_tokens(settings: MethodSettings) -> int:
+    """Return the number of most likely tokens of both models that the metrics compare: none in methods without
+    rollouts, where the evaluation on fixed rows shows the same."""
+    return OVERLAP_TOKENS if settings.samples_rollouts else 0
 
 
 def load_divergence(settings: Any) -> str | Divergence:
     """Return the divergence of a method's settings: a name in `DIVERGENCES`, or the user's function; "" without one.
 
     Raises:
-        InputError: the function cannot be loaded, or does not take the given options.
+        InputError: the function cannot be loaded, does not take log-probs and the given options, or returns another
+            shape than [tokens].
     """
-    if not isinstance(settings, DivergenceMethodConfig):
+    if not isinstance(settings, DivergenceLossConfig):
         return ""
     if not settings.divergence.is_custom:
         return settings.divergence.name
-    function = _load_function(settings.divergence.name)
-    find_divergence(function, **settings.divergence.options)
-    return function
+    return _load_function(settings.divergence.name, tuple(sorted(settings.divergence.options.items())))
 
 
 @lru_cache
-def _load_function(path: str) -> Divergence:
-    return load_function(path, "method.divergence")
+def _load_function(path: str, options: tuple[tuple[str, float], ...]) -> Divergence:
+    function = load_function(path, "method.divergence")
+    try_divergence(function, **dict(options))
+    return function

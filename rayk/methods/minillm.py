@@ -12,7 +12,7 @@ L_PT is a loss on plain text, (1−r)·cross-entropy + r·KL(p‖q), so that the
 `form: lmops` computes what the authors' code computes where it differs from the paper (`_FORMS`, README.md).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,12 +33,12 @@ from rayk.losses import (
     token_rewards,
     whiten,
 )
-from rayk.methods.base import Experience, Loss, OnPolicyMethod, Student
+from rayk.methods.base import Experience, Loss, OnPolicyMethod, Student, Workers
 from rayk.methods.limits import check_rewards, exceeds_ratio_limit
-from rayk.methods.matching import divergence_with_masses
+from rayk.methods.matching import compared_tokens, match_teacher
 from rayk.rollouts import Rollout, with_requested_ids
 from rayk.signals.sequence import TokenSequence
-from rayk.teachers import Teacher
+from rayk.teachers import split_by_teacher
 
 _PRETRAINING_K = 64  # ids per token of plain text if the method's support needs a rollout
 
@@ -80,10 +80,15 @@ class MiniLLM(OnPolicyMethod):
     def minimum_rows(self) -> int:
         return self.settings.minibatches
 
+    @property
+    def distance(self) -> str:
+        return "reverse_kl" if self.settings.single_step else "loss"
+
     def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
-        """Return one group if the teacher samples too, because it verifies many rows in one call."""
+        """Return one group for each teacher if teachers sample too, because one verifies many rows in a call."""
         if self.settings.teacher_share:
-            return [list(range(batch.rows))]
+            assert self.teacher is not None
+            return [rows for _, rows in split_by_teacher(self.teacher, batch.sequences)]
         return super().groups(batch, seeds, progress)
 
     async def sample(self, batch: Batch, seeds: Sequence[int], progress: float) -> Batch:
@@ -91,9 +96,7 @@ class MiniLLM(OnPolicyMethod):
         settings, parameters = self.settings, self.policy.parameters
         prompts = [row for row in batch.sequences if isinstance(row, Example)]
         if settings.teacher_share:
-            assert isinstance(self.teacher, Teacher)
-            sampling = MixedSampling(settings.teacher_share, parameters.max_new_tokens)
-            rollouts = await self.policy.generate_mixed(prompts, self.teacher.averify, sampling, seeds)
+            rollouts = await self._generate_mixed(prompts, seeds)
         else:
             rollouts = await self.policy.generate(prompts, parameters, seeds)
         # Numerator and denominator of the loss's ratio come from the same computation, so that it starts at exactly 1.
@@ -101,6 +104,18 @@ class MiniLLM(OnPolicyMethod):
         rows: list[TokenSequence] = [replace(row, logprobs=own) for row, own in zip(rollouts, logprobs, strict=True)]
         rows = await with_requested_ids(self.policy, rows, settings.support, settings.requested_ids)
         return collate(rows, batch.pad_id)
+
+    async def _generate_mixed(self, prompts: list[Example], seeds: Sequence[int]) -> list[Rollout]:
+        """Sample each completion from the mixture of the student and the row's own teacher, teacher by teacher."""
+        assert self.teacher is not None
+        sampling = MixedSampling(self.settings.teacher_share, self.policy.parameters.max_new_tokens)
+        found: dict[int, Rollout] = {}
+        for teacher, rows in split_by_teacher(self.teacher, prompts):
+            rollouts = await self.policy.generate_mixed(
+                [prompts[row] for row in rows], teacher.averify, sampling, [seeds[row] for row in rows]
+            )
+            found |= zip(rows, rollouts, strict=True)
+        return [found[row] for row in range(len(prompts))]
 
     async def prepare(self, batch: Batch) -> Experience:
         assert self.teacher is not None
@@ -136,13 +151,13 @@ class MiniLLM(OnPolicyMethod):
             support = TopK(max(support.k, _PRETRAINING_K) if isinstance(support, Requested) else _PRETRAINING_K)
         return PlainText(batch, await self.teacher.ascore(batch, support))
 
-    def synchronize(self, experience: Experience, sums: Callable[[list[float]], list[float]]) -> Experience:
+    def synchronize(self, experience: Experience, workers: Workers, step: int) -> Experience:
         """Whiten the returns with their moments over all workers."""
         if not _FORMS[self.settings.form].whitened:
             return experience
         returns = experience.columns["returns"]
         moments = moment_sums(returns, torch.ones_like(returns, dtype=torch.bool))
-        global_moments = torch.tensor(sums(moments.tolist()), dtype=torch.float64)
+        global_moments = torch.tensor(workers.sums(moments.tolist()), dtype=torch.float64)
         return replace(experience, columns={**experience.columns, "returns": whiten(returns, global_moments)})
 
     def updates(self, experience: Experience, seed: int) -> Iterator[Experience]:
@@ -184,10 +199,12 @@ class MiniLLM(OnPolicyMethod):
         reverse_kl: Tensor | None = None
         terms: dict[str, Tensor] = {}
         if settings.single_step:
-            reverse_kl, cross_entropy, masses = divergence_with_masses("reverse_kl", student, head, experience)
-            terms |= {"reverse_kl": reverse_kl, **masses}
+            match = match_teacher("reverse_kl", student, head, experience, compared=compared_tokens(settings))
+            reverse_kl, cross_entropy = match.divergence, match.cross_entropy
+            terms |= {"reverse_kl": reverse_kl, **match.terms}
         else:
             cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
+        assert cross_entropy is not None
         long_term = policy_loss(
             -cross_entropy, columns["rollout_logprobs"], columns["returns"], log_weights=columns["log_weights"],
             clip=settings.ratio_clip,

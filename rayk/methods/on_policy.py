@@ -6,13 +6,15 @@ tokens (generalized knowledge distillation, GKD; Agarwal et al. 2024, arXiv 2306
 p is the teacher, q the student, N the number of counted tokens of all rows (the paper takes the mean over sequences of
 their means: `normalize: sequences`). No gradient flows through the sampling. λ is `student_fraction`, drawn for each
 row (TRL draws once per batch). With λ = 0 and the data's rows this is `logit_kd`; with forward KL and λ in between it
-is ImitKD (Lin et al. 2020).
+is ImitKD (Lin et al. 2020). Rows that the student did not generate can also learn from their own tokens, with weight α
+(`hard_label_weight`) as in `logit_kd`.
 
 Reverse KL and Jensen–Shannon weigh tokens where the student has mass. Support `requested` therefore contains the
 student's most likely ids as well as the teacher's, and `hidden` the whole vocabulary.
 
 With `form: policy` the loss is a policy gradient (Thinking Machines, 2025) whose reward is log p(y_t) − log q(y_t) of
-each token alone. Its expected gradient, given the prefix, is the gradient of reverse KL; its variance is higher.
+each token alone. Its expected gradient, given the prefix, is the gradient of reverse KL; its variance is higher. A task
+reward of whole completions can be added (`rayk.methods.reward`), as GKD (§3.2) and tinker-cookbook do.
 
 With `adaptive`, λ is DistiLLM's φ (`rayk.rollouts.adaptive`): a row gets a new completion with probability φ·(1 −
 progress), and one from the replay buffer with probability φ·progress. Until the buffer is full, completions are new.
@@ -30,13 +32,15 @@ from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
 from rayk.engines.batching import gather
 from rayk.losses import linear_cross_entropy, log_ratio_policy_loss
-from rayk.methods.base import Experience, Loss, OnPolicyMethod, Student
+from rayk.methods.base import Experience, Loss, OnPolicyMethod, Student, Workers
+from rayk.methods.decoupled import weigh_tokens
 from rayk.methods.limits import check_rewards, exceeds_ratio_limit
 from rayk.methods.matching import soft_loss
+from rayk.methods.reward import COLUMN, TaskReward
 from rayk.rollouts import Policy, Rollout, with_completion, with_requested_ids
 from rayk.rollouts.adaptive import AdaptiveSchedule, ReplayBuffer
 from rayk.signals.sequence import TokenSequence
-from rayk.teachers import Scorer, Teacher
+from rayk.teachers import Scorer, Teacher, split_by_teacher
 
 
 class OnPolicy(OnPolicyMethod):
@@ -51,9 +55,17 @@ class OnPolicy(OnPolicyMethod):
         super().__init__(settings, teacher, policy)
         self._schedule = settings.adaptive and AdaptiveSchedule(settings.adaptive, settings.student_fraction)
         self._replay = settings.adaptive and ReplayBuffer(settings.adaptive.replay_capacity)
+        self._reward = settings.reward and TaskReward(settings.reward)
         self.uses_dropout = settings.form != "policy"
         self._replaying = False
         """Whether the replay buffer was full at the start of the step."""
+
+    @property
+    def distance(self) -> str:
+        if self.settings.form == "policy":
+            return "log_ratio"
+        divergence = self.settings.divergence
+        return "loss" if divergence.reads_targets else divergence.name.rpartition(":")[2]
 
     def groups(self, batch: Batch, seeds: Sequence[int], progress: float) -> list[list[int]]:
         """Split the student's rows as the policy batches them; all other rows join the first group."""
@@ -83,6 +95,8 @@ class OnPolicy(OnPolicyMethod):
         if self.settings.form == "policy":
             logprobs = await self.policy.logprobs(rows)
             rows = [replace(_rollout(row), logprobs=values) for row, values in zip(rows, logprobs, strict=True)]
+        if self._reward:
+            rows = [self._reward.score(_rollout(row)) for row in rows]
         rows = await with_requested_ids(self.policy, rows, self.settings.support, self.settings.requested_ids)
         return collate(rows, batch.pad_id)
 
@@ -96,10 +110,22 @@ class OnPolicy(OnPolicyMethod):
             columns["rollout_logprobs"] = logprobs
         return Experience(batch, signals, columns)
 
+    def synchronize(self, experience: Experience, workers: Workers, step: int) -> Experience:
+        if self._reward:
+            return self._reward.add_advantages(experience, workers)
+        return weigh_tokens(self.settings, experience, workers, step)
+
     def loss(self, student: Student, experience: Experience) -> Loss:
         if self.settings.form == "policy":
             return self._policy_gradient(student, experience)
-        return Loss(*soft_loss(self.settings, student, experience))
+        soft, terms = soft_loss(self.settings, student, experience)
+        if not self.settings.hard_label_weight:
+            return Loss(soft, terms)
+        batch = experience.batch
+        is_own = torch.tensor([isinstance(row, Rollout) for row in batch.sequences], device=soft.device)
+        is_own = is_own.repeat_interleave(batch.offsets.diff().to(soft.device))
+        alpha = torch.where(is_own, 0.0, self.settings.hard_label_weight)
+        return Loss(alpha * terms["cross_entropy"] + (1 - alpha) * soft, terms)
 
     def _policy_gradient(self, student: Student, experience: Experience) -> Loss:
         batch, signals = experience.batch, experience.signals
@@ -109,8 +135,9 @@ class OnPolicy(OnPolicyMethod):
         head = student.head.truncate(signals.vocab_size)
         cross_entropy = linear_cross_entropy(student.hidden(batch), head, batch.targets)
         per_token = log_ratio_policy_loss(
-            -cross_entropy, rollout_logprobs, teacher_logprobs, clip=self.settings.ratio_clip
-        )
+            -cross_entropy, rollout_logprobs, teacher_logprobs, clip=self.settings.ratio_clip,
+            rewards=experience.columns.get(COLUMN),
+        )  # fmt: skip
         exploded = exceeds_ratio_limit(-cross_entropy, rollout_logprobs, self.settings.ratio_limit)
         terms = {"cross_entropy": cross_entropy, "log_ratio": rollout_logprobs - teacher_logprobs}
         return Loss(per_token, terms, exploded)
@@ -157,15 +184,24 @@ class OnPolicy(OnPolicyMethod):
     ) -> dict[int, TokenSequence]:
         if not chosen:
             return {}
-        assert isinstance(self.teacher, Teacher)
+        assert self.teacher is not None
         prompts = [_example(rows[row]) for row in chosen]
-        completions = await self.teacher.agenerate(
-            [prompt.prompt_ids for prompt in prompts], self.policy.parameters, [seeds[row] for row in chosen]
-        )
-        return {
-            row: with_completion(prompt, completion.token_ids)
-            for row, prompt, completion in zip(chosen, prompts, completions, strict=True)
-        }
+
+        async def generate(teacher: Teacher, places: list[int]) -> dict[int, TokenSequence]:
+            # A teacher with a prompt of its own writes after that prompt; the student learns the same completion after
+            # its own one.
+            read = [_example(prompts[place].view(teacher.settings.name)) for place in places]
+            completions = await teacher.agenerate(
+                [prompt.prompt_ids for prompt in read], self.policy.parameters,
+                [seeds[chosen[place]] for place in places],
+            )  # fmt: skip
+            return {
+                chosen[place]: with_completion(prompts[place], completion.token_ids)
+                for place, completion in zip(places, completions, strict=True)
+            }
+
+        parts = await gather(generate(*part) for part in split_by_teacher(self.teacher, prompts))
+        return {row: sequence for part in parts for row, sequence in part.items()}
 
 
 def _draws(seed: int) -> np.ndarray:

@@ -199,6 +199,7 @@ def test_run_follows_the_weight_schedule_with_any_micro_batches(tmp_path, tiny_s
     assert_same_learning(tmp_path / "one" / "run", tmp_path / "cut" / "run")
 
 
+@pytest.mark.long
 def test_two_workers_and_a_resumed_run_equal_one_run(tmp_path, tiny_student, served):
     distill(small(tmp_path / "alone", tiny_student))
     distill(small(tmp_path / "group", tiny_student, workers=2, micro_batch_tokens=60))  # less than a query
@@ -215,6 +216,7 @@ def test_two_workers_and_a_resumed_run_equal_one_run(tmp_path, tiny_student, ser
 
 
 @pytest.mark.parametrize("choice", ["bm25", "embedding"])
+@pytest.mark.long
 def test_nearest_demonstrations_are_shown_in_training_and_evaluation(
     choice, tmp_path, tiny_student, tiny_teacher, served
 ):

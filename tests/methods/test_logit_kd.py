@@ -1,38 +1,16 @@
 """The loss of logit_kd is α·CE + (1−α)·T²·D, with D at temperature T and CE at temperature 1."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rayk.config import LogitKDConfig
 from rayk.config.support import TopK
-from rayk.data.batches import collate
 from rayk.methods import Experience, LogitKD, Supervised
 from rayk.signals.batch import SignalBatch
-from rayk.signals.sequence import TokenSequence
-from rayk.training.student import Student
+from tests.methods.small_batch import VOCABULARY, dense_logits
 from tests.tiny import tiny_model
-
-VOCABULARY = 384
-
-
-@pytest.fixture(scope="module")
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for length in (5, 12, 9):
-        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).int().numpy()
-        counted = torch.arange(length).numpy() >= 2
-        rows.append(TokenSequence(ids, counted))
-    return collate(rows, pad_id=0)
-
-
-@pytest.fixture(scope="module")
-def student():
-    return Student(tiny_model(seed=3, tie=False))
-
-
-def dense_logits(model, batch):
-    return batch.counted(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
 
 
 def signals_of(logits, batch, temperature, k=VOCABULARY):
@@ -66,6 +44,26 @@ def test_loss_mixes_hard_labels_with_the_divergence_at_temperature(batch, studen
     torch.testing.assert_close(loss.per_token, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss.terms["cross_entropy"], hard, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss.terms[divergence], soft, rtol=1e-4, atol=1e-5)
+
+
+def test_batchmean_is_that_of_pytorch_over_any_micro_batches(batch, student):
+    """BabyLlama's loss: KLDivLoss of [rows, length, vocabulary] is divided by rows, the cross-entropy by tokens."""
+    teacher = dense_logits(tiny_model(seed=4, peaked=3.0), batch)
+    settings = LogitKDConfig(
+        hard_label_weight=0.5, temperature=2.0, temperature_squared=True, soft_reduction="batchmean"
+    )
+    method, experience = LogitKD(settings, None), Experience(batch, signals_of(teacher, batch, 2.0))
+    workers = SimpleNamespace(sums=lambda values: values)
+    experience = method.synchronize(experience, workers, 0)
+    ours = dense_logits(student.model, batch)
+    soft = torch.nn.functional.kl_div(
+        (ours / 2).log_softmax(1), (teacher / 2).softmax(1).detach(), reduction="sum"
+    ) / batch.rows  # fmt: skip
+    hard = torch.nn.functional.cross_entropy(ours, batch.targets)
+    parts = [method.loss(student, experience.select([row])).per_token for row in range(batch.rows)]
+    torch.testing.assert_close(torch.cat(parts).mean(), 0.5 * hard + 0.5 * 4 * soft, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="soft_reduction 'batchmean'"):
+        LogitKDConfig(soft_reduction="batchmean", normalize="sequences")
 
 
 def test_temperature_is_added_to_the_support():

@@ -1,6 +1,7 @@
 """The loss of minillm equals the paper's formula, term by term, on small models; runs are reproducible."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,7 @@ def test_micro_batches_do_not_change_the_run(tmp_path, tiny_student, served):
     assert_same_learning(tmp_path / "small" / "run", tmp_path / "whole" / "run")
 
 
+@pytest.mark.long
 def test_two_workers_equal_one(tmp_path, tiny_student, served):
     for name, workers in (("one", 0), ("two", 2)):
         distill(changed(tmp_path / name, tiny_student, EXACT | {"form": "lmops"}, workers=workers, steps=3))
@@ -157,9 +159,10 @@ def test_returns_are_whitened_over_all_workers():
     shares = [Experience(None, columns={"returns": part}) for part in (returns[:2], returns[2:])]
     moments: list[list[float]] = []
     for share in shares:
-        method.synchronize(share, lambda values: moments.append(values) or values)
+        method.synchronize(share, SimpleNamespace(sums=lambda values: moments.append(values) or values), 0)
     whole = [sum(each) for each in zip(*moments, strict=True)]
-    found = torch.cat([method.synchronize(share, lambda _: whole).columns["returns"] for share in shares])
+    workers = SimpleNamespace(sums=lambda _: whole)
+    found = torch.cat([method.synchronize(share, workers, 0).columns["returns"] for share in shares])
     torch.testing.assert_close(found, (returns - returns.mean()) / returns.std(correction=0))
     torch.testing.assert_close(whiten(returns, torch.tensor(whole)), found)
 
@@ -189,6 +192,7 @@ def test_pretraining_loss_is_averaged_over_its_own_tokens(share, watched, tmp_pa
     assert row["loss"] == pytest.approx(expected, rel=5e-3, abs=2e-3)
 
 
+@pytest.mark.long
 def test_student_approaches_its_teacher(tmp_path, tiny_student, served):
     method = {"kind": "minillm", "support": {"kind": "requested", "k": 16}, "requested_ids": 16}
     distill(changed(tmp_path, tiny_student, method, steps=40, batch_size=16))

@@ -118,6 +118,20 @@ def test_loss_is_the_divergence_at_generated_tokens_only(watched, tmp_path, tiny
         assert row["loss"] == pytest.approx(float(total / tokens), rel=1e-3)
 
 
+def test_each_prompt_has_several_different_completions(watched, tmp_path, tiny_student, served):
+    rows, _ = watched
+    run = changed(tmp_path, tiny_student, rollouts={"samples": 4}, steps=None, epochs=0.25)
+    distill(run)
+    assert len(rows) == 6  # a quarter of 48 prompts, two in each step of 8 completions
+    for sampled in rows.values():
+        completions: dict[tuple, set] = {}
+        for row in sampled:
+            prompt = tuple(row.input_ids[: row.prompt_tokens])
+            completions.setdefault(prompt, set()).add(tuple(row.input_ids[row.prompt_tokens :]))
+        assert [len(different) for different in completions.values()] == [4, 4]
+    assert curve(run.output_path, "epoch")[-1] == 0.25
+
+
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_run_is_reproducible_bit_for_bit(max_staleness, tmp_path, tiny_student, served):
     for name in ("one", "other"):
@@ -240,6 +254,7 @@ def test_failed_evaluation_is_repeated_after_resume(tmp_path, tiny_student, serv
     assert curve(tmp_path / "whole" / "run", "evaluation_loss") == curve(stopped.output_path, "evaluation_loss")
 
 
+@pytest.mark.long
 def test_number_of_workers_does_not_change_rollouts_or_learning(tmp_path, tiny_student, served):
     rollouts = {"max_staleness": 1}  # the first step uses rollouts of the current weights, as all steps do with 0
     distill(changed(tmp_path / "alone", tiny_student, rollouts=rollouts, steps=3))

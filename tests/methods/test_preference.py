@@ -14,7 +14,7 @@ from rayk.methods import Preference
 from rayk.methods.preference import Pairs
 from rayk.models.packing import can_pack, enable_packing
 from rayk.serving.event_loop import run_in_background, wait_for
-from rayk.training.checkpoint import _pack, _unpack
+from rayk.storage.values import join_tensors, split_tensors
 from rayk.training.student import LossModule, Student
 from tests.tiny import tiny_model
 
@@ -160,7 +160,7 @@ def test_metrics_describe_both_answers(student, reference, method):
 
 def test_initial_log_probs_survive_a_checkpoint_bit_for_bit(student, method):
     resumed = Preference(SETTINGS, None)
-    resumed.load_state_dict(_unpack(_pack(method.state_dict())))
+    resumed.load_state_dict(join_tensors(*split_tensors(method.state_dict())))
     assert torch.equal(prepared(resumed).reference, prepared(method).reference)
 
 
