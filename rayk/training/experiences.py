@@ -14,7 +14,8 @@ import numpy as np
 from rayk.config import RunConfig
 from rayk.data.alignment import UnalignableRow
 from rayk.data.batches import Batch, BatchSampler, collate
-from rayk.data.examples import Example, ExampleTable
+from rayk.data.chunks import TrainingRows
+from rayk.data.examples import Example
 from rayk.data.views import RowViews
 from rayk.engines.batching import task_group
 from rayk.errors import InputError, Interrupted, RunFailed, UnusableSignal
@@ -23,6 +24,7 @@ from rayk.rollouts import Policy, VersionGate
 from rayk.rollouts.packed_rows import pack_row, unpack_row
 from rayk.serving.event_loop import run_in_background, stream_in_background, wait_for
 from rayk.signals.sequence import TokenSequence
+from rayk.training.following import FollowingTeachers
 from rayk.training.interruption import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -60,17 +62,20 @@ class PreparedStep:
 class ExperienceSource:
     """Prepare one rank's experiences, step by step.
 
-    If the run has a policy, the steps use it one after the other (`VersionGate`). After each optimizer step the loop
+    If the run has a policy, the steps use it one after the other (`VersionGate`); it has the weights of the first step
+    before `stream` begins. After each optimizer step the loop
     calls `finish`, and then `advance`, which updates the policy's weights for later steps.
 
     Args:
         auxiliary: rows of `settings.auxiliary_data` and their sampler; None without such data.
+        following: the teachers that follow the student.
     """
 
     def __init__(
-        self, config: RunConfig, method: Method, policy: Policy | None, table: ExampleTable, sampler: BatchSampler,
-        pad_id: int, rank: int, world: int, auxiliary: tuple[ExampleTable, BatchSampler] | None = None,
+        self, config: RunConfig, method: Method, policy: Policy | None, table: TrainingRows, sampler: BatchSampler,
+        pad_id: int, rank: int, world: int, auxiliary: tuple[TrainingRows, BatchSampler] | None = None,
         views: RowViews | None = None, stop_request: StopRequest | None = None,
+        following: FollowingTeachers | None = None,
     ):  # fmt: skip
         self._config, self._method, self._policy = config, method, policy
         self._generating = method if isinstance(method, OnPolicyMethod) else None
@@ -79,6 +84,7 @@ class ExperienceSource:
         self._auxiliary = auxiliary
         self._views = views or RowViews()
         self._stop_request = stop_request
+        self._following = following
         self._awaited: int | None = None
         """The step that the training loop is waiting for, or has received last."""
         self._max_staleness = config.rollouts.max_staleness if config.rollouts else 0
@@ -94,7 +100,6 @@ class ExperienceSource:
             Interrupted: a stop was requested while the loop waits for an experience.
         """
         if self._policy is not None:
-            self._policy.update(step)
             next_step = next(later for later in range(step, total_steps + 1) if later not in self._sampled)
             self._gate = VersionGate(step, next_step, total_steps - 1, self._max_staleness)
         # `finish` waits for all steps that use the current weights, so all of these must be started.
@@ -162,6 +167,8 @@ class ExperienceSource:
 
     async def _prepare(self, step: int) -> PreparedStep:
         """Prepare the step from rows that the policy generates, from the data's rows, or from a checkpoint's rows."""
+        if self._following is not None:
+            await self._following.use_weights_of(step)
         batch, generated = self._sampled.get(step), None
         if batch is None and self._gate is not None:
             experience, generated, scored = await self._generate_and_score(step, self._gate)
@@ -224,7 +231,7 @@ class ExperienceSource:
             return rows
         return await self._generating.sample(rows, self._seeds(step, self._sampler), step / self._sampler.steps)
 
-    def _rows(self, step: int, table: ExampleTable, sampler: BatchSampler) -> Batch:
+    def _rows(self, step: int, table: TrainingRows, sampler: BatchSampler) -> Batch:
         """Return this rank's rows of `step`, with the contexts of the models that read them."""
         rows = [table[int(row)] for row in sampler.share(step, self._rank, self._world)]
         if not self._views.is_empty:

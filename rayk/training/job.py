@@ -15,6 +15,7 @@ from rayk.models.student import ParameterCount
 from rayk.rollouts import PolicyAddress
 from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
+from rayk.teachers.following import connect_following_teacher
 
 
 def _import_paths() -> list[str]:
@@ -54,7 +55,12 @@ class Job:
 
     def connect_teachers(self, cache: SignalCache | None = None) -> dict[str, Teacher]:
         """Connect to the training teachers; return them by their names in the settings."""
-        return {t.name: connect_teacher(self.applications[t.name], t, cache) for t in self.config.training_teachers}
+        return {
+            teacher.name: connect_following_teacher(self.applications[teacher.name], teacher)
+            if teacher.follows
+            else connect_teacher(self.applications[teacher.name], teacher, cache)
+            for teacher in self.config.training_teachers
+        }
 
     def extend_import_paths(self) -> None:
         """Let this process import the user's modules."""

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,11 +10,32 @@ from torch import Tensor
 from rayk.config import TrainingConfig
 from rayk.data.batches import micro_batches
 from rayk.errors import InputError, RunFailed
-from rayk.losses import sequence_mean, token_mean
 from rayk.methods import Experience
-from rayk.training.optimizer import make_optimizer
+from rayk.models.shards import whole_tensor
+from rayk.training.averaging import Averaging, StepMean
+from rayk.training.optimizer import make_optimizer, set_learning_rate
 from rayk.training.ranks import Ranks
-from rayk.training.student import UNUSABLE, LossModule, wrap_for_ddp
+from rayk.training.replication import ReplicatedModule
+from rayk.training.sharding import ShardedModule
+from rayk.training.student import UNUSABLE, LossModule
+
+_Means = dict[str, tuple[float, float]]
+"""Each metric's mean in one update, and its weight among the updates of a step."""
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Units that one forward pass of the loss computes.
+
+    Attributes:
+        units: the units' indices in the experience.
+        weight: 0 if the units only make up for a micro-batch that this rank lacks.
+        parts: the least number of parts of the body's forward pass (`Student.minimum_parts`).
+    """
+
+    units: list[int]
+    weight: float = 1.0
+    parts: int = 1
 
 
 class Learner:
@@ -23,30 +43,31 @@ class Learner:
 
     Args:
         module: student and loss, on `device`.
-        averages_sequences: give each sequence, instead of each unit, the same weight.
+        averaging: the mean that the loss is, and the means that are recorded.
     """
 
     def __init__(
-        self, module: LossModule, settings: TrainingConfig, ranks: Ranks, device: str, averages_sequences: bool = False
+        self, module: LossModule, settings: TrainingConfig, ranks: Ranks, device: str,
+        averaging: Averaging | None = None,
     ):  # fmt: skip
         self.module, self._settings, self._ranks, self._device = module, settings, ranks, device
-        self._averages_sequences = averages_sequences
+        self._averaging = averaging or Averaging()
+        self.parallel: ReplicatedModule | ShardedModule
+        """The module with the communication between the ranks."""
+        if settings.sharding == "none":
+            self.parallel = ReplicatedModule(module.to(device))
+        else:
+            self.parallel = ShardedModule(module, settings, ranks, device)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self._parameters, settings)
-        self._wrapped: Any = module
         self._checked: set[tuple[type[Experience], bool]] = set()
         """Kinds of experiences whose loss has been checked: its type, and whether it is auxiliary."""
         self.is_mid_step = False
         """Whether some but not all updates of the current step are done, so that the weights must not be saved."""
 
-    def wrap(self) -> None:
-        """Wrap the module for DDP. A collective: all ranks must call it."""
-        self._wrapped = wrap_for_ddp(self.module)
-
     def train_step(self, experiences: Iterable[Experience], step: int, learning_rate: float) -> dict[str, float]:
         """Make one update with each of the experiences of `step`; return the mean of each metric, weighted by units."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         updates = []
         for experience in experiences:
             updates.append(self._update(experience, step))
@@ -54,19 +75,22 @@ class Learner:
         self.is_mid_step = False
         return _weighted_means(updates)
 
-    def _update(self, experience: Experience, step: int) -> tuple[float, dict[str, float]]:
-        """Make one optimizer update; return its number of units (or sequences) and the means over them.
+    def _update(self, experience: Experience, step: int) -> _Means:
+        """Make one optimizer update; return the means of the metrics.
 
         The mean loss of the auxiliary experience, over its own units, is added.
         """
         means: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        wholes = self._averaging.count(experience, experience.auxiliary, self._ranks)
         parts = [part for part in (experience, experience.auxiliary) if part is not None]
-        counts = self._ranks.sums([self._count(part) for part in parts])
-        for part, count in zip(parts, counts, strict=True):
-            sums = self._backward(part, count, is_auxiliary=part is not experience)
+        for part, whole in zip(parts, wholes, strict=True):
+            sums = self._backward(part, whole, is_auxiliary=part is not experience)
             names = sorted(sums)
             totals = dict(zip(names, self._ranks.sums([sums[name] for name in names]), strict=True))
-            means |= {name: total / max(count, 1) + means.get(name, 0.0) for name, total in totals.items()}
+            for name, (mean, weight) in whole.means(totals).items():
+                means[name] = mean + means.get(name, 0.0)
+                weights[name] = weight if part is experience else wholes[0].divisor
         if means.get(UNUSABLE) and self._settings.unusable_rows == "stop":
             self._ranks.agree(
                 RunFailed(
@@ -75,7 +99,7 @@ class Learner:
                     "training.unusable_rows to skip."
                 )
             )
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm or math.inf)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm or math.inf))
         self._ranks.agree(
             None
             if math.isfinite(float(norm))
@@ -85,46 +109,61 @@ class Learner:
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return counts[0], {**means, "gradient_norm": float(norm)}
+        means["gradient_norm"], weights["gradient_norm"] = float(norm), wholes[0].divisor
+        return {name: (mean, weights[name]) for name, mean in means.items()}
 
-    def _backward(self, experience: Experience, count: float, is_auxiliary: bool) -> dict[str, float]:
-        """Compute the gradients of the loss; return sums of the loss and its terms over this rank's units (or of their
-        means over its sequences)."""
-        groups = micro_batches(experience.lengths, self._settings.micro_batch_tokens)
+    def _backward(self, experience: Experience, whole: StepMean, is_auxiliary: bool) -> dict[str, float]:
+        """Compute the gradients of the loss; return the sums of the metrics over this rank's units, by which `whole`
+        computes their means."""
+        micro_batches = self._micro_batches(experience)
         sums: dict[str, Tensor] = {}
-        for number, rows in enumerate(groups, start=1):
-            part = experience.select(rows).to(self._device)
-            is_last = self._ranks.world == 1 or number == len(groups)
-            with nullcontext() if is_last else self._wrapped.no_sync():
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            selected = experience.select(micro_batch.units)
+            part, mean = selected.to(self._device), whole.of(selected, self._device)
+            with self.parallel.micro_batch(is_last=number == len(micro_batches)):
+                self.module.student.minimum_parts = micro_batch.parts
                 per_token, terms = self._forward(part, is_auxiliary)
-                # DDP averages gradients over ranks, but the loss is summed over them.
-                (self._mean(per_token, part, count) * self._ranks.world).backward()
-            for name, term in {"loss": per_token.detach(), **terms}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self._device)) + self._mean(term, part, 1)
+                self.module.student.minimum_parts = 1
+                # The ranks' gradients are averaged, but the loss is summed over the ranks.
+                scale = self._ranks.world * micro_batch.weight
+                (mean.share(per_token) * scale).backward()
+            if micro_batch.weight:
+                for name, total in mean.sums({"loss": per_token.detach(), **terms}).items():
+                    sums[name] = sums.get(name, torch.zeros((), device=self._device)) + total
         return {name: float(value) for name, value in sums.items()}
 
-    def _count(self, experience: Experience) -> int:
-        """Return what the mean loss is divided by: the number of units, or of sequences with units."""
-        return int((experience.offsets.diff() > 0).sum()) if self._averages_sequences else experience.count
-
-    def _mean(self, values: Tensor, part: Experience, count: float) -> Tensor:
-        """Return the share of a micro-batch's units in the mean over `count` units, or sequences."""
-        if self._averages_sequences:
-            return sequence_mean(values, part.offsets, count)
-        return token_mean(values, count)
+    def _micro_batches(self, experience: Experience) -> list[_MicroBatch]:
+        """Cut the experience into micro-batches of at most `micro_batch_tokens`, in a way that gives all ranks the same
+        collectives."""
+        lengths = experience.lengths
+        planned = [_MicroBatch(units) for units in micro_batches(lengths, self._settings.micro_batch_tokens)]
+        if isinstance(self.parallel, ReplicatedModule):
+            return planned
+        if self.parallel.equalizes:
+            [number] = self._ranks.maxima([len(planned)])
+            shortest = min(range(len(lengths)), key=lengths.__getitem__)
+            planned += [_MicroBatch([shortest], weight=0.0)] * (int(number) - len(planned))
+        # A pass that reduces gradients does so in each part of the body's forward pass.
+        alike = planned if self.parallel.equalizes else planned[-1:]
+        count_parts = self.module.student.count_parts
+        parts = self._ranks.maxima([count_parts(experience.select(each.units).batch) for each in alike])
+        alike = [replace(each, parts=int(least)) for each, least in zip(alike, parts, strict=True)]
+        return [*planned[: -len(alike)], *alike]
 
     def _forward(self, part: Experience, is_auxiliary: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its terms. All ranks together check the first loss of each kind of experience."""
         kind = (type(part), is_auxiliary)
         if kind in self._checked:
-            return self._wrapped(part)
+            return self.parallel(part)
         problem: InputError | None = None
+        self.parallel.gather()  # a loss that fails on this rank must not let others wait for its weights
         try:
-            per_token, terms = self._wrapped(part)
+            per_token, terms = self.parallel(part)
             _check_loss(per_token, terms, part.count)
         except InputError as error:
             problem = error
         self._ranks.agree(problem)
+        self.parallel.release()
         self._checked.add(kind)
         return per_token, terms
 
@@ -152,9 +191,12 @@ def _check_loss(per_token: Tensor, terms: dict[str, Tensor], count: int) -> None
         )
 
 
-def _weighted_means(updates: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
-    """Return the mean of each metric over the updates, weighted by their units."""
+def _weighted_means(updates: Sequence[_Means]) -> dict[str, float]:
+    """Return the mean of each metric over the updates that have it."""
     if len(updates) == 1:
-        return updates[0][1]
-    total = max(sum(count for count, _ in updates), 1)
-    return {name: sum(count * means[name] for count, means in updates) / total for name in updates[0][1]}
+        return {name: mean for name, (mean, _) in updates[0].items()}
+    means = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        found = [update[name] for update in updates if name in update]
+        means[name] = sum(weight * mean for mean, weight in found) / max(sum(weight for _, weight in found), 1)
+    return means

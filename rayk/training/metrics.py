@@ -19,11 +19,10 @@ def rollout_metrics(experience: Experience, step: int, ranks: Ranks) -> dict[str
     rollouts = [row for row in experience.batch.sequences if isinstance(row, Rollout)]
     sums = summarize_rollouts(rollouts, version=step)
     count, *totals = ranks.sums(list(sums.values()))
-    names = list(sums)[1:]
-    return {
-        "rollouts": int(count),
-        **{name: total / max(count, 1) for name, total in zip(names, totals, strict=True)},
-    }
+    means = {name: total / max(count, 1) for name, total in zip(list(sums)[1:], totals, strict=True)}
+    if all(rollout.reward is None for rollout in rollouts):
+        del means["rollout_reward"]
+    return {"rollouts": int(count), **means}
 
 
 def policy_wait_metrics(row: Mapping[str, float], seconds: float, ended_at: float) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from rayk.config import ServedRollouts, WorkerRollouts
 from rayk.models import CausalLM
 from rayk.rollouts import Policy, ServedPolicy, WorkerPolicy
@@ -17,12 +19,15 @@ def make_policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> P
     rollouts, training = job.config.rollouts, job.config.training
     if job.policy is not None:
         assert isinstance(rollouts, ServedRollouts)
-        return ServedPolicy(model, rollouts, job.policy, publishes=publishes)
+        # vLLM computes in this type; other replicas compute with the learner's own weights.
+        in_bfloat16 = rollouts.engine.kind == "vllm" and "bfloat16" in (training.precision, job.config.student.dtype)
+        dtype = torch.bfloat16 if in_bfloat16 else None
+        return ServedPolicy(model, rollouts, job.policy, publishes=publishes, dtype=dtype)
     if rollouts is None:
         return None
     assert isinstance(rollouts, WorkerRollouts)
     return WorkerPolicy(
         model, tokenizer, rollouts, batch_tokens=training.micro_batch_tokens,
         generated_tokens=rollouts.batch_tokens, precision=training.precision,
-        vocab_size=job.generated_ids,
+        vocab_size=job.generated_ids, is_sharded=training.sharding != "none",
     )  # fmt: skip

@@ -71,7 +71,7 @@ class FastStartTrainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, left_out)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Result:
-        if not is_own_cluster():
+        if not is_own_cluster() or self.scaling_config.elasticity_enabled:
             return super()._initialize_and_run_controller(**settings)
         settings["scaling_policy"] = _fixed_scaling(self.scaling_config)
         self.controller = ray.remote(num_cpus=0)(TrainController).remote(**settings)

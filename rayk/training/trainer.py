@@ -1,5 +1,6 @@
 """Start the worker group: Ray Train with one or more workers, its local mode without any."""
 
+import functools
 import logging
 import threading
 import uuid
@@ -15,10 +16,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayk.errors import Interrupted, RunFailed
 from rayk.evaluation.evaluate import Evaluation
 from rayk.serving.cluster import gpus_per_worker, run_on
+from rayk.storage.places import first_line
+from rayk.training.checkpoint import CheckpointStore
 from rayk.training.interruption import StopRequest, stop_gracefully
 from rayk.training.job import Job, Outcome
 from rayk.training.torch_trainer import abort, trainer_class
 from rayk.training.worker import evaluate_worker, train_worker
+
+logger = logging.getLogger(__name__)
+
+_RESIZE_SECONDS = 60.0
+"""Interval at which Ray Train compares the number of workers with the room in the cluster."""
 
 
 def train(job: Job) -> Outcome:
@@ -26,7 +34,8 @@ def train(job: Job) -> Outcome:
 
     Raises:
         RaykError: the problem that stopped the run on all workers.
-        RunFailed: workers died more often than `training.max_failures` allows.
+        RunFailed: workers died more often than `training.max_failures` allows, without a new checkpoint, or a part of
+            Ray died.
         KeyboardInterrupt: Ctrl-C or SIGTERM. The first one ends the current step and saves a checkpoint, a second one
             stops at once.
     """
@@ -36,14 +45,24 @@ def train(job: Job) -> Outcome:
         trainer = TorchTrainer(lambda: train_worker(job), scaling_config=ScalingConfig(num_workers=0))
         with stop_gracefully(request):
             return _raise_problem(trainer.fit().return_value)
-    trainer = _make_trainer(job)
-    with stop_gracefully(request, abort=lambda: abort(trainer)):
-        try:
-            # Ray Train's own SIGINT handler, which it sets in the main thread only, would abort at once.
-            result = _run_in_thread(trainer.fit)
-        except ray.train.TrainingFailedError as error:
-            raise RunFailed(f"Training failed: {_cause(error)}") from error
-        return _raise_problem(cloudpickle.loads(result.return_value))
+    shared, store = _shared(job), CheckpointStore(job.config.checkpoints)
+    while True:
+        before = store.steps()[-1:]
+        trainer = _make_trainer(shared)
+        with stop_gracefully(request, abort=functools.partial(abort, trainer)):
+            try:
+                # Ray Train's own SIGINT handler, which it sets in the main thread only, would abort at once.
+                result = _run_in_thread(trainer.fit)
+                return _raise_problem(cloudpickle.loads(result.return_value))
+            except ray.train.TrainingFailedError as error:
+                newest = store.steps()[-1:]
+                if newest <= before or not job.config.training.max_failures:
+                    raise RunFailed(f"Training failed: {_cause(error)}") from error
+                logger.warning(
+                    "Workers failed (%s), but the run has advanced: it continues from step %d.", _cause(error), *newest
+                )
+            except ray.exceptions.RayError as error:  # Ray Train's controller, or the cluster, has died
+                raise RunFailed(f"Training failed, because a part of Ray has died: {first_line(error)}.") from error
 
 
 def evaluate_remotely(job: Job) -> Evaluation:
@@ -51,21 +70,28 @@ def evaluate_remotely(job: Job) -> Evaluation:
     return run_on(job.config.training.resources, evaluate_worker, job)
 
 
-def _make_trainer(job: Job) -> TorchTrainer:
-    settings = job.config.training
-    shared = replace(
+def _shared(job: Job) -> Job:
+    """Return the job with its tables in Ray's object store."""
+    return replace(
         job, train_table=ray.put(job.train_table), evaluation_table=_put(job.evaluation_table),
         auxiliary_table=_put(job.auxiliary_table), views=_put(job.views),
     )  # fmt: skip
+
+
+def _make_trainer(job: Job) -> TorchTrainer:
+    settings = job.config.training
+    workers = settings.workers
     gpus = gpus_per_worker(settings.resources.num_gpus)
     return trainer_class()(
         # Job and outcome are pickled, so that the controller need not import what workers import.
         lambda given: cloudpickle.dumps(train_worker(ray.get(given["job"]))),
-        train_loop_config={"job": ray.put(shared)},
+        train_loop_config={"job": ray.put(job)},
         scaling_config=ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=workers if isinstance(workers, int) else (workers.min, workers.max),
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": settings.resources.num_cpus, "GPU": gpus, **settings.resources.custom},
+            label_selector=settings.resources.labels or None,
         ),
         torch_config=TorchConfig(timeout_s=int(settings.collective_timeout_seconds)),
         run_config=RunConfig(

@@ -21,12 +21,14 @@ from rayk.training.student import Student
 def train_worker(job: Job) -> Outcome:
     """Run one rank from the latest checkpoint to the last step; Ray Train calls it on every worker."""
     job.extend_import_paths()
-    ranks = Ranks()
+    ranks = Ranks.read()
     trainer: Trainer | None = None
     problem: Exception | None = None
     _set_threads(job.config.training, ranks)
     try:
         trainer = Trainer(job, ranks)
+    except AllRanksStop as stop:
+        return Outcome(0, 0, problem=stop.problem)
     except Exception as error:
         problem = error
     with ExitStack() as stack:
@@ -59,5 +61,5 @@ def evaluate_worker(job: Job) -> Evaluation:
 
 def _set_threads(settings: TrainingConfig, ranks: Ranks) -> None:
     """Set the number of threads: `training.threads`, or this worker's share of the node's cores."""
-    if settings.workers > 0 or settings.threads:
+    if settings.most_workers > 0 or settings.threads:
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // ranks.local_world))

@@ -4,6 +4,15 @@ import torch
 from rayk.config import TeacherConfig
 from rayk.teachers import serve_teacher
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training.rank_group import RankGroup
+
+
+@pytest.fixture(scope="package")
+def pair(tmp_path_factory):
+    """Two ranks without Ray."""
+    group = RankGroup(2, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
 
 
 @pytest.fixture

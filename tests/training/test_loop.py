@@ -160,6 +160,7 @@ def test_learning_rate_warms_up_and_follows_its_schedule():
 
     assert rates(schedule="constant") == [2.0] * 8
     assert rates(schedule="constant", warmup_steps=4) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert rates(schedule="constant", warmup_share=0.25) == [1.0, *[2.0] * 7]
     assert rates(schedule="linear") == pytest.approx([2.0 - step / 4 for step in range(8)])
     cosine = rates(schedule="cosine", warmup_steps=2, final_learning_rate=0.1)
     assert cosine[:3] == [1.0, 2.0, 2.0]

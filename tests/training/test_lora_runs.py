@@ -12,7 +12,7 @@ from rayk.config import parse_config
 from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.run import distill, evaluate_model
-from rayk.training.checkpoint import CheckpointStore
+from tests.checkpoints import saved_method_state, saved_weights
 from tests.runs import assert_same_learning, curve, metrics, settings, weights, write_tasks
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.test_preference_runs import write_pairs
@@ -69,7 +69,7 @@ def test_reference_of_preferences_is_the_student_without_its_adapter(tmp_path, t
     states = []
     for run in (whole, adapter):
         distill(run)
-        states.append(CheckpointStore(run.checkpoints).latest().method[0])
+        states.append(saved_method_state(run.checkpoints))
     assert torch.equal(states[0]["keys"], states[1]["keys"])
     torch.testing.assert_close(states[1]["logprobs"], states[0]["logprobs"], rtol=1e-5, atol=1e-4)
     assert curve(adapter.output_path, "reward_margin")[-1] > 0.01
@@ -103,7 +103,7 @@ def test_resumed_run_equals_the_undisturbed_one_from_the_adapter_alone(method, t
     distill(whole)
     cut = prepared(tmp_path / "cut", tiny_student, method, lora, checkpoint_every_steps=2, keep_checkpoints=5)
     distill(cut)
-    adapter = load_file(cut.output_path / "checkpoints" / "step-00000004" / "model.safetensors")
+    adapter = saved_weights(cut.checkpoints, 4)
     assert adapter and all(".lora_" in name for name in adapter)
     for folder in ("checkpoints/step-00000006", "model", "adapter"):
         shutil.rmtree(cut.output_path / folder)

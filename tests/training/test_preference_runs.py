@@ -18,7 +18,7 @@ from rayk.data.tokenizing import tokenize
 from rayk.errors import InputError, RunFailed
 from rayk.methods import METHODS, Preference
 from rayk.run import distill, evaluate_model
-from tests.runs import assert_same_learning, curve, metrics, settings, weights
+from tests.runs import assert_same_learning, curve, failing_once, metrics, settings, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
 BETA, SMOOTHING = 0.5, 0.1
@@ -104,22 +104,10 @@ def test_two_workers_equal_one(tmp_path, tiny_student, ray_cluster):
     assert_same_learning(tmp_path / "alone" / "run", tmp_path / "group" / "run")
 
 
-class FailsOnce(Preference):
-    """Fails once at a given step, as if the worker were killed."""
-
-    at = 0
-
-    def on_step(self, step):
-        if step == FailsOnce.at:
-            FailsOnce.at = 0
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("step", [1, 5], ids=["before the first checkpoint", "after it"])
 def test_reference_is_the_initial_student_after_a_worker_death(tmp_path, tiny_student, monkeypatch, step):
     distill(config(tmp_path / "whole", tiny_student))
-    monkeypatch.setitem(METHODS, "preference", FailsOnce)
-    FailsOnce.at = step
+    monkeypatch.setitem(METHODS, "preference", failing_once(Preference, step))
     hurt = config(tmp_path / "hurt", tiny_student, checkpoint_every_steps=2)
     with pytest.raises(KeyboardInterrupt):
         distill(hurt)
@@ -132,8 +120,7 @@ def test_reference_survives_a_change_of_its_folder(tmp_path, tiny_student, monke
     student = tmp_path / "student"
     shutil.copytree(tiny_student, student)
     distill(config(tmp_path / "whole", str(student)))
-    monkeypatch.setitem(METHODS, "preference", FailsOnce)
-    FailsOnce.at = 5
+    monkeypatch.setitem(METHODS, "preference", failing_once(Preference, 5))
     hurt = config(tmp_path / "hurt", str(student), checkpoint_every_steps=2)
     with pytest.raises(KeyboardInterrupt):
         distill(hurt)

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayk.config import LoraConfig, StudentConfig, parse_config
+from rayk.errors import InputError, RunFailed
 from rayk.models.student import make_model
 from rayk.run import distill
+from rayk.training.optimizer import warmup_steps
 from rayk.training.student import save_model
 from tests.runs import config, curve, settings
 from tests.tiny import perturb, tiny_model, tiny_tokenizer
@@ -113,3 +115,26 @@ def test_each_method_has_its_own_learning_rate(tmp_path, method, lora, rate):
     completed = parse_config(values)
     assert completed.training.learning_rate == rate
     assert yaml.safe_load(completed.to_yaml())["training"]["learning_rate"] == rate
+
+
+@pytest.mark.parametrize(("method", "share"), [("supervised", 0.03), ("minillm", 0.03), ("preference", 0.1)])
+def test_each_method_has_its_own_warmup(tmp_path, method, share):
+    def completed(**training):
+        values = settings(tmp_path, "student", method, **training)
+        return parse_config(
+            values | {"training": {k: v for k, v in values["training"].items() if v is not None}}
+        ).training
+
+    default, given = completed(warmup_steps=None), completed(warmup_steps=7)
+    assert (default.warmup_share, warmup_steps(default, 200)) == (share, round(200 * share))
+    assert (given.warmup_share, warmup_steps(given, 200)) == (None, 7)
+    with pytest.raises(InputError, match="give 'warmup_steps' or 'warmup_share', not both"):
+        completed(warmup_steps=7, warmup_share=0.5)
+
+
+def test_a_model_that_would_not_load_is_not_saved(tmp_path):
+    model = tiny_model(hidden=16, layers=1)
+    model.model.layers[0].gate = torch.nn.Parameter(torch.ones(3))  # as if the architecture had renamed a tensor
+    with pytest.raises(RunFailed, match=r"would not load: 1 of its tensors .* such as model.layers.0.gate"):
+        save_model(model, tiny_tokenizer(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
