@@ -8,10 +8,11 @@ from rayk.synthesis.base import (
     completion_text,
     sampling_parameters,
 )
-from rayk.synthesis.completions import CompletionRequest, check_chat_template
 from rayk.synthesis.pipeline import RecipeContext, synthesize_rows
+from rayk.synthesis.prompt_format import check_chat_template
 from rayk.synthesis.prompts import Prompt, fingerprint, read_prompts
 from rayk.synthesis.recipes import RECIPES, find_recipe
+from rayk.synthesis.requests import CompletionRequest
 from rayk.synthesis.store import CompletionStore, StoredCompletion
 from rayk.synthesis.trial import try_functions
 

@@ -59,7 +59,8 @@ from rayk.synthesis.base import (
     missing_response,
     sampling_parameters,
 )
-from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.concurrency import run_in_order
 from rayk.synthesis.instruction_pools import (
     CACHE,
     COMPARISONS,
@@ -74,6 +75,7 @@ from rayk.synthesis.instruction_pools import (
     write_pool,
 )
 from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.requests import CompletionRequest
 from rayk.synthesis.store import StoredCompletion
 from rayk.text import Filter, find_rejection
 from rayk.text.words import words

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from rayk.config import SamplingConfig, SynthesisSettings, TeacherConfig
 from rayk.engines.base import SamplingParameters
-from rayk.synthesis.completions import CompletionClient, run_in_order
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.concurrency import run_in_order
 from rayk.synthesis.prompts import Prompt
 from rayk.synthesis.store import CompletionStore, StoredCompletion
 

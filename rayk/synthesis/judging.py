@@ -16,7 +16,9 @@ from rayk.config import FilterConfig, JudgeFilterConfig
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
 from rayk.synthesis.base import Candidate, missing_response
-from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.concurrency import run_in_order
+from rayk.synthesis.requests import CompletionRequest
 from rayk.synthesis.store import StoredCompletion
 from rayk.text.answers import find_last_match
 

@@ -9,6 +9,7 @@ filters (§2.2) are `instruction_filters`, applied before responses are requeste
 Seeds depend on an instruction's position, so more instructions or other filters do not change earlier requests.
 """
 
+import datetime
 import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -30,8 +31,10 @@ from rayk.synthesis.base import (
     sampling_parameters,
 )
 from rayk.synthesis.chat_turns import find_chat_turns
-from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.concurrency import run_in_order
 from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.requests import CompletionRequest
 from rayk.synthesis.store import StoredCompletion
 from rayk.text import build_filters, find_rejection, words
 
@@ -63,7 +66,7 @@ class Magpie(PromptGeneratingRecipe[MagpieConfig]):
                 "engine.chat: false and synthesis.tokenizer, the tokenizer with its chat template."
             )
         name = settings.tokenizer or teacher.info.model
-        self._encoder = _load_encoder(name, teacher.settings)
+        self._encoder = _load_encoder(name, teacher.settings, client.date)
         self._turns = find_chat_turns(self._encoder, settings.system, _template_owner(settings, teacher.name))
         # An endpoint adds the tokenizer's prefix (such as BOS) to each prompt itself.
         self._endpoint_prefix = str(self._encoder.tokenizer.decode(self._encoder.prefix)) if is_endpoint else ""
@@ -186,9 +189,9 @@ def _breaks_off(text: str) -> bool:
     return re.search(r"[^\s.!?…。！？:;)\"'”’»*`][ \t]+\Z", text) is not None
 
 
-def _load_encoder(name: str, teacher: TeacherConfig) -> TextEncoder:
+def _load_encoder(name: str, teacher: TeacherConfig, date: datetime.date | None = None) -> TextEncoder:
     tokenizer = load_tokenizer(name, trust_remote_code=teacher.trust_remote_code)
-    return TextEncoder(tokenizer, ChatTemplate(tokenizer, None, teacher.chat_template_kwargs))
+    return TextEncoder(tokenizer, ChatTemplate(tokenizer, None, teacher.chat_template_kwargs, date))
 
 
 def _template_owner(settings: MagpieConfig, teacher: str) -> str:

@@ -1,5 +1,6 @@
 """From prompts to training rows: generate candidates, filter them, write rows and summary."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class RecipeContext:
         student_chats: whether the student reads rows in a chat template (`data.chat_template`); then the teachers do
             too, unless `synthesis.chat` is set.
         student_template: the text of that template; None: its tokenizer's own.
+        template_date: the date that chat templates print which ask for today's; None: today.
         referee: None if it is the teacher.
         judges: teachers that `judge` filters name, by name.
     """
@@ -41,6 +43,7 @@ class RecipeContext:
     student: Teacher | None = None
     student_chats: bool = False
     student_template: str | None = None
+    template_date: datetime.date | None = None
     referee: Teacher | None = None
     judges: Mapping[str, Teacher] = field(default_factory=dict)
 
@@ -108,16 +111,19 @@ def _open_clients(
         chats: whether the student reads rows in a chat template.
     """
     tracker, prefers_chat = UsageTracker(store.usage, progress), chats and settings.prefers_chat
-    clients = {"teacher": CompletionClient(teacher, store, settings, seed, tracker, prefers_chat=prefers_chat)}
+    date = context.template_date
+    teacher_client = CompletionClient(teacher, store, settings, seed, tracker, prefers_chat=prefers_chat, date=date)
+    clients = {"teacher": teacher_client}
     if context.student is not None:
         clients["student"] = CompletionClient(
             context.student, store, settings, seed, tracker, role="student",
-            chat=chats and context.student.info.engine != "openai", template=context.student_template,
+            chat=chats and context.student.info.engine != "openai", template=context.student_template, date=date,
         )  # fmt: skip
     if context.referee is not None:
         chat = False if context.referee.info.engine == "openai" else settings.chat
         clients["referee"] = CompletionClient(
-            context.referee, store, settings, seed, tracker, role="referee", chat=chat, prefers_chat=prefers_chat
+            context.referee, store, settings, seed, tracker, role="referee", chat=chat, prefers_chat=prefers_chat,
+            date=date,
         )  # fmt: skip
     return clients
 
@@ -131,7 +137,10 @@ def _open_judges(
     for judge in find_judges(settings.filters):
         model = teacher if judge.settings.teacher is None else context.judges[judge.settings.teacher]
         chat = judge.settings.chat and model.info.engine != "openai"
-        judges.append((judge, CompletionClient(model, store, settings, seed, tracker, role="judge", chat=chat)))
+        client = CompletionClient(
+            model, store, settings, seed, tracker, role="judge", chat=chat, date=context.template_date
+        )
+        judges.append((judge, client))
     return judges
 
 

@@ -11,7 +11,7 @@ from rayk.data.row_texts import Format, RowTexts
 from rayk.data.sources import Row, read_rows
 from rayk.engines.base import SamplingParameters
 from rayk.errors import InputError
-from rayk.synthesis.completions import CompletionRequest
+from rayk.synthesis.requests import CompletionRequest
 from rayk.text.answers import answers_match, find_answer, find_last_match
 
 

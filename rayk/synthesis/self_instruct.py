@@ -32,8 +32,10 @@ from rayk.synthesis.base import (
     missing_response,
     sampling_parameters,
 )
-from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.concurrency import run_in_order
 from rayk.synthesis.prompts import Prompt
+from rayk.synthesis.requests import CompletionRequest
 from rayk.synthesis.self_instruct_texts import SeedTask
 from rayk.synthesis.store import StoredCompletion
 from rayk.text import Filter, find_rejection

@@ -364,6 +364,7 @@ def completions(folder):
     return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
+@pytest.mark.long
 def test_two_rounds_in_one_run_each_use_the_previous_student(
     tmp_path, tiny_student, chat_teacher, plain_teacher, endpoint
 ):

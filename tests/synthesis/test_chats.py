@@ -23,6 +23,7 @@ from rayk.run.synthesis_inputs import read_synthesis_prompts, with_synthesized_r
 from rayk.synthesis import Prompt, RecipeContext, synthesize_rows
 from rayk.synthesis.adversarial import Adversarial
 from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.prompt_format import PromptFormat
 from rayk.synthesis.prompts import transcript
 from rayk.teachers import serve_teacher
 from rayk.text import build_filters
@@ -181,9 +182,8 @@ def test_the_teachers_template_variables_reach_its_prompts(thinker, store):
     quiet = type(thinker)(thinker.name, thinker.info, quiet_settings)
     sampling = {"max_new_tokens": 8}
     for teacher, begins_with in ((thinker, "<think>"), (quiet, "<think></think>")):
-        client = CompletionClient(teacher, store, ResponsesConfig(chat=True))
-        _, _, read = client._format_prompt(prompts_of("a")[0].request(0, None))
-        assert read == f"<|user|>\na<|end|>\n<|assistant|>\n{begins_with}"
+        prompt = PromptFormat(teacher.info, teacher.settings, chat=True).format(prompts_of("a")[0].request(0, None))
+        assert prompt.read == f"<|user|>\na<|end|>\n<|assistant|>\n{begins_with}"
     given = ResponsesConfig(sampling=sampling, filters=[])
     run_recipe(given, quiet, store, prompts_of("a"), student_chats=True)
     (row,) = rows(store)

@@ -13,7 +13,9 @@ from rayk.errors import InputError, RunFailed
 from rayk.serving.event_loop import run_until_complete
 from rayk.synthesis import CompletionStore
 from rayk.synthesis import completions as completion_client
-from rayk.synthesis.completions import CompletionClient, CompletionRequest, run_in_order
+from rayk.synthesis.completions import CompletionClient
+from rayk.synthesis.concurrency import run_in_order
+from rayk.synthesis.requests import CompletionRequest
 from rayk.synthesis.usage import UsageTracker
 from rayk.teachers.client import Teacher
 from tests.engines.endpoint import Reply, completion

@@ -152,6 +152,7 @@ def test_a_recipe_may_generate_its_own_prompts(chat_teacher, endpoint, store):
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_the_commands_run_a_recipe_in_the_current_folder(folder, tiny_student, chat_teacher, endpoint):
     endpoint.answer = counting
     values = settings(folder, tiny_student, "supervised", steps=2)

@@ -80,6 +80,7 @@ class Stages(ProgressListener):
             self.up.append(len([name for name in serve.status().applications if "-student-" in name]))
 
 
+@pytest.mark.long
 def test_rounds_are_equal_however_often_they_are_killed(tmp_path, tiny_student, chat_teacher, endpoint):
     training = {"steps": 30, "checkpoint_every_steps": 4}
     watching = Stages()
@@ -154,6 +155,7 @@ def _check_rounds(result, student):
     assert "the rejected completion of the pair" in page
 
 
+@pytest.mark.long
 def test_resume_refuses_changed_rounds(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, steps=1)
     out = tmp_path / "run"

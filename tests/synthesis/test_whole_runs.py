@@ -129,6 +129,7 @@ def test_an_endpoint_generates_rows_for_another_teachers_signals(
     assert result.summary["student"].keys() >= {"forward_kl", "agreement"}
 
 
+@pytest.mark.long
 def test_a_killed_process_does_not_repeat_stored_requests(tmp_path, tiny_student, chat_teacher, endpoint):
     values = run_of(tmp_path, tiny_student, {"kind": "responses", "in_flight": 4}, count=150)
     path = tmp_path / "run.yaml"
