@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayk import losses
     from rayk.config import RunConfig, TeacherConfig, TransformersEngineConfig, VLLMEngineConfig, load_config
-    from rayk.config.support import Hidden, Logprob, Requested, Sampled, TopK
+    from rayk.config.support import Hidden, Layers, Logprob, Requested, Sampled, TopK
     from rayk.data import make_batches
     from rayk.errors import InputError, RaykError, RunFailed, TeacherUnavailable
     from rayk.methods import Experience, Loss, Method, OnPolicyMethod
@@ -29,7 +29,7 @@ _MODULES = {
     **dict.fromkeys(("Result", "distill"), "rayk.run"),
     **dict.fromkeys(("InputError", "RaykError", "RunFailed", "TeacherUnavailable"), "rayk.errors"),
     **dict.fromkeys(("Experience", "Loss", "Method", "OnPolicyMethod"), "rayk.methods"),
-    **dict.fromkeys(("Hidden", "Logprob", "Requested", "Sampled", "TopK"), "rayk.config.support"),
+    **dict.fromkeys(("Hidden", "Layers", "Logprob", "Requested", "Sampled", "TopK"), "rayk.config.support"),
     **dict.fromkeys(("Completion", "Teacher", "connect_teacher", "serve_teacher"), "rayk.teachers"),
     "Recipe": "rayk.synthesis",
     "SignalBatch": "rayk.signals.batch",
@@ -40,10 +40,10 @@ _RENAMED = {"TransformersEngine": "TransformersEngineConfig", "VLLMEngine": "VLL
 """Deprecated names, and the names that replace them."""
 
 __all__ = [
-    "Completion", "Experience", "Hidden", "InputError", "Logprob", "Loss", "Method", "OnPolicyMethod", "RaykError",
-    "Recipe", "Requested", "Result", "RunConfig", "RunFailed", "Sampled", "SignalBatch", "Teacher", "TeacherConfig",
-    "TeacherUnavailable", "TopK", "TransformersEngineConfig", "VLLMEngineConfig", "connect_teacher", "distill",
-    "load_config", "losses", "make_batches", "serve_teacher",
+    "Completion", "Experience", "Hidden", "InputError", "Layers", "Logprob", "Loss", "Method", "OnPolicyMethod",
+    "RaykError", "Recipe", "Requested", "Result", "RunConfig", "RunFailed", "Sampled", "SignalBatch", "Teacher",
+    "TeacherConfig", "TeacherUnavailable", "TopK", "TransformersEngineConfig", "VLLMEngineConfig", "connect_teacher",
+    "distill", "load_config", "losses", "make_batches", "serve_teacher",
 ]  # fmt: skip
 
 

@@ -18,6 +18,8 @@ import psutil
 from safetensors.numpy import load_file
 
 from rayk.config import RunConfig, parse_config
+from rayk.methods import METHODS, Method
+from rayk.run import distill
 
 PATIENCE_SECONDS = 240
 """Longest wait of a test; long enough for a slow machine."""
@@ -73,7 +75,7 @@ def settings(
         **rollouts,
         "training": {
             "workers": 0, "steps": 6, "batch_size": 8, "learning_rate": 5e-3, "resources": {"num_cpus": 0.5},
-            "checkpoint_every_steps": 1000, **training,
+            "warmup_steps": 0, "checkpoint_every_steps": 1000, **training,
         },
         "tracking": {"tensorboard": False},
     }  # fmt: skip
@@ -81,6 +83,45 @@ def settings(
 
 def config(folder: Path, student: str, method: str | dict[str, Any] = "supervised", **training: Any) -> RunConfig:
     return parse_config(settings(folder, student, method, **training))
+
+
+def failing_once(base: type[Method], at: int) -> type[Method]:
+    """Return a subclass of a method that stops the run once after step `at`, as if the process were killed."""
+    failed: list[int] = []
+
+    class FailsOnce(base):  # type: ignore[misc, valid-type]
+        def on_step(self, step: int) -> None:
+            super().on_step(step)
+            if step == at and not failed:
+                failed.append(step)
+                raise KeyboardInterrupt
+
+    return FailsOnce
+
+
+def assert_placement_changes_nothing(
+    make: Callable[..., RunConfig], kind: str, at: int, every: int, monkeypatch: Any
+) -> Path:
+    """Compare a run of method `kind` with one of two workers, and with one that stops once after step `at` and is
+    resumed from its last checkpoint; return the directory of the first.
+
+    Args:
+        make: returns the config of the run with a name and changes of `training`.
+        every: steps between two checkpoints of the run that stops.
+    """
+    whole, two = make("whole"), make("two", workers=2, micro_batch_tokens=60)
+    stopped = make("stopped", checkpoint_every_steps=every)
+    distill(whole)
+    distill(two)
+    monkeypatch.setitem(METHODS, kind, failing_once(METHODS[kind], at))
+    try:
+        distill(stopped)
+        raise AssertionError("the run did not stop")
+    except KeyboardInterrupt:
+        distill(stopped, resume=True)
+    assert_same_learning(whole.output_path, two.output_path)
+    assert_same_learning(whole.output_path, stopped.output_path, 1e-6)
+    return whole.output_path
 
 
 def metrics(run: Path | str) -> list[dict[str, Any]]:
@@ -169,10 +210,15 @@ def processes(**having: str) -> list[psutil.Process]:
     return found
 
 
-def actor_processes(title: str) -> list[psutil.Process]:
-    """Return the processes of Ray actors in this process's cluster whose class name starts with `title`."""
+def actor_processes(title: str, below: int | None = None) -> list[psutil.Process]:
+    """Return the processes of Ray actors whose class name starts with `title`: those of the clusters that this process
+    has started, or those of one node.
+
+    Args:
+        below: number of the node's `ray start`.
+    """
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(below).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if " ".join(process.cmdline()).startswith(f"ray::{title}"):
                 found.append(process)

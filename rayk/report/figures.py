@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rayk.report.run_directory import Run, Series, flatten, measured_teachers, wait_seconds
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_PART_LINES = ("-", (0, (4, 1)), (0, (2, 1)), (0, (1, 1)))
 _INK, _GRID = "#5b6470", "#e6e8eb"
 _PAGE_INCHES = 10.6
 _RAW_POINTS = 400
@@ -75,11 +76,14 @@ def draw_figures(runs: list[Run]) -> list[Group]:
             Plot("Length", "Tokens per rollout.", _curves(runs, "rollout_tokens"), axis="count"),
             Plot("Ended", "Share of rollouts with an end token before the limit.",
                  _curves(runs, "rollout_stopped"), axis="share"),
+            Plot("Task reward", "Mean reward of a step's rollouts (method.reward).", _curves(runs, "rollout_reward")),
             Plot("Repetition", "Share of 4-grams that occurred before in the rollout.",
                  _curves(runs, "rollout_repetition"), axis="share"),
             Plot("Accepted by the teacher", "Share of the student's drafted tokens that teacher-mixed sampling kept.",
                  [curve for curve in _curves(runs, "rollout_acceptance") if curve.values.min() < 1], axis="share"),
         ]),
+        ("Student and teacher on the tokens of a step", 3, _comparison_plots(runs)),
+        ("Teachers", 3, _teacher_plots(runs)),
         ("Preferences on the training pairs", 2, [
             Plot("Reward margin", "β times the log-prob gain over the reference, chosen minus rejected.",
                  _curves(runs, "reward_margin")),
@@ -141,6 +145,41 @@ def _objective(run: Run) -> str:
     return f"The loss of {run.method}" + (f" ({', '.join(parts)})" if parts else "")
 
 
+def _comparison_plots(runs: list[Run]) -> list[Plot]:
+    """Return the plots of runs with rollouts that show whether the teacher's signal can teach the student."""
+    quarters = ["first quarter", "second", "third", "last"]
+    return [
+        Plot("Overlap", "Share of the teacher's 16 most likely tokens that are among the student's 16.",
+             _curves(runs, "overlap"), axis="share"),
+        Plot("Disagreement", "Share of tokens for which the most likely tokens differ.", _curves(runs, "disagreement"),
+             axis="share"),
+        Plot("Entropy of the teacher", "Nats per token, over the tokens of the signal and all others as one.",
+             _curves(runs, "teacher_entropy")),
+        Plot("Entropy of the student", "Nats per token, over the same outcomes.", _curves(runs, "student_entropy")),
+        Plot("Distance along the completion", "Divergence or log-ratio per token, in each quarter of the completions.",
+             [series for run in runs for place, part in enumerate(quarters)
+              if (series := run.series(f"distance_quarter_{place + 1}", part, place)) is not None]),
+    ]  # fmt: skip
+
+
+def _teacher_plots(runs: list[Run]) -> list[Plot]:
+    """Return the plots with a curve for each of several teachers."""
+
+    def curves(value: str) -> list[Series]:
+        found = [
+            run.series(f"teacher/{name}/{value}", name, place)
+            for run in runs for place, name in enumerate(run.routed_teachers)
+        ]  # fmt: skip
+        return [series for series in found if series is not None]
+
+    return [
+        Plot("Loss by teacher", "Mean over the tokens that the teacher scored.", curves("loss")),
+        Plot("Tokens by teacher", "Counted tokens in a step.", curves("tokens"), axis="count"),
+        Plot("Scoring by teacher", "Seconds per step in which requests to the teacher were open.",
+             curves("score_seconds")),
+    ]  # fmt: skip
+
+
 def _evaluation_plots(runs: list[Run]) -> list[Plot]:
     teachers = measured_teachers(runs)
     reference = teachers[0][1].get("loss") if len(teachers) == 1 else None
@@ -185,13 +224,19 @@ def _panel(plot: Plot, columns: int, small: bool) -> Panel:
     _style_axes(axes, plot.axis)
     for curve in plot.curves:
         _draw_curve(axes, curve, plot.style)
+    if any(curve.part for curve in plot.curves):
+        axes.legend(fontsize=7, frameon=False, labelcolor=_INK)
     if plot.reference is not None:
         axes.axhline(plot.reference, color=_INK, linewidth=1, linestyle=":")
     cropped = plot.style == "noisy" and _crop_spikes(axes, plot.curves)
     about = plot.about + (" The highest spikes are cropped." if cropped else "")
-    ends = ", ".join(f"{c.run.label} {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in plot.curves)
+    ends = ", ".join(f"{_curve_name(c)} {c.values[0]:.3g} to {c.values[-1]:.3g}" for c in plot.curves)
     label = f"Line chart of {plot.title.lower()} over training steps, from first to last: {ends}."
     return Panel(plot.title, about, as_svg(figure, label))
+
+
+def _curve_name(curve: Series) -> str:
+    return f"{curve.run.label}, {curve.part}" if curve.part else curve.run.label
 
 
 def _style_axes(axes: Axes, axis: str) -> None:
@@ -214,6 +259,8 @@ def _style_axes(axes: Axes, axis: str) -> None:
 
 def _draw_curve(axes: Axes, curve: Series, style: str) -> None:
     style_options: dict[str, Any] = {"color": curve.run.color, "linestyle": curve.run.dash, "linewidth": 1.6}
+    if curve.part:
+        style_options |= {"linestyle": _PART_LINES[curve.place % len(_PART_LINES)], "label": _curve_name(curve)}
     if style == "points":
         style_options |= {"marker": _MARKERS[curve.run.index % len(_MARKERS)], "markersize": 4, "markeredgewidth": 0}
     elif len(curve.steps) == 1:

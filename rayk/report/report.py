@@ -1,5 +1,8 @@
 """The report of one run, or the comparison of several, as one HTML page without scripts or network access.
 
+Everything that rows, models and run directories contain is escaped, and the page's own policy forbids browsers to run
+scripts or to load anything.
+
 It is made from the run directories alone, so old runs can be reported at any time, and unfinished runs up to their last
 step. `report.html.j2` is the template of the page; this file computes its contents.
 """
@@ -19,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from rayk.errors import InputError
 from rayk.report.figures import SMOOTHED_SHARE, draw_figures
 from rayk.report.results import COLUMNS, columns_of, describe_support, result_lines
-from rayk.report.run_directory import Run, duration, flatten, last_part, read_runs
+from rayk.report.run_directory import Run, duration, explain_odd_values, flatten, last_part, read_runs
 from rayk.report.timeline import draw_timelines
 from rayk.storage.atomic import disk_errors, write_whole
 
@@ -34,7 +37,8 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
     """
     if not runs:
         raise InputError("A report needs at least one run directory.")
-    page = _render(read_runs(runs))
+    with explain_odd_values(runs):
+        page = _render(read_runs(runs))
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.encode())

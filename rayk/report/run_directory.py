@@ -3,25 +3,32 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from jinja2 import TemplateError
 
+from rayk.config.secrets import redact
+from rayk.config.yaml_text import parse_yaml
 from rayk.errors import InputError
 
 COLORS = ("#2f6db5", "#d9730d", "#2c8a63", "#b23a6f", "#7358b5", "#8a6a3b", "#1e98b0", "#6b7280")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a JSON lines file; a last row that a kill has truncated is left out."""
+    """Return the complete rows of a JSON lines file; a last row that a kill has truncated is left out.
+
+    Raises:
+        InputError: a line is damaged, or has no step.
+    """
     if not path.exists():
         return []
-    return _complete_rows(path.read_bytes())
+    return _complete_rows(path.read_bytes(), path)
 
 
 class MetricsFollower:
@@ -32,7 +39,7 @@ class MetricsFollower:
         self._inode, self._offset = -1, 0
 
     def new_rows(self) -> list[dict[str, Any]]:
-        """Return the rows since the last call."""
+        """Return the rows since the last call; errors as `read_lines`."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -42,11 +49,23 @@ class MetricsFollower:
             file.seek(self._offset)
             data = file.read()
         self._offset += data.rfind(b"\n") + 1
-        return _complete_rows(data)
+        return _complete_rows(data, self._path)
 
 
-def _complete_rows(data: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+def _complete_rows(data: bytes, path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for line in data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+            if type(row["step"]) is not int:
+                raise TypeError("its step is no whole number")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(
+                f"'{path}' has a damaged line after {len(rows)} whole ones ({error!r}); remove it, or continue the run "
+                "from a checkpoint before it."
+            ) from error
+        rows.append(row)
+    return rows
 
 
 def wait_seconds(rows: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -161,11 +180,20 @@ class Run:
         text = f"unfinished: step {self.steps:,}" + (f" of {total:,}" if total else "")
         return text + (f", measured at step {self.metrics['step']:,}" if self.metrics else ", not measured yet")
 
-    def series(self, name: str) -> "Series | None":
+    @property
+    def routed_teachers(self) -> list[str]:
+        """The names of the teachers with metrics of their own (`teacher/NAME/…`)."""
+        last = self.rows[-1] if self.rows else {}
+        return list(dict.fromkeys(key.split("/")[1] for key in last if key.startswith("teacher/")))
+
+    def series(self, name: str, part: str = "", place: int = 0) -> "Series | None":
         """Return the column `name` over the steps that have it; None if no step has."""
         points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
         points = [(step, value) for step, value in points if math.isfinite(value)]
-        return Series(self, *np.array(points, dtype=float).T) if points else None
+        if not points:
+            return None
+        steps, values = np.array(points, dtype=float).T
+        return Series(self, steps, values, part, place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +203,10 @@ class Series:
     run: Run
     steps: np.ndarray
     values: np.ndarray
+    part: str = ""
+    """The part of the run that the curve shows, such as a teacher, where a figure has several curves of a run."""
+    place: int = 0
+    """The curve's number among those of its run."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -213,12 +245,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         reason = "has no config.yaml" if path.is_dir() else "does not exist"
         raise InputError(f"'{path}' is no run directory of rayk: it {reason}; give the output folder of a run.")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"'{file}' cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, dict) or "name" not in config or "kind" not in (config.get("method") or {}):
+        config = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{file}' cannot be read: {error}.") from error
+    method = config.get("method") if isinstance(config, dict) else None
+    if not isinstance(method, dict) or "name" not in config or "kind" not in method:
         raise InputError(f"'{file}' is no config of a run; give the output folder of a run.")
-    return config
+    return redact(config)  # one of an earlier version may contain secrets
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
@@ -229,9 +262,38 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it contains a {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"'{file}' cannot be read: {error}; remove it to report the run as unfinished.") from error
+    return content
+
+
+@contextmanager
+def explain_odd_values(runs: Sequence[Path]) -> Iterator[None]:
+    """Translate the errors of a block that shows `runs`, whose files may be damaged or another program's.
+
+    Raises:
+        InputError: a file has a value that rayk does not write there.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        TemplateError,
+    ) as error:
+        raise InputError(
+            f"A file in {', '.join(f'{str(path)!r}' for path in runs)} has values that rayk does not write there "
+            f"({type(error).__name__}: {error}); restore the file, or leave the run out."
+        ) from error
 
 
 def last_part(model: Any) -> str:

@@ -12,16 +12,19 @@ from rayk.run.applications import (
     teacher_applications,
 )
 from rayk.run.evaluation import evaluate_model
+from rayk.run.export import Export, export_model
 from rayk.run.pipeline import Result
 from rayk.run.progress import ProgressListener
 from rayk.run.rounds import distill, next_round, synthesize
 
 __all__ = [
+    "Export",
     "ProgressListener",
     "Result",
     "connect_attached_teachers",
     "distill",
     "evaluate_model",
+    "export_model",
     "next_round",
     "policy_application",
     "required_cpus",

@@ -1,9 +1,12 @@
 """A run's Ray Serve applications: their names, deploying the teachers, and the resources that the run requires."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+import itertools
+import re
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -13,6 +16,7 @@ from rayk.models import weights_fingerprint
 from rayk.serving.cluster import is_own_cluster, start_ray
 from rayk.teachers import Teacher, connect_teacher, serve_teacher
 from rayk.teachers.cache import SignalCache
+from rayk.teachers.following import serve_following_teacher
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,18 @@ def resource_needs(config: RunConfig) -> list[list[Need]]:
         training.append(
             Need("the policy", max(1, policy.replicas.min), policy.replicas.max, policy.resources, policy.engine.gpus)
         )
-    workers = config.training.workers
-    return [synthesis, [*training, Need("the training workers", workers, workers, config.training.resources)]]
+    least, most = config.training.least_workers, config.training.most_workers
+    return [synthesis, [*training, Need("the training workers", least, most, config.training.resources)]]
+
+
+def requested_cpus(config: RunConfig) -> float:
+    """Return the largest number of logical CPUs that workers and replicas use at the same time."""
+    return max(sum(need.most * need.resources.num_cpus for need in phase) for phase in resource_needs(config))
 
 
 def required_cpus(config: RunConfig) -> float:
-    """Return the largest number of logical CPUs that the run requests from Ray at the same time, with all replicas."""
-    return max(sum(need.most * need.resources.num_cpus for need in phase) for phase in resource_needs(config)) + 1
+    """Return the number of logical CPUs that Ray needs for the run: those of workers and replicas, and a spare one."""
+    return requested_cpus(config) + 1
 
 
 def missing_resources(config: RunConfig, cpus: float, gpus: float) -> str | None:
@@ -96,6 +105,28 @@ def check_own_cluster(config: RunConfig) -> None:
         found = ray.cluster_resources()
         if missing := missing_resources(config, found.get("CPU", 0.0), found.get("GPU", 0.0)):
             raise InputError(missing)
+
+
+def describe_shortage(config: RunConfig, nodes: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a sentence on what the run requires and a cluster lacks now, to which nodes may be added; None if it lacks
+    nothing. Ray itself would wait without a word.
+
+    Args:
+        nodes: the cluster's nodes, as `ray.nodes` returns them.
+    """
+    living = [node for node in nodes if node["Alive"]]
+    cpus, gpus = (sum(node["Resources"].get(name, 0.0) for node in living) for name in ("CPU", "GPU"))
+    wait = "It waits until nodes are added."
+    if missing := missing_resources(config, cpus, gpus):
+        return f"{missing} {wait}"
+    for need in itertools.chain(*resource_needs(config)):
+        labels = need.resources.labels
+        # Other values of a selector, such as in(a,b), are left to Ray.
+        is_plain = all(re.fullmatch(r"[\w.-]+", value) for value in labels.values())
+        if need.least and is_plain and not any(labels.items() <= node["Labels"].items() for node in living):
+            wanted = ", ".join(f"{key}={value}" for key, value in labels.items())
+            return f"No node has the labels of {need.name} ({wanted}). {wait}"
+    return None
 
 
 def connect_attached_teachers(config: RunConfig) -> dict[str, Teacher]:
@@ -150,10 +181,13 @@ def serve_teachers(
 ) -> dict[str, Teacher]:  # fmt: skip
     """Deploy the teachers `names` (by default those of training) until `stack` closes; return their clients by name."""
     names = [teacher.name for teacher in config.training_teachers] if names is None else names
-    running = {}
+    running: dict[str, Teacher] = {}
     for teacher in config.teachers:
         if teacher.name in names:
             application = applications[teacher.name]
+            if teacher.follows is not None:
+                running[teacher.name] = stack.enter_context(serve_following_teacher(teacher, config, application))
+                continue
             served = serve_teacher(teacher, cache if teacher.gives_signals else None, application=application)
             running[teacher.name] = stack.enter_context(served)
     return running

@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 
 from rayk.config import RunConfig
-from rayk.config.support import Hidden
+from rayk.config.support import Layers
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.views import RowViews
 from rayk.errors import InputError
 from rayk.models import max_positions
-from rayk.teachers.ensemble import check_ensemble, choose_teacher_name
+from rayk.models.layer_states import layer_numbers
+from rayk.teachers import Teacher, choose_teacher_name
+from rayk.teachers.ensemble import check_ensemble
 
 
 def check_lengths(
@@ -113,19 +115,54 @@ def check_contexts(models: Mapping[str, Any], config: RunConfig, views: RowViews
                 )
 
 
+def check_supports(config: RunConfig, attached: Mapping[str, Teacher]) -> None:
+    """Check that running teachers return the support that the method requests.
+
+    Raises:
+        InputError: one does not.
+    """
+    support = config.signal_support
+    for name in config.signal_teacher_names:
+        if support is not None and name in attached and support.kind not in attached[name].info.supports:
+            info = attached[name].info
+            raise InputError(
+                f"The running teacher '{name}' (engine kind '{info.engine}') cannot return support '{support.kind}', "
+                f"only {', '.join(info.supports) or 'text'}; use another teacher, or another method or support."
+            )
+
+
+def check_layers(models: Mapping[str, Any], config: RunConfig) -> None:
+    """Check that student and teachers have the layers whose states the method reads.
+
+    Raises:
+        InputError: one lacks a layer.
+    """
+    if config.method.student_layers is not None:
+        layer_numbers(config.method.student_layers, models["the student"], "the student")
+    if isinstance(config.signal_support, Layers):
+        for name in config.signal_teacher_names:
+            if (settings := models.get(label := f"teacher '{name}'")) is not None:
+                layer_numbers(config.signal_support.layers, settings, label)
+
+
 def check_routes(config: RunConfig, tables: list[ExampleTable]) -> None:
     """Check that an ensemble can combine signals of the support, and that a route selects a teacher for each row.
 
     Raises:
-        InputError: it cannot combine them, or a row has no teacher.
+        InputError: it cannot combine them, a row has no teacher, or no row has the field that chooses teachers.
     """
     support = config.signal_support
     if config.ensemble is not None and support is not None:
         check_ensemble(support, config.ensemble.combine)
     if config.route is None:
         return
-    if isinstance(support, Hidden):
-        raise InputError("Hidden states of several teachers need several heads; use support 'topk' with 'route'.")
+    has_field = False
     for table in tables:
         for row in table:
             choose_teacher_name(row, config.route)
+            has_field = has_field or row.fields.get(config.route.field) is not None
+    if tables and config.route.teachers and not has_field:
+        raise InputError(
+            f"No row has the field '{config.route.field}', by which route.field chooses the teachers, so all rows "
+            f"would have route.default '{config.route.default}'; correct route.field."
+        )

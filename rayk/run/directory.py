@@ -1,14 +1,20 @@
 """Refuse to resume a run directory whose settings or training rows have changed."""
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 from pathlib import Path
 
 from rayk.config import RunConfig, difference, load_config
 from rayk.config.base import Placement, Selection
 from rayk.config.marks import marked_fields
+from rayk.config.secrets import hide, redact
 from rayk.errors import InputError
 from rayk.models.student import base_fingerprint
+from rayk.run.model_copy import check_copy
 from rayk.storage.atomic import write_whole
+from rayk.storage.lease import FOLDER as LEASE
+from rayk.storage.places import first_line
 from rayk.training.checkpoint import CheckpointStore
 
 PLACEMENT = set(marked_fields(RunConfig, Placement))
@@ -19,8 +25,11 @@ ROUNDS = "rounds"
 """The folder with the rounds' own run directories."""
 _DURATION = ("training.steps", "training.epochs")
 """Settings on which the learning rate of every step depends."""
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
+"""The file with the settings of a run, in its directory."""
 _ROWS = "data.fingerprint"
+_PACKAGE = "_ray_pkg_"
+"""Start of the name of a folder to which Ray unpacks a job's working directory."""
 
 
 def with_pinned_date(config: RunConfig) -> RunConfig:
@@ -32,25 +41,35 @@ def with_pinned_date(config: RunConfig) -> RunConfig:
     """
     if config.data.chat_template_date is not None:
         return config
-    file = config.output_path / _CONFIG
+    file = config.output_path / CONFIG
     date = load_config(file).data.chat_template_date if file.exists() else datetime.date.today()
     return config.model_copy(update={"data": config.data.model_copy(update={"chat_template_date": date})})
 
 
-def claim_directory(config: RunConfig, resume: bool) -> None:
+def claim_directory(config: RunConfig, resume: bool) -> bool:
     """Create the run directory and write `config.yaml` into it; or, with `resume`, check that it belongs to this run.
+
+    Returns:
+        Whether the directory contained this run already.
 
     Raises:
         InputError: the directory belongs to another run, contains other files, or cannot be written.
     """
     check_directory(config, resume)
+    is_resumed = (config.output_path / CONFIG).exists()
     write_config(config)
+    return is_resumed
 
 
 def check_directory(config: RunConfig, resume: bool) -> None:
     """Do the checks of `claim_directory` without writing."""
-    folder, file = config.output_path, config.output_path / _CONFIG
-    has_rounds, started_by = (folder / ROUNDS).exists(), {ROUNDS} if config.rounds > 1 else {"synthesis"}
+    folder, file = config.output_path, config.output_path / CONFIG
+    if any(part.startswith(_PACKAGE) for part in folder.parts):
+        raise InputError(
+            f"The output '{folder}' is in Ray's temporary copy of the job's working directory, which is deleted with "
+            "the job; set output to a path that all nodes share."
+        )
+    has_rounds, started_by = (folder / ROUNDS).exists(), {LEASE, ROUNDS if config.rounds > 1 else "synthesis"}
     if (has_rounds or has_training_rows(config)) and has_rounds != (config.rounds > 1):
         raise InputError(
             f"The run in '{folder}' was started {'with' if has_rounds else 'without'} 'rounds'; resume it the same "
@@ -62,7 +81,7 @@ def check_directory(config: RunConfig, resume: bool) -> None:
                 f"The output directory '{folder}' already contains a run, which was started before; continue it with "
                 "--resume, give another --output, or delete the directory."
             )
-        before, now = (settings.model_dump(mode="json") for settings in (load_config(file), config))
+        before, now = (redact(settings.model_dump(mode="json")) for settings in (load_config(file), config))
         # Without training rows nothing has been trained yet, and the store of completions checks its own settings.
         if has_training_rows(config) and (place := difference(before, now, PLACEMENT)):
             raise InputError(
@@ -71,11 +90,13 @@ def check_directory(config: RunConfig, resume: bool) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(path.name not in started_by for path in folder.iterdir())):
         raise InputError(f"The output '{folder}' exists and is not a run directory of rayk; give another --output.")
-    elif config.training.checkpoints and not resume and _has_checkpoints(config.training.checkpoints):
+    elif config.training.checkpoints and not resume and checkpointed_steps(config.training.checkpoints):
         raise InputError(
-            f"training.checkpoints '{config.training.checkpoints}' contains checkpoints of a run; continue it with "
-            "--resume, or give another place."
+            f"training.checkpoints '{hide(config.training.checkpoints)}' contains checkpoints of a run; continue it "
+            "with --resume, or give another place."
         )
+    if not file.exists() and not resume:
+        check_copy(config)
 
 
 def _how_to_extend(folder: Path) -> str:
@@ -91,7 +112,7 @@ def write_config(config: RunConfig) -> None:
     Raises:
         InputError: the directory cannot be written.
     """
-    _write(config.output_path / _CONFIG, config.to_yaml())
+    _write(config.output_path / CONFIG, config.to_yaml())
 
 
 def claim_training_rows(config: RunConfig, fingerprint: str) -> None:
@@ -118,7 +139,8 @@ def check_base_weights(config: RunConfig) -> str:
         InputError: the run's checkpoints were written for other weights under the same name.
     """
     base = base_fingerprint(config.student)
-    before = CheckpointStore(config.checkpoints).base() if base else ""
+    with _reading_checkpoints(config.checkpoints):
+        before = CheckpointStore(config.checkpoints).base() if base else ""
     if before not in ("", base):
         raise InputError(
             f"The weights of student.model '{config.student.model}' are not those that the run in "
@@ -141,8 +163,19 @@ def _write(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
-def _has_checkpoints(place: str) -> bool:
+def checkpointed_steps(place: str) -> list[int]:
+    """Return the steps of the checkpoints in a folder or at a URI, in ascending order.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with _reading_checkpoints(place):
+        return CheckpointStore(place).steps()
+
+
+@contextlib.contextmanager
+def _reading_checkpoints(place: str) -> Iterator[None]:
     try:
-        return bool(CheckpointStore(place).steps())
+        yield
     except (OSError, ValueError) as error:
-        raise InputError(f"training.checkpoints '{place}' cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"training.checkpoints '{hide(place)}' cannot be read: {first_line(error)}.") from error

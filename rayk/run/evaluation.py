@@ -47,10 +47,10 @@ def evaluate_model(
     with ExitStack() as stack:
         inputs = read_inputs(config, connect_attached_teachers(config), training=False)
         assert inputs.evaluation is not None
-        config = inputs.vocabulary.limit_teachers(config)
+        config = inputs.complete(config)
         retriever = find_retriever(config)
         start_ray(required_cpus(config))
-        listener.stage("Bringing up teachers" if config.teachers else "No teacher to compare with")
+        listener.stage("Starting teachers" if config.teachers else "No teacher to compare with")
         applications = teacher_applications(config)
         teachers = serve_teachers(config, applications, stack, stack.enter_context(open_cache(config.cache)))
         listener.stage(f"Measuring {path}")

@@ -1,6 +1,6 @@
 """Read a run's tokenizer and rows, and check that they fit the models and the settings, before anything is started."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,29 +8,40 @@ from rayk.config import RunConfig, TeacherConfig, check_inputs_exist
 from rayk.config.demonstrations import ROW_FORMAT
 from rayk.config.support import TopK
 from rayk.data.chat_template import ChatTemplate
+from rayk.data.chunks import open_rows
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import ExampleTable
 from rayk.data.nearest import check_encoder
 from rayk.data.row_texts import RowTexts
 from rayk.data.sources import read_rows
+from rayk.data.table_cache import tokenize_once
 from rayk.data.tokenizing import RowTokenizer, build_table, tokenize
 from rayk.data.views import RowViews
 from rayk.errors import InputError
-from rayk.evaluation.answer_scoring import AnswerScorer
+from rayk.evaluation.answer_scoring import AnswerScorer, settle_answer_type
 from rayk.evaluation.evaluate import select_generation_rows
 from rayk.evaluation.option_ranking import select_option_rows
 from rayk.methods import resolve_method
-from rayk.models import load_model_config, load_tokenizer
+from rayk.models import load_generation_config, load_model_config, load_tokenizer
 from rayk.models.checks import check_student_model, check_teacher_model
+from rayk.models.ends import generation_problem
 from rayk.models.student import build_model_config, check_student
 from rayk.models.text_model import causal_config
 from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
 from rayk.run.alignment import check_aligned_rows, make_aligners
-from rayk.run.checks import check_contexts, check_demonstrated_lengths, check_lengths, check_routes
+from rayk.run.checks import (
+    check_contexts,
+    check_demonstrated_lengths,
+    check_layers,
+    check_lengths,
+    check_routes,
+    check_supports,
+)
 from rayk.run.template_checks import chat_template_notes
 from rayk.run.vocabularies import SharedVocabulary, share_vocabularies
 from rayk.teachers import Teacher
+from rayk.training.optimizer import check_optimizer, count_steps
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,14 @@ class Inputs:
     notes: tuple[str, ...] = ()
     """Sentences for the user on what is allowed, but may not be intended."""
 
+    def complete(self, config: RunConfig) -> RunConfig:
+        """Return the settings with what follows from the inputs: the size of the teachers' signals and the type of
+        answers."""
+        config = self.vocabulary.limit_teachers(config)
+        rows = select_generation_rows(self.evaluation or (), config.evaluation, self.views)
+        settled = settle_answer_type(config.evaluation, rows, self.tokenizer)
+        return config.model_copy(update={"evaluation": settled})
+
     @property
     def trained_ends(self) -> tuple[int, ...]:
         """Ids of the tokens that end the completions that are trained on."""
@@ -70,14 +89,17 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
         InputError: rows, models and settings do not fit together.
     """
     check_inputs_exist(config, training=training)
+    check_optimizer(config.training)
     resolve_method(config.method)  # raises if the user's code cannot be loaded
     name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
     models = _load_model_configs(config, tokenizer)
     student_size = models["the student"].get_text_config().vocab_size
     vocabulary = share_vocabularies(config, attached, tokenizer, name, student_size)
+    check_supports(config, attached)
+    check_layers(models, config)
     _check_support(config, vocabulary.size)
-    train, evaluation, pretraining = _read_tables(config, tokenizer, training)
+    train, evaluation, pretraining = read_tables(config, tokenizer, training=training)
     tables = [table for table in (train, evaluation, pretraining) if table is not None]
     vocabulary.check_rows(tables, tokenizer)
     demonstrations = _read_demonstrations(config, tokenizer, train, tables)
@@ -85,6 +107,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     views = replace(views, aligners=make_aligners(config, attached, tokenizer))
     if train is not None:
         check_aligned_rows(config, views, train)
+        config.method.check_steps(count_steps(config, len(open_rows(train, config.data.train, config.seed))))
     check_lengths(models, config, train, evaluation, tables)
     if demonstrations is not None:
         check_demonstrated_lengths(models, config, demonstrations, tables)
@@ -104,7 +127,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
             )
     template = ChatTemplate.from_settings(config.data, tokenizer).template
     notes = vocabulary.notes + tuple(note for table in tables[:1] for note in vocabulary.describe_rows(table))
-    notes += tuple(chat_template_notes(config, tokenizer, training))
+    notes += (*chat_template_notes(config, tokenizer, training), *_generation_notes(config))
     return Inputs(name, tokenizer, vocabulary, train, evaluation, pretraining, views, template, notes)
 
 
@@ -116,7 +139,8 @@ def find_tokenizer(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
     """
     if config.student.tokenizer or config.student.model:
         return config.student.tokenizer or str(config.student.model)
-    for teacher in [*config.signal_teachers, *(teacher for teacher in config.teachers if teacher.gives_signals)]:
+    able = [teacher for teacher in config.teachers if teacher.gives_signals and teacher.follows is None]
+    for teacher in [*(teacher for teacher in config.signal_teachers if teacher in able), *able]:
         return teacher.model or attached[teacher.name].info.model
     raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
 
@@ -128,6 +152,8 @@ def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
         check_student_model(models["the student"], config.student.model)
     check_student(config.student, tokenizer, continues=config.method.samples_with_teacher)
     for teacher in config.signal_teachers:
+        if teacher.follows is not None:
+            models[f"teacher '{teacher.name}'"] = models["the student"]
         if teacher.model and teacher.name != config.aligned_teacher:  # it has its own tokens: `rayk.run.alignment`
             models[f"teacher '{teacher.name}'"] = load_model_config(
                 teacher.model, trust_remote_code=teacher.trust_remote_code
@@ -135,6 +161,17 @@ def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     for teacher in config.teachers:
         _check_teacher_files(teacher)
     return models
+
+
+def _generation_notes(config: RunConfig) -> Iterator[str]:
+    """Yield a sentence on generation settings of the student that cannot be saved as they are."""
+    name = config.student.model
+    settings = name and load_generation_config(name, trust_remote_code=config.student.trust_remote_code)
+    if problem := generation_problem(settings or None):
+        yield (
+            f"generation_config.json of student.model '{name}' is not valid, so it is repaired in OUTPUT/model: "
+            f"{' '.join(problem.split())}"
+        )
 
 
 def _check_teacher_files(teacher: TeacherConfig) -> None:
@@ -159,22 +196,30 @@ def _check_support(config: RunConfig, vocab_size: int) -> None:
         )
 
 
-def _read_tables(
-    config: RunConfig, tokenizer: Any, training: bool
+def read_tables(
+    config: RunConfig, tokenizer: Any, *, training: bool = True, evaluation: bool = True
 ) -> tuple[ExampleTable | None, ExampleTable | None, ExampleTable | None]:
-    """Return the tokenized rows for training and evaluation, and the text for pretraining; None for missing ones."""
+    """Return the tokenized rows for training and evaluation, and the text for pretraining; None for missing ones.
+
+    Args:
+        training, evaluation: whether to read the rows for it.
+
+    Raises:
+        InputError: rows cannot be read.
+    """
     method, data = config.method, config.data
-    train = evaluation = pretraining = None
+    train = evaluated = pretraining = None
     if training:
         assert data.train is not None
-        train = tokenize(
+        train = tokenize_once(
             data.train, data, tokenizer, prompts_only=not method.reads_completions, pairs=method.reads_pairs
         )
         if method.auxiliary_data is not None:
-            pretraining = tokenize(method.auxiliary_data.data, data, tokenizer)
-    if data.evaluation is not None:
-        evaluation = tokenize(data.evaluation, data, tokenizer, pairs=method.reads_pairs)
-    return train, evaluation, pretraining
+            pretraining = tokenize_once(method.auxiliary_data.data, data, tokenizer)
+        open_rows(train, data.train, config.seed)  # raises if the text is too short
+    if evaluation and data.evaluation is not None:
+        evaluated = tokenize_once(data.evaluation, data, tokenizer, pairs=method.reads_pairs)
+    return train, evaluated, pretraining
 
 
 def _read_demonstrations(

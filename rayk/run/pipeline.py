@@ -7,29 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from rayk.config import RunConfig
+from rayk.data.chunks import open_rows
 from rayk.report.report import write_report
 from rayk.retrieval import train_retriever
 from rayk.rollouts import serve_policy
 from rayk.run.applications import (
     check_own_cluster,
     connect_attached_teachers,
+    describe_shortage,
     policy_application,
     required_cpus,
     serve_teachers,
     teacher_applications,
 )
-from rayk.run.directory import check_base_weights, claim_directory, claim_training_rows, has_training_rows
+from rayk.run.directory import (
+    check_base_weights,
+    checkpointed_steps,
+    claim_directory,
+    claim_training_rows,
+    has_training_rows,
+)
 from rayk.run.evaluation import measure_teacher, rank_demonstrations
 from rayk.run.inputs import Inputs, read_inputs
+from rayk.run.model_copy import save_copy
+from rayk.run.model_facts import ModelFacts
 from rayk.run.progress import ProgressListener, follow_metrics
 from rayk.run.summary import summarize_run, write_json
 from rayk.run.synthesis_inputs import read_synthesis_prompts, with_synthesized_rows
 from rayk.run.training_rows import FIRST_ROUND, RoundInfo, synthesize_training_rows
+from rayk.run.verdict import check_memory
 from rayk.serving.cluster import start_ray
 from rayk.teachers import Teacher
 from rayk.teachers.cache import SignalCache, open_cache
-from rayk.training import Job, Outcome, steps_of_epochs, train
+from rayk.training import Job, Outcome, count_steps, train
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,18 @@ def run_once(
         attached = connect_attached_teachers(config)
         inputs = read_inputs(config, attached, training=config.synthesis is None)
         prompts = read_synthesis_prompts(config) if config.synthesis else []
-        claim_directory(config, resume)
-        listener.stage(f"The run directory is {config.output_path}")
-        for note in inputs.notes:
+        memory_note = check_memory(config, inputs)
+        is_resumed = claim_directory(config, resume)
+        beginning = _describe_beginning(config, is_resumed) if resume else ""
+        listener.stage(f"The run directory is {config.output_path}{beginning}")
+        for note in (*inputs.notes, *filter(None, [memory_note])):
             listener.stage(note)
-        config = inputs.vocabulary.limit_teachers(config)
+        config = inputs.complete(config)
         if config.teachers or config.training.workers:
             start_ray(required_cpus(config))
             check_own_cluster(config)
+            if shortage := describe_shortage(config, ray.nodes()):
+                listener.stage(shortage)
         running: dict[str, Teacher] = {}
         if config.synthesis is not None:
             running = synthesize_training_rows(
@@ -70,9 +87,10 @@ def run_once(
             )
             config = with_synthesized_rows(config)
             inputs = read_inputs(config, attached)
-            config = inputs.vocabulary.limit_teachers(config)
+            config = inputs.complete(config)
         assert inputs.train is not None
         claim_training_rows(config, inputs.train.fingerprint)
+        ModelFacts.of_inputs(inputs).write(config.output_path)
         base = check_base_weights(config)
         if config.retriever is None:  # so that its errors occur before teachers are started
             rank_demonstrations(inputs, listener)
@@ -88,7 +106,19 @@ def run_once(
     summary = summarize_run(config, inputs, outcome, teacher_evaluation, time.time() - started)
     write_json(config.output_path / "summary.json", summary)
     write_report([config.output_path], config.output_path / "report.html")
+    if config.student.save_to is not None:
+        listener.stage("Copying the model to student.save_to")
+        save_copy(config)
     return Result(config.output_path, summary)
+
+
+def _describe_beginning(config: RunConfig, is_resumed: bool) -> str:
+    """Return the step at which a run that was started with `--resume` begins, as the end of a sentence on its
+    directory."""
+    if not is_resumed:
+        return ": a new run, because there was none to resume"
+    steps = checkpointed_steps(config.checkpoints)
+    return f", resumed at step {steps[-1]:,}" if steps else ", resumed before its first checkpoint"
 
 
 def _serve_other_teachers(
@@ -98,7 +128,7 @@ def _serve_other_teachers(
     """Deploy the teachers of training that are not running yet, until `stack` closes."""
     others = [teacher.name for teacher in config.training_teachers if teacher.name not in running]
     if new := [teacher.name for teacher in config.teachers if teacher.name in others and not teacher.attach]:
-        listener.stage(f"Bringing up {', '.join(new)} on Ray Serve")
+        listener.stage(f"Starting {', '.join(new)} on Ray Serve")
     return serve_teachers(config, teacher_applications(config), stack, cache, others)
 
 
@@ -122,7 +152,7 @@ def _train_student(
     """
     assert inputs.train is not None
     if config.rollouts is not None and config.rollouts.is_served:
-        listener.stage("Bringing up the student's policy on Ray Serve")
+        listener.stage("Starting the student's policy on Ray Serve")
     policy = stack.enter_context(
         serve_policy(
             config,
@@ -132,7 +162,7 @@ def _train_student(
             trained_ends=inputs.trained_ends,
         )
     )
-    total = config.training.steps or steps_of_epochs(config.training, len(inputs.train))
+    total = count_steps(config, len(open_rows(inputs.train, config.data.train, config.seed)))
     listener.stage(f"Training {config.name}: {config.method.kind}, {total} steps")
     job = Job(
         config, inputs.tokenizer_name, teacher_applications(config), inputs.train.table,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.report.run_directory import MetricsFollower
+from rayk.storage.lease import Lease
 
 
 class ProgressListener:
@@ -20,6 +21,25 @@ class ProgressListener:
 
     def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
         """Called when `done` of `total` units of the current stage are finished."""
+
+
+class LeaseHolder(ProgressListener):
+    """Reports to another listener, and stops the run where another process has taken its lease: at the next stage, or
+    the next unit of one. Training workers notice that themselves."""
+
+    def __init__(self, listener: ProgressListener, lease: Lease):
+        self._listener, self._lease = listener, lease
+
+    def stage(self, text: str) -> None:
+        self._lease.check()
+        self._listener.stage(text)
+
+    def steps(self, rows: Sequence[Mapping[str, Any]], total: int) -> None:
+        self._listener.steps(rows, total)
+
+    def progress(self, done: int, total: int, text: str, unit: str = "row") -> None:
+        self._lease.check()
+        self._listener.progress(done, total, text, unit)
 
 
 @contextmanager

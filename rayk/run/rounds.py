@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig, load_config, parse_config, with_absolute_paths
+from rayk.config.paths import place_below
 from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.report.run_directory import read_lines
 from rayk.run.applications import required_cpus
 from rayk.run.directory import ROUNDS, check_directory, claim_directory, with_pinned_date, write_config
+from rayk.run.model_copy import save_copy
 from rayk.run.pipeline import Result, run_once
-from rayk.run.progress import ProgressListener
+from rayk.run.progress import LeaseHolder, ProgressListener
 from rayk.run.summary import training_speed, write_json
 from rayk.run.synthesis_inputs import read_synthesis_prompts, synthesized_rows_path
 from rayk.run.training_rows import FIRST_ROUND, RoundInfo, synthesize_training_rows
 from rayk.serving.cluster import start_ray
 from rayk.storage.atomic import replace_folder, write_whole
+from rayk.storage.lease import hold_lease
 from rayk.synthesis import CompletionStore
 
 
@@ -42,7 +45,8 @@ def distill(
         watcher: deprecated name of `listener`.
 
     Raises:
-        InputError: the settings, data or models are wrong, or the directory contains another run.
+        InputError: the settings, data or models are wrong, or the directory contains another run or belongs to
+            another process, which is still running.
         TeacherUnavailable: a teacher did not respond in time; the last step is checkpointed.
         RunFailed: training failed (the latest checkpoint is kept), or no training row could be synthesized.
     """
@@ -53,8 +57,15 @@ def distill(
     if not isinstance(config, RunConfig):
         config = load_config(config, output=output)
     config, listener = with_pinned_date(with_absolute_paths(config, output)), listener or ProgressListener()
-    if config.rounds == 1:
-        return run_once(config, listener, resume=resume)
+    check_directory(config, resume)
+    with hold_lease(config.output_path, listener.stage) as lease:
+        listener = LeaseHolder(listener, lease)
+        if config.rounds == 1:
+            return run_once(config, listener, resume=resume)
+        return _run_rounds(config, listener, resume)
+
+
+def _run_rounds(config: RunConfig, listener: ProgressListener, resume: bool) -> Result:
     check_directory(config, resume)
     _check_rounds(config)
     for number in range(config.rounds):
@@ -87,9 +98,11 @@ def synthesize(
     if config.synthesis is None:
         raise InputError("synthesis is missing; set synthesis.kind to the way in which rows are generated.")
     config, round_info = next_round(config)
-    listener.stage("Reading data and models")
-    prompts = read_synthesis_prompts(config)
     with ExitStack() as stack:
+        lease = stack.enter_context(hold_lease(config.output_path, listener.stage))
+        listener = LeaseHolder(listener, lease)
+        listener.stage("Reading data and models")
+        prompts = read_synthesis_prompts(config)
         start_ray(required_cpus(config))
         synthesize_training_rows(config, prompts, stack, None, listener, settled=False, round_info=round_info)
         summary = CompletionStore(synthesized_rows_path(config).parent).summary
@@ -111,9 +124,10 @@ def next_round(config: RunConfig) -> tuple[RunConfig, RoundInfo]:
 def round_config(config: RunConfig, number: int) -> tuple[RunConfig, RoundInfo]:
     """Return the settings of round `number` (from 0) as those of a separate run, and the round's info."""
     values = config.model_dump(mode="json")
+    values["student"]["save_to"] = None  # the model of the last round is copied
     values |= {"rounds": 1, "name": f"{config.name}-round-{number + 1}", "output": str(_folder(config, number))}
     if config.training.checkpoints:
-        values["training"]["checkpoints"] = f"{config.training.checkpoints.rstrip('/')}/{number + 1:02d}"
+        values["training"]["checkpoints"] = place_below(config.training.checkpoints, f"{number + 1:02d}")
     if number == 0:
         return parse_config(values), FIRST_ROUND
     before = _folder(config, number - 1)
@@ -164,4 +178,5 @@ def _finish_run(config: RunConfig) -> Result:
     }
     write_json(config.output_path / "summary.json", summary)
     write_report([config.output_path], config.output_path / "report.html")
+    save_copy(config)
     return Result(config.output_path, summary)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig
+from rayk.config.secrets import redact
 from rayk.data.chat_template import read_template
 from rayk.models import load_tokenizer, weights_fingerprint
 from rayk.run.applications import serve_teachers, served_student_config, teacher_applications
@@ -62,7 +63,7 @@ def synthesize_training_rows(
         filters = build_row_filters(config)
         names = [t.name for t in config.teachers if t.name in config.synthesis_teachers and not t.attach]
         if names or uses_student:
-            listener.stage(f"Bringing up {', '.join([*names, *['the student'] * uses_student])} on Ray Serve")
+            listener.stage(f"Starting {', '.join([*names, *['the student'] * uses_student])} on Ray Serve")
         applications = teacher_applications(config)
         needed = [name for name in config.synthesis_teachers if name not in config.synthesis_only_teachers]
         kept = serve_teachers(config, applications, training_teachers, cache, needed)
@@ -79,7 +80,7 @@ def synthesize_training_rows(
             progress=partial(listener.progress, unit="completion"),
             context=RecipeContext(
                 round_info.number, round_info.before, student, bool(config.data.chat_template),
-                _student_template(config),
+                _student_template(config), config.data.chat_template_date,
                 running[config.referee] if config.referee != config.synthesis_teacher else None, running,
             ),
         )  # fmt: skip
@@ -117,7 +118,7 @@ def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: Roun
     models = {
         teacher["name"]: {
             "model": teacher["model"] or teacher["name"],
-            "engine": teacher["engine"],
+            "engine": redact(teacher["engine"]),
             **({"chat_template_kwargs": variables} if (variables := teacher["chat_template_kwargs"]) else {}),
         }
         for teacher in values["teachers"]
@@ -126,7 +127,7 @@ def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: Roun
     if config.synthesis.chat is None:
         values["synthesis"]["chat"] = bool(config.data.chat_template) and config.synthesis.prefers_chat
     dependencies = {
-        "synthesis": {key: value for key, value in values["synthesis"].items() if key not in _LOCATIONS},
+        "synthesis": {key: redact(value) for key, value in values["synthesis"].items() if key not in _LOCATIONS},
         "seed": config.seed,
         "teachers": teachers if len(teachers) > 1 else teachers[0],
         "judges": [models[name] for name in config.judges],

@@ -137,6 +137,8 @@ def _read_teacher(
     teacher: TeacherConfig, running: Teacher | None, tokenizer: Any, student: Vocabulary
 ) -> tuple[Vocabulary, Any]:
     """Return a teacher's vocabulary and its tokenizer."""
+    if teacher.follows is not None:
+        return student, tokenizer
     if running is None:
         assert teacher.model is not None
         own = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,80 @@ def test_hostile_completion_is_escaped(tmp_path):
     assert page.count(html.escape(evil).replace("&#x27;", "&#39;")) == 4
 
 
+EVIL = """<script>alert(1)</script><img src=x onerror=y>"'><svg onload=z>{{ 7 * 7 }}</style></svg>]]>$\\frac$"""
+
+
+def make_hostile(values: Any) -> Any:
+    """Return values with hostile text in place of every text, and before every name that may be a user's."""
+    if isinstance(values, dict):
+        return {f"{key}{EVIL}" if "/" in key else key: make_hostile(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [make_hostile(value) for value in values]
+    return EVIL if isinstance(values, str) else values
+
+
+class Elements(HTMLParser):
+    """The names of a page's elements and of their attributes."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: dict[str, set[str | None]] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            self.attributes.setdefault(name, set()).add(value)
+
+
+def test_hostile_run_directory_adds_no_element_and_no_attribute(tmp_path):
+    """Every text that rows, models, settings and metrics can contain is shown as text."""
+    samples = [sample("line 1", reason="", before="3")]
+    runs = [make_run(tmp_path / name, kd=True, samples=samples) for name in ("harmless", "hostile")]
+    for run in runs:
+        (run / "synthesis").mkdir()
+        (run / "synthesis" / "summary.json").write_text(json.dumps(SYNTHESIS))
+        (run / "retriever").mkdir()
+        (run / "retriever" / "summary.json").write_text(json.dumps(RETRIEVER))
+        rollout = {"step": 1, "where": "a", "prompt": "b", "completion": "c", "tokens": 1, "finish_reason": "stop"}
+        (run / "rollouts.jsonl").write_text(json.dumps(rollout) + "\n")
+        rows = [metrics_row(step, True) | {f"teacher/t/{name}": 1.0 for name in ("loss", "tokens", "score_seconds")}
+                for step in (1, 2, 20, 40)]  # fmt: skip
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    harmless = Elements(report_of(tmp_path, runs[0]))
+    for path in runs[1].rglob("*.json*"):
+        lines = [json.dumps(make_hostile(json.loads(line))) for line in path.read_text().splitlines()]
+        path.write_text("".join(line + "\n" for line in lines))
+    config = make_hostile(yaml.safe_load((runs[1] / "config.yaml").read_text()))
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+    page = report_of(tmp_path, runs[1])
+    hostile = Elements(page)
+    assert page.count("alert(1)") > 50
+    assert hostile.tags <= harmless.tags and "script" not in hostile.tags
+    assert hostile.attributes.keys() <= harmless.attributes.keys()
+    assert not [name for name in hostile.attributes if name.startswith("on") or name in ("src", "action", "formaction")]
+    assert all(value.startswith("#") for name in ("href", "xlink:href") for value in hostile.attributes.get(name, ()))
+    assert hostile.attributes["http-equiv"] == {"Content-Security-Policy"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("metrics.jsonl", '{"step": 1}\nnonsense\n', "has a damaged line after 1 whole ones"),
+        ("metrics.jsonl", "[1]\n", "has a damaged line after 0"), ("metrics.jsonl", '{"step": 1}\n', "KeyError"),
+        ("summary.json", "[]", "it contains a list"),
+        ("summary.json", '{"student": 3, "rows": {}}', "rayk does not write"),
+        ("config.yaml", "{name: x, method: [kind]}", "is no config of a run"),
+    ],
+)  # fmt: skip
+def test_damaged_files_of_a_run_are_an_input_error(tmp_path, name, content, complaint):
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=complaint):
+        write_report([run], tmp_path / "report.html")
+
+
 def test_page_loads_nothing_from_outside(tmp_path):
     page = report_of(tmp_path, make_run(tmp_path / "run", kd=True), make_run(tmp_path / "other"))
     assert not re.search(r"https?:|@import|<script|<link|<iframe|\bsrc=", page)
@@ -257,6 +332,12 @@ SYNTHESIS = {
         "rejected": [{"where": "line 2", "prompt": "3 + 3?", "completion": "<script>", "rejected_by": "wrong_answer",
                       "reason": "7, where 6 is right"}],
     },
+}  # fmt: skip
+RETRIEVER = {
+    "held_out": {"rows": 3, "mean_logprob": {"random": -1.0, "bm25": -0.9, "learned": -0.8},
+                 "learned_over_bm25": {"mean": 0.1, "standard_error": 0.01}},
+    "rounds": [{"round": 1, "candidates": 9, "refused": 0, "mean_logprob": -0.8}],
+    "encoder": "models/encoder", "teacher": "models/teacher", "reward_model": "", "queries": 10, "pool": 5,
 }  # fmt: skip
 
 
@@ -363,3 +444,24 @@ def test_title_names_the_runs(tmp_path, count, title):
 
 def test_one_step_is_singular(tmp_path):
     assert "was trained for 1 step on 2,000 rows" in text_of(report_of(tmp_path, make_run(tmp_path / "one", steps=1)))
+
+
+def test_several_teachers_and_diagnostics_have_curves(tmp_path):
+    run = make_run(tmp_path / "many", kd=True)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"overlap": 0.5, "disagreement": 0.25, "teacher_entropy": 1.0, "student_entropy": 2.0}
+        row |= {f"distance_quarter_{number}": float(number) for number in (1, 2, 3, 4)}
+        for name in ("math", "code"):
+            row |= {f"teacher/{name}/{value}": 3.0 for value in ("loss", "tokens", "score_seconds")}
+        if row["step"] % 2:  # a step without rows of one teacher
+            del row["teacher/code/loss"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report_of(tmp_path, run)
+    assert figures_of(page)[5:13] == [
+        "Tokens per second", "Waiting for the teacher", "Overlap", "Disagreement", "Entropy of the teacher",
+        "Entropy of the student", "Distance along the completion", "Loss by teacher",
+    ]  # fmt: skip
+    labels = " ".join(re.findall(r'aria-label="(.*?)"', page))
+    assert "many, math 3 to 3, many, code 3 to 3" in labels
+    assert "many, first quarter 1 to 1, many, second 2 to 2" in labels

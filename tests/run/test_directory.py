@@ -10,7 +10,7 @@ from rayk.config import load_config, parse_config
 from rayk.errors import InputError
 from rayk.run import ProgressListener, distill
 from rayk.run.directory import PLACEMENT, SELECTION, check_directory, claim_directory, claim_training_rows
-from rayk.training.checkpoint import CheckpointStore
+from tests.checkpoints import saved_weights
 from tests.runs import settings, write_rows
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -20,7 +20,7 @@ def test_the_saved_student_has_the_trained_weights(tmp_path, tie):
     tiny_model(tmp_path / "student", hidden=16, layers=1, tie=tie, tokenizer=tiny_tokenizer())
     result = distill(parse_config(settings(tmp_path, str(tmp_path / "student"))))
     model = AutoModelForCausalLM.from_pretrained(result.model)
-    trained = CheckpointStore(str(result.output / "checkpoints")).latest().model
+    trained = saved_weights(str(result.output / "checkpoints"))
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     before = copy.state_dict()["model.embed_tokens.weight"].clone()
     copy.load_state_dict({name.removeprefix("student.model."): value for name, value in trained.items()}, strict=False)
@@ -127,3 +127,9 @@ def test_a_run_is_not_resumed_with_other_rows(tmp_path):
 def test_settings_that_may_change_are_kept_apart_from_those_that_select_rows():
     assert not PLACEMENT & SELECTION
     assert "judges" in SELECTION
+
+
+def test_output_in_the_copy_of_a_submitted_folder_is_refused(tmp_path):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    with pytest.raises(InputError, match="Ray's temporary copy of the job's working directory, which is deleted"):
+        check_directory(started(tmp_path, output=str(copy / "runs" / "first")), resume=True)

@@ -11,6 +11,7 @@ from rayk.config import StudentConfig, parse_config
 from rayk.data.tokenizing import tokenize
 from rayk.models import load_tokenizer
 from rayk.run.evaluation import measured_student, tokenizer_for
+from rayk.run.inputs import read_inputs
 from rayk.training import Job
 from rayk.training.worker import evaluate_worker
 from tests import runs
@@ -62,6 +63,17 @@ def test_model_is_measured_with_the_students_code_and_precision(own_model, tmp_p
     measured = evaluate_worker(Job(config.model_copy(update={"student": student}), own_model, {}, None, table.table))
     assert measured.metrics["loss"] > 0
     assert (tmp_path / "note").read_text() == str(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("words", "kind"), [(2, "text"), (21, "open")])
+def test_runs_settle_whether_answers_are_right_or_wrong(tmp_path, tiny_student, words, kind):
+    values = runs.settings(tmp_path, tiny_student)
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "one " * words}))
+    values["data"]["evaluation"] = {"path": str(rows)}
+    values["evaluation"] = {"generation": {"max_new_tokens": 2}}
+    config = parse_config(values)
+    assert read_inputs(config, {}).complete(config).evaluation.answer_type == kind
 
 
 def test_configs_tokenizer_is_used_if_it_has_the_models_token_ids(tmp_path, tiny_student):

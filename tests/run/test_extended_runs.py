@@ -34,6 +34,7 @@ def test_a_student_learns_from_a_teacher_with_more_tokens(ray_cluster, tmp_path,
     assert 0 < losses[1] < losses[0] < 50
 
 
+@pytest.mark.long
 def test_a_student_with_more_tokens_generates_only_the_teachers(ray_cluster, tmp_path):
     """The teacher refuses ids that it does not have, so a rollout with one would end the run."""
     extra = [f"<extra {i}>" for i in range(40)]

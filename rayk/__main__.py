@@ -1,0 +1,5 @@
+"""`python -m rayk`: the command line."""
+
+from rayk.cli import main
+
+main()
