@@ -2,25 +2,28 @@
 
 Exit codes: 0 success, 1 failure while running, 2 wrong input, 130 interrupted.
 
-Each command is implemented in a module of `rayk.commands`, which is imported when the command is called, so that
-`rayk --help` needs neither torch nor ray.
+Each command is implemented in a module of `rayk.commands` or `rayk.run`, which is imported when the command is called,
+so that `rayk --help` needs neither torch nor ray.
 """
 
-import difflib
 import importlib.metadata
 import logging
 import os
+import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
-from typer.core import TyperGroup
 
-from rayk.commands.console import console, print_check, print_sections, print_table
-from rayk.config import load_config, load_teachers
+from rayk.commands.command_group import CommandGroup
+from rayk.commands.console import console, print_check, print_sections, print_table, printable
+from rayk.config import check_inputs_exist, load_config, load_teachers
+from rayk.config.paths import is_uri
+from rayk.config.secrets import hide
 from rayk.environment import set_threading
 from rayk.errors import InputError, Interrupted, RaykError, SettingsError
 
@@ -31,26 +34,6 @@ _INTERRUPTION_MESSAGES = {
     "cache": "Interrupted; the received signals are kept, and the same command continues from there.",
 }
 """Message of an interrupted command: what is kept, and how to continue."""
-_SYNONYMS = {
-    "train": "run", "distill": "run", "distil": "run", "start": "run", "resume": "run", "eval": "evaluate",
-    "test": "evaluate", "measure": "evaluate", "generate": "synthesize", "synthesise": "synthesize", "new": "init",
-    "create": "init", "check": "doctor", "validate": "doctor", "compare": "report", "list": "methods",
-    "deploy": "serve", "demo": "quickstart",
-}  # fmt: skip
-
-
-class CommandGroup(TyperGroup):
-    """The commands. The error for an unknown name suggests the closest command."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-"):
-            close = difflib.get_close_matches(name, [*self.commands, *_SYNONYMS], n=1)
-            if close:
-                raise InputError(f"There is no command '{name}'; did you mean '{_SYNONYMS.get(close[0], close[0])}'?")
-            raise InputError(f"There is no command '{name}'; the commands are {', '.join(self.commands)}.")
-        return super().resolve_command(ctx, args)
-
 
 app = typer.Typer(
     cls=CommandGroup, help="Distill large language models into small ones on a Ray cluster.",
@@ -62,6 +45,19 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change one setting; may be repeated.")
 ]
 Output = Annotated[str | None, typer.Option("--output", help="The run directory, instead of the config's.")]
+
+
+def _local_path(given: str | Path) -> Path:
+    """Parse an argument that must be a path on this machine; typer also passes its default."""
+    if is_uri(str(given)):
+        raise typer.BadParameter(f"'{hide(str(given))}' is a URI, but it must be a path on this machine.")
+    return Path(given)
+
+
+RunDirectory = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", parser=_local_path, help="The output directory of a run, finished or not."),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,8 +80,8 @@ def main_options(
 @app.command()
 def quickstart(
     output: Annotated[
-        str, typer.Option("--output", help="The folder of the run directories and the report.")
-    ] = "runs/quickstart",
+        Path, typer.Option("--output", parser=_local_path, help="The folder of the run directories and the report.")
+    ] = Path("runs/quickstart"),
     model: Annotated[
         str | None,
         typer.Option(
@@ -104,9 +100,9 @@ def quickstart(
     if model is None and layers is not None:
         raise InputError("--layers needs --model; the built-in task has students of its own.")
     if model is None:
-        result = run_quickstart(Path(output), listener())
+        result = run_quickstart(output, listener())
     else:
-        result = run_model_quickstart(model, Path(output), listener(), layers=layers)
+        result = run_model_quickstart(model, output, listener(), layers=layers)
     print_table(results_table(result.summaries))
     console.print(f"\nThe report: {result.report}")
 
@@ -121,12 +117,14 @@ def init(
     method: Annotated[
         str | None, typer.Option("--method", metavar="KIND", help="One of `rayk methods`; by default one that fits.")
     ] = None,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The YAML file to write.")] = "run.yaml",
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", parser=_local_path, help="The YAML file to write.")
+    ] = Path("run.yaml"),
 ) -> None:
     """Write a commented config for your models and data, ready for `rayk doctor` and `rayk run`."""
     from rayk.commands.init import init as write_config
 
-    for note in write_config(teacher, student, data, method, Path(output)):
+    for note in write_config(teacher, student, data, method, output):
         console.print(note)
     console.print(f"Wrote {output}. Next: rayk doctor {output}, then rayk run {output}")
 
@@ -138,6 +136,7 @@ def run(
 ) -> None:  # fmt: skip
     """Run a config from data to trained student."""
     settings = load_config(config, overrides, output=output)
+    check_inputs_exist(settings)  # before torch and Ray are imported, which takes seconds
     from rayk.commands.results import results_table
     from rayk.commands.run import run as run_config
 
@@ -159,12 +158,19 @@ def synthesize(config: ConfigPath, overrides: Overrides = None, output: Output =
 
 
 @app.command()
-def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+def serve(
+    config: ConfigPath, overrides: Overrides = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave the teachers on the cluster at RAY_ADDRESS and return.")
+    ] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the detached teachers of the config.")] = False,
+) -> None:  # fmt: skip
     """Deploy a config's teachers for other processes until interrupted; only the section `teachers` is read."""
     teachers = load_teachers(config, overrides)
-    from rayk.commands.serve import serve as serve_teachers
+    from rayk.commands import serve as commands
 
-    serve_teachers(teachers, console.print)
+    act = commands.remove if remove else commands.detach if detach else commands.serve
+    act(teachers, console.print)
 
 
 @app.command()
@@ -200,9 +206,28 @@ def plan(
         float | None,
         typer.Option("--teacher-tokens-per-second", min=1e-9, help="Speed of one replica; by default measured."),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Plan for GPUs of this type (h100, a100, …) from the models' config.json alone."),
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="With --gpu: number of GPUs of the cluster.")] = 8,
+    tokens: Annotated[
+        float | None, typer.Option("--tokens", min=1, help="With --gpu: tokens of the training rows.")
+    ] = None,
+    counted: Annotated[
+        float | None,
+        typer.Option("--counted-share", min=1e-9, max=1, help="With --gpu: share of the tokens that enter the loss."),
+    ] = None,
 ) -> None:  # fmt: skip
-    """Compute the number of teacher replicas that keep the student busy, and the network traffic."""
+    """Compute the number of teacher replicas that keep the student busy, and the network traffic. With --gpu nothing is
+    measured: rates, waiting time, cache and memory of the run on a cluster are estimated from the models' sizes."""
     settings = load_config(config, overrides)
+    if gpu is not None:
+        from rayk.commands.cluster_plan import plan_cluster, rows_table
+        from rayk.run.devices import find_device
+
+        print_table(rows_table(plan_cluster(settings, find_device(gpu), gpus, tokens, counted)))
+        return
     from rayk.commands.plan import plan as make_plan
     from rayk.commands.plan import plan_table
 
@@ -235,10 +260,18 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR…", help="Run directories; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_DIR…", parser=_local_path, help="Run directories; several are compared."),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="The HTML file; by default RUN_DIR/report.html, or comparison.html for several."),
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            parser=_local_path,
+            help="The HTML file; by default RUN_DIR/report.html, or comparison.html for several.",
+        ),
     ] = None,
 ) -> None:
     """Write the HTML report of one run, or one that compares several."""
@@ -249,12 +282,37 @@ def report(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run, finished or not.")],
+    run: RunDirectory,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print it again whenever the run has made progress, until it is finished.")
+    ] = False,
 ) -> None:
     """Show a run's progress: generated rows, steps, speed, last evaluation and checkpoint."""
-    from rayk.commands.status import status as read_status
+    from rayk.commands import status as commands
 
-    print_sections(read_status(run))
+    for number, sections in enumerate(commands.follow(run) if follow else [commands.status(run)]):
+        if number:
+            print()
+        print_sections(sections)
+
+
+@app.command()
+def export(
+    run: RunDirectory,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", min=0, help="The checkpoint's step; by default the best evaluation's, or the newest."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", metavar="FOLDER", help="A folder or URI; by default RUN_DIR/export/step-N."),
+    ] = None,
+) -> None:
+    """Write the model of a run's checkpoint, ready to load; needs neither Ray nor a GPU."""
+    from rayk.run import export_model
+
+    written = export_model(run, output, step)
+    console.print(f"The student after {written.step:,} steps: {written.model}")
 
 
 @app.command()
@@ -280,17 +338,24 @@ def settings(
 
 @app.command()
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]")] = None, overrides: Overrides = None
-) -> None:
-    """Check this machine, and a config's settings, data, models and teachers, without running anything."""
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]")] = None, overrides: Overrides = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option("--device-memory", help="Memory of a worker's GPU, such as 80GB; by default this machine's."),
+    ] = None,
+) -> None:  # fmt: skip
+    """Check this machine, and a config's settings, data, models, teachers and memory, without running anything."""
     from rayk.commands.doctor import examine
 
     failed = False
-    for check in examine(config, overrides):
-        print_check(check.state, check.text)
+    for check in examine(config, overrides, device_memory):
+        print_check(check.state, hide(check.text))
         failed |= check.state == "wrong"
     if failed:
         raise typer.Exit(2)
+    if config is not None:
+        options = "".join(f" --set {shlex.quote(override)}" for override in overrides or [])
+        print_check("ok", hide(f"Ready: rayk run {config}{options}"))
 
 
 def listener() -> Any:
@@ -303,6 +368,8 @@ def listener() -> Any:
 def main() -> None:
     """Run the command line; print errors as sentences, and exit with the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_hide_secrets)
     set_threading()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # its bars would mix with the lines of progress
     # SIGTERM (`ray job stop`, Kubernetes) raises an exception as Ctrl-C does, so that deployed teachers are removed.
@@ -326,19 +393,28 @@ def main() -> None:
         code = stop.exit_code
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            code = _fail(str(getattr(error, "message", error)), 2)
+            message = str(getattr(error, "message", error))
+            hint = "; write settings as --set a.b=value" if "--set" in sys.argv and "extra argument" in message else ""
+            code = _fail(message + hint, 2)
         elif os.environ.get("RAYK_VERBOSE"):
-            raise
+            console.print(printable(hide(traceback.format_exc())))
+            code = 1
         else:
             code = _fail(f"{type(error).__name__}: {error} (RAYK_VERBOSE=1 prints the traceback.)", 1)
     sys.exit(code)
 
 
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    """Remove secrets and control characters from a log record; keep it."""
+    record.msg, record.args = printable(hide(record.getMessage())), ()
+    return True
+
+
 def _fail(message: str, code: int, *, one_line: bool = True) -> int:
     """Print an error message, by default on one line, and return `code`."""
     lines = [message] if one_line else message.splitlines()
-    text = "\n".join(" ".join(line.split()) for line in lines)
-    console.print(Text.assemble(("rayk:", "red"), " ", text))
+    text = hide("\n".join(" ".join(line.split()) for line in lines))
+    console.print(Text.assemble(("rayk:", "red"), " ", printable(text)))
     return code
 
 

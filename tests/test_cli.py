@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 import yaml
 from rich.console import Console
 
+import rayk as rayk_package
 from rayk import cli
 from rayk.commands.progress import TerminalProgress
+from rayk.config.secrets import remember_secret
 from rayk.methods import METHODS
 from rayk.run import ProgressListener, distill
-from rayk.training.checkpoint import Checkpoint, CheckpointStore
+from tests.checkpoints import write_checkpoint
 from tests.report.test_report import make_run
 from tests.runs import config, settings, write_rows
 from tests.runs import rayk as started
@@ -240,6 +243,32 @@ def test_an_output_with_other_contents_is_refused(rayk, write_config, tmp_path):
     assert f"The rows of data.train '{tmp_path}/rows.jsonl' are not those that the run" in sentence
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["quickstart", "--output"], ["init", "-o"], ["status"], ["report"], ["export"], ["report", "--output"]],
+)
+def test_a_uri_in_place_of_a_local_path_is_refused(rayk, arguments):
+    sentence = the_sentence(rayk(*arguments, "s3://user:secret@bucket/run"))
+    assert "is a URI, but it must be a path on this machine." in sentence and "secret" not in sentence
+
+
+def test_outputs_have_defaults(rayk, tmp_path, monkeypatch, tiny_student):
+    given = []
+    monkeypatch.setattr("rayk.commands.quickstart.run_quickstart", lambda output, _: given.append(output) or 1 // 0)
+    assert "ZeroDivisionError" in the_sentence(rayk("quickstart"), code=1)
+    assert given == [Path("runs/quickstart")]
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl")
+    assert rayk("init", "--student", tiny_student, "--data", "rows.jsonl")[0] == 0
+    assert (tmp_path / "run.yaml").is_file()
+
+
+def test_a_setting_without_an_equals_sign_is_explained(rayk, write_config):
+    assert "write it as a.b=value" in the_sentence(rayk("run", write_config(), "--set", "training.workers"))
+    sentence = the_sentence(rayk("run", write_config(), "--set", "training.workers=2", "3"))
+    assert sentence.endswith("(3); write settings as --set a.b=value")
+
+
 def test_an_unexpected_error_is_one_sentence_too(rayk, write_config, monkeypatch):
     monkeypatch.setattr("rayk.commands.run.distill", lambda *_, **__: 1 // 0)
     assert "ZeroDivisionError: integer division or modulo by zero" in the_sentence(rayk("run", write_config()), code=1)
@@ -278,6 +307,9 @@ def test_doctor_checks_machine_and_config(rayk, write_config, tmp_path):
     assert f"The run directory will be {tmp_path}/run." in out
     assert re.search(r"The student trains all of its [\d,]+ parameters", out)
     assert not (tmp_path / "run").exists()
+    assert "Memory of a worker" in out and re.search(r"^ +optimizer +0\.00 GB *$", out, re.MULTILINE)
+    code, out, _ = rayk("doctor", write_config(), "--device-memory", "0.0001GB")
+    assert code == 2 and "but has 0.0 GB (given); use student.lora" in out
     code, out, _ = rayk("doctor", write_config(), "--set", "student.lora.r=2")
     assert (code, bool(re.search(r"trains [\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", out))) == (0, True)
     code, out, _ = rayk("doctor", write_config(student={"model": "./nowhere"}))
@@ -290,6 +322,8 @@ def test_plan_computes_the_replicas_that_keep_the_student_busy(rayk, write_confi
     code, out, _ = rayk("plan", path, "--student-tokens-per-second", "1000")
     assert code == 0
     assert re.search(r"^the student trains +all of its ", out, re.MULTILINE)
+    assert re.search(r"^student, never waiting +1,000 tokens/s \(given\) *$", out, re.MULTILINE)
+    assert re.search(r"^one replica +250 tokens/s \(simulated\) *$", out, re.MULTILINE)
     assert re.search(r"^replicas +5, ", out, re.MULTILINE)  # 1.2 · 1000 / 250, rounded up
     assert re.search(r"^the student would wait +with 1: 75%, with 2: 50%, with 4: 0%", out, re.MULTILINE)
     assert re.search(r"^a counted token +about 72 bytes; \d+% of the tokens count", out, re.MULTILINE)
@@ -299,6 +333,7 @@ def test_plan_computes_the_replicas_that_keep_the_student_busy(rayk, write_confi
     )
 
 
+@pytest.mark.long
 def test_plan_measures_rates_that_are_not_given(rayk, write_config, tiny_teacher, ray_cluster):
     teachers = [{"model": tiny_teacher, "resources": {"num_cpus": 0.25}}]
     path = write_config({"kind": "logit_kd", "support": {"kind": "topk", "k": 16}}, teachers=teachers)
@@ -339,6 +374,19 @@ def test_an_interruption_says_what_is_kept(tmp_path, command, sentence):
     assert (tmp_path / "log").read_text().strip() == f"rayk: {sentence}"
 
 
+def test_a_traceback_contains_no_secret(monkeypatch, rayk, write_config):
+    secret = "planted-in-a-traceback"
+    remember_secret(secret)
+
+    def fail(*_, **__):
+        raise RuntimeError(secret)
+
+    monkeypatch.setattr("rayk.commands.run.distill", fail)
+    monkeypatch.setenv("RAYK_VERBOSE", "1")
+    code, _, err = rayk("run", write_config())
+    assert code == 1 and "Traceback" in err and "RuntimeError: ***" in err and secret not in err
+
+
 def interrupted(monkeypatch, rayk, path, prepare=lambda: None):
     """Run the config, which is interrupted after `prepare`; return the error's sentence."""
 
@@ -360,8 +408,8 @@ def test_an_interrupted_run_says_what_is_kept(monkeypatch, rayk, write_config, t
 
     sentence = interrupted(monkeypatch, rayk, path, start_training)
     assert "before the first checkpoint; with --resume the training starts again at step 1" in sentence
-    store = CheckpointStore(str(tmp_path / "run" / "checkpoints"))
-    sentence = interrupted(monkeypatch, rayk, path, lambda: store.save(Checkpoint(40, {}, {}, []), keep=1))
+    folder = str(tmp_path / "run" / "checkpoints")
+    sentence = interrupted(monkeypatch, rayk, path, lambda: write_checkpoint(folder, 40))
     assert "checkpointed at step 40. Continue it with --resume" in sentence
 
 
@@ -389,7 +437,15 @@ def test_doctor_notes_settings_that_are_probably_wrong(rayk, write_config, tmp_p
     assert re.search(r"Teacher 'teacher' has [\d,]+ parameters and the student [\d,]+; if they were swapped", out)
     code, out, _ = rayk("doctor", path, "--set", "data.chat_template=true")
     assert (code, "data.chat_template is false" in out) == (0, False)
+    assert "is the same model" not in out
     assert "Teacher 'teacher' was trained on another chat template" in out
+
+
+def test_doctor_notes_a_teacher_that_is_the_student(rayk, write_config, tiny_teacher):
+    path = write_config("logit_kd", teachers=[{"model": tiny_teacher}], student={"model": tiny_teacher})
+    note = "Teacher 'teacher' is the same model as the student"
+    assert note in rayk("doctor", path)[1]
+    assert note not in rayk("doctor", path, "--set", "teachers.0.prompt_template='{prompt} {answer}'")[1]
 
 
 def test_doctor_compares_requirements_with_the_machine(rayk, write_config, tiny_teacher):
@@ -401,6 +457,18 @@ def test_doctor_compares_requirements_with_the_machine(rayk, write_config, tiny_
     code, out, _ = rayk("doctor", path)
     assert code == 0
     assert re.search(r"• The run requires 900 CPUs .* but there are \d+; .* so the run is slow", out)
+
+
+def test_doctor_ends_with_the_command_that_runs_the_config(rayk, write_config):
+    path = write_config("supervised")
+    code, out, _ = rayk("doctor", path, "--set", "output=my run")
+    assert code == 0, out
+    assert out.splitlines()[-1] == f"✓ Ready: rayk run {path} --set 'output=my run'"
+
+
+def test_the_package_is_the_command_line_too():
+    done = subprocess.run([sys.executable, "-m", "rayk", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"rayk {rayk_package.__version__}\n"
 
 
 def test_doctor_finds_a_dead_cluster(rayk, monkeypatch):

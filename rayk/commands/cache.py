@@ -29,9 +29,8 @@ from rayk.run.synthesis_inputs import with_synthesized_rows
 from rayk.serving.cluster import start_ray
 from rayk.serving.event_loop import stream_in_background
 from rayk.storage.segments import CacheStatistics
-from rayk.teachers import Teacher
+from rayk.teachers import Teacher, choose_teacher_name
 from rayk.teachers.cache import SignalCache
-from rayk.teachers.ensemble import choose_teacher_name
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,11 @@ def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> l
             "Signals of an ensemble are not cached, because the requested ids depend on all its members; remove "
             "'ensemble'."
         )
+    if any(teacher.follows for teacher in config.teachers):
+        raise InputError(
+            "Signals of a teacher that follows the student are not cached, because its weights change during the run; "
+            "leave `rayk cache` out."
+        )
     if not config.method.reads_completions:
         raise InputError(
             f"method.kind '{config.method.kind}' learns from rollouts, which are generated during the run, so their "
@@ -82,12 +86,17 @@ def fill_cache(config: RunConfig, listener: ProgressListener | None = None) -> l
             f"method.kind '{config.method.kind}' draws demonstrations for each row during the run, so their signals "
             "cannot be cached in advance; the run fills the cache."
         )
+    if config.data.train is not None and config.data.train.random_offset:
+        raise InputError(
+            "data.train.random_offset gives each pass other rows, so their signals cannot be cached in advance; set it "
+            "to false."
+        )
     listener.stage("Reading data and models")
     with ExitStack() as stack:
         inputs = read_inputs(config, connect_attached_teachers(config))
         config = inputs.vocabulary.limit_teachers(config)
         start_ray(required_cpus(config))
-        listener.stage("Bringing up teachers")
+        listener.stage("Starting teachers")
         cache = stack.enter_context(SignalCache(settings))
         teachers = serve_teachers(config, teacher_applications(config), stack, cache)
         fills = []

@@ -1,5 +1,6 @@
 """Print messages to standard error and results to standard output. Imports neither torch nor ray."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,15 @@ console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 """Messages and progress go to standard error; results go to standard output."""
 
 _MARKS = {"ok": ("✓", "green"), "note": ("•", "yellow"), "wrong": ("✗", "red")}
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for control characters but tabs and line breaks: a terminal would obey those that a
+    row, a file's name or a model's answer contains."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def print_table(table: Table) -> None:
@@ -32,10 +42,10 @@ def two_columns(texts: Mapping[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, text in texts.items():
         if text:
-            table.add_row(Text(name), Text(text))
+            table.add_row(Text(printable(name)), Text(printable(text)))
     return table
 
 
 def print_check(state: str, text: str) -> None:
     """Print one finding of `rayk doctor` to standard output; `state` is "ok", "note" or "wrong"."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(Text.assemble(_MARKS[state], " ", text))
+    Console(highlight=False, markup=False, soft_wrap=True).print(Text.assemble(_MARKS[state], " ", printable(text)))

@@ -22,15 +22,21 @@ class Check:
     text: str
 
 
-def examine(config: str | None, overrides: list[str] | None = None) -> Iterator[Check]:
-    """Check this machine, then the config. An error on which later checks depend is the last finding."""
+def examine(
+    config: str | None, overrides: list[str] | None = None, device_memory: str | None = None
+) -> Iterator[Check]:
+    """Check this machine, then the config. An error on which later checks depend is the last finding.
+
+    Args:
+        device_memory: the memory of a worker's GPU, such as 80GB; None: that of this machine.
+    """
     try:
         yield from _check_machine()
         if config is None:
             return
         settings = load_config(config, overrides)
         yield Check("ok", f"{config}: the settings are well-formed ({settings.method.kind}).")
-        yield from _check_run(settings)
+        yield from _check_run(settings, device_memory)
     except RaykError as error:
         yield Check("wrong", str(error))
 
@@ -56,13 +62,14 @@ def _check_machine() -> Iterator[Check]:
     yield Check("ok", f"Ray: connected to the cluster at {address}.")
 
 
-def _check_run(settings: RunConfig) -> Iterator[Check]:
+def _check_run(settings: RunConfig, device_memory: str | None) -> Iterator[Check]:
     from rayk.run import connect_attached_teachers, next_round, with_absolute_paths
     from rayk.run.inputs import read_inputs
     from rayk.run.synthesis_inputs import synthesized_rows_path, with_synthesized_rows
 
     settings = with_absolute_paths(settings)
     yield _check_output(settings)
+    yield from _check_places(settings)
     yield from _check_resources(settings)
     if settings.rounds > 1:
         rounds = settings.rounds
@@ -81,6 +88,7 @@ def _check_run(settings: RunConfig) -> Iterator[Check]:
     yield from _check_vocabularies(inputs)
     yield from _check_rows(settings, inputs)
     yield from _check_models(settings, inputs)
+    yield from _check_memory(settings, inputs, device_memory)
     yield from _check_signals(settings)
 
 
@@ -94,11 +102,32 @@ def _check_output(settings: RunConfig) -> Check:
     return Check("ok", f"The run directory will be {settings.output_path}.")
 
 
+def _check_places(settings: RunConfig) -> Iterator[Check]:
+    """Check that the URIs to which the run writes can be written."""
+    from rayk.config.paths import is_uri
+    from rayk.config.secrets import hide
+    from rayk.errors import InputError
+    from rayk.storage.places import check_place, first_line
+
+    cache = settings.cache.path if settings.cache else None
+    places = {
+        "training.checkpoints": settings.training.checkpoints, "student.save_to": settings.student.save_to,
+        "cache.path": cache,
+    }  # fmt: skip
+    for name, place in places.items():
+        if place is None or not is_uri(place):
+            continue
+        try:
+            check_place(place)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name} '{hide(place)}' cannot be written: {first_line(error)}.") from error
+        yield Check("ok", f"{name} can be written: {hide(place)}.")
+
+
 def _check_resources(settings: RunConfig) -> Iterator[Check]:
     """Compare the resources that the run requires with those of the cluster, or with those of this machine if the run
     starts a local cluster."""
-    from rayk.run import required_cpus
-    from rayk.run.applications import missing_resources
+    from rayk.run.applications import missing_resources, requested_cpus
 
     if os.environ.get("RAY_ADDRESS"):
         import ray
@@ -117,7 +146,7 @@ def _check_resources(settings: RunConfig) -> Iterator[Check]:
         if missing := missing_resources(settings, os.cpu_count() or 1, float("inf")):
             yield Check("note", f"{missing} On this machine they share the cores, so the run is slow.")
             return
-    yield Check("ok", f"The run requires {required_cpus(settings):g} CPUs, with all replicas.")
+    yield Check("ok", f"Workers and replicas use up to {requested_cpus(settings):g} CPUs at the same time.")
 
 
 def _check_synthesis(settings: RunConfig) -> Iterator[Check]:
@@ -194,6 +223,13 @@ def _lacks_chat_template(settings: RunConfig, tokenizer: Any) -> bool:
     return not any(mark in texts.prompt(row) for mark in tokenizer.all_special_tokens)
 
 
+def _is_student_itself(settings: RunConfig, teacher: Any) -> bool:
+    """Return whether a teacher predicts the same as the student before training."""
+    student = settings.student
+    reads_more = teacher.prompt_template is not None or settings.method.shown_demonstrations is not None
+    return teacher.model == student.model and student.layers is None and teacher.follows is None and not reads_more
+
+
 def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
     from rayk.config import StudentConfig
     from rayk.errors import InputError
@@ -204,6 +240,12 @@ def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
     for teacher in settings.signal_teachers:
         if teacher.model is None:
             continue
+        if _is_student_itself(settings, teacher):
+            yield Check(
+                "note",
+                f"Teacher '{teacher.name}' is the same model as the student and reads the same prompts; at first "
+                "there is nothing to learn from it.",
+            )
         try:
             model = StudentConfig(model=teacher.model, trust_remote_code=teacher.trust_remote_code)
             total = count_planned_parameters(model, inputs.tokenizer).total
@@ -217,10 +259,12 @@ def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
             )
     training = settings.training
     assert training.learning_rate is not None  # `RunConfig` sets it
+    steps = training.warmup_steps
+    warmup = f"{training.warmup_share or 0:.0%} of the steps as warmup" if steps is None else f"{steps} warmup steps"
     yield Check(
         "ok",
-        f"Optimization: learning rate {training.learning_rate:g} ({training.schedule}, {training.warmup_steps} warm-up "
-        f"steps), precision {training.precision}.",
+        f"Optimization: learning rate {training.learning_rate:g} ({training.schedule}, {warmup}), "
+        f"precision {training.precision}.",
     )
     if training.learning_rate >= _HIGH_LEARNING_RATE:
         yield Check(
@@ -238,13 +282,22 @@ def _check_models(settings: RunConfig, inputs: Any) -> Iterator[Check]:
         )
 
 
+def _check_memory(settings: RunConfig, inputs: Any, device_memory: str | None) -> Iterator[Check]:
+    from rayk.run.devices import worker_memory
+    from rayk.run.verdict import estimate_worker, memory_verdict
+
+    limit = worker_memory(settings, device_memory)
+    estimate = estimate_worker(settings, inputs, limit)
+    lines = [(f"{part.name}{', on the host' * (part.phase == 'host')}", part.bytes) for part in estimate.parts]
+    parts = "\n".join(f"    {name:<32}{size / 1e9:>10,.2f} GB" for name, size in lines)
+    yield Check("ok", f"Memory of a worker, with {estimate.tokens:,} tokens in a micro-batch:\n{parts}")
+    yield Check(*memory_verdict(estimate, limit))
+
+
 def _check_signals(settings: RunConfig) -> Iterator[Check]:
     from rayk.config.support import bytes_per_token
-    from rayk.methods import METHODS
     from rayk.models import load_model_config
 
-    if (method := METHODS.get(settings.method.kind)) is not None:
-        yield Check("ok", f"{settings.method.kind} needs from a teacher: {method.needs}.")
     support = settings.signal_support
     for teacher in settings.teachers:
         if support is not None and teacher.name == settings.evaluation_teacher and teacher.model is not None:

@@ -171,6 +171,7 @@ def _render(
         data={
             "path": _path_in_config(rows.path, path), "settings": rows.settings, "rows": _format_num_rows(rows),
             "evaluation": rows.evaluation and _path_in_config(rows.evaluation, path),
+            "evaluation_settings": rows.evaluation_settings,
         },
         chat_template=chat, chat_comment=chat_comment,
         synthesis={

@@ -40,6 +40,8 @@ class DataFacts:
     num_rows: int | None = None
     evaluation: str | None = None
     """A file of held-out rows beside the training rows."""
+    evaluation_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of its source that differ from the defaults."""
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -70,7 +72,8 @@ def read_data(path: str | None, notes: list[str]) -> DataFacts:
     rows = list(islice(reader, _SAMPLED_ROWS))
     num_rows = len(rows) + sum(1 for _ in islice(reader, COUNTED_ROWS))
     settings, row_format = _describe_fields(rows[0])
-    return DataFacts(path, settings, row_format, rows, num_rows, _find_evaluation(path))
+    evaluation, held_out = _read_evaluation(path, notes)
+    return DataFacts(path, settings, row_format, rows, num_rows, evaluation, held_out)
 
 
 def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
@@ -105,6 +108,18 @@ def _describe_fields(row: Row) -> tuple[dict[str, Any], str]:
         f"{row.where} has no field with a prompt, messages or text that is recognized (it has: {', '.join(fields)}); "
         f"rename one to 'prompt', or write the config by hand with data.train.prompt_field."
     )
+
+
+def _read_evaluation(path: str, notes: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Return a file of held-out rows beside the training rows and the settings with which it is read; None without a
+    usable one."""
+    if (file := _find_evaluation(path)) is None:
+        return None, {}
+    try:
+        return file, _describe_fields(next(read_rows(DataSource(path=file))))[0]
+    except InputError as error:
+        notes.append(f"'{file}' is not used as held-out rows: {error}")
+        return None, {}
 
 
 def _find_evaluation(path: str) -> str | None:

@@ -23,7 +23,7 @@ from rayk.run import next_round, with_absolute_paths
 from rayk.run.inputs import read_inputs
 from rayk.run.synthesis_inputs import with_synthesized_rows
 from rayk.teachers import Teacher, serve_teacher
-from rayk.training import steps_of_epochs
+from rayk.training import count_steps
 
 _HEADROOM = 1.2
 _PROBE_TOKENS = 40_000
@@ -47,6 +47,10 @@ class Plan:
     """Tokens of the whole run."""
     size: ParameterCount
     """The student's parameters."""
+    student_origin: str = "given"
+    """Where `student_rate` comes from."""
+    teacher_origin: str = "given"
+    """Where `teacher_rate` comes from."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -90,6 +94,8 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
     inputs = read_inputs(with_synthesized_rows(config), {})
     table = inputs.train
     assert table is not None
+    student_origin = "given" if student_rate else "measured in the run of the output directory"
+    teacher_origin = "given" if teacher_rate else "simulated" if teacher.engine.simulated_rate else "measured"
     student_rate = student_rate or _student_rate(config)
     teacher_rate = teacher_rate or teacher.engine.simulated_rate
     if teacher_rate is None:
@@ -97,7 +103,7 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
         with serve_teacher(one) as served:
             teacher_rate = _measure_rate(served, table, support, inputs.views, teacher.name)
     model = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code).get_text_config()
-    steps = config.training.steps or steps_of_epochs(config.training, len(table))
+    steps = count_steps(config, len(table))
     return Plan(
         student_rate=student_rate,
         teacher_rate=teacher_rate,
@@ -106,6 +112,8 @@ def plan(config: RunConfig, student_rate: float | None = None, teacher_rate: flo
         bytes_per_token=bytes_per_token(support, model.vocab_size, model.hidden_size),
         total_tokens=steps * config.training.batch_size * float(table.lengths.mean()),
         size=count_planned_parameters(config.student, inputs.tokenizer),
+        student_origin=student_origin,
+        teacher_origin=teacher_origin,
     )
 
 
@@ -148,8 +156,8 @@ def plan_table(plan: Plan) -> Table:
     return two_columns(
         {
             "the student trains": str(plan.size),
-            "student, never waiting": f"{plan.student_rate:,.0f} tokens/s",
-            "one replica": f"{plan.teacher_rate:,.0f} tokens/s",
+            "student, never waiting": f"{plan.student_rate:,.0f} tokens/s ({plan.student_origin})",
+            "one replica": f"{plan.teacher_rate:,.0f} tokens/s ({plan.teacher_origin})",
             "replicas": f"{plan.replicas}, with a fifth to spare",
             "the student would wait": ", ".join(f"with {count}: {plan.waiting_share(count):.0%}" for count in fewer),
             "a counted token": f"about {plan.bytes_per_token:,.0f} bytes; {plan.counted_share:.0%} of the tokens count",

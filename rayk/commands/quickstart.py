@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_config
+from rayk.config.paths import cache_folder
 from rayk.data import quickstart_task
 from rayk.errors import InputError
 from rayk.report.report import write_report
@@ -52,7 +53,7 @@ def run_quickstart(
     home = task_folder()
     model = teacher_model(home, listener)
     start_ray(num_cpus=4)
-    listener.stage("Bringing up the teacher on Ray Serve, 2 replicas")
+    listener.stage("Starting the teacher on Ray Serve, 2 replicas")
     with serve_teacher(teacher_config(model)):
         results = [
             distill(student_config(home, output, method, seed, steps), listener=_PrefixedListener(listener, method))
@@ -65,13 +66,12 @@ def run_quickstart(
 
 def task_folder() -> Path:
     """Return the folder of the teacher and the rows of the built-in task."""
-    return cache_folder(inspect.getsource(quickstart_task))
+    return reused_folder(inspect.getsource(quickstart_task))
 
 
-def cache_folder(version: str) -> Path:
+def reused_folder(version: str) -> Path:
     """Return the folder for what quickstarts reuse; each version of a task, a text that differs, has its own."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "rayk" / f"quickstart-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+    return cache_folder() / f"quickstart-{hashlib.sha256(version.encode()).hexdigest()[:12]}"
 
 
 def teacher_model(home: Path, listener: ProgressListener) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rayk.commands.quickstart import QuickstartResult, cache_folder, clear_run
+from rayk.commands.quickstart import QuickstartResult, clear_run, reused_folder
 from rayk.config import Resources, RunConfig, TeacherConfig, parse_config
 from rayk.config.paths import absolute_path, path_exists
 from rayk.data import quickstart_prompts
@@ -57,7 +57,7 @@ def run_model_quickstart(
     config = student_config(name, data, run, layers)
     clear_run(run)
     start_ray(num_cpus=4)
-    listener.stage("Bringing up the teacher on Ray Serve")
+    listener.stage("Starting the teacher on Ray Serve")
     teacher_settings = TeacherConfig(name=_TEACHER, model=name, resources=Resources(num_cpus=0.5))
     with serve_teacher(teacher_settings) as teacher:
         if data.is_dir():
@@ -95,7 +95,7 @@ def _answers_folder(model: str, rows: int) -> Path:
     """Return the folder of the teacher's answers; other weights or prompts have another folder."""
     commit = getattr(load_model_config(model), "_commit_hash", None)
     version = [inspect.getsource(quickstart_prompts), model, weights_fingerprint(model, commit), str(rows)]
-    return cache_folder("\n".join(version))
+    return reused_folder("\n".join(version))
 
 
 def _write_answers(teacher: Teacher, encoder: TextEncoder, folder: Path, rows: int, listener: ProgressListener) -> None:

@@ -1,4 +1,4 @@
-"""`rayk serve`: deploy teachers for other processes, until it is interrupted."""
+"""`rayk serve`: deploy teachers for other processes, until it is interrupted or until they are removed."""
 
 import os
 import time
@@ -7,7 +7,8 @@ from contextlib import ExitStack, suppress
 
 from rayk.config import TeacherConfig
 from rayk.serving.cluster import cluster_variables, is_own_cluster, start_ray
-from rayk.teachers import serve_teacher
+from rayk.teachers import Teacher, serve_teacher
+from rayk.teachers.serve import detach_teacher, remove_teacher
 
 
 def serve(teachers: list[TeacherConfig], print_line: Callable[[str], None]) -> None:
@@ -23,21 +24,48 @@ def serve(teachers: list[TeacherConfig], print_line: Callable[[str], None]) -> N
     needed = sum(teacher.resources.num_cpus * teacher.replicas.max for teacher in teachers if not teacher.attach)
     start_ray(needed + (os.cpu_count() or 1))
     with ExitStack() as stack:
-        names = []
-        for teacher in teachers:
-            print_line(f"Starting teacher {teacher.name} ({teacher.model or 'already running'}) …")
-            served = stack.enter_context(serve_teacher(teacher))
-            print_line(
-                f"Teacher {served.name} is ready: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
-                f"{served.info.device}."
-            )
-            names.append(served.name)
-        for line in connection_help(names):
-            print_line(line)
+        _start_all(teachers, lambda teacher: stack.enter_context(serve_teacher(teacher)), print_line)
+        print_line("Ctrl-C removes the teachers.")
         with suppress(KeyboardInterrupt, SystemExit):
             while True:
                 # A short sleep, because the kernel may deliver the signal to another thread, which does not end it.
                 time.sleep(0.5)
+
+
+def detach(teachers: list[TeacherConfig], print_line: Callable[[str], None]) -> None:
+    """Deploy `teachers` on the Ray cluster at RAY_ADDRESS and leave them there.
+
+    Raises:
+        InputError: a teacher cannot be started, or there is no such cluster.
+    """
+    _start_all(teachers, detach_teacher, print_line)
+    print_line("The teachers stay on the cluster; `rayk serve --remove` with the same config removes them.")
+
+
+def remove(teachers: list[TeacherConfig], print_line: Callable[[str], None]) -> None:
+    """Remove detached `teachers` from the Ray cluster at RAY_ADDRESS.
+
+    Raises:
+        InputError: a teacher does not run there, or ends with another process.
+    """
+    for teacher in teachers:
+        if not teacher.attach:
+            remove_teacher(teacher.name)
+            print_line(f"Teacher {teacher.name} is removed.")
+
+
+def _start_all(
+    teachers: list[TeacherConfig], start: Callable[[TeacherConfig], Teacher], print_line: Callable[[str], None]
+) -> None:
+    for teacher in teachers:
+        print_line(f"Starting teacher {teacher.name} ({teacher.model or 'already running'}) …")
+        served = start(teacher)
+        print_line(
+            f"Teacher {served.name} is ready: vocabulary {served.info.vocab_size:,}, {served.info.dtype} on "
+            f"{served.info.device}."
+        )
+    for line in connection_help([teacher.name for teacher in teachers]):
+        print_line(line)
 
 
 def connection_help(names: list[str]) -> list[str]:
@@ -50,5 +78,4 @@ def connection_help(names: list[str]) -> list[str]:
         *(f"  teachers: [{{name: {name}, attach: true}}]" for name in names),
         "or, in Python:",
         *(f"  rayk.connect_teacher('{name}')" for name in names),
-        "Ctrl-C removes the teachers.",
     ]

@@ -2,17 +2,21 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
+from rayk.config.secrets import hide
 from rayk.errors import InputError
-from rayk.report.run_directory import Run, duration, read_runs, wait_seconds
+from rayk.report.run_directory import Run, duration, explain_odd_values, read_runs, wait_seconds
+from rayk.storage.places import first_line
 from rayk.training.checkpoint import CheckpointStore
 
+FOLLOW_SECONDS = 5.0
+"""Interval at which `follow` looks at the run directory."""
 _RECENT_STEPS = 20
 _MEASURED = {
     "accuracy": ("accuracy", "{:.1%}"),
@@ -30,7 +34,26 @@ def status(folder: Path) -> list[dict[str, str]]:
     """
     if not (folder / "config.yaml").exists() and (folder / "synthesis").is_dir():
         return [{"run": str(folder), "rows": _unfinished_rows(folder / "synthesis")}]
-    return [_describe(run) for run in read_runs([folder])]
+    with explain_odd_values([folder]):
+        return [_describe(run) for run in read_runs([folder])]
+
+
+def follow(folder: Path, interval: float = FOLLOW_SECONDS) -> Iterator[list[dict[str, str]]]:
+    """Yield the state of the run in `folder` as `status` does, now and whenever it has made progress, until it is
+    finished."""
+    last: list[dict[str, str]] = []
+    while True:
+        is_finished = (folder / "summary.json").exists()
+        sections = status(folder)
+        # without times, which pass while the run waits
+        progress = [{name: text.partition(", the last")[0] for name, text in section.items() if name != "state"}
+                    for section in sections]  # fmt: skip
+        if is_finished or progress != last:
+            yield sections
+        if is_finished:
+            return
+        last = progress
+        time.sleep(interval)
 
 
 def _describe(run: Run) -> dict[str, str]:
@@ -40,6 +63,7 @@ def _describe(run: Run) -> dict[str, str]:
         return parts | {
             "state": f"finished after {done:,} steps in {duration(run.summary['seconds'])}",
             "measured": _measures(run.metrics),
+            "teachers": _teachers(run, run.rows),
             "student": str(run.path / "model"),
         }
     if not run.rows:
@@ -52,6 +76,7 @@ def _describe(run: Run) -> dict[str, str]:
         parts["remaining"] = f"about {duration((total - done) * seconds)} of steps"
     parts["loss"] = f"{statistics.mean(row['loss'] for row in recent):.4f}, mean of {len(recent)} steps"
     parts["speed"] = _speed(recent)
+    parts["teachers"] = _teachers(run, recent)
     if run.metrics:
         parts["measured"] = f"at step {run.metrics['step']:,.0f}: {_measures(run.metrics)}"
     return parts | {"checkpoint": _checkpoint(run)}
@@ -91,6 +116,24 @@ def _speed(rows: list[dict[str, Any]]) -> str:
     return text + (f", {rollouts:.0%} for rollouts" if rollouts else "")
 
 
+def _teachers(run: Run, rows: list[dict[str, Any]]) -> str:
+    """Describe each of several teachers: its mean loss, its share of the tokens and of the time in which it scored."""
+    texts = []
+    for name in run.routed_teachers:
+        parts = []
+        scored = [row for row in rows if row.get(f"teacher/{name}/tokens")]
+        if scored:
+            tokens = sum(row[f"teacher/{name}/tokens"] for row in scored)
+            loss = sum(row[f"teacher/{name}/loss"] * row[f"teacher/{name}/tokens"] for row in scored) / tokens
+            parts += [f"loss {loss:.4f}", f"{tokens / sum(row['counted_tokens'] for row in rows):.0%} of the tokens"]
+        seconds = [row[f"teacher/{name}/score_seconds"] for row in rows if f"teacher/{name}/score_seconds" in row]
+        if seconds:
+            share = sum(seconds) / sum(row["step_seconds"] for row in rows)
+            parts.append(f"scoring {share:.0%} of the time")
+        texts.append(f"{name}: {', '.join(parts)}")
+    return "; ".join(texts)
+
+
 def _measures(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {form.format(metrics[key])}" for key, (name, form) in _MEASURED.items() if key in metrics)
 
@@ -100,7 +143,7 @@ def _checkpoint(run: Run) -> str:
     try:
         steps = CheckpointStore(place).steps()
     except (OSError, ValueError) as error:
-        return f"{place} cannot be read: {str(error).splitlines()[0]}"
+        return f"{hide(place)} cannot be read: {first_line(error)}"
     return f"step {steps[-1]:,}; --resume continues from there" if steps else "none yet"
 
 

@@ -50,6 +50,26 @@ def test_run_accepts_the_config(tmp_path, tiny_student):
     assert summary["method"] == "supervised" and "accuracy" in summary["student"]
 
 
+def test_held_out_rows_may_have_other_fields(tmp_path, tiny_student):
+    data = rows_file(tmp_path, {"prompt": "1 + 1", "answer": "2"}, name="train.jsonl")
+    rows_file(tmp_path, {"question": "1 + 1", "completion": "2"}, name="test.jsonl")
+    path = tmp_path / "run.yaml"
+    assert init(None, tiny_student, str(data), None, path) == []
+    config = load_config(path)
+    assert (config.data.train.prompt_field, config.data.train.completion_field) == ("prompt", "answer")
+    assert (config.data.evaluation.prompt_field, config.data.evaluation.completion_field) == ("question", "completion")
+    assert findings(path, "wrong") == []
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1}\n', "no JSON"])
+def test_a_file_that_cannot_be_read_is_not_used_as_held_out_rows(tmp_path, tiny_student, content):
+    data = write_rows(tmp_path / "train.jsonl")
+    (tmp_path / "test.jsonl").write_text(content)
+    (note,) = init(None, tiny_student, str(data), None, tmp_path / "run.yaml")
+    assert note.startswith(f"'{tmp_path}/test.jsonl' is not used as held-out rows: ")
+    assert load_config(tmp_path / "run.yaml").data.evaluation is None
+
+
 def test_paths_in_the_configs_folder_are_relative(tmp_path, tiny_student, monkeypatch):
     (tmp_path / "project" / "data").mkdir(parents=True)
     data = write_rows(tmp_path / "project" / "data" / "train.jsonl")

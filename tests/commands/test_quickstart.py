@@ -27,6 +27,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "_EVALUATION_ROWS", 16)
 
 
+@pytest.mark.long
 def test_quickstart_compares_two_students_of_one_served_teacher(small, ray_cluster, tmp_path):
     listener = Recording()
     compared = quickstart.run_quickstart(tmp_path / "out", listener, steps=6)

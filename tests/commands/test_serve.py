@@ -33,7 +33,7 @@ def test_other_sections_are_not_checked(write):
         ({"student": {"model": "m"}}, "has no teachers; add one under 'teachers'"),
         ({"teachers": [{"name": "a", "model": "m"}] * 2}, "two teachers are named 'a'"),
         ({"teachers": [{"modle": "m"}]}, "unknown key 'modle'; did you mean 'model'"),
-        ({"teachers": "big"}, "teachers: input should be a valid list"),
+        ({"teachers": "big"}, "teachers is 'big', but must be a list"),
         ({"teachers": [{"name": "a"}]}, "teachers.0 needs 'model'"),
     ],
 )

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from rayk.commands.status import status
+from rayk.commands.status import follow, status
 from rayk.errors import InputError
 from rayk.synthesis.store import CompletionStore, StoredCompletion
-from rayk.training.checkpoint import Checkpoint, CheckpointStore
+from tests.checkpoints import write_checkpoint
 from tests.report.test_report import make_run
 
 
@@ -24,7 +24,7 @@ def ended(folder, seconds_ago):
 def test_an_unfinished_run(tmp_path):
     folder = make_run(tmp_path / "kd", kd=True, steps=45, finished=False)
     ended(folder, seconds_ago=180)
-    CheckpointStore(str(folder / "checkpoints")).save(Checkpoint(40, {}, {}, []), keep=1)
+    write_checkpoint(str(folder / "checkpoints"), 40)
     [text] = status(folder)
     assert text["run"] == "kd (logit_kd)"
     assert text["state"].startswith("unfinished; the last step ended 3 min ")
@@ -72,3 +72,16 @@ def test_each_round_that_has_started(tmp_path):
     make_run(tmp_path / "rounds" / "02", name="self-round-2", steps=3, finished=False)
     first, second = status(tmp_path)
     assert first["state"].startswith("finished") and second["step"] == "3 of 60 (5%)"
+
+
+def test_a_followed_run_is_shown_when_it_has_made_progress_and_at_its_end(tmp_path):
+    folder = make_run(tmp_path / "kd", kd=True, steps=2, finished=False)
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(whole.splitlines(keepends=True)[0])
+    states = follow(folder, interval=0.01)
+    assert next(states)[0]["step"] == "1 of 60 (2%)"
+    (folder / "metrics.jsonl").write_text(whole)
+    assert next(states)[0]["step"] == "2 of 60 (3%)"
+    finished = make_run(tmp_path / "done", kd=True, steps=2)
+    (finished / "summary.json").rename(folder / "summary.json")
+    assert [section["state"] for [section] in states] == ["finished after 2 steps in 1 min 15 s"]

@@ -44,6 +44,7 @@ def test_cells_of_a_notebook_train_as_the_plain_loop_does(expected, tiny_student
     assert asyncio.run(notebook_session()) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_teacher_and_a_run_work_inside_a_running_event_loop(tmp_path, tiny_student, tiny_teacher, ray_cluster):
     async def notebook_session():
         settings = rayk.TeacherConfig(name="cell", model=tiny_teacher, resources={"num_cpus": 0.25})
