@@ -80,12 +80,13 @@ def test_killed_driver_changes_no_result(tmp_path, tiny_student, undisturbed, ma
     assert_same_learning(undisturbed, killed["output"], 1e-3)
 
 
-def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path, tiny_student, tiny_teacher, mark):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_to_its_group_ends_a_run_with_one_sentence(tmp_path, tiny_student, tiny_teacher, mark, number):
     values = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=1, steps=100_000)
     values["teachers"] = [{"name": "own", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
     with rayk("run", write(tmp_path / "run.yaml", values), log=tmp_path / "log", **mark) as process:
         wait_until(lambda: len(metrics(values["output"])) >= 15, "step 15", process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         wait_until(lambda: process.poll() is not None, "the end of the run")
     lines = (tmp_path / "log").read_text().splitlines()
     assert process.returncode == 130, lines
@@ -95,7 +96,7 @@ def test_ctrl_c_ends_all_processes_with_one_sentence(tmp_path, tiny_student, tin
     stopping = "Stopping after the current step with a checkpoint; interrupt again to stop at once."
     assert [line for line in lines[:-1] if not line.startswith("  ")] == [stopping], lines
     wait_until(lambda: not processes(**mark), "the end of its processes")
-    assert CheckpointStore(f"{values['output']}/checkpoints").latest() is not None
+    assert CheckpointStore(f"{values['output']}/checkpoints").manifest(saved) is not None
 
 
 def test_killed_worker_changes_no_result(tmp_path, tiny_student, undisturbed, ray_cluster):
@@ -114,6 +115,41 @@ def test_killed_worker_changes_no_result(tmp_path, tiny_student, undisturbed, ra
         "RayTrainWorker": 2,
     }
     assert_same_learning(undisturbed, disturbed["output"], 1e-3)
+
+
+class StrikingAgain(ProgressListener):
+    """Kill the worker after every 20 steps of progress, if there is one."""
+
+    def __init__(self):
+        self.struck_at = [0]
+
+    def steps(self, rows, total):
+        step = rows[-1]["step"]
+        if self.struck_at[-1] + 20 <= step < total and (workers := actor_processes("RayTrainWorker")):
+            workers[-1].kill()
+            self.struck_at.append(step)
+
+
+def test_failures_after_a_new_checkpoint_are_counted_anew(tmp_path, tiny_student, undisturbed, ray_cluster):
+    slow = {"micro_batch_tokens": 40}
+    disturbed = prepared(tmp_path, "hurt", tiny_student, workers=1, max_failures=1, **slow)
+    listener = StrikingAgain()
+    distill(parse_config(disturbed), listener=listener)
+    assert len(listener.struck_at) >= 4, "with max_failures 1, the second failure of one group ends its training"
+    assert_same_learning(undisturbed, disturbed["output"], 1e-3)
+
+
+def test_hung_worker_changes_no_result(tmp_path, tiny_student, undisturbed, mark):
+    """After SIGSTOP a worker holds its connections, so the other one waits for it without an error."""
+    hung = prepared(tmp_path, "hung", tiny_student, workers=2)
+    path, patience = write(tmp_path / "run.yaml", hung), {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "6"}
+    with rayk("run", path, log=tmp_path / "log", **mark, **patience) as process:
+        wait_until(lambda: len(metrics(hung["output"])) >= 35, "step 35", process)
+        stopped = actor_processes("RayTrainWorker", process.pid)[-1]
+        stopped.send_signal(signal.SIGSTOP)
+        wait_until(lambda: process.poll() is not None, "the end of the run")
+    assert process.returncode == 0
+    assert_same_learning(undisturbed, hung["output"], 1e-3)
 
 
 @pytest.fixture(scope="module")

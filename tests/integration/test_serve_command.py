@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from tests.integration.test_cluster import free_ports
+from tests.clusters import free_ports
 from tests.runs import PATIENCE_SECONDS, environment, rayk, wait_until
 
 pytestmark = pytest.mark.cluster
