@@ -48,6 +48,7 @@ from tests.benchmarks.learning.harness import (  # noqa: E402
     Runs,
     cache_folder,
     parse_arguments,
+    read_rows,
     run_config,
     train_model_once,
 )
@@ -158,7 +159,7 @@ def _models_folder() -> Path:
 
 def _write_teacher_rows(path: Path, given: Path, teacher: Teacher, seed: int) -> None:
     """Write the rows of `given` with completions that the teacher samples, without truncated ones."""
-    prompts = [row["prompt"] for row in read_lines(given)]
+    prompts = [row["prompt"] for row in read_rows(given)]
     completions = teacher.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
     write_rows(
         path,

@@ -22,7 +22,6 @@ from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from rayk.config import RunConfig, parse_config
-from rayk.report.run_directory import read_lines
 from rayk.run import distill
 from tests.benchmarks.learning.words import write_rows
 
@@ -31,6 +30,12 @@ Key = tuple[str, int, float]
 """Method, seed, learning rate."""
 Run = Callable[[str, int, float], dict[str, Any]]
 """Measures of a method's student, given method, seed and learning rate."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON lines file; a last row that a kill has truncated is left out."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Runs:
 
     def __post_init__(self) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.results = {(row["method"], row["seed"], row["learning_rate"]): row for row in read_lines(self.output)}
+        self.results = {(row["method"], row["seed"], row["learning_rate"]): row for row in read_rows(self.output)}
 
     def add(self, comparison: Comparison, seeds: Iterable[int], run: Run) -> None:
         """Run what is missing: first the learning rates of every method to tune, then all methods seed by seed."""

@@ -24,8 +24,9 @@ from rayk.config import CacheConfig  # noqa: E402
 from rayk.config.support import TopK  # noqa: E402
 from rayk.engines.base import EngineInfo  # noqa: E402
 from rayk.engines.reduce import reduce_logits  # noqa: E402
-from rayk.signals.batch import SignalBatch, concatenate, decode, encode  # noqa: E402
+from rayk.signals.batch import SignalBatch, concatenate  # noqa: E402
 from rayk.signals.sequence import TokenSequence  # noqa: E402
+from rayk.signals.wire import decode, encode  # noqa: E402
 from rayk.teachers.cache import SignalCache  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 

@@ -194,7 +194,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder, given.data)
-        rates = {dtype: gemm_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+        # bfloat16 only where it is used: CPUs without instructions for it need minutes to be measured.
+        dtypes = sorted({dtype for race in given.races.split(",") for dtype in RACES[race]}, reverse=True)
+        rates = {dtype: gemm_rate(getattr(torch, dtype)) for dtype in dtypes}
         print(", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in rates.items()))
         number = 0
         measured: dict[tuple[str, str], list[float]] = {}

@@ -32,8 +32,9 @@ from rayk.config import TeacherConfig, TransformersEngineConfig  # noqa: E402
 from rayk.config.support import TopK  # noqa: E402
 from rayk.engines.reduce import reduce_logits  # noqa: E402
 from rayk.engines.transformers import TransformersEngine  # noqa: E402
-from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
+from rayk.signals.batch import SignalBatch  # noqa: E402
 from rayk.signals.sequence import TokenSequence  # noqa: E402
+from rayk.signals.wire import decode, encode  # noqa: E402
 from rayk.teachers import Teacher, serve_teacher  # noqa: E402
 from tests.benchmarks.machine import machine  # noqa: E402
 from tests.teachers.helpers import replica_processes  # noqa: E402

@@ -24,7 +24,8 @@ from rayk.config.support import Hidden, Support, TopK  # noqa: E402
 from rayk.engines.reduce import reduce_logits  # noqa: E402
 from rayk.losses import linear_divergence, token_mean  # noqa: E402
 from rayk.models import Head  # noqa: E402
-from rayk.signals.batch import SignalBatch, decode, encode  # noqa: E402
+from rayk.signals.batch import SignalBatch  # noqa: E402
+from rayk.signals.wire import decode, encode  # noqa: E402
 from tests.benchmarks.machine import machine, median_seconds  # noqa: E402
 
 FEW, MANY = 16, 64
