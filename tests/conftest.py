@@ -37,7 +37,7 @@ SUBPROCESS_CLUSTER_FILES = {"test_torch_trainer.py"}
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects tests by their markers
 def pytest_collection_modifyitems(items):
-    """Mark cluster tests, and move their files to the front.
+    """Mark cluster tests and those that take long by their kind, and move their files to the front.
 
     Test processes take whole files in this order. The files with cluster tests take longest, so the shorter ones at the
     end keep all processes busy. The tests of a file stay together and in order.
@@ -46,6 +46,9 @@ def pytest_collection_modifyitems(items):
         starts_ray = item.path.parent.name == "integration" or item.path.name in SUBPROCESS_CLUSTER_FILES
         if starts_ray or CLUSTER_FIXTURES & set(item.fixturenames):
             item.add_marker("cluster")
+        takes_long = item.path.parent.name == "integration" or "vllm" in item.path.name
+        if takes_long and item.get_closest_marker("cluster"):
+            item.add_marker("long")
     slow = {item.path for item in items if item.get_closest_marker("cluster")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -110,3 +113,12 @@ def served(ray_cluster, tiny_teacher):
     config = TeacherConfig(name="served", model=tiny_teacher, replicas=2, resources={"num_cpus": 0.25})
     with serve_teacher(config) as teacher:
         yield teacher
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A bucket on a local S3 server."""
+    from tests.s3 import serve_bucket
+
+    with serve_bucket() as bucket:
+        yield bucket

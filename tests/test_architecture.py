@@ -26,6 +26,7 @@ LAYERS = [
     {"run"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 LAYER_OF = {folder: layer for layer, folders in enumerate(LAYERS) for folder in folders}
 WITHOUT_RAY = {folder for folders in LAYERS[:7] for folder in folders}

@@ -19,14 +19,14 @@ from typer.main import get_command
 from rayk.cli import app
 from rayk.config import load_config, parse_config
 from rayk.config.filters import FilterConfig
-from rayk.config.synthesis import SynthesisConfig
+from rayk.config.syntheses import SynthesisConfig
 from rayk.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in sorted([*ROOT.glob("*.md"), *(path for folder in ("jobs", "rayk", "tests", ".github")
+    for path in sorted([*ROOT.glob("*.md"), *(path for folder in ("deploy", "jobs", "rayk", "tests", ".github")
                                               for path in (ROOT / folder).rglob("*.md"))])
 }  # fmt: skip
 README, CONTRIBUTING = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
@@ -103,7 +103,8 @@ def on_tiny_models(settings: dict, folder: Path) -> dict:
             rows["path"] = str(folder / "train.jsonl")
     settings["data"]["chat_template"] = False
     for teacher in settings.get("teachers", []):
-        teacher |= {"model": str(folder / "teacher"), "engine": {"kind": "transformers"}}
+        model = {} if "follows" in teacher else {"model": str(folder / "teacher")}
+        teacher |= {**model, "engine": {"kind": "transformers"}}
     training = {"epochs": 1, "batch_size": 8, "precision": "float32", "resources": {"num_cpus": 0.5}}
     settings["training"] = settings.get("training", {}) | training
     return settings
@@ -116,6 +117,7 @@ def run_command(*command: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_python_in_readme_runs_as_it_stands(newcomer):
     program = programs(README)
     assert "rayk.distill(" in program
@@ -125,6 +127,7 @@ def test_python_in_readme_runs_as_it_stands(newcomer):
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_new_loss_in_readme_trains(newcomer):
     assert len(named_blocks(README)["my_loss.py"].splitlines()) < 15
     [command] = re.findall(r"`rayk (run distill.yaml --set method.divergence=\S+)`", README)
@@ -254,7 +257,11 @@ def test_the_page_of_jobs_has_every_job_and_filter():
     assert table_kinds(page, "filter") == kinds(FilterConfig)
 
 
-JOBS_OF_SETTINGS = {"other_tokenizer": "logit_kd", "cut_student": "logit_kd"}
+JOBS_OF_SETTINGS = dict.fromkeys(("other_tokenizer", "cut_student", "qwen3_235b"), "logit_kd") | {
+    "ted": "layerwise", "baby_llama": "logit_kd", "baby_teacher": "supervised",
+    "privileged_context": "on_policy", "self_distillation": "on_policy", "several_teachers": "on_policy",
+    "task_reward": "on_policy",
+}  # fmt: skip
 """Jobs that show a setting, and their method."""
 
 
