@@ -19,6 +19,8 @@ from typer.main import get_command
 from rayk.cli import app
 from rayk.config import load_config, parse_config
 from rayk.config.filters import FilterConfig
+from rayk.config.marks import all_places
+from rayk.config.run import RunConfig
 from rayk.config.syntheses import SynthesisConfig
 from rayk.methods import METHODS
 
@@ -237,6 +239,18 @@ def test_source_files_that_a_page_names_exist(page):
     places = [(ROOT / page).parent, ROOT, ROOT / "rayk"]
     for name in re.findall(r"`((?:[\w.]+/)+\w+\.(?:py|yaml))`", PAGES[page]):
         assert "NAME" in name or any((place / name).exists() for place in places), name
+
+
+PYTHON_NAMES = {"student.head"}
+"""Attributes in pages that look like settings."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_settings_that_a_page_names_exist(page):
+    sections, places = "|".join(RunConfig.model_fields), set(all_places(RunConfig))
+    for name in re.findall(rf"`((?:{sections})(?:\[\])?\.[\w.]+)(?:[:=][^`]*)?`", PAGES[page]):
+        if not name.endswith((".json", ".jsonl")) and name not in PYTHON_NAMES:
+            assert re.sub(r"\[\]|\.\d+\b", "", name) in places, name
 
 
 def test_readme_can_be_read_to_the_end():
