@@ -4,14 +4,13 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import yaml
 
 from rayk.config import parse_config
 from rayk.run import distill
 from rayk.training.checkpoint import CheckpointStore
-from tests.runs import PATIENCE_SECONDS, curve, environment, settings
+from tests.runs import PATIENCE_SECONDS, assert_losses_close, curve, environment, settings
 
 pytestmark = pytest.mark.cluster
 
@@ -80,4 +79,4 @@ def test_workers_follow_the_nodes_and_learn_the_same(tmp_path, tiny_student):
     values |= {"output": str(tmp_path / "alone")}
     values["training"] |= {"workers": 0, "steps": newest, "resources": {"num_cpus": 0.5}}
     distill(parse_config(values))
-    np.testing.assert_allclose(ours, curve(values["output"]), rtol=1e-3)
+    assert_losses_close(ours, curve(values["output"]), 1e-3)

@@ -19,7 +19,7 @@ from rayk.signals.batch import SignalBatch
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Teacher, connect_teacher
 from rayk.teachers.cache import SignalCache
-from tests.runs import curve, metrics, settings, weights, write_rows
+from tests.runs import assert_losses_close, curve, metrics, settings, weights, write_rows
 from tests.signals.test_codec import assert_equal
 from tests.teachers.helpers import assert_signals_close, random_sequences
 
@@ -198,7 +198,7 @@ def test_worker_reads_the_filled_cache(tmp_path, tiny_student, served):
     assert sum(row["cached_tokens"] for row in rows) >= sum(row["counted_tokens"] for row in rows)
     (tmp_path / "alone").mkdir()
     distill(parse_config(values | {"output": str(tmp_path / "alone"), "training": values["training"] | {"workers": 0}}))
-    np.testing.assert_allclose(curve(tmp_path / "worker"), curve(tmp_path / "alone"), rtol=1e-4)
+    assert_losses_close(curve(tmp_path / "worker"), curve(tmp_path / "alone"))
 
 
 def test_resumed_run_may_move_its_cache_but_not_drop_it(tmp_path, tiny_student, served):
@@ -225,7 +225,7 @@ def test_damaged_signals_are_requested_again(tmp_path, tiny_student, served):
         data[len(data) // 3] ^= 4
         path.write_bytes(data)
     distill(parse_config(cached_config(tmp_path, tiny_student, "mended")))
-    np.testing.assert_allclose(curve(tmp_path / "cold"), curve(tmp_path / "mended"), rtol=1e-4)
+    assert_losses_close(curve(tmp_path / "cold"), curve(tmp_path / "mended"))
     distill(parse_config(cached_config(tmp_path, tiny_student, "warm")))
     assert steps(tmp_path / "mended") == steps(tmp_path / "warm")
 

@@ -19,7 +19,7 @@ from rayk.run import distill
 from rayk.serving.event_loop import run_until_complete
 from rayk.signals.sequence import TokenSequence
 from rayk.teachers import Ensemble, serve_teacher
-from tests.runs import curve, metrics, settings
+from tests.runs import assert_losses_close, curve, metrics, settings
 from tests.teachers.helpers import EngineScorer, random_sequences, teacher_config
 
 WEIGHTS = [1.0, 3.0]
@@ -149,7 +149,7 @@ def test_runs_with_several_teachers(tmp_path, tiny_student, served, second_serve
         summary = distill(parse_config(values | many | {"output": str(tmp_path / name)})).summary
         assert summary["teacher"]["loss"] > 0
         assert len(metrics(tmp_path / name)) == 6
-    np.testing.assert_allclose(curve(tmp_path / "equal"), curve(tmp_path / "one"), rtol=1e-5)
+    assert_losses_close(curve(tmp_path / "equal"), curve(tmp_path / "one"), 1e-5)
     assert curve(tmp_path / "route") != curve(tmp_path / "one") != curve(tmp_path / "ensemble")
     wrong = {"route": {"field": "domain", "teachers": {"a": "served"}}, "output": str(tmp_path / "wrong")}
     with pytest.raises(InputError, match="line 2 has 'b' in its field 'domain', which chooses no teacher"):
@@ -210,7 +210,7 @@ def test_teacher_reads_its_own_prompt(tmp_path, tiny_student, served):
     for name, prompt in {"own": None, "same": "{prompt}", "hint": template}.items():
         values["teachers"] = [{"name": "served", "attach": True, "prompt_template": prompt}]
         distill(parse_config(values | {"output": str(tmp_path / name)}))
-    np.testing.assert_allclose(curve(tmp_path / "own"), curve(tmp_path / "same"), rtol=1e-4)
+    assert_losses_close(curve(tmp_path / "own"), curve(tmp_path / "same"))
     assert abs(curve(tmp_path / "hint")[0] / curve(tmp_path / "own")[0] - 1) > 1e-3
     for prompt, message in (
         ("{hint}", "set teachers.prompt_template"),

@@ -13,7 +13,7 @@ from rayk.errors import InputError
 from rayk.report.report import write_report
 from rayk.run import distill, evaluate_model
 from tests.checkpoints import saved_method_state, saved_weights
-from tests.runs import assert_same_learning, curve, metrics, settings, weights, write_tasks
+from tests.runs import assert_losses_close, assert_same_learning, curve, metrics, settings, weights, write_tasks
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.test_preference_runs import write_pairs
 
@@ -147,7 +147,7 @@ def test_adapter_trains_on_a_bfloat16_base_with_gradient_checkpointing(tmp_path,
         values["student"] |= changes
         distill(parse_config(values))
         curves[name] = curve(tmp_path / name / "run")
-    np.testing.assert_allclose(curves["saving"], curves["float32"], rtol=1e-5)
+    assert_losses_close(curves["saving"], curves["float32"], 1e-5)
     np.testing.assert_allclose(curves["bfloat16"], curves["float32"], rtol=2e-2)
     assert {each.dtype for each in weights_of(tmp_path / "bfloat16").values()} == {torch.float32}, "as its checkpoint"
 
