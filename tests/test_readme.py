@@ -234,6 +234,12 @@ def test_files_that_sources_and_pages_name_exist():
             assert not (cited := re.findall(r"\b[A-Z]{5,} §\S*", text)), f"{path} cites {cited}"
 
 
+def test_the_repository_has_no_links():
+    """Patches, archives and Windows turn them into small files."""
+    files = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not [line for line in files.splitlines() if line.startswith("120000")]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "rayk/config/README.md"])
 def test_source_files_that_a_page_names_exist(page):
     places = [(ROOT / page).parent, ROOT, ROOT / "rayk"]

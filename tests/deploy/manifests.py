@@ -13,7 +13,6 @@ from tests.deploy import tools
 
 REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
-CHART = DEPLOY / "chart"
 BUILDS = sorted(
     path.parent for folder in ("base", "overlays") for path in (DEPLOY / folder).glob("*/kustomization.yaml")
 )
@@ -41,8 +40,8 @@ def with_components(components: list[Path], folder: Path) -> list[Object]:
 
 
 def helm(*arguments: object) -> list[Object]:
-    """Render the chart."""
-    return parse(tools.run("helm", "template", "release", CHART, *arguments).stdout)
+    """Render the chart, whose folder is `deploy/`."""
+    return parse(tools.run("helm", "template", "release", DEPLOY, *arguments).stdout)
 
 
 def parse(text: str) -> list[Object]:

@@ -5,10 +5,10 @@ import yaml
 
 import rayk
 from tests.deploy import tools
-from tests.deploy.manifests import CHART, DEPLOY, by_name, helm, kustomize
+from tests.deploy.manifests import DEPLOY, by_name, helm, kustomize
 from tests.deploy.test_manifests import all_problems
 
-OVERLAYS = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in (DEPLOY / "values").glob("*.yaml"))
 
 
 def test_default_values_render_the_base():
@@ -20,7 +20,7 @@ def test_values_render_the_overlay(name):
     folder = DEPLOY / "overlays" / name
     run = folder / "run.yaml"
     given = ["--set-file", f"run={run}"] if run.exists() else []
-    assert by_name(helm("--values", CHART / "values" / f"{name}.yaml", *given)) == by_name(kustomize(folder))
+    assert by_name(helm("--values", DEPLOY / "values" / f"{name}.yaml", *given)) == by_name(kustomize(folder))
 
 
 def test_every_overlay_but_the_smoke_test_has_values():
@@ -64,19 +64,19 @@ def test_another_run_is_checked_like_the_overlays():
     ],
 )  # fmt: skip
 def test_schema_refuses_other_values(setting, place):
-    refused = tools.run("helm", "template", "release", CHART, "--set", setting, check=False)
+    refused = tools.run("helm", "template", "release", DEPLOY, "--set", setting, check=False)
     assert refused.returncode != 0
     assert place in refused.stderr
 
 
 def test_lint_passes_and_versions_agree():
-    assert "0 chart(s) failed" in tools.run("helm", "lint", CHART).stdout
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert "0 chart(s) failed" in tools.run("helm", "lint", DEPLOY).stdout
+    chart = yaml.safe_load((DEPLOY / "Chart.yaml").read_text())
     assert (chart["version"], chart["appVersion"]) == (rayk.__version__, rayk.__version__)
 
 
 def test_package_contains_the_base(tmp_path):
-    tools.run("helm", "package", CHART, "--destination", tmp_path)
+    tools.run("helm", "package", DEPLOY, "--destination", tmp_path)
     (package,) = tmp_path.glob("*.tgz")
     rendered = tools.run("helm", "template", "release", package).stdout
-    assert rendered == tools.run("helm", "template", "release", CHART).stdout
+    assert rendered == tools.run("helm", "template", "release", DEPLOY).stdout
