@@ -138,6 +138,7 @@ def test_new_loss_in_readme_trains(newcomer):
     assert all(0 < step["hellinger"] < 1 for step in steps)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_new_method_in_contributing_trains(newcomer):
     assert len(named_blocks(CONTRIBUTING)["my_method.py"].splitlines()) < 60
@@ -147,6 +148,7 @@ def test_new_method_in_contributing_trains(newcomer):
     assert steps[0]["weight"] == 1.0 > steps[-1]["weight"]
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_recipe_in_contributing_writes_rows(newcomer):
     assert len(named_blocks(CONTRIBUTING)["shortest.py"].splitlines()) < 40

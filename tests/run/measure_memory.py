@@ -1,4 +1,4 @@
-"""Train students of several kinds in this process and print the largest resident memory of each beside the estimate.
+"""Train students of several kinds in this process and print the largest memory of each beside the estimate.
 
 `python -m tests.run.measure_memory FOLDER` prints one JSON line per case. It is a program of its own, because the
 resident memory of a process with other tests in it says nothing.
@@ -8,10 +8,14 @@ import ctypes
 import gc
 import json
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from rayk.config import RunConfig
 from rayk.data.batches import collate
@@ -60,19 +64,53 @@ def batch() -> Experience:
     return Experience(collate(rows, 0))
 
 
-def measure(config: RunConfig) -> int:
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made in its context and still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, result)
+        return result
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._live:
+            self._live[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._live.pop, storage._cdata, None)
+            self.peak = max(self.peak, sum(self._live.values()))
+
+
+def measure_tensors(config: RunConfig) -> int:
+    """Return the bytes of the tensors of two training steps that exist at the same time, at most."""
+    gc.collect()
+    with LiveTensors() as tensors:
+        train(config)
+    return tensors.peak
+
+
+def measure_resident(config: RunConfig) -> int:
     """Return the bytes that two training steps need at most, above what the process has before the model is loaded."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
+    train(config)
+    return resident("VmHWM") - before
+
+
+def train(config: RunConfig) -> None:
+    """Train for two steps."""
     model = make_model(config.student, tiny_tokenizer(), config.seed)
     method = resolve_method(config.method)(config.method, None, None)
     student = Student(model, config.training.precision, config.training.micro_batch_tokens)
     learner = Learner(LossModule(student, method).train(), config.training, Ranks(0, 1, 1), "cpu")
     for step in range(2):
         learner.train_step([batch()], step, 1e-4)
-    return resident("VmHWM") - before
 
 
 def main() -> None:
@@ -80,13 +118,14 @@ def main() -> None:
     torch.set_num_threads(1)
     tiny_model(folder, vocab_size=VOCAB, hidden=256, layers=4, tokenizer=tiny_tokenizer())
     for changes in ({}, CASES["LoRA float32"]):  # libraries are loaded and allocate buffers in their first call
-        measure(settings(folder, changes))
+        measure_resident(settings(folder, changes))
     for name, changes in CASES.items():
         config = settings(folder, changes)
         estimate = estimate_memory(config, device="cpu")
         parts = {part.name: round(part.bytes) for part in estimate.parts if part.name != "libraries"}
         libraries = sum(part.bytes for part in estimate.parts if part.name == "libraries")
-        record = {"case": name, "measured": measure(config), "estimated": round(estimate.peak - libraries)}
+        measured = {"resident": measure_resident(config), "tensors": measure_tensors(config)}
+        record = {"case": name, "estimated": round(estimate.peak - libraries)} | measured
         print(json.dumps(record | {"parts": parts}), flush=True)
 
 

@@ -18,8 +18,8 @@ from rayk.run.verdict import check_memory, memory_verdict
 from tests.runs import write_rows
 from tests.tiny import tiny_model, tiny_tokenizer
 
-TOLERANCES = {"full": 0.15, "LoRA": 0.4}
-"""Largest gap to the measured peak. With an adapter, this small model has about 30 MB that the estimate lacks."""
+LIBRARY_BUFFERS = 60e6
+"""Bytes that the kernels of a CPU may allocate beside tensors: 10 MB were measured with AVX2, 50 MB with AVX-512."""
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,11 @@ def parts(folder, /, **sections):
     return {part.name: part.bytes for part in estimate_memory(settings(folder, **sections), device="cpu").parts}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_estimate_is_close_to_the_measured_peak(tmp_path):
-    """Resident memory of real training steps, full and LoRA, float32 and bfloat16, with and without recomputation."""
+    """Tensors and resident memory of training steps, full and LoRA, float32 and bfloat16, with and without
+    recomputation."""
     command = [sys.executable, "-m", "tests.run.measure_memory", str(tmp_path)]
     # Large tensors get pages of their own, which are returned to the system when they are freed.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
@@ -54,10 +56,9 @@ def test_estimate_is_close_to_the_measured_peak(tmp_path):
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(records) == 5
     for record in records:
-        assert record["estimated"] == pytest.approx(record["measured"], rel=TOLERANCES[record["case"].split()[0]]), (
-            record
-        )
-    measured = {record["case"]: record["measured"] for record in records}
+        assert record["tensors"] < record["estimated"] < 1.4 * record["tensors"], record
+        assert 0.85 * record["estimated"] < record["resident"] < 1.15 * record["estimated"] + LIBRARY_BUFFERS, record
+    measured = {record["case"]: record["tensors"] for record in records}
     assert measured["LoRA bfloat16"] < measured["LoRA float32"] < measured["full recomputed"] < measured["full float32"]
 
 

@@ -53,6 +53,7 @@ def is_running(name):
     return found is not None and found.status == "RUNNING"
 
 
+@pytest.mark.long
 def test_teacher_of_a_running_process_stays(serve_elsewhere, tiny_teacher):
     config = teacher_config("owned", tiny_teacher)
     with serve_teacher(config) as teacher:
@@ -75,6 +76,7 @@ def test_teacher_of_a_killed_process_is_taken_over_once_and_removed(serve_elsewh
     wait_until(lambda: "left" not in serve.status().applications, "the end of the teacher")
 
 
+@pytest.mark.long
 def test_teacher_that_nobody_takes_over_removes_itself(serve_elsewhere, tiny_teacher):
     config = teacher_config("orphan", tiny_teacher)
     serve_elsewhere(config, "killed", **{ORPHAN_VARIABLE: "2"})
@@ -83,6 +85,7 @@ def test_teacher_that_nobody_takes_over_removes_itself(serve_elsewhere, tiny_tea
         assert teacher.score(random_sequences(2), TopK(4)).tokens
 
 
+@pytest.mark.long
 def test_detached_teacher_stays_until_it_is_removed(serve_elsewhere, tiny_teacher):
     config = teacher_config("detached", tiny_teacher)
     serve_elsewhere(config, "detached", **{ORPHAN_VARIABLE: "0.1"})

@@ -14,6 +14,7 @@ from tests.runs import assert_same_learning, metrics, rayk, settings, wait_until
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGINT, 2)])
 def test_interrupted_run_saves_its_last_step(tmp_path, tiny_student, number, workers):
     """No checkpoint is due before the last step, so without the interruption's own nothing would be there."""

@@ -33,6 +33,7 @@ def student(request, tmp_path):
     return str(tmp_path / "student")
 
 
+@pytest.mark.long
 def test_workers_and_micro_batches_do_not_change_learning(tmp_path, tiny_student, served):
     alone, group = tmp_path / "alone", tmp_path / "group"
     for folder in (alone, group):

@@ -127,6 +127,7 @@ def test_changed_base_weights_are_refused(tmp_path):
     distill(run, resume=True)
 
 
+@pytest.mark.long
 def test_seed_and_settings_alone_decide_what_is_learned(tmp_path, tiny_student, ray_cluster):
     runs = {}
     for name, seed, workers in (("first", 3, 0), ("again", 3, 2), ("other", 4, 0)):

@@ -48,6 +48,7 @@ def test_micro_batches_do_not_change_learning(tmp_path, tiny_student):
         assert_same_learning(tmp_path / "whole" / "run", tmp_path / folder / "run")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method",
     [

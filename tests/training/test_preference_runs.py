@@ -97,6 +97,7 @@ def test_micro_batches_do_not_change_learning(tmp_path, tiny_student):
     assert step["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.long
 def test_two_workers_equal_one(tmp_path, tiny_student, ray_cluster):
     # With batches of 7 the workers have 4 and 3 pairs, in different numbers of micro-batches.
     distill(config(tmp_path / "alone", tiny_student, batch_size=7))

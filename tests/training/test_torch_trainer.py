@@ -13,6 +13,7 @@ from tests.runs import assert_same_learning, config
 PRIVATE_MODULES = ("callbacks.placement_group_callback", "execution.controller", "execution.scaling_policy")
 
 
+@pytest.mark.long
 def test_both_trainers_give_the_same_run(tmp_path, tiny_student, ray_cluster, monkeypatch):
     for name, plain in (("fast", ""), ("plain", "1")):
         monkeypatch.setenv(PLAIN_TRAINER_VARIABLE, plain)
