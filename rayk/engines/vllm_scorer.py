@@ -146,7 +146,6 @@ class _Logits:
     """The logits of vLLM's model, of this worker's columns of the head where that is possible."""
 
     def __init__(self, model: Any):
-        from vllm.distributed import tensor_model_parallel_all_gather
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -155,7 +154,6 @@ class _Logits:
         self._is_sharded = any(
             module.tp_size > 1 for module in model.modules() if isinstance(module, VocabParallelEmbedding)
         )
-        self._gather = lambda tensor: tensor_model_parallel_all_gather(tensor.contiguous(), dim=-1)
         self._columns = 0
 
     def rows(self, device: str) -> int:
@@ -183,7 +181,16 @@ class _Logits:
             return logits, None
         indices = heads[0].shard_indices
         logits[:, indices.num_org_elements :] = float("-inf")  # padding, and tokens that LoRA adds
-        return logits, HeadShard(indices.org_vocab_start_index, self._gather)
+        return logits, HeadShard(indices.org_vocab_start_index, _gather)
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """Concatenate the workers' tensors [tokens, n], float32 or int64, to [tokens, workers · n]."""
+    from vllm.distributed import tensor_model_parallel_all_gather
+
+    # vLLM's collectives for CPUs with AVX-512 take no integers, but do not change the bits of other numbers.
+    numbers = tensor.contiguous().view(torch.float32)
+    return tensor_model_parallel_all_gather(numbers, dim=-1).view(tensor.dtype)
 
 
 def _without_gathering(processor: Any, heads: list[Any]) -> Any:
