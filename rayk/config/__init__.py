@@ -67,7 +67,7 @@ from rayk.config.rollouts import (
     VLLMPolicyEngineConfig,
     WorkerRollouts,
 )
-from rayk.config.run import RunConfig, TrackingConfig
+from rayk.config.run import RunConfig
 from rayk.config.sampling import SamplingConfig, ServedStudentConfig
 from rayk.config.sections import MethodSettings, Normalization, RolloutSettings, SynthesisSettings
 from rayk.config.syntheses import (
@@ -83,6 +83,7 @@ from rayk.config.syntheses import (
     SynthesisConfig,
 )
 from rayk.config.teachers import EnsembleConfig, Replicas, Resources, RouteConfig, TeacherConfig
+from rayk.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
 __all__ = [
@@ -128,6 +129,7 @@ __all__ = [
     "MethodConfig",
     "MethodSettings",
     "MiniLLMConfig",
+    "MlflowConfig",
     "NearDuplicatesFilterConfig",
     "Normalization",
     "OnPolicyConfig",
@@ -169,6 +171,7 @@ __all__ = [
     "TruncatedFilterConfig",
     "VLLMEngineConfig",
     "VLLMPolicyEngineConfig",
+    "WandbConfig",
     "WorkerRollouts",
     "check_inputs_exist",
     "difference",

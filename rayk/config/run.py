@@ -19,14 +19,8 @@ from rayk.config.rollouts import RolloutConfig, WorkerRollouts
 from rayk.config.secrets import hide, redact, remember_secrets
 from rayk.config.syntheses import SynthesisConfig
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_teacher_name
+from rayk.config.tracking import TrackingConfig
 from rayk.config.training import StudentConfig, TrainingConfig
-
-
-class TrackingConfig(Settings):
-    """Output of the training curves, in addition to `metrics.jsonl`."""
-
-    tensorboard: bool = True
-    """Write TensorBoard files into OUTPUT/tensorboard."""
 
 
 class RunConfig(TeacherRoles, Settings):

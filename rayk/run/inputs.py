@@ -42,6 +42,7 @@ from rayk.run.template_checks import chat_template_notes
 from rayk.run.vocabularies import SharedVocabulary, share_vocabularies
 from rayk.teachers import Teacher
 from rayk.training.optimizer import check_optimizer, count_steps
+from rayk.training.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     """
     check_inputs_exist(config, training=training)
     check_optimizer(config.training)
+    check_trackers(config.tracking)
     resolve_method(config.method)  # raises if the user's code cannot be loaded
     name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)

@@ -108,7 +108,7 @@ class Trainer:
             self.experiences, self.best, job.base, config.method.kind, lambda: self.following.state,
         )  # fmt: skip
         self._checkpoint_timer = CheckpointTimer(self.settings.checkpoint_every_minutes, ranks)
-        self.step, self._is_evaluated = 0, True
+        self.step, self._is_evaluated, self._is_complete = 0, True, False
         self.evaluations = Evaluations(
             config, self._make_evaluator(job, teacher, views), self.learner, self.method, ranks, self.best,
             self.total_steps,
@@ -167,6 +167,7 @@ class Trainer:
         if evaluation is None and self.evaluations.has_rows:  # resumed after the last step, or another step is the best
             evaluation = self.evaluations.measure(answers=True)
         size = count_parameters(self.student.model)
+        self._is_complete = True
         return Outcome(self.step, self.total_steps, evaluation, size=size, best=self.best.summary())
 
     def _save_model(self, model: nn.Module | None) -> None:
@@ -176,7 +177,7 @@ class Trainer:
     def close(self) -> None:
         self._resources.close()
         if self.recorder:
-            self.recorder.close()
+            self.recorder.close(self._is_complete)
 
     def _make_model(self) -> nn.Module:
         """Return the student's model; of a sharded one only rank 0 loads weights, to the CPU."""

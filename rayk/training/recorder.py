@@ -1,4 +1,4 @@
-"""Record metrics in `metrics.jsonl`, in TensorBoard and for Prometheus, on rank 0."""
+"""Record metrics in `metrics.jsonl`, in trackers and for Prometheus, on rank 0."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from rayk.errors import Overtaken, RaykError
 from rayk.report.run_directory import read_lines
 from rayk.serving.metrics import RunMetrics
 from rayk.storage.atomic import disk_errors, write_whole
+from rayk.training.trackers import Trackers
 
 
 class Recorder:
@@ -31,11 +32,7 @@ class Recorder:
         self._path = folder / "metrics.jsonl"
         self._problem: RaykError | None = None
         self._rewrite([line for line in read_lines(self._path) if line["step"] <= step])
-        self._writer = None
-        if tracking.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._trackers = Trackers(folder, step, tracking)
 
     def record(self, row: dict[str, Any]) -> None:
         if self._problem is not None:
@@ -44,7 +41,7 @@ class Recorder:
             self._check_file()
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            self._write_scalars(row, row["step"])
+            self._trackers.log(row, row["step"])
         if self._exported is not None:
             self._exported.record(row)
 
@@ -55,7 +52,7 @@ class Recorder:
             *earlier, last = read_lines(self._path)
             self._file.close()
             self._rewrite([*earlier, last | values])
-            self._write_scalars(values, last["step"])
+            self._trackers.log(values, last["step"])
 
     def check(self) -> None:
         """Check that all rows could be recorded.
@@ -102,14 +99,12 @@ class Recorder:
         write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
-    def _write_scalars(self, values: dict[str, Any], step: int) -> None:
-        if self._writer:
-            for name, value in values.items():
-                if name != "step" and not name.endswith("_at"):
-                    self._writer.add_scalar(name, value, step)
+    def close(self, completed: bool = False) -> None:
+        """Close the files.
 
-    def close(self) -> None:
+        Args:
+            completed: whether the run has reached its end, as trackers show it.
+        """
         with contextlib.suppress(OSError):  # of a row that a full disk has refused
             self._file.close()
-        if self._writer:
-            self._writer.close()
+        self._trackers.close(completed)
