@@ -33,9 +33,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from rayk.engines.drawing import draw_ids
 from rayk.errors import InputError
 
 _NUMBERS_PER_BLOCK = 4  # random numbers that Philox computes for one counter value
@@ -73,9 +73,7 @@ def draw_uniforms(stream: Stream, seed: int, count: int, *, start: int, position
 def sample_ids(logprobs: Tensor, numbers: Tensor) -> Tensor:
     """Sample ids, int64 [rows, n], from the distributions `logprobs` [rows, vocab] by inversion of the uniform
     `numbers`, float64 [rows, n]. Ids of probability 0 are never sampled."""
-    cumulative = logprobs.double().exp().cumsum(1)
-    drawn = torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True)
-    return drawn.clamp(max=logprobs.shape[1] - 1)
+    return draw_ids(logprobs.exp(), numbers)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ attention requires. The padding before them is masked, and position ids count fr
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,8 +54,15 @@ def can_continue(model: CausalLM) -> bool:
 class CachedBatch:
     """A batch of sequences, each of which continues after its cached tokens (or from the start if none are cached)."""
 
-    def __init__(self, model: CausalLM, pasts: list[KeyValues]):
-        from transformers import DynamicCache
+    def __init__(self, model: CausalLM, pasts: list[KeyValues], room: int = 0):
+        """
+        Args:
+            room: tokens for which memory is reserved, so that those are cached without a copy of the earlier ones; more
+                tokens are possible.
+        """
+        from transformers.cache_utils import Cache
+
+        from rayk.models.cache_layer import ReservedLayer
 
         self._model = model
         device = model.device
@@ -63,7 +71,7 @@ class CachedBatch:
         self._mask = torch.arange(longest, device=device) >= longest - self._lengths[:, None]
         self._starts = [longest - len(past) for past in pasts]
         # Without a config every layer keeps all tokens; a cache limited to a window could not be truncated.
-        self._cache = DynamicCache()
+        self._cache = Cache(layer_class_to_replicate=partial(ReservedLayer, room))
         for layer in range(max(len(past.layers) for past in pasts)):
             pairs = [past.layers[layer] if past.layers else None for past in pasts]
             keys, values = (
@@ -101,10 +109,6 @@ class CachedBatch:
             )
             for row, (start, length) in enumerate(spans)
         ]
-
-
-def _body(model: CausalLM):
-    return getattr(model, model.base_model_prefix)
 
 
 def _right_aligned(rows: list[Tensor | None], longest: int) -> Tensor:

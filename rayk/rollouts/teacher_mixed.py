@@ -34,6 +34,7 @@ from rayk.engines.speculative import (
 )
 from rayk.errors import InputError, RaykError, UnusableSignal
 from rayk.models import CausalLM, get_head, max_positions
+from rayk.models.head import get_decoding_head
 from rayk.models.kv_cache import CachedBatch, KeyValues, can_continue
 
 Verify = Callable[[list[Draft]], Awaitable[list[Verdict]]]
@@ -104,7 +105,8 @@ async def sample_teacher_mixed(
         RaykError: the student's log-probs are NaN.
     """
     _check(model, prompts, sampling, vocab_size)
-    drafter = _Drafter(model, vocab_size, frozenset(eos_token_ids))
+    with torch.no_grad(), student_context():
+        drafter = _Drafter(model, vocab_size, frozenset(eos_token_ids))
     rows = [
         _Row(number, Continuation(np.asarray(prompt, np.int32), int(seed), sampling, frozenset(eos_token_ids)))
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
@@ -158,7 +160,7 @@ class _Drafter:
 
     def __init__(self, model: CausalLM, vocab_size: int, eos_token_ids: frozenset[int]):
         self._model = model
-        self._head = get_head(model)
+        self._head = get_decoding_head(model)
         self._vocab_size = vocab_size
         self._eos_token_ids = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=model.device)
 
@@ -170,7 +172,7 @@ class _Drafter:
         numbers = torch.from_numpy(
             np.stack([draw_uniforms(Stream.DRAFTS, one.seed, tokens, start=one.position) for one in continuations])
         ).to(device)
-        batch, last = self._read_rows(rows)
+        batch, last = self._read_rows(rows, tokens)
         drafting = torch.ones(len(rows), dtype=torch.bool, device=device)
         drafted = torch.zeros_like(lengths)
         steps: list[tuple[Tensor, ...]] = []
@@ -195,8 +197,9 @@ class _Drafter:
             row.hidden, row.normalizers = hidden[number], normalizers[number]
             row.continuation.propose(row_ids[:count], row_logprobs[:count])
 
-    def _read_rows(self, rows: list[_Row]) -> tuple[CachedBatch, Tensor]:
-        """Return a batch with the keys and values of all tokens of the rows, and its last hidden states [rows, width].
+    def _read_rows(self, rows: list[_Row], tokens: int) -> tuple[CachedBatch, Tensor]:
+        """Return a batch with the keys and values of all tokens of the rows and room for `tokens` more, and its last
+        hidden states [rows, width].
 
         Computes the tokens that the KV caches of the rows do not contain yet: a whole prompt before the first draft,
         then the last token.
@@ -204,10 +207,10 @@ class _Drafter:
         unread = [torch.from_numpy(row.continuation.sequence()[len(row.past) :].astype(int)) for row in rows]
         device = self._model.device
         counts = torch.tensor(list(map(len, unread)), device=device)
-        batch = CachedBatch(self._model, [row.past for row in rows])
+        batch = CachedBatch(self._model, [row.past for row in rows], room=tokens)
         hidden = batch.forward(pad_sequence(unread, batch_first=True).to(device), counts)
         if len(set(map(len, unread))) > 1:
-            batch = CachedBatch(self._model, batch.key_values())
+            batch = CachedBatch(self._model, batch.key_values(), room=tokens)
         return batch, hidden[torch.arange(len(rows), device=device), counts - 1]
 
     def apply_verdicts(self, rows: list[_Row], verdicts: list[Verdict]) -> None:

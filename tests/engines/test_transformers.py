@@ -230,6 +230,20 @@ def test_a_seed_gives_the_same_text_in_any_batch(engine):
     assert any(a.token_ids.tolist() != b.token_ids.tolist() for a, b in zip(together, others, strict=True))
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}, {"stop": ("e",)}])
+def test_both_loops_generate_the_same(engine, monkeypatch, sampling):
+    """Rows that have ended leave one loop's batch; transformers' loop keeps them."""
+    prompts = prompts_of(3, 17, 9, 4, 30, 12)
+    ours = run(engine, prompts, max_new_tokens=25, **sampling)
+    monkeypatch.setattr("rayk.engines.generation.can_continue", lambda model: False)
+    theirs = run(engine, prompts, max_new_tokens=25, **sampling)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert (one.finish_reason, one.text) == (other.finish_reason, other.text)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    assert len({len(one.token_ids) for one in ours}) > 1 or not sampling.get("stop"), "choose another stop string"
+
+
 def sampled_counts(engine, draws, **parameters):
     [prompt] = prompts_of(6)
     written = run(engine, [prompt] * draws, max_new_tokens=1, **parameters)
