@@ -12,10 +12,11 @@ from wandb.proto import wandb_internal_pb2
 
 from rayk.config import TrackingConfig, parse_config
 from rayk.errors import InputError
+from rayk.methods import METHODS, Supervised
 from rayk.run import distill
 from rayk.training.recorder import Recorder
 from rayk.training.trackers import check_trackers
-from tests.runs import curve, settings
+from tests.runs import curve, failing_once, settings
 
 _WANDB_BLOCK, _WANDB_HEADER = 32 * 1024, 7
 
@@ -119,15 +120,16 @@ def test_a_missing_package_is_named_before_a_run(monkeypatch, name):
 
 
 @pytest.mark.cluster
-def test_a_run_sends_its_curves(tmp_path, tiny_student, ray_cluster, mlflow_uri):
+def test_a_run_sends_its_curves(tmp_path, tiny_student, ray_cluster, mlflow_uri, monkeypatch):
     """And continues them after a resume; a secret in the settings is masked."""
-    values = settings(tmp_path, tiny_student, workers=0, steps=2)
+    values = settings(tmp_path, tiny_student, workers=0, steps=4, checkpoint_every_steps=1)
     uri = mlflow_uri.replace("file://", "file://user:hunter2@")
     values |= {
         "tracking": {"mlflow": {"tracking_uri": mlflow_uri, "tags": {"where": uri}}, "wandb": {"mode": "offline"}}
     }
-    distill(parse_config(values))
-    values["training"]["steps"] = 4
+    monkeypatch.setitem(METHODS, "supervised", failing_once(Supervised, at=3))
+    with pytest.raises(KeyboardInterrupt):
+        distill(parse_config(values))
     distill(parse_config(values), resume=True)
     [run] = mlflow_runs(mlflow_uri)
     losses = dict(enumerate(curve(tmp_path / "run"), start=1))
