@@ -20,6 +20,7 @@ With `adaptive`, λ is DistiLLM's φ (`rayk.rollouts.adaptive`): a row gets a ne
 progress), and one from the replay buffer with probability φ·progress. Until the buffer is full, completions are new.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,8 @@ class OnPolicy(OnPolicyMethod):
         )
         for row, sequence in {**replayed, **by_student, **by_teacher}.items():
             rows[row] = sequence
+        if self.settings.first_share < 1:
+            rows = [_count_first(row, self.settings.first_share) if isinstance(row, Rollout) else row for row in rows]
         if self.settings.form == "policy":
             logprobs = await self.policy.logprobs(rows)
             rows = [replace(_rollout(row), logprobs=values) for row, values in zip(rows, logprobs, strict=True)]
@@ -207,6 +210,15 @@ class OnPolicy(OnPolicyMethod):
 def _draws(seed: int) -> np.ndarray:
     """Return three uniform random numbers in [0, 1) for a row, from another random stream than its tokens."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1]))).random(3)
+
+
+def _count_first(rollout: Rollout, share: float) -> Rollout:
+    """Return the rollout with only the first `share` of its counted tokens counted, at least one."""
+    places = np.flatnonzero(rollout.counted)
+    kept = places[: math.ceil(share * len(places))]
+    counted = np.zeros_like(rollout.counted)
+    counted[kept] = True
+    return replace(rollout, counted=counted, logprobs=rollout.logprobs[: len(kept)])
 
 
 def _rollout(row: TokenSequence) -> Rollout:

@@ -1,4 +1,4 @@
-"""Losses of three papers as a user's own code: a divergence and two methods, which a config names by path.
+"""Losses of four papers as a user's own code: two divergences and two methods, which a config names by path.
 
 method: { divergence: "tests.examples.paper_losses:logit_matching", kind: logit_kd, support: { kind: hidden } }
 method: { kind: custom, path: "tests.examples.paper_losses:TaiLr", support: null, options: { gamma: 0.1 } }
@@ -19,6 +19,15 @@ def logit_matching(log_p, log_q):
     constant, which centring removes. Needs the whole vocabulary (support `hidden`)."""
     centred_p, centred_q = (log - log.mean(-1, keepdim=True) for log in (log_p, log_q))
     return (centred_p - centred_q).square().mean(-1)
+
+
+def entropy_aware(log_p, log_q, threshold=1.0):
+    """Reverse KL, and forward KL beside it where the teacher's entropy exceeds `threshold` nats (Jin et al. 2026, arXiv
+    2603.07079): many continuations are right there, and reverse KL alone would choose one of them."""
+    p, q = log_p.exp(), log_q.exp()
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    is_open = -(p * log_p).sum(-1) > threshold
+    return reverse + is_open * forward
 
 
 class TaiLr(Method):

@@ -12,7 +12,7 @@ from rayk.rollouts import Rollout
 from rayk.run import distill
 from rayk.training.student import Student
 from tests import runs
-from tests.examples.paper_losses import logit_matching
+from tests.examples.paper_losses import entropy_aware, logit_matching
 from tests.methods.small_batch import dense_logits, small_batch
 from tests.methods.test_logit_kd import signals_of
 from tests.tiny import tiny_model
@@ -35,6 +35,14 @@ def test_logit_matching_is_the_distance_of_centred_logits():
     teacher, student = torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = ((teacher - teacher.mean(1, keepdim=True)) - (student - student.mean(1, keepdim=True))).square().mean(1)
     torch.testing.assert_close(logit_matching(teacher.log_softmax(1), student.log_softmax(1)), expected)
+
+
+def test_forward_kl_is_added_where_the_teacher_is_undecided():
+    peaked, flat = torch.tensor([5.0, 0.0, 0.0]).log_softmax(0), torch.zeros(3).log_softmax(0)
+    log_p, log_q = torch.stack([peaked, flat]), torch.tensor([[0.0, 1.0, 2.0]] * 2).log_softmax(1)
+    forward, reverse = (log_p.exp() * (log_p - log_q)).sum(1), (log_q.exp() * (log_q - log_p)).sum(1)
+    expected = torch.stack([reverse[0], reverse[1] + forward[1]])  # entropies of 0.08 and 1.10 nats
+    torch.testing.assert_close(entropy_aware(log_p, log_q, threshold=0.5), expected)
 
 
 @pytest.mark.parametrize("least", [0.0, 0.2])
@@ -71,10 +79,11 @@ def test_f_distill_measures_each_row_where_it_was_written(student):
     "method",
     [
         {"kind": "logit_kd", "divergence": f"{FILE}:logit_matching", "support": {"kind": "hidden"}},
+        {"kind": "on_policy", "divergence": {"name": f"{FILE}:entropy_aware", "threshold": 0.5}},
         {"kind": "custom", "path": f"{FILE}:TaiLr", "support": None, "options": {"gamma": 0.1}},
         {"kind": "custom", "path": f"{FILE}:FDistill", "rollouts": True, "completions": True},
     ],
-    ids=["logit_matching", "TaiLr", "FDistill"],
+    ids=["logit_matching", "entropy_aware", "TaiLr", "FDistill"],
 )
 def test_losses_of_papers_train(tmp_path, served, tiny_student, method):
     run = runs.config(tmp_path, tiny_student, method, steps=6)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import shutil
 
 import numpy as np
@@ -116,6 +117,28 @@ def test_loss_is_the_divergence_at_generated_tokens_only(watched, tmp_path, tiny
             tokens += len(sequence) - sequence.prompt_tokens
         assert row["counted_tokens"] == tokens
         assert row["loss"] == pytest.approx(float(total / tokens), rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["divergence", "policy"])
+def test_only_the_first_share_of_a_rollout_is_trained_on(watched, tmp_path, tiny_student, tiny_teacher, served, form):
+    rows, states = watched
+    distill(changed(tmp_path, tiny_student, {"kind": "on_policy", "form": form, "first_share": 0.3}, steps=2))
+    for step, row in enumerate(metrics(tmp_path / "run")):
+        lengths = [len(each) - each.prompt_tokens for each in rows[step]]
+        kept = [math.ceil(0.3 * length) for length in lengths]
+        assert [np.flatnonzero(each.counted).tolist() for each in rows[step]] == [
+            list(range(each.prompt_tokens, each.prompt_tokens + count))
+            for each, count in zip(rows[step], kept, strict=True)
+        ]
+        assert row["counted_tokens"] == sum(kept)
+        assert row["rollout_tokens"] == pytest.approx(np.mean(lengths))
+    if form == "policy":
+        student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_student, tiny_teacher))
+        student.load_state_dict(states[0])
+        vocabulary = served.info.vocab_size
+        ratios = [log_probs(student, each, vocabulary) - log_probs(teacher, each) for each in rows[0]]
+        first = metrics(tmp_path / "run")[0]
+        assert first["log_ratio"] == pytest.approx(np.concatenate(ratios).mean(), rel=1e-3, abs=1e-5)
 
 
 def test_each_prompt_has_several_different_completions(watched, tmp_path, tiny_student, served):

@@ -54,6 +54,9 @@ class OnPolicyConfig(DivergenceMethodConfig, TokenLossConfig):
     teacher_written: Share = 0.0
     """Share of the other rows whose completion the teacher generates (sequence-level KD), with the sampling settings of
     `rollouts`, after its own prompt if it has a `prompt_template`; the remaining rows keep their own completion."""
+    first_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the tokens of each rollout, from its first one, that enter the loss. Late tokens follow text that the
+    teacher would not write; with 0.3, on-policy distillation was about as good as with all (arXiv 2606.22600)."""
     adaptive: AdaptiveConfig | None = None
     """Adapt the share of rollouts to the evaluation loss, up to `student_fraction`; `null`: the share is constant."""
     requested_ids: Positive = 64
