@@ -15,10 +15,10 @@ from rayk.rollouts import Rollout
 
 
 def logit_matching(log_p, log_q):
-    """Mean squared difference of centred logits (Ba & Caruana 2014, arXiv 1312.6184): log-probs are logits minus a
-    constant, which centring removes. Needs the whole vocabulary (support `hidden`)."""
-    centred_p, centred_q = (log - log.mean(-1, keepdim=True) for log in (log_p, log_q))
-    return (centred_p - centred_q).square().mean(-1)
+    """Mean squared difference of centered logits (Ba & Caruana 2014, arXiv 1312.6184): log-probs are logits minus a
+    constant, which centering removes. Needs the whole vocabulary (support `hidden`)."""
+    centered_p, centered_q = (log - log.mean(-1, keepdim=True) for log in (log_p, log_q))
+    return (centered_p - centered_q).square().mean(-1)
 
 
 def entropy_aware(log_p, log_q, threshold=1.0):

@@ -31,7 +31,7 @@ def student():
     return Student(tiny_model(seed=3, tie=False))
 
 
-def test_logit_matching_is_the_distance_of_centred_logits():
+def test_logit_matching_is_the_distance_of_centered_logits():
     teacher, student = torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = ((teacher - teacher.mean(1, keepdim=True)) - (student - student.mean(1, keepdim=True))).square().mean(1)
     torch.testing.assert_close(logit_matching(teacher.log_softmax(1), student.log_softmax(1)), expected)
