@@ -357,6 +357,7 @@ def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     assert the_sentence(rayk("status", tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [

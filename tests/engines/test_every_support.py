@@ -102,6 +102,7 @@ def test_coarser_signals_give_smaller_divergences(engine, tiny_student):
         assert bool((united <= exact + 1e-4).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [1.0, 0.8, 1.2])
 def test_sampled_weights_are_unbiased(engine, reference, tau):
     one = [sequence(6)]

@@ -108,6 +108,7 @@ def p_value(sequences, exact):
     return chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", MODELS)
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 1.0])
 def test_samples_follow_the_mixture_at_every_draft_length(spread, alpha):
@@ -127,6 +128,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", SHARED.values(), ids=SHARED)
 def test_shared_random_streams_are_detected(monkeypatch, streams):
     """A deliberately wrong variant, which the chi-square test above must detect."""
@@ -143,6 +145,7 @@ def test_shared_random_streams_are_detected(monkeypatch, streams):
     assert p_value(wrong, mixture(teacher, student, 0.5)) < 1e-12
 
 
+@pytest.mark.slow
 def test_repeated_candidates_are_detected(monkeypatch):
     """A deliberately wrong variant: every call sends the first candidates again, with new coins."""
 

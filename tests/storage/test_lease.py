@@ -56,6 +56,7 @@ def test_a_living_process_keeps_its_lease_until_it_is_killed(tmp_path, holder):
         assert (taken.number, files(tmp_path / "run")) == (2, ["000002.json"])
 
 
+@pytest.mark.slow
 def test_a_process_on_another_machine_keeps_its_lease_while_it_shows_life(tmp_path, holder, elsewhere):
     said = []
     with pytest.raises(InputError, match="which is still running"), hold_lease(tmp_path / "run", said.append):

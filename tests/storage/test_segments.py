@@ -254,6 +254,7 @@ def writer(folder: Path, first: int, last: int, a_segment: int) -> subprocess.Po
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_read_concurrently(folder):
     both = [writer(folder, 0, 1_500, 50), writer(folder, 1_000, 2_500, 35)]
     reader, entries = SegmentStore(str(folder)), entries_of(*range(2_500))
@@ -265,6 +266,7 @@ def test_two_processes_write_and_read_concurrently(folder):
     assert SegmentStore(str(folder)).verify().damaged == []
 
 
+@pytest.mark.slow
 def test_killed_writer_loses_only_unwritten_entries(folder):
     process = writer(folder, 0, 10_000_000, 25)
     assert process.stdout is not None

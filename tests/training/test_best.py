@@ -61,6 +61,7 @@ def test_best_of_another_metric_or_without_its_checkpoint_is_forgotten():
     assert again.step is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "mode"), [(None, "min"), ({"r": 4, "alpha": 400}, "max")], ids=["whole", "lora"])
 def test_saved_model_is_that_of_the_best_evaluation(lora, mode, tmp_path, tiny_student):
     # The adapter's loss is highest in its first steps, and hardly changes in its last ones.
@@ -94,6 +95,7 @@ def test_run_ends_when_patience_is_over_and_stays_finished(tmp_path, tiny_studen
     assert all((before[name] == value).all() for name, value in weights(run.output_path).items())
 
 
+@pytest.mark.slow
 def test_resumed_run_remembers_the_best_evaluation(tmp_path, tiny_student):
     evaluation = {"patience": 3}
     whole = prepared(tmp_path / "whole", tiny_student, evaluation=evaluation, steps=50)

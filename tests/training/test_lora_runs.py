@@ -139,6 +139,7 @@ def test_seed_and_settings_alone_decide_what_is_learned(tmp_path, tiny_student, 
     assert curve(runs["first"].output_path) != curve(runs["other"].output_path)
 
 
+@pytest.mark.slow
 def test_adapter_trains_on_a_bfloat16_base_with_gradient_checkpointing(tmp_path, tiny_student):
     curves = {}
     for name, changes in {

@@ -89,6 +89,7 @@ def _logprob(model, row):
     return own[row.prompt_tokens - 1 :].sum()
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_learning(tmp_path, tiny_student):
     for name, tokens in (("whole", 100_000), ("cut", 150), ("pairs", 1)):
         distill(config(tmp_path / name, tiny_student, micro_batch_tokens=tokens))
@@ -105,6 +106,7 @@ def test_two_workers_equal_one(tmp_path, tiny_student, ray_cluster):
     assert_same_learning(tmp_path / "alone" / "run", tmp_path / "group" / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5], ids=["before the first checkpoint", "after it"])
 def test_reference_is_the_initial_student_after_a_worker_death(tmp_path, tiny_student, monkeypatch, step):
     distill(config(tmp_path / "whole", tiny_student))

@@ -10,6 +10,7 @@ from tests.benchmarks.learning.measures import excess_error
 from tests.benchmarks.learning.words import EOS
 
 
+@pytest.mark.slow
 def test_rows_are_walks_and_changed_rows_are_not():
     rows = walks.generate_rows(400, seed=3)
     assert len({row["prompt"] for row in rows[: len(walks.OLD_TOWN)]}) == len(walks.OLD_TOWN)
