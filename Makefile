@@ -24,7 +24,7 @@ test: .venv/.developing .venv/kubernetes
 test-long: .venv/.vllm
 	$(PYTEST) $(PARALLEL) -m "long and not real"
 
-# Tests without Ray and vLLM that take less than 5 seconds each.
+# Tests without Ray and vLLM that take less than 2 seconds each.
 test-fast: .venv/.developing .venv/kubernetes
 	$(PYTEST) $(PARALLEL) -m "not cluster and not real and not slow"
 

@@ -343,6 +343,7 @@ def test_plan_measures_rates_that_are_not_given(rayk, write_config, tiny_teacher
     assert re.search(r"^one replica +[\d,]+ tokens/s", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_report_compares_run_directories(rayk, tmp_path, tiny_student):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -94,6 +94,7 @@ values = st.recursive(
 row_lists = st.lists(st.dictionaries(texts, values, min_size=1, max_size=4), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @given(rows=row_lists, indent=st.sampled_from([None, 0, 3]), ascii=st.booleans(), chunk=st.integers(1, 40))
 @settings(max_examples=100, deadline=None)
 def test_any_rows_are_read_from_any_layout(rows, indent, ascii, chunk):
@@ -111,6 +112,7 @@ def test_any_bytes_give_rows_or_one_error(content):
         read(content)
 
 
+@pytest.mark.slow
 def test_long_lists_are_read_in_constant_memory():
     document = json.dumps({"data": [{"prompt": "a" * 1000, "completion": "b"}] * 20_000}).encode()
     tracemalloc.start()

@@ -365,6 +365,7 @@ anything = st.recursive(
 names = ["prompt", "completion", "messages", "conversations", "chosen", "rejected", "text", "tools", "system"]
 
 
+@pytest.mark.slow
 @given(fields=st.dictionaries(st.sampled_from(names), anything, min_size=1), pairs=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_any_fields_are_read_or_refused_in_one_sentence(fields, pairs):

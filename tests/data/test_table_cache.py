@@ -98,6 +98,7 @@ def test_a_second_start_tokenizes_nothing(settings, tokenizer, kept, caplog):
     assert [path.suffix for path in kept_tables()] == [".arrow"]
 
 
+@pytest.mark.slow
 def test_other_rows_settings_and_tokenizers_are_other_tables(settings, tokenizer, kept, rows, tmp_path):
     source, data = settings
     tokenize_once(source, data, tokenizer)

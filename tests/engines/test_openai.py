@@ -145,6 +145,7 @@ def test_transient_failures_are_retried(ask, endpoint, chat):
     assert engine.usage.requests == 2 * len(TRANSIENT)
 
 
+@pytest.mark.slow
 def test_a_prompt_without_completion_has_a_reason_and_affects_no_other(ask, endpoint, caplog):
     for name, reply in TRANSIENT.items():
         endpoint.replies[name] = [reply] * 2

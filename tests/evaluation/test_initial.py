@@ -23,6 +23,7 @@ def values(tmp_path, tiny_student):
     return make
 
 
+@pytest.mark.slow
 def test_untrained_student_is_measured_without_changing_the_run(values, tmp_path):
     measured, plain = (
         distill(parse_config(values(name, before_training=given))).summary
@@ -41,6 +42,7 @@ def test_untrained_student_is_measured_without_changing_the_run(values, tmp_path
     assert all((one[name] == other[name]).all() for name in one)
 
 
+@pytest.mark.slow
 def test_initial_metrics_are_kept_on_resume(values, tmp_path):
     config = parse_config(values("run"))
     expected = distill(config).summary["student_before"]

@@ -57,6 +57,7 @@ def compiler(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_alike_on_packed_rows_of_changing_lengths(compiler):
     plain = packing_model()
     compiled = copy.deepcopy(plain)

@@ -134,6 +134,7 @@ def test_a_run_has_the_same_color_in_all_figures(tmp_path):
         assert drawn == [color for color, run in zip(colors, runs, strict=True) if f"{run.name} " in svg]
 
 
+@pytest.mark.slow
 def test_many_runs_with_equal_names_are_distinguishable(tmp_path):
     runs = [make_run(tmp_path / f"folder{number}", name="same", kd=True) for number in range(10)]
     text = text_of(report_of(tmp_path, *runs))
@@ -157,6 +158,7 @@ def test_run_without_a_step_has_a_report(tmp_path):
     assert "<figure>" not in page
 
 
+@pytest.mark.slow
 def test_one_step_and_long_runs_are_drawn(tmp_path):
     one = report_of(tmp_path, make_run(tmp_path / "one", steps=1))
     long = report_of(tmp_path, make_run(tmp_path / "long", steps=20_000))
@@ -208,6 +210,7 @@ class Elements(HTMLParser):
             self.attributes.setdefault(name, set()).add(value)
 
 
+@pytest.mark.slow
 def test_hostile_run_directory_adds_no_element_and_no_attribute(tmp_path):
     """Every text that rows, models, settings and metrics can contain is shown as text."""
     samples = [sample("line 1", reason="", before="3")]

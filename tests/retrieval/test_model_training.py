@@ -86,6 +86,7 @@ def test_encoder_learns_the_scores_and_loads_with_its_settings(settings, tmp_pat
     assert before.argmax(1).tolist() != [1, 2, 3, 4, 5, 0]
 
 
+@pytest.mark.slow
 def test_reward_model_learns_the_scores_and_returns_rewards_in_order(settings, tmp_path):
     texts, scored = task()
     favorite = np.where(np.arange(len(WORDS)) == 2, 0.0, -6.0).astype(np.float32)

@@ -77,6 +77,7 @@ def test_logprobs_and_weights_equal_those_of_one_forward(student, teacher, alpha
     assert sum(one.rejected for one in rollouts) > 5 or alpha == 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_tokens_are_sampled_from_the_mixture(student, teacher):
     """End to end: the chi-square of the first token and of the second, whose law is summed over all first ones."""
@@ -102,6 +103,7 @@ def test_two_tokens_are_sampled_from_the_mixture(student, teacher):
         assert chisquare(*cells).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_batch_draft_length_and_teacher_cache_change_nothing(student, tiny_teacher, teacher):
     """Nor do replicas: every second draft goes to an engine that has no or not enough of the sequence in its cache."""
     together = sampled(student, teacher.verify)

@@ -47,6 +47,7 @@ def preset(models, *changes):
     return load_config(PRESET, list(changed))
 
 
+@pytest.mark.slow
 def test_sizes_of_published_models(models):
     teacher, student = measure_size(str(models / "teacher")), measure_size(str(models / "student"))
     assert teacher.parameters == pytest.approx(235.1e9, rel=0.002) and teacher.active == pytest.approx(22.2e9, rel=0.01)
@@ -102,6 +103,7 @@ def test_unknown_gpu_is_refused_with_the_closest():
         find_device("h1000")
 
 
+@pytest.mark.slow
 def test_plan_of_the_preset_prints_each_figure_with_its_origin(models, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     changes = [f"teachers.0.model={models / 'teacher'}", f"student.model={models / 'student'}"]

@@ -98,6 +98,7 @@ def test_export_reads_from_and_writes_to_a_bucket(finished, s3):
         export_model(finished, s3.uri("x").replace("@bucket", "@no-such-bucket"))
 
 
+@pytest.mark.slow
 def test_run_continues_from_the_bucket_where_its_directory_is_lost(tmp_path, tiny_student, s3):
     values = in_bucket(tmp_path, tiny_student, s3, steps=2)
     first = distill(parse_config(values))

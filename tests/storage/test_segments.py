@@ -62,6 +62,7 @@ def test_added_entries_are_found_before_and_after_they_are_written(folder):
     assert store.read(entries) == SegmentStore(str(folder)).read(entries) == entries
 
 
+@pytest.mark.slow
 def test_open_store_finds_segments_of_other_writers(filled):
     store = SegmentStore(str(filled))
     assert len(store.read(entries_of(*range(20)))) == 20

@@ -82,6 +82,7 @@ def test_saved_model_is_that_of_the_best_evaluation(lora, mode, tmp_path, tiny_s
     assert f"model of step {best}, the best by loss" in page and "A ring marks the best evaluation" in page
 
 
+@pytest.mark.slow
 def test_run_ends_when_patience_is_over_and_stays_finished(tmp_path, tiny_student):
     run = prepared(tmp_path, tiny_student, evaluation={"patience": 2}, steps=50)
     summary = distill(run).summary
@@ -110,6 +111,7 @@ def test_resumed_run_remembers_the_best_evaluation(tmp_path, tiny_student):
     assert_same_learning(whole.output_path, parts.output_path, 1e-6)
 
 
+@pytest.mark.slow
 def test_missing_checkpoint_of_the_best_evaluation_is_an_error(tmp_path, tiny_student, monkeypatch):
     run = prepared(tmp_path, tiny_student)
     monkeypatch.setattr(CheckpointStore, "manifest", lambda self, step: None)

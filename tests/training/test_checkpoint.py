@@ -163,6 +163,7 @@ def test_store_that_cannot_be_written_is_refused_before_training(tmp_path):
     assert isinstance(stop.value.problem, InputError)
 
 
+@pytest.mark.slow
 def test_tied_weights_are_stored_once_and_restored_tied(tmp_path):
     tiny_model(tmp_path / "student", hidden=16, layers=1, tie=True, tokenizer=tiny_tokenizer())
     state = trainable_state_dict(tiny_model(hidden=16, layers=1, tie=True))
@@ -208,6 +209,7 @@ class StatefulMethod(Supervised):
         self.steps, self.average = state["steps"], state["average"]
 
 
+@pytest.mark.slow
 def test_method_state_is_restored(tmp_path, tiny_student, monkeypatch):
     monkeypatch.setitem(METHODS, "supervised", StatefulMethod)
     run_in_two_parts(tmp_path, tiny_student)
@@ -223,6 +225,7 @@ class Stages(ProgressListener):
         self.found += [text] if text.startswith("The run directory is ") else []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_where_it_begins(tmp_path, tiny_student):
     stages = Stages()
     run = config(tmp_path, tiny_student, checkpoint_every_steps=2, steps=2)
@@ -247,6 +250,7 @@ def test_checkpoints_are_due_by_time_too(tmp_path, tiny_student):
         assert CheckpointStore(run.checkpoints).steps() == steps
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_student):
     (tmp_path / "again").mkdir()
     settings = config(tmp_path, tiny_student)
@@ -258,6 +262,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_student):
     assert result.summary["steps"] == 6
 
 
+@pytest.mark.slow
 def test_resumed_run_may_change_its_placement_but_no_learning_setting(tmp_path, tiny_student):
     first = settings(tmp_path, tiny_student)
     distill(parse_config(first))
@@ -287,6 +292,7 @@ def test_directory_of_another_run_is_refused(tmp_path, tiny_student):
             distill(config(tmp_path, tiny_student), output=str(tmp_path / taken))
 
 
+@pytest.mark.slow
 def test_infinite_gradient_stops_the_run_at_its_last_good_step(tmp_path, tiny_student, monkeypatch):
     class Exploding(Supervised):
         exploding = True

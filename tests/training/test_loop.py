@@ -144,6 +144,7 @@ def test_rows_with_unusable_signals_stop_the_run_or_are_left_out(tmp_path, tiny_
     assert all(math.isfinite(step["loss"]) for step in steps)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32(tmp_path, tiny_student):
     for precision in ("float32", "bfloat16"):
         (tmp_path / precision).mkdir()

@@ -62,6 +62,7 @@ def test_every_method_starts_from_the_base_and_trains_the_adapter_only(method, t
     assert changed == {name for name in base if "proj" in name}
 
 
+@pytest.mark.slow
 def test_reference_of_preferences_is_the_student_without_its_adapter(tmp_path, tiny_student):
     method = {"kind": "preference", "beta": 0.5}
     whole = prepared(tmp_path / "whole", tiny_student, method, lora=None, steps=6, learning_rate=1e-9)
@@ -113,6 +114,7 @@ def test_resumed_run_equals_the_undisturbed_one_from_the_adapter_alone(method, t
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_changed_base_weights_are_refused(tmp_path):
     def base(seed):
         tiny_model(tmp_path / "base", seed=seed, hidden=16, layers=1, tokenizer=tiny_tokenizer())

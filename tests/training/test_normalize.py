@@ -41,6 +41,7 @@ def test_steps_equal_a_dense_reference_in_plain_pytorch(tmp_path, tiny_student):
         np.testing.assert_allclose(trained[name], value.detach(), atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_learning(tmp_path, tiny_student):
     for folder, tokens in (("whole", 100_000), ("cut", 150), ("rows", 1)):
         (tmp_path / folder).mkdir()

@@ -51,6 +51,7 @@ def config(folder, student, method=DPO, evaluation=None, cache=None, **training)
     return parse_config(values | {"cache": cache and {"path": str(cache)}})
 
 
+@pytest.mark.slow
 def test_steps_equal_a_dense_reference_in_plain_pytorch(tmp_path, tiny_student):
     run = config(tmp_path, tiny_student, micro_batch_tokens=200, steps=8, learning_rate=2e-3)
     distill(run)
@@ -119,6 +120,7 @@ def test_reference_is_the_initial_student_after_a_worker_death(tmp_path, tiny_st
     assert_same_learning(tmp_path / "whole" / "run", tmp_path / "hurt" / "run", 1e-6)
 
 
+@pytest.mark.slow
 def test_reference_survives_a_change_of_its_folder(tmp_path, tiny_student, monkeypatch):
     student = tmp_path / "student"
     shutil.copytree(tiny_student, student)
@@ -175,6 +177,7 @@ def test_pair_with_one_unusable_answer_is_left_out_as_a_whole(tmp_path, tiny_stu
     assert all(math.isfinite(step["loss"]) for step in steps)
 
 
+@pytest.mark.slow
 def test_preference_accuracy_on_held_out_pairs_rises(tmp_path, tiny_student):
     held_out = write_pairs(tmp_path / "held_out.jsonl", count=60, seed=7, alike=True)
     run = config(tmp_path, tiny_student, DPO | {"label_smoothing": 0.0}, held_out, steps=60, batch_size=16)

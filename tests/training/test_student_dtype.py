@@ -35,6 +35,7 @@ def run_with(folder, checkpoint, student=None, **training):
     return distill(parse_config(values))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_student_learns_as_with_bfloat16_computation(tmp_path, checkpoint):
     training = {"steps": 8, "learning_rate": 1e-3}
     student = run_with(tmp_path / "student", checkpoint, {"dtype": "bfloat16", "save_dtype": "float32"}, **training)

@@ -61,6 +61,7 @@ def wandb_curve(records: list[wandb_internal_pb2.Record], name: str) -> dict[int
     return {row["_step"]: row[name] for row in rows if name in row}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tmp_path, mlflow_uri):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "first", "teachers": [{"model": "large"}]}))
     tracking = TrackingConfig(
