@@ -99,9 +99,8 @@ def test_the_last_message_of_a_conversation_is_the_question_of_a_chain_of_though
 
 @pytest.mark.cluster
 def test_pairs_of_a_conversation_have_messages(chat_teacher, endpoint, store):
-    texts = iter(["4", "5"])
-    endpoint.answer = lambda body: completion(body, next(texts))
-    given = PreferencesConfig(in_flight=1)
+    endpoint.answer = lambda body: completion(body, "5" if body["temperature"] == 0.3 else "4")
+    given = PreferencesConfig(student_sampling={"max_new_tokens": 32, "temperature": 0.3})
     run_recipe(given, chat_teacher, store, [chat_prompt()], student=chat_teacher)
     (row,) = rows(store)
     assert (row["prompt"], row["chosen"]) == (CHAT, [{"role": "assistant", "content": "4"}])
