@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from rayk.config.secrets import hide
 from rayk.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from rayk.errors import InputError, RaykError
 from rayk.storage.atomic import write_whole
@@ -95,7 +96,8 @@ class Trackers:
             raise  # of the run directory's disk
         except Exception as error:
             self._services.pop(name, None)
-            logger.warning("tracking.%s is left out from now on: %s: %s", name, type(error).__name__, error)
+            cause = hide(f"{type(error).__name__}: {error}")
+            logger.warning("tracking.%s is left out from now on: %s", name, cause)
 
 
 class _TensorBoard:
@@ -120,7 +122,7 @@ class _Wandb:
         self._run = wandb.init(
             project=settings.project, entity=settings.entity, group=settings.group, tags=settings.tags,
             mode=settings.mode, dir=folder, name=config.get("name"), id=run_id, resume="allow", config=config,
-            settings=wandb.Settings(silent=True, console="off"),
+            allow_val_change=True, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -74,6 +74,7 @@ def test_a_resumed_run_continues_its_curves(tmp_path, mlflow_uri):
     [run] = mlflow_runs(mlflow_uri)
     assert run.info.status == "FAILED"
 
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "first", "teachers": [{"model": "moved"}]}))
     second = Recorder(tmp_path, 2, tracking)
     for step in (3, 4):
         second.record({"step": step, "loss": 1 / step})
@@ -99,7 +100,7 @@ def test_a_resumed_run_continues_its_curves(tmp_path, mlflow_uri):
 
 def test_a_service_that_fails_is_left_out(tmp_path, mlflow_uri, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking = TrackingConfig(tensorboard=True, mlflow={"tracking_uri": "http://127.0.0.1:9"})
+    tracking = TrackingConfig(tensorboard=True, mlflow={"tracking_uri": "http://user:hunter2@127.0.0.1:9"})
     with caplog.at_level(logging.WARNING):
         recorder = Recorder(tmp_path, 0, tracking)
         recorder.record({"step": 1, "loss": 1.0})
@@ -107,6 +108,7 @@ def test_a_service_that_fails_is_left_out(tmp_path, mlflow_uri, monkeypatch, cap
     assert [record.message[:40] for record in caplog.records if record.name == "rayk.training.trackers"] == [
         "tracking.mlflow is left out from now on:"
     ]
+    assert "hunter2" not in caplog.text
     assert curve(tmp_path) == [1.0]
     assert list((tmp_path / "tensorboard").iterdir())
 
