@@ -5,7 +5,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 # Benchmarks that need no further data or packages.
 BENCHMARKS ?= $(addprefix speed.,service loss step supports cache epoch vllm_server scaling teacher_mixed weight_update \
-	dedupe) learning.quickstart
+	dedupe generation) learning.quickstart
 # Minutes of the soak test.
 MINUTES ?= 20
 PYTEST := $(BIN)/python -m pytest
