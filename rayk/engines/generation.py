@@ -95,6 +95,7 @@ class _Ends:
 
 
 def _generate(model: CausalLM, prompts: Sequence[np.ndarray], sampler: SeededSampler, ends: _Ends) -> list[_Completion]:
+    """Generate in one batch, which a row leaves when it has ended."""
     completions = [_Completion() for _ in prompts]
     head = get_decoding_head(model)
     active = completions
@@ -132,6 +133,7 @@ def _padded(prompts: Sequence[np.ndarray], device: torch.device, *, left: bool =
 def _generate_with_transformers(
     model: CausalLM, prompts: Sequence[np.ndarray], sampler: SeededSampler, ends: _Ends, use_cache: bool
 ) -> list[_Completion]:
+    """Generate in transformers' loop, in one left-padded batch that keeps all rows until the last one has ended."""
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     ids = _padded(prompts, model.device, left=True)

@@ -28,6 +28,13 @@ def test_ids_of_weight_zero_are_never_drawn(possible):
     assert set(draw_ids(weights, numbers[None]).unique().tolist()) == set(possible)
 
 
+def test_no_rounding_leads_past_the_last_possible_id():
+    """The sums of a block, in two orders, differ in their last bits."""
+    weights = torch.zeros(2000, 1000, dtype=torch.float64)
+    weights[:, :200] = torch.from_numpy(np.random.default_rng(0).random((2000, 200)))
+    assert (draw_ids(weights, torch.full((2000, 1), LARGEST, dtype=torch.float64)) == 199).all()
+
+
 def test_ids_follow_the_weights():
     weights = torch.rand(1, 700, generator=torch.Generator().manual_seed(0))
     numbers = torch.from_numpy(np.random.default_rng(0).random((1, 70_000)))

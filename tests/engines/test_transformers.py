@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 import json
 import math
 import threading
@@ -242,6 +243,16 @@ def test_both_loops_generate_the_same(engine, monkeypatch, sampling):
         assert (one.finish_reason, one.text) == (other.finish_reason, other.text)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
     assert len({len(one.token_ids) for one in ours}) > 1 or not sampling.get("stop"), "choose another stop string"
+
+
+@pytest.mark.parametrize("rows_leave", [True, False])
+def test_cancelled_rows_end_at_the_next_token(tiny_teacher, monkeypatch, rows_leave):
+    monkeypatch.setattr("rayk.engines.generation.can_continue", lambda model: rows_leave)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    calls = itertools.count(1)
+    parameters = SamplingParameters(max_new_tokens=20, end_token_ids=(VOCAB - 1,))
+    generated = generate(model, VOCAB, tiny_tokenizer(), prompts_of(3, 9), parameters, [0, 1], lambda: next(calls) == 3)
+    assert [(len(one.token_ids), one.finish_reason) for one in generated] == [(3, "length")] * 2
 
 
 def sampled_counts(engine, draws, **parameters):
