@@ -8,10 +8,12 @@ BENCHMARKS ?= $(addprefix speed.,service loss step supports cache epoch vllm_ser
 	dedupe generation) learning.quickstart
 # Minutes of the soak test.
 MINUTES ?= 20
-PYTEST := $(BIN)/python -m pytest
+# Modules are compiled first: with PYTHONDONTWRITEBYTECODE, each of the tests' processes would compile all of them.
+PYTEST := $(BIN)/python -m compileall -q rayk tests && $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-long test-fast test-real lint types links audit fuzz bench comparison soak build clean
+.PHONY: quickstart test test-fast test-long test-nightly test-real lint types links audit fuzz bench comparison soak build \
+	clean
 
 quickstart: .venv/.installed
 	$(BIN)/rayk quickstart
@@ -22,7 +24,11 @@ test: .venv/.developing .venv/kubernetes
 
 # Tests with killed processes, with several runs, and with vLLM: half an hour.
 test-long: .venv/.vllm
-	$(PYTEST) $(PARALLEL) -m "long and not real"
+	$(PYTEST) $(PARALLEL) -m "long and not nightly and not real"
+
+# The longest of these tests: a quarter of an hour.
+test-nightly: .venv/.vllm
+	$(PYTEST) $(PARALLEL) -m nightly
 
 # Tests without Ray and vLLM that take less than 2 seconds each.
 test-fast: .venv/.developing .venv/kubernetes

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
         if starts_ray or CLUSTER_FIXTURES & set(item.fixturenames):
             item.add_marker("cluster")
         takes_long = item.path.parent.name == "integration" or "vllm" in item.path.name
-        if takes_long and item.get_closest_marker("cluster"):
+        if (takes_long and item.get_closest_marker("cluster")) or item.get_closest_marker("nightly"):
             item.add_marker("long")
     slow = {item.path for item in items if item.get_closest_marker("cluster")}
     items.sort(key=lambda item: item.path not in slow)

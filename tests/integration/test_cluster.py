@@ -63,6 +63,7 @@ def test_submitted_job_completes(head, tmp_path, tiny_student, tiny_teacher):
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
+@pytest.mark.nightly
 def test_stopped_job_is_resumed_and_leaves_only_detached_teachers(head, tmp_path, tiny_student, tiny_teacher):
     """Ray kills a job three seconds after `ray job stop`, whatever it still has to do. The slow teacher keeps the run
     from ending before."""
@@ -95,6 +96,7 @@ def test_stopped_job_is_resumed_and_leaves_only_detached_teachers(head, tmp_path
     wait_until(lambda: not actor_processes("ServeReplica:shared:"), "the end of the detached teacher")
 
 
+@pytest.mark.nightly
 def test_driver_killed_while_its_teachers_load_is_resumed(head, tmp_path, tiny_student, tiny_teacher):
     values = settings(tmp_path, tiny_student, "logit_kd", workers=1, steps=3)
     slow = {"kind": "simulated", "start_seconds": 8, "tokens_per_second": 1e6}

@@ -80,7 +80,9 @@ def test_killed_driver_changes_no_result(tmp_path, tiny_student, undisturbed, ma
     assert_same_learning(undisturbed, killed["output"], 1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM], ids=["ctrl-c", "sigterm"]
+)
 def test_a_signal_to_its_group_ends_a_run_with_one_sentence(tmp_path, tiny_student, tiny_teacher, mark, number):
     values = prepared(tmp_path, "stopped", tiny_student, "logit_kd", workers=1, steps=100_000)
     values["teachers"] = [{"name": "own", "model": tiny_teacher, "resources": {"num_cpus": 0.5}}]
@@ -130,6 +132,7 @@ class StrikingAgain(ProgressListener):
             self.struck_at.append(step)
 
 
+@pytest.mark.nightly
 def test_failures_after_a_new_checkpoint_are_counted_anew(tmp_path, tiny_student, undisturbed, ray_cluster):
     slow = {"micro_batch_tokens": 40}
     disturbed = prepared(tmp_path, "hurt", tiny_student, workers=1, max_failures=1, **slow)
@@ -139,6 +142,7 @@ def test_failures_after_a_new_checkpoint_are_counted_anew(tmp_path, tiny_student
     assert_same_learning(undisturbed, disturbed["output"], 1e-3)
 
 
+@pytest.mark.nightly
 def test_hung_worker_changes_no_result(tmp_path, tiny_student, undisturbed, mark):
     """After SIGSTOP a worker holds its connections, so the other one waits for it without an error."""
     hung = prepared(tmp_path, "hung", tiny_student, workers=2)

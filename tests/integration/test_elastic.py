@@ -60,6 +60,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.nightly
 def test_workers_follow_the_nodes_and_learn_the_same(tmp_path, tiny_student):
     values = settings(
         tmp_path, tiny_student, workers={"min": 1, "max": 2}, steps=100_000, schedule="constant", micro_batch_tokens=64,

@@ -9,6 +9,7 @@ from tests.runs import actor_processes, curve, metrics, rayk, settings, wait_unt
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.nightly
 def test_labels_place_teachers_and_students_on_their_nodes(tmp_path, tiny_student, tiny_teacher):
     """The head has room for all of them, and either node for the other's part. The students' node comes late."""
     values = settings(tmp_path, tiny_student, "logit_kd", workers=2, steps=60)

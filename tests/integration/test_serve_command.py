@@ -30,7 +30,7 @@ def connect(name, **variables):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("auth", ["disabled", "token"])
+@pytest.mark.parametrize("auth", [pytest.param("disabled", marks=pytest.mark.nightly), "token"])
 def test_printed_lines_connect_another_process(auth, tmp_path, tiny_teacher):
     """With Ray's token authentication, too, which a local cluster enables unless it is told otherwise."""
     config = tmp_path / "teachers.yaml"

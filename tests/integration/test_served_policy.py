@@ -56,6 +56,7 @@ def test_served_policy_trains_like_the_worker_policy(
     assert curve(tmp_path / "served" / "run", "rollout_staleness") == ages
 
 
+@pytest.mark.nightly
 def test_killed_replica_and_worker_change_no_result(tmp_path, tiny_student, served, nothing_left):
     training = {"steps": 40, "checkpoint_every_steps": 5}
     distill(prepared(tmp_path / "whole", tiny_student, {"max_staleness": 1}, **training))
@@ -72,6 +73,7 @@ def test_killed_replica_and_worker_change_no_result(tmp_path, tiny_student, serv
     assert curve(disturbed.output_path, "rollout_staleness") == [0, *[1] * 39]
 
 
+@pytest.mark.nightly
 def test_vllm_policy_trains_like_the_worker_policy_despite_a_kill(tmp_path, served, nothing_left, monkeypatch):
     """Sampling is greedy, so both policies generate the same with the same weights: those of a merged adapter."""
     monkeypatch.setattr(application, "_HEALTH_CHECK_SECONDS", 1.0)

@@ -253,7 +253,7 @@ def test_a_failure_of_one_worker_before_the_first_step_stops_all(tmp_path, tiny_
 @pytest.mark.cluster
 @pytest.mark.parametrize("method", [
     {"kind": "custom", "path": "user_method:Weighted", "options": {"gamma": 0.5}},
-    {"kind": "logit_kd", "divergence": "user_loss:hellinger"},
+    pytest.param({"kind": "logit_kd", "divergence": "user_loss:hellinger"}, marks=pytest.mark.nightly),
 ], ids=["method", "divergence"])  # fmt: skip
 @pytest.mark.long
 def test_rayk_run_finds_the_users_modules_in_its_workers(tmp_path, tiny_student, tiny_teacher, method):

@@ -196,7 +196,7 @@ def test_unusable_score_counts_as_refused(learning, served, tmp_path):
     assert scores.unusable == odd.sum()
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_run_killed_in_every_stage_ends_the_same(tmp_path, tiny_student, encoder, served):
     def run_of(name):
         (tmp_path / name).mkdir()

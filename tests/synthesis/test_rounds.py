@@ -80,7 +80,7 @@ class Stages(ProgressListener):
             self.up.append(len([name for name in serve.status().applications if "-student-" in name]))
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_rounds_are_equal_however_often_they_are_killed(tmp_path, tiny_student, chat_teacher, endpoint):
     training = {"steps": 30, "checkpoint_every_steps": 4}
     watching = Stages()

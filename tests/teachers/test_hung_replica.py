@@ -33,7 +33,7 @@ def test_requests_of_a_stopped_replica_are_answered_by_another_which_replaces_it
         wait_until(lambda: len(replica_processes("hangs")) == 2, seconds=120)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_time_in_which_the_only_replica_loads_again_does_not_count(ray_cluster, tiny_teacher):
     engine = {"kind": "simulated", "start_seconds": 20, "tokens_per_second": 1e6}
     config = teacher_config("slow-start", tiny_teacher, engine=engine, deadline_seconds=10)
