@@ -12,6 +12,7 @@ from rayk.methods.matching import load_divergence
 from rayk.methods.minillm import MiniLLM
 from rayk.methods.on_policy import OnPolicy
 from rayk.methods.preference import Preference
+from rayk.methods.reward import TaskReward
 from rayk.methods.supervised import Supervised
 from rayk.text.functions import load_class
 
@@ -45,9 +46,11 @@ def resolve_method(settings: Any) -> type[Method]:
     """Return the class of the method that `settings` (section `method`) describe, and load the user's code they name.
 
     Raises:
-        InputError: the class or the divergence cannot be loaded, or does not fit the settings.
+        InputError: the class, the divergence or the reward cannot be loaded, or does not fit the settings.
     """
     load_divergence(settings)
+    if reward := getattr(settings, "reward", None):
+        TaskReward(reward)
     if not isinstance(settings, CustomMethodConfig):
         return METHODS[settings.kind]
     base: Any = Method  # abstract, so mypy refuses it as type[T]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayk.config import RewardConfig, parse_config
+from rayk.config import OnPolicyConfig, RewardConfig, parse_config
 from rayk.data.batches import collate
 from rayk.errors import InputError
-from rayk.methods import METHODS, Experience, OnPolicy
+from rayk.methods import METHODS, Experience, OnPolicy, resolve_method
 from rayk.methods.reward import COLUMN, TaskReward, number_answer
 from rayk.rollouts import Rollout
 from rayk.run import distill
@@ -62,6 +62,12 @@ def functions(tmp_path, monkeypatch):
 def test_a_wrong_function_is_one_sentence(functions, name, sentence):
     with pytest.raises(InputError, match=sentence):
         TaskReward(RewardConfig(function=f"own_rewards:{name}")).score(rollout([1, 2], [3], 0.0, where="row 3"))
+
+
+def test_a_reward_that_cannot_be_loaded_is_refused_before_the_run(functions):
+    reward = {"function": "own_rewards:missing"}
+    with pytest.raises(InputError, match="method.reward.function: module 'own_rewards' has no function 'missing'"):
+        resolve_method(OnPolicyConfig(form="policy", reward=reward))
 
 
 def rollout(prompt, completion, reward, where="a"):
