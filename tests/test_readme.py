@@ -282,7 +282,7 @@ def test_the_page_of_jobs_has_every_job_and_filter():
 JOBS_OF_SETTINGS = dict.fromkeys(("other_tokenizer", "cut_student", "qwen3_235b"), "logit_kd") | {
     "ted": "layerwise", "baby_llama": "logit_kd", "baby_teacher": "supervised",
     "privileged_context": "on_policy", "self_distillation": "on_policy", "several_teachers": "on_policy",
-    "task_reward": "on_policy",
+    "task_reward": "on_policy", "tool": "on_policy",
 }  # fmt: skip
 """Jobs that show a setting, and their method."""
 

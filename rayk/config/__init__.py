@@ -83,6 +83,7 @@ from rayk.config.syntheses import (
     SynthesisConfig,
 )
 from rayk.config.teachers import EnsembleConfig, Replicas, Resources, RouteConfig, TeacherConfig
+from rayk.config.tools import ToolConfig
 from rayk.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from rayk.config.training import LoraConfig, StudentConfig, TrainingConfig
 
@@ -165,6 +166,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherMethodConfig",
     "TextFilterConfig",
+    "ToolConfig",
     "TrackingConfig",
     "TrainingConfig",
     "TransformersEngineConfig",

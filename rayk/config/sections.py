@@ -20,6 +20,7 @@ from rayk.config.sampling import SamplingConfig, ServedStudentConfig
 from rayk.config.stages import Stage
 from rayk.config.support import Support
 from rayk.config.teachers import EnsembleConfig, RouteConfig, TeacherConfig, check_teacher_name
+from rayk.config.tools import ToolConfig
 from rayk.config.training import StudentConfig, TrainingConfig
 
 Normalization = Literal["tokens", "sequences", "teachers"]
@@ -201,6 +202,8 @@ class RolloutSettings(Settings):
     samples: Positive = 1
     """Number of completions of each prompt in a step. `training.batch_size` counts completions, so a step has
     `batch_size / samples` prompts."""
+    tool: ToolConfig | None = None
+    """Answer the student's turns, so that a rollout has several (chats only); `null`: it ends after the first one."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Age of the weights that generate, in optimizer steps: step i (from 0) trains on completions sampled with exactly
     the weights after i − `max_staleness` steps (the first steps: with the initial weights). 0 alternates generation and
@@ -213,6 +216,13 @@ class RolloutSettings(Settings):
     def samples_exactly(self) -> bool:
         """Return whether completions follow the student's own distribution: temperature 1, no truncation."""
         return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the largest number of tokens after a prompt: of all turns, and of the answers between them."""
+        if self.tool is None:
+            return self.max_new_tokens
+        return self.tool.max_turns * self.max_new_tokens + (self.tool.max_turns - 1) * self.tool.max_answer_tokens
 
     @property
     def is_served(self) -> bool:
@@ -234,6 +244,12 @@ class RolloutSettings(Settings):
             raise ValueError(
                 f"rollouts.samples is {self.samples}, but not all completions are generated, so a row's own one would "
                 "be trained on as often; set method.student_fraction to 1, and leave 'adaptive' out"
+            )
+        if self.tool is not None and run.method.samples_with_teacher:
+            raise ValueError("rollouts.tool answers the student alone; set method.teacher_share to 0")
+        if self.tool is not None and run.method.aligns_tokens:
+            raise ValueError(
+                "rollouts.tool gives rollouts of several turns, but method.alignment reads a single one; leave one out"
             )
 
 

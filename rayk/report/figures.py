@@ -76,6 +76,8 @@ def draw_figures(runs: list[Run]) -> list[Group]:
             Plot("Length", "Tokens per rollout.", _curves(runs, "rollout_tokens"), axis="count"),
             Plot("Ended", "Share of rollouts with an end token before the limit.",
                  _curves(runs, "rollout_stopped"), axis="share"),
+            Plot("Turns", "Turns of the student per rollout (rollouts.tool).",
+                 [curve for curve in _curves(runs, "rollout_turns") if curve.values.max() > 1], axis="count"),
             Plot("Task reward", "Mean reward of a step's rollouts (method.reward).", _curves(runs, "rollout_reward")),
             Plot("Repetition", "Share of 4-grams that occurred before in the rollout.",
                  _curves(runs, "rollout_repetition"), axis="share"),

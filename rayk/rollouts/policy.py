@@ -38,7 +38,7 @@ class Rollout(Example):
 
     Attributes:
         input_ids: int32 [length], the prompt's ids, then the completion's, including its end token.
-        counted: bool [length], the completion.
+        counted: bool [length], the completion; with a tool (`rayk.rollouts.turns`), its turns without the answers.
         logprobs: float32 [counted tokens], nats, under the policy at temperature 1 without truncation.
         finish_reason: 'stop' (ends with an end token) or 'length' (truncated).
         version: weight version of the policy, in optimizer steps.
@@ -46,8 +46,9 @@ class Rollout(Example):
             was sampled from; None if the policy sampled alone.
         teacher_calls: number of teacher calls while sampling.
         acceptance: share of the policy's proposed tokens that the teacher accepted; 1 if the policy sampled alone.
-        text: the completion without special tokens; "" if the policy did not sample alone.
+        text: the completion, or its last turn, without special tokens; "" if the policy did not sample alone.
         reward: the completion's task reward; None without one.
+        turns: number of the policy's turns.
     """
 
     logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -58,10 +59,11 @@ class Rollout(Example):
     acceptance: float = 1.0
     text: str = ""
     reward: float | None = None
+    turns: int = 1
 
     @property
     def completion_ids(self) -> np.ndarray:
-        """int32 [counted tokens]."""
+        """All ids after the prompt, int32 [tokens]."""
         return self.input_ids[self.prompt_tokens :]
 
 
@@ -303,6 +305,7 @@ def summarize_rollouts(rollouts: Sequence[Rollout], version: int) -> dict[str, f
         "rollout_staleness": sum(version - rollout.version for rollout in rollouts),
         "rollout_teacher_calls": sum(rollout.teacher_calls for rollout in rollouts),
         "rollout_acceptance": sum(rollout.acceptance for rollout in rollouts),
+        "rollout_turns": sum(rollout.turns for rollout in rollouts),
         "rollout_reward": sum(rollout.reward or 0.0 for rollout in rollouts),
     }
 

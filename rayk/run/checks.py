@@ -35,7 +35,7 @@ def check_lengths(
         evaluated = int(evaluation.prompt_tokens.max()) + generation.max_new_tokens
     if train is not None and config.rollouts is not None:
         _check_prompts(config, train)
-        rollout = int(train.prompt_tokens.max()) + config.rollouts.max_new_tokens
+        rollout = int(train.prompt_tokens.max()) + config.rollouts.max_tokens
     for name, settings in models.items():
         limit = max_positions(settings)
         if longest > limit:
@@ -49,9 +49,11 @@ def check_lengths(
                 f"{limit}; lower evaluation.generation.max_new_tokens."
             )
         if rollout > limit:
+            assert config.rollouts is not None
+            turns = ", or rollouts.tool.max_turns and max_answer_tokens" if config.rollouts.tool else ""
             raise InputError(
                 f"The longest prompt with its rollout may have {rollout} tokens, but {name} takes {limit}; lower "
-                "rollouts.max_new_tokens."
+                f"rollouts.max_new_tokens{turns}."
             )
     _check_policy_lengths(models["the student"], config, max(longest, rollout))
 

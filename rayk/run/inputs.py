@@ -29,6 +29,7 @@ from rayk.models.student import build_model_config, check_student
 from rayk.models.text_model import causal_config
 from rayk.models.weight_files import check_weight_files
 from rayk.retrieval import check_retriever
+from rayk.rollouts import Tool
 from rayk.run.alignment import check_aligned_rows, make_aligners
 from rayk.run.checks import (
     check_contexts,
@@ -38,7 +39,7 @@ from rayk.run.checks import (
     check_routes,
     check_supports,
 )
-from rayk.run.template_checks import chat_template_notes
+from rayk.run.template_checks import chat_template_notes, renders_chats
 from rayk.run.vocabularies import SharedVocabulary, share_vocabularies
 from rayk.teachers import Teacher
 from rayk.training.optimizer import check_optimizer, count_steps
@@ -95,6 +96,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
     resolve_method(config.method)  # raises if the user's code cannot be loaded
     name = find_tokenizer(config, attached)
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)
+    _check_tool(config, tokenizer, training)
     models = _load_model_configs(config, tokenizer)
     student_size = models["the student"].get_text_config().vocab_size
     vocabulary = share_vocabularies(config, attached, tokenizer, name, student_size)
@@ -163,6 +165,18 @@ def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     for teacher in config.teachers:
         _check_teacher_files(teacher)
     return models
+
+
+def _check_tool(config: RunConfig, tokenizer: Any, training: bool) -> None:
+    """Check that the function of `rollouts.tool` can be loaded, and that its answers fit the rows."""
+    if config.rollouts is None or config.rollouts.tool is None or not training:
+        return
+    Tool(config.rollouts.tool, config.data, tokenizer)
+    if not renders_chats(config, training):
+        raise InputError(
+            "rollouts.tool answers in the chat template, but the rows are not rendered in it; set data.chat_template "
+            "to true, or give rows of messages."
+        )
 
 
 def _generation_notes(config: RunConfig) -> Iterator[str]:

@@ -6,7 +6,7 @@ import torch
 
 from rayk.config import ServedRollouts, WorkerRollouts
 from rayk.models import CausalLM
-from rayk.rollouts import Policy, ServedPolicy, WorkerPolicy
+from rayk.rollouts import Policy, ServedPolicy, Tool, ToolPolicy, WorkerPolicy
 from rayk.training.job import Job
 
 
@@ -16,6 +16,14 @@ def make_policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> P
     Args:
         publishes: whether this worker sends the weights to a served policy.
     """
+    rollouts = job.config.rollouts
+    policy = _make_policy(job, model, tokenizer, publishes)
+    if policy is None or rollouts is None or rollouts.tool is None:
+        return policy
+    return ToolPolicy(policy, Tool(rollouts.tool, job.config.data, tokenizer))
+
+
+def _make_policy(job: Job, model: CausalLM, tokenizer: Any, publishes: bool) -> Policy | None:
     rollouts, training = job.config.rollouts, job.config.training
     if job.policy is not None:
         assert isinstance(rollouts, ServedRollouts)

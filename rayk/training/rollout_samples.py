@@ -40,7 +40,8 @@ class RolloutSamples:
             "step": step,
             "where": rollout.where,
             "prompt": self._tokenizer.decode(rollout.prompt_ids),
-            "completion": self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+            # With several turns, the special tokens show who speaks.
+            "completion": self._tokenizer.decode(rollout.completion_ids, skip_special_tokens=rollout.turns == 1),
             "tokens": len(rollout.completion_ids),
             "finish_reason": rollout.finish_reason,
         }

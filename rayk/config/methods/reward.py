@@ -14,6 +14,7 @@ class RewardConfig(Settings):
 
     function: Annotated[str, Field(pattern=rf"^(number_answer|{FUNCTION_PATTERN[1:-1]})$")] = "number_answer"
     """`number_answer`: 1 if the completion's answer is the number in the row's field `answer`, else 0. `module:name`:
-    your function `reward(completion: str, row: dict) -> float`, which gets the row's fields."""
+    your function `reward(completion: str, row: dict) -> float`, which gets the row's fields. With `rollouts.tool`, the
+    completion is the last turn."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Nats that a reward of 1 is worth."""
