@@ -135,8 +135,11 @@ def run_rayk(folder: Path, number: int, race: str, steps: int, threads: tuple[in
     }
 
 
-def run_trl(folder: Path, python: str, race: str, steps: int, threads: int, **more: float) -> float:
-    """Run TRL once; return its tokens per second in steady state. `more`: settings of `race_trl`."""
+def run_trl(
+    folder: Path, python: str, race: str, steps: int, threads: int, script: str = "race_trl", **more: float
+) -> float:
+    """Run TRL once by `script`, a file of this folder; return its tokens per second in steady state. `more`: settings
+    of the script."""
     teacher_dtype, precision = RACES[race]
     given = {
         "teacher": str(folder / "teacher"), "student": str(folder / "student"), "rows": str(folder / "rows.jsonl"),
@@ -144,10 +147,8 @@ def run_trl(folder: Path, python: str, race: str, steps: int, threads: int, **mo
         "output": str(folder / "theirs"), "lmbda": 0.0, "max_new_tokens": 128, **more,
     }  # fmt: skip
     (folder / "given.json").write_text(json.dumps(given))
-    script = Path(__file__).with_name("race_trl.py")
-    done = subprocess.run(
-        [python, str(script), str(folder / "given.json")], capture_output=True, text=True, check=False
-    )
+    command = [python, str(Path(__file__).with_name(f"{script}.py")), str(folder / "given.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     *_, parts, timed = map(json.loads, done.stdout.splitlines()[-2:])
