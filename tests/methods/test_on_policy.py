@@ -372,6 +372,21 @@ def test_invalid_settings_of_the_policy_form_are_named(tmp_path, method, rollout
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (
+            {"student_fraction": 0, "first_share": 0.5},
+            "the student generates no completions; set student_fraction above",
+        ),
+        ({"hard_label_weight": 0.5}, "so there are no hard labels; set student_fraction below 1"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, method, said):
+    with pytest.raises(InputError, match=said):
+        changed(tmp_path, "m", {"kind": "on_policy"} | method)
+
+
 def test_teachers_score_one_group_while_the_next_is_generated(monkeypatch, tmp_path, tiny_student, served):
     happened: list[tuple[str, int]] = []
     learned: list[list[int]] = []

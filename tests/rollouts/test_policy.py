@@ -169,7 +169,10 @@ def test_rollout_metrics():
     assert repetition(np.array([1, 2, 3, 4] * 2)) == pytest.approx(1 / 5)
     assert repetition(np.array([7] * 13)) == pytest.approx(9 / 10)
     sums = summarize_rollouts([rollout([7] * 13, "length", 2), rollout([1, 2], "stop", 3)], version=4)
-    assert list(sums.values()) == pytest.approx([2, 15, 1, 9 / 10, 3, 5, 5 / 6, 0])
+    assert sums == pytest.approx({
+        "rollouts": 2, "rollout_tokens": 15, "rollout_stopped": 1, "rollout_repetition": 9 / 10, "rollout_staleness": 3,
+        "rollout_teacher_calls": 5, "rollout_acceptance": 5 / 6, "rollout_turns": 2, "rollout_reward": 0,
+    })  # fmt: skip
 
 
 def test_cancellation_ends_generation(learner):

@@ -88,6 +88,13 @@ class OnPolicyConfig(DivergenceMethodConfig, TokenLossConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_first_share(self) -> "OnPolicyConfig":
+        if self.first_share < 1 and self.student_fraction == 0 and self.adaptive is None:
+            raise ValueError("first_share is set, but the student generates no completions; set student_fraction above "
+                             "0, or leave first_share out")  # fmt: skip
+        return self
+
     @property
     def aligns_tokens(self) -> bool:
         return self.alignment is not None
