@@ -377,7 +377,7 @@ def test_invalid_settings_of_the_policy_form_are_named(tmp_path, method, rollout
     [
         (
             {"student_fraction": 0, "first_share": 0.5},
-            "the student generates no completions; set student_fraction above",
+            "the student generates no completions; set student_fraction",
         ),
         ({"hard_label_weight": 0.5}, "so there are no hard labels; set student_fraction below 1"),
     ],
