@@ -88,7 +88,8 @@ class Tool:
         ids = self._encoder.continuation(self._print(answer))
         while (excess := len(ids) - self.settings.max_answer_tokens) > 0:
             kept = self._encoder.tokenizer.decode(self._encoder.encode([answer])[0][:-excess])
-            answer = kept.rstrip("\N{REPLACEMENT CHARACTER}")  # the beginning of a character that was cut
+            kept = kept.rstrip("\N{REPLACEMENT CHARACTER}")  # the beginning of a character that was cut
+            answer = kept if len(kept) < len(answer) else answer[:-1]  # some tokens have no text
             ids = self._encoder.continuation(self._print(answer))
         return np.array(ids[1:] if ids[:1] == [last_id] else ids, np.int32)
 
