@@ -1,13 +1,13 @@
 """Names of the evaluation metrics, and the metrics of single answers that `evaluation.metrics` adds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 from rayk.data.examples import Example
 from rayk.errors import InputError
-from rayk.text.functions import describe_error, load_function
+from rayk.text.functions import call_function, load_function
 from rayk.text.rouge import rouge_l
 from rayk.text.squad import exact_match, f1
 
@@ -66,11 +66,7 @@ class AnswerMetrics:
 
 
 def _call(path: str, function: Any, completion: str, row: Example) -> float:
-    fields: Mapping[str, Any] = row.fields
-    try:
-        value = function(completion, fields)
-    except Exception as error:  # a user's function can raise anything
-        raise InputError(f"{_SETTING}: '{path}' fails for {row.where}: {describe_error(error)}.") from error
+    value = call_function(function, path, _SETTING, row.where, completion, row.fields)
     if not isinstance(value, Real) or not math.isfinite(value):
         raise InputError(f"{_SETTING}: '{path}' returns {value!r:.60} for {row.where}; return a finite number.")
     return float(value)

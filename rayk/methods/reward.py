@@ -15,7 +15,7 @@ from rayk.errors import InputError
 from rayk.methods.base import Experience, Workers
 from rayk.rollouts import Rollout
 from rayk.text.answers import answers_match, find_answer
-from rayk.text.functions import describe_error, load_function
+from rayk.text.functions import call_function, load_function
 
 _SETTING = "method.reward.function"
 COLUMN = "task_advantage"
@@ -41,14 +41,7 @@ class TaskReward:
         Raises:
             InputError: the function fails, or returns no finite number.
         """
-        try:
-            value = self._function(rollout.text, rollout.fields)
-        except InputError:
-            raise
-        except Exception as error:  # a user's function can raise anything
-            raise InputError(
-                f"{_SETTING}: '{self._name}' fails for {rollout.where}: {describe_error(error)}."
-            ) from error
+        value = call_function(self._function, self._name, _SETTING, rollout.where, rollout.text, rollout.fields)
         if not isinstance(value, Real) or not math.isfinite(value):
             raise InputError(
                 f"{_SETTING}: '{self._name}' returns {value!r:.60} for {rollout.where}; return a finite number."

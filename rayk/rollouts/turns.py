@@ -24,7 +24,7 @@ from rayk.errors import InputError
 from rayk.rollouts.policy import Policy, Rollout
 from rayk.rollouts.teacher_mixed import Verify
 from rayk.signals.sequence import TokenSequence
-from rayk.text.functions import describe_error, load_function
+from rayk.text.functions import call_function, load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,14 +64,7 @@ class Tool:
             InputError: the function fails, or returns anything else.
         """
         name = self.settings.function
-        try:
-            answer = self._function(messages, dict(row.fields))
-        except InputError:
-            raise
-        except Exception as error:  # a user's function can raise anything
-            raise InputError(
-                f"{_SETTING}.function: '{name}' fails for {row.where}: {describe_error(error)}."
-            ) from error
+        answer = call_function(self._function, name, f"{_SETTING}.function", row.where, messages, dict(row.fields))
         if answer is not None and not isinstance(answer, str):
             raise InputError(
                 f"{_SETTING}.function: '{name}' returns {answer!r:.60} for {row.where}; return a text or None."

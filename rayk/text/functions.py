@@ -56,6 +56,23 @@ def load_object(path: str, setting: str, group: str) -> Any:
     return _load(path, setting, "class") if ":" in path else _load_entry_point(path, setting, group)
 
 
+def call_function(function: Callable[..., Any], path: str, setting: str, where: str, *arguments: Any) -> Any:
+    """Return the result of a user's function for a row.
+
+    Args:
+        path: the function's 'module:name', for error messages, as `setting` and `where`, the row's place.
+
+    Raises:
+        InputError: the function fails.
+    """
+    try:
+        return function(*arguments)
+    except InputError:
+        raise
+    except Exception as error:  # a user's function can raise anything
+        raise InputError(f"{setting}: '{path}' fails for {where}: {describe_error(error)}.") from error
+
+
 def describe_error(error: Exception) -> str:
     """Describe an error in a user's code with file and line: "KeyError: 'x' (my_module.py, line 3)"."""
     frame = traceback.extract_tb(error.__traceback__)[-1]

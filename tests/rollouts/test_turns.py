@@ -23,12 +23,15 @@ TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|end|>")
 ENDS = [END, *range(200, 300)]
 """Many end tokens, so that a random model often generates one."""
-OPENING, AFTER = "<|assistant|>\n", "\n<|tool|>\n{}<|end|>\n<|assistant|>\n"
+AFTER = "\n<|tool|>\n{}<|end|>\n<|assistant|>\n"
 FUNCTIONS = """
 def count(messages, row):
     assert [each["role"] for each in messages[::2]] == ["assistant"] * (len(messages) // 2 + 1)
     assert [each["content"] for each in messages[1::2]] == [str(n) for n in range(1, len(messages) // 2 + 1)]
     return str(len(messages) // 2 + 1)
+
+def echo(messages, row):
+    return messages[-1]["content"]
 
 def never(messages, row):
     return None
@@ -126,6 +129,28 @@ def test_first_turns_are_those_of_rollouts_without_a_tool(learner):
     assert [parts(row)[0][1].tolist() for row in talking] == [row.completion_ids.tolist() for row in without]
     repeated = generate(make_policy(learner, "count"))
     assert [row.input_ids.tolist() for row in repeated] == [row.input_ids.tolist() for row in talking]
+
+
+def test_the_function_reads_the_turns(learner):
+    for rollout in generate(make_policy(learner, "echo", max_turns=3)):
+        found = [TOKENIZER.decode(ids, skip_special_tokens=True) for _, ids in parts(rollout)]
+        for turn, answer in zip(found[::2], found[1::2], strict=False):
+            assert answer == AFTER.format(turn).replace("<|end|>", "")
+
+
+def test_each_turn_has_a_seed_of_its_own(learner, monkeypatch):
+    policy, used = make_policy(learner, "count", max_turns=3), []
+    whole = WorkerPolicy.generate
+
+    async def watched(self, prompts, parameters, seeds):
+        used.append(list(seeds))
+        return await whole(self, prompts, parameters, seeds)
+
+    monkeypatch.setattr(WorkerPolicy, "generate", watched)
+    generate(policy)
+    assert used[0] == list(range(24))
+    every = [seed for turn in used for seed in turn]
+    assert len(used) == 3 and len(set(every)) == len(every)
 
 
 def test_the_function_reads_the_row_and_ends_a_rollout(learner):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DistillationConfig, DistillationTrainer
+from trl_clock import Clock
 
 given = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(given["threads"])
@@ -35,16 +36,6 @@ class Timed(DistillationTrainer):
         return batch
 
 
-class Clock(TrainerCallback):
-    def on_train_begin(self, *_, **__):
-        self.last = time.perf_counter()
-
-    def on_step_end(self, *_, **__):
-        now = time.perf_counter()
-        steps.append(now - self.last)
-        self.last = now
-
-
 arguments = DistillationConfig(
     output_dir=given["output"], beta=1.0, temperature=1.0, max_completion_length=given["max_new_tokens"],
     per_device_train_batch_size=given["batch_size"], max_steps=given["steps"], learning_rate=1e-4,
@@ -52,7 +43,7 @@ arguments = DistillationConfig(
     bf16=given["precision"] == "bfloat16", disable_tqdm=True, gradient_checkpointing=False,
 )  # fmt: skip
 trainer = Timed(
-    model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer, callbacks=[Clock()],
+    model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer, callbacks=[Clock(steps)],
     train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
 )  # fmt: skip
 trainer.train()

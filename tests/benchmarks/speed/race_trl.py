@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
+from trl_clock import Clock
 
 given = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(given["threads"])
@@ -51,16 +52,6 @@ def collate_and_count(examples):
     return batch
 
 
-class Clock(TrainerCallback):
-    def on_train_begin(self, *_, **__):
-        self.last = time.perf_counter()
-
-    def on_step_end(self, *_, **__):
-        now = time.perf_counter()
-        steps.append(now - self.last)
-        self.last = now
-
-
 arguments = GKDConfig(
     output_dir=given["output"], lmbda=given["lmbda"], beta=given["lmbda"], temperature=1.0,
     max_new_tokens=given["max_new_tokens"], max_length=1024, per_device_train_batch_size=given["batch_size"],
@@ -70,7 +61,7 @@ arguments = GKDConfig(
 )  # fmt: skip
 trainer = GKDTrainer(
     model=student, teacher_model=teacher, args=arguments, data_collator=collate_and_count, processing_class=tokenizer,
-    train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows]), callbacks=[Clock()],
+    train_dataset=Dataset.from_list([{"messages": row["messages"]} for row in rows]), callbacks=[Clock(steps)],
 )  # fmt: skip
 record_time(teacher, "forward", "teacher forward")
 record_time(student, "forward", "student forward")
