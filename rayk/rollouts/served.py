@@ -16,7 +16,6 @@ from uuid import uuid4
 import numpy as np
 import ray
 import torch
-from ray import serve
 
 from rayk.config import RunConfig, ServedRollouts
 from rayk.config.support import Logprob, TopK
@@ -159,7 +158,7 @@ def serve_policy(
         yield None
         return
     rollouts = config.rollouts
-    serve.start(proxy_location="Disabled")
+    applications.start_serve()
     applications.remove_application(application)  # one that a killed run has left refers to a store that has died
     # The store's name is unique, because the store of a killed run may still exist for a while.
     address = PolicyAddress(application, f"{application}.{uuid4().hex[:8]}")

@@ -30,11 +30,27 @@ _HEALTH_CHECK_TIMEOUT_SECONDS = 15.0
 
 _START_ATTEMPTS = 2
 
+_SERVE_ATTEMPTS = 20
+
+_SERVE_WAIT_SECONDS = 0.5
+
 _LOADING_REPORT_SECONDS = 30.0
 
 _REPORT_SECONDS = 10.0  # interval at which replicas report their load to Serve's autoscaler
 
 _LOOK_BACK_SECONDS = 10.5  # window over which the autoscaler averages; must be longer than the report interval
+
+
+def start_serve() -> None:
+    """Start Serve on the cluster, if it does not run yet."""
+    for _ in range(_SERVE_ATTEMPTS - 1):
+        try:
+            serve.start(proxy_location="Disabled")
+        except ray.exceptions.ActorAlreadyExistsError:  # another run is starting it at this moment
+            time.sleep(_SERVE_WAIT_SECONDS)
+        else:
+            return
+    serve.start(proxy_location="Disabled")
 
 
 def start_application(
@@ -52,7 +68,7 @@ def start_application(
     Raises:
         InputError: the replicas do not start.
     """
-    serve.start(proxy_location="Disabled")
+    start_serve()
     gpus = gpus_per_worker(resources.num_gpus, gpus)
     _warn_of_missing_resources(label, replicas.min, {"CPU": resources.num_cpus, "GPU": gpus, **resources.custom})
     application = bind_application(replica, settings, replicas, resources, gpus=gpus, across_nodes=across_nodes)

@@ -19,7 +19,7 @@ from rayk.engines.checks import check_can_verify
 from rayk.engines.speculative import Draft, Verdict
 from rayk.errors import InputError
 from rayk.models import pack_head
-from rayk.serving.application import DEPLOYMENT, bind_application, start_application
+from rayk.serving.application import DEPLOYMENT, bind_application, start_application, start_serve
 from rayk.serving.autoscaling import METRIC, Requester
 from rayk.serving.event_loop import run_in_background, wait_for
 from rayk.serving.metrics import MeasuredDemand
@@ -154,7 +154,7 @@ def is_running(config: TeacherConfig, application: str) -> bool:
     Raises:
         InputError: the application runs with other settings.
     """
-    serve.start(proxy_location="Disabled")
+    start_serve()
     status = serve.status().applications.get(application)
     if status is None or status.status != ApplicationStatus.RUNNING:
         return False
