@@ -105,7 +105,7 @@ def on_tiny_models(settings: dict, folder: Path) -> dict:
             rows["path"] = str(folder / "train.jsonl")
     settings["data"]["chat_template"] = False
     for teacher in settings.get("teachers", []):
-        model = {} if "follows" in teacher else {"model": str(folder / "teacher")}
+        model = {} if teacher.get("follows") == "student" else {"model": str(folder / "teacher")}
         teacher |= {**model, "engine": {"kind": "transformers"}}
     training = {"epochs": 1, "batch_size": 8, "precision": "float32", "resources": {"num_cpus": 0.5}}
     settings["training"] = settings.get("training", {}) | training
@@ -280,7 +280,7 @@ def test_the_page_of_jobs_has_every_job_and_filter():
 
 
 JOBS_OF_SETTINGS = dict.fromkeys(("other_tokenizer", "cut_student", "qwen3_235b"), "logit_kd") | {
-    "ted": "layerwise", "baby_llama": "logit_kd", "baby_teacher": "supervised",
+    "ted": "layerwise", "baby_llama": "logit_kd", "mutual": "logit_kd", "baby_teacher": "supervised",
     "privileged_context": "on_policy", "self_distillation": "on_policy", "several_teachers": "on_policy",
     "task_reward": "on_policy", "tool": "on_policy",
 }  # fmt: skip

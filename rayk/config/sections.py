@@ -5,6 +5,7 @@ checks a section against the other sections, of which it may read the attributes
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -414,6 +415,8 @@ class SynthesisSettings(Settings):
 class Run(Protocol):
     """The parts of a run that a section may read when it checks itself (`rayk.config.RunConfig`)."""
 
+    @property
+    def output_path(self) -> Path: ...
     @property
     def teachers(self) -> Sequence[TeacherConfig]: ...
     @property

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayk.config.base import InputPath, Placement, Positive, Settings, default_kind
+from rayk.config.base import InputPath, Placement, Positive, Settings, StoragePath, default_kind
 from rayk.config.engines import EngineConfig, TransformersEngineConfig
 
 
@@ -79,6 +79,13 @@ class RouteConfig(Settings):
         return list(dict.fromkeys([*self.teachers.values(), *filter(None, [self.default])]))
 
 
+class FollowedRun(Settings):
+    """Another run, whose student is the teacher."""
+
+    run: Annotated[str, StoragePath()]
+    """The other run's directory. The run may start later, stop and be resumed; its newest checkpoint counts."""
+
+
 class TeacherConfig(Settings):
     """A teacher: a named Ray Serve application with one model."""
 
@@ -86,14 +93,17 @@ class TeacherConfig(Settings):
     """The name by which other settings refer to the teacher."""
     model: InputPath | None = None
     """A local model folder or a hub id; with engine kind `openai` the endpoint's name for the model."""
-    follows: Literal["student"] | None = None
+    follows: Literal["student"] | FollowedRun | None = None
     """`student`: the teacher is the student, with weights that follow the training (self-distillation). `model` is left
-    out, the engine is `transformers`, and its `dtype: auto` is `training.precision`. `null`: the weights are fixed."""
+    out, the engine is `transformers`, and its `dtype: auto` is `training.precision`. `{run: DIRECTORY}`: the teacher is
+    the student of another run, with the weights of its newest checkpoint (mutual learning); `model` is what that
+    student started from. `null`: the weights are fixed."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """With `follows`: the decay d in θ_T ← d·θ_T + (1−d)·θ, by which the teacher's weights θ_T follow the student's
-    weights θ; 0 copies them."""
+    """With `follows: student`: the decay d in θ_T ← d·θ_T + (1−d)·θ, by which the teacher's weights θ_T follow the
+    student's weights θ; 0 copies them."""
     every: Positive = 1
-    """With `follows`: number of optimizer steps from one update of the teacher's weights to the next."""
+    """With `follows`: number of optimizer steps from one update of the teacher's weights to the next. With
+    `follows: {run: …}`, the other run's newest checkpoint is looked for as often."""
     attach: Annotated[bool, Placement()] = False
     """Use the Serve application `name` that is already running (`rayk serve`), and do not stop it at the end."""
     engine: Annotated[EngineConfig, default_kind("transformers")] = Field(default_factory=TransformersEngineConfig)
@@ -130,18 +140,24 @@ class TeacherConfig(Settings):
         if self.follows is not None:
             self._check_following()
         elif self.ema or self.every > 1:
-            raise ValueError("'ema' and 'every' update the weights of a teacher with 'follows: student'; set it")
+            raise ValueError("'ema' and 'every' update the weights of a teacher with 'follows'; set it")
         elif self.model is None and not self.attach:
             raise ValueError("needs 'model' (a folder or hub id), or 'attach: true' for a teacher that already runs")
         return self
 
     def _check_following(self) -> None:
-        if self.model is not None or self.attach:
+        if self.follows == "student" and (self.model is not None or self.attach):
             raise ValueError("'follows: student' gives the teacher the student's model; leave out 'model' and 'attach'")
+        if self.follows != "student" and (self.model is None or self.attach):
+            raise ValueError(
+                "'follows: {run: …}' needs 'model', from which the other run's student started; 'attach' is left out"
+            )
+        if self.follows != "student" and self.ema:
+            raise ValueError("'ema' averages the weights of this run's student; with 'follows: {run: …}' leave it out")
         if not isinstance(self.engine, TransformersEngineConfig) or self.engine.device_map is not None:
             raise ValueError(
-                "'follows: student' needs engine kind 'transformers' without 'device_map', whose weights can be "
-                "replaced during training"
+                "'follows' needs engine kind 'transformers' without 'device_map', whose weights can be replaced during "
+                "training"
             )
 
     @model_validator(mode="after")
@@ -163,6 +179,11 @@ class TeacherConfig(Settings):
                 "engine.extra_body: {chat_template_kwargs: {…}}"
             )
         return self
+
+    @property
+    def followed_run(self) -> str | None:
+        """The directory of the other run whose student the teacher is; None if it is another teacher."""
+        return self.follows.run if isinstance(self.follows, FollowedRun) else None
 
     @property
     def gives_signals(self) -> bool:

@@ -143,7 +143,7 @@ def find_tokenizer(config: RunConfig, attached: Mapping[str, Teacher]) -> str:
     """
     if config.student.tokenizer or config.student.model:
         return config.student.tokenizer or str(config.student.model)
-    able = [teacher for teacher in config.teachers if teacher.gives_signals and teacher.follows is None]
+    able = [teacher for teacher in config.teachers if teacher.gives_signals and teacher.follows != "student"]
     for teacher in [*(teacher for teacher in config.signal_teachers if teacher in able), *able]:
         return teacher.model or attached[teacher.name].info.model
     raise InputError("student.tokenizer is missing: a student made from 'config' without a teacher needs one; set it.")
@@ -156,7 +156,7 @@ def _load_model_configs(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
         check_student_model(models["the student"], config.student.model)
     check_student(config.student, tokenizer, continues=config.method.samples_with_teacher)
     for teacher in config.signal_teachers:
-        if teacher.follows is not None:
+        if teacher.follows == "student":
             models[f"teacher '{teacher.name}'"] = models["the student"]
         if teacher.model and teacher.name != config.aligned_teacher:  # it has its own tokens: `rayk.run.alignment`
             models[f"teacher '{teacher.name}'"] = load_model_config(

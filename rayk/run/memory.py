@@ -200,7 +200,7 @@ def _following_parts(config: RunConfig, model: Any, device: str) -> Iterator[Mem
     """Yield the weights of teachers that follow the student, and the versions of them published for replicas."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for teacher in config.training_teachers:
-        if teacher.follows is not None:
+        if teacher.follows == "student":
             versions = 2 + (config.rollouts.max_staleness if config.rollouts else 0)
             size, phase = 4 * versions * trained, "always" if device == "cpu" else "host"
             yield MemoryPart(f"published weights of teacher '{teacher.name}'", size, False, phase)

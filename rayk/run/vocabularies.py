@@ -137,7 +137,7 @@ def _read_teacher(
     teacher: TeacherConfig, running: Teacher | None, tokenizer: Any, student: Vocabulary
 ) -> tuple[Vocabulary, Any]:
     """Return a teacher's vocabulary and its tokenizer."""
-    if teacher.follows is not None:
+    if teacher.follows == "student":
         return student, tokenizer
     if running is None:
         assert teacher.model is not None

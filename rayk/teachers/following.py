@@ -1,5 +1,5 @@
-"""Teachers that follow the student: their replicas have the student's model, and each request names the version of its
-weights that must answer it, as with a served policy (`rayk.serving.weights`).
+"""Teachers that follow a student, this run's or another's: their replicas have the student's model, and each request
+names the version of its weights that must answer it, as with a served policy (`rayk.serving.weights`).
 
 The training worker that publishes the weights computes them (`rayk.training.following`). A replica with another version
 loads the requested one when it computes nothing, so replicas may die, start and scale at any time.
@@ -15,13 +15,12 @@ from uuid import uuid4
 
 import numpy as np
 import ray
-from ray import serve
 from torch import Tensor
 
 from rayk.config import RunConfig, StudentConfig, TeacherConfig
 from rayk.engines.base import Engine, EngineInfo, GeneratedSequence
 from rayk.engines.build import set_threads
-from rayk.models import DTYPES, Head, load_tokenizer, pick_device
+from rayk.models import DTYPES, Head, load_model, load_tokenizer, pick_device
 from rayk.models.student import make_model
 from rayk.serving import application as applications
 from rayk.serving.autoscaling import Requester
@@ -59,7 +58,7 @@ def use_weights_after(steps: int) -> None:
 
 
 class FollowingTeacher(Teacher):
-    """Client of a teacher that follows the student.
+    """Client of a teacher that follows a student.
 
     Args:
         store: name of the actor that stores the locations of the published weights.
@@ -69,6 +68,7 @@ class FollowingTeacher(Teacher):
         super().__init__(name, info, settings, None, load_seconds)
         self._store = get_store(store)
         self._newest = _INITIAL
+        self._published: PublishedWeights | None = None
         self._heads: dict[WeightVersion, Future[Head]] = {}
 
     def version_after(self, steps: int) -> int:
@@ -82,14 +82,20 @@ class FollowingTeacher(Teacher):
         if publishes:
             call_store(self._store, "begin", attempt)
 
-    def publish(self, version: int, state: Mapping[str, Tensor], *, publishes: bool) -> None:
+    def publish(self, version: int, state: Mapping[str, Tensor] | None, *, publishes: bool) -> None:
         """Answer later requests with the weights in `state`, which the worker that `publishes` sends. All workers call
-        it, each with its part of sharded weights."""
+        it, each with its part of sharded weights.
+
+        Args:
+            state: None: the version has the weights that were published last.
+        """
         self._newest = WeightVersion(self._newest.attempt, version)
-        # Replicas would round the weights to their own type in any case.
-        weights = pack_tensors(state, DTYPES.get(self.info.dtype), keep=publishes)
+        if state is not None:
+            # Replicas would round the weights to their own type in any case.
+            weights = pack_tensors(state, DTYPES.get(self.info.dtype), keep=publishes)
+            self._published = PublishedWeights(checksum(weights), ray.put(weights)) if publishes else None
         if publishes:
-            call_store(self._store, "publish", self._newest, PublishedWeights(checksum(weights), ray.put(weights)))
+            call_store(self._store, "publish", self._newest, self._published)
 
     async def _call(self, method: str, request: Any, read: Callable[[Any], T | Awaitable[T]]) -> T:
         return await super()._call(method, VersionedRequest(self._requested_version(), request), read)
@@ -110,7 +116,7 @@ class FollowingTeacher(Teacher):
 
 
 class FollowingReplica(TeacherReplica):
-    """One copy of a teacher that follows the student. Before it answers a request, it loads the weight version that the
+    """One copy of a teacher that follows a student. Before it answers a request, it loads the weight version that the
     request names."""
 
     async def describe(self) -> tuple[EngineInfo, dict, float]:
@@ -122,18 +128,24 @@ class FollowingReplica(TeacherReplica):
         from rayk.engines.transformers import TransformersEngine
 
         teacher = TeacherConfig.model_validate(settings["teacher"])
-        student = StudentConfig.model_validate(settings["student"])
         assert teacher.engine.kind == "transformers"
         set_threads(teacher)
-        tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
-        model: Any = make_model(student, tokenizer, settings["seed"], pick_device(teacher.engine.device)).eval()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(DTYPES[settings["dtype"]])
+        device = pick_device(teacher.engine.device)
+        model: Any
+        if teacher.model is not None:
+            name, trusts = teacher.model, teacher.trust_remote_code
+            tokenizer = load_tokenizer(name, trust_remote_code=trusts)
+            model = load_model(name, dtype=teacher.engine.dtype, device=device, trust_remote_code=trusts).eval()
+        else:
+            student = StudentConfig.model_validate(settings["student"])
+            name = student.model or "the student"
+            tokenizer = load_tokenizer(settings["tokenizer"], trust_remote_code=student.trust_remote_code)
+            model = make_model(student, tokenizer, settings["seed"], device).eval()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(DTYPES[settings["dtype"]])
         self._store_name = settings["store"]
         self._weights = _ReplacedWeights(model, get_store(self._store_name))
-        return TransformersEngine(
-            student.model or "the student", teacher.engine, vocab_size=teacher.vocab_size, loaded=(model, tokenizer)
-        )
+        return TransformersEngine(name, teacher.engine, vocab_size=teacher.vocab_size, loaded=(model, tokenizer))
 
     async def score(self, request: Any, requester: Requester | None = None) -> np.ndarray:
         """Return the signals of the requested version, in wire format."""
@@ -159,6 +171,7 @@ class _ReplacedWeights:
     def __init__(self, model: Any, store: ray.actor.ActorHandle):
         self._model, self._store = model, store
         self._version = _INITIAL
+        self._checksum: int | None = None
         self._users = 0
         self._changed = asyncio.Condition()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -191,13 +204,16 @@ class _ReplacedWeights:
         return await find_weights(self._store, version)
 
     async def _load(self, version: WeightVersion, published: PublishedWeights) -> None:
+        if published.checksum == self._checksum:
+            self._version = version
+            return
         weights = await published.weights
         # A request that is cancelled leaves the thread at work, and the next request loads its weights after that.
-        self._version = _LOADING
+        self._version, self._checksum = _LOADING, None
         await asyncio.get_running_loop().run_in_executor(
             self._thread, load_weights, self._model, weights, published.checksum, version
         )
-        self._version = version
+        self._version, self._checksum = version, published.checksum
 
 
 def connect_following_teacher(application: str, settings: TeacherConfig) -> FollowingTeacher:
@@ -208,13 +224,14 @@ def connect_following_teacher(application: str, settings: TeacherConfig) -> Foll
 
 @contextmanager
 def serve_following_teacher(teacher: TeacherConfig, config: RunConfig, application: str) -> Iterator[FollowingTeacher]:
-    """Start a teacher that follows the student of `config` on Ray Serve, yield its client, and remove it at the end.
+    """Start a teacher of the run `config` that follows a student on Ray Serve, yield its client, and remove it at the
+    end.
 
     Raises:
         InputError: the teacher does not start.
     """
     assert teacher.engine.kind == "transformers"
-    serve.start(proxy_location="Disabled")
+    applications.start_serve()
     applications.remove_application(application)  # one that a killed run has left refers to a store that has died
     # The store's name is unique, because the store of a killed run may still exist for a while.
     name = f"{application}.{uuid4().hex[:8]}"

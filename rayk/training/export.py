@@ -11,8 +11,7 @@ from rayk.models.student import make_model
 from rayk.storage.tensor_files import DamagedFile
 from rayk.training import checkpoint_v1
 from rayk.training.checkpoint import CheckpointStore, Manifest
-from rayk.training.learner_state import WholeTensors, load_weights
-from rayk.training.run_checkpoints import open_shards
+from rayk.training.learner_state import WholeTensors, load_weights, open_shards
 from rayk.training.student import Student
 
 

@@ -1,24 +1,36 @@
-"""The weights of teachers that follow the student: computed on the training workers, published after their updates.
+"""The weights of teachers that follow a student: computed on the training workers, published after their updates.
 
     θ_T ← d·θ_T + (1−d)·θ    after every n-th optimizer step
 
-θ are the student's trained parameters, θ_T the teacher's, d is `ema` and n is `every` (mean teacher, Tarvainen and
-Valpola 2017, arXiv 1703.01780). Buffers are copied. Before training, θ_T = θ.
+θ are the trained parameters of this run's student, θ_T the teacher's, d is `ema` and n is `every` (mean teacher,
+Tarvainen and Valpola 2017, arXiv 1703.01780). Buffers are copied. Before training, θ_T = θ.
+
+A teacher that is the student of another run has the weights of that run's newest checkpoint instead (codistillation,
+Anil et al. 2018, arXiv 1804.03235).
 """
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rayk.models import CausalLM
+from rayk.config import TeacherConfig, load_config
+from rayk.errors import InputError, RunFailed
+from rayk.models import CausalLM, load_model
 from rayk.serving.event_loop import run_in_background, wait_for
 from rayk.serving.weights import trainable_state_dict
+from rayk.storage.tensor_files import DamagedFile
 from rayk.teachers import Teacher
 from rayk.teachers.following import FollowingTeacher, use_weights_after
+from rayk.training.checkpoint import CheckpointStore, Manifest
+from rayk.training.learner_state import open_shards, read_student
 
 _PREFIX = "teacher."
+_TRIES = 3
+_KEPT_VERSIONS = 64
 
 
 class FollowingWeights:
@@ -62,8 +74,93 @@ class FollowingWeights:
         return trainable_state_dict(self._model)
 
 
+class OtherRunWeights:
+    """The weights of another run's student: of its newest checkpoint, or of `model` before its first one.
+
+    Args:
+        settings: the teacher, with `follows: {run: …}`.
+        reads: whether this worker reads the weights.
+    """
+
+    def __init__(self, settings: TeacherConfig, *, reads: bool):
+        assert settings.followed_run is not None
+        self._settings, self._reads = settings, reads
+        self._folder = Path(settings.followed_run)
+        self._read: tuple[str, int] | None = None
+        self._steps: dict[int, int] = {}
+
+    def update(self, steps: int) -> bool:
+        """Return whether a newer checkpoint is looked for after `steps` optimizer steps of this run."""
+        return steps % self._settings.every == 0
+
+    def read(self, version: int) -> Mapping[str, Tensor] | None:
+        """Read the weights for a version of the teacher; return None if they are those of the version before.
+
+        Raises:
+            InputError: the checkpoints of the other run cannot be read, or belong to another kind of model.
+        """
+        if not self._reads:
+            return {}
+        store = self._open_store()
+        for _ in range(_TRIES):
+            try:
+                manifest = next(store.manifests(), None) if store is not None else None
+                found = (manifest.attempt, manifest.step) if manifest is not None else ("", 0)
+                # A checkpoint that has disappeared, or whose run starts anew, leaves the teacher as it is.
+                if found == self._read or (manifest is None and self._read is not None):
+                    self._note(version, self._steps[max(self._steps)])
+                    return None
+                tensors = self._initial() if manifest is None or store is None else self._stored(store, manifest)
+            except (OSError, DamagedFile):  # deleted meanwhile, because the other run has written newer ones
+                continue
+            self._read = found
+            self._note(version, found[1])
+            return tensors
+        raise RunFailed(
+            f"Teacher '{self._settings.name}': the newest checkpoint of the run in '{self._folder}' cannot be read."
+        )
+
+    def step_of(self, version: int) -> int:
+        """Return the step of the checkpoint that a version of the teacher has; 0: the weights before training."""
+        return self._steps[version]
+
+    def _note(self, version: int, step: int) -> None:
+        self._steps[version] = step
+        while len(self._steps) > _KEPT_VERSIONS:
+            del self._steps[min(self._steps)]
+
+    def _open_store(self) -> CheckpointStore | None:
+        """Return the other run's checkpoints; None if it has not started yet."""
+        file = self._folder / "config.yaml"
+        if not file.is_file():
+            return None
+        config = load_config(file, output=str(self._folder))
+        if config.student.lora is not None or config.rounds > 1:
+            kind = "trains an adapter" if config.student.lora is not None else "has rounds"
+            raise InputError(
+                f"Teacher '{self._settings.name}': the run in '{self._folder}' {kind}, which cannot be followed."
+            )
+        return CheckpointStore(config.checkpoints)
+
+    def _initial(self) -> Mapping[str, Tensor]:
+        assert self._settings.model is not None
+        return trainable_state_dict(
+            load_model(self._settings.model, trust_remote_code=self._settings.trust_remote_code)
+        )
+
+    def _stored(self, store: CheckpointStore, manifest: Manifest) -> Mapping[str, Tensor]:
+        with ExitStack() as stack:
+            return read_student(open_shards(store, manifest, stack))
+
+
+def _make_weights(settings: TeacherConfig, model: CausalLM, *, reads: bool) -> FollowingWeights | OtherRunWeights:
+    if settings.followed_run is not None:
+        return OtherRunWeights(settings, reads=reads)
+    return FollowingWeights(model, settings.ema, settings.every)
+
+
 class FollowingTeachers:
-    """The teachers of a run that follow the student, on one worker.
+    """The teachers of a run that follow a student, on one worker.
 
     Args:
         publishes: whether this worker sends the weights; true on one worker.
@@ -73,8 +170,7 @@ class FollowingTeachers:
     def __init__(self, teachers: Iterable[Teacher], model: CausalLM, *, publishes: bool, max_staleness: int):
         self._teachers = [teacher for teacher in teachers if isinstance(teacher, FollowingTeacher)]
         self._weights = {
-            teacher.settings.name: FollowingWeights(model, teacher.settings.ema, teacher.settings.every)
-            for teacher in self._teachers
+            teacher.settings.name: _make_weights(teacher.settings, model, reads=publishes) for teacher in self._teachers
         }
         self._publishes, self._max_staleness = publishes, max_staleness
         self._first = self._trained = 0
@@ -112,11 +208,19 @@ class FollowingTeachers:
         use_weights_after(steps)
 
     def metrics(self, step: int) -> dict[str, int]:
-        """Return the version of the teachers' weights for `step` (of several, the oldest), and its age in steps."""
+        """Return the version of the teachers' weights for `step` (of several, the oldest), and its age in steps; of
+        students of other runs also the step of their checkpoint, on the worker that publishes."""
         if not self._teachers:
             return {}
-        version = min(teacher.version_after(self._steps_for(step)) for teacher in self._teachers)
-        return {"teacher_version": version, "teacher_staleness": step - version}
+        versions = {teacher.settings.name: teacher.version_after(self._steps_for(step)) for teacher in self._teachers}
+        oldest = min(versions.values())
+        others = [
+            weights.step_of(versions[name])
+            for name, weights in self._weights.items()
+            if isinstance(weights, OtherRunWeights) and self._publishes
+        ]
+        found = {"teacher_version": oldest, "teacher_staleness": step - oldest}
+        return found | ({"other_run_step": min(others)} if others else {})
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -124,6 +228,7 @@ class FollowingTeachers:
         return {
             f"{_PREFIX}{name}.{key}": tensor
             for name, weights in self._weights.items()
+            if isinstance(weights, FollowingWeights)
             for key, tensor in weights.state.items()
         }
 
@@ -131,8 +236,10 @@ class FollowingTeachers:
         return max(self._first, step - self._max_staleness)
 
     def _publish(self, teacher: FollowingTeacher, steps: int) -> None:
-        tensors: Mapping[str, Tensor] = self._weights[teacher.settings.name].tensors
-        teacher.publish(teacher.version_after(steps), tensors, publishes=self._publishes)
+        version = teacher.version_after(steps)
+        weights = self._weights[teacher.settings.name]
+        tensors = weights.read(version) if isinstance(weights, OtherRunWeights) else weights.tensors
+        teacher.publish(version, tensors, publishes=self._publishes)
 
     async def _note_trained(self, steps: int) -> None:
         async with self._changed:

@@ -8,6 +8,7 @@ state several times.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,8 +28,10 @@ from torch.distributed.tensor import DTensor
 
 from rayk.errors import RaykError
 from rayk.storage.tensor_files import DamagedFile, TensorFile
+from rayk.training.checkpoint import CheckpointStore, Manifest
 
 _MODEL, _OPTIMIZER = "model.", "optimizer.state."
+_STUDENT = f"{_MODEL}student.model."
 _SHARDING_INFO, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 """Keys under which torch's `HuggingFaceStorageWriter` stores the place of a part in its tensor; its reader reads the
 files of `ShardFiles` too."""
@@ -116,6 +119,15 @@ class ShardFiles:
         file.read_into(name, target, offsets)
 
 
+def open_shards(store: CheckpointStore, manifest: Manifest, stack: ExitStack) -> ShardFiles:
+    """Return the learner's state in a checkpoint; its files are open until `stack` is closed.
+
+    Raises:
+        DamagedFile: a file does not contain a rank's part.
+    """
+    return ShardFiles([stack.enter_context(store.open_file(manifest, name)) for name in manifest.named(".shard-")])
+
+
 class WholeTensors:
     """A state whose tensors are whole and in memory."""
 
@@ -151,6 +163,18 @@ def load_weights(module: nn.Module, source: StateSource, *, without: str | None 
     if stored != weights.keys():
         raise RaykError(_difference(stored, weights.keys()))
     _load(weights, source)
+
+
+def read_student(source: StateSource) -> dict[str, Tensor]:
+    """Return the student's trained weights and buffers, whole and on the CPU, by their names in its model."""
+    stored = source.metadata.state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(_STUDENT) and isinstance(entry, TensorStorageMetadata)
+    }
+    _load(weights, source)
+    return {name.removeprefix(_STUDENT): tensor for name, tensor in weights.items()}
 
 
 def load_tensors(tensors: dict[str, Tensor], source: StateSource) -> None:

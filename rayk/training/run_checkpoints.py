@@ -21,13 +21,13 @@ from rayk.training.checkpoint import CheckpointStore, FileDigest, Manifest
 from rayk.training.experiences import ExperienceSource
 from rayk.training.learner import Learner
 from rayk.training.learner_state import (
-    ShardFiles,
     StatePart,
     StateSource,
     copy_part,
     load_optimizer,
     load_tensors,
     load_weights,
+    open_shards,
     optimizer_state,
     trained_weights,
 )
@@ -305,15 +305,6 @@ class RunCheckpoints:
         problems = [found for found in self._writer_ranks.gather(problem) if found is not None]
         if problems:
             raise problems[0]
-
-
-def open_shards(store: CheckpointStore, manifest: Manifest, stack: ExitStack) -> ShardFiles:
-    """Return the learner's state in a checkpoint; its files are open until `stack` is closed.
-
-    Raises:
-        DamagedFile: a file does not contain a rank's part.
-    """
-    return ShardFiles([stack.enter_context(store.open_file(manifest, name)) for name in manifest.named(".shard-")])
 
 
 def _join(file: TensorFile) -> Any:

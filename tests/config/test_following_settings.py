@@ -8,7 +8,7 @@ from rayk.errors import InputError
 WRONG = {
     "another model": ({"model": "m"}, {}, "leave out 'model' and 'attach'"),
     "another engine": ({"engine": {"kind": "vllm"}}, {}, "needs engine kind 'transformers'"),
-    "nothing to follow": ({"follows": None, "model": "m", "ema": 0.9}, {}, "a teacher with 'follows: student'; set it"),
+    "nothing to follow": ({"follows": None, "model": "m", "ema": 0.9}, {}, "a teacher with 'follows'; set it"),
     "a student without a tokenizer": ({}, {"student": {"config": "c"}}, "set student.tokenizer"),
     "drafts to verify": ({}, {"method": {"kind": "minillm"}}, "set method.teacher_share to 0"),
     "rows to generate": (
