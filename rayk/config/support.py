@@ -89,8 +89,8 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Layers:
-    """Hidden states of some of the teacher's layers: the output of each layer, before the final norm. For feature
-    distillation."""
+    """States of some of the teacher's layers: the output of each layer, before the final norm, or what its attention
+    compares. For feature distillation."""
 
     __pydantic_config__ = _STRICT
 
@@ -102,6 +102,9 @@ class Layers:
     final: Literal["float16", "bfloat16", "float32"] | None = None
     """The type in which the final hidden states are sent too, as by support `hidden`, so that a loss can use the
     teacher's distribution; `null`: they are not sent."""
+    part: Literal["output", "attention"] = "output"
+    """The state of a layer: its output; or `attention`: the queries, keys and values of all heads, one after the other,
+    as the linear maps return them, before norms and position embeddings."""
     kind: Literal["layers"] = "layers"
     """The support's kind."""
 
@@ -145,8 +148,9 @@ def bytes_per_token(support: Support, vocab_size: int, width: int, requested: in
         case Hidden():
             return width * _ITEM_BYTES[support.dtype] + 4
         case Layers():
-            scales = 2 * -(-width // STATE_BLOCK) if support.dtype == "int8" else 0
             final = width * _ITEM_BYTES[support.final] if support.final else 0
+            width *= 3 if support.part == "attention" else 1  # less if heads share keys and values
+            scales = 2 * -(-width // STATE_BLOCK) if support.dtype == "int8" else 0
             return support.count * (width * _ITEM_BYTES[support.dtype] + scales) + final + 4
         case Logprob():
             return 4

@@ -40,6 +40,8 @@ class EngineInfo:
     """Kinds of support that `score` returns."""
     hidden_size: int = 0
     """Width of the final hidden states; 0 if the engine does not return them."""
+    attention_widths: tuple[int, int, int] = (0, 0, 0)
+    """Sizes of a layer's queries, keys and values in support `layers` with part `attention`; 0 without it."""
     engine: str = "transformers"
     """The engine's kind; different engines compute slightly different numbers from the same weights."""
     weights_fingerprint: str = ""

@@ -41,7 +41,7 @@ from rayk.models import (
     weights_fingerprint,
 )
 from rayk.models.body import get_body
-from rayk.models.layer_states import layer_numbers, layer_states
+from rayk.models.layer_states import attention_widths, layer_numbers, layer_states
 from rayk.signals.batch import SignalBatch, concatenate
 from rayk.signals.layer_states import compress_states
 from rayk.signals.sequence import TokenSequence
@@ -87,6 +87,7 @@ class TransformersEngine:
             device=self.device,
             supports=("topk", "requested", "sampled", "hidden", "logprob", "layers"),
             hidden_size=self._head.weight.shape[1],
+            attention_widths=attention_widths(self.model.config),
             # A loaded model's weights may change, which keys of caches and of attention caches do not know.
             weights_fingerprint=""
             if loaded
@@ -166,8 +167,9 @@ class TransformersEngine:
         device = self._head.weight.device
         rows, columns = (place.to(device) for place in counted.nonzero(as_tuple=True))
         final, states = layer_states(
-            self.model, ids.to(self.model.device), mask.to(self.model.device), self._layer_numbers(support)
-        )
+            self.model, ids.to(self.model.device), mask.to(self.model.device), self._layer_numbers(support),
+            support.part if isinstance(support, Layers) else "output",
+        )  # fmt: skip
         return [each.to(device)[rows, columns - 1] for each in (final, *states)]
 
     def _score(self, sequences: list[TokenSequence], support: Support) -> SignalBatch:

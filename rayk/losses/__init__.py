@@ -24,7 +24,7 @@ from rayk.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
-from rayk.losses.features import FEATURE_DISTANCES, cosine_distance, squared_distance
+from rayk.losses.features import FEATURE_DISTANCES, cosine_distance, relation_divergence, squared_distance
 from rayk.losses.label_words import label_word_loss
 from rayk.losses.linear import linear_cross_entropy, linear_log_probs
 from rayk.losses.linear_decoupled import DecoupledTerms, linear_decoupled_terms
@@ -80,6 +80,7 @@ __all__ = [
     "no_negatives",
     "policy_loss",
     "prefix_log_weights",
+    "relation_divergence",
     "returns_to_go",
     "reverse_kl",
     "reward_distillation",

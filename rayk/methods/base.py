@@ -6,7 +6,7 @@ A method whose student generates completions derives from `OnPolicyMethod`, any 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,16 @@ class Student(StudentOutput, Protocol):
         """Return the numbers of the layers, from 0: `layers` itself, or that many, spread evenly up to the last one."""
         ...
 
-    def layer_states(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Return what `hidden` returns, and the outputs of `layers` at the same positions, [tokens, width] each, with
-        gradient."""
+    @property
+    def attention_widths(self) -> tuple[int, int, int]:
+        """Sizes of the queries, keys and values of all heads of a layer."""
+        ...
+
+    def layer_states(
+        self, batch: Batch, layers: Sequence[int], part: Literal["output", "attention"] = "output"
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return what `hidden` returns, and the states of `layers` at the same positions, [tokens, width] each, with
+        gradient: their outputs, or their queries, keys and values, one after the other."""
         ...
 
 

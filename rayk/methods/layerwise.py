@@ -5,7 +5,8 @@
 
 over K pairs of layers, s = 2 with `temperature_squared`, else 0. h_k are the outputs of the layers of pair k, before
 the final norm, at the positions that predict the counted tokens; padding has none. d is the mean squared difference, or
-1 − cosine.
+1 − cosine. With `distance: attention`, h_k are the queries, keys and values of the layers, f_k the identity, and d is
+the sum of the three divergences of their relations (MiniLMv2, Wang et al. 2021, arXiv 2012.15828).
 
 Without filters, f_k^T is the identity, and f_k^S a trained linear projection where the widths of the models differ,
 else the identity. With filters (TED) the first `filters.steps` steps train f_k^S and f_k^T, with both models frozen
@@ -13,6 +14,8 @@ else the identity. With filters (TED) the first `filters.steps` steps train f_k^
 part of the checkpoints, and not of the saved model.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,13 +25,17 @@ from torch import Tensor, nn
 
 from rayk.config import LayerwiseConfig
 from rayk.data.batches import Batch
-from rayk.losses import FEATURE_DISTANCES, linear_cross_entropy
+from rayk.errors import InputError
+from rayk.losses import FEATURE_DISTANCES, linear_cross_entropy, relation_divergence
 from rayk.methods.base import Experience, Loss, Method, Student, StudentOutput
 from rayk.methods.layer_filters import Filters
 from rayk.methods.matching import soft_loss
 from rayk.models import Head
 from rayk.rollouts import Policy
 from rayk.teachers import Scorer
+
+_LEAST_SIZE = 32
+"""Least numbers in a part of a relation head, unless the user says how many parts there are."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Layerwise(Method):
         self._layers: list[int] = []
         self._projections: nn.ModuleList | None = None
         self._filters: Filters | None = None
+        self._widths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._relation_heads = 1
         self._step = 0
 
     @property
@@ -69,6 +78,10 @@ class Layerwise(Method):
         """Create filters or projections for the widths of both models."""
         self._layers = student.layer_numbers(self.settings.student_layers)
         teacher: Any = self.teacher
+        if self.settings.distance == "attention":
+            self._widths = student.attention_widths, teacher.info.attention_widths
+            self._relation_heads = relation_heads(self.settings.relation_heads, self._widths)
+            return
         count, widths = len(self._layers), (student.layer_width, teacher.info.hidden_size)
         if self.settings.filters is not None:
             self._filters = Filters(count, *widths, self.settings.filters.kind)
@@ -86,7 +99,7 @@ class Layerwise(Method):
         filters = self.settings.filters
         if filters is not None and self._step < filters.steps:
             return self._filter_loss(student, experience)
-        final, states = student.layer_states(experience.batch, self._layers)
+        final, states = student.layer_states(experience.batch, self._layers, self.settings.support.part)
         loss, terms = self._output_loss(_Computed(student.head, final), experience)
         distances = self._distances(states, experience)
         terms |= {f"layer_distance_{number}": distance for number, distance in enumerate(distances, start=1)}
@@ -128,6 +141,9 @@ class Layerwise(Method):
     def _distances(self, states: Sequence[Tensor], experience: Experience) -> list[Tensor]:
         """Return the distance of each pair's states at each counted token."""
         targets = self._teacher_states(experience)
+        if self.settings.distance == "attention":
+            offsets = experience.batch.offsets
+            return [self._relation_distance(*pair, offsets) for pair in zip(states, targets, strict=True)]
         if self._filters is not None:
             states, targets = self._filters.student_states(states), self._filters.teacher_states(targets)
         elif self._projections is not None:
@@ -135,7 +151,39 @@ class Layerwise(Method):
         distance = FEATURE_DISTANCES[self.settings.distance]
         return [distance(*pair) for pair in zip(states, targets, strict=True)]
 
+    def _relation_distance(self, student: Tensor, teacher: Tensor, offsets: Tensor) -> Tensor:
+        """Return the divergences of the relations among queries, keys and values, summed."""
+        parts = zip(student.split(self._widths[0], dim=1), teacher.split(self._widths[1], dim=1), strict=True)
+        return torch.stack([relation_divergence(*pair, offsets, self._relation_heads) for pair in parts]).sum(dim=0)
+
     def _teacher_states(self, experience: Experience) -> list[Tensor]:
         signals = experience.signals
         assert signals is not None
         return [signals.layer_states(place) for place in range(self.settings.support.count)]
+
+
+def relation_heads(number: int | None, widths: Sequence[Sequence[int]]) -> int:
+    """Return the number of relation heads: `number`, or the largest that divides all widths and leaves at least
+    `_LEAST_SIZE` numbers to each part.
+
+    Args:
+        widths: of queries, keys and values, for student and teacher.
+
+    Raises:
+        InputError: `number` does not divide them all, or the teacher's engine does not return them.
+    """
+    if not all(itertools.chain(*widths)):
+        raise InputError(
+            "method.distance 'attention' needs queries, keys and values, which the teacher's engine does not return; "
+            "choose engine kind 'transformers', or another distance."
+        )
+    common = math.gcd(*itertools.chain(*widths))
+    if number is None:
+        divisors = [each for each in range(1, common + 1) if common % each == 0]
+        return max((each for each in divisors if common // each >= _LEAST_SIZE), default=1)
+    if common % number:
+        raise InputError(
+            f"method.relation_heads is {number}, but must divide the sizes of queries, keys and values: "
+            f"{', '.join(map(str, widths[0]))} in the student, {', '.join(map(str, widths[1]))} in the teacher."
+        )
+    return number

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rayk.config.support import Sampled, Support, TopK, bytes_per_token
+from rayk.config.support import Layers, Sampled, Support, TopK, bytes_per_token
 from rayk.signals.batch import SignalBatch
 from rayk.signals.wire import LOWEST_LOGPROB, CorruptSignal, decode, encode
 
@@ -83,7 +83,9 @@ def _largest_wire(support: Support, tokens: int, hidden_size: int) -> int:
     """Return the largest size in bytes of a row in the wire format."""
     if isinstance(support, Sampled):
         return _LARGEST_HEADER + tokens * (9 + 8 * support.draws)
-    return _LARGEST_HEADER + math.ceil(tokens * bytes_per_token(support, 1, hidden_size or _WIDEST))
+    is_wider = isinstance(support, Layers) and support.part == "attention"  # all heads together, than hidden states
+    width = _WIDEST if is_wider or not hidden_size else hidden_size
+    return _LARGEST_HEADER + math.ceil(tokens * bytes_per_token(support, 1, width))
 
 
 def _pack_topk(row: SignalBatch) -> bytes:

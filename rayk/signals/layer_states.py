@@ -19,6 +19,8 @@ from rayk.config.support import STATE_BLOCK, Layers
 from rayk.models.types import DTYPES
 
 _LEVELS = 127
+_PARTS: tuple[Literal["output", "attention"], ...] = ("output", "attention")
+_PART_UNIT = 1 << 32
 _MOST_LAYERS, _WIDEST = 1 << 16, 1 << 24
 _DTYPES: tuple[Literal["int8", "float16", "bfloat16", "float32"], ...] = ("int8", "float16", "bfloat16", "float32")
 _FINAL_DTYPES: tuple[Literal["float16", "bfloat16", "float32"] | None, ...] = (None, "float16", "bfloat16", "float32")
@@ -59,10 +61,10 @@ class LayerColumns:
 
     @property
     def code(self) -> int:
-        """The support's types, and the number of layers where it does not list them, for the header."""
+        """The support's types and part, and the number of layers where it does not list them, for the header."""
         spread = self.support.layers if isinstance(self.support.layers, int) else 0
         types = _DTYPES.index(self.support.dtype) + len(_DTYPES) * _FINAL_DTYPES.index(self.support.final)
-        return types + len(_DTYPES) * len(_FINAL_DTYPES) * spread
+        return types + len(_DTYPES) * len(_FINAL_DTYPES) * spread + _PART_UNIT * _PARTS.index(self.support.part)
 
     def to_arrays(self) -> list[np.ndarray]:
         """Return the columns in their order."""
@@ -87,14 +89,17 @@ class LayerColumns:
         Raises:
             ValueError: the columns contradict themselves.
         """
-        spread, types = divmod(code, len(_DTYPES) * len(_FINAL_DTYPES))
+        part, rest = divmod(code, _PART_UNIT)
+        if part >= len(_PARTS):
+            raise ValueError("has a part of layers that this version of rayk does not know")
+        spread, types = divmod(rest, len(_DTYPES) * len(_FINAL_DTYPES))
         final, dtype = divmod(types, len(_DTYPES))
         listed, final_width = read_column("<u4", 2).tolist()
         counts_fit = (listed > 0) != (spread > 0) and spread <= _MOST_LAYERS and 0 < width <= _WIDEST
         if not counts_fit or (final > 0) != (final_width > 0):
             raise ValueError("has no layers, an impossible number of them, or states without width")
         numbers = tuple(read_column("<u4", listed).tolist())
-        support = Layers(spread or numbers, _DTYPES[dtype], _FINAL_DTYPES[final])
+        support = Layers(spread or numbers, _DTYPES[dtype], _FINAL_DTYPES[final], _PARTS[part])
 
         def read(name: str, *shape: int) -> Tensor:
             kind = torch.int8 if name == "int8" else DTYPES[name]

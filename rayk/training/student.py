@@ -5,7 +5,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from rayk.methods import Experience, Loss, Method
 from rayk.models import DTYPES, Head, final_hidden, get_head
 from rayk.models.dropout import disable_dropout
 from rayk.models.ends import repair_generation_config
-from rayk.models.layer_states import layer_numbers, layer_states, state_width
+from rayk.models.layer_states import attention_widths, layer_numbers, layer_states, state_width
 from rayk.models.loading import check_saved
 from rayk.models.lora import has_adapter, has_saved_base, merged_state_dict, save_adapter
 from rayk.storage.atomic import replace_folder
@@ -85,9 +85,15 @@ class Student(nn.Module):
     def layer_numbers(self, layers: int | Sequence[int]) -> list[int]:
         return layer_numbers(layers, self.model.config, "the student")
 
-    def layer_states(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    @property
+    def attention_widths(self) -> tuple[int, int, int]:
+        return attention_widths(self.model.config)
+
+    def layer_states(
+        self, batch: Batch, layers: Sequence[int], part: Literal["output", "attention"] = "output"
+    ) -> tuple[Tensor, list[Tensor]]:
         with self.autocast():
-            final, states = layer_states(self.model, batch.input_ids, batch.attention_mask, layers)
+            final, states = layer_states(self.model, batch.input_ids, batch.attention_mask, layers, part)
         return batch.counted(final).to(self._compute_dtype), [batch.counted(each) for each in states]
 
     def count_parts(self, batch: Batch) -> int:

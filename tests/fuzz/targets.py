@@ -50,7 +50,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 SUPPORTS: tuple[Support, ...] = (
     TopK(4), TopK(3, (1.0, 2.0)), Logprob(), Sampled(7), Sampled(5, tau=0.8, seed=3), Hidden(), Hidden("float32"),
 )  # fmt: skip
-LAYERS = (Layers(2), Layers((1, 4, 1), "float16", "float16"), Layers(1, "float32", "float32"))
+LAYERS = (Layers(2), Layers((1, 4, 1), "float16", "float16"), Layers(1, "float32", "float32", "attention"))
 RENEWED_SHARE = 0.85
 """Share of the inputs whose checksums are made to fit again, so that what they protect is reached."""
 

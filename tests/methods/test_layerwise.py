@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from rayk.config import LayerwiseConfig, parse_config
 from rayk.engines.transformers import TransformersEngine
 from rayk.errors import InputError
+from rayk.losses import relation_divergence
 from rayk.methods import Experience, Layerwise
+from rayk.methods.layerwise import relation_heads
 from rayk.run import distill
 from rayk.training.student import LossModule, Student
 from tests.methods.small_batch import dense_logits, small_batch
@@ -96,6 +98,51 @@ def test_the_loss_is_that_of_a_dense_reference(engine, teacher, width, distance)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [None, 4])
+def test_relations_are_those_of_queries_keys_and_values(engine, tiny_teacher, heads):
+    """Models of other widths; the three divergences are summed, and averaged over the pairs."""
+    batch, student = small_batch(), Student(tiny_model(seed=5, layers=3, hidden=16))
+    method, module = method_for(
+        student, engine, layers=[(0, 1), (2, 0)], distance="attention", relation_heads=heads, layer_weight=2.0,
+        hard_label_weight=1.0,
+    )  # fmt: skip
+    assert method.modules() is None
+    loss, terms = module(scored(engine, method.settings, batch))
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_teacher).eval()
+    ours, theirs = attention_of(student.model, batch, [0, 2]), attention_of(teacher, batch, [1, 0])
+    far = [
+        sum(relation_divergence(s, t.detach(), batch.offsets, heads or 1) for s, t in zip(*pair, strict=True))
+        for pair in zip(ours, theirs, strict=True)
+    ]
+    hard = F.cross_entropy(dense_logits(student.model, batch), batch.targets, reduction="none")
+    torch.testing.assert_close(loss, hard + far[0] + far[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms["layer_distance_2"], far[1].detach(), rtol=1e-4, atol=1e-5)
+    loss.sum().backward()
+    assert student.model.model.layers[2].self_attn.k_proj.weight.grad.abs().max() > 0
+
+
+def attention_of(model, batch, layers):
+    """Queries, keys and values of layers, at the positions that predict the counted tokens."""
+    found = {}
+    for number in layers:
+        maps = model.model.layers[number].self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(maps, name).register_forward_hook(
+                lambda _module, _given, output, key=(number, name): found.__setitem__(key, batch.counted(output))
+            )
+    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return [[found[number, name] for name in ("q_proj", "k_proj", "v_proj")] for number in layers]
+
+
+def test_relation_heads_divide_all_widths(engine):
+    student = Student(tiny_model(seed=5, layers=3, hidden=16))
+    assert relation_heads(None, ((576, 192, 192), (640, 256, 256))) == 2
+    with pytest.raises(InputError, match="relation_heads is 3, but must divide .* 16, 8, 8 in the student, 32, 16, 16"):
+        method_for(student, engine, distance="attention", relation_heads=3)
+    with pytest.raises(InputError, match="which the teacher's engine does not return"):
+        relation_heads(None, ((16, 8, 8), (0, 0, 0)))
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_filters_learn_the_task_first_and_are_matched_then(engine, teacher, kind):
     """Both stages equal a dense reference, and only the weights of a stage have gradients."""
@@ -143,17 +190,19 @@ def test_the_stage_is_restored_and_has_its_own_schedule(engine):
     assert LayerwiseConfig().stage(4, 10) == (4, 10, None)
 
 
-def test_micro_batches_and_padding_do_not_change_the_loss(engine):
+@pytest.mark.parametrize("distance", ["mse", "attention"])
+def test_micro_batches_and_padding_do_not_change_the_loss(engine, distance):
     batch, student = small_batch(), Student(tiny_model(seed=5, layers=3, hidden=16))
-    method, module = method_for(student, engine)
+    method, module = method_for(student, engine, distance=distance)
     whole = scored(engine, method.settings, batch)
     parts = torch.cat([module(whole.select([row]))[0] for row in range(batch.rows)])
     torch.testing.assert_close(module(whole)[0], parts, rtol=1e-4, atol=1e-5)
 
 
-def test_an_equal_teacher_has_no_distance(engine, tiny_teacher):
+@pytest.mark.parametrize("distance", ["mse", "attention"])
+def test_an_equal_teacher_has_no_distance(engine, tiny_teacher, distance):
     batch, student = small_batch(), Student(AutoModelForCausalLM.from_pretrained(tiny_teacher))
-    method, module = method_for(student, engine, layers=2, hard_label_weight=0.0)
+    method, module = method_for(student, engine, layers=2, distance=distance, hard_label_weight=0.0)
     assert module(scored(engine, method.settings, batch))[0].abs().max() < 1e-4
 
 
@@ -173,6 +222,8 @@ def test_without_a_soft_loss_only_layers_are_sent(engine):
         ({"teachers": [{"name": "t", "model": "t", "engine": {"kind": "vllm"}}]}, "vLLM engine returns no states"),
         ({"teachers": [{"name": "t", "model": "t", "engine": {"kind": "simulated"}}]}, "has no support 'layers'"),
         ({"training": {"sharding": "fsdp"}}, "training.sharding"),
+        ({"method": {"kind": "layerwise", "relation_heads": 2}}, "with 'distance: attention' only"),
+        ({"method": {"kind": "layerwise", "distance": "attention", "filters": {"steps": 1}}}, "leave them out"),
         ({"ensemble": {}, "teachers": [{"name": "t", "model": "t"}, {"name": "u", "model": "u"}]}, "one teacher"),
         ({"method": {"kind": "layerwise", "divergence": "decoupled_kl"}}, "choose another one"),
         ({"method": {"kind": "layerwise", "alignment": {"kind": "bytes"}}}, "needs a teacher with the student's"),
@@ -209,6 +260,14 @@ def test_two_workers_and_a_resumed_run_learn_the_same(tmp_path, tiny_student, se
     assert ["layer_distance" in row for row in rows] == [not filters for filters in first_stage]
     if "filters" not in method:
         assert rows[-1]["layer_distance"] < rows[0]["layer_distance"]
+
+
+def test_a_run_learns_the_teachers_relations(tmp_path, tiny_student, served):
+    method = RUN | {"distance": "attention", "hard_label_weight": 1.0, "layer_weight": 1e4}
+    run = prepared(tmp_path / "run", tiny_student, method, steps=20)
+    distill(run)
+    distances = curve(run.output_path, "layer_distance")
+    assert np.mean(distances[-3:]) < 0.5 * np.mean(distances[:3])
 
 
 def test_the_first_stage_leaves_the_student_as_it_is(tmp_path, tiny_student, served):

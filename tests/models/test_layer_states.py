@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rayk.errors import InputError
-from rayk.models.layer_states import layer_numbers, layer_states
+from rayk.models.layer_states import attention_widths, layer_numbers, layer_states
 from rayk.models.packing import enable_packing
 from tests.tiny import tiny_model
 
@@ -30,20 +30,45 @@ def test_states_are_the_outputs_of_the_layers(architecture, packed):
         torch.testing.assert_close(found[real], expected.hidden_states[exact][real], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2"])
+def test_attention_is_what_the_maps_return(architecture, packed):
+    model, (ids, mask) = tiny_model(architecture=architecture, layers=2), rows()
+    if packed:
+        enable_packing(model)
+    _, [first, second] = layer_states(model, ids, mask, [0, 1], "attention")
+    maps, inputs = [layer.self_attn for layer in model.model.layers], []
+    for each in maps:
+        each.q_proj.register_forward_pre_hook(lambda _module, given: inputs.append(given[0]))
+    layer_states(model, ids, mask, [0], "attention")
+    real = mask.bool()
+    for found, layer, given in zip((first, second), maps, list(inputs), strict=True):  # each map called adds one
+        expected = torch.cat([layer.q_proj(given), layer.k_proj(given), layer.v_proj(given)], dim=-1)
+        torch.testing.assert_close(found[real], expected[0] if packed else expected[real])
+    assert first.shape[-1] == sum(attention_widths(model.config)) == 32 + 16 + 16
+
+
+def test_a_model_without_separate_maps_has_no_attention():
+    model, (ids, mask) = tiny_model(architecture="gpt2"), rows()
+    with pytest.raises(InputError, match="GPT2LMHeadModel has no q_proj, k_proj, v_proj"):
+        layer_states(model, ids, mask, [0], "attention")
+
+
 def test_the_last_layer_is_taken_before_the_final_norm():
     model, (ids, mask) = tiny_model(layers=2), rows()
     final, [last] = layer_states(model, ids, mask, [1])
     torch.testing.assert_close(model.model.norm(last)[mask.bool()], final[mask.bool()])
 
 
-def test_gradients_flow_through_the_states_with_and_without_recomputed_activations():
+@pytest.mark.parametrize("part", ["output", "attention"])
+def test_gradients_flow_through_the_states_with_and_without_recomputed_activations(part):
     ids, mask = rows()
     gradients = []
     for recomputes in (False, True):
         model = tiny_model(layers=2).train()
         if recomputes:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        _, [state] = layer_states(model, ids, mask, [0])
+        _, [state] = layer_states(model, ids, mask, [0], part)
         state[mask.bool()].square().sum().backward()
         gradients.append([None if p.grad is None else p.grad for p in model.parameters()])
     assert any(gradient is not None for gradient in gradients[0])

@@ -48,8 +48,9 @@ def test_a_number_is_off_by_less_than_0_4_percent_of_the_largest_of_its_block(wi
 @pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("layers", [3, (1, 4, 1)])
 @pytest.mark.parametrize("final", [None, "float16", "float32"])
-def test_all_types_survive_the_wire_and_the_disk(tokens, dtype, layers, final):
-    support = Layers(layers, dtype, final)
+@pytest.mark.parametrize("part", ["output", "attention"])
+def test_all_types_survive_the_wire_and_the_disk(tokens, dtype, layers, final, part):
+    support = Layers(layers, dtype, final, part)
     _, signals = signals_of(support, tokens)
     stored = concatenate([unpack(entry, support, tokens // 2) for entry in pack(signals)])
     for back in (decode(encode(signals)), stored):
@@ -61,8 +62,8 @@ def test_all_types_survive_the_wire_and_the_disk(tokens, dtype, layers, final):
 
 
 def test_bytes_a_token_are_as_stated():
-    for support in (Layers(3), Layers((0, 2), "bfloat16"), Layers(1, "int8", "float16")):
-        _, small = signals_of(support, 100, 64)
+    for support in (Layers(3), Layers((0, 2), "bfloat16"), Layers(1, "int8", "float16"), Layers(1, part="attention")):
+        _, small = signals_of(support, 100, 3 * 64 if support.part == "attention" else 64)
         small = small if small.hidden is None else replace(small, hidden=small.hidden.repeat(1, 8))
         assert encode(small).nbytes == pytest.approx(100 * bytes_per_token(support, VOCAB, 64), abs=100)
 
@@ -92,7 +93,13 @@ def test_final_states_are_a_hidden_signal():
 @pytest.mark.parametrize("tokens", [6, 0])
 @pytest.mark.parametrize(
     ("place", "number", "form"),
-    [(WIDTH_PLACE, 0, "<I"), (WIDTH_PLACE, 2**32 - 1, "<I"), (EXTRA, 0, "<Q"), (EXTRA, 2**64 - 1, "<Q")],
+    [
+        (WIDTH_PLACE, 0, "<I"),
+        (WIDTH_PLACE, 2**32 - 1, "<I"),
+        (EXTRA, 0, "<Q"),
+        (EXTRA, 2**64 - 1, "<Q"),
+        (EXTRA, 2**33, "<Q"),
+    ],
 )
 def test_a_signal_that_contradicts_itself_is_refused_without_memory(tokens, place, number, form):
     _, signals = signals_of(Layers(2), tokens)

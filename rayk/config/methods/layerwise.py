@@ -39,8 +39,13 @@ class LayerwiseConfig(DivergenceLossConfig, TokenLossConfig):
     """Pairs of layers that are matched. A number N: N layers of each model, spread evenly, of which the last layer is
     one, in order. A list of pairs [student's layer, teacher's layer], numbered from 0. A layer's state is its output,
     before the final norm."""
-    distance: Literal["mse", "cosine"] = "mse"
-    """The distance of two states: the mean squared difference of their numbers, or 1 − their cosine."""
+    distance: Literal["mse", "cosine", "attention"] = "mse"
+    """The distance of two states: the mean squared difference of their numbers, or 1 − their cosine. `attention`: the
+    divergences of the relations among queries, keys and values of a layer, instead of its outputs (MiniLMv2)."""
+    relation_heads: Positive | None = None
+    """With `attention`: number of parts into which queries, keys and values are split, each with relations of its own;
+    it divides the sizes of all three in both models. `null`: the largest that leaves at least 32 numbers to each
+    part."""
     layer_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight w of the mean distance over the pairs."""
     hard_label_weight: Share = 0.5
@@ -60,7 +65,8 @@ class LayerwiseConfig(DivergenceLossConfig, TokenLossConfig):
         """The support that is requested from the teacher."""
         layers = self.layers if isinstance(self.layers, int) else tuple(teacher for _, teacher in self.layers)
         final = "float16" if self.states == "int8" else self.states
-        return Layers(layers, self.states, final if self.uses_divergence or self.filters else None)
+        part: Literal["output", "attention"] = "attention" if self.distance == "attention" else "output"
+        return Layers(layers, self.states, final if self.uses_divergence or self.filters else None, part)
 
     @property
     def signal_support(self) -> Support | None:
@@ -95,6 +101,10 @@ class LayerwiseConfig(DivergenceLossConfig, TokenLossConfig):
             raise ValueError(
                 f"layerwise has no divergence '{self.divergence.name}'; choose another one, or method 'logit_kd'"
             )
+        if self.distance == "attention" and self.filters is not None:
+            raise ValueError("'filters' are of the outputs of layers; leave them out, or choose another 'distance'")
+        if self.distance != "attention" and self.relation_heads is not None:
+            raise ValueError("'relation_heads' has an effect with 'distance: attention' only; leave it out")
         return self
 
     def check(self, run: Run) -> None:
