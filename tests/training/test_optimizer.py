@@ -11,7 +11,11 @@ from rayk.errors import InputError
 from rayk.training.optimizer import make_optimizer, set_learning_rate
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
-needs_torchao = pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")
+
+
+def needs_torchao(test):
+    """Mark a test as one of `make test-nightly`, which installs torchao."""
+    return pytest.mark.nightly(pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")(test))
 
 
 def settings(**changes):
