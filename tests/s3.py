@@ -1,7 +1,10 @@
-"""A local S3 server (moto), and its objects as pyarrow sees them."""
+"""A local S3 server (moto), its objects as pyarrow sees them, and a connection to it that can stand still."""
 
+import contextlib
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
@@ -14,6 +17,7 @@ class Bucket:
     """One bucket of a running server."""
 
     def __init__(self, host: str):
+        self.host = host
         self._query = f"scheme=http&endpoint_override={host}&region=us-east-1"
         self.files = fs.S3FileSystem(
             access_key=USER, secret_key=PASSWORD, scheme="http", endpoint_override=host, region="us-east-1",
@@ -50,3 +54,36 @@ def serve_bucket() -> Iterator[Bucket]:
         yield Bucket(f"{host}:{port}")
     finally:
         server.stop()
+
+
+class Link:
+    """Relays connections to `host`; they stand still while `flows` is not set.
+
+    Attributes:
+        host: the relay's own address.
+    """
+
+    def __init__(self, host: str):
+        self._target = host.split(":")
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.flows = Event()
+        self.flows.set()
+        Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._server.accept()
+                server = socket.create_connection((self._target[0], int(self._target[1])))
+                for source, target in ((client, server), (server, client)):
+                    Thread(target=self._relay, args=(source, target), daemon=True).start()
+
+    def _relay(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while data := source.recv(1 << 16):
+                self.flows.wait()
+                target.sendall(data)

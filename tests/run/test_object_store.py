@@ -17,7 +17,7 @@ from rayk.report.report import write_report
 from rayk.run import distill, export_model
 from rayk.run.directory import check_directory
 from tests.runs import assert_same_learning, metrics, rayk, settings, wait_until
-from tests.s3 import PASSWORD, USER
+from tests.s3 import PASSWORD, USER, Link
 
 SECRETS = (PASSWORD, PASSWORD.replace("/", "%2F").replace("+", "%2B"), USER, "hf_PlantedToken")
 LONG = {"steps": 60, "batch_size": 16, "checkpoint_every_steps": 10, "learning_rate": 1e-3}
@@ -96,6 +96,31 @@ def test_export_reads_from_and_writes_to_a_bucket(finished, s3):
         export_model(finished, s3.uri(f"{name}/exported"))
     with pytest.raises(RunFailed, match=r"cannot be written to 's3://\*\*\*@no-such-bucket/x"):
         export_model(finished, s3.uri("x").replace("@bucket", "@no-such-bucket"))
+
+
+@pytest.mark.cluster  # a process that trains
+@pytest.mark.long
+def test_storage_that_stands_still_delays_only_the_next_checkpoint(tmp_path, tiny_student, s3):
+    long = {"steps": 180, "checkpoint_every_steps": 60, "learning_rate": 1e-3, "keep_checkpoints": 9}
+    for name in ("whole", "slow"):
+        (tmp_path / name).mkdir()
+    distill(parse_config(settings(tmp_path / "whole", tiny_student, **long)))
+    link, run = Link(s3.host), tmp_path / "slow" / "run"
+    place = s3.uri("slow/checkpoints").replace(s3.host, link.host)
+    values = settings(tmp_path / "slow", tiny_student, **long, checkpoints=place)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with rayk("run", tmp_path / "run.yaml", log=tmp_path / "log") as process:
+        wait_until(lambda: metrics(run), "the first step", process)
+        link.flows.clear()
+        assert len(metrics(run)) < 60
+        wait_until(lambda: len(metrics(run)) >= 120, "the step of the second checkpoint", process)
+        assert not any("manifest" in name for name in s3.names("slow/checkpoints"))
+        link.flows.set()
+        wait_until(lambda: process.poll() is not None, "the end of the run")
+    link.close()
+    assert process.returncode == 0
+    assert_same_learning(tmp_path / "whole" / "run", run, 1e-6)
+    assert sum("manifest" in name for name in s3.names("slow/checkpoints")) == 3
 
 
 @pytest.mark.slow
