@@ -30,6 +30,7 @@ def write(path, values):
     return path
 
 
+@pytest.mark.nightly
 def test_a_sharded_run_is_killed_and_resumed_with_one_and_two_workers(tmp_path, smollm2):
     alone = parse_config(values_of(tmp_path, smollm2) | {"output": str(tmp_path / "alone")})
     distill(alone)

@@ -127,7 +127,7 @@ def test_killed_replica_gets_the_latest_weights_and_a_resumed_run_its_average(tm
     np.testing.assert_array_equal(curve(hurt.output_path, "teacher_version"), [step - step % 4 for step in range(30)])
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_neither_workers_nor_sharding_change_a_result(tmp_path, tiny_student, ray_cluster):
     """And an average of sharded weights is resumed by one worker."""
     method, follower = {"kind": "logit_kd", "support": TOP}, {"ema": 0.5, "replicas": 2}
