@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayk.config import Replicas, Resources, RunConfig, TeacherConfig, parse_config
-from rayk.config.paths import cache_folder
+from rayk.config.paths import RUN_CONFIG, cache_folder
 from rayk.data import quickstart_task
 from rayk.errors import InputError
 from rayk.report.report import write_report
@@ -163,7 +163,7 @@ def clear_run(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    if not (folder / "config.yaml").is_file():
+    if not (folder / RUN_CONFIG).is_file():
         raise InputError(
             f"'{folder}' exists and is no run of an earlier quickstart; remove it or give another --output."
         )

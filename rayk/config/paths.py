@@ -4,6 +4,8 @@ import glob
 import os
 from pathlib import Path
 
+RUN_CONFIG = "config.yaml"
+"""The file with the settings of a run, in its directory."""
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 """Suffixes of data files that are text."""
 COMPRESSED_SUFFIXES = (".gz", ".zst")

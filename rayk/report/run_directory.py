@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from rayk.config.paths import RUN_CONFIG
 from rayk.config.secrets import redact
 from rayk.config.yaml_text import parse_yaml
 from rayk.errors import InputError
@@ -240,7 +241,7 @@ def _round_folders(path: Path) -> list[Path]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.yaml"
+    file = path / RUN_CONFIG
     if not file.is_file():
         reason = "has no config.yaml" if path.is_dir() else "does not exist"
         raise InputError(f"'{path}' is no run directory of rayk: it {reason}; give the output folder of a run.")

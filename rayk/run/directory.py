@@ -8,6 +8,7 @@ from pathlib import Path
 from rayk.config import RunConfig, difference, load_config
 from rayk.config.base import Placement, Selection
 from rayk.config.marks import marked_fields
+from rayk.config.paths import RUN_CONFIG
 from rayk.config.secrets import hide, redact
 from rayk.errors import InputError
 from rayk.models.student import base_fingerprint
@@ -25,8 +26,6 @@ ROUNDS = "rounds"
 """The folder with the rounds' own run directories."""
 _DURATION = ("training.steps", "training.epochs")
 """Settings on which the learning rate of every step depends."""
-CONFIG = "config.yaml"
-"""The file with the settings of a run, in its directory."""
 _ROWS = "data.fingerprint"
 _PACKAGE = "_ray_pkg_"
 """Start of the name of a folder to which Ray unpacks a job's working directory."""
@@ -41,7 +40,7 @@ def with_pinned_date(config: RunConfig) -> RunConfig:
     """
     if config.data.chat_template_date is not None:
         return config
-    file = config.output_path / CONFIG
+    file = config.output_path / RUN_CONFIG
     date = load_config(file).data.chat_template_date if file.exists() else datetime.date.today()
     return config.model_copy(update={"data": config.data.model_copy(update={"chat_template_date": date})})
 
@@ -56,14 +55,14 @@ def claim_directory(config: RunConfig, resume: bool) -> bool:
         InputError: the directory belongs to another run, contains other files, or cannot be written.
     """
     check_directory(config, resume)
-    is_resumed = (config.output_path / CONFIG).exists()
+    is_resumed = (config.output_path / RUN_CONFIG).exists()
     write_config(config)
     return is_resumed
 
 
 def check_directory(config: RunConfig, resume: bool) -> None:
     """Do the checks of `claim_directory` without writing."""
-    folder, file = config.output_path, config.output_path / CONFIG
+    folder, file = config.output_path, config.output_path / RUN_CONFIG
     if any(part.startswith(_PACKAGE) for part in folder.parts):
         raise InputError(
             f"The output '{folder}' is in Ray's temporary copy of the job's working directory, which is deleted with "
@@ -112,7 +111,7 @@ def write_config(config: RunConfig) -> None:
     Raises:
         InputError: the directory cannot be written.
     """
-    _write(config.output_path / CONFIG, config.to_yaml())
+    _write(config.output_path / RUN_CONFIG, config.to_yaml())
 
 
 def claim_training_rows(config: RunConfig, fingerprint: str) -> None:

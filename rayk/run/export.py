@@ -7,14 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rayk.config import RunConfig, load_config
-from rayk.config.paths import absolute_path, is_uri, place_beside
+from rayk.config.paths import RUN_CONFIG, absolute_path, is_uri, place_beside
 from rayk.config.secrets import hide
 from rayk.data.chat_template import ChatTemplate
 from rayk.errors import InputError, RunFailed
 from rayk.models import load_tokenizer
 from rayk.models.ends import set_end_token_ids
 from rayk.models.student import saved_dtype
-from rayk.run.directory import CONFIG, ROUNDS, check_base_weights
+from rayk.run.directory import ROUNDS, check_base_weights
 from rayk.run.inputs import find_tokenizer, read_tables
 from rayk.run.model_copy import copy_model, has_files
 from rayk.run.model_facts import ModelFacts, read_model_facts
@@ -86,12 +86,12 @@ def read_run_config(folder: Path) -> RunConfig:
     Raises:
         InputError: it is no run directory, or the directory of several rounds.
     """
-    file = folder / CONFIG
+    file = folder / RUN_CONFIG
     if not file.is_file():
-        reason = f"has no {CONFIG}" if folder.is_dir() else "does not exist"
+        reason = f"has no {RUN_CONFIG}" if folder.is_dir() else "does not exist"
         raise InputError(f"'{folder}' is no run directory of rayk: it {reason}; give the output folder of a run.")
     config = load_config(file, output=str(folder.absolute()))
-    rounds = sorted(path.parent for path in (folder / ROUNDS).glob(f"*/{CONFIG}"))
+    rounds = sorted(path.parent for path in (folder / ROUNDS).glob(f"*/{RUN_CONFIG}"))
     if config.rounds > 1:
         names = ", ".join(map(str, rounds)) or "none has started yet"
         raise InputError(f"'{folder}' is a run with rounds, which have checkpoints of their own; give one: {names}.")
@@ -104,7 +104,7 @@ def _facts_of_rows(config: RunConfig) -> ModelFacts:
     if config.student.tokenizer is None and config.student.model is None and attached:
         raise InputError(
             f"The tokenizer of the run is that of teacher '{attached[0]}', whose model is not known; set "
-            f"student.tokenizer in '{config.output_path / CONFIG}'."
+            f"student.tokenizer in '{config.output_path / RUN_CONFIG}'."
         )
     name = find_tokenizer(config, {})
     tokenizer = load_tokenizer(name, trust_remote_code=config.student.trust_remote_code)

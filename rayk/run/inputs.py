@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rayk.config import RunConfig, TeacherConfig, check_inputs_exist
 from rayk.config.demonstrations import ROW_FORMAT
+from rayk.config.paths import RUN_CONFIG
 from rayk.config.support import TopK
 from rayk.data.chat_template import ChatTemplate
 from rayk.data.chunks import open_rows
@@ -131,7 +133,7 @@ def read_inputs(config: RunConfig, attached: Mapping[str, Teacher], *, training:
             )
     template = ChatTemplate.from_settings(config.data, tokenizer).template
     notes = vocabulary.notes + tuple(note for table in tables[:1] for note in vocabulary.describe_rows(table))
-    notes += (*chat_template_notes(config, tokenizer, training), *_generation_notes(config))
+    notes += (*chat_template_notes(config, tokenizer, training), *_generation_notes(config), *_following_notes(config))
     return Inputs(name, tokenizer, vocabulary, train, evaluation, pretraining, views, template, notes)
 
 
@@ -188,6 +190,16 @@ def _generation_notes(config: RunConfig) -> Iterator[str]:
             f"generation_config.json of student.model '{name}' is not valid, so it is repaired in OUTPUT/model: "
             f"{' '.join(problem.split())}"
         )
+
+
+def _following_notes(config: RunConfig) -> Iterator[str]:
+    """Yield a sentence on each teacher whose run has not started, because its directory may be misspelled."""
+    for teacher in config.training_teachers:
+        if teacher.followed_run is not None and not Path(teacher.followed_run, RUN_CONFIG).is_file():
+            yield (
+                f"Teacher '{teacher.name}' follows the run in '{teacher.followed_run}', which has not started; until "
+                f"its first checkpoint the teacher is '{teacher.model}'."
+            )
 
 
 def _check_teacher_files(teacher: TeacherConfig) -> None:

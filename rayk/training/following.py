@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayk.config import TeacherConfig, load_config
+from rayk.config.paths import RUN_CONFIG
 from rayk.errors import InputError, RunFailed
 from rayk.models import CausalLM, load_model
 from rayk.serving.event_loop import run_in_background, wait_for
@@ -131,7 +132,7 @@ class OtherRunWeights:
 
     def _open_store(self) -> CheckpointStore | None:
         """Return the other run's checkpoints; None if it has not started yet."""
-        file = self._folder / "config.yaml"
+        file = self._folder / RUN_CONFIG
         if not file.is_file():
             return None
         config = load_config(file, output=str(self._folder))

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from rayk.config.paths import RUN_CONFIG
 from rayk.config.secrets import hide
 from rayk.config.tracking import MlflowConfig, TrackingConfig, WandbConfig
 from rayk.errors import InputError, RaykError
@@ -186,7 +187,7 @@ class _Ids:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return the run's settings, in which secrets are masked."""
-    path = folder / "config.yaml"
+    path = folder / RUN_CONFIG
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

@@ -14,6 +14,7 @@ from rayk.errors import InputError
 from rayk.methods import METHODS
 from rayk.run import distill
 from rayk.run.export import export_model
+from rayk.run.inputs import read_inputs
 from tests.clusters import LocalCluster
 from tests.runs import config, curve, metrics, rayk, settings, wait_until
 
@@ -133,6 +134,15 @@ def test_two_runs_teach_each_other_although_one_is_killed(tmp_path, tiny_student
         assert seen[-1] > 0, name
     assert paused < 120
     assert last < curve(outputs["second"], "other_run_step")[-1]
+
+
+def test_a_run_that_has_not_started_is_named(tmp_path, tiny_student):
+    config = parse_config(following_settings(tmp_path, tiny_student, tmp_path / "peer", tiny_student, steps=2))
+    expected = f"'peer' follows the run in '{tmp_path / 'peer'}', which has not started; until its first checkpoint"
+    assert any(expected in note for note in read_inputs(config, {}).notes)
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer" / "config.yaml").touch()
+    assert not any("has not started" in note for note in read_inputs(config, {}).notes)
 
 
 @pytest.mark.parametrize(
