@@ -140,7 +140,11 @@ class CompletionClient:
             async with self._slots:
                 if self._failure is not None:
                     raise self._failure
-                completion = await self._request(key, request)
+                try:
+                    completion = await self._request(key, request)
+                except RaykError as error:  # so that requests that wait for this slot are not sent any more
+                    self._failure = error
+                    raise
         else:
             self._has_answered = True
         if self._has_answered:
