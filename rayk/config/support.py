@@ -87,6 +87,10 @@ class Logprob:
     """The support's kind."""
 
 
+LayerPart = Literal["output", "attention"]
+"""What is taken as the state of a layer; see `Layers.part`."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """States of some of the teacher's layers: the output of each layer, before the final norm, or what its attention
@@ -102,7 +106,7 @@ class Layers:
     final: Literal["float16", "bfloat16", "float32"] | None = None
     """The type in which the final hidden states are sent too, as by support `hidden`, so that a loss can use the
     teacher's distribution; `null`: they are not sent."""
-    part: Literal["output", "attention"] = "output"
+    part: LayerPart = "output"
     """The state of a layer: its output; or `attention`: the queries, keys and values of all heads, one after the other,
     as the linear maps return them, before norms and position embeddings."""
     kind: Literal["layers"] = "layers"

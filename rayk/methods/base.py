@@ -6,11 +6,12 @@ A method whose student generates completions derives from `OnPolicyMethod`, any 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from rayk.config.support import LayerPart
 from rayk.data.batches import Batch, collate
 from rayk.data.examples import Example
 from rayk.models import Head
@@ -51,7 +52,7 @@ class Student(StudentOutput, Protocol):
         ...
 
     def layer_states(
-        self, batch: Batch, layers: Sequence[int], part: Literal["output", "attention"] = "output"
+        self, batch: Batch, layers: Sequence[int], part: LayerPart = "output"
     ) -> tuple[Tensor, list[Tensor]]:
         """Return what `hidden` returns, and the states of `layers` at the same positions, [tokens, width] each, with
         gradient: their outputs, or their queries, keys and values, one after the other."""

@@ -3,11 +3,12 @@ compares."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rayk.config.support import LayerPart
 from rayk.errors import InputError
 from rayk.models.body import long_rope_start
 from rayk.models.head import final_hidden
@@ -65,7 +66,7 @@ def attention_widths(settings: Any) -> tuple[int, int, int]:
 
 def layer_states(
     model: CausalLM, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int],
-    part: Literal["output", "attention"] = "output",
+    part: LayerPart = "output",
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Compute the hidden states after the final norm and those of `layers`, [rows, length, width] each, of right-padded
     rows. Only the chosen states are kept.

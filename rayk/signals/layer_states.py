@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rayk.config.support import STATE_BLOCK, Layers
+from rayk.config.support import STATE_BLOCK, LayerPart, Layers
 from rayk.models.types import DTYPES
 
 _LEVELS = 127
-_PARTS: tuple[Literal["output", "attention"], ...] = ("output", "attention")
+_PARTS: tuple[LayerPart, ...] = ("output", "attention")
 _PART_UNIT = 1 << 32
 _MOST_LAYERS, _WIDEST = 1 << 16, 1 << 24
 _DTYPES: tuple[Literal["int8", "float16", "bfloat16", "float32"], ...] = ("int8", "float16", "bfloat16", "float32")

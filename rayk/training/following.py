@@ -61,6 +61,14 @@ class FollowingWeights:
                 copied.copy_(student[name])
         return True
 
+    def read(self, _version: int) -> Mapping[str, Tensor]:
+        """Return the weights for the newest version of the teacher."""
+        return self.tensors
+
+    def metrics(self, _version: int) -> dict[str, int]:
+        """Return nothing: `FollowingTeachers.metrics` describes the version."""
+        return {}
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The current weights, by their names in `trainable_state_dict`."""
@@ -98,7 +106,8 @@ class OtherRunWeights:
         """Read the weights for a version of the teacher; return None if they are those of the version before.
 
         Raises:
-            InputError: the checkpoints of the other run cannot be read, or belong to another kind of model.
+            InputError: the other run trains an adapter, or has rounds.
+            RunFailed: its newest checkpoint cannot be read.
         """
         if not self._reads:
             return {}
@@ -121,9 +130,15 @@ class OtherRunWeights:
             f"Teacher '{self._settings.name}': the newest checkpoint of the run in '{self._folder}' cannot be read."
         )
 
-    def step_of(self, version: int) -> int:
-        """Return the step of the checkpoint that a version of the teacher has; 0: the weights before training."""
-        return self._steps[version]
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint of this run must contain: none."""
+        return {}
+
+    def metrics(self, version: int) -> dict[str, int]:
+        """Return the step of the checkpoint that a version of the teacher has, on the worker that reads; 0: the weights
+        before training."""
+        return {"other_run_step": self._steps[version]} if self._reads else {}
 
     def _note(self, version: int, step: int) -> None:
         self._steps[version] = step
@@ -215,13 +230,11 @@ class FollowingTeachers:
             return {}
         versions = {teacher.settings.name: teacher.version_after(self._steps_for(step)) for teacher in self._teachers}
         oldest = min(versions.values())
-        others = [
-            weights.step_of(versions[name])
-            for name, weights in self._weights.items()
-            if isinstance(weights, OtherRunWeights) and self._publishes
-        ]
         found = {"teacher_version": oldest, "teacher_staleness": step - oldest}
-        return found | ({"other_run_step": min(others)} if others else {})
+        for name, weights in self._weights.items():
+            for key, value in weights.metrics(versions[name]).items():
+                found[key] = min(value, found.get(key, value))
+        return found
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -229,7 +242,6 @@ class FollowingTeachers:
         return {
             f"{_PREFIX}{name}.{key}": tensor
             for name, weights in self._weights.items()
-            if isinstance(weights, FollowingWeights)
             for key, tensor in weights.state.items()
         }
 
@@ -238,8 +250,7 @@ class FollowingTeachers:
 
     def _publish(self, teacher: FollowingTeacher, steps: int) -> None:
         version = teacher.version_after(steps)
-        weights = self._weights[teacher.settings.name]
-        tensors = weights.read(version) if isinstance(weights, OtherRunWeights) else weights.tensors
+        tensors = self._weights[teacher.settings.name].read(version)
         teacher.publish(version, tensors, publishes=self._publishes)
 
     async def _note_trained(self, steps: int) -> None:

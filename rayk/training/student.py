@@ -5,12 +5,13 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rayk.config.support import LayerPart
 from rayk.data.batches import Batch, micro_batches
 from rayk.methods import Experience, Loss, Method
 from rayk.models import DTYPES, Head, final_hidden, get_head
@@ -90,7 +91,7 @@ class Student(nn.Module):
         return attention_widths(self.model.config)
 
     def layer_states(
-        self, batch: Batch, layers: Sequence[int], part: Literal["output", "attention"] = "output"
+        self, batch: Batch, layers: Sequence[int], part: LayerPart = "output"
     ) -> tuple[Tensor, list[Tensor]]:
         with self.autocast():
             final, states = layer_states(self.model, batch.input_ids, batch.attention_mask, layers, part)

@@ -2,7 +2,7 @@
 
 method: { kind: custom, path: "tests.examples.quantized_student:QuantizedStudent", support: { kind: topk, k: 64 } }
 
-Training, generation and evaluation use the rounded weights; the optimizer changes the full ones, which `model/`
+Training and evaluation use the rounded weights; the optimizer changes the full ones, which `model/`
 contains. `quantize(model)` gives the trained student back.
 """
 

@@ -114,12 +114,14 @@ def test_two_runs_teach_each_other_although_one_is_killed(tmp_path, tiny_student
         first, second = ((tmp_path / name / "run.yaml", tmp_path / f"{name}.log") for name in models)
         with rayk("run", second[0], log=second[1], **start) as continuing:
             with rayk("run", first[0], log=first[1], **start) as killed:
-                wait_until(lambda: reached("first") >= 20, "step 20 of the first run", killed)
                 wait_until(lambda: reached("second") >= 5, "step 5 of the second run", continuing)
+                continuing.send_signal(signal.SIGSTOP)  # so that it is not over before the first has come far enough
+                wait_until(lambda: reached("first") >= 20, "step 20 of the first run", killed)
                 os.killpg(killed.pid, signal.SIGKILL)
             before = reached("second")
+            continuing.send_signal(signal.SIGCONT)
             wait_until(lambda: reached("second") >= before + 6, "the second run alone", continuing)
-            continuing.send_signal(signal.SIGSTOP)  # so that it is not over before the first has been resumed
+            continuing.send_signal(signal.SIGSTOP)  # until the first has been resumed
             paused, last = reached("second"), curve(outputs["second"], "other_run_step")[-1]
             with rayk("run", first[0], "--resume", log=tmp_path / "resumed.log", **start) as resumed:
                 wait_until(lambda: reached("first") >= 60, "step 60 of the first run", resumed)

@@ -9,7 +9,7 @@ from rayk.config.methods.divergence import DivergenceLossConfig
 from rayk.config.methods.normalization import TokenLossConfig
 from rayk.config.sections import Run
 from rayk.config.stages import Stage
-from rayk.config.support import Layers, Support
+from rayk.config.support import LayerPart, Layers, Support
 from rayk.errors import InputError
 
 _Number = Annotated[int, Field(ge=0)]
@@ -65,7 +65,7 @@ class LayerwiseConfig(DivergenceLossConfig, TokenLossConfig):
         """The support that is requested from the teacher."""
         layers = self.layers if isinstance(self.layers, int) else tuple(teacher for _, teacher in self.layers)
         final = "float16" if self.states == "int8" else self.states
-        part: Literal["output", "attention"] = "attention" if self.distance == "attention" else "output"
+        part: LayerPart = "attention" if self.distance == "attention" else "output"
         return Layers(layers, self.states, final if self.uses_divergence or self.filters else None, part)
 
     @property
