@@ -1,12 +1,11 @@
 """Runs under a random killer: their curves and weights must equal those of a run that nothing disturbs.
 
     python -m tests.soak --minutes 20
-    python -m tests.soak --minutes 10 --steps 1000 --engine vllm
 
 A cluster of three nodes on this machine: the head, one node for teachers, one for students. After each fault and its
-recovery a random part is killed: a teacher's replica, vLLM's process in it, a training worker, a node with all that
-runs on it, or the driver, which is then started again with --resume. Runs follow each other until the time is over. At
-the end a table, for deploy/README.md, says what happened after each kind of fault.
+recovery a random part is killed: a teacher's replica, a training worker, a node with all that runs on it, or the
+driver, which is then started again with --resume. Runs follow each other until the time is over. At the end a table,
+for deploy/README.md, says what happened after each kind of fault.
 """
 
 import argparse
@@ -73,7 +72,7 @@ def _median_and_most(values: list[Any]) -> str:
 class Soak:
     """The cluster, and one run on it at a time."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path, steps: int, engine: str):
+    def __init__(self, cluster: LocalCluster, folder: Path, steps: int):
         self._cluster, self._folder = cluster, folder
         tiny_model(folder / "teacher", seed=1, peaked=4.0, tokenizer=tiny_tokenizer())
         tiny_model(folder / "student", seed=2, hidden=16, layers=1, tokenizer=tiny_tokenizer())
@@ -84,9 +83,7 @@ class Soak:
         values["training"]["resources"] = {"num_cpus": 0.5, "labels": {"rayk/group": "trainer"}}
         resources = {"num_cpus": 0.5, "labels": {"rayk/group": "teacher"}}
         model = str(folder / "teacher")
-        values["teachers"] = [
-            {"name": "soak", "model": model, "engine": {"kind": engine}, "replicas": 2, "resources": resources}
-        ]
+        values["teachers"] = [{"name": "soak", "model": model, "replicas": 2, "resources": resources}]
         self._config = folder / "run.yaml"
         self._config.write_text(yaml.safe_dump(values))
         self._driver: subprocess.Popen[bytes] | None = None
@@ -131,13 +128,6 @@ class Soak:
 
     def kill_process(self, title: str) -> None:
         found = [process for node in self._cluster.nodes.values() for process in actor_processes(title, node.pid)]
-        if found:
-            random.choice(found).kill()
-
-    def kill_engine(self) -> None:
-        """Kill a process of vLLM below one of the replicas."""
-        replicas = [each for node in self._cluster.nodes.values() for each in actor_processes("ServeReplica", node.pid)]
-        found = [child for replica in replicas for child in replica.children() if "EngineCore" in child.name()]
         if found:
             random.choice(found).kill()
 
@@ -201,7 +191,6 @@ FAULTS = {
     ),
     "the driver": Fault(Soak.kill_driver, "`--resume` takes the teachers over and starts from the checkpoint"),
 }
-VLLM_FAULTS = {"vLLM's process": Fault(Soak.kill_engine, "its replica is replaced; calls go to the other one")}
 
 
 def main() -> None:
@@ -210,10 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the killer")
     parser.add_argument("--folder", type=Path, help="for the runs; by default a temporary one")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="of the teachers")
     given = parser.parse_args()
-    if given.engine == "vllm":
-        FAULTS.update(VLLM_FAULTS)
     random.seed(given.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster is ended
     with tempfile.TemporaryDirectory(prefix="soak") as temporary, LocalCluster() as cluster:
@@ -222,7 +208,7 @@ def main() -> None:
         cluster.start_head(cpus=2)
         for group in ("teacher", "trainer"):
             cluster.start_node(group, cpus=4, labels={"rayk/group": group})
-        soak = Soak(cluster, folder, given.steps, given.engine)
+        soak = Soak(cluster, folder, given.steps)
         try:
             _soak(soak, given.minutes)
         finally:
