@@ -21,6 +21,7 @@ from rayk.config import TeacherConfig, load_config
 from rayk.config.paths import RUN_CONFIG
 from rayk.errors import InputError, RunFailed
 from rayk.models import CausalLM, load_model
+from rayk.models.loading import load_structure
 from rayk.serving.event_loop import run_in_background, wait_for
 from rayk.serving.weights import trainable_state_dict
 from rayk.storage.tensor_files import DamagedFile
@@ -106,7 +107,7 @@ class OtherRunWeights:
         """Read the weights for a version of the teacher; return None if they are those of the version before.
 
         Raises:
-            InputError: the other run trains an adapter, or has rounds.
+            InputError: the other run trains an adapter, has rounds, or its student is not of the teacher's `model`.
             RunFailed: its newest checkpoint cannot be read.
         """
         if not self._reads:
@@ -166,7 +167,25 @@ class OtherRunWeights:
 
     def _stored(self, store: CheckpointStore, manifest: Manifest) -> Mapping[str, Tensor]:
         with ExitStack() as stack:
-            return read_student(open_shards(store, manifest, stack))
+            tensors = read_student(open_shards(store, manifest, stack))
+        if self._read is None or not self._read[1]:  # the first checkpoint that is read
+            self._check_shapes(tensors)
+        return tensors
+
+    def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check that `tensors` are weights for `model`, which the replicas have loaded."""
+        settings = self._settings
+        assert settings.model is not None
+        structure = load_structure(settings.model, trust_remote_code=settings.trust_remote_code)
+        expected = {name: tuple(tensor.shape) for name, tensor in trainable_state_dict(structure).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+            name = different[0]
+            raise InputError(
+                f"Teacher '{settings.name}': the student of the run in '{self._folder}' is not of its model "
+                f"'{settings.model}': {len(different)} tensors differ, such as {name} ({found.get(name, 'missing')} "
+                f"instead of {expected.get(name, 'none')}). Set 'model' to the model that the other run trains."
+            )
 
 
 def _make_weights(settings: TeacherConfig, model: CausalLM, *, reads: bool) -> FollowingWeights | OtherRunWeights:

@@ -17,6 +17,7 @@ from rayk.run.export import export_model
 from rayk.run.inputs import read_inputs
 from tests.clusters import LocalCluster
 from tests.runs import config, curve, metrics, rayk, settings, wait_until
+from tests.tiny import tiny_model
 
 TOP = {"kind": "topk", "k": 16}
 
@@ -173,4 +174,20 @@ def test_adapter_of_the_other_run_is_refused(tmp_path, tiny_student, ray_cluster
     other = other | {"student": {"model": str(tiny_student), "lora": {"r": 2}}}
     (tmp_path / "peer" / "config.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(InputError, match="Teacher 'peer': the run in .* trains an adapter, which cannot be followed"):
+        distill(parse_config(values))
+
+
+@pytest.mark.cluster
+def test_student_of_another_shape_is_refused_in_one_sentence(tmp_path, tiny_student, ray_cluster):
+    (tmp_path / "other").mkdir()
+    other = config(tmp_path / "other", tiny_student, steps=1, checkpoint_every_steps=1)
+    distill(other)
+    wider = tmp_path / "wider"
+    tiny_model(wider, hidden=32, tokenizer=AutoTokenizer.from_pretrained(tiny_student))
+    values = following_settings(tmp_path / "own", tiny_student, other.output_path, wider, steps=2)
+    message = (
+        r"Teacher 'peer': the student of the run in '.*' is not of its model '.*wider': \d+ tensors differ, such as "
+        r"\S+\.weight \(\(384, 16\) instead of \(384, 32\)\)\. Set 'model' to the model that the other run trains"
+    )
+    with pytest.raises(InputError, match=message):
         distill(parse_config(values))
