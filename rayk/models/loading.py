@@ -74,21 +74,6 @@ def load_model(
     return model
 
 
-def load_structure(name: str, *, trust_remote_code: bool = False) -> CausalLM:
-    """Return the model that `load_model` loads without its weights, on the meta device; only `config.json` is read.
-
-    Raises:
-        InputError: the configuration cannot be read, or describes no causal language model.
-    """
-    from transformers import AutoModelForCausalLM
-
-    settings = load_model_config(name, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(causal_config(settings, name), trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    return model
-
-
 def check_saved(model: CausalLM, folder: Path) -> None:
     """Check that a saved model loads completely, by the names and shapes of its tensors; no weights are read.
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from rayk.models.loading import load_model_config, load_structure
+from rayk.models.loading import load_model_config
+from rayk.models.text_model import causal_config
 
 _QUANTIZED_BYTES = {"fp8": 1.0, "fbgemm_fp8": 1.0, "awq": 0.5, "gptq": 0.5, "mxfp4": 0.53}
 """Bytes per weight by the method in `quantization_config`."""
@@ -51,8 +52,14 @@ def measure_size(name: str, *, trust_remote_code: bool = False) -> ModelSize:
     Raises:
         InputError: the configuration cannot be read, or describes no causal language model.
     """
-    model: Any = load_structure(name, trust_remote_code=trust_remote_code)
-    config = model.config.get_text_config()
+    from transformers import AutoModelForCausalLM
+
+    whole = load_model_config(name, trust_remote_code=trust_remote_code)
+    config = causal_config(whole, name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    config = config.get_text_config()
     parameters = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
     experts = sum(p.numel() for key, p in parameters.items() if ".experts." in key)
@@ -65,7 +72,7 @@ def measure_size(name: str, *, trust_remote_code: bool = False) -> ModelSize:
         parameters=total,
         active=total - experts + round(experts * min(1.0, chosen / available)),
         embedding=0 if is_tied else embedding.numel(),
-        weight_bytes=total * _bytes_per_weight(load_model_config(name, trust_remote_code=trust_remote_code)),
+        weight_bytes=total * _bytes_per_weight(whole),
         layers=config.num_hidden_layers,
         attention_width=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         width=config.hidden_size,

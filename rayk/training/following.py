@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rayk.config import TeacherConfig, load_config
+from rayk.config import StudentConfig, TeacherConfig, load_config
 from rayk.config.paths import RUN_CONFIG
 from rayk.errors import InputError, RunFailed
 from rayk.models import CausalLM, load_model
-from rayk.models.loading import load_structure
+from rayk.models.student import plan_model
 from rayk.serving.event_loop import run_in_background, wait_for
 from rayk.serving.weights import trainable_state_dict
 from rayk.storage.tensor_files import DamagedFile
@@ -107,7 +107,7 @@ class OtherRunWeights:
         """Read the weights for a version of the teacher; return None if they are those of the version before.
 
         Raises:
-            InputError: the other run trains an adapter, has rounds, or its student is not of the teacher's `model`.
+            InputError: the other run trains an adapter, has rounds, or trains another model than the teacher's.
             RunFailed: its newest checkpoint cannot be read.
         """
         if not self._reads:
@@ -173,18 +173,20 @@ class OtherRunWeights:
         return tensors
 
     def _check_shapes(self, tensors: Mapping[str, Tensor]) -> None:
-        """Check that `tensors` are weights for `model`, which the replicas have loaded."""
+        """Check that `tensors` are weights for the teacher's `model`, which the replicas have loaded."""
         settings = self._settings
-        assert settings.model is not None
-        structure = load_structure(settings.model, trust_remote_code=settings.trust_remote_code)
-        expected = {name: tuple(tensor.shape) for name, tensor in trainable_state_dict(structure).items()}
+        model = plan_model(
+            StudentConfig(model=settings.model, trust_remote_code=settings.trust_remote_code), tokenizer=None
+        )
+        expected = {name: tuple(tensor.shape) for name, tensor in trainable_state_dict(model).items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
             name = different[0]
             raise InputError(
-                f"Teacher '{settings.name}': the student of the run in '{self._folder}' is not of its model "
-                f"'{settings.model}': {len(different)} tensors differ, such as {name} ({found.get(name, 'missing')} "
-                f"instead of {expected.get(name, 'none')}). Set 'model' to the model that the other run trains."
+                f"Teacher '{settings.name}': the run in '{self._folder}' trains another model than the teacher's "
+                f"'{settings.model}': {len(different)} tensors have another name or shape, such as {name}, which is "
+                f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} in the teacher. Set 'model' "
+                "to the model that the other run trains."
             )
 
 

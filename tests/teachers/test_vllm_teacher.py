@@ -130,11 +130,10 @@ def test_replica_with_a_killed_engine_is_replaced(teacher, expected):
 
 
 def started_replica():
-    """Return the newest replica and its processes if vLLM's own are among them; None before. On a machine that is short
-    of memory, Ray may replace a replica once more, and the one that answered is then gone."""
-    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-        newest = replica_processes("vllm")[-1]
-        processes = newest.children(recursive=True)
+    """Return the only replica and its processes once vLLM's own are among them; None before."""
+    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+        [replica] = replica_processes("vllm")
+        processes = replica.children(recursive=True)
         if {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in processes}:
-            return newest, processes
+            return replica, processes
     return None
