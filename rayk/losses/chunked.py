@@ -1,17 +1,14 @@
 """Divergences from hidden states: the head is applied to one chunk of positions at a time, so that the logits of all
 positions never exist together.
 
-For signals with ids, `linear_log_probs` returns every log-prob that is needed. For full distributions, each chunk is
-checkpointed: autograd recomputes its logits in the backward pass.
+For signals with ids, `linear_log_probs` returns every log-prob that is needed. Full distributions need all logits of a
+position (`map_logits`).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from rayk.config.support import Hidden, Requested, Sampled, TopK
 from rayk.losses.comparison import compare_outcomes, compare_vocabulary
@@ -26,7 +23,8 @@ from rayk.losses.divergences import (
     sampled_forward_kl,
     signal_outcomes,
 )
-from rayk.losses.linear import chunk_size, linear_chosen_log_probs, linear_log_probs
+from rayk.losses.linear import linear_chosen_log_probs, linear_log_probs
+from rayk.losses.logit_chunks import map_logits
 from rayk.models import Head
 from rayk.signals.batch import SignalBatch
 
@@ -156,13 +154,11 @@ def _match_distributions(
         (teacher.tokens, teacher.vocab_size) if isinstance(teacher, SignalBatch) else teacher.shape
     )
     check_fit(teacher_tokens, teacher_vocab, len(student_hidden), student_head.vocab_size)
-    names: list[str] = []
 
     def chunk_loss(
-        hidden: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        logits = student_logits(hidden, student_head)
-        log_q = log_probs(logits, temperature)
+        logits: Tensor, chunk_teacher: Tensor | SignalBatch, chunk_targets: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        all_log_q = log_q = log_probs(logits, temperature)
         if isinstance(chunk_teacher, SignalBatch):
             log_p, log_q = hidden_outcomes(chunk_teacher, log_q, temperature)
             named = chunk_teacher.vocab_size
@@ -170,19 +166,14 @@ def _match_distributions(
             with torch.no_grad():
                 log_p = log_probs(fit_teacher(chunk_teacher, *logits.shape), temperature)
             named = log_q.shape[1]
-        results = [divergence_of(log_p, log_q, has_tail=named < log_q.shape[1])]
+        losses = [divergence_of(log_p, log_q, has_tail=named < log_q.shape[1])]
         if chunk_targets is not None:
-            results.append(-log_probs(logits).gather(1, chunk_targets[:, None])[:, 0])
-        if compared:
-            # Last, so that the recomputation for the backward pass ends before it.
-            terms = compare_vocabulary(log_p, log_q, named, compared)
-            names[:] = terms
-            results += terms.values()
-        return tuple(results)
+            at_one = all_log_q if temperature == 1.0 else log_probs(logits)
+            losses.append(-at_one.gather(1, chunk_targets[:, None])[:, 0])
+        return tuple(losses), compare_vocabulary(log_p, log_q, named, compared) if compared else {}
 
-    distance, *others = map_chunks(chunk_loss, student_hidden, student_head, teacher, targets, chunk_tokens)
-    cross_entropy = None if targets is None else others.pop(0)
-    return Match(distance, cross_entropy, dict(zip(names, others, strict=True)))
+    losses, terms = map_logits(chunk_loss, student_hidden, student_head, teacher, targets, chunk_tokens)
+    return Match(losses[0], None if targets is None else losses[1], terms)
 
 
 def own_id_count(signals: SignalBatch) -> int:
@@ -193,40 +184,6 @@ def own_id_count(signals: SignalBatch) -> int:
 
 def _negated(log_q: Tensor | None) -> Tensor | None:
     return None if log_q is None else -log_q
-
-
-def map_chunks(
-    function: Callable[..., tuple[Tensor, ...]],
-    hidden: Tensor,
-    head: Head,
-    teacher: Tensor | SignalBatch,
-    targets: Tensor | None,
-    chunk_tokens: int | None = None,
-) -> list[Tensor]:
-    """Return the results of `function(hidden, teacher, targets)`, called for one chunk of positions at a time.
-
-    Autograd recomputes each chunk in the backward pass, so that its logits are not stored.
-
-    Args:
-        function: returns one or several tensors [tokens of the chunk].
-        chunk_tokens: positions in a chunk; by default chosen from the vocabulary size of `head`.
-
-    Returns:
-        Each result for all positions, [tokens].
-    """
-    size = chunk_size(hidden, head, chunk_tokens)
-    parts = [
-        checkpoint(
-            function,
-            hidden[start : start + size],
-            _positions(teacher, slice(start, start + size)),
-            None if targets is None else targets[start : start + size],
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for start in range(0, max(len(hidden), 1), size)
-    ]
-    return [torch.cat(results) for results in zip(*parts, strict=True)]
 
 
 def linear_outcomes(
@@ -261,15 +218,3 @@ def _outcomes(
     assert signals.ids is not None
     found = linear_chosen_log_probs(hidden, head, signals.ids, targets, temperature, chunk_tokens, top=top)
     return log_p, torch.cat([found.chosen, found.others[:, None]], dim=1), found.targets, found.top
-
-
-def _positions(teacher: Tensor | SignalBatch, chosen: slice) -> Tensor | SignalBatch:
-    return teacher.slice_tokens(chosen) if isinstance(teacher, SignalBatch) else teacher[chosen]
-
-
-def student_logits(hidden: Tensor, head: Head) -> Tensor:
-    """Return `head.logits(hidden)`, in float64 if `hidden` is float64."""
-    if hidden.dtype != torch.float64:
-        return head.logits(hidden)
-    logits = F.linear(hidden, head.weight.double(), None if head.bias is None else head.bias.double()) * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from rayk.config.support import Hidden, TopK
 from rayk.errors import InputError
-from rayk.losses.chunked import student_logits
 from rayk.losses.divergences import EXCLUDED, LOG_FLOOR, Divergence, find_divergence, log_probs
-from rayk.losses.linear import chunk_size, linear_log_probs
+from rayk.losses.head_product import chunk_size
+from rayk.losses.linear import linear_log_probs
+from rayk.losses.logit_chunks import map_logits
 from rayk.models import Head
 from rayk.signals.alignment import TokenGroups, VocabularyMap
 from rayk.signals.batch import SignalBatch
@@ -198,28 +198,20 @@ def _compare_singles(
     hidden: Tensor, head: Head, teacher: SignalBatch, targets: Tensor, ids: _SharedIds, divergence_of: Divergence,
     temperature: float, unmatched: bool, chunk_tokens: int | None,
 ) -> _Singles:  # fmt: skip
-    """Compare the distributions at positions [tokens] at which both sides predict one token of the same text.
+    """Compare the distributions at positions [tokens] at which both sides predict one token of the same text."""
 
-    The logits of one chunk exist at a time: autograd computes them again in the backward pass.
-    """
-
-    def compare_chunk(part: Tensor, signals: SignalBatch, chunk_targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = student_logits(part, head)
+    def compare_chunk(
+        logits: Tensor, signals: SignalBatch, chunk_targets: Tensor
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         compare = _compare_topk if signals.hidden is None else _compare_hidden
         distance, unshared = compare(logits, signals, ids, divergence_of, temperature, unmatched)
-        return distance, unshared, -log_probs(logits).gather(1, chunk_targets[:, None])[:, 0]
+        return (distance, unshared, -log_probs(logits).gather(1, chunk_targets[:, None])[:, 0]), {}
 
     size = chunk_size(hidden, head, chunk_tokens)
     if teacher.head is not None:
         size = max(1, size * head.vocab_size // max(head.vocab_size, teacher.head.vocab_size))
-    parts = [
-        checkpoint(
-            compare_chunk, hidden[start : start + size], teacher.slice_tokens(slice(start, start + size)),
-            targets[start : start + size], use_reentrant=False, preserve_rng_state=False,
-        )
-        for start in range(0, max(len(hidden), 1), size)
-    ]  # fmt: skip
-    return _Singles(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    losses, _ = map_logits(compare_chunk, hidden, head, teacher, targets, size, store=not unmatched)
+    return _Singles(*losses)
 
 
 def _compare_hidden(

@@ -5,8 +5,6 @@ times. Here only one chunk of logits exists at a time. The gradient of log-softm
 pass writes it into the memory of the chunk and multiplies it into the gradients of hidden states and head.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,15 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from rayk.errors import InputError
 from rayk.losses.divergences import LOG_FLOOR
+from rayk.losses.head_product import ChunkPlan, HeadGradients, HeadProduct
 from rayk.losses.precision import compute_dtype
 from rayk.models import Head
-from rayk.models.product import keeps_float32_sums, linear_float32
-
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""Size of a chunk of float32 logits by type of device."""
-KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
-"""Up to this size, exponentials of the first chunks are stored for the backward pass, which then skips the product with
-the head."""
 
 
 def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
@@ -90,36 +82,15 @@ def linear_chosen_log_probs(
     vocabulary is smaller), from the same logits."""
     if not temperature > 0:
         raise InputError(f"The temperature is {temperature:g}; give a number above 0.")
-    learns = any(part is not None and part.requires_grad for part in (hidden, head.weight, head.bias))
-    plan = _Plan(
-        scale=head.scale,
-        softcap=head.softcap,
-        temperature=temperature,
-        chunk_tokens=chunk_size(hidden, head, chunk_tokens),
-        product_dtype=_product_dtype(hidden),
-        kept_bytes=KEPT_BYTES.get(hidden.device.type, 0) if learns and torch.is_grad_enabled() else 0,
-        top=min(top, head.vocab_size),
+    plan = ChunkPlan.of(hidden, head, chunk_tokens)
+    log_q, log_tail, target_log_q, top_log_q = _LinearLogProbs.apply(
+        hidden, head.weight, head.bias, ids, targets, temperature, min(top, head.vocab_size), plan
     )
-    log_q, log_tail, target_log_q, top_log_q = _LinearLogProbs.apply(hidden, head.weight, head.bias, ids, targets, plan)
     return ChosenLogProbs(
         log_q.clamp(min=LOG_FLOOR), log_tail.clamp(min=LOG_FLOOR),
         None if target_log_q is None else target_log_q.clamp(min=LOG_FLOOR),
         None if top_log_q is None else top_log_q.clamp(min=LOG_FLOOR),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Plan:
-    scale: float
-    softcap: float | None
-    temperature: float
-    chunk_tokens: int
-    product_dtype: torch.dtype
-    kept_bytes: int
-    top: int
-
-    def chunks(self, tokens: int) -> list[slice]:
-        return [slice(start, start + self.chunk_tokens) for start in range(0, tokens, self.chunk_tokens)]
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -133,17 +104,17 @@ class _LinearLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, targets, plan: _Plan):
+    def forward(ctx, hidden, weight, bias, ids, targets, temperature: float, count: int, plan: ChunkPlan):
         wide = compute_dtype(hidden.dtype)
         tokens, k = ids.shape
         log_q, log_tail = hidden.new_empty(tokens, k, dtype=wide), hidden.new_empty(tokens, dtype=wide)
         target_log_q = None if targets is None else torch.empty_like(log_tail)
-        top_log_q = hidden.new_empty(tokens, plan.top, dtype=wide) if plan.top else None
+        top_log_q = hidden.new_empty(tokens, count, dtype=wide) if count else None
         top, total, target_lse = torch.empty_like(log_tail), torch.empty_like(log_tail), torch.empty_like(log_tail)
-        two_temperatures = targets is not None and plan.temperature != 1.0
+        two_temperatures = targets is not None and temperature != 1.0
         ctx.kept, kept_bytes = {}, 0
         with torch.autocast(hidden.device.type, enabled=False):
-            product = _Product(weight, bias, plan)
+            product = HeadProduct(weight, bias, plan)
             for chunk in plan.chunks(tokens):
                 kept_bytes += hidden[chunk].shape[0] * len(weight) * plan.product_dtype.itemsize
                 keep = kept_bytes <= plan.kept_bytes and plan.softcap is None and not two_temperatures
@@ -152,11 +123,11 @@ class _LinearLogProbs(torch.autograd.Function):
                     target_score = scores.gather(1, targets[chunk, None])[:, 0]
                 if two_temperatures:
                     target_lse[chunk] = scores.logsumexp(dim=1)
-                if plan.temperature != 1.0:
-                    scores.div_(plan.temperature)
+                if temperature != 1.0:
+                    scores.div_(temperature)
                 chosen = scores.gather(1, ids[chunk])
                 if top_log_q is not None:
-                    top_log_q[chunk] = scores.topk(plan.top, dim=1).values
+                    top_log_q[chunk] = scores.topk(count, dim=1).values
                 if k:
                     scores.scatter_(1, ids[chunk], -torch.inf)
                 # If the ids are the whole vocabulary, any finite maximum gives exp(-inf) = 0 instead of NaN.
@@ -175,7 +146,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     target_log_q[chunk] = target_score - target_lse[chunk]
                 if keep:
                     ctx.kept[chunk.start] = product.narrow(rest, memory)
-        ctx.plan, ctx.two_temperatures = plan, two_temperatures
+        ctx.plan, ctx.temperature, ctx.two_temperatures = plan, temperature, two_temperatures
         ctx.save_for_backward(hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse)
         if top_log_q is not None:
             ctx.mark_non_differentiable(top_log_q)
@@ -185,17 +156,17 @@ class _LinearLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_log_q, grad_tail, grad_target, _grad_top):
         hidden, weight, bias, ids, targets, log_q, log_tail, top, total, target_lse = ctx.saved_tensors
-        plan = ctx.plan
+        plan, temperature = ctx.plan, ctx.temperature
         # Factors per row and per id, for all chunks at once; they include the scale and 1/T.
         grad_all = grad_log_q.sum(dim=1) + grad_tail
         if targets is not None and not ctx.two_temperatures:
             grad_all = grad_all + grad_target
-        factor = plan.scale / plan.temperature
+        factor = plan.scale / temperature
         on_ids = (grad_log_q - grad_all[:, None] * log_q.exp()) * factor
         on_rest = (grad_tail - grad_all * log_tail.exp()) * factor / total.clamp(min=torch.finfo(total.dtype).tiny)
-        grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad)
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
-            product = _Product(weight, bias, plan)
+            product = HeadProduct(weight, bias, plan)
             for chunk in plan.chunks(len(hidden)):
                 logits = None
                 memory = ctx.kept.pop(chunk.start, None)
@@ -204,8 +175,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 else:
                     memory, rest = product.scores(hidden[chunk], keep=False)
                     logits = rest.clone() if plan.softcap is not None or ctx.two_temperatures else None
-                    if plan.temperature != 1.0:
-                        rest.div_(plan.temperature)
+                    if temperature != 1.0:
+                        rest.div_(temperature)
                     rest.sub_(top[chunk, None]).exp_()
                 grad = rest.mul_(on_rest[chunk, None])
                 grad.scatter_(1, ids[chunk], on_ids[chunk].to(grad.dtype))
@@ -219,115 +190,4 @@ class _LinearLogProbs(torch.autograd.Function):
                     assert logits is not None
                     grad.addcmul_(grad, logits.div_(plan.softcap).square_(), value=-1.0)
                 grads.add(chunk, product.narrow(grad, memory), product.weight)
-        return grads.hidden, grads.final_weight(), grads.final_bias(), None, None, None
-
-
-class _Product:
-    """The product with the head: weights cast once to the dtype of the product, and memory reused by every chunk.
-
-    On a CPU, the page faults of allocating memory for each chunk cost more time than the arithmetic.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, plan: _Plan) -> None:
-        self.plan = plan
-        self.weight = weight.detach().to(plan.product_dtype)
-        self.bias = None if bias is None else bias.detach().to(plan.product_dtype)
-
-    def scores(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """Return memory for a chunk in `product_dtype` (newly allocated if `keep`), and the logits in at least float32,
-        which may share this memory."""
-        memory = self._empty(len(hidden), self.plan.product_dtype) if keep else self._narrow[: len(hidden)]
-        hidden = hidden.detach().to(self.plan.product_dtype)
-        if keeps_float32_sums(hidden):
-            logits = linear_float32(hidden, self.weight, self.bias)
-        else:
-            if self.bias is None:
-                torch.mm(hidden, self.weight.t(), out=memory)
-            else:
-                torch.addmm(self.bias, hidden, self.weight.t(), out=memory)
-            logits = self.widen(memory)
-        if self.plan.scale != 1.0:
-            logits.mul_(self.plan.scale)
-        if self.plan.softcap is not None:
-            logits.div_(self.plan.softcap).tanh_().mul_(self.plan.softcap)
-        return memory, logits
-
-    def widen(self, memory: Tensor) -> Tensor:
-        """Return `memory` itself, or a float32 copy that the next call overwrites."""
-        return memory if memory.dtype == compute_dtype(memory.dtype) else self._wide[: len(memory)].copy_(memory)
-
-    def narrow(self, values: Tensor, memory: Tensor) -> Tensor:
-        """Write `values` into `memory`, in the dtype of the product."""
-        return memory if values.dtype == memory.dtype else memory.copy_(values)
-
-    @cached_property
-    def _narrow(self) -> Tensor:
-        return self._empty(self.plan.chunk_tokens, self.plan.product_dtype)
-
-    @cached_property
-    def _wide(self) -> Tensor:
-        return self._empty(self.plan.chunk_tokens, torch.float32)
-
-    def _empty(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(tokens, len(self.weight), dtype=dtype, device=self.weight.device)
-
-
-class _Gradients:
-    """Gradients of hidden states, weight and bias, if required; those of weight and bias are summed in float32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> None:
-        self.inputs, self.wanted = (hidden, weight, bias), wanted
-        self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    def add(self, chunk: slice, grad: Tensor, weight: Tensor) -> None:
-        """Add the gradients of a chunk, given the gradient of the loss with respect to W h + b, [tokens, vocab]."""
-        hidden, wide = self.inputs[0], compute_dtype(grad.dtype)
-        if self.hidden is not None:
-            self.hidden[chunk] = grad @ weight
-        if self.wanted[1]:
-            states = hidden[chunk].to(grad.dtype)
-            if self.weight is None:
-                self._part = grad.t() @ states
-                self.weight = self._part.to(wide)
-            elif grad.dtype == wide:
-                self.weight.addmm_(grad.t(), states)
-            else:
-                self.weight += torch.mm(grad.t(), states, out=self._part)
-        if self.wanted[2]:
-            bias = grad.sum(dim=0, dtype=wide)
-            self.bias = bias if self.bias is None else self.bias.add_(bias)
-
-    def final_weight(self) -> Tensor | None:
-        return self._final(self.weight, 1)
-
-    def final_bias(self) -> Tensor | None:
-        return self._final(self.bias, 2)
-
-    def _final(self, total: Tensor | None, place: int) -> Tensor | None:
-        if not self.wanted[place]:
-            return None
-        owner = self.inputs[place]
-        assert owner is not None
-        return torch.zeros_like(owner) if total is None else total.to(owner.dtype)
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def chunk_size(hidden: Tensor, head: Head, chunk_tokens: int | None) -> int:
-    """Return the number of positions in a chunk: as given, or chosen by the size of a float32 chunk of logits.
-
-    Raises:
-        InputError: `chunk_tokens` is not positive.
-    """
-    if chunk_tokens is None:
-        chunk_tokens = max(16, CHUNK_BYTES.get(hidden.device.type, 32 << 20) // (4 * head.vocab_size))
-    if chunk_tokens < 1:
-        raise InputError(f"chunk_tokens is {chunk_tokens}; give a number of positions, at least 1.")
-    return min(chunk_tokens, max(len(hidden), 1))
+        return grads.hidden, grads.final_weight(), grads.final_bias(), None, None, None, None, None

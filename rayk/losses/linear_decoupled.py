@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from rayk.config.support import Hidden
-from rayk.losses.chunked import map_chunks, own_id_count, student_logits
+from rayk.losses.chunked import own_id_count
 from rayk.losses.comparison import compare_outcomes, compare_vocabulary
 from rayk.losses.decoupled import decoupled_terms, signal_with_gold
 from rayk.losses.divergences import LOG_FLOOR, check_fit, hidden_outcomes, log_probs
 from rayk.losses.linear import linear_chosen_log_probs
+from rayk.losses.logit_chunks import map_logits
 from rayk.models import Head
 from rayk.signals.batch import SignalBatch
 
@@ -55,22 +56,16 @@ def linear_decoupled_terms(
     if not isinstance(teacher.support, Hidden):
         return _terms_of_ids(student_hidden, student_head, teacher, targets, temperature, chunk_tokens, compared)
     check_fit(teacher.tokens, teacher.vocab_size, len(student_hidden), student_head.vocab_size)
-    names: list[str] = []
 
-    def terms(hidden: Tensor, signals: SignalBatch, gold: Tensor) -> tuple[Tensor, ...]:
-        logits = student_logits(hidden, student_head)
+    def terms(logits: Tensor, signals: SignalBatch, gold: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         log_p, log_q = hidden_outcomes(signals, log_probs(logits, temperature), temperature)
-        parts = *decoupled_terms(log_p, log_q, gold), -log_probs(logits).gather(1, gold[:, None])[:, 0]
-        if not compared:
-            return parts
-        comparison = compare_vocabulary(log_p, log_q, signals.vocab_size, compared)
-        names[:] = comparison
-        return *parts, *comparison.values()
+        cross_entropy = -log_probs(logits).gather(1, gold[:, None])[:, 0]
+        comparison = compare_vocabulary(log_p, log_q, signals.vocab_size, compared) if compared else {}
+        return (*decoupled_terms(log_p, log_q, gold), cross_entropy), comparison
 
-    target, others, cross_entropy, *compared_terms = map_chunks(
-        terms, student_hidden, student_head, teacher, targets, chunk_tokens
-    )
-    return DecoupledTerms(target, others, cross_entropy, dict(zip(names, compared_terms, strict=True)))
+    losses, comparison = map_logits(terms, student_hidden, student_head, teacher, targets, chunk_tokens, store=False)
+    target, others, cross_entropy = losses
+    return DecoupledTerms(target, others, cross_entropy, comparison)
 
 
 def _terms_of_ids(

@@ -136,7 +136,7 @@ class Layerwise(Method):
             cross_entropy = linear_cross_entropy(hidden, student.head, experience.batch.targets)
             return cross_entropy, {"cross_entropy": cross_entropy}
         soft, terms = soft_loss(self.settings, student, replace(experience, signals=signals.as_hidden()))
-        return alpha * terms["cross_entropy"] + (1 - alpha) * soft, terms
+        return alpha * terms["cross_entropy"] + (1 - alpha) * soft if alpha else soft, terms
 
     def _distances(self, states: Sequence[Tensor], experience: Experience) -> list[Tensor]:
         """Return the distance of each pair's states at each counted token."""

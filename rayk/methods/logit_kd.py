@@ -53,4 +53,5 @@ class LogitKD(Method):
         if _ROW_TOKENS in experience.columns:
             soft = soft * experience.columns[_ROW_TOKENS]
         alpha = self.settings.hard_label_weight
-        return Loss(alpha * terms["cross_entropy"] + (1 - alpha) * soft, terms)
+        # A gradient of zero for the cross-entropy would cost the passes of another one.
+        return Loss(alpha * terms["cross_entropy"] + (1 - alpha) * soft if alpha else soft, terms)

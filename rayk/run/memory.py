@@ -10,7 +10,7 @@ from torch import nn
 from rayk.config import RunConfig
 from rayk.config.rollouts import WorkerRollouts
 from rayk.config.support import final_dtype
-from rayk.losses.linear import CHUNK_BYTES, KEPT_BYTES
+from rayk.losses.head_product import CHUNK_BYTES, KEPT_BYTES
 from rayk.models import DTYPES, load_model_config
 from rayk.models.activations import Activations, measure_activations
 from rayk.models.student import plan_model
@@ -184,11 +184,9 @@ def _loss_parts(config: RunConfig, model: Any, tokens: int, device: str) -> Iter
     vocab_size, width = weight.shape
     itemsize = DTYPES[config.training.precision].itemsize
     chunk = min(tokens, max(16, CHUNK_BYTES[device] // (4 * vocab_size))) * vocab_size * 4
-    if final_dtype(config.signal_support) is not None:
-        size = _FULL_CHUNKS * chunk + (4 * weight.numel() if weight.requires_grad else 0)
-    else:
-        kept = min(KEPT_BYTES[device], tokens * vocab_size * itemsize)
-        size = kept + (_IDS_CHUNKS + (itemsize < 4)) * chunk
+    chunks = _IDS_CHUNKS if final_dtype(config.signal_support) is None else _FULL_CHUNKS
+    kept = min(KEPT_BYTES[device], tokens * vocab_size * itemsize)
+    size = kept + (chunks + (itemsize < 4)) * chunk
     if weight.requires_grad:
         size += 4 * weight.numel()
     if itemsize < weight.element_size():

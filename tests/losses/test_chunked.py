@@ -6,7 +6,7 @@ from loss_cases import random_head, random_logits, signals_of
 
 from rayk import losses
 from rayk.errors import InputError
-from rayk.losses import chunked, linear
+from rayk.losses import head_product
 from rayk.models import Head
 
 N, D, V, K = 9, 5, 23, 4
@@ -56,7 +56,7 @@ def inputs_of(hidden, head):
 def memory(request, monkeypatch):
     """The amount of the forward pass that is kept for the backward pass."""
     kept = {"kept": 1 << 20, "recomputed": 0, "partly kept": 4 * V * 8}[request.param]
-    monkeypatch.setitem(linear.KEPT_BYTES, "cpu", kept)
+    monkeypatch.setitem(head_product.KEPT_BYTES, "cpu", kept)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -88,7 +88,7 @@ def test_the_gradient_agrees_with_finite_differences(parts, temperature):
 
 @pytest.mark.parametrize("teacher_kind", ["dense", "sparse"])
 @pytest.mark.parametrize("name", list(losses.DIVERGENCES))
-def test_every_divergence_equals_its_dense_function(name, teacher_kind):
+def test_every_divergence_equals_its_dense_function(name, teacher_kind, memory):
     hidden = random_logits(N, D, dtype=torch.float32).requires_grad_()
     head = random_head(V, D, dtype=torch.float32, bias=True, scale=0.5)
     teacher = random_logits(N, V - 2, 7, dtype=torch.float32)
@@ -109,6 +109,57 @@ def test_every_divergence_equals_its_dense_function(name, teacher_kind):
             torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
         alone = losses.linear_divergence(hidden, head, said, name, temperature=temperature)
         torch.testing.assert_close(alone, dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_hard", [False, True], ids=["divergence alone", "with cross-entropy"])
+@pytest.mark.parametrize("parts", HEADS)
+def test_gradients_of_full_distributions_are_those_of_dense_autograd(parts, is_hard, memory):
+    hidden, head, teacher = random_logits(N, D).requires_grad_(), random_head(V, D, **HEADS[parts]), random_logits(N, V)
+    for temperature in (1.0, 2.0):
+        ours = losses.linear_divergence(
+            hidden, head, teacher, "reverse_kl", temperature=temperature, targets=TARGETS, chunk_tokens=4
+        )
+        logits = dense_logits(hidden, head)
+        dense = losses.reverse_kl(logits, teacher, temperature=temperature)
+        pair = dense, torch.nn.functional.cross_entropy(logits, TARGETS, reduction="none")
+        torch.testing.assert_close(ours, pair)
+        inputs, count = inputs_of(hidden, head), 1 + is_hard
+        for own, other in zip(gradients(ours[:count], inputs), gradients(pair[:count], inputs), strict=True):
+            torch.testing.assert_close(own, other)
+
+
+def test_full_distributions_in_bfloat16_stay_near_float32(memory):
+    hidden, teacher = (
+        random_logits(N, D, dtype=torch.float32).requires_grad_(),
+        random_logits(N, V, dtype=torch.float32),
+    )
+    head = random_head(V, D, dtype=torch.float32, **HEADS["all"])
+    inputs = inputs_of(hidden, head)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = losses.linear_divergence(hidden, head, teacher, chunk_tokens=4)
+    exact = losses.linear_divergence(hidden, head, teacher, chunk_tokens=4)
+    torch.testing.assert_close(ours, exact, atol=0.1, rtol=0.02)
+    for own, other in zip(gradients([ours], inputs), gradients([exact], inputs), strict=True):
+        assert own.dtype == torch.float32
+        assert (own - other).norm() < 0.03 * other.norm()
+
+
+def test_stored_gradients_are_not_computed_again(monkeypatch):
+    calls = 0
+
+    def counted(log_p, log_q):
+        nonlocal calls
+        calls += 1
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    hidden, head, teacher = random_logits(8, D).requires_grad_(), random_head(V, D), random_logits(8, V, 3)
+    for kept, expected in ((4 * 2 * V * 8, 4), (2 * 2 * V * 8, 6), (0, 8)):
+        monkeypatch.setitem(head_product.KEPT_BYTES, "cpu", kept)
+        calls = 0
+        losses.linear_divergence(hidden, head, teacher, counted, targets=TARGETS[:8], chunk_tokens=2)[
+            0
+        ].sum().backward()
+        assert calls == expected
 
 
 def test_finite_differences_of_the_divergence_itself():
@@ -288,7 +339,6 @@ def test_the_logits_are_the_heads_own():
         head = random_head(V, D, dtype=torch.float32, **parts)
         ours = losses.linear_log_probs(hidden, head, torch.arange(V).repeat(N, 1))[0]
         torch.testing.assert_close(ours, head.logits(hidden).log_softmax(1))
-        torch.testing.assert_close(chunked.student_logits(hidden.double(), head).float(), head.logits(hidden))
 
 
 def test_full_logits_are_never_stored(monkeypatch):
@@ -306,7 +356,7 @@ def test_full_logits_are_never_stored(monkeypatch):
                     largest = max(largest, tensor.numel())
             return result
 
-    monkeypatch.setitem(linear.KEPT_BYTES, "cpu", 0)
+    monkeypatch.setitem(head_product.KEPT_BYTES, "cpu", 0)
     tokens, vocab = 64, 50
     hidden, head = random_logits(tokens, D).requires_grad_(), random_head(vocab, D)
     teacher = random_logits(tokens, vocab, 3)
