@@ -99,6 +99,7 @@ class Learner:
                     "training.unusable_rows to skip."
                 )
             )
+        self.parallel.drop_unused_gradients()
         norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm or math.inf))
         self._ranks.agree(
             None

@@ -59,3 +59,6 @@ class ReplicatedModule:
         is_wrapped = isinstance(self._module, DistributedDataParallel)
         with self._module.no_sync() if is_wrapped and not is_last else nullcontext():
             yield
+
+    def drop_unused_gradients(self) -> None:
+        """Do nothing: weights that no loss of the update uses have no gradient."""

@@ -105,6 +105,7 @@ class ShardedModule:
     def __init__(self, module: LossModule, settings: TrainingConfig, ranks: Ranks, device: str):
         self.equalizes = settings.reshard == "always"
         """Whether all ranks need the same number of micro-batches."""
+        self._ranks = ranks
         self._module: Any = module
         self._blocks: list[Any] = [*find_blocks(module.student.model)]
         mesh = make_mesh(settings, ranks, device)
@@ -176,6 +177,17 @@ class ShardedModule:
         self._module.set_requires_gradient_sync(reduces)
         self._module.set_reshard_after_backward(reduces)
         yield
+
+    def drop_unused_gradients(self) -> None:
+        """Remove the gradients of weights that this stage of the method does not train. FSDP2 sets them to 0, with
+        which the optimizer would still apply weight decay and momentum. A collective."""
+        if not self._module.trains_in_stages:
+            return
+        trained = [parameter for parameter in self._module.parameters() if parameter.grad is not None]
+        used = self._ranks.sums([float(parameter.grad.to_local().any()) for parameter in trained])
+        for parameter, ranks in zip(trained, used, strict=True):
+            if not ranks:
+                parameter.grad = None
 
     def _set_prefetching(self) -> None:
         """Let each backward pass gather the block before it. FSDP2's own order is that of all earlier forward passes,

@@ -221,7 +221,7 @@ def test_without_a_soft_loss_only_layers_are_sent(engine):
     [
         ({"teachers": [{"name": "t", "model": "t", "engine": {"kind": "vllm"}}]}, "vLLM engine returns no states"),
         ({"teachers": [{"name": "t", "model": "t", "engine": {"kind": "simulated"}}]}, "has no support 'layers'"),
-        ({"training": {"sharding": "fsdp"}}, "training.sharding"),
+        ({"training": {"compile": True}}, "set training.compile to false"),
         ({"method": {"kind": "layerwise", "relation_heads": 2}}, "with 'distance: attention' only"),
         ({"method": {"kind": "layerwise", "distance": "attention", "filters": {"steps": 1}}}, "leave them out"),
         ({"ensemble": {}, "teachers": [{"name": "t", "model": "t"}, {"name": "u", "model": "u"}]}, "one teacher"),
@@ -246,14 +246,19 @@ def prepared(folder, student, method=RUN, **training):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", [RUN, TED], ids=["projections", "filters"])
-def test_two_workers_and_a_resumed_run_learn_the_same(tmp_path, tiny_student, served, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "sharding"), [(RUN, "none"), (TED, "none"), (TED, "fsdp")], ids=["projections", "filters", "sharded"]
+)
+def test_two_workers_and_a_resumed_run_learn_the_same(tmp_path, tiny_student, served, monkeypatch, method, sharding):
     """Through the served teacher's wire; projections and filters are in the checkpoints, the last one of which is that
     between the stages."""
-    run = assert_placement_changes_nothing(
-        lambda name, **training: prepared(tmp_path / name, tiny_student, method, **training),
-        "layerwise", at=3, every=2, monkeypatch=monkeypatch,
-    )  # fmt: skip
+
+    def make(name, **training):
+        if name == "two":
+            training |= {"sharding": sharding}
+        return prepared(tmp_path / name, tiny_student, method, **training)
+
+    run = assert_placement_changes_nothing(make, "layerwise", at=3, every=2, monkeypatch=monkeypatch)
     rows = metrics(run)
     first_stage = ["student_filter_loss" in row for row in rows]
     assert first_stage == [step < 2 and "filters" in method for step in range(4)]

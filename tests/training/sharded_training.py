@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rayk.config import StudentConfig, SupervisedConfig, TrainingConfig
 from rayk.config.rollouts import WorkerRollouts
@@ -15,6 +16,7 @@ from rayk.engines.base import SamplingParameters
 from rayk.losses import linear_cross_entropy
 from rayk.methods import Experience, Loss, Method, Supervised
 from rayk.models import load_tokenizer
+from rayk.models.compilation import compile_layers
 from rayk.models.shards import whole_tensor
 from rayk.models.student import make_model, make_structure
 from rayk.rollouts import WorkerPolicy
@@ -26,17 +28,23 @@ from rayk.training.student import LossModule, Student
 
 @dataclass
 class Case:
-    """What is trained: a student, a method, and the experiences of each step, of all ranks together."""
+    """What is trained: a student, a method, and the experiences of each step, of all ranks together.
+
+    Attributes:
+        compiler: the backend of `torch.compile` for the student's layers.
+    """
 
     student: dict[str, Any]
     method: Method
     experiences: list[Experience]
     training: dict[str, Any] = field(default_factory=dict)
+    compiler: str | None = None
 
 
 def train(ranks: Ranks, case: Case, training: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train each experience for one step, every rank on its share; return the metrics of each step, the whole weights
-    at the end, and the bytes that this rank keeps of parameters, gradients and optimizer state."""
+    at the end, the bytes that this rank keeps of parameters, gradients and optimizer state, and the number of compiled
+    graphs."""
     config = StudentConfig(**case.student)
     settings = TrainingConfig(
         **{"learning_rate": 5e-3, "batch_size": 64, "workers": ranks.world} | case.training | (training or {})
@@ -44,8 +52,14 @@ def train(ranks: Ranks, case: Case, training: dict[str, Any] | None = None) -> d
     tokenizer = load_tokenizer(str(config.tokenizer or config.model))
     is_empty = settings.sharding != "none" and ranks.rank > 0  # as in the loop
     model = make_structure(config, tokenizer) if is_empty else make_model(config, tokenizer, 0)
+    counter = CompileCounterWithBackend(case.compiler or "eager")
+    if case.compiler:
+        compile_layers(model, counter)
     student = Student(model, settings.precision, settings.micro_batch_tokens, uses_dropout=case.method.uses_dropout)
-    learner = Learner(LossModule(student, case.method).train(), settings, ranks, "cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the method's own modules
+        module = LossModule(student, case.method).train()
+    learner = Learner(module, settings, ranks, "cpu")
     learner.parallel.start()
     steps = []
     for number, experience in enumerate(case.experiences):
@@ -53,26 +67,28 @@ def train(ranks: Ranks, case: Case, training: dict[str, Any] | None = None) -> d
         if experience.auxiliary is not None:
             share = replace(share, auxiliary=share_of(ranks, experience.auxiliary))
         steps.append(learner.train_step([share], number, settings.learning_rate))
+        case.method.on_step(number + 1)
     weights = {name: whole_tensor(weight.detach()) for name, weight in trainable_state_dict(learner.module).items()}
-    return {"steps": steps, "weights": weights, "bytes": kept_bytes(learner)}
+    return {"steps": steps, "weights": weights, "bytes": kept_bytes(learner), "compiled": counter.frame_count}
 
 
 class LocalTeacher:
     """A teacher that computes in this process, with an engine."""
 
     def __init__(self, engine: Any):
-        self._engine = engine
+        self._engine, self.info = engine, engine.info
 
     async def ascore(self, batch, support):
-        return await self._engine.score(batch.sequences, support)
+        signals = await self._engine.score(batch.sequences, support)
+        return signals if signals.hidden is None else replace(signals, head=self._engine.head())
 
 
 def assert_equal(results: list[dict[str, Any]], expected: dict[str, Any], tolerance: float = 1e-4) -> None:
     """Compare the metrics of all steps and the final weights of each rank with those of another training."""
     for result in results:
-        for name in expected["steps"][0]:
-            ours, theirs = ([step[name] for step in each["steps"]] for each in (result, expected))
-            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=1e-6, err_msg=name)
+        for ours, theirs in zip(result["steps"], expected["steps"], strict=True):
+            for name in theirs:
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance, atol=1e-6, err_msg=name)
         assert result["weights"].keys() == expected["weights"].keys()
         for name, value in expected["weights"].items():
             torch.testing.assert_close(result["weights"][name], value, rtol=0, atol=10 * tolerance)

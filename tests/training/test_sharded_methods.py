@@ -1,19 +1,28 @@
 """Each method learns the same from shards as on one worker, also if a unit has several rows and forward passes."""
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rayk.config import InContextConfig, MiniLLMConfig, OnPolicyConfig, PreferenceConfig, SupervisedConfig, parse_config
+from rayk.config import (
+    InContextConfig,
+    LayerwiseConfig,
+    MiniLLMConfig,
+    OnPolicyConfig,
+    PreferenceConfig,
+    SupervisedConfig,
+    parse_config,
+)
 from rayk.config.rollouts import WorkerRollouts
 from rayk.data.batches import collate
 from rayk.data.demonstrations import DemonstrationPool
 from rayk.data.examples import Example
 from rayk.data.tokenizing import tokenize
 from rayk.engines.transformers import TransformersEngine
-from rayk.methods import InContext, MiniLLM, OnPolicy, Preference, Supervised
+from rayk.methods import InContext, Layerwise, MiniLLM, OnPolicy, Preference, Supervised
 from rayk.models import load_model, load_tokenizer
 from rayk.rollouts import WorkerPolicy
 from rayk.training.ranks import Ranks
@@ -111,7 +120,26 @@ def in_context(folder, teacher, tmp_path):
     return InContext(config, None), prepared(method, batches)
 
 
-METHODS = [supervised, projected, preference, on_policy, minillm, in_context]
+def matched_layers(teacher, **values):
+    config = LayerwiseConfig(layers=[(0, 1), (1, 0)], **values)
+    of_ranks = Layerwise(config, SimpleNamespace(info=teacher.info))
+    return of_ranks, prepared(Layerwise(config, teacher), map(answers, range(STEPS)))
+
+
+def layerwise(folder, teacher, tmp_path):
+    return matched_layers(teacher)
+
+
+def relations(folder, teacher, tmp_path):
+    return matched_layers(teacher, distance="attention")
+
+
+def filtered(folder, teacher, tmp_path):
+    """The first step trains the filters, the second one the student."""
+    return matched_layers(teacher, filters={"steps": 1})
+
+
+METHODS = [supervised, projected, preference, on_policy, minillm, in_context, layerwise, relations, filtered]
 
 
 @pytest.mark.parametrize("reshard", ["last", "always"])

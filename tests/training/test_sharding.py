@@ -1,6 +1,7 @@
 """Sharded training equals that of one worker: on two gloo ranks, for every kind of student and micro-batches."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,15 @@ def test_every_student_learns_the_same(student, reshard, pair, folders, teacher)
     results = pair.run(train, case, {"sharding": "fsdp", "reshard": reshard, "micro_batch_tokens": 60})
     # The frozen weights' products are rounded to bfloat16, by another order of sums.
     assert_equal(results, alone(case), tolerance=2e-3 if student == "lora on bfloat16" else 1e-4)
+
+
+@RESHARD
+@pytest.mark.parametrize("student", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointed"])
+def test_compiled_blocks_learn_the_same(student, reshard, pair, folders, teacher):
+    case = Case({"model": str(folders / "tied"), **student}, *without_teacher(LogitKD, KD, teacher), compiler="eager")
+    results = pair.run(train_compiled, case, {"sharding": "fsdp", "reshard": reshard, "micro_batch_tokens": 60})
+    assert_equal(results, alone(replace(case, compiler=None)))
+    assert all(result["compiled"] for result in results)
 
 
 def test_random_students_have_the_same_weights(pair, folders, teacher):
@@ -171,11 +181,22 @@ def test_more_shards_than_rows_are_refused():
         ({"workers": {"min": 1, "max": 64}}, r"'batch_size' \(32\) is below 'workers' \(64\)"),
         ({"workers": 3, "sharding": "hsdp", "shards": 2}, r"'workers' \(3\) is not a multiple of 'shards' \(2\)"),
         ({"workers": 2, "sharding": "fsdp", "shards": 2}, "'shards' is the size of a group with 'sharding: hsdp'"),
+        ({"workers": 2, "sharding": "fsdp", "optimizer": "adamw_8bit"}, "'adamw_8bit' cannot be divided.*to 'adamw'"),
     ],
 )
 def test_impossible_settings_are_refused(values, problem):
     with pytest.raises(ValidationError, match=problem):
         TrainingConfig(**values)
+
+
+def train_compiled(*arguments):
+    """`train` with `torch.compile`, which the other tests switch off."""
+    torch.compiler.reset()
+    torch._dynamo.config.disable = False
+    try:
+        return train(*arguments)
+    finally:
+        torch._dynamo.config.disable = True
 
 
 def alone(case):

@@ -111,10 +111,10 @@ class LayerwiseConfig(DivergenceLossConfig, TokenLossConfig):
         super().check(run)
         if run.ensemble or run.route:
             raise ValueError("layerwise matches the layers of one teacher; leave out 'ensemble' and 'route'")
-        if run.training.sharding != "none" or run.training.compile:
+        if run.training.compile:
             raise ValueError(
-                "layerwise takes the states of the student's layers, which has not been tested with training.sharding "
-                "and training.compile; leave them out"
+                "layerwise takes the states of the student's layers, which compiled layers do not give; set "
+                "training.compile to false"
             )
         if self.filters is not None and run.evaluation.patience is not None:
             raise ValueError(
