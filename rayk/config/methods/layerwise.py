@@ -113,8 +113,8 @@ class LayerwiseConfig(DivergenceLossConfig, TokenLossConfig):
             raise ValueError("layerwise matches the layers of one teacher; leave out 'ensemble' and 'route'")
         if run.training.compile:
             raise ValueError(
-                "layerwise takes the states of the student's layers, which compiled layers do not give; set "
-                "training.compile to false"
+                "layerwise takes the states of the student's layers, which has not been tested with compiled layers; "
+                "set training.compile to false"
             )
         if self.filters is not None and run.evaluation.patience is not None:
             raise ValueError(
