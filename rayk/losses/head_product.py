@@ -14,8 +14,8 @@ from rayk.models.product import keeps_float32_sums, linear_float32
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Size of a chunk of float32 logits by type of device."""
 KEPT_BYTES = {"cpu": 256 << 20, "cuda": 256 << 20}
-"""Up to this size, results of the first chunks are stored for the backward pass, which then skips the product with
-the head."""
+"""Up to this size, results of the first chunks are stored for the backward pass, which then does not compute the logits
+of these chunks again."""
 
 
 @dataclass(frozen=True)

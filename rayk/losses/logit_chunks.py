@@ -1,8 +1,8 @@
 """Losses that need all logits of a position, computed from hidden states one chunk of positions at a time.
 
 The gradient of such a loss with respect to the logits of a position does not depend on other positions. So it is
-computed together with the loss, while the chunk's logits exist, and multiplied in the backward pass with the incoming
-gradient. Only up to `KEPT_BYTES` of gradients are stored; the chunks after them are computed again.
+computed together with the loss, while the chunk's logits exist, and the backward pass multiplies it by the incoming
+gradient. At most `KEPT_BYTES` of gradients are stored; the chunks after them are computed again.
 """
 
 from collections.abc import Callable
@@ -46,6 +46,8 @@ def map_logits(
 
 @dataclass
 class _Call:
+    """The function with the arguments of all positions; it is called with those of a chunk."""
+
     function: ChunkLoss
     teacher: Tensor | SignalBatch
     targets: Tensor | None

@@ -53,5 +53,5 @@ class LogitKD(Method):
         if _ROW_TOKENS in experience.columns:
             soft = soft * experience.columns[_ROW_TOKENS]
         alpha = self.settings.hard_label_weight
-        # A gradient of zero for the cross-entropy would cost the passes of another one.
+        # A gradient for the cross-entropy, even of 0, would make the backward pass compute all logits again.
         return Loss(alpha * terms["cross_entropy"] + (1 - alpha) * soft if alpha else soft, terms)

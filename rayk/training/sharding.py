@@ -183,9 +183,10 @@ class ShardedModule:
         which the optimizer would still apply weight decay and momentum. A collective."""
         if not self._module.trains_in_stages:
             return
-        trained = [parameter for parameter in self._module.parameters() if parameter.grad is not None]
-        used = self._ranks.sums([float(parameter.grad.to_local().any()) for parameter in trained])
-        for parameter, ranks in zip(trained, used, strict=True):
+        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        nothing = torch.zeros((), dtype=torch.bool, device=trained[0].device)
+        is_used = [nothing if each.grad is None else each.grad.to_local().any() for each in trained]
+        for parameter, ranks in zip(trained, self._ranks.sums(torch.stack(is_used).float().tolist()), strict=True):
             if not ranks:
                 parameter.grad = None
 

@@ -129,10 +129,8 @@ def test_gradients_of_full_distributions_are_those_of_dense_autograd(parts, is_h
 
 
 def test_full_distributions_in_bfloat16_stay_near_float32(memory):
-    hidden, teacher = (
-        random_logits(N, D, dtype=torch.float32).requires_grad_(),
-        random_logits(N, V, dtype=torch.float32),
-    )
+    hidden = random_logits(N, D, dtype=torch.float32).requires_grad_()
+    teacher = random_logits(N, V, dtype=torch.float32)
     head = random_head(V, D, dtype=torch.float32, **HEADS["all"])
     inputs = inputs_of(hidden, head)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -156,9 +154,8 @@ def test_stored_gradients_are_not_computed_again(monkeypatch):
     for kept, expected in ((4 * 2 * V * 8, 4), (2 * 2 * V * 8, 6), (0, 8)):
         monkeypatch.setitem(head_product.KEPT_BYTES, "cpu", kept)
         calls = 0
-        losses.linear_divergence(hidden, head, teacher, counted, targets=TARGETS[:8], chunk_tokens=2)[
-            0
-        ].sum().backward()
+        values = losses.linear_divergence(hidden, head, teacher, counted, targets=TARGETS[:8], chunk_tokens=2)
+        values[0].sum().backward()
         assert calls == expected
 
 
