@@ -40,7 +40,9 @@ app = typer.Typer(
     invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A run's YAML file; `rayk init` writes one.")]
+ConfigPath = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A run's YAML file (see `rayk init`) or run directory.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Change one setting; may be repeated.")
 ]

@@ -6,6 +6,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rayk.config.base import FUNCTION_PATTERN, UNKNOWN_KEY, LocalPath, Settings,
 from rayk.config.hints import KIND_NAMES, key_hint
 from rayk.config.marks import all_places, fields_at, map_places, marked_fields, sections_below, support_keys
 from rayk.config.paths import (
+    RUN_CONFIG,
     absolute_path,
     expand_user,
     is_explicit_path,
@@ -56,6 +58,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None, **f
     relative to the current folder.
 
     Args:
+        path: the YAML file, or a run directory, whose settings are read.
         overrides: settings to replace, as 'a.b=value' with the value in YAML; list items by number.
         fields: top-level settings to replace; None values are ignored.
 
@@ -146,18 +149,24 @@ def check_inputs_exist(config: RunConfig, *, training: bool = True) -> None:
 
 def _read_values(path: str | os.PathLike, overrides: list[str] | None) -> dict[str, Any]:
     """Read a YAML file and apply overrides; see `load_config`."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / RUN_CONFIG
     try:
-        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"The config file '{path}' cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise InputError(f"The config file '{path}' is not YAML that rayk reads: {error}.") from error
     if not isinstance(values, dict):
         raise InputError(f"The config file '{path}' is empty or contains no settings; see jobs/ for examples.")
-    values = _relative_to_file(values, Path(path))
-    for override in overrides or []:
-        _apply_override(values, override)
-    _drop_replaced(values, {override.partition("=")[0] for override in overrides or []})
+    assignments = [_Assignment.parse(override) for override in overrides or []]
+    for assignment in assignments:
+        assignment.clear(values)  # a path that is replaced is not looked for
+    values = _relative_to_file(values, path)
+    for assignment in assignments:
+        assignment.apply(values)
+    _drop_replaced(values, {assignment.key for assignment in assignments})
     return values
 
 
@@ -196,33 +205,58 @@ def _relative_to_file(values: dict[str, Any], file: Path) -> dict[str, Any]:
     return map_places(values, marked_fields(RunConfig, LocalPath).keys(), resolve)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"--set {hide(override)}: write it as a.b=value.")
-    *parents, last = key.split(".")
-    place: Any = values
-    remember_secrets({last: text})
-    value = _override_value(override, key, text)
-    remember_secrets(value)
-    override = hide_named(override)
-    try:
-        for part in parents:
+@dataclass(frozen=True)
+class _Assignment:
+    """An override of one setting.
+
+    Attributes:
+        text: the override as errors show it, without secrets.
+    """
+
+    key: str
+    value: Any
+    text: str
+
+    @classmethod
+    def parse(cls, override: str) -> "_Assignment":
+        """Read 'a.b=value'."""
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"--set {hide(override)}: write it as a.b=value.")
+        remember_secrets({key.rpartition(".")[2]: text})
+        value = _override_value(override, key, text)
+        remember_secrets(value)
+        return cls(key, value, hide_named(override))
+
+    def clear(self, values: dict[str, Any]) -> None:
+        """Set the setting to None; see `apply`."""
+        replace(self, value=None).apply(values)
+
+    def apply(self, values: dict[str, Any]) -> None:
+        """Set the setting in place; missing sections are created.
+
+        Raises:
+            InputError: there is no such place.
+        """
+        *parents, last = self.key.split(".")
+        place: Any = values
+        try:
+            for part in parents:
+                if isinstance(place, list):
+                    place = place[int(part)]
+                else:
+                    if place.get(part) is None:
+                        place[part] = {}
+                    place = place[part]
+                    if not isinstance(place, dict | list):
+                        raise TypeError
             if isinstance(place, list):
-                place = place[int(part)]
+                place[int(last)] = self.value
             else:
-                if place.get(part) is None:
-                    place[part] = {}
-                place = place[part]
-                if not isinstance(place, dict | list):
-                    raise TypeError
-        if isinstance(place, list):
-            place[int(last)] = value
-        else:
-            place[last] = value
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        hint = " Items of a list are numbered, as in teachers.0.model." if isinstance(place, list) else ""
-        raise InputError(f"--set {override}: there is no such place in the config.{hint}") from error
+                place[last] = self.value
+        except (TypeError, ValueError, IndexError, AttributeError) as error:
+            hint = " Items of a list are numbered, as in teachers.0.model." if isinstance(place, list) else ""
+            raise InputError(f"--set {self.text}: there is no such place in the config.{hint}") from error
 
 
 def _override_value(override: str, key: str, text: str) -> Any:

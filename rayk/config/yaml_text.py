@@ -37,7 +37,14 @@ def parse_yaml(text: str) -> Any:
     except (AttributeError, IndexError, KeyError, TypeError, OverflowError):  # of PyYAML, such as for `!!int ""`
         raise ValueError("a value does not have the form that its tag requires") from None
     _Extent().measure(values, 0)
-    return values
+    return _without_aliases(values)
+
+
+def _without_aliases(value: Any) -> Any:
+    """Return a copy in which no two places share a mapping or list, so that each can be changed alone."""
+    if isinstance(value, dict):
+        return {key: _without_aliases(part) for key, part in value.items()}
+    return [_without_aliases(part) for part in value] if isinstance(value, list) else value
 
 
 class _Loader(yaml.SafeLoader):

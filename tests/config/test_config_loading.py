@@ -222,6 +222,45 @@ def test_paths_in_the_current_folder_are_found_with_a_warning(tmp_path, monkeypa
     assert "('../rows.jsonl')" in record.message
 
 
+@pytest.mark.parametrize("folder", [".", "elsewhere"])
+def test_an_override_does_not_change_the_section_of_an_alias(tmp_path, monkeypatch, folder):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "{student: {model: s}, method: {kind: supervised}, "
+        "data: {train: &rows {path: /rows.jsonl, rows: 5}, evaluation: *rows}}"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    data = load_config(path, ["data.train.rows=9", "data.train.path=/other.jsonl"]).data
+    assert (data.train.rows, data.train.path) == (9, "/other.jsonl")
+    assert (data.evaluation.rows, data.evaluation.path) == (5, "/rows.jsonl")
+
+
+def test_a_run_directory_stands_for_its_settings(tmp_path):
+    write(tmp_path, MINIMAL).rename(tmp_path / "config.yaml")
+    assert load_config(tmp_path) == load_config(tmp_path / "config.yaml")
+    with pytest.raises(InputError, match="config.yaml' cannot be read: No such file"):
+        load_config(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.train.path=other.jsonl", "teachers.0.model=other"],
+        ["data.train={path: other.jsonl}", "teachers=[{model: first}]", "teachers.0.model=other"],
+    ],
+)
+def test_a_replaced_path_gets_no_warning(tmp_path, monkeypatch, caplog, overrides):
+    path = write(tmp_path / "jobs", MINIMAL | {"teachers": [{"model": "models/big"}]})
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "models" / "big").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(path, overrides)
+    assert config.data.train.path == "other.jsonl"
+    assert config.teachers[0].model == "other"
+    assert not caplog.records
+
+
 def test_workers_get_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "student").mkdir()
