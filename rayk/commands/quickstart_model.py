@@ -7,13 +7,14 @@ shows the same prompts answered by the teacher, by the student before training, 
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayk.commands.quickstart import QuickstartResult, clear_run, reused_folder
-from rayk.config import Resources, RunConfig, TeacherConfig, parse_config
+from rayk.config import Resources, RunConfig, TeacherConfig, TransformersEngineConfig, parse_config
 from rayk.config.paths import absolute_path, path_exists
 from rayk.data import quickstart_prompts
 from rayk.data.text_encoder import TextEncoder
@@ -31,7 +32,7 @@ _GROUP = 64
 """Number of prompts that the teacher answers between two reports of progress."""
 _ROWS = 300
 _TRAINING: dict[str, Any] = {
-    "epochs": 8, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 20, "micro_batch_tokens": 2048,
+    "epochs": 3, "batch_size": 8, "learning_rate": 8e-4, "warmup_steps": 10, "micro_batch_tokens": 2048,
 }  # fmt: skip
 
 
@@ -58,7 +59,8 @@ def run_model_quickstart(
     clear_run(run)
     start_ray(num_cpus=4)
     listener.stage("Starting the teacher on Ray Serve")
-    teacher_settings = TeacherConfig(name=_TEACHER, model=name, resources=Resources(num_cpus=0.5))
+    engine = TransformersEngineConfig(threads=os.cpu_count())  # the student does not compute while the teacher answers
+    teacher_settings = TeacherConfig(name=_TEACHER, model=name, engine=engine, resources=Resources(num_cpus=0.5))
     with serve_teacher(teacher_settings) as teacher:
         if data.is_dir():
             listener.stage(f"The teacher's answers are cached in {data}")
@@ -86,7 +88,7 @@ def student_config(model: str, data: Path, output: Path, layers: int) -> RunConf
             "method": {"kind": "logit_kd", "support": {"kind": "topk", "k": 64}},
             "cache": {"path": str(data / "signals")},
             "training": _TRAINING | {"resources": {"num_cpus": 1}},
-            "evaluation": {"generation": {"max_new_tokens": _MAX_NEW_TOKENS}, "samples": 24},
+            "evaluation": {"answer_type": "open", "generation": {"max_new_tokens": _MAX_NEW_TOKENS}, "samples": 24},
         }
     )
 
