@@ -40,7 +40,7 @@ TOLERANCE = 1e-3
 
 @dataclass
 class Recovery:
-    """What followed a fault."""
+    """The consequences of a fault."""
 
     lost: int
     """Steps that were computed again."""

@@ -88,7 +88,7 @@ class Logprob:
 
 
 LayerPart = Literal["output", "attention"]
-"""What is taken as the state of a layer; see `Layers.part`."""
+"""The tensor that counts as a layer's state; see `Layers.part`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What KubeRay 1.7 refuses: the schemas of its custom resources, and the rules of its operator outside the schemas."""
+"""The checks of KubeRay 1.7: the schemas of its custom resources, and the rules of its operator outside the schemas."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What rayk's own pods must have: security settings, shared memory, GPUs, and the resources that the run asks for."""
+"""Requirements on rayk's own pods: security settings, shared memory, GPUs, and the resources that the run asks for."""
 
 import re
 from collections.abc import Iterator

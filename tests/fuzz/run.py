@@ -11,7 +11,7 @@ from tests.fuzz.targets import Target, opened
 
 @dataclass(frozen=True)
 class Count:
-    """What happened to inputs; `misses` has one line each."""
+    """Counts of the outcomes; `misses` has one line each."""
 
     refused: int = 0
     accepted: int = 0

@@ -1,4 +1,4 @@
-"""What a run requires and a cluster lacks is said before anything waits for it."""
+"""A run that requires more than the cluster has is reported before anything waits."""
 
 import pytest
 

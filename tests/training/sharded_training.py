@@ -28,7 +28,7 @@ from rayk.training.student import LossModule, Student
 
 @dataclass
 class Case:
-    """What is trained: a student, a method, and the experiences of each step, of all ranks together.
+    """A training problem: a student, a method, and the experiences of each step, of all ranks together.
 
     Attributes:
         compiler: the backend of `torch.compile` for the student's layers.
