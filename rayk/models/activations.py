@@ -4,7 +4,9 @@ PyTorch's fake tensors compute shapes and types but no values, so the real forwa
 tensors it would keep, in seconds and for any number of tokens.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +48,7 @@ def measure_activations(model: Any, rows: int, length: int, precision: str) -> A
     _use_attention_without_mask(model)
     config = model.config.get_text_config()
     dtype = DTYPES[precision]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _no_log_of_fake_tensors(), FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         shapes = {tuple(p.shape[i] for i in order) for p in model.parameters() for order in _orders(p.ndim)}
@@ -75,6 +77,17 @@ def measure_activations(model: Any, rows: int, length: int, precision: str) -> A
         return Activations(
             total - weights, weights, (total - weights) // layers, layers * states.numel() * states.element_size()
         )
+
+
+@contextmanager
+def _no_log_of_fake_tensors() -> Iterator[None]:
+    """Suppress the traceback that torch logs before it raises the error of an operation without a fake result."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -180,13 +180,24 @@ def load_model_config(name: str, *, trust_remote_code: bool = False):
 
 
 def load_generation_config(name: str, *, trust_remote_code: bool = False):
-    """Load the generation settings of a local folder or a hub id; without any, those that its `config.json` implies."""
+    """Load the generation settings of a local folder or a hub id; without any, those that its `config.json` implies.
+
+    Raises:
+        InputError: transformers cannot read them, so that it would ignore them or refuse to load the model.
+    """
     from transformers import GenerationConfig
 
+    folder = Path(os.path.expanduser(name))
+    is_offline = not folder.is_dir() and hub_problem() is not None
     try:
-        return GenerationConfig.from_pretrained(name)
-    except OSError:
-        return GenerationConfig.from_model_config(load_model_config(name, trust_remote_code=trust_remote_code))
+        return GenerationConfig.from_pretrained(str(folder) if folder.is_dir() else name, local_files_only=is_offline)
+    except OSError as error:
+        if not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):  # there is no such file
+            return GenerationConfig.from_model_config(load_model_config(name, trust_remote_code=trust_remote_code))
+        problem, cause = "is not JSON.", error
+    except (ValueError, TypeError, AttributeError) as error:
+        problem, cause = f"is not valid: {' '.join(str(error).split())}", error
+    raise InputError(f"generation_config.json of '{name}' {problem} Correct the file or delete it.") from cause
 
 
 def pick_device(device: str = "auto") -> str:

@@ -212,6 +212,7 @@ def _check_teacher_files(teacher: TeacherConfig) -> None:
         label = f"Teacher '{teacher.name}'"
         settings = load_model_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
         causal_config(settings, teacher.model)
+        load_generation_config(teacher.model, trust_remote_code=teacher.trust_remote_code)
         check_teacher_model(settings, teacher.model, label)
 
 

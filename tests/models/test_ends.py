@@ -10,6 +10,7 @@ from rayk.config import DataConfig, DataSource, parse_config
 from rayk.data.tokenizing import tokenize
 from rayk.engines.base import SamplingParameters
 from rayk.engines.generation import generate
+from rayk.errors import InputError
 from rayk.models.ends import end_token_ids, repair_generation_config
 from rayk.run import distill
 from rayk.run.inputs import read_inputs
@@ -131,3 +132,23 @@ def test_generation_settings_that_cannot_be_repaired_are_reduced_to_the_special_
     assert "max_new_tokens" in str(repair_generation_config(broken))
     assert broken.eos_token_id == [1, 3] and broken.max_new_tokens is None
     assert repair_generation_config(broken) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"eos_token_id": 1', "is not JSON"),
+        ('{"num_return_sequences": 4, "do_sample": false}', "is not valid: .*num_return_sequences"),
+        ("[1, 3]", "is not valid: "),
+    ],
+)
+@pytest.mark.parametrize("reader", ["student", "teacher"])
+def test_generation_settings_that_cannot_be_loaded_are_refused_before_training(tmp_path, reader, text, problem):
+    for name in ("student", "teacher"):
+        tiny_model(tmp_path / name, hidden=16, layers=1, tokenizer=tiny_tokenizer())
+    (tmp_path / reader / "generation_config.json").write_text(text)
+    values = settings(tmp_path, str(tmp_path / "student"))
+    values["teachers"] = [{"model": str(tmp_path / "teacher")}]
+    values["method"] = {"kind": "logit_kd"}
+    with pytest.raises(InputError, match=rf"generation_config.json of '.*{reader}' {problem}"):
+        read_inputs(parse_config(values), {})

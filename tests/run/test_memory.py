@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rayk.config import RunConfig
 from rayk.errors import InputError
@@ -180,3 +181,11 @@ def test_memory_of_a_gpu_is_read_without_using_it(student, tmp_path, monkeypatch
     found = worker_memory(settings(student))
     assert (found.kind, found.bytes) == ("cuda", 143771 * 2**20) and found.source.startswith("NVIDIA H200")
     assert worker_memory(settings(student, training={"resources": {"num_gpus": 0.5}})).bytes == found.bytes / 2
+
+
+def test_experts_without_fake_results_are_estimated_without_a_log(tmp_path, caplog):
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("mixtral", vocab_size=64, intermediate_size=32, num_local_experts=2, **size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert parts(tmp_path)["activations"] > 0
+    assert not caplog.records
