@@ -194,10 +194,12 @@ def load_generation_config(name: str, *, trust_remote_code: bool = False):
     except OSError as error:
         if not isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):  # there is no such file
             return GenerationConfig.from_model_config(load_model_config(name, trust_remote_code=trust_remote_code))
-        problem, cause = "is not JSON.", error
+        raise InputError(f"generation_config.json of '{name}' is not JSON; correct the file or delete it.") from error
     except (ValueError, TypeError, AttributeError) as error:
-        problem, cause = f"is not valid: {' '.join(str(error).split())}", error
-    raise InputError(f"generation_config.json of '{name}' {problem} Correct the file or delete it.") from cause
+        problem = " ".join(str(error).split())
+        raise InputError(
+            f"generation_config.json of '{name}' is not valid; correct the file or delete it: {problem}"
+        ) from error
 
 
 def pick_device(device: str = "auto") -> str:

@@ -138,8 +138,8 @@ def test_generation_settings_that_cannot_be_repaired_are_reduced_to_the_special_
     ("text", "problem"),
     [
         ('{"eos_token_id": 1', "is not JSON"),
-        ('{"num_return_sequences": 4, "do_sample": false}', "is not valid: .*num_return_sequences"),
-        ("[1, 3]", "is not valid: "),
+        ('{"num_return_sequences": 4, "do_sample": false}', "is not valid; .*num_return_sequences"),
+        ("[1, 3]", "is not valid; "),
     ],
 )
 @pytest.mark.parametrize("reader", ["student", "teacher"])
