@@ -72,15 +72,18 @@ def chat_template_notes(config: RunConfig, tokenizer: Any, training: bool = True
 
 
 def _synthesis_notes(config: RunConfig) -> Iterator[str]:
-    if config.synthesis is None or config.synthesis.chat or not config.data.chat_template:
+    synthesis = config.synthesis
+    if synthesis is None or synthesis.kind == "magpie" or not config.data.chat_template:
+        return
+    if synthesis.prefers_chat if synthesis.chat is None else synthesis.chat:
         return
     for teacher in config.teachers:
         if teacher.name != config.synthesis_teacher or teacher.engine.applies_chat_template or teacher.model is None:
             continue
-        if config.synthesis.kind != "magpie" and _has_template(teacher):
+        if _has_template(teacher):
             yield (
-                f"synthesis.chat is false, so teacher '{teacher.name}' continues plain prompts, although it has a chat "
-                "template and data.chat_template is set; set synthesis.chat to true for a chat model."
+                f"Teacher '{teacher.name}' continues plain prompts, although it has a chat template and "
+                "data.chat_template is set; set synthesis.chat to true for a chat model."
             )
 
 

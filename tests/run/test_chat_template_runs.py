@@ -78,8 +78,8 @@ def test_templates_are_compared_by_what_they_print():
     assert templates_differ(own, ChatTemplate(tokenizer, no_system)) == "only one of them accepts a system prompt"
 
 
-def notes_of(config):
-    return read_inputs(parse_config(config), {}).notes
+def notes_of(config, training=True):
+    return read_inputs(parse_config(config), {}, training=training).notes
 
 
 def test_doctor_notes_a_teacher_with_another_template_and_a_variable_without_effect(tmp_path):
@@ -103,6 +103,21 @@ def test_doctor_notes_a_teacher_with_another_template_and_a_variable_without_eff
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(values))
     assert any(check.state == "note" and "has no chat template" in check.text for check in examine(str(path)))
+
+
+def test_a_note_says_when_a_chat_model_continues_plain_prompts(tmp_path):
+    values = run_settings(tmp_path, chat_template="chatml")
+    tiny_model(tmp_path / "teacher", hidden=16, layers=1, tokenizer=tiny_tokenizer(chat_template=CHAT_TEMPLATE))
+    values |= {"method": {"kind": "supervised"}, "teachers": [{"name": "big", "model": str(tmp_path / "teacher")}]}
+
+    def notes(kind, **synthesis):
+        data = {"chat_template": "chatml"} if kind == "self_instruct" else values["data"]
+        return notes_of(values | {"data": data, "synthesis": {"kind": kind} | synthesis}, training=False)
+
+    assert notes("responses") == notes("responses", chat=True) == notes("self_instruct", chat=True) == ()
+    for found in (notes("responses", chat=False), notes("self_instruct")):
+        [note] = found
+        assert note.startswith("Teacher 'big' continues plain prompts, although it has a chat template")
 
 
 def test_a_base_model_without_a_template_is_told_the_choices(tmp_path):
