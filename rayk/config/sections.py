@@ -293,6 +293,12 @@ class SynthesisSettings(Settings):
         """Return whether `chat: null` follows the student, who may read the rows in a chat template."""
         return True
 
+    def uses_chat(self, student_reads_chats: bool) -> bool:
+        """Return whether requests are wrapped in a chat template, if the teacher's tokenizer has one."""
+        if self.chat is not None:
+            return self.chat
+        return student_reads_chats and self.prefers_chat
+
     @property
     def reads_truth(self) -> bool:
         """Return whether the rows' right answers are needed."""

@@ -73,9 +73,7 @@ def chat_template_notes(config: RunConfig, tokenizer: Any, training: bool = True
 
 def _synthesis_notes(config: RunConfig) -> Iterator[str]:
     synthesis = config.synthesis
-    if synthesis is None or synthesis.kind == "magpie" or not config.data.chat_template:
-        return
-    if synthesis.prefers_chat if synthesis.chat is None else synthesis.chat:
+    if synthesis is None or synthesis.kind == "magpie" or not config.data.chat_template or synthesis.uses_chat(True):
         return
     for teacher in config.teachers:
         if teacher.name != config.synthesis_teacher or teacher.engine.applies_chat_template or teacher.model is None:

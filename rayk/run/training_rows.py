@@ -124,8 +124,7 @@ def _dependencies(config: RunConfig, prompts: Sequence[Prompt], round_info: Roun
         for teacher in values["teachers"]
     }
     teachers = [models[name] for name in dict.fromkeys([config.synthesis_teacher, config.referee])]
-    if config.synthesis.chat is None:
-        values["synthesis"]["chat"] = bool(config.data.chat_template) and config.synthesis.prefers_chat
+    values["synthesis"]["chat"] = config.synthesis.uses_chat(bool(config.data.chat_template))
     dependencies = {
         "synthesis": {key: redact(value) for key, value in values["synthesis"].items() if key not in _LOCATIONS},
         "seed": config.seed,
