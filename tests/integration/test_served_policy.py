@@ -1,6 +1,5 @@
 """The kind of policy, and killed processes, do not change the results of a run."""
 
-import psutil
 import pytest
 import ray
 from ray import serve
@@ -13,7 +12,7 @@ from rayk.serving.weight_store import NAMESPACE
 from rayk.training.checkpoint import CheckpointStore
 from tests.integration.test_deaths import Striking
 from tests.runs import actor_processes, assert_same_learning, curve, settings, wait_until
-from tests.teachers.helpers import replica_processes
+from tests.teachers.helpers import vllm_processes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -86,8 +85,7 @@ def test_vllm_policy_trains_like_the_worker_policy_despite_a_kill(tmp_path, serv
     run = prepared(tmp_path / "vllm", student, SERVED | {"replicas": 1, "engine": vllm} | rollouts, lora, **training)
 
     def strike():
-        [replica] = replica_processes(policy_application(run))
-        [core] = [child for child in psutil.Process(replica.pid).children() if "EngineCore" in child.name()]
+        _, core = vllm_processes(policy_application(run), "VLLM::EngineCore")
         core.kill()
 
     listener = Striking(6, strike)

@@ -1,15 +1,17 @@
 """Requests for tests of served models, and access to their replicas."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import torch
 
 from rayk.config import TeacherConfig
 from rayk.config.support import Hidden
 from rayk.engines.transformers import TransformersEngine
 from rayk.signals.sequence import TokenSequence
-from tests.runs import actor_processes
+from tests.runs import actor_processes, wait_until
 
 
 def random_sequences(count, seed=0, shortest=4, longest=40):
@@ -40,6 +42,19 @@ def assert_signals_close(signals, expected):
 def replica_processes(name):
     """Return the processes of an application's replicas that this test session started, oldest first."""
     return sorted(actor_processes(f"ServeReplica:{name}:"), key=lambda process: process.create_time())
+
+
+def vllm_processes(name, *titles):
+    """Wait for an application's only replica to run vLLM's processes `titles`; return the replica's and theirs."""
+
+    def found():
+        with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+            [replica] = replica_processes(name)
+            titled = {process.name(): process for process in replica.children(recursive=True)}
+            return [replica, *(titled[title] for title in titles)] if titled.keys() >= set(titles) else None
+        return None
+
+    return wait_until(found, f"a replica of {name} with {' and '.join(titles)}", seconds=240)
 
 
 class EngineScorer:

@@ -1,11 +1,9 @@
 """A teacher on vLLM and Ray Serve. The last test kills its engine."""
 
 import asyncio
-import contextlib
 import json
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,7 +15,7 @@ from rayk.run import distill
 from rayk.serving import application
 from rayk.teachers import serve_teacher
 from tests.runs import curve, settings, wait_until
-from tests.teachers.helpers import assert_signals_close, random_sequences, replica_processes, teacher_config
+from tests.teachers.helpers import assert_signals_close, random_sequences, teacher_config, vllm_processes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.cluster
@@ -117,23 +115,12 @@ def test_vllm_teacher_and_student_synthesize_rows_and_pairs(teacher, folder, tmp
 
 
 def test_replica_with_a_killed_engine_is_replaced(teacher, expected):
-    [replica] = replica_processes("vllm")
-    [core] = [each for each in psutil.Process(replica.pid).children() if "EngineCore" in each.name()]
+    replica, core, _ = vllm_processes("vllm", "VLLM::EngineCore", "VLLM::Worker")
     core.kill()
     retries = teacher.statistics.retries
     assert_signals_close(teacher.score(SEQUENCES, TopK(16)), expected)
     assert teacher.statistics.retries > retries
-    successor, processes = wait_until(started_replica, "a replica with vLLM's processes", seconds=240)
+    successor, *processes = vllm_processes("vllm", "VLLM::EngineCore", "VLLM::Worker")
     assert successor.pid != replica.pid
     successor.kill()  # vLLM's processes must end with it, because they occupy memory
     wait_until(lambda: not any(each.is_running() for each in processes), seconds=60)
-
-
-def started_replica():
-    """Return the only replica and its processes once vLLM's own are among them; None before."""
-    with contextlib.suppress(psutil.NoSuchProcess, ValueError):
-        [replica] = replica_processes("vllm")
-        processes = replica.children(recursive=True)
-        if {"VLLM::EngineCore", "VLLM::Worker"} <= {each.name() for each in processes}:
-            return replica, processes
-    return None
