@@ -181,7 +181,10 @@ def _warn_of_missing_resources(label: str, replicas: int, needs: dict[str, float
 
 
 def _progress_message(name: str) -> str:
-    """Return why replicas of application `name` are not ready, as far as Serve says so."""
+    """Return why replicas of application `name` are not ready, as far as Serve says so; a failure without its
+    traceback."""
+    if reason := failure_reason(name):
+        return f"A replica failed to start, and Serve starts another one: {reason}"
     application = serve.status().applications.get(name)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
     return " ".join(" ".join(messages).split()) or "The model is loading."

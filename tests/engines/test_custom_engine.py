@@ -93,9 +93,13 @@ def test_a_custom_engine_is_served(ray_cluster, tiny_teacher, monkeypatch, caplo
 
 
 @pytest.mark.cluster
-def test_a_wrong_engine_stops_serving_with_its_sentence(ray_cluster, tiny_teacher):
+def test_a_wrong_engine_stops_serving_with_its_sentence(ray_cluster, tiny_teacher, monkeypatch, caplog):
     from rayk.teachers import serve_teacher
 
+    monkeypatch.setattr("rayk.serving.application._LOADING_REPORT_SECONDS", 0.2)
     config = config_of(tiny_teacher, "tests.engines.bigrams:WithoutWarmUp")
     with pytest.raises(InputError, match="did not start: .*does not define 'warm_up'"), serve_teacher(config):
         pass
+    report = next(message for message in caplog.messages if "failed to start" in message)
+    assert re.search(r"0 of 1 replicas are ready after \d+ s. A replica failed .*: teachers.engine.path: ", report)
+    assert "Traceback" not in report
