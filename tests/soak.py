@@ -1,11 +1,12 @@
 """Runs under a random killer: their curves and weights must equal those of a run that nothing disturbs.
 
     python -m tests.soak --minutes 20
+    python -m tests.soak --minutes 10 --steps 1000 --engine vllm
 
 A cluster of three nodes on this machine: the head, one node for teachers, one for students. After each fault and its
-recovery a random part is killed: a teacher's replica, a training worker, a node with all that runs on it, or the
-driver, which is then started again with --resume. Runs follow each other until the time is over. At the end a table,
-for deploy/README.md, says what happened after each kind of fault.
+recovery a random part is killed: a teacher's replica (with `--engine vllm` vLLM's process instead), a training worker,
+a node with all that runs on it, or the driver, which is then started again with --resume. Runs follow each other until
+the time is over. At the end a table, for deploy/README.md, says what happened after each kind of fault.
 """
 
 import argparse
@@ -34,6 +35,11 @@ BEYOND = 5
 """A run has recovered when it is this number of steps further than at the fault; fewer may have been prepared
 before."""
 NODE_GONE_SECONDS = 5.0
+TEACHERS: dict[str, dict[str, Any]] = {
+    "transformers": {"replicas": 2},
+    # float32, because the batches in which vLLM computes a row differ; one replica, because it has a second process.
+    "vllm": {"engine": {"kind": "vllm", "dtype": "float32", "arguments": {"enforce_eager": True}}, "replicas": 1},
+}
 TOLERANCE = 1e-3
 """Largest relative difference of losses: two workers sum gradients in another order than one."""
 
@@ -72,9 +78,14 @@ def _median_and_most(values: list[Any]) -> str:
 class Soak:
     """The cluster, and one run on it at a time."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path, steps: int):
+    def __init__(self, cluster: LocalCluster, folder: Path, steps: int, engine: str):
         self._cluster, self._folder = cluster, folder
-        tiny_model(folder / "teacher", seed=1, peaked=4.0, tokenizer=tiny_tokenizer())
+        tokenizer = tiny_tokenizer()
+        hidden = 128 if engine == "vllm" else 32  # vLLM supports few sizes of attention heads
+        # vLLM computes the padding's logits, too, and rayk refuses a teacher that prefers them.
+        tiny_model(
+            folder / "teacher", vocab_size=len(tokenizer), seed=1, hidden=hidden, peaked=4.0, tokenizer=tokenizer
+        )
         tiny_model(folder / "student", seed=2, hidden=16, layers=1, tokenizer=tiny_tokenizer())
         values = settings(
             folder, str(folder / "student"), "logit_kd", workers=2, steps=steps, batch_size=16, learning_rate=1e-3,
@@ -83,7 +94,7 @@ class Soak:
         values["training"]["resources"] = {"num_cpus": 0.5, "labels": {"rayk/group": "trainer"}}
         resources = {"num_cpus": 0.5, "labels": {"rayk/group": "teacher"}}
         model = str(folder / "teacher")
-        values["teachers"] = [{"name": "soak", "model": model, "replicas": 2, "resources": resources}]
+        values["teachers"] = [{"name": "soak", "model": model, "resources": resources} | TEACHERS[engine]]
         self._config = folder / "run.yaml"
         self._config.write_text(yaml.safe_dump(values))
         self._driver: subprocess.Popen[bytes] | None = None
@@ -98,13 +109,16 @@ class Soak:
         """Return the last step of the run."""
         return max((row["step"] for row in metrics(self.output)), default=0)
 
-    def is_finished(self) -> bool:
-        """Return whether the run is finished; start its driver again if that has ended with an error."""
+    def is_finished(self, *, restarts: bool = True) -> bool:
+        """Return whether the run is finished. If its driver has ended with an error, start it again, or exit with its
+        log unless it `restarts`."""
         assert self._driver is not None
         if self._driver.poll() is None:
             return False
         if self._driver.returncode == 0:
             return True
+        if not restarts:
+            raise SystemExit(f"The run ended with {self._driver.returncode}:\n{self._log.read_text()}")
         print(f"    the driver ended with {self._driver.returncode}, and is started again", flush=True)
         self._start_driver()
         return False
@@ -128,6 +142,13 @@ class Soak:
 
     def kill_process(self, title: str) -> None:
         found = [process for node in self._cluster.nodes.values() for process in actor_processes(title, node.pid)]
+        if found:
+            random.choice(found).kill()
+
+    def kill_engine(self) -> None:
+        """Kill a process of vLLM below one of the replicas."""
+        replicas = [each for node in self._cluster.nodes.values() for each in actor_processes("ServeReplica", node.pid)]
+        found = [child for replica in replicas for child in replica.children() if "EngineCore" in child.name()]
         if found:
             random.choice(found).kill()
 
@@ -170,16 +191,22 @@ def _inode(output: Path) -> int:
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault."""
+    """A kind of fault.
+
+    Attributes:
+        engine: the teachers' engine, if it occurs only with that one.
+    """
 
     strike: Callable[[Soak], None]
     effect: str
+    engine: str | None = None
 
 
 FAULTS = {
     "a teacher's replica": Fault(
-        lambda soak: soak.kill_process("ServeReplica:soak"), "its calls go to the other replica"
+        lambda soak: soak.kill_process("ServeReplica:soak"), "its calls go to the other replica", "transformers"
     ),
+    "vLLM's process": Fault(Soak.kill_engine, "calls wait until a new replica has loaded the teacher", "vllm"),
     "a training worker": Fault(
         lambda soak: soak.kill_process("RayTrainWorker"), "Ray Train starts both workers again from the checkpoint"
     ),
@@ -199,6 +226,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of each run")
     parser.add_argument("--seed", type=int, default=0, help="of the killer")
     parser.add_argument("--folder", type=Path, help="for the runs; by default a temporary one")
+    parser.add_argument("--engine", choices=TEACHERS, default="transformers", help="of the teachers")
     given = parser.parse_args()
     random.seed(given.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the cluster is ended
@@ -208,17 +236,17 @@ def main() -> None:
         cluster.start_head(cpus=2)
         for group in ("teacher", "trainer"):
             cluster.start_node(group, cpus=4, labels={"rayk/group": group})
-        soak = Soak(cluster, folder, given.steps)
+        soak = Soak(cluster, folder, given.steps, given.engine)
         try:
-            _soak(soak, given.minutes)
+            _soak(soak, given.minutes, [name for name, fault in FAULTS.items() if fault.engine in (None, given.engine)])
         finally:
             soak.close()
 
 
-def _soak(soak: Soak, minutes: float) -> None:
+def _soak(soak: Soak, minutes: float, kinds: list[str]) -> None:
     soak.begin("undisturbed")
     began = time.monotonic()
-    while not soak.is_finished():
+    while not soak.is_finished(restarts=False):
         time.sleep(0.2)
     undisturbed = soak.output
     print(f"Undisturbed: {soak.reached():,} steps in {time.monotonic() - began:.0f} s.", flush=True)
@@ -232,7 +260,7 @@ def _soak(soak: Soak, minutes: float) -> None:
                 time.sleep(0.1)
                 continue
             time.sleep(random.uniform(0.5, 5.0))
-            faults = faults or random.sample(list(FAULTS), len(FAULTS))  # so that each kind comes as often
+            faults = faults or random.sample(kinds, len(kinds))  # so that each kind comes as often
             name = faults.pop()
             if recovery := soak.disturb(FAULTS[name].strike):
                 table.recoveries[name].append(recovery)
