@@ -26,7 +26,7 @@ test: .venv/.developing .venv/kubernetes
 test-long: .venv/.vllm
 	$(PYTEST) $(PARALLEL) -m "long and not nightly and not real"
 
-# The longest tests, and those that need torchao: twenty minutes.
+# The longest tests, and those that need torchao or Prometheus (skipped if there is none): twenty minutes.
 test-nightly: .venv/.vllm .venv/real-models .venv/.torchao
 	$(PYTEST) $(PARALLEL) -m nightly
 

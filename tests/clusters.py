@@ -31,18 +31,19 @@ class LocalCluster(contextlib.ExitStack):
     Attributes:
         address: for RAY_ADDRESS.
         dashboard: for `ray job submit --address`.
+        folder: Ray's temporary folder.
         nodes: the process of each node's `ray start`, by the node's name.
     """
 
-    address = dashboard = ""
+    address = dashboard = folder = ""
 
     def __enter__(self) -> "LocalCluster":
         super().__enter__()
         self.nodes: dict[str, subprocess.Popen] = {}
         self._mark = {"RAYK_TEST_MARK": uuid4().hex}
         # Ray's sockets are in its temporary folder, and their paths are limited to about 100 characters.
-        folder = tempfile.TemporaryDirectory(prefix="rayk", dir="/tmp", ignore_cleanup_errors=True)
-        self._folder = self.enter_context(folder)
+        temporary = tempfile.TemporaryDirectory(prefix="rayk", dir="/tmp", ignore_cleanup_errors=True)
+        self.folder = self.enter_context(temporary)
         self.callback(self._kill_all)
         return self
 
@@ -51,14 +52,14 @@ class LocalCluster(contextlib.ExitStack):
         self.address, self.dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
         self._start(
             "head", cpus, labels, "--head", f"--port={port}", f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}", f"--temp-dir={self._folder}",
+            f"--ray-client-server-port={client}", f"--temp-dir={self.folder}",
         )  # fmt: skip
         wait_until(lambda: _answers(dashboard), "the dashboard", self.nodes["head"])
 
     def start_node(self, name: str, cpus: int, labels: Mapping[str, str] | None = None) -> None:
         """Start a node, and wait until it has joined the cluster."""
         self._start(name, cpus, labels, f"--address={self.address}")
-        log = Path(self._folder) / f"{name}.log"
+        log = Path(self.folder) / f"{name}.log"
         wait_until(lambda: "Ray runtime started" in log.read_text(), f"node {name}", self.nodes[name])
 
     def kill_node(self, name: str) -> None:
@@ -81,7 +82,7 @@ class LocalCluster(contextlib.ExitStack):
         ]  # fmt: skip
         if labels:
             command.append("--labels=" + ",".join(f"{key}={value}" for key, value in labels.items()))
-        with open(f"{self._folder}/{name}.log", "wb") as log:
+        with open(f"{self.folder}/{name}.log", "wb") as log:
             self.nodes[name] = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment(**self._mark), start_new_session=True
             )

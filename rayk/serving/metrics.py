@@ -2,6 +2,7 @@
 also get the suffix `_total`."""
 
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ GAUGES = {
 """Names and meanings of metrics with a current value."""
 
 
+_SMALLEST = sys.float_info.min
+"""Instead of 0, with which Ray does not create a counter; it changes no total."""
+
+
 def tag_of(name: str) -> str:
     """Return the metric's tag: `run` or, of metrics about replicas and requests, `application`."""
     return "run" if name.startswith("rayk_run_") else "application"
@@ -55,6 +60,14 @@ def _counter(name: str) -> Counter:
 @functools.cache
 def _gauge(name: str) -> Gauge:
     return Gauge(name, GAUGES[name], (tag_of(name),))
+
+
+def create_counters(prefix: str, tag: str) -> None:
+    """Export the counters whose names begin with `prefix` before their first increase, which Prometheus would not see:
+    it computes increases from the first value that it has read."""
+    for name in COUNTERS:
+        if name.startswith(prefix):
+            add(name, _SMALLEST, tag)
 
 
 def add(name: str, amount: float, tag: str) -> None:
@@ -86,6 +99,9 @@ class Statistics:
     wait_seconds: float = 0.0
     """Time that callers spent waiting in `stream`, `score` and `generate`."""
 
+    def __post_init__(self) -> None:
+        create_counters("rayk_client_", self.application)
+
     def add(self, **amounts: float) -> None:
         """Add to totals, by name."""
         for name, amount in amounts.items():
@@ -99,6 +115,8 @@ class MeasuredDemand(Demand):
     def __init__(self) -> None:
         super().__init__()
         self._application = serve.get_replica_context().app_name
+        for prefix in ("rayk_scored_", "rayk_generated_"):
+            create_counters(prefix, self._application)
 
     @contextmanager
     def track_request(self, requester: Requester | None, tokens: int) -> Iterator[None]:
@@ -141,6 +159,9 @@ class RunMetrics:
 
     run: str
     restarts: int = 0
+
+    def __post_init__(self) -> None:
+        create_counters("rayk_run_", self.run)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Export a row of `metrics.jsonl`."""

@@ -9,7 +9,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayk.config.support import TopK
-from rayk.serving.metrics import COUNTERS, GAUGES, RunMetrics, tag_of
+from rayk.serving.metrics import COUNTERS, GAUGES, RunMetrics, Statistics, tag_of
 from tests.runs import wait_until
 from tests.teachers.helpers import random_sequences
 
@@ -34,6 +34,16 @@ def exported_value(name: str, tag: str) -> float:
 
 
 @pytest.mark.long  # Ray exports every ten seconds
+def test_counters_are_exported_before_their_first_increase(ray_cluster):
+    Statistics("unused")
+    RunMetrics("waiting")
+    for name in COUNTERS:
+        if name.startswith(("rayk_client_", "rayk_run_")):
+            tag = "waiting" if tag_of(name) == "run" else "unused"
+            assert wait_until(lambda name=name, tag=tag: exported_value(name, tag), name) < 1e-300, name
+
+
+@pytest.mark.long
 def test_metrics_of_replicas_clients_and_runs_are_exported(served):
     sequences = random_sequences(20)
     signals = served.score(sequences, TopK(4))
@@ -49,7 +59,7 @@ def test_metrics_of_replicas_clients_and_runs_are_exported(served):
         "rayk_run_restarts": 2,
     }  # fmt: skip
     for name, value in expected.items():
-        assert wait_until(lambda name=name: exported_value(name, "a-run"), name) == value, name
+        wait_until(lambda name=name, value=value: exported_value(name, "a-run") == value, f"{name} = {value}")
     totals = {"rayk_scored_tokens": sum(map(len, sequences)), "rayk_client_tokens": signals.tokens,
               "rayk_client_calls": 1, "rayk_generated_tokens": 1}  # fmt: skip
     for name, least in totals.items():  # other tests of the session use this teacher, too
