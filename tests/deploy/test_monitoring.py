@@ -21,7 +21,8 @@ def panel_queries():
 
 
 def alert_queries():
-    return [rule["expr"] for group in RULES["spec"]["groups"] for rule in group["rules"]]
+    """Return each alert's query."""
+    return {rule["alert"]: rule["expr"] for group in RULES["spec"]["groups"] for rule in group["rules"]}
 
 
 def metric_names(query):
@@ -43,7 +44,7 @@ def metric_names(query):
 
 
 def test_queries_are_promql_on_rays_metrics():
-    queries = panel_queries() + alert_queries()
+    queries = [*panel_queries(), *alert_queries().values()]
     assert len(queries) >= 18
     for query in queries:
         names = metric_names(query)
